@@ -1,0 +1,124 @@
+"""Images to batches: seeded, resumable, the same for any number of processes.
+
+Training takes the examples in an order that never ends: each epoch is another
+seeded permutation of the split, and a position in that order is drawn upon
+with its own random numbers. Step n takes positions n * B to (n + 1) * B - 1,
+and only then are they dealt out to the processes, so neither the number of
+processes nor of threads changes what a step sees. Batches cross the borders
+of epochs; no example is left out.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import ml_collections
+
+from fsq_jax.data import pipelines, sources
+
+Dataset = pipelines.Dataset
+prepare = sources.prepare
+
+_PIPELINES = {'train': pipelines.build_train, 'eval': pipelines.build_eval}
+
+
+def build_dataset(
+    config: ml_collections.ConfigDict,
+    *,
+    split: str,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Dataset:
+  """Builds a split from the `data` section of a config.
+
+  Args:
+    config: the `data` section; see configs/default.py.
+    split: 'train': shuffled, augmented, endless; 'eval': every example once,
+      in fixed order, centre crops.
+    seed: of shuffling and augmentation, >= 0; 'eval' does not use it.
+    process_index: this process, in [0, process_count).
+    process_count: processes that share each batch.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ValueError: the config is not valid or the images are not there.
+  """
+  if split not in _PIPELINES:
+    raise ValueError(f'split is {split!r}; known: {sorted(_PIPELINES)}.')
+  _check_config(config, process_index, process_count)
+  source = sources.build_source(config, split)
+  return _PIPELINES[split](
+      config, source, seed, slice(process_index, None, process_count)
+  )
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+  """Refuses to continue an iterator's state on other data.
+
+  A state only counts batches, so on other data it would silently repeat some
+  examples and pass over others.
+
+  Args:
+    saved: fingerprint stored with the state.
+    current: fingerprint of the data set that is to continue.
+
+  Raises:
+    ValueError: they differ; one line for each difference. process_count may
+      differ, since it does not change what a step sees.
+  """
+  keys = sorted((saved.keys() | current.keys()) - {'process_count'})
+  differences = [
+      f'  {key}: {saved.get(key)!r} -> {current.get(key)!r}'
+      for key in keys
+      if saved.get(key) != current.get(key)
+  ]
+  if differences:
+    raise ValueError(
+        'The training data are not those of the checkpoint (saved -> '
+        'current):\n' + '\n'.join(differences) + '\nRestore these values to '
+        'continue the run, or start a new one in another workdir.'
+    )
+
+
+def _check_config(
+    config: ml_collections.ConfigDict, process_index: int, process_count: int
+) -> None:
+  """Raises a ValueError for values that cannot work, before any reading."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+        f'process_index is {process_index} of {process_count} processes; it '
+        'counts from 0.'
+    )
+  size = tuple(config.image_size)
+  if len(size) != 2 or min(size) < 1:
+    raise ValueError(
+        f'data.image_size is {size}; write (height, width) in pixels.'
+    )
+  scale = tuple(config.crop_scale)
+  if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
+    raise ValueError(
+        f'data.crop_scale is {scale}; write (lowest, highest) with '
+        '0 < lowest <= highest.'
+    )
+  for field in ('batch_size', 'eval_batch_size'):
+    if config[field] < 1 or config[field] % process_count:
+      raise ValueError(
+          f'data.{field} is {config[field]}; use a positive multiple of the '
+          f'number of processes, {process_count}.'
+      )
+  lowest = {'num_threads': 1, 'prefetch': 1, 'resize_shorter': 0}
+  for field, least in lowest.items():
+    if config[field] < least:
+      raise ValueError(
+          f'data.{field} is {config[field]}; use at least {least}.'
+      )
+  if not 0 <= config.max_damaged_share <= 1:
+    raise ValueError(
+        f'data.max_damaged_share is {config.max_damaged_share}; use a share '
+        'in [0, 1].'
+    )

@@ -1,0 +1,99 @@
+"""What an image source is, and the bookkeeping of damaged images."""
+
+import abc
+import math
+import threading
+
+from absl import logging
+import numpy as np
+
+from fsq_jax.data import decoding, transforms
+
+_NUM_LISTED = 10
+
+
+class ImageSource(abc.ABC):
+  """Random access to the images of one split, from several threads at once.
+
+  Attributes:
+    identity: what the images are: 'name', 'split' and 'content', a hash that
+      changes with the images but not with the place where they are kept.
+    damaged: reason by index, of the images found unreadable so far.
+  """
+
+  def __init__(self, name: str, split: str, content: str):
+    self.identity = {'name': name, 'split': split, 'content': content}
+    self.damaged: dict[int, str] = {}
+
+  @abc.abstractmethod
+  def __len__(self) -> int:
+    """Number of examples."""
+
+  @abc.abstractmethod
+  def load(self, index: int) -> np.ndarray:
+    """Returns an image to crop from, [h, w, 3] uint8, maybe read-only.
+
+    Raises:
+      DamagedImageError: it cannot be read; it is in `damaged` from now on.
+      ValueError: too many cannot be read.
+    """
+
+  @abc.abstractmethod
+  def describe(self, index: int) -> str:
+    """Returns where an image comes from, for a person to find it."""
+
+
+class EncodedSource(ImageSource):
+  """Images that lie encoded in storage, some of which may be damaged.
+
+  Up to max_damaged_share of the images, rounded up to a whole number, may be
+  damaged; one more is an error. A share of 0 allows none.
+  """
+
+  def __init__(
+      self,
+      name: str,
+      split: str,
+      content: str,
+      *,
+      resize_shorter: int,
+      max_damaged_share: float,
+  ):
+    super().__init__(name, split, content)
+    self._resize_shorter = resize_shorter
+    self._max_damaged_share = max_damaged_share
+    self._lock = threading.Lock()
+
+  @abc.abstractmethod
+  def read(self, index: int) -> bytes:
+    """Returns an encoded image; a failure to read is fatal, not damage."""
+
+  def load(self, index: int) -> np.ndarray:
+    if index in self.damaged:
+      raise decoding.DamagedImageError(self.damaged[index])
+    data = self.read(index)
+    try:
+      image = decoding.decode_image(data)
+      return transforms.resize_shorter(image, self._resize_shorter)
+    except decoding.DamagedImageError as error:
+      self._record_damage(index, str(error))
+      raise
+
+  def _record_damage(self, index: int, reason: str) -> None:
+    with self._lock:
+      if index in self.damaged:
+        return
+      self.damaged[index] = reason
+      damaged = list(self.damaged.items())
+    logging.warning('Damaged image %s: %s', self.describe(index), reason)
+    limit = math.ceil(self._max_damaged_share * len(self))
+    if len(damaged) > limit:
+      listing = '\n'.join(
+          f'  {self.describe(i)}: {why}' for i, why in damaged[:_NUM_LISTED]
+      )
+      raise ValueError(
+          f'{len(damaged)} of {len(self)} images cannot be read, more than the '
+          f'{limit} that data.max_damaged_share = {self._max_damaged_share} '
+          f'allows. Repair or remove them, or raise the share. The first:\n'
+          f'{listing}'
+      )

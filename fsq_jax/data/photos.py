@@ -1,0 +1,109 @@
+"""Photographs that come with scikit-image: data without any download.
+
+The files are opened in the installed package; scikit-image is not imported.
+"""
+
+from collections.abc import Sequence
+import hashlib
+import importlib.util
+import pathlib
+
+import numpy as np
+
+from fsq_jax.data import decoding, image_source, transforms
+
+# File in skimage/data and its share of the training crops, in twentieths:
+# natural scenes first; tissue, retina and stars for variety of colour.
+TRAIN_PHOTOS = {
+    'astronaut.png': 6,
+    'motorcycle_left.png': 4,  # a stereo pair
+    'motorcycle_right.png': 4,
+    'rocket.jpg': 2,  # three quarters of it are empty sky
+    'ihc.png': 2,
+    'retina.jpg': 1,
+    'hubble_deep_field.jpg': 1,
+}
+# Never trained on.
+VALIDATION_PHOTOS = ('coffee.png', 'chelsea.png')
+
+# Crops are endless; this many are called an epoch.
+CROPS_PER_EPOCH = 10_000
+
+
+class TrainPhotos(image_source.ImageSource):
+  """Whole training photographs, each as often as its share says."""
+
+  def __init__(self, *, resize_shorter: int = 0):
+    self._photos, content = _load_photos(list(TRAIN_PHOTOS), resize_shorter)
+    super().__init__('skimage', 'train', content)
+    self._turns = [
+        name for name, share in TRAIN_PHOTOS.items() for _ in range(share)
+    ]
+
+  def __len__(self) -> int:
+    return CROPS_PER_EPOCH
+
+  def describe(self, index: int) -> str:
+    return self._turns[index % len(self._turns)]
+
+  def load(self, index: int) -> np.ndarray:
+    return self._photos[self.describe(index)]
+
+
+class ValidationTiles(image_source.ImageSource):
+  """Tiles of the validation photographs, side by side and row by row.
+
+  They start in the upper left corner, do not overlap, and leave out the rest
+  at the right and lower edges.
+  """
+
+  def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
+    self._photos, content = _load_photos(VALIDATION_PHOTOS, resize_shorter)
+    super().__init__('skimage', 'validation', content)
+    self._height, self._width = size
+    self._places = [
+        (name, row * self._height, column * self._width)
+        for name, photo in self._photos.items()
+        for row in range(photo.shape[0] // self._height)
+        for column in range(photo.shape[1] // self._width)
+    ]
+    if not self._places:
+      shapes = [photo.shape[:2] for photo in self._photos.values()]
+      raise ValueError(
+          f'data.image_size is {tuple(size)}, but the validation photographs '
+          f'have only {shapes} pixels; use a smaller image_size, a '
+          'resize_shorter that enlarges them, or another data.source.'
+      )
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def describe(self, index: int) -> str:
+    name, top, left = self._places[index]
+    return f'{name} at row {top}, column {left}'
+
+  def load(self, index: int) -> np.ndarray:
+    name, top, left = self._places[index]
+    return self._photos[name][
+        top : top + self._height, left : left + self._width
+    ]
+
+
+def _load_photos(
+    names: Sequence[str], resize_shorter: int
+) -> tuple[dict[str, np.ndarray], str]:
+  """Returns [h, w, 3] uint8 photographs by name, and a hash of their files."""
+  package = importlib.util.find_spec('skimage')
+  if package is None:
+    raise ValueError(
+        "data.source is 'photos', which needs the scikit-image package: "
+        'pip install scikit-image'
+    )
+  folder = pathlib.Path(package.submodule_search_locations[0]) / 'data'
+  photos, content = {}, hashlib.sha256()
+  for name in names:
+    data = (folder / name).read_bytes()
+    content.update(data)
+    image = decoding.decode_image(data)
+    photos[name] = transforms.resize_shorter(image, resize_shorter)
+  return photos, content.hexdigest()[:16]

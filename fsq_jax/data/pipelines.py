@@ -1,0 +1,219 @@
+"""From images to batches: training and evaluation pipelines, in Grain."""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+import grain
+import ml_collections
+import numpy as np
+
+from fsq_jax.data import decoding, image_source, transforms
+
+# Raise when a change to this package gives a config other pixels than before.
+_PIPELINE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+  """One split as batches of NumPy arrays, this process's share of each.
+
+  Batches are dicts, with b = batch size / process_count:
+    'image': [b, H, W, 3] uint8.
+    'index': [b] int64, the number of the example in its source, for
+      `describe`. In training, where an unreadable image is replaced by the
+      next readable one, it is the number of the image shown.
+    'mask': [b] bool, in evaluation only: False for unreadable images and for
+      what fills up the last batch; their pixels are 0.
+
+  Attributes:
+    num_examples: in the split, readable or not.
+    num_batches: of one pass over an evaluation split; None for training,
+      which never ends.
+    fingerprint: flat, JSON-able; everything that decides which pixels a step
+      gets. Save it beside the iterator's state; see `check_fingerprint`.
+    protocol: how evaluation images were made (JSON-able), to be stored with
+      every number computed from them; None for training.
+  """
+
+  num_examples: int
+  num_batches: int | None
+  fingerprint: Mapping[str, Any]
+  protocol: Mapping[str, Any] | None
+  _batches: grain.IterDataset = dataclasses.field(repr=False)
+  _source: image_source.ImageSource = dataclasses.field(repr=False)
+
+  def iterator(self) -> grain.DatasetIterator:
+    """Returns a new iterator at the first batch.
+
+    Its get_state() is a JSON-able dict that counts the batches taken, the
+    same on every process; set_state() of it continues with the next batch.
+    """
+    return iter(self._batches)
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return self.iterator()
+
+  @property
+  def damaged(self) -> int:
+    """Number of images found unreadable so far, by this process."""
+    return len(self._source.damaged)
+
+  def describe(self, index: int) -> str:
+    """Returns where the image with this 'index' comes from."""
+    return self._source.describe(int(index))
+
+
+def build_train(
+    config: ml_collections.ConfigDict,
+    source: image_source.ImageSource,
+    seed: int,
+    share: slice,
+) -> Dataset:
+  """Shuffles and augments without end; `share` deals out positions."""
+  if len(source) < config.batch_size:
+    raise ValueError(
+        f'data.batch_size is {config.batch_size}, but the training split has '
+        f'only {len(source)} examples; use at most that many.'
+    )
+  augmentation = {
+      'size': tuple(config.image_size),
+      'crop_scale': tuple(config.crop_scale),
+      'flip': config.flip,
+  }
+
+  def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    image, index = _load_readable(source, index)
+    image = transforms.augment(image, rng, **augmentation)
+    return {'image': image, 'index': np.int64(index)}
+
+  # Grain shuffles epoch e with seed + e; seeds that lie far apart keep runs
+  # with neighbouring seeds from sharing their orders.
+  shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
+  examples = (
+      grain.MapDataset.range(len(source))
+      .shuffle(seed=int(shuffle_seed))
+      .repeat()
+      .random_map(load, seed=int(augment_seed))
+  )
+  return Dataset(
+      num_examples=len(source),
+      num_batches=None,
+      fingerprint=_fingerprint(
+          config,
+          source,
+          batch_size=config.batch_size,
+          process_count=share.step,
+          seed=seed,
+          crop='random',
+          crop_scale=list(config.crop_scale),
+          flip=config.flip,
+      ),
+      protocol=None,
+      _batches=_batch(examples, config, config.batch_size, share),
+      _source=source,
+  )
+
+
+def build_eval(
+    config: ml_collections.ConfigDict,
+    source: image_source.ImageSource,
+    seed: int,
+    share: slice,
+) -> Dataset:
+  """Goes through every example once, in order; `share` deals out positions."""
+  del seed  # nothing is random
+  size = tuple(config.image_size)
+  num_batches = math.ceil(len(source) / config.eval_batch_size)
+  blank = np.zeros((*size, 3), np.uint8)
+
+  def load(index: int) -> dict[str, Any]:
+    example = {'index': np.int64(index)}
+    if index >= len(source):
+      return {**example, 'image': blank, 'mask': np.bool_(False)}
+    try:
+      image = transforms.centre_crop(source.load(index), size)
+    except decoding.DamagedImageError:
+      return {**example, 'image': blank, 'mask': np.bool_(False)}
+    return {**example, 'image': image, 'mask': np.bool_(True)}
+
+  padded_length = num_batches * config.eval_batch_size
+  examples = grain.MapDataset.range(padded_length).map(load)
+  resize = config.resize_shorter
+  return Dataset(
+      num_examples=len(source),
+      num_batches=num_batches,
+      fingerprint=_fingerprint(
+          config,
+          source,
+          batch_size=config.eval_batch_size,
+          process_count=share.step,
+          crop='centre',
+      ),
+      protocol={
+          'source': f"{config.source} {source.identity['name']}".strip(),
+          'split': source.identity['split'],
+          'count': len(source),
+          'crop': f'centre {size[0]}x{size[1]}, smaller images scaled up',
+          'resize': f'shorter side to {resize}' if resize else 'none',
+          'kernel': transforms.KERNEL,
+      },
+      _batches=_batch(examples, config, config.eval_batch_size, share),
+      _source=source,
+  )
+
+
+def _load_readable(
+    source: image_source.ImageSource, index: int
+) -> tuple[np.ndarray, int]:
+  """Returns the image at `index`, or the next one that can be read."""
+  for offset in range(len(source)):
+    candidate = (index + offset) % len(source)
+    try:
+      return source.load(candidate), candidate
+    except decoding.DamagedImageError:
+      continue
+  raise ValueError('None of the images of the split can be read.')
+
+
+def _batch(
+    examples: grain.MapDataset,
+    config: ml_collections.ConfigDict,
+    batch_size: int,
+    share: slice,
+) -> grain.IterDataset:
+  """Deals examples to this process, batches them and reads ahead in threads.
+
+  A thread makes whole batches: handing over single examples costs more than
+  cropping them.
+  """
+  local_size = batch_size // share.step
+  num_ahead = math.ceil(config.prefetch / local_size)
+  return (
+      examples[share]
+      .batch(local_size)
+      .to_iter_dataset(
+          grain.ReadOptions(
+              num_threads=config.num_threads,
+              prefetch_buffer_size=max(num_ahead, config.num_threads),
+          )
+      )
+  )
+
+
+def _fingerprint(
+    config: ml_collections.ConfigDict,
+    source: image_source.ImageSource,
+    **pipeline: Any,
+) -> dict[str, Any]:
+  return {
+      'pipeline_version': _PIPELINE_VERSION,
+      'source': config.source,
+      **source.identity,
+      'num_examples': len(source),
+      'image_size': list(config.image_size),
+      'resize_shorter': config.resize_shorter,
+      'kernel': transforms.KERNEL,
+      **pipeline,
+  }

@@ -1,0 +1,229 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+`tensorflow_datasets` itself takes half a second to import, so the functions
+that need it import it.
+"""
+
+import bisect
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from fsq_jax.data import image_source
+
+# 'name', 'name/config', either with ':1.2.3'.
+_NAME = re.compile(r'(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?')
+_VERSION = re.compile(r'\d+\.\d+\.\d+')
+
+
+class NotPreparedError(ValueError):
+  """The data set is not on this disk."""
+
+
+class PreparedSource(image_source.EncodedSource):
+  """A split of a data set that TFDS has written as array_record files.
+
+  The image is the feature of type Image (the one named 'image' if there are
+  several); it is decoded by this package like any image file.
+  """
+
+  def __init__(
+      self,
+      name: str,
+      data_dir: str,
+      split: str,
+      *,
+      resize_shorter: int = 0,
+      max_damaged_share: float = 0.01,
+  ):
+    import tensorflow_datasets as tfds
+
+    folder = find_prepared(name, data_dir)
+    builder = tfds.builder_from_directory(folder)
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+      raise ValueError(
+          f'{folder} holds {builder.info.file_format.value} files, which have '
+          f'no random access. {_how_to_prepare(name)}'
+      )
+    self._feature = _find_image_feature(builder.info.features, folder)
+    try:
+      self._records = builder.as_data_source(
+          split, decoders={self._feature: tfds.decode.SkipDecoding()}
+      )
+      self._files = builder.info.splits[split].file_instructions
+    except ValueError as error:
+      raise ValueError(
+          f'{builder.info.full_name} has no split {split!r}; it has '
+          f'{sorted(builder.info.splits)}. Set data.train_split and '
+          f"data.eval_split to one, or to a part such as 'train[:90%]'."
+      ) from error
+    for file in self._files:
+      if not os.path.exists(file.filename):
+        raise ValueError(f'{file.filename} is missing; prepare it anew.')
+    if not len(self._records):
+      raise ValueError(f'{builder.info.full_name} {split} holds no examples.')
+    self._ends = list(itertools.accumulate(file.take for file in self._files))
+    info = pathlib.Path(folder, 'dataset_info.json').read_bytes()
+    super().__init__(
+        builder.info.full_name,
+        split,
+        hashlib.sha256(info).hexdigest()[:16],
+        resize_shorter=resize_shorter,
+        max_damaged_share=max_damaged_share,
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def describe(self, index: int) -> str:
+    shard = bisect.bisect_right(self._ends, index)
+    file, end = self._files[shard], self._ends[shard]
+    record = file.skip + file.take - (end - index)
+    return f'{file.filename} record {record}'
+
+  def read(self, index: int) -> bytes:
+    try:
+      return self._records[index][self._feature]
+    except Exception as error:  # whatever array_record raises
+      raise ValueError(
+          f'{self.describe(index)} cannot be read: {error}. The file is '
+          'damaged or gone; prepare the data set anew.'
+      ) from error
+
+
+def find_prepared(name: str, data_dir: str) -> str:
+  """Finds the folder of one prepared version, without a network.
+
+  Args:
+    name: 'cifar10', 'name/config', or either with ':1.2.3'; may be '' where
+      data_dir is the folder itself.
+    data_dir: where TFDS keeps its data sets ('' means $TFDS_DATA_DIR, or else
+      ~/tensorflow_datasets), or directly the folder of a prepared version.
+
+  Returns:
+    The folder with dataset_info.json; of several versions the newest.
+
+  Raises:
+    NotPreparedError: it is not there; says where it looked and what to do.
+    ValueError: the name is not one, or not that of the folder.
+  """
+  root = pathlib.Path(_expand(data_dir))
+  match = _NAME.fullmatch(name)
+  if name and not match:
+    raise ValueError(
+        f"data.name is {name!r}; write 'name', 'name/config' or 'name:1.2.3'."
+    )
+  if _is_prepared(root):
+    info = json.loads((root / 'dataset_info.json').read_bytes())
+    if name and match['path'].split('/')[0] != info['name']:
+      raise ValueError(
+          f'data.data_dir {root} holds {info["name"]!r}, but data.name is '
+          f'{name!r}; correct one of them.'
+      )
+    return str(root)
+  if not name:
+    raise ValueError(f'data.name is empty and {root} is no prepared data set.')
+  base = root / match['path']
+  versions = [
+      path for path in base.glob('*')
+      if _VERSION.fullmatch(path.name) and _is_prepared(path)
+  ]
+  if match['version']:
+    versions = [path for path in versions if path.name == match['version']]
+  if not versions:
+    present = sorted(path.name for path in base.glob('*') if path.is_dir())
+    raise NotPreparedError(
+        f'Data set {name!r} is not prepared: no dataset_info.json under '
+        f'{base}/{match["version"] or "<version>"} (folders there: '
+        f'{present}). {_how_to_prepare(name)}'
+    )
+  return str(max(versions, key=lambda path: _version_key(path.name)))
+
+
+def prepare(name: str, data_dir: str) -> str:
+  """Downloads and writes a data set as array_record files, if it is not there.
+
+  Args:
+    name: as for find_prepared.
+    data_dir: where TFDS keeps its data sets; '' is the TFDS default.
+
+  Returns:
+    The folder of the prepared version.
+
+  Raises:
+    RuntimeError: TensorFlow, which TFDS needs for writing, is not installed,
+      or the data cannot be had.
+  """
+  try:
+    return find_prepared(name, data_dir)
+  except NotPreparedError:
+    pass
+  if importlib.util.find_spec('tensorflow') is None:
+    raise RuntimeError(
+        f'Preparing {name!r} needs TensorFlow, which is not installed '
+        '(training does not): pip install tensorflow-cpu, here or on any '
+        'machine, and copy the prepared folder.'
+    )
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(
+        name, data_dir=_expand(data_dir), file_format='array_record'
+    )
+    builder.download_and_prepare()
+  except Exception as error:  # network, disk, licence: TFDS raises any type
+    raise RuntimeError(
+        f'TFDS could not prepare {name!r} in {_expand(data_dir)}: '
+        f'{type(error).__name__}: {error}'
+    ) from error
+  return find_prepared(name, data_dir)
+
+
+def _expand(data_dir: str) -> str:
+  default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  return os.path.abspath(os.path.expanduser(data_dir or default))
+
+
+def _is_prepared(folder: pathlib.Path) -> bool:
+  return (folder / 'dataset_info.json').is_file()
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+  return tuple(int(part) for part in version.split('.'))
+
+
+def _how_to_prepare(name: str) -> str:
+  return (
+      f'Prepare {name!r} once, with a network, by `python launch.py '
+      '--config=... --mode=prepare` with the same config.'
+  )
+
+
+def _find_image_feature(features, folder: str) -> str:
+  """Returns the key of the feature of type Image."""
+  import tensorflow_datasets as tfds
+
+  keys = [
+      key for key, feature in features.items()
+      if isinstance(feature, tfds.features.Image)
+  ]
+  if 'image' in keys:
+    keys = ['image']
+  if len(keys) != 1:
+    raise ValueError(
+        f"{folder} has {len(keys)} image features {keys}; needed is one, or "
+        f"one named 'image'. All features: {sorted(features)}."
+    )
+  dtype = np.dtype(features[keys[0]].np_dtype).name
+  if dtype not in ('uint8', 'uint16'):
+    raise ValueError(
+        f'{folder}: feature {keys[0]!r} holds {dtype} images; known: uint8 '
+        'and uint16.'
+    )
+  return keys[0]

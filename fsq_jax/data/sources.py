@@ -1,0 +1,78 @@
+"""Where images come from: the table of data.source."""
+
+from absl import logging
+import ml_collections
+
+from fsq_jax.data import folder, image_source, photos, prepared, synthetic
+
+
+def _build_photos(config, split):
+  if split == 'train':
+    return photos.TrainPhotos(resize_shorter=config.resize_shorter)
+  return photos.ValidationTiles(
+      size=tuple(config.image_size), resize_shorter=config.resize_shorter
+  )
+
+
+def _build_prepared(config, split):
+  return prepared.PreparedSource(
+      config.name,
+      config.data_dir,
+      config.train_split if split == 'train' else config.eval_split,
+      resize_shorter=config.resize_shorter,
+      max_damaged_share=config.max_damaged_share,
+  )
+
+
+def _build_folder(config, split):
+  return folder.FolderSource(
+      config.data_dir,
+      config.train_split if split == 'train' else config.eval_split,
+      resize_shorter=config.resize_shorter,
+      max_damaged_share=config.max_damaged_share,
+  )
+
+
+def _build_synthetic(config, split):
+  return synthetic.SyntheticSource(
+      {'train': 'train', 'eval': 'validation'}[split],
+      size=tuple(config.image_size),
+  )
+
+
+_SOURCES = {
+    'photos': _build_photos,
+    'tfds': _build_prepared,
+    'folder': _build_folder,
+    'synthetic': _build_synthetic,
+}
+
+
+def build_source(
+    config: ml_collections.ConfigDict, split: str
+) -> image_source.ImageSource:
+  """Builds the images of a split ('train' or 'eval') from the `data` section.
+
+  The split names of the config belong to data sets that have several: tfds
+  and folder. The others have one training and one validation split.
+  """
+  if config.source not in _SOURCES:
+    raise ValueError(
+        f'data.source is {config.source!r}; known: {sorted(_SOURCES)}.'
+    )
+  return _SOURCES[config.source](config, split)
+
+
+def prepare(config: ml_collections.ConfigDict) -> str | None:
+  """Downloads what the `data` section of a config needs (mode `prepare`).
+
+  Returns:
+    The folder of the prepared data set; None where the source needs nothing.
+
+  Raises:
+    RuntimeError: it cannot be done here; the message says why.
+  """
+  if config.source != 'tfds':
+    logging.info('data.source %r needs no preparation.', config.source)
+    return None
+  return prepared.prepare(config.name, config.data_dir)

@@ -1,0 +1,118 @@
+"""Crops, resizes and flips of one image, in NumPy.
+
+All resizing is Pillow's bicubic kernel, which is antialiased when it shrinks;
+KERNEL names it wherever a number depends on it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from fsq_jax.data import decoding
+
+KERNEL = 'Pillow bicubic, antialiased'
+
+
+def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """Resizes an image; returned as it is where the size is right already.
+
+  Args:
+    image: [h, w, 3] uint8.
+    size: (height, width) in pixels.
+
+  Returns:
+    [height, width, 3] uint8.
+  """
+  height, width = size
+  if image.shape[:2] == (height, width):
+    return image
+  decoding.check_num_pixels(width, height)
+  resized = Image.fromarray(image).resize(
+      (width, height), Image.Resampling.BICUBIC
+  )
+  return np.asarray(resized)
+
+
+def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
+  """Resizes an image so that its shorter side is `length` pixels.
+
+  Args:
+    image: [h, w, 3] uint8.
+    length: of the shorter side; the longer one follows, rounded to the nearest
+      pixel. 0 returns the image as it is.
+
+  Returns:
+    [h', w', 3] uint8 with min(h', w') == length.
+  """
+  if not length:
+    return image
+  height, width = image.shape[:2]
+  scale = length / min(height, width)
+  return resize(image, (round(height * scale), round(width * scale)))
+
+
+def augment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: Sequence[int],
+    crop_scale: Sequence[float],
+    flip: bool,
+) -> np.ndarray:
+  """Cuts a random crop at a random scale and mirrors it half of the time.
+
+  The crop has sides size * s. s is log-uniform in crop_scale, whose ends are
+  first lowered to the largest s that fits the image; an image smaller than
+  `size` is therefore scaled up. The place is uniform over all whole pixels.
+
+  Args:
+    image: [h, w, 3] uint8.
+    rng: gives four numbers, whatever the other arguments are.
+    size: (height, width) of the result.
+    crop_scale: (lowest, highest) s.
+    flip: whether to mirror left to right with probability 1/2.
+
+  Returns:
+    [height, width, 3] uint8, perhaps a view of `image`.
+  """
+  scale_draw, top_draw, left_draw, flip_draw = rng.random(4)
+  largest = _largest_scale(image, size)
+  low, high = (min(scale, largest) for scale in crop_scale)
+  height, width = _crop_sides(image, size, low * (high / low) ** scale_draw)
+  top = int(top_draw * (image.shape[0] - height + 1))
+  left = int(left_draw * (image.shape[1] - width + 1))
+  crop = resize(image[top : top + height, left : left + width], size)
+  return crop[:, ::-1] if flip and flip_draw < 0.5 else crop
+
+
+def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """Cuts the centre; an odd margin leaves the larger part below and right.
+
+  Args:
+    image: [h, w, 3] uint8. Where it is smaller than `size`, the largest centred
+      crop of the same aspect is scaled up.
+    size: (height, width) of the result.
+
+  Returns:
+    [height, width, 3] uint8, perhaps a view of `image`.
+  """
+  scale = min(1.0, _largest_scale(image, size))
+  height, width = _crop_sides(image, size, scale)
+  top = (image.shape[0] - height) // 2
+  left = (image.shape[1] - width) // 2
+  return resize(image[top : top + height, left : left + width], size)
+
+
+def _largest_scale(image: np.ndarray, size: Sequence[int]) -> float:
+  return min(image.shape[0] / size[0], image.shape[1] / size[1])
+
+
+def _crop_sides(
+    image: np.ndarray, size: Sequence[int], scale: float
+) -> tuple[int, int]:
+  height, width = (
+      min(max(round(side * scale), 1), available)
+      for side, available in zip(size, image.shape[:2], strict=True)
+  )
+  return height, width

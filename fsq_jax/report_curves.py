@@ -1,0 +1,114 @@
+"""The curves of a report: metrics over steps as SVG, drawn by matplotlib."""
+
+from collections.abc import Mapping, Sequence
+import io
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+# A curve with more points is drawn as means between minima and maxima.
+_MAX_POINTS = 500
+
+# (title, split, keys, scale of the y axis).
+_CURVES = (
+    (
+        'Loss',
+        'train',
+        ('loss', 'reconstruction_loss', 'quantizer_loss'),
+        'log',
+    ),
+    ('PSNR, dB', 'eval', ('psnr',), 'linear'),
+    ('SSIM', 'eval', ('ssim',), 'linear'),
+    ('Codebook usage', 'eval', ('usage',), 'linear'),
+    ('Perplexity', 'eval', ('perplexity',), 'linear'),
+    ('Learning rate', 'train', ('learning_rate',), 'linear'),
+    ('Gradient norm', 'train', ('gradient_norm',), 'log'),
+    ('Images per second', 'train', ('images_per_second',), 'linear'),
+)
+_COLORS = ('#3f7fd6', '#e0862c', '#3fa377')
+# Drawn in this color by matplotlib, then in the page's text color.
+_TEXT_COLOR = '#010203'
+
+
+def render(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+  """Returns HTML with a small plot for each of _CURVES that has numbers.
+
+  Args:
+    rows: split -> rows with ascending 'step'; values may be missing or null.
+  """
+  figures = []
+  for number, (title, split, keys, scale) in enumerate(_CURVES):
+    curves = {}
+    for key in keys:
+      points = [
+          (row['step'], row[key])
+          for row in rows[split]
+          if _can_be_drawn(row.get(key), scale)
+      ]
+      if points:
+        curves[key] = np.array(points, np.float64)
+    if curves:
+      plot = _plot(curves, scale, f'plot{number}-')
+      figures.append(
+          f'<figure><figcaption>{title}</figcaption>{plot}</figure>'
+      )
+  return f'<div class="plots">{"".join(figures)}</div>' if figures else ''
+
+
+def _plot(curves: Mapping[str, np.ndarray], scale: str, prefix: str) -> str:
+  """SVG of curves [points, (step, value)]; its ids start with the prefix."""
+  import matplotlib
+  from matplotlib import figure
+
+  style = {
+      'svg.fonttype': 'none',
+      'svg.hashsalt': 'report',
+      'font.size': 9,
+      'text.color': _TEXT_COLOR,
+      'axes.edgecolor': _TEXT_COLOR,
+      'axes.labelcolor': _TEXT_COLOR,
+      'xtick.color': _TEXT_COLOR,
+      'ytick.color': _TEXT_COLOR,
+      'grid.color': _TEXT_COLOR,
+      'grid.alpha': 0.12,
+      'axes.grid': True,
+      'axes.spines.top': False,
+      'axes.spines.right': False,
+      'axes.linewidth': 0.6,
+      'axes.formatter.useoffset': False,
+      'legend.frameon': False,
+  }
+  with matplotlib.rc_context(style):
+    drawing = figure.Figure(figsize=(4.6, 2.6), layout='constrained')
+    axes = drawing.subplots()
+    for color, (name, points) in zip(_COLORS, curves.items(), strict=False):
+      bins = np.array_split(points, min(len(points), _MAX_POINTS))
+      steps, means = np.array([part.mean(axis=0) for part in bins]).T
+      label = name.replace('_', ' ')
+      marker = 'o' if len(points) <= 20 else None
+      axes.plot(steps, means, marker=marker, ms=3, c=color, label=label)
+      if len(points) > len(bins):
+        low, high = zip(
+            *((part[:, 1].min(), part[:, 1].max()) for part in bins),
+            strict=True,
+        )
+        axes.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
+    axes.set_yscale(scale)
+    axes.set_xlabel('step')
+    if len(curves) > 1:
+      axes.legend()
+    file = io.StringIO()
+    drawing.savefig(file, format='svg', transparent=True)
+  svg = file.getvalue()
+  svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+  svg = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}', svg)
+  svg = svg.replace(_TEXT_COLOR, 'currentColor')
+  return svg[svg.index('<svg') :]
+
+
+def _can_be_drawn(value: Any, scale: str) -> bool:
+  if not isinstance(value, int | float) or not math.isfinite(value):
+    return False
+  return scale == 'linear' or value > 0

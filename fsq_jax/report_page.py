@@ -1,0 +1,341 @@
+"""The HTML page of a report; it holds everything it shows and loads nothing.
+
+Every text that comes from a run is escaped here, where it enters the page.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+import html
+import json
+import math
+from typing import Any, NamedTuple
+
+from fsq_jax import report_curves
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1c1e21;
+  --soft: #656b73; --line: #dfe2e6; --tile: #f5f6f8; --mark: #3f7fd6;
+  --bad: #c8372d; }
+@media (prefers-color-scheme: dark) { :root { --back: #15171a;
+  --text: #e6e8ea; --soft: #9aa1a9; --line: #32363b; --tile: #1e2125; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1100px;
+  background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
+h1 { margin: 0; font-size: 1.8rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 2.75rem 0 .75rem; font-size: 1.15rem; }
+p { margin: .5rem 0; max-width: 46rem; }
+.soft, figcaption, th, dt { color: var(--soft); }
+.notice { color: var(--bad); }
+.tiles { display: grid; gap: .6rem; margin: 1.5rem 0 0;
+  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.tiles div { padding: .7rem .9rem; border-radius: 8px;
+  background: var(--tile); }
+.tiles b { display: block; font-size: 1.65rem; font-weight: 600;
+  line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tiles span { display: block; font-size: .82rem; color: var(--soft); }
+.frame { display: block; width: 100%; min-width: 640px; height: auto;
+  border-radius: 6px; }
+.frame[hidden] { display: none; }
+input[type=range] { width: min(24rem, 100%); vertical-align: middle;
+  accent-color: var(--mark); }
+.plots, .levels { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
+.levels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: .85rem; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-family: inherit !important; }
+.bars { display: flex; align-items: flex-end; gap: 2px; height: 80px;
+  border-bottom: 1px solid var(--soft); }
+.bars i { flex: 1; min-width: 1px; background: var(--mark); }
+.bars .dead { min-height: 4px; background: var(--bad); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+td:nth-child(2) { font-variant-numeric: tabular-nums; }
+@media (max-width: 640px) {
+  tr { display: flex; flex-wrap: wrap; justify-content: space-between;
+    padding: .35rem 0; border-bottom: 1px solid var(--line); }
+  th:nth-child(3) { display: none; }
+  th, td { padding: 0; border: 0; overflow-wrap: anywhere; }
+  td:nth-child(3) { width: 100%; color: var(--soft); } }
+details { margin: .1rem 0; }
+dl + details { margin-top: .3rem; }
+details details, details dl { margin-left: 1.1rem; }
+summary { cursor: pointer; }
+dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr;
+  gap: .1rem 1rem; margin: .2rem 0; font-size: .88rem; }
+dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
+  overflow-wrap: anywhere; }
+"""
+
+_SCRIPT = """
+const slider = document.getElementById('slider');
+if (slider) {
+  const frames = document.querySelectorAll('.frame');
+  slider.hidden = false;
+  slider.oninput = () => {
+    frames.forEach((frame, i) => { frame.hidden = i != slider.value; });
+    document.getElementById('shown').value = frames[slider.value].alt;
+  };
+}
+"""
+
+
+class Frame(NamedTuple):
+  """A PNG of reconstructions: its step, size in pixels and bytes."""
+
+  step: int
+  width: int
+  height: int
+  png: bytes
+
+
+class Run(NamedTuple):
+  """What a workdir holds; empty where it lacks a file."""
+
+  name: str
+  config: dict[str, Any]
+  quantizer: dict[str, Any]
+  provenance: dict[str, Any]
+  evaluation: dict[str, Any]
+  # split -> rows with ascending steps.
+  rows: dict[str, list[dict[str, Any]]]
+  # Ascending steps.
+  frames: list[Frame]
+  # Files that could not be read, and why.
+  notices: list[str]
+
+
+def render(run: Run) -> str:
+  """Returns the whole page of a run."""
+  protocol = dict(run.evaluation.get('protocol') or {})
+  definitions = protocol.pop('definitions', None) or {}
+  body = '\n'.join([
+      _headline(run),
+      _reconstructions(run.frames),
+      _section('Curves', report_curves.render(run.rows)),
+      _levels(run.evaluation.get('codebook') or {}),
+      _results(run.evaluation, definitions),
+      _section('Protocol of the evaluation', _tree(protocol)),
+      _section('Quantizer', _tree(run.quantizer)),
+      _section('Config', _tree(run.config)),
+      _section('Provenance', _tree(run.provenance)),
+  ])
+  return (
+      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+      '<meta name="viewport" content="width=device-width, initial-scale=1">'
+      f'<title>{html.escape(run.name)}</title><style>{_STYLE}</style></head>'
+      f'<body>\n{body}\n<script>{_SCRIPT}</script></body></html>\n'
+  )
+
+
+def _section(title: str, content: str) -> str:
+  return f'<section><h2>{title}</h2>{content}</section>' if content else ''
+
+
+def _headline(run: Run) -> str:
+  """Name, one sentence, notices and the tiles."""
+  values = _values(run)
+  notices = [f'<p class="notice">{html.escape(n)}</p>' for n in run.notices]
+  tiles = [
+      f'<div><b>{value}</b>{label}<span>{note}</span></div>'
+      for label, value, note in _tiles(run, values)
+  ]
+  return (
+      f'<header><h1>{html.escape(run.name)}</h1>'
+      f'<p>{html.escape(_summary(run, values))}</p>{"".join(notices)}'
+      f'<div class="tiles">{"".join(tiles)}</div></header>'
+  )
+
+
+def _values(run: Run) -> dict[str, Any]:
+  """The finite metrics of the evaluation, else those of the last eval row."""
+  values = {
+      'step': run.evaluation.get('step'),
+      **(run.evaluation.get('metrics') or {}),
+      **(run.evaluation.get('codebook') or {}),
+  }
+  if not run.evaluation and run.rows['eval']:
+    values = run.rows['eval'][-1]
+  size = run.quantizer.get('codebook_size')
+  if run.quantizer.get('levels'):
+    size = math.prod(run.quantizer['levels'])
+  values = {'codebook_size': size} | values
+  return {name: value for name, value in values.items() if _finite(value)}
+
+
+def _summary(run: Run, values: Mapping[str, Any]) -> str:
+  """What was run, and what came out, in a sentence."""
+  name = str(run.quantizer.get('name', 'The model'))
+  name = name.upper() if name == name.lower() else name
+  if run.quantizer.get('levels'):
+    name += ' with levels ' + ' \N{MULTIPLICATION SIGN} '.join(
+        map(str, run.quantizer['levels'])
+    )
+  if 'codebook_size' in values:
+    name += f' ({values["codebook_size"]:,} codes)'
+  if 'psnr' not in values:
+    if run.evaluation:
+      return f'{name}: the evaluation has no finite PSNR.'
+    if not run.rows['train']:
+      return f'{name}: nothing has been logged yet.'
+    row = run.rows['train'][-1]
+    return (
+        f'{name}: no evaluation yet; after step {row["step"]:,} the loss is'
+        f' {_number(row.get("loss"))}.'
+    )
+  protocol = run.evaluation.get('protocol') or {}
+  images = 'images'
+  if _finite(protocol.get('num_images')):
+    images = f'{protocol["num_images"]:,} images'
+  source = [protocol.get('source'), protocol.get('split')]
+  source = ' / '.join(str(part) for part in source if part)
+  text = f'{name} reconstructs {images}' + (f' of {source}' if source else '')
+  text += f' at {values["psnr"]:.2f} dB PSNR'
+  if 'ssim' in values:
+    text += f' and {values["ssim"]:.3f} SSIM'
+  if 'usage' in values:
+    text += f', using {100 * values["usage"]:.1f} % of its codes'
+  if 'step' in values:
+    text += f', after {values["step"]:,} steps'
+  return text + '.'
+
+
+def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+  """(label, value, note) of the numbers that are there."""
+  size = values.get('codebook_size')
+  bits = math.log2(size) if size else None
+  tiles = []
+  if 'psnr' in values:
+    tiles.append(('PSNR', f'{values["psnr"]:.2f} dB', 'mean over images'))
+  if 'ssim' in values:
+    tiles.append(('SSIM', f'{values["ssim"]:.3f}', 'Gaussian window'))
+  if 'usage' in values:
+    used = values.get('num_used_codes')
+    note = f'{used:,} of {size:,} codes' if used and size else 'of the codes'
+    tiles.append(('Codebook usage', f'{100 * values["usage"]:.1f} %', note))
+  if 'perplexity' in values:
+    note = f'of {size:,} codes' if size else 'codes in effective use'
+    tiles.append(('Perplexity', f'{values["perplexity"]:,.1f}', note))
+  if 'entropy_bits' in values:
+    note = f'entropy, of {bits:.2f}' if size else 'entropy'
+    tiles.append(('Bits per token', f'{values["entropy_bits"]:.2f}', note))
+  num_images = (run.evaluation.get('protocol') or {}).get('num_images')
+  sides = (run.config.get('data') or {}).get('image_size')
+  if size and sides and num_images and 'num_tokens' in values:
+    tokens = values['num_tokens'] + values.get('num_invalid_tokens', 0)
+    tokens /= num_images
+    rate = tokens * bits / math.prod(sides)
+    note = f'{tokens:g} tokens an image'
+    tiles.append(('Bits per pixel', f'{rate:.3f}', note))
+  return tiles
+
+
+def _reconstructions(frames: Sequence[Frame]) -> str:
+  """The last grid, and a slider over the earlier ones where scripts run."""
+  if not frames:
+    return ''
+  images = []
+  for frame in frames:
+    data = base64.b64encode(frame.png).decode()
+    hidden = '' if frame is frames[-1] else ' hidden'
+    images.append(
+        f'<img class="frame" alt="step {frame.step:,}" width="{frame.width}"'
+        f' height="{frame.height}" src="data:image/png;base64,{data}"{hidden}>'
+    )
+  last = len(frames) - 1
+  label = f'step {frames[-1].step:,}'
+  caption = f'<p class="soft">Originals over reconstructions, {label}.</p>'
+  if last:
+    caption = (
+        '<p class="soft">Originals over reconstructions, <output id="shown">'
+        f'{label}</output>. <input id="slider" type="range" min="0"'
+        f' max="{last}" value="{last}" aria-label="step" hidden></p>'
+    )
+  images = f'<div class="wide">{"".join(images)}</div>'
+  return _section('Reconstructions', caption + images)
+
+
+def _levels(codebook: Mapping[str, Any]) -> str:
+  """A histogram of the levels of each dimension; dead levels in red."""
+  histograms = codebook.get('level_histograms') or []
+  entropies = codebook.get('level_entropy_bits') or []
+  dead_class = ' class="dead"'
+  figures = []
+  for number, (counts, entropy) in enumerate(
+      zip(histograms, entropies, strict=True)
+  ):
+    total, largest = max(sum(counts), 1), max(*counts, 1)
+    bars = [
+        f'<i style="height:{100 * count / largest:.1f}%"'
+        f'{"" if count else dead_class} title="level {level}: {count:,}'
+        f' tokens, {100 * count / total:.2f} %"></i>'
+        for level, count in enumerate(counts)
+    ]
+    dead = sum(count == 0 for count in counts)
+    note = f', {dead} dead' if dead else ''
+    figures.append(
+        f'<figure><div class="bars">{"".join(bars)}</div><figcaption>'
+        f'Dimension {number + 1}: {entropy:.2f} of'
+        f' {math.log2(len(counts)):.2f} bits{note}</figcaption></figure>'
+    )
+  content = f'<div class="levels">{"".join(figures)}</div>' if figures else ''
+  return _section('Levels of each dimension', content)
+
+
+def _results(
+    evaluation: Mapping[str, Any], definitions: Mapping[str, str]
+) -> str:
+  """All numbers of the evaluation beside their definitions."""
+  values = {
+      **(evaluation.get('metrics') or {}),
+      **(evaluation.get('codebook') or {}),
+  }
+  rows = []
+  for name, value in values.items():
+    if name == 'level_histograms':
+      continue
+    parts = value if isinstance(value, list) else [value]
+    cells = (name, ', '.join(map(_number, parts)), definitions.get(name, ''))
+    cells = ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)
+    rows.append(f'<tr>{cells}</tr>')
+  if not rows:
+    return ''
+  return _section(
+      f'Evaluation at step {html.escape(_number(evaluation.get("step")))}',
+      '<table><tr><th>metric</th><th>value</th>'
+      f'<th>definition</th></tr>{"".join(rows)}</table>',
+  )
+
+
+def _tree(values: Mapping[str, Any]) -> str:
+  """Nested fields as a list, with branches that fold."""
+  parts, leaves = [], []
+  for name, value in values.items():
+    name = html.escape(str(name))
+    if isinstance(value, Mapping) and value:
+      parts.append(
+          f'<details><summary>{name}</summary>{_tree(value)}</details>'
+      )
+    else:
+      if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)
+      leaves.append(f'<dt>{name}</dt><dd>{html.escape(value)}</dd>')
+  if leaves:
+    parts.insert(0, f'<dl>{"".join(leaves)}</dl>')
+  return ''.join(parts)
+
+
+def _finite(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _number(value: Any) -> str:
+  """Six digits, thousands parted; a dash for what is not a finite number."""
+  if not _finite(value):
+    is_number = value is None or isinstance(value, float)
+    return '\N{EN DASH}' if is_number else str(value)
+  return f'{value:,}' if isinstance(value, int) else f'{value:.6g}'

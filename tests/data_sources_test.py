@@ -1,0 +1,358 @@
+"""Where images come from: folders, prepared data, photographs, synthetic."""
+
+import io
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import ml_collections
+import numpy as np
+from PIL import Image
+import pytest
+import skimage.data
+import tensorflow_datasets as tfds
+
+from fsq_jax import data
+from fsq_jax.data import decoding, folder, photos, prepared, synthetic
+
+
+def _encode(image, format: str = 'PNG', **options) -> bytes:
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
+  buffer = io.BytesIO()
+  image.save(buffer, format, **options)
+  return buffer.getvalue()
+
+
+# Folders.
+
+
+def _write(path, value: int = 0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(_encode(np.full((4, 6, 3), value, np.uint8)))
+
+
+def test_folder_lists_images_sorted_at_any_depth(tmp_path):
+  names = ['b/2.PNG', 'a/x y/ü.png', 'top.png', 'b/10.png', f'{"n" * 251}.png']
+  for value, name in enumerate(names):
+    _write(tmp_path / 'train' / name, value)
+  _write(tmp_path / 'train' / '._hidden.png')
+  _write(tmp_path / 'validation' / 'other.png')
+  (tmp_path / 'train' / 'empty class').mkdir()
+  (tmp_path / 'train' / 'labels.txt').write_text('a')
+  source = folder.FolderSource(str(tmp_path), 'train')
+  order = [1, 3, 0, 4, 2]
+  assert len(source) == 5
+  for index, value in enumerate(order):
+    assert source.describe(index) == str(tmp_path / 'train' / names[value])
+    image = source.load(index)
+    assert image.shape == (4, 6, 3)
+    assert (image == value).all()
+  resized = folder.FolderSource(str(tmp_path), 'train', resize_shorter=8)
+  assert resized.load(0).shape == (8, 12, 3)
+
+
+def test_links_may_not_leave_the_root(tmp_path):
+  root = tmp_path / 'root'
+  _write(root / 'train' / 'a.png')
+  _write(root / 'shared' / 'b.png')
+  _write(tmp_path / 'outside' / 'c.png')
+  link = root / 'train' / 'link'
+  link.symlink_to(root / 'shared')
+  (root / 'train' / 'link.png').symlink_to(root / 'shared' / 'b.png')
+  assert len(folder.FolderSource(str(root), 'train')) == 3
+  link.unlink()
+  link.symlink_to(tmp_path / 'outside')
+  with pytest.raises(ValueError, match='outside of'):
+    folder.FolderSource(str(root), 'train')
+  link.unlink()
+  link.symlink_to(root / 'train')
+  with pytest.raises(ValueError, match='folder that holds it'):
+    folder.FolderSource(str(root), 'train')
+  link.unlink()
+  for target in (tmp_path / 'outside' / 'c.png', root / 'missing.png'):
+    file_link = root / 'train' / 'd.png'
+    file_link.symlink_to(target)
+    with pytest.raises(ValueError, match='link to'):
+      folder.FolderSource(str(root), 'train')
+    file_link.unlink()
+
+
+def test_a_root_that_is_a_link_is_fine(tmp_path):
+  _write(tmp_path / 'real' / 'train' / 'a.png')
+  (tmp_path / 'alias').symlink_to(tmp_path / 'real')
+  assert len(folder.FolderSource(str(tmp_path / 'alias'), 'train')) == 1
+
+
+def test_missing_and_empty_splits_are_named(tmp_path):
+  with pytest.raises(ValueError, match='not a folder'):
+    folder.FolderSource(str(tmp_path / 'nowhere'), 'train')
+  _write(tmp_path / 'val' / 'a.png')
+  (tmp_path / 'train' / 'class').mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"\['train', 'val'\]"):
+    folder.FolderSource(str(tmp_path), 'validation')
+  with pytest.raises(ValueError, match=r"no folder '\.\./x'"):
+    folder.FolderSource(str(tmp_path), '../x')
+  with pytest.raises(ValueError, match='holds no images'):
+    folder.FolderSource(str(tmp_path), 'train')
+
+
+def test_damage_is_counted_once_and_unreadable_storage_is_fatal(tmp_path):
+  for number in range(3):
+    _write(tmp_path / 'train' / f'{number}.png')
+  source = folder.FolderSource(str(tmp_path), 'train', max_damaged_share=0.5)
+  (tmp_path / 'train' / '1.png').write_bytes(b'text')
+  with pytest.raises(decoding.DamagedImageError):
+    source.load(1)
+  (tmp_path / 'train' / '1.png').unlink()
+  with pytest.raises(decoding.DamagedImageError):  # not read a second time
+    source.load(1)
+  assert list(source.damaged) == [1]
+  (tmp_path / 'train' / '2.png').unlink()
+  with pytest.raises(FileNotFoundError):
+    source.load(2)
+
+
+# Prepared data sets.
+
+
+@pytest.fixture(scope='module')
+def prepared_root(tmp_path_factory) -> str:
+  """A folder of TFDS data sets with one, `tiny`: 12 + 5 images of 8x8."""
+
+  def examples(start, num):
+    for i in range(start, start + num):
+      image = io.BytesIO(_encode(np.full((8, 8, 3), i, np.uint8)))
+      yield i, {'picture': image, 'label': i}
+
+  class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    __module__ = 'fsq_jax.tiny'  # TFDS looks for metadata in the package
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+          builder=self,
+          features=tfds.features.FeaturesDict({
+              'label': np.int64,
+              'picture': tfds.features.Image(shape=(None, None, 3)),
+          }),
+      )
+
+    def _split_generators(self, download_manager):
+      del download_manager
+      return {'train': examples(0, 12), 'test': examples(12, 5)}
+
+    def _generate_examples(self):
+      raise NotImplementedError
+
+  root = str(tmp_path_factory.mktemp('tfds'))
+  Tiny(data_dir=root, file_format='array_record').download_and_prepare()
+  return root
+
+
+@pytest.mark.parametrize('name', ['tiny', 'tiny:1.0.0'])
+def test_prepared_data_are_read_by_name(prepared_root, name):
+  source = prepared.PreparedSource(name, prepared_root, 'train')
+  assert source.identity['name'] == 'tiny/1.0.0'
+  values = [int(source.load(i)[0, 0, 0]) for i in range(len(source))]
+  assert sorted(values) == list(range(12))
+  half = prepared.PreparedSource(name, prepared_root, 'train[50%:]')
+  assert [int(half.load(i)[0, 0, 0]) for i in range(6)] == values[6:]
+  assert half.describe(1).endswith('tiny-train.array_record-00000-of-00001 '
+                                   'record 7')
+  both = prepared.PreparedSource(name, prepared_root, 'train+test[:2]')
+  assert len(both) == 14
+  assert both.describe(13).endswith('tiny-test.array_record-00000-of-00001 '
+                                    'record 1')
+
+
+def test_prepared_data_are_read_by_folder(prepared_root):
+  version = f'{prepared_root}/tiny/1.0.0'
+  for name in ('', 'tiny'):
+    source = prepared.PreparedSource(name, version, 'test', resize_shorter=4)
+    assert source.load(0).shape == (4, 4, 3)
+  with pytest.raises(ValueError, match=r"holds 'tiny', but .* 'big'"):
+    prepared.PreparedSource('big', version, 'test')
+
+
+def test_missing_splits_list_those_there_are(prepared_root):
+  for split in ('validation', 'train[:x]'):
+    with pytest.raises(ValueError, match=r"it has \['test', 'train'\]"):
+      prepared.PreparedSource('tiny', prepared_root, split)
+
+
+def test_unprepared_data_are_an_error_that_says_where_and_how(
+    monkeypatch, prepared_root
+):
+  monkeypatch.setattr(tfds, 'builder', None)  # whatever downloads goes here
+  for name in ('cifar10', 'tiny:2.0.0', 'tiny/config'):
+    with pytest.raises(prepared.NotPreparedError, match='--mode=prepare') as e:
+      prepared.PreparedSource(name, prepared_root, 'train')
+    assert f'{prepared_root}/{name.split(":")[0]}' in str(e.value)
+  with pytest.raises(ValueError, match='is empty'):
+    prepared.PreparedSource('', prepared_root, 'train')
+  with pytest.raises(ValueError, match="write 'name'"):
+    prepared.PreparedSource('../tiny', prepared_root, 'train')
+
+
+def test_the_default_folder_is_that_of_tfds(monkeypatch, prepared_root):
+  monkeypatch.setenv('TFDS_DATA_DIR', prepared_root)
+  assert prepared.find_prepared('tiny', '').endswith('/tiny/1.0.0')
+
+
+def test_the_newest_version_is_taken(tmp_path):
+  for version in ('2.0.0', '10.0.0', '9.0.0', 'incomplete.x_11.0.0'):
+    path = tmp_path / 'some' / version
+    path.mkdir(parents=True)
+    (path / 'dataset_info.json').write_text('{}')
+  (tmp_path / 'some' / '12.0.0').mkdir()
+  found = prepared.find_prepared('some', str(tmp_path))
+  assert found == str(tmp_path / 'some' / '10.0.0')
+
+
+def test_damaged_records_name_file_and_record(tmp_path, prepared_root):
+  version = tmp_path / '1.0.0'
+  shutil.copytree(f'{prepared_root}/tiny/1.0.0', version)
+  shard = version / 'tiny-test.array_record-00000-of-00001'
+  content = bytearray(shard.read_bytes())
+  content[content.index(b'IHDR')] ^= 1  # in the first record
+  shard.write_bytes(content)
+  source = prepared.PreparedSource('', str(version), 'test')
+  with pytest.raises(ValueError, match='cannot be read: ') as caught:
+    source.load(0)
+  assert f'{shard} record 0 ' in str(caught.value)
+  shard.unlink()
+  with pytest.raises(ValueError, match='is missing') as caught:
+    prepared.PreparedSource('', str(version), 'test')
+  assert str(shard) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('features', 'expected'),
+    [
+        ({'a': tfds.features.Image()}, 'a'),
+        ({'a': tfds.features.Image(), 'image': tfds.features.Image()}, 'image'),
+        ({'a': tfds.features.Image(), 'b': tfds.features.Image()}, None),
+        ({'image': np.int64}, None),
+        (
+            {
+                'image': tfds.features.Image(
+                    shape=(None, None, 1), dtype=np.float32
+                )
+            },
+            None,
+        ),
+    ],
+)
+def test_the_image_feature_is_found_by_its_type(features, expected):
+  features = tfds.features.FeaturesDict({**features, 'label': np.int64})
+  if expected:
+    assert prepared._find_image_feature(features, '') == expected
+  else:
+    with pytest.raises(ValueError, match='image'):
+      prepared._find_image_feature(features, '')
+
+
+def _prepare_config(**values) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict({'source': 'tfds', 'name': '', **values})
+
+
+def test_prepare_needs_tensorflow_and_says_so(monkeypatch, tmp_path):
+  config = _prepare_config(name='mnist', data_dir=str(tmp_path))
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(RuntimeError, match='pip install tensorflow-cpu'):
+    data.prepare(config)
+
+
+def test_prepare_reports_what_tfds_reports(monkeypatch, tmp_path):
+  def fail(name, *, data_dir, file_format):
+    assert (name, data_dir) == ('mnist', str(tmp_path))
+    assert file_format == 'array_record'
+    raise ConnectionError('no route to host')
+
+  config = _prepare_config(name='mnist', data_dir=str(tmp_path))
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+  monkeypatch.setattr(tfds, 'builder', fail)
+  with pytest.raises(RuntimeError, match='ConnectionError: no route to host'):
+    data.prepare(config)
+
+
+def test_prepare_leaves_what_is_there(prepared_root):
+  config = _prepare_config(name='tiny', data_dir=prepared_root)
+  assert data.prepare(config) == f'{prepared_root}/tiny/1.0.0'
+  assert data.prepare(_prepare_config(source='photos')) is None
+
+
+# Photographs and synthetic images.
+
+
+def test_validation_tiles_are_the_photographs_in_rows():
+  source = photos.ValidationTiles(size=(32, 32))
+  assert len(source) == 12 * 18 + 9 * 14
+  expected = [
+      photo[top : top + 32, left : left + 32]
+      for photo in (skimage.data.coffee(), skimage.data.chelsea())
+      for top in range(0, photo.shape[0] - 31, 32)
+      for left in range(0, photo.shape[1] - 31, 32)
+  ]
+  tiles = [source.load(index) for index in range(len(source))]
+  np.testing.assert_array_equal(tiles, expected)
+  assert source.describe(19) == 'coffee.png at row 32, column 32'
+
+
+def test_photographs_appear_as_often_as_their_share():
+  source = photos.TrainPhotos()
+  names = [source.describe(index) for index in range(len(source))]
+  for name, share in photos.TRAIN_PHOTOS.items():
+    assert names.count(name) == photos.CROPS_PER_EPOCH * share / 20
+  assert not set(photos.VALIDATION_PHOTOS) & set(photos.TRAIN_PHOTOS)
+  np.testing.assert_array_equal(
+      source.load(names.index('rocket.jpg')), skimage.data.rocket()
+  )
+
+
+def test_photographs_smaller_than_a_tile_are_refused():
+  with pytest.raises(ValueError, match=r'image_size is \(512, 512\)'):
+    photos.ValidationTiles(size=(512, 512))
+  enlarged = photos.ValidationTiles(size=(512, 512), resize_shorter=600)
+  assert len(enlarged) == 2
+
+
+def test_synthetic_images_are_fixed_and_disjoint():
+  size = (12, 20)
+  train = synthetic.SyntheticSource('train', size=size)
+  validation = synthetic.SyntheticSource('validation', size=size)
+  image = train.load(5)
+  assert image.shape == (12, 20, 3)
+  assert image.dtype == np.uint8
+  assert image.std() > 10
+  np.testing.assert_array_equal(image, train.load(5))
+  images = {
+      source.load(index).tobytes()
+      for source in (train, validation)
+      for index in range(len(validation))
+  }
+  assert len(images) == 2 * len(validation)
+  assert train.describe(len(train) - 1) != validation.describe(0)
+
+
+def test_reading_imports_neither_tensorflow_nor_skimage(prepared_root):
+  code = f"""
+import sys
+from fsq_jax import data
+from fsq_jax.data import photos, prepared
+photos.TrainPhotos().load(0)
+for module in ('tensorflow_datasets', 'skimage'):
+  assert module not in sys.modules, module
+prepared.PreparedSource('tiny', {prepared_root!r}, 'train').load(0)
+assert 'tensorflow' not in sys.modules
+"""
+  result = subprocess.run(
+      [sys.executable, '-c', code],
+      cwd=pathlib.Path(__file__).parent.parent,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert result.returncode == 0, result.stderr

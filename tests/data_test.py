@@ -1,0 +1,341 @@
+"""Batches: order, resume, processes, evaluation, fingerprints; transforms."""
+
+import json
+import math
+
+import ml_collections
+import numpy as np
+from PIL import Image
+import pytest
+
+from fsq_jax import data
+from fsq_jax.data import photos
+
+
+def _config(**overrides) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict({
+      'source': 'photos',
+      'name': '',
+      'data_dir': '',
+      'train_split': 'train',
+      'eval_split': 'validation',
+      'image_size': (8, 8),
+      'batch_size': 8,
+      'eval_batch_size': 8,
+      'resize_shorter': 0,
+      'crop_scale': (1.0, 2.0),
+      'flip': True,
+      'max_damaged_share': 0.01,
+      'num_threads': 2,
+      'prefetch': 16,
+  })
+  config.update(overrides)
+  return config
+
+
+def _folder(root, num_images: int, split: str = 'train'):
+  """Writes 8x8 images whose every pixel is their number; returns root."""
+  (root / split).mkdir(parents=True, exist_ok=True)
+  for i in range(num_images):
+    pixels = np.full((8, 8, 3), i, np.uint8)
+    Image.fromarray(pixels).save(root / split / f'{i:03}.png')
+  return root
+
+
+def _folder_config(root, **overrides) -> ml_collections.ConfigDict:
+  return _config(source='folder', data_dir=str(root), **overrides)
+
+
+def _take(batches, num: int) -> list[dict[str, np.ndarray]]:
+  iterator = iter(batches)
+  return [next(iterator) for _ in range(num)]
+
+
+def _assert_equal(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def _noise(height: int, width: int) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+# Training order.
+
+
+@pytest.mark.parametrize('source', ['photos', 'synthetic'])
+def test_train_batches_repeat_with_their_seed_and_any_threads(source):
+  config = _config(source=source)
+  first = _take(data.build_dataset(config, split='train', seed=3), 3)
+  assert first[0]['image'].shape == (8, 8, 8, 3)
+  assert first[0]['image'].dtype == np.uint8
+  assert first[0]['index'].shape == (8,)
+  assert first[0]['index'].dtype == np.int64
+  config.update(num_threads=5, prefetch=1)
+  again = _take(data.build_dataset(config, split='train', seed=3), 3)
+  _assert_equal(first, again)
+  other = _take(data.build_dataset(config, split='train', seed=4), 3)
+  assert not np.array_equal(first[0]['index'], other[0]['index'])
+
+
+def test_neighbouring_seeds_do_not_share_epochs(tmp_path):
+  config = _folder_config(_folder(tmp_path, 24))
+
+  def epochs(seed):
+    batches = _take(data.build_dataset(config, split='train', seed=seed), 9)
+    order = np.concatenate([batch['index'] for batch in batches])
+    return order.reshape(3, 24).tolist()
+
+  orders = epochs(0) + epochs(1)
+  assert all(sorted(order) == list(range(24)) for order in orders)
+  assert len({tuple(order) for order in orders}) == 6
+
+
+def test_augmentation_differs_between_epochs_and_examples(tmp_path):
+  (tmp_path / 'train').mkdir()
+  for name in 'ab':
+    Image.fromarray(_noise(64, 64)).save(tmp_path / 'train' / f'{name}.png')
+  config = _folder_config(tmp_path, batch_size=2)
+  batches = _take(data.build_dataset(config, split='train', seed=0), 8)
+  crops = {image.tobytes() for batch in batches for image in batch['image']}
+  assert len(crops) == 16
+
+
+def test_restored_state_continues_in_the_middle_of_an_epoch(tmp_path):
+  config = _folder_config(_folder(tmp_path, 11), batch_size=4)
+  straight = _take(data.build_dataset(config, split='train', seed=0), 9)
+  iterator = data.build_dataset(config, split='train', seed=0).iterator()
+  for _ in range(4):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  restored = data.build_dataset(config, split='train', seed=0).iterator()
+  next(restored)
+  restored.set_state(state)
+  _assert_equal(straight[4:], [next(restored) for _ in range(5)])
+
+
+@pytest.mark.parametrize('count', [2, 4])
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_a_step_has_the_same_examples_for_any_process_count(split, count):
+  config = _config(source='synthetic')
+
+  def steps(index, count):
+    dataset = data.build_dataset(
+        config, split=split, seed=0, process_index=index, process_count=count
+    )
+    return _take(dataset, 3)
+
+  whole = steps(0, 1)
+  parts = [steps(index, count) for index in range(count)]
+  for step, expected in enumerate(whole):
+    shares = [part[step] for part in parts]
+    assert all(len(share['index']) == 8 // count for share in shares)
+    merged = {k: np.concatenate([s[k] for s in shares]) for k in expected}
+    order = np.argsort(merged['index'])
+    expected_order = np.argsort(expected['index'])
+    for key in expected:
+      np.testing.assert_array_equal(
+          merged[key][order], expected[key][expected_order]
+      )
+
+
+def test_unscaled_crops_are_pixels_of_their_photograph():
+  config = _config(crop_scale=(1.0, 1.0), flip=False, image_size=(16, 24))
+  dataset = data.build_dataset(config, split='train', seed=0)
+  (batch,) = _take(dataset, 1)
+  source = photos.TrainPhotos()
+  for image, index in zip(batch['image'], batch['index'], strict=True):
+    windows = np.lib.stride_tricks.sliding_window_view(
+        source.load(index), (16, 24), axis=(0, 1)
+    )
+    found = (windows[..., 0, 0] == image[0, 0]).all(-1)
+    candidates = windows[found].transpose(0, 2, 3, 1)
+    assert (candidates == image).all((1, 2, 3)).any()
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize(('num_images', 'batch_size'), [(1, 4), (8, 4), (9, 4)])
+@pytest.mark.parametrize('count', [1, 2])
+def test_eval_covers_every_example_once(
+    tmp_path, num_images, batch_size, count
+):
+  root = _folder(tmp_path, num_images, 'validation')
+  config = _folder_config(root, eval_batch_size=batch_size)
+  seen = []
+  for process in range(count):
+    dataset = data.build_dataset(
+        config, split='eval', seed=0, process_index=process, process_count=count
+    )
+    batches = list(dataset)
+    assert len(batches) == dataset.num_batches
+    assert dataset.num_batches == math.ceil(num_images / batch_size)
+    for batch in batches:
+      assert batch['mask'].dtype == bool
+      assert batch['image'].shape == (batch_size // count, 8, 8, 3)
+      assert not batch['image'][~batch['mask']].any()
+      seen += batch['index'][batch['mask']].tolist()
+      np.testing.assert_array_equal(
+          batch['image'][batch['mask'], 0, 0, 0],
+          batch['index'][batch['mask']],
+      )
+  assert sorted(seen) == list(range(num_images))
+  assert dataset.num_examples == dataset.protocol['count'] == num_images
+
+
+def test_protocol_names_what_numbers_depend_on(tmp_path):
+  config = _folder_config(_folder(tmp_path, 3, 'validation'), resize_shorter=9)
+  protocol = data.build_dataset(config, split='eval', seed=0).protocol
+  assert protocol == {
+      'source': 'folder',
+      'split': 'validation',
+      'count': 3,
+      'crop': 'centre 8x8, smaller images scaled up',
+      'resize': 'shorter side to 9',
+      'kernel': 'Pillow bicubic, antialiased',
+  }
+
+
+# Damaged images.
+
+
+def test_damaged_images_are_replaced_in_training(tmp_path):
+  root = _folder(tmp_path, 12)
+  for number in (3, 4, 11):
+    (root / 'train' / f'{number:03}.png').write_bytes(b'')
+  config = _folder_config(root, batch_size=4, max_damaged_share=0.25)
+  dataset = data.build_dataset(config, split='train', seed=0)
+  batches = _take(dataset, 3)
+  shown = sorted(np.concatenate([batch['index'] for batch in batches]))
+  # 3 and 4 give way to 5, and 11 to 0.
+  assert shown == [0, 0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10]
+  for batch in batches:
+    np.testing.assert_array_equal(batch['image'][:, 0, 0, 0], batch['index'])
+  assert dataset.damaged == 3
+  _assert_equal(batches, _take(dataset, 3))
+  assert dataset.damaged == 3
+
+
+def test_damaged_images_are_masked_in_evaluation(tmp_path):
+  root = _folder(tmp_path, 6, 'validation')
+  (root / 'validation' / '002.png').write_bytes(b'no image')
+  dataset = data.build_dataset(_folder_config(root), split='eval', seed=0)
+  (batch,) = list(dataset)
+  expected = [True, True, False, True, True, True, False, False]
+  assert batch['mask'].tolist() == expected
+  assert not batch['image'][2].any()
+  assert dataset.damaged == 1
+
+
+@pytest.mark.parametrize('share', [0.0, 0.1])
+def test_more_damage_than_allowed_stops_with_a_list(tmp_path, share):
+  root = _folder(tmp_path, 12, 'validation')
+  # 0.1 of 12 images rounds up to 2.
+  for number in range(1 if share == 0 else 3):
+    (root / 'validation' / f'{number:03}.png').write_bytes(b'')
+  config = _folder_config(root, max_damaged_share=share, num_threads=1)
+  with pytest.raises(ValueError, match='max_damaged_share') as caught:
+    list(data.build_dataset(config, split='eval', seed=0))
+  assert '000.png' in str(caught.value)
+
+
+# Configs and fingerprints.
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        ({'source': 'nowhere'}, "'nowhere'; known: .*'folder', 'photos'"),
+        ({'batch_size': 9}, 'batch_size is 9.* processes, 2'),
+        ({'eval_batch_size': 0}, 'eval_batch_size is 0'),
+        ({'image_size': (8, 0)}, 'image_size'),
+        ({'image_size': (8,)}, 'image_size'),
+        ({'crop_scale': (2.0, 1.0)}, 'crop_scale'),
+        ({'crop_scale': (0.0, 1.0)}, 'crop_scale'),
+        ({'max_damaged_share': 1.5}, 'max_damaged_share'),
+        ({'num_threads': 0}, 'num_threads'),
+        ({'prefetch': 0}, 'prefetch'),
+        ({'resize_shorter': -1}, 'resize_shorter'),
+        ({'batch_size': 20_000}, 'only 10000 examples'),
+    ],
+)
+def test_configs_that_cannot_work_are_refused(overrides, message):
+  with pytest.raises(ValueError, match=message):
+    data.build_dataset(
+        _config(**overrides), split='train', seed=0, process_count=2
+    )
+
+
+def test_unknown_splits_and_processes_are_refused():
+  with pytest.raises(ValueError, match=r"'test'; known: \['eval', 'train'\]"):
+    data.build_dataset(_config(), split='test', seed=0)
+  with pytest.raises(ValueError, match='process_index is 2 of 2'):
+    data.build_dataset(
+        _config(), split='train', seed=0, process_index=2, process_count=2
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'line'),
+    [
+        ({'batch_size': 4}, 'batch_size: 8 -> 4'),
+        ({'image_size': (8, 4)}, r'image_size: \[8, 8\] -> \[8, 4\]'),
+        ({'crop_scale': (1.0, 1.5)}, r'crop_scale: \[1.0, 2.0\] -> '),
+        ({'flip': False}, 'flip: True -> False'),
+        ({'resize_shorter': 16}, 'resize_shorter: 0 -> 16'),
+        ({'source': 'synthetic'}, "source: 'photos' -> 'synthetic'"),
+    ],
+)
+def test_fingerprint_tells_what_changed(change, line):
+  def fingerprint(**overrides):
+    config = _config(**overrides)
+    return data.build_dataset(config, split='train', seed=0).fingerprint
+
+  saved = json.loads(json.dumps(fingerprint()))
+  with pytest.raises(ValueError, match=rf'\n  {line}') as caught:
+    data.check_fingerprint(saved, fingerprint(**change))
+  if 'source' not in change:
+    assert str(caught.value).count(' -> ') == 2  # the heading and one line
+
+
+def test_fingerprint_passes_what_does_not_matter():
+  saved = data.build_dataset(_config(), split='train', seed=0).fingerprint
+  assert saved['process_count'] == 1
+  current = data.build_dataset(
+      _config(num_threads=3, prefetch=99),
+      split='train',
+      seed=0,
+      process_count=2,
+  ).fingerprint
+  data.check_fingerprint(json.loads(json.dumps(saved)), current)
+  other_seed = data.build_dataset(_config(), split='train', seed=1).fingerprint
+  with pytest.raises(ValueError, match='seed: 0 -> 1'):
+    data.check_fingerprint(saved, other_seed)
+  with pytest.raises(ValueError, match='seed: 0 -> None'):
+    data.check_fingerprint(saved, {k: saved[k] for k in saved if k != 'seed'})
+
+
+@pytest.mark.parametrize('change', ['added', 'renamed', 'rewritten'])
+def test_fingerprint_changes_with_the_files(tmp_path, change):
+  root = _folder(tmp_path, 8)
+
+  def fingerprint():
+    config = _folder_config(root)
+    return data.build_dataset(config, split='train', seed=0).fingerprint
+
+  saved = fingerprint()
+  assert fingerprint() == saved
+  file = root / 'train' / '003.png'
+  if change == 'added':
+    (root / 'train' / 'x.png').write_bytes(file.read_bytes())
+  elif change == 'renamed':
+    file.rename(root / 'train' / 'x.png')
+  else:
+    Image.fromarray(_noise(8, 8)).save(file)
+  with pytest.raises(ValueError, match='content: '):
+    data.check_fingerprint(saved, fingerprint())

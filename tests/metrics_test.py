@@ -1,0 +1,312 @@
+"""Image metrics against scikit-image, averages and codebook counts exactly."""
+
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+import skimage.metrics
+
+from fsq_jax import metrics
+
+_IMAGE_METRICS = ('psnr', 'ssim', 'ssim_uniform', 'l1', 'mse')
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_promotion():
+  with jax.numpy_rank_promotion('raise'):
+    yield
+
+
+def _jpeg(image, quality):
+  file = io.BytesIO()
+  PIL.Image.fromarray(image).save(file, 'jpeg', quality=quality)
+  return np.asarray(PIL.Image.open(file))
+
+
+@pytest.fixture(scope='module')
+def pairs():
+  """Photographs beside their JPEGs, and flat bright images: [6, 96, 80, 3]."""
+  rng = np.random.default_rng(0)
+  originals, others = [], []
+  for name, quality in (('astronaut', 5), ('chelsea', 25), ('coffee', 90)):
+    image = np.ascontiguousarray(getattr(skimage.data, name)()[60:156, 60:140])
+    originals.append(image)
+    others.append(_jpeg(image, quality))
+  # Float32 loses most where the mean is large and the variance small.
+  flat = np.full((96, 80, 3), 255, np.uint8)
+  originals += [flat, flat - rng.integers(0, 9, flat.shape, np.uint8), flat]
+  others += [flat - 1, flat - 4, rng.integers(0, 256, flat.shape, np.uint8)]
+  return np.stack(originals), np.stack(others)
+
+
+def _expected(name, x, y):
+  """The metric of one pair in float64, by scikit-image or by definition."""
+  difference = (x.astype(np.float64) - y) / 255
+  return {
+      'psnr': lambda: skimage.metrics.peak_signal_noise_ratio(x, y),
+      'ssim': lambda: skimage.metrics.structural_similarity(
+          x,
+          y,
+          channel_axis=-1,
+          gaussian_weights=True,
+          sigma=1.5,
+          use_sample_covariance=False,
+      ),
+      'ssim_uniform': lambda: skimage.metrics.structural_similarity(
+          x, y, channel_axis=-1
+      ),
+      'l1': lambda: np.abs(difference).mean(),
+      'mse': lambda: (difference**2).mean(),
+  }[name]()
+
+
+@pytest.mark.parametrize('name', _IMAGE_METRICS)
+def test_metric_equals_reference(name, pairs):
+  values = jax.jit(getattr(metrics, name))(*pairs)
+  expected = [_expected(name, x, y) for x, y in zip(*pairs, strict=True)]
+  assert values.dtype == jnp.float32
+  np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+
+
+def test_metrics_of_identical_images(pairs):
+  originals = pairs[0][:2]
+  reconstructions = originals.astype(np.float32) / 127.5 - 1
+  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  expected = {
+      'psnr': metrics.PSNR_CAP,
+      'ssim': 1,
+      'ssim_uniform': 1,
+      'l1': 0,
+      'mse': 0,
+      'identical': 1,
+  }
+  assert values.keys() == expected.keys()
+  for name, value in values.items():
+    np.testing.assert_array_equal(value, np.full(2, expected[name]), name)
+
+
+def test_image_metrics_are_those_of_the_rounded_images(pairs):
+  originals, others = pairs
+  # A third of a grey level away from each integer, below and above.
+  shift = np.where(np.arange(80)[:, None] % 2, 1 / 3, -1 / 3)
+  reconstructions = ((others + shift) / 127.5 - 1).astype(np.float32)
+  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  for name in _IMAGE_METRICS:
+    expected = jax.jit(getattr(metrics, name))(originals, others)
+    np.testing.assert_allclose(values[name], expected, rtol=1e-6, atol=1e-7)
+  np.testing.assert_array_equal(values['identical'], np.zeros(6))
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_non_finite_image_is_reported(pairs, bad):
+  originals, others = pairs
+  reconstructions = others.astype(np.float32) / 127.5 - 1
+  reconstructions[1, 5, 7, 2] = bad
+  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  for name, value in values.items():
+    assert np.isnan(value).tolist() == [False, True] + 4 * [False], name
+    mean = metrics.Mean()
+    mean.update(value, np.ones(6, bool))
+    assert math.isnan(mean.result())
+    assert (mean.num_nonfinite, mean.num_values) == (1, 6)
+
+
+@pytest.mark.parametrize('name', _IMAGE_METRICS)
+def test_metrics_refuse_what_would_broadcast(name):
+  metric = getattr(metrics, name)
+  images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
+  with pytest.raises(ValueError, match='equal shapes'):
+    metric(images, images[:1])
+  with pytest.raises(ValueError, match='equal shapes'):
+    metric(images[0], images[0])
+  with pytest.raises(ValueError, match='to_uint8'):
+    metric(images, images.astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ('metric', 'size'), [(metrics.ssim, 11), (metrics.ssim_uniform, 7)]
+)
+def test_ssim_refuses_images_below_its_window(metric, size):
+  metric(*2 * [jnp.zeros((1, size, size, 3), jnp.uint8)])
+  with pytest.raises(ValueError, match=f'window of {size}'):
+    metric(*2 * [jnp.zeros((1, size, size - 1, 3), jnp.uint8)])
+
+
+def test_to_uint8_inverts_the_scaling_and_rounds_to_nearest():
+  levels = np.arange(256)
+  images = (levels / 127.5 - 1).astype(np.float32)
+  np.testing.assert_array_equal(metrics.to_uint8(images), levels)
+  np.testing.assert_array_equal(metrics.to_uint8(images + 0.003), levels)
+  np.testing.assert_array_equal(metrics.to_uint8(images - 0.003), levels)
+  outside = jnp.array([-np.inf, -1.5, 1.5, np.inf, np.nan])
+  np.testing.assert_array_equal(
+      jax.jit(metrics.to_uint8)(outside), [0, 0, 255, 255, 0]
+  )
+  with pytest.raises(ValueError, match='uint8'):
+    metrics.to_uint8(levels)
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 64])
+def test_mean_does_not_depend_on_batches(batch_size):
+  values = np.random.default_rng(0).normal(20, 9, 64).astype(np.float32)
+  means = metrics.Mean(), metrics.Mean()
+  for start in range(0, 64, batch_size):
+    batch = values[start : start + batch_size]
+    padding = batch_size - len(batch)
+    batch = np.concatenate([batch, np.full(padding, np.nan, np.float32)])
+    mask = np.arange(batch_size) < batch_size - padding
+    means[start % 2].update(batch, mask)
+  means[0].merge(means[1])
+  expected = values.astype(np.float64).mean()
+  np.testing.assert_allclose(means[0].result(), expected, rtol=1e-12)
+  assert (means[0].num_values, means[0].num_nonfinite) == (64, 0)
+
+
+def test_mean_of_nothing_is_nan_and_shapes_are_checked():
+  mean = metrics.Mean()
+  assert math.isnan(mean.result())
+  with pytest.raises(ValueError, match='give'):
+    mean.update(np.zeros(4), np.ones(1, bool))
+
+
+_LEVELS = (4, 3, 2)
+
+
+def _digits_of(indices):
+  return np.stack(np.unravel_index(indices, _LEVELS), axis=-1)
+
+
+def _fsq_statistics():
+  return metrics.CodebookStatistics(24, levels=_LEVELS, digits_of=_digits_of)
+
+
+def test_codebook_statistics_equal_closed_forms():
+  statistics = _fsq_statistics()
+  # Codes (0, 0, 0) four times, (3, 1, 0) twice, (0, 1, 1) and (3, 0, 1) once.
+  indices = np.array([[0, 0, 0, 0], [20, 20, 3, 19]], np.int32)
+  statistics.update(indices, np.ones(2, bool))
+  result = statistics.result()
+  expected = {
+      'codebook_size': 24,
+      'num_tokens': 8,
+      'num_invalid_tokens': 0,
+      'num_used_codes': 4,
+      'usage': 4 / 24,
+      'tokens_per_code': 8 / 24,
+      'entropy_bits': 1.75,
+      'entropy_bits_miller_madow': 1.75 + 3 / (16 * math.log(2)),
+      'entropy_share': 1.75 / math.log2(24),
+      'perplexity': 2**1.75,
+      'dead_levels': [2, 1, 0],
+  }
+  for name, value in expected.items():
+    assert result[name] == pytest.approx(value, rel=1e-12), name
+  assert result['level_histograms'] == [[5, 0, 0, 3], [5, 3, 0], [6, 2]]
+  level_entropies = [0.954434002924965, 0.954434002924965, 0.811278124459133]
+  assert result['level_entropy_bits'] == pytest.approx(level_entropies)
+  assert result['total_correlation_bits'] == pytest.approx(
+      sum(level_entropies) - 1.75
+  )
+  assert json.loads(json.dumps(result)) == result
+
+
+def test_uniform_independent_digits_have_all_the_bits():
+  statistics = _fsq_statistics()
+  statistics.update(np.arange(24, dtype=np.int32).reshape(4, 6), np.full(4, 1))
+  result = statistics.result()
+  assert result['usage'] == 1
+  assert result['perplexity'] == pytest.approx(24)
+  assert result['entropy_share'] == pytest.approx(1)
+  assert result['total_correlation_bits'] == pytest.approx(0, abs=1e-12)
+
+
+def test_invalid_tokens_and_padding_are_left_out():
+  statistics = metrics.CodebookStatistics(5)
+  indices = np.array([[0, -1], [5, 4], [1, 2**31 - 1], [3, 3]], np.int32)
+  statistics.update(indices, np.array([True, True, True, False]))
+  codes, counts = statistics.histogram()
+  assert (codes.tolist(), counts.tolist()) == ([0, 1, 4], [1, 1, 1])
+  result = statistics.result()
+  assert (result['num_tokens'], result['num_invalid_tokens']) == (3, 3)
+  assert 'level_histograms' not in result
+
+
+@pytest.mark.parametrize('batch_size', [1, 50, 400])
+def test_codebook_statistics_do_not_depend_on_batches(batch_size, monkeypatch):
+  monkeypatch.setattr(metrics, '_BUFFERED_CODES', 30)
+  rng = np.random.default_rng(0)
+  # -1 ... 23, where -1 is the most frequent.
+  indices = np.minimum(rng.geometric(0.1, (400, 3, 2)), 25).astype(np.int32) - 2
+  parts = _fsq_statistics(), _fsq_statistics()
+  for number, start in enumerate(range(0, 400, batch_size)):
+    batch = indices[start : start + batch_size]
+    parts[number % 2].update(batch, np.ones(len(batch), bool))
+  parts[0].merge(parts[1])
+  codes, counts = parts[0].histogram()
+  valid = indices[indices >= 0]
+  expected = np.unique(valid, return_counts=True)
+  np.testing.assert_array_equal(codes, expected[0])
+  np.testing.assert_array_equal(counts, expected[1])
+  result = parts[0].result()
+  shares = expected[1] / valid.size
+  entropy = -np.sum(shares * np.log2(shares))
+  assert result['entropy_bits'] == pytest.approx(entropy, rel=1e-12)
+  assert result['num_invalid_tokens'] == 2400 - valid.size
+
+
+def test_largest_codebook_allocates_only_what_it_sees():
+  statistics = metrics.CodebookStatistics(2**31)
+  statistics.update(np.array([[0, 2**31 - 1]], np.int32), np.ones(1, bool))
+  result = statistics.result()
+  assert result['perplexity'] == 2
+  assert result['usage'] == 2**-30
+  assert result['num_invalid_tokens'] == 0
+
+
+def test_codebook_without_tokens_has_no_entropy():
+  result = _fsq_statistics().result()
+  assert result['usage'] == 0
+  assert math.isnan(result['entropy_bits'])
+  assert math.isnan(result['perplexity'])
+
+
+def test_codebook_statistics_refuse_what_does_not_fit():
+  with pytest.raises(ValueError, match='2\\^31'):
+    metrics.CodebookStatistics(2**31 + 1)
+  with pytest.raises(ValueError, match='product 24'):
+    metrics.CodebookStatistics(25, levels=_LEVELS, digits_of=_digits_of)
+  with pytest.raises(ValueError, match='both'):
+    metrics.CodebookStatistics(24, levels=_LEVELS)
+  statistics = _fsq_statistics()
+  with pytest.raises(ValueError, match='int32'):
+    statistics.update(np.zeros((2, 3)), np.ones(2, bool))
+  with pytest.raises(ValueError, match='mask'):
+    statistics.update(np.zeros((2, 3), np.int32), np.ones(3, bool))
+  with pytest.raises(ValueError, match='merged'):
+    statistics.merge(metrics.CodebookStatistics(25))
+
+
+def test_wrong_digits_are_refused():
+  statistics = metrics.CodebookStatistics(
+      24, levels=(2, 3, 4), digits_of=_digits_of
+  )
+  statistics.update(np.array([23], np.int32), np.ones(1, bool))
+  with pytest.raises(ValueError, match='digits_of returned'):
+    statistics.result()
+
+
+def test_every_number_has_a_definition(pairs):
+  statistics = _fsq_statistics()
+  statistics.update(np.zeros((1, 1), np.int32), np.ones(1, bool))
+  reconstructions = jnp.zeros((6, 96, 80, 3))
+  names = {
+      *metrics.image_metrics(pairs[0], reconstructions),
+      *statistics.result(),
+  }
+  assert names == set(metrics.DEFINITIONS)

@@ -1,0 +1,347 @@
+"""The report shows the numbers of a workdir, escaped, and nothing foreign."""
+
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from fsq_jax import report, report_curves
+
+_VOID = {'meta', 'img', 'input'}
+_EVIL = '<script>alert("x")</script>'
+
+
+class _Page(html.parser.HTMLParser):
+  """Checks that tags are balanced, and keeps attributes, ids and text."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.open, self.tags, self.links, self.ids = [], [], [], []
+    self.text = ''
+    self.feed(page)
+    self.close()
+    assert not self.open, f'never closed: {self.open}'
+    assert len(self.ids) == len(set(self.ids))
+
+  def handle_starttag(self, tag, attrs):
+    self.handle_startendtag(tag, attrs)
+    if tag not in _VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    for name, value in attrs:
+      if name in ('src', 'href', 'xlink:href', 'srcset', 'data', 'action'):
+        self.links.append(value)
+      if name == 'id':
+        self.ids.append(value)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] not in ('style', 'script'):
+      self.text += data
+
+
+def _write(workdir, **files):
+  for name, value in files.items():
+    (workdir / f'{name}.json').write_text(json.dumps(value))
+
+
+def _read(workdir):
+  path = report.write_report(workdir)
+  assert path == str(workdir / 'report.html')
+  with open(path, encoding='utf-8') as file:
+    return file.read()
+
+
+def _images(seed, num, height=8, width=10):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (num, height, width, 3), np.uint8)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A finished run of three evaluations."""
+  workdir = tmp_path / 'photos_888'
+  workdir.mkdir()
+  _write(
+      workdir,
+      config={'data': {'image_size': [16, 32]}, 'optim': {'b1': 0.875}},
+      quantizer={'name': 'fsq', 'levels': [4, 2]},
+      run={'command': 'python launch.py --x', 'git': None},
+      evaluation={
+          'step': 1500,
+          'metrics': {'psnr': 27.1234567, 'ssim': 0.81239, 'lpips': None},
+          'codebook': {
+              'codebook_size': 8,
+              'num_tokens': 1600,
+              'num_used_codes': 6,
+              'usage': 0.75,
+              'perplexity': 5.2784,
+              'entropy_bits': 2.4001,
+              'level_histograms': [[400, 0, 800, 400], [1000, 600]],
+              'level_entropy_bits': [1.5, 0.954],
+              'dead_levels': [1, 0],
+          },
+          'protocol': {
+              'source': 'photos',
+              'num_images': 100,
+              'definitions': {'psnr': 'in dB', 'ssim': 'like & unlike'},
+          },
+      },
+  )
+  rows = []
+  for step in range(500, 2000, 500):
+    loss = {'loss': 1 / step, 'learning_rate': 0.1, 'gradient_norm': None}
+    rows.append({'step': step, 'split': 'train', **loss})
+    rows.append({'step': step, 'split': 'eval', 'psnr': 20 + step / 500})
+    grid = report.reconstruction_grid(_images(0, 4), _images(step, 4))
+    report.save_png(workdir / 'reconstructions' / f'step_{step:08}.png', grid)
+  lines = [json.dumps(row) for row in rows]
+  (workdir / 'metrics.jsonl').write_text('\n'.join(lines))
+  return workdir
+
+
+def test_page_is_balanced_and_loads_nothing(workdir):
+  page = _read(workdir)
+  links = _Page(page).links
+  assert links
+  for link in links:
+    assert link.startswith(('data:image/png;base64,', '#')), link[:80]
+  assert not re.search(r'@import|url\((?!#)', page)
+  assert set(re.findall(r'https?://[^"\s]+', page)) <= {
+      'http://www.w3.org/2000/svg',
+      'http://www.w3.org/1999/xlink',
+  }
+
+
+def test_page_shows_the_numbers(workdir):
+  text = _Page(_read(workdir)).text
+  assert (
+      'FSQ with levels 4 \N{MULTIPLICATION SIGN} 2 (8 codes) reconstructs 100'
+      ' images of photos at 27.12 dB PSNR and 0.812 SSIM, using 75.0 % of its'
+      ' codes, after 1,500 steps.'
+  ) in text
+  # 16 tokens of 3 bits for 16 x 32 pixels.
+  for tile in (
+      '27.12 dBPSNR',
+      '0.812SSIM',
+      '75.0 %Codebook usage6 of 8 codes',
+      '5.3Perplexityof 8 codes',
+      '2.40Bits per tokenentropy, of 3.00',
+      '0.094Bits per pixel16 tokens an image',
+  ):
+    assert tile in text
+  for cells in ('psnr27.1235in dB', 'ssim0.81239like & unlike'):
+    assert cells in text
+  assert 'lpips\N{EN DASH}' in text
+  assert 'num_tokens1,600' in text
+  assert 'Dimension 1: 1.50 of 2.00 bits, 1 dead' in text
+  assert 'b10.875' in text
+  assert 'python launch.py --x' in text
+
+
+def test_level_bars_have_the_heights_of_their_counts(workdir):
+  bars = re.findall(r'height:([\d.]+)%"( class="dead")?', _read(workdir))
+  assert bars == [
+      ('50.0', ''),
+      ('0.0', ' class="dead"'),
+      ('100.0', ''),
+      ('50.0', ''),
+      ('100.0', ''),
+      ('60.0', ''),
+  ]
+
+
+def test_texts_of_a_run_are_escaped(workdir, tmp_path):
+  workdir = workdir.rename(tmp_path / '<script>alert(1)<')
+  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  evaluation['metrics'][_EVIL] = _EVIL
+  evaluation['protocol'] |= {'source': _EVIL, 'definitions': {'psnr': _EVIL}}
+  _write(
+      workdir,
+      config={_EVIL: {_EVIL: [_EVIL]}},
+      quantizer={'name': _EVIL},
+      run={'command': _EVIL},
+      evaluation=evaluation,
+  )
+  parsed = _Page(_read(workdir))
+  assert parsed.tags.count('script') == 1
+  assert parsed.text.count(_EVIL) >= 8
+  assert '<script>alert(1)<' in parsed.text
+
+
+def test_page_of_an_empty_workdir(tmp_path):
+  text = _Page(_read(tmp_path)).text
+  assert 'nothing has been logged yet' in text
+  assert 'cannot be read' not in text
+
+
+def test_page_before_the_first_evaluation(workdir):
+  (workdir / 'evaluation.json').unlink()
+  rows = [{'step': 20, 'split': 'train', 'loss': 0.5}]
+  (workdir / 'metrics.jsonl').write_text(json.dumps(rows[0]))
+  text = _Page(_read(workdir)).text
+  assert 'no evaluation yet; after step 20 the loss is 0.5.' in text
+
+
+def test_last_row_stands_in_for_a_missing_evaluation(workdir):
+  (workdir / 'evaluation.json').unlink()
+  text = _Page(_read(workdir)).text
+  assert '(8 codes) reconstructs images at 23.00 dB PSNR, after 1,500' in text
+
+
+def test_non_finite_evaluation_is_not_a_missing_one(workdir):
+  _write(workdir, evaluation={'step': 5, 'metrics': {'psnr': None}})
+  assert 'no finite PSNR' in _Page(_read(workdir)).text
+
+
+def test_damaged_files_are_named(workdir):
+  (workdir / 'evaluation.json').write_text('{"step": 15')
+  (workdir / 'run.json').write_text('[1]')
+  frames = sorted((workdir / 'reconstructions').iterdir())
+  frames[-1].write_bytes(frames[-1].read_bytes()[:200])
+  page = _read(workdir)
+  text = _Page(page).text
+  assert 'evaluation.json cannot be read' in text
+  assert 'run.json is not a JSON object' in text
+  assert 'step_00001500.png: ' in text
+  assert page.count('data:image/png') == 2
+
+
+def test_rows_survive_a_crash_and_the_later_of_two_wins(tmp_path):
+  lines = [
+      '{"step": 20, "split": "train", "loss": 1.0}',
+      '{"step": 30, "split": "train", "loss": 5.0}',
+      '{"step": 20, "split": "train", "loss": NaN}',
+      '[1, 2]',
+      '{"loss": 6.0}',
+      '{"step": 10, "split": "train", "loss": 3.0}',
+      '{"step": 30, "split": "train", "loss": 4.0}',
+      '{"step": 40, "split": "train", "lo',
+  ]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
+  assert 'after step 30 the loss is 4.' in _Page(_read(tmp_path)).text
+
+
+def test_curve_passes_through_its_points():
+  values = [1.0, 3.0, 2.0]
+  rows = [{'step': i, 'psnr': value} for i, value in enumerate(values)]
+  rows.insert(1, {'step': 0.5, 'psnr': None})
+  svg = report_curves.render({'train': [], 'eval': rows})
+  assert svg.count('<figure>') == 1
+  assert 'PSNR' in svg
+  marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*#3f7fd6', svg)
+  x, y = np.array(marks, float).T
+  np.testing.assert_allclose(np.diff(x)[0], np.diff(x)[1], rtol=1e-4)
+  # Downwards on the page: 1 -> 3 goes up twice as far as 3 -> 2 comes down.
+  np.testing.assert_allclose(y[0] - y[1], 2 * (y[2] - y[1]), rtol=1e-4)
+
+
+def test_long_curves_stay_small():
+  rng = np.random.default_rng(0)
+  rows = [
+      {'step': step, 'gradient_norm': float(norm)}
+      for step, norm in enumerate(rng.uniform(1, 2, 20_000))
+  ]
+  assert len(report_curves.render({'train': rows, 'eval': []})) < 100_000
+
+
+def test_earlier_grids_stand_behind_a_slider(workdir, monkeypatch):
+  page = _read(workdir)
+  assert re.findall(r'alt="(step [\d,]+)"', page) == [
+      'step 500',
+      'step 1,000',
+      'step 1,500',
+  ]
+  shown = ['" hidden' not in tag for tag in re.findall('<img[^>]*>', page)]
+  assert shown == [False, False, True]
+  assert 'max="2" value="2"' in page
+  monkeypatch.setattr(report, '_MAX_FRAMES', 2)
+  assert re.findall(r'alt="(step [\d,]+)"', _read(workdir)) == [
+      'step 500',
+      'step 1,500',
+  ]
+  monkeypatch.setattr(report, '_MAX_FRAME_BYTES', 10)
+  page = _read(workdir)
+  assert re.findall(r'alt="(step [\d,]+)"', page) == ['step 1,500']
+  assert 'id="slider"' not in page
+
+
+def test_report_replaces_the_old_one_whole(workdir, monkeypatch):
+  (workdir / 'report.html').write_text('old')
+
+  def fail(source, target):
+    del source, target
+    raise OSError('disk full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(report.os, 'replace', fail)
+    with pytest.raises(OSError, match='disk full'):
+      report.write_report(workdir)
+  assert (workdir / 'report.html').read_text() == 'old'
+  assert not list(workdir.glob('*.tmp'))
+  report.write_report(workdir)
+  assert (workdir / 'report.html').read_text() != 'old'
+
+
+@pytest.mark.parametrize(
+    ('num', 'height', 'width', 'columns', 'scale'),
+    [(5, 8, 10, 2, 8), (9, 32, 32, None, 4), (3, 40, 256, None, 1)],
+)
+def test_grid_holds_every_pixel(num, height, width, columns, scale):
+  originals = _images(0, num, height, width)
+  reconstructions = _images(1, num, height, width)
+  grid = report.reconstruction_grid(originals, reconstructions, columns=columns)
+  columns = columns or {9: 8, 3: 3}[num]
+  cell = np.array([height, width]) * scale
+  rows = -(-num // columns)
+  assert grid.dtype == np.uint8
+  assert grid.shape == (
+      rows * (2 * cell[0] + report._GAP) + (rows - 1) * report._PAIR_GAP,
+      report._MARGIN + columns * cell[1] + (columns - 1) * report._GAP,
+      3,
+  )
+  white = np.ones(grid.shape[:2], bool)
+  white[:, : report._MARGIN] = False
+  for i in range(num):
+    left = report._MARGIN + i % columns * (cell[1] + report._GAP)
+    top = i // columns * (2 * cell[0] + report._GAP + report._PAIR_GAP)
+    for images in (originals, reconstructions):
+      place = np.s_[top : top + cell[0], left : left + cell[1]]
+      expected = np.kron(images[i], np.ones((scale, scale, 1), np.uint8))
+      np.testing.assert_array_equal(grid[place], expected)
+      # Grey letters stand beside each row.
+      assert grid[top : top + cell[0], : report._MARGIN].min() < 160
+      white[place] = False
+      top += cell[0] + report._GAP
+  assert (grid[white] == 255).all()
+
+
+@pytest.mark.parametrize('size', [16, 28, 32, 64, 128, 256])
+def test_grid_is_about_as_wide_as_a_page(size):
+  images = np.zeros((24, size, size, 3), np.uint8)
+  assert 1000 < report.reconstruction_grid(images, images).shape[1] < 1400
+
+
+def test_grid_refuses_other_shapes_and_types():
+  images = _images(0, 2)
+  with pytest.raises(ValueError, match='equal shapes'):
+    report.reconstruction_grid(images, images[:1])
+  with pytest.raises(ValueError, match='at least one'):
+    report.reconstruction_grid(images[:0], images[:0])
+  with pytest.raises(ValueError, match='to_uint8'):
+    report.reconstruction_grid(images, images.astype(np.float32))
+
+
+def test_png_returns_the_pixels(tmp_path):
+  image = _images(0, 1)[0]
+  report.save_png(tmp_path / 'new' / 'image.png', image)
+  data = (tmp_path / 'new' / 'image.png').read_bytes()
+  np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), image)
