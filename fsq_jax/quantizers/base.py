@@ -1,0 +1,134 @@
+"""What every quantizer takes and returns."""
+
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class QuantizerOutput(NamedTuple):
+  """Result of a quantizer, the same for all of them.
+
+  Attributes:
+    z_q: codes in the shape and dtype of the latents, straight-through: its
+      gradient passes to the latents.
+    loss: float32 scalar, already weighted; 0 where there is none.
+    indices: int32, the latents' shape without the channel axis; -1 marks a
+      vector that has a NaN channel and is no token.
+  """
+
+  z_q: jax.Array
+  loss: jax.Array
+  indices: jax.Array
+
+
+def integers(x: jax.Array, name: str) -> jax.Array:
+  """Returns indices or digits in at least 32 bits, so that no bound overflows.
+
+  Args:
+    x: integers of any shape, on the device or the host; other dtypes raise
+      ValueError. Integers too large for the device become -1.
+    name: what to call them in the error.
+  """
+  if not isinstance(x, jax.Array):
+    x = np.asarray(x)
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise ValueError(f'{name} are {x.dtype}; use an integer dtype.')
+  if isinstance(x, np.ndarray) and x.dtype.itemsize > 4:
+    # JAX would keep the low 32 bits, which may look like a valid index.
+    x = np.where((x >= 0) & (x < 2**31), x.astype(np.int64), -1)
+  x = jnp.asarray(x)
+  return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+
+
+class Quantizer(nn.Module, kw_only=True):
+  """Contract of the quantizers: latents to codes, codes to indices and back.
+
+  Quantizers compute in float32 and int32 whatever the dtype of the latents.
+  No NaN turns into a token: NaN channels give index -1, and indices outside
+  [0, codebook_size) give NaN codes.
+
+  Attributes:
+    channel_axis: axis of the latents and codes that holds the channels; 1 for
+      [B, C, H, W]. Never guessed from the rank.
+  """
+
+  channel_axis: int = -1
+
+  @property
+  def codebook_size(self) -> int:
+    """Number of codes, K."""
+    raise NotImplementedError
+
+  @property
+  def code_dim(self) -> int:
+    """Number of channels of a code."""
+    raise NotImplementedError
+
+  def __call__(self, z: jax.Array, *, train: bool = False) -> QuantizerOutput:
+    """Quantizes latents.
+
+    Args:
+      z: [..., code_dim] latents, any float dtype, channels on `channel_axis`.
+      train: whether this is a training step.
+
+    Returns:
+      QuantizerOutput of codes, loss and indices.
+    """
+    raise NotImplementedError
+
+  def codes_to_indices(self, codes: jax.Array) -> jax.Array:
+    """Returns int32 indices [...] of codes [..., code_dim]; -1 for NaN."""
+    raise NotImplementedError
+
+  def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+    """Returns float32 codes [..., code_dim] of integer indices [...].
+
+    The channels are put on `channel_axis`. Codes of indices outside
+    [0, codebook_size) are NaN.
+    """
+    raise NotImplementedError
+
+  def get_codebook_entry(self, indices: jax.Array) -> jax.Array:
+    """Does what `indices_to_codes` does, under the name VQ code uses."""
+    return self.indices_to_codes(indices)
+
+  def spec(self) -> dict[str, Any]:
+    """Returns all that fixes the meaning of a token, ready for JSON.
+
+    Two quantizers with equal specs give the same indices for the same latents
+    and the same codes for the same indices. What only acts on training, such
+    as the weight of the loss, is not part of it.
+    """
+    raise NotImplementedError
+
+  def _channels_last(self, x: jax.Array, name: str) -> jax.Array:
+    """Checks float latents or codes; moves their channels to the last axis."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+          f'{name} are {x.dtype}; a quantizer takes floats: float32, bfloat16 '
+          'or float16.'
+      )
+    if not -x.ndim <= self.channel_axis < x.ndim:
+      raise ValueError(
+          f'{name} have shape {x.shape}, without an axis {self.channel_axis} '
+          'for the channels; set channel_axis to the one that holds them.'
+      )
+    if x.shape[self.channel_axis] != self.code_dim:
+      raise ValueError(
+          f'{name} have {x.shape[self.channel_axis]} channels on axis '
+          f'{self.channel_axis} of {x.shape}, the quantizer {self.code_dim}; '
+          'project the latents, or set channel_axis.'
+      )
+    return jnp.moveaxis(x, self.channel_axis, -1)
+
+  def _channels_back(self, x: jax.Array) -> jax.Array:
+    """Moves the channels from the last axis to `channel_axis`."""
+    if not -x.ndim <= self.channel_axis < x.ndim:
+      raise ValueError(
+          f'Codes of shape {x.shape} have no axis {self.channel_axis} to put '
+          'the channels on; use channel_axis=-1.'
+      )
+    return jnp.moveaxis(x, -1, self.channel_axis)

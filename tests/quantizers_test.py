@@ -1,0 +1,272 @@
+"""The contract of the quantizers, over everything the builder knows."""
+
+import inspect
+import json
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from fsq_jax import quantizers
+
+# One or more small configs for every name in the builder's table.
+_CONFIGS = {
+    'fsq': [
+        {'levels': [8, 6, 5]},
+        {'levels': (8, 5, 4), 'bound': 'clip', 'commitment_weight': 0.25},
+        {'levels': (8, 6, 5), 'convention': 'paper', 'eps': None},
+    ],
+}
+_CASES = [
+    pytest.param({'name': name, **config}, id=f'{name}{i}')
+    for name, configs in _CONFIGS.items()
+    for i, config in enumerate(configs)
+]
+_DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+every_quantizer = pytest.mark.parametrize('config', _CASES)
+every_dtype = pytest.mark.parametrize('dtype', _DTYPES)
+
+
+def _build(config, **fields):
+  return quantizers.build_quantizer(
+      ml_collections.ConfigDict({**config, **fields})
+  )
+
+
+def _latents(quantizer, shape=(4, 6, 7), dtype=jnp.float32):
+  z = jax.random.normal(jax.random.key(0), (*shape, quantizer.code_dim))
+  return z.astype(dtype)
+
+
+def _init(quantizer, z):
+  return jax.jit(quantizer.init)(jax.random.key(1), z)
+
+
+def _apply(quantizer, variables, z):
+  return jax.jit(quantizer.apply)(variables, z)
+
+
+def test_every_quantizer_of_the_builder_is_tested():
+  assert sorted(quantizers._QUANTIZERS) == sorted(_CONFIGS)
+
+
+@every_quantizer
+@every_dtype
+def test_shapes_and_dtypes(config, dtype):
+  quantizer = _build(config)
+  z = _latents(quantizer, dtype=dtype)
+  out = _apply(quantizer, _init(quantizer, z), z)
+  assert isinstance(out, quantizers.QuantizerOutput)
+  assert out._fields == ('z_q', 'loss', 'indices')
+  chex.assert_shape(out.z_q, z.shape)
+  chex.assert_shape(out.loss, ())
+  chex.assert_shape(out.indices, z.shape[:-1])
+  assert out.z_q.dtype == dtype
+  assert out.loss.dtype == jnp.float32
+  assert out.indices.dtype == jnp.int32
+  assert int(out.indices.min()) >= 0
+  assert int(out.indices.max()) < quantizer.codebook_size
+
+
+@every_quantizer
+def test_codes_and_indices_are_each_others_inverse(config):
+  quantizer = _build(config)
+  z = _latents(quantizer)
+  variables = _init(quantizer, z)
+  out = _apply(quantizer, variables, z)
+
+  def method(name, x):
+    return jax.jit(quantizer.apply, static_argnames='method')(
+        variables, x, method=name
+    )
+
+  np.testing.assert_array_equal(
+      method('codes_to_indices', out.z_q), out.indices
+  )
+  np.testing.assert_array_equal(
+      method('indices_to_codes', out.indices), out.z_q
+  )
+  every_index = jnp.arange(quantizer.codebook_size)
+  codes = method('get_codebook_entry', every_index)
+  chex.assert_shape(codes, (quantizer.codebook_size, quantizer.code_dim))
+  assert len(np.unique(codes, axis=0)) == quantizer.codebook_size
+  np.testing.assert_array_equal(method('codes_to_indices', codes), every_index)
+
+
+@every_quantizer
+def test_compiled_equals_eager(config):
+  quantizer = _build(config)
+  z = _latents(quantizer)
+  variables = _init(quantizer, z)
+  compiled = _apply(quantizer, variables, z)
+  eager = quantizer.apply(variables, z)
+  np.testing.assert_array_equal(compiled.z_q, eager.z_q)
+  np.testing.assert_array_equal(compiled.indices, eager.indices)
+  np.testing.assert_allclose(compiled.loss, eager.loss, rtol=1e-6)
+
+
+@every_quantizer
+def test_training_and_evaluation_have_one_signature(config):
+  parameters = inspect.signature(type(_build(config)).__call__).parameters
+  assert parameters['train'].kind is inspect.Parameter.KEYWORD_ONLY
+  assert parameters['train'].default is False
+
+
+@every_quantizer
+def test_gradient_is_finite_and_reaches_every_latent(config):
+  quantizer = _build(config)
+  z = _latents(quantizer)
+  variables = _init(quantizer, z)
+  weights = jax.random.normal(jax.random.key(2), z.shape)
+
+  @jax.jit
+  @jax.grad
+  def gradient(z):
+    return jnp.sum(quantizer.apply(variables, z).z_q * weights)
+
+  chex.assert_tree_all_finite(gradient(z))
+  assert np.all(np.asarray(gradient(z)) != 0)
+
+
+@every_quantizer
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_computes_in_float32_whatever_the_latents(config, dtype):
+  quantizer = _build(config)
+  z = 2 * _latents(quantizer, (4096,), dtype)
+  variables = _init(quantizer, z)
+  narrow = _apply(quantizer, variables, z)
+  wide = _apply(quantizer, variables, z.astype(jnp.float32))
+  np.testing.assert_array_equal(narrow.indices, wide.indices)
+  np.testing.assert_array_equal(narrow.z_q, wide.z_q.astype(dtype))
+  np.testing.assert_array_equal(narrow.loss, wide.loss)
+
+
+@every_quantizer
+def test_tokens_do_not_depend_on_the_number_of_devices(config):
+  quantizer = _build(config)
+  z = 2 * _latents(quantizer, (64, 16))
+  variables = _init(quantizer, z)
+  mesh = jax.make_mesh((jax.device_count(),), ('data',))
+  sharding = jax.NamedSharding(mesh, jax.P('data'))
+  one = _apply(quantizer, variables, z)
+  many = _apply(quantizer, variables, jax.device_put(z, sharding))
+  assert len(many.indices.sharding.device_set) == 8
+  np.testing.assert_array_equal(many.indices, one.indices)
+  np.testing.assert_array_equal(many.z_q, one.z_q)
+  np.testing.assert_allclose(many.loss, one.loss, rtol=1e-6)
+
+
+@every_quantizer
+def test_nan_is_never_a_token(config):
+  quantizer = _build(config)
+  z = _latents(quantizer, (3,)).at[1, 0].set(jnp.nan)
+  variables = _init(quantizer, z)
+  out = _apply(quantizer, variables, z)
+  assert int(out.indices[1]) == -1
+  assert min(int(out.indices[0]), int(out.indices[2])) >= 0
+  assert np.isnan(out.z_q[1, 0])
+  assert not np.any(np.isnan(out.z_q[jnp.asarray([0, 2])]))
+  outside = jnp.asarray([-1, quantizer.codebook_size, 2**31 - 1])
+  codes = quantizer.apply(variables, outside, method='indices_to_codes')
+  assert np.all(np.isnan(codes))
+  indices = quantizer.apply(variables, codes, method='codes_to_indices')
+  np.testing.assert_array_equal(indices, [-1, -1, -1])
+
+
+@every_quantizer
+def test_channels_may_stand_on_another_axis(config):
+  last, first = _build(config), _build(config, channel_axis=1)
+  z = _latents(last, (2, 4, 3))  # [B, H, W, C]
+  variables = _init(last, z)
+  expected = _apply(last, variables, z)
+  out = _apply(first, variables, jnp.moveaxis(z, -1, 1))
+  np.testing.assert_array_equal(out.indices, expected.indices)
+  np.testing.assert_array_equal(out.z_q, jnp.moveaxis(expected.z_q, -1, 1))
+  np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-6)
+  np.testing.assert_array_equal(
+      first.apply(variables, out.z_q, method='codes_to_indices'), out.indices
+  )
+  np.testing.assert_array_equal(
+      first.apply(variables, out.indices, method='indices_to_codes'), out.z_q
+  )
+
+
+@every_quantizer
+def test_wrong_latents_are_refused_by_name(config):
+  quantizer = _build(config)
+  dim = quantizer.code_dim
+  with pytest.raises(ValueError, match=f'{dim + 1} channels .* {dim};'):
+    quantizer.apply({}, jnp.zeros((2, dim + 1)))
+  with pytest.raises(ValueError, match='int32'):
+    quantizer.apply({}, jnp.zeros((2, dim), jnp.int32))
+  with pytest.raises(ValueError, match=r'shape \(\)'):
+    quantizer.apply({}, jnp.zeros(()))
+  with pytest.raises(ValueError, match='without an axis 1'):
+    _build(config, channel_axis=1).apply({}, jnp.zeros((dim,)))
+  with pytest.raises(ValueError, match='float32'):
+    quantizer.apply({}, jnp.zeros((2,)), method='indices_to_codes')
+
+
+@every_quantizer
+def test_works_inside_another_module(config):
+  class Tokenizer(nn.Module):
+    quantizer: nn.Module
+
+    def __call__(self, z):
+      return self.quantizer(z)
+
+    def decode(self, indices):
+      return self.quantizer.indices_to_codes(indices)
+
+  quantizer = _build(config)
+  z = _latents(quantizer)
+  tokenizer = Tokenizer(quantizer)
+  variables = _init(tokenizer, z)
+  out = _apply(tokenizer, variables, z)
+
+  def decode(indices):
+    return tokenizer.apply(variables, indices, method='decode')
+
+  np.testing.assert_array_equal(jax.jit(decode)(out.indices), out.z_q)
+  np.testing.assert_array_equal(jax.vmap(decode)(out.indices), out.z_q)
+
+
+@every_quantizer
+def test_spec_survives_json_and_tells_dialects_apart(config):
+  quantizer = _build(config)
+  spec = quantizer.spec()
+  assert json.loads(json.dumps(spec)) == spec
+  assert spec['name'] == config['name']
+  others = [_build(case.values[0]).spec() for case in _CASES]
+  assert others.count(spec) == 1
+
+
+@pytest.mark.parametrize(
+    ('config', 'match'),
+    [
+        ({'name': 'fsk', 'levels': (8,)}, "'fsk'; known: .'fsq'"),
+        ({'levels': (8,)}, 'None; known'),
+        ({'name': 'fsq', 'levels': (8,), 'levles': 1}, 'levles.*levels'),
+        ({'name': 'fsq', 'levels': None}, 'levels is None'),
+    ],
+)
+def test_builder_names_what_it_does_not_know(config, match):
+  with pytest.raises(ValueError, match=match):
+    quantizers.build_quantizer(config)
+
+
+def test_builder_takes_placeholders_and_leaves_the_config_alone():
+  config = ml_collections.ConfigDict({
+      'name': 'fsq',
+      'levels': [8, 6, 5],
+      'eps': ml_collections.config_dict.placeholder(float),
+      'commitment_weight': ml_collections.config_dict.placeholder(float),
+  })
+  quantizer = quantizers.build_quantizer(config.lock())
+  assert quantizer == quantizers.FSQ(levels=(8, 6, 5))
+  assert config.name == 'fsq'
