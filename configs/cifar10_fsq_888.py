@@ -1,0 +1,25 @@
+"""FSQ of 8 x 8 x 8 levels on CIFAR-10, read through TFDS.
+
+What: the 50,000 training images of 32 x 32 pixels, whole and mirrored;
+  evaluated on the 10,000 test images. The model is that of fsq_888.
+Commands:
+  python launch.py --config=configs/cifar10_fsq_888.py --mode=prepare
+  python launch.py --config=configs/cifar10_fsq_888.py
+  The first one downloads the data set once. One that is already prepared as
+  array_record is found by --config.data.data_dir=DIR, the folder that holds
+  cifar10/3.0.2.
+"""
+
+import ml_collections
+
+from configs import fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = fsq_888.get_config()
+  config.data.source = 'tfds'
+  config.data.name = 'cifar10'
+  config.data.eval_split = 'test'
+  config.data.crop_scale = (1.0, 1.0)
+  return config

@@ -1,0 +1,192 @@
+"""Every field that a config can have, with its unit, range and meaning.
+
+The other files of this folder start from `get_config()` and set only what
+differs. A config file is Python that is executed: run only files you trust.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns a small, complete config: synthetic images, FSQ of 512 codes."""
+  config = ml_collections.ConfigDict()
+  # Seed of initialisation, shuffling and augmentation; integer >= 0.
+  config.seed = 0
+  config.data = _data()
+  config.model = _model()
+  config.losses = _losses()
+  config.optim = _optim()
+  config.partitioning = _partitioning()
+  config.train = _train()
+  config.eval = _eval()
+  return config
+
+
+def _data() -> ml_collections.ConfigDict:
+  data = ml_collections.ConfigDict()
+  # 'photos' (in the scikit-image wheel), 'tfds', 'folder' or 'synthetic'.
+  data.source = 'synthetic'
+  # tfds: name of the data set, such as 'cifar10'.
+  data.name = ''
+  # folder: the root, with one sub-folder a split; tfds: its data_dir or the
+  # folder of one prepared version; '' is the TFDS default.
+  data.data_dir = ''
+  # folder: name of the sub-folder; tfds: a split such as 'train[:90%]'.
+  data.train_split = 'train'
+  data.eval_split = 'validation'
+  # (height, width) of the images that the model sees, pixels.
+  data.image_size = (32, 32)
+  # Images a step over all devices and processes.
+  data.batch_size = 64
+  # Images an evaluation batch over all devices and processes.
+  data.eval_batch_size = 128
+  # Length in pixels to which the shorter side is resized first (Pillow's
+  # antialiased bicubic); 0 keeps the native size.
+  data.resize_shorter = 0
+  # Training crops have sides image_size * s with s log-uniform in this range,
+  # limited to what fits the image, and are resized to image_size.
+  data.crop_scale = (1.0, 1.0)
+  # Mirror training images left to right with probability 1/2.
+  data.flip = True
+  # Share of unreadable files of a folder, in [0, 1], above which it stops.
+  data.max_damaged_share = 0.01
+  # Threads that read and decode, >= 1; images that they read ahead.
+  data.num_threads = 2
+  data.prefetch = 128
+  return data
+
+
+def _model() -> ml_collections.ConfigDict:
+  model = ml_collections.ConfigDict()
+
+  encoder = model.encoder = ml_collections.ConfigDict()
+  # 'vit'.
+  encoder.name = 'vit'
+  # Side in pixels of the square patches; divides both sides of image_size.
+  encoder.patch_size = 4
+  # Channels, blocks, attention heads (they divide width), MLP channels.
+  encoder.width = 64
+  encoder.depth = 2
+  encoder.num_heads = 2
+  encoder.mlp_dim = 256
+  # 'learned', or 'sincos': fixed two-dimensional sines (MAE's).
+  encoder.position = 'learned'
+
+  # Latents to the quantizer's dimensions: 'linear', or 'standardized': linear,
+  # then brought to mean 0 and variance 1 over the batch, which keeps all
+  # levels in use.
+  model.projector_in = ml_collections.ConfigDict({'name': 'linear'})
+
+  quantizer = model.quantizer = ml_collections.ConfigDict()
+  # 'fsq'.
+  quantizer.name = 'fsq'
+  # Levels of each dimension, integers >= 2; their product is the codebook.
+  quantizer.levels = (8, 8, 8)
+  # 'symmetric' (levels -(L-1)/2 ... (L-1)/2) or 'paper' (arXiv 2309.15505).
+  quantizer.convention = 'symmetric'
+  # 'tanh' for any real input; 'clip' where it is bounded to [-1, 1] before.
+  quantizer.bound = 'tanh'
+  # Share by which the range is narrowed; None: 1e-3 for paper, else 0.
+  quantizer.eps = config_dict.placeholder(float)
+  # Weight of the commitment loss; None: 1 for symmetric, 0 for paper.
+  quantizer.commitment_weight = config_dict.placeholder(float)
+
+  # 'linear': a linear map from the codes to the decoder's width.
+  model.projector_out = ml_collections.ConfigDict({'name': 'linear'})
+
+  decoder = model.decoder = ml_collections.ConfigDict()
+  # 'vit'; its fields are the encoder's.
+  decoder.name = 'vit'
+  decoder.patch_size = encoder.get_oneway_ref('patch_size')
+  decoder.width = encoder.get_oneway_ref('width')
+  decoder.depth = 2
+  decoder.num_heads = encoder.get_oneway_ref('num_heads')
+  decoder.mlp_dim = encoder.get_oneway_ref('mlp_dim')
+  decoder.position = encoder.get_oneway_ref('position')
+
+  # Type of activations: 'float32' or 'bfloat16'. Parameters, norms, softmax,
+  # quantizer and losses are float32 whatever it says.
+  model.dtype = 'float32'
+  # Recompute the activations of each block in the backward pass.
+  model.remat = False
+  # Blocks laid out one after another in the compiled loop over blocks: 1
+  # compiles fastest, the depth runs fastest on CPU. Results are the same.
+  model.scan_unroll = 1
+  return model
+
+
+def _losses() -> ml_collections.ConfigDict:
+  losses = ml_collections.ConfigDict()
+  # 'l1' or 'l2', mean over pixels in [-1, 1].
+  losses.reconstruction = 'l2'
+  losses.reconstruction_weight = 1.0
+  # Multiplies the quantizer's own loss (0 for FSQ in the paper convention).
+  losses.quantizer_weight = 1.0
+  return losses
+
+
+def _optim() -> ml_collections.ConfigDict:
+  optim = ml_collections.ConfigDict()
+  # 'adamw', or 'muon': orthogonalised momentum (github.com/KellerJordan/Muon)
+  # for the kernels of transformer blocks and AdamW for the rest.
+  optim.name = 'adamw'
+  # Peak and last value of the cosine schedule.
+  optim.learning_rate = 1e-3
+  optim.end_learning_rate = 1e-5
+  # Steps of linear warm-up from learning_rate / warmup_steps, >= 0.
+  optim.warmup_steps = 100
+  optim.b1 = 0.9
+  optim.b2 = 0.99
+  optim.eps = 1e-8
+  # Decoupled weight decay of the kernels (not of biases, norms, positions).
+  optim.weight_decay = 1e-4
+  # Largest global norm of the gradient; 0 does not clip.
+  optim.clip_norm = 1.0
+  # Steps whose gradients are averaged into one update, >= 1.
+  optim.accumulation_steps = 1
+  # Decay of the parameter average that is evaluated, in [0, 1); 0 averages
+  # nothing. It is min(ema_decay, (1 + n) / (10 + n)) at update n.
+  optim.ema_decay = 0.999
+  # Regular expressions of parameter paths ('encoder/.*') that do not train.
+  optim.frozen = ()
+  return optim
+
+
+def _partitioning() -> ml_collections.ConfigDict:
+  partitioning = ml_collections.ConfigDict()
+  # Devices along each axis; one of them may be -1 (all that are left). The
+  # batch is split over both; rules split parameters over 'fsdp'.
+  partitioning.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
+  # (regular expression, strategy), first match wins. A strategy is
+  # 'replicate', 'fsdp' (largest axis that divides), or a tuple with an axis
+  # name or None for each axis of the parameter.
+  partitioning.rules = (('.*', 'fsdp'),)
+  # Parameters with fewer elements than this stay whole under 'fsdp'.
+  partitioning.fsdp_min_size = 2**14
+  return partitioning
+
+
+def _train() -> ml_collections.ConfigDict:
+  train = ml_collections.ConfigDict()
+  train.num_steps = 1000
+  train.log_every_steps = 20
+  # 0 evaluates only at the end.
+  train.eval_every_steps = 500
+  train.checkpoint_every_steps = 250
+  # Newest checkpoints kept, >= 1, beside the one with the best eval PSNR.
+  train.keep_checkpoints = 2
+  # Steps in a row with a non-finite loss or gradient after which it stops.
+  train.max_bad_steps = 10
+  # (first, last) step of a profiler trace under workdir/profile; () is none.
+  train.profile_steps = ()
+  # Folder of compiled programs, reused by later runs; '' switches it off.
+  train.compilation_cache = '~/.cache/fsq_jax'
+  return train
+
+
+def _eval() -> ml_collections.ConfigDict:
+  evaluation = ml_collections.ConfigDict()
+  # Images in the reconstruction grid.
+  evaluation.num_grid_images = 24
+  return evaluation

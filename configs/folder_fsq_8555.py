@@ -1,0 +1,27 @@
+"""FSQ of 8 x 5 x 5 x 5 levels on any folder of images, at 64 x 64 pixels.
+
+What: the shorter side of every image resized to 64 pixels; training crops and
+  their mirror images, centre crops in evaluation; 4 x 4 patches, 256 tokens of
+  1000 codes an image. The layout, with any sub-folders or none below a split:
+    DIR/train/CLASS/NAME.JPEG
+    DIR/validation/CLASS/NAME.JPEG
+Command: python launch.py --config=configs/folder_fsq_8555.py
+  --config.data.data_dir=DIR
+  and --config.data.eval_split=val where the second folder is called val.
+"""
+
+import ml_collections
+
+from configs import fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config; data.data_dir is left to be set."""
+  config = fsq_888.get_config()
+  config.data.source = 'folder'
+  config.data.image_size = (64, 64)
+  config.data.resize_shorter = 64
+  config.data.crop_scale = (1.0, 1.0)
+
+  config.model.quantizer.levels = (8, 5, 5, 5)
+  return config

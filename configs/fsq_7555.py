@@ -1,0 +1,16 @@
+"""FSQ of 7 x 5 x 5 x 5 levels: all odd, so that 0 is a level of each.
+
+What: as fsq_888 but for the quantizer's levels; 875 codes.
+Command: python launch.py --config=configs/fsq_7555.py
+"""
+
+import ml_collections
+
+from configs import fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = fsq_888.get_config()
+  config.model.quantizer.levels = (7, 5, 5, 5)
+  return config

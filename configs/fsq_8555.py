@@ -1,0 +1,16 @@
+"""FSQ of 8 x 5 x 5 x 5 levels, the paper's choice for 2^10 codes.
+
+What: as fsq_888 but for the quantizer's levels; 1000 codes.
+Command: python launch.py --config=configs/fsq_8555.py
+"""
+
+import ml_collections
+
+from configs import fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = fsq_888.get_config()
+  config.model.quantizer.levels = (8, 5, 5, 5)
+  return config

@@ -1,0 +1,35 @@
+"""The default run: FSQ of 8 x 8 x 8 levels on photographs, no download.
+
+What: 32 x 32 crops of the photographs in the scikit-image wheel, 4 x 4
+  patches, 64 tokens of 512 codes an image; evaluated on every crop of two
+  photographs (coffee, chelsea) that are never trained on.
+Command: python launch.py --config=configs/fsq_888.py
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = default.get_config()
+  config.data.source = 'photos'
+  config.data.crop_scale = (1.0, 4.0)
+
+  config.model.quantizer.levels = (8, 8, 8)
+  config.model.encoder.position = 'sincos'
+  config.model.projector_in.name = 'standardized'
+  config.model.scan_unroll = 4
+
+  # The commitment loss is for bound='clip'; under tanh it only pulls latents
+  # to the codes that are already in use.
+  config.losses.quantizer_weight = 0.0
+
+  config.optim.learning_rate = 2e-3
+  config.optim.ema_decay = 0.99
+
+  config.train.num_steps = 1200
+  config.train.eval_every_steps = 300
+  config.train.checkpoint_every_steps = 300
+  return config

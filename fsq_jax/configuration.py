@@ -1,0 +1,232 @@
+"""Configs: loading, checking, JSON, and what changed between two of them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+import difflib
+import json
+import os
+import pathlib
+import runpy
+import sys
+from typing import Any
+
+import ml_collections
+
+from fsq_jax import config_rules
+
+Config = ml_collections.ConfigDict
+
+# Fields, beside those of `eval`, that a run may change when it continues: they
+# do not change what is trained. train.num_steps does, through the schedule.
+_RESUMABLE = frozenset({
+    'data.eval_batch_size',
+    'data.num_threads',
+    'data.prefetch',
+    'train.checkpoint_every_steps',
+    'train.compilation_cache',
+    'train.eval_every_steps',
+    'train.keep_checkpoints',
+    'train.log_every_steps',
+    'train.profile_steps',
+})
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+  """Runs the `get_config()` of a config file.
+
+  Meanwhile the folder above the file's can be imported from, so that a config
+  may start from its neighbour: `from configs import default`.
+
+  Args:
+    path: a Python file. It is executed: load only files you trust.
+
+  Returns:
+    The config, locked against new fields, not checked.
+
+  Raises:
+    ValueError: no such file, or one that fails or returns something else.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_file():
+    raise ValueError(f'There is no config file {path}.')
+  root = str(path.parent.parent)
+  sys.path.insert(0, root)
+  try:
+    config = runpy.run_path(str(path))['get_config']()
+  except Exception as error:
+    raise ValueError(
+        f'Config file {path} fails with {type(error).__name__}: {error}'
+    ) from error
+  finally:
+    sys.path.remove(root)
+  if not isinstance(config, Config):
+    raise ValueError(
+        f'get_config() of {path} returns {type(config).__name__}; return an'
+        ' ml_collections.ConfigDict.'
+    )
+  return config.lock()
+
+
+def check_config(
+    config: Mapping[str, Any] | Config, num_devices: int | None = None
+) -> None:
+  """Raises one ValueError that lists everything that is wrong with a config.
+
+  Looks at no device, and at no file but the folder of data.source 'folder'.
+
+  Args:
+    config: see configs/default.py. Integers may stand for floats and lists
+      for tuples.
+    num_devices: devices of all processes; None leaves out what depends on it.
+
+  Raises:
+    ValueError: missing, unknown or wrong fields, and what is allowed.
+  """
+  fields = dict(_flatten(config))
+  problems = describe_unknown(fields)
+  for name, rule in config_rules.FIELDS.items():
+    if name not in fields:
+      problems.append(f'{name} is missing; allowed: {rule.allowed}.')
+    elif not rule.fits(fields[name]):
+      given = fields.pop(name)
+      problems.append(f'{name} is {given!r}; allowed: {rule.allowed}.')
+  # Rules between fields hold for those that are right by themselves.
+  for rule in config_rules.cross_rules(num_devices):
+    values = {name: fields[name] for name in rule.fields if name in fields}
+    if len(values) == len(rule.fields) and not rule.fits(*values.values()):
+      given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
+      problems.append(f'{given}; allowed: {rule.allowed}.')
+  problems.extend(_quantizer_problems(fields))
+  if problems:
+    raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
+
+
+def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what the quantizer refuses, if its fields are all there."""
+  prefix = 'model.quantizer.'
+  names = [name for name in config_rules.FIELDS if name.startswith(prefix)]
+  if any(name not in fields for name in names):
+    return
+  # Here, since it imports JAX, which the command line starts without.
+  from fsq_jax import quantizers
+
+  try:
+    quantizers.build_quantizer(
+        {name.removeprefix(prefix): fields[name] for name in names}
+    )
+  except ValueError as error:
+    yield f'model.quantizer: {error}'
+
+
+def describe_unknown(names: Iterable[str]) -> list[str]:
+  """Says which dotted names are not fields, and which fields come close."""
+  problems = []
+  for name in names:
+    if name not in config_rules.FIELDS:
+      nearest = difflib.get_close_matches(
+          name, config_rules.FIELDS, n=3, cutoff=0
+      )
+      problems.append(
+          f'{name} is not a field of a config; nearest: {", ".join(nearest)}.'
+      )
+  return problems
+
+
+def config_to_json(config: Config) -> str:
+  """Writes a config as plain JSON, references resolved, tuples as lists."""
+  return json.dumps(config.to_dict(), indent=2, allow_nan=False) + '\n'
+
+
+def config_from_json(text: str) -> Config:
+  """Reads what `config_to_json` wrote; every list becomes a tuple again.
+
+  Args:
+    text: a JSON object.
+
+  Returns:
+    The config, locked against new fields, not checked.
+
+  Raises:
+    ValueError: other text.
+  """
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'The saved config is not JSON: {error}.') from error
+  if not isinstance(values, dict):
+    raise ValueError(
+        f'The saved config is JSON of a {type(values).__name__}; it must be an'
+        ' object.'
+    )
+  return Config(_with_tuples(values)).lock()
+
+
+def diff_configs(
+    saved: Mapping[str, Any] | Config, current: Mapping[str, Any] | Config
+) -> list[str]:
+  """Lists the fields that differ as 'field: saved -> current'."""
+  saved, current = dict(_flatten(saved)), dict(_flatten(current))
+  absent = object()
+
+  def show(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else 'absent'
+
+  return [
+      f'{name}: {show(saved, name)} -> {show(current, name)}'
+      for name in sorted(saved | current)
+      if saved.get(name, absent) != current.get(name, absent)
+  ]
+
+
+def check_resumable(
+    saved: Mapping[str, Any] | Config,
+    current: Mapping[str, Any] | Config,
+    *,
+    allow_config_change: bool = False,
+) -> None:
+  """Refuses to continue a run with a config that would train something else.
+
+  Args:
+    saved: config of the run so far.
+    current: config to continue with.
+    allow_config_change: accept every difference.
+
+  Raises:
+    ValueError: they differ in more than evaluation, logging, checkpointing
+      and the speed of the input.
+  """
+  differences = []
+  for line in diff_configs(saved, current):
+    name, _, _ = line.partition(':')
+    if not name.startswith('eval.') and name not in _RESUMABLE:
+      differences.append(line)
+  if differences and not allow_config_change:
+    raise ValueError(
+        '\n  '.join([
+            'The config is not the one of this run (saved -> current):',
+            *differences,
+        ])
+        + '\nUse another --workdir, or continue with these values by'
+        ' --allow_config_change.'
+    )
+
+
+def _flatten(
+    config: Mapping[str, Any] | Config, prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
+  """Yields dotted names and values, lists as tuples, empty sections whole."""
+  if isinstance(config, Config):
+    config = config.to_dict()
+  for key, value in config.items():
+    if isinstance(value, Mapping) and value:
+      yield from _flatten(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', _with_tuples(value)
+
+
+def _with_tuples(value: Any) -> Any:
+  """Replaces lists by tuples at any depth."""
+  if isinstance(value, Mapping):
+    return {key: _with_tuples(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(map(_with_tuples, value))
+  return value

@@ -1,0 +1,180 @@
+"""Trains, evaluates or prepares the data of one config.
+
+  python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
+      [--mode=train|eval|prepare] [--config.SECTION.FIELD=VALUE ...]
+
+Fields and their meaning are in configs/default.py. The same command started
+again continues from the newest checkpoint. A config file is Python that is
+executed: run only files you trust.
+
+Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
+75 interrupted after a save, run the same command again to continue.
+"""
+
+import contextlib
+import pathlib
+import re
+import sys
+import traceback
+
+from absl import app, flags, logging
+import ml_collections
+from ml_collections import config_flags
+
+from fsq_jax import configuration
+
+_CONFIG = flags.DEFINE_string(
+    'config',
+    None,
+    'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
+    ' Mode eval does without: it finds the config in the workdir.',
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'Folder of the run. Default: runs/ and the name of the config file.',
+)
+_MODE = flags.DEFINE_enum(
+    'mode',
+    'train',
+    ['train', 'eval', 'prepare'],
+    'train a model; eval the newest checkpoint of the workdir; prepare:'
+    ' download and convert the data set.',
+)
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    'allow_config_change',
+    False,
+    'Continue a run although its config has changed.',
+)
+_DEBUG = flags.DEFINE_bool(
+    'debug', False, 'Show the traceback of a bad config or input.'
+)
+
+_BAD_INPUT = 2
+_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again.
+
+
+class _IntegerParser(flags.IntegerParser):
+  """Takes integers in the notation of floats too: 1e3 is 1000."""
+
+  def convert(self, argument: int | str) -> int:
+    try:
+      return super().convert(argument)
+    except ValueError:
+      with contextlib.suppress(ValueError):
+        if float(argument).is_integer():
+          return int(float(argument))
+      raise ValueError(f'{argument!r} is not an integer') from None
+
+
+def main(argv: list[str]) -> int:
+  """Runs the mode that the flags name.
+
+  Args:
+    argv: what is left of the command line: the program, overrides of fields.
+
+  Returns:
+    The exit code.
+  """
+  try:
+    config = _load_config()
+    _override(config, argv)
+    configuration.check_config(config)
+    return _run(config)
+  except (ValueError, flags.Error) as error:
+    if _DEBUG.value:
+      traceback.print_exc()
+    return _refuse(error)
+
+
+def _load_config() -> ml_collections.ConfigDict:
+  if _CONFIG.value is not None:
+    path = pathlib.Path(_CONFIG.value)
+    if path.is_file():
+      return configuration.load_config(path)
+    problem = f'--config={path} is not a file.'
+  elif _MODE.value == 'eval' and _WORKDIR.value is not None:
+    path = pathlib.Path(_WORKDIR.value) / 'config.json'
+    if path.is_file():
+      return configuration.config_from_json(path.read_text(encoding='utf-8'))
+    problem = f'--workdir={_WORKDIR.value} holds no config.json.'
+  else:
+    problem = '--config is missing.'
+  root = pathlib.Path(__file__).parent
+  known = sorted(str(p.relative_to(root)) for p in root.glob('configs/*.py'))
+  raise ValueError(f'{problem} Configs of this repository: {known}.')
+
+
+def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
+  """Sets the fields that the command line names, converted to their types."""
+  matches = [re.match(r'--?(?:no)?config\.([^=]*)', arg) for arg in argv]
+  unknown = configuration.describe_unknown(m[1] for m in matches if m)
+  if unknown:
+    raise ValueError('\n  '.join(['Overrides cannot be used:', *unknown]))
+  config_flags.register_flag_parser_for_type(int, _IntegerParser())
+  overrides = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+      'config', config, flag_values=overrides, sys_argv=argv
+  )
+  try:
+    _, *rest = overrides(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise ValueError(
+        f'--{error.flagname} is not a flag. See --help.'
+    ) from error
+  if rest:
+    raise ValueError(
+        f'{rest} cannot be used; every argument is a --flag=value, a config is'
+        ' given as --config=PATH. See --help.'
+    )
+
+
+def _run(config: ml_collections.ConfigDict) -> int:
+  """Imports what the mode needs, JAX with it, and runs it."""
+  workdir = _WORKDIR.value
+  if workdir is None:
+    workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
+  if _MODE.value == 'prepare':
+    from fsq_jax import data
+
+    data.prepare(config.data)
+  elif _MODE.value == 'eval':
+    from fsq_jax import evaluate
+
+    evaluate.evaluate_workdir(config, workdir)
+  else:
+    from fsq_jax import train
+
+    try:
+      train.train_and_evaluate(
+          config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
+      )
+    except train.Preempted as preempted:
+      logging.info(
+          'Interrupted; step %d is saved. Run the same command again to'
+          ' continue.',
+          preempted.step,
+      )
+      return _INTERRUPTED
+  return 0
+
+
+def _refuse(error: Exception) -> int:
+  sys.stderr.write(f'launch.py: {error}\n')
+  return _BAD_INPUT
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags of this file and returns the other arguments."""
+  flags.FLAGS.set_gnu_getopt()
+  try:
+    return flags.FLAGS(argv, known_only=True)
+  except flags.Error as error:
+    sys.exit(_refuse(error))
+  except SystemExit:
+    # absl leaves --help with 1, as if something had failed.
+    sys.exit(0)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,43 @@
+"""Package metadata; pyproject.toml holds the settings of the tools."""
+
+import pathlib
+import re
+
+import setuptools
+
+_INIT = pathlib.Path(__file__).parent / 'fsq_jax' / '__init__.py'
+
+setuptools.setup(
+    name='fsq_jax',
+    # Read as text: importing the package would need its dependencies.
+    version=re.search(r"__version__ = '(.+)'", _INIT.read_text())[1],
+    description='Image tokenizers with Finite Scalar Quantization in JAX',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['fsq_jax', 'fsq_jax.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py',
+        'array-record',
+        'einops',
+        'flax>=0.12.8',
+        'grain>=0.2.17',
+        # tensorflow-datasets needs it and does not say so.
+        'importlib_resources',
+        'jax>=0.10.2',
+        'matplotlib',
+        'ml_collections>=1.1',
+        'numpy>=2.2',
+        'optax>=0.2.6',
+        'orbax-checkpoint>=0.12.3,<1.0',
+        'pillow',
+        'scikit-image',
+        'tensorflow-datasets>=4.9.9',
+        'tqdm',
+    ],
+    extras_require={
+        # Conversion of data sets that TFDS cannot prepare without TensorFlow.
+        'prepare': ['tensorflow-cpu'],
+        'tensorboard': ['tensorboardX'],
+        'test': ['chex', 'hypothesis', 'pytest', 'ruff'],
+    },
+)

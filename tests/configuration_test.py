@@ -1,0 +1,353 @@
+"""Tests of configuration: what is refused, and what the messages say."""
+
+import ast
+import copy
+import math
+import pathlib
+
+import ml_collections
+import pytest
+
+from fsq_jax import config_rules, configuration, losses, models, optim
+
+_DEFAULT = configuration.load_config(
+    pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'
+)
+
+
+def _changed(**fields):
+  """The default config as a dict, with dotted fields (a__b) replaced."""
+  config = copy.deepcopy(_DEFAULT.to_dict())
+  for name, value in fields.items():
+    _set(config, name.replace('__', '.'), value)
+  return config
+
+
+def _get(config, name):
+  for key in name.split('.'):
+    config = config[key]
+  return config
+
+
+def _set(config, name, value):
+  *sections, key = name.split('.')
+  for section in sections:
+    config = config[section]
+  config[key] = value
+
+
+def _problems(config, num_devices=None):
+  with pytest.raises(ValueError, match='cannot be used') as error:
+    configuration.check_config(config, num_devices)
+  return str(error.value).splitlines()[1:]
+
+
+def _fields(config, prefix=''):
+  for key, value in config.items():
+    if isinstance(value, dict):
+      yield from _fields(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}'
+
+
+def _typos(name):
+  """Misspelt names: a letter doubled, one missing, two swapped."""
+  section, dot, key = name.rpartition('.')
+  section += dot
+  middle = len(key) // 2
+  head, tail = key[:middle], key[middle:]
+  yield section + head + tail[0] + tail
+  if len(key) > 2:  # 'b' could be 'b1' or 'b2'.
+    yield section + head + tail[1:]
+    if head[-1] != tail[0]:
+      yield section + head[:-1] + tail[0] + head[-1] + tail[1:]
+
+
+def _wrong_values(name, value):
+  """Values of a wrong type or out of range for a field that holds `value`."""
+  if isinstance(value, bool):
+    return [1, 'yes', None]
+  if isinstance(value, int):
+    return [-7, 1.5, math.nan, True, '3', None, 2**40, (1,)]
+  if isinstance(value, float):
+    return [math.nan, math.inf, -0.5, True, '0.1', None, 1e300]
+  if isinstance(value, tuple):
+    return [3, 'abc', (math.nan, 1), (-1, -1, -1), (None,), None]
+  if isinstance(value, str):
+    texts = {'data.name', 'data.data_dir', 'train.compilation_cache'}
+    return [3, None, ('a',)] + ([] if name in texts else [''])
+  return [math.nan, math.inf, True, '0.1', (0.1,)]  # Optional floats.
+
+
+_TYPOS = [(typo, name) for name in config_rules.FIELDS for typo in _typos(name)]
+_VALUES = [
+    (name, value)
+    for name in config_rules.FIELDS
+    for value in _wrong_values(name, _get(_DEFAULT.to_dict(), name))
+]
+
+
+def test_rules_name_the_fields_of_default():
+  assert set(config_rules.FIELDS) == set(_fields(_DEFAULT.to_dict()))
+
+
+def test_default_passes_with_any_kind_of_container():
+  configuration.check_config(_DEFAULT)
+  configuration.check_config(_DEFAULT, num_devices=8)
+  listed = _changed(
+      data__image_size=[32, 64],
+      model__quantizer__levels=[8, 6, 5],
+      partitioning__rules=[['.*kernel', [None, 'fsdp']], ['.*', 'replicate']],
+      losses__reconstruction_weight=1,
+  )
+  configuration.check_config(listed)
+
+
+def test_there_are_two_hundred_mutations():
+  assert len(_TYPOS) >= 100
+  assert len(_VALUES) >= 200
+
+
+@pytest.mark.parametrize(('typo', 'name'), _TYPOS)
+def test_typo_is_refused_with_the_nearest_field(typo, name):
+  config = _changed()
+  *sections, key = name.split('.')
+  section = _get(config, '.'.join(sections)) if sections else config
+  value = section.pop(key)
+  section[typo.rpartition('.')[2]] = value
+  unknown, missing = _problems(config)
+  assert unknown.strip().startswith(
+      f'{typo} is not a field of a config; nearest: {name}'
+  )
+  assert missing.strip().startswith(f'{name} is missing; allowed: ')
+
+
+@pytest.mark.parametrize(('name', 'value'), _VALUES)
+def test_wrong_value_is_refused_by_name(name, value):
+  config = _changed()
+  _set(config, name, value)
+  given = f'{name} is {value!r}'
+  assert any(given in problem for problem in _problems(config))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'problem'),
+    [
+        ({'data__image_size': (30, 32)}, 'divides both sides'),
+        ({'data__image_size': (32, 8)}, 'window of SSIM'),
+        ({'model__encoder__num_heads': 3}, 'multiple of num_heads'),
+        ({'model__decoder__num_heads': 3}, 'multiple of num_heads'),
+        (
+            {
+                'model__decoder__width': 66,
+                'model__decoder__position': 'sincos',
+            },
+            "multiple of 4 with position 'sincos'",
+        ),
+        ({'model__decoder__patch_size': 8}, 'the same patch_size'),
+        ({'model__quantizer__levels': ()}, 'model.quantizer: levels is ()'),
+        ({'model__quantizer__levels': (2**16,) * 2}, 'model.quantizer: '),
+        (
+            {
+                'model__quantizer__convention': 'paper',
+                'model__quantizer__bound': 'clip',
+            },
+            'model.quantizer: bound',
+        ),
+        ({'data__source': 'tfds'}, "with 'tfds' a name"),
+        ({'data__source': 'folder'}, '--config.data.data_dir'),
+        ({'data__source': 'folder', 'data__data_dir': '/none'}, "'/none'"),
+        ({'data__crop_scale': (2.0, 1.0)}, 'lowest <= highest'),
+        ({'data__batch_size': 64, 'optim__accumulation_steps': 3},
+         'multiple of accumulation_steps'),
+        ({'optim__warmup_steps': 1000}, 'warmup_steps < num_steps'),
+        ({'optim__end_learning_rate': 1.0}, 'end_learning_rate <='),
+        ({'optim__frozen': ('(',)}, 'regular expressions'),
+        ({'partitioning__rules': ()}, 'at least one'),
+        ({'partitioning__rules': (('.*', 'split'),)}, "'replicate'"),
+        ({'partitioning__rules': (('(', 'fsdp'),)}, "'replicate'"),
+        ({'partitioning__rules': (('.*', ('model',)),)}, "'replicate'"),
+        ({'partitioning__mesh__fsdp': -1}, 'at most one -1'),
+        ({'partitioning__mesh__data': 0}, '-1 for all devices'),
+        ({'train__profile_steps': (5, 2)}, 'first <= last'),
+        ({'train__profile_steps': (5, 2000)}, 'last <= num_steps'),
+        ({'train__profile_steps': (5,)}, '(first, last)'),
+        ({'eval': {}}, 'eval.num_grid_images is missing'),
+        ({'model__encoder': 3}, 'model.encoder is not a field'),
+    ],
+)
+def test_problem_is_named(fields, problem):
+  assert any(problem in line for line in _problems(_changed(**fields)))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'problem'),
+    [
+        ({'data__batch_size': 12}, '8 devices times accumulation_steps'),
+        ({'data__batch_size': 16, 'optim__accumulation_steps': 4},
+         '8 devices times accumulation_steps'),
+        ({'data__eval_batch_size': 4}, 'a multiple of 8 devices'),
+        ({'partitioning__mesh__data': 4}, 'multiply to 8 devices'),
+        ({'partitioning__mesh__fsdp': 3}, 'multiply to 8 devices'),
+    ],
+)
+def test_devices_count_only_where_they_are_known(fields, problem):
+  config = _changed(**fields)
+  configuration.check_config(config)
+  assert len(_problems(config, num_devices=8)) == 1
+  assert problem in _problems(config, num_devices=8)[0]
+
+
+def test_mesh_that_fills_the_devices_passes():
+  for sizes in [(8, 1), (2, 4), (-1, 4), (4, -1)]:
+    data, fsdp = sizes
+    config = _changed(
+        partitioning__mesh__data=data, partitioning__mesh__fsdp=fsdp
+    )
+    configuration.check_config(config, num_devices=8)
+
+
+def test_all_problems_are_listed_at_once():
+  config = _changed(
+      seed=-1,
+      data__batch_sise=3,
+      data__image_size=(30, 32),
+      model__quantizer__levels=(2**16, 2**16),
+      optim__learning_rate=math.nan,
+  )
+  del config['train']['num_steps']
+  names = [line.split()[0] for line in _problems(config)]
+  assert names == [
+      'data.batch_sise',
+      'seed',
+      'optim.learning_rate',
+      'train.num_steps',
+      'data.image_size',
+      'data.image_size',
+      'model.quantizer:',
+  ]
+
+
+def test_folder_that_exists_passes(tmp_path):
+  config = _changed(data__source='folder', data__data_dir=str(tmp_path))
+  configuration.check_config(config)
+
+
+def _allowed_names(field):
+  """The names of a rule of names, out of its words."""
+  allowed = config_rules.FIELDS[field].allowed
+  return ast.literal_eval(allowed.removeprefix('one of '))
+
+
+@pytest.mark.parametrize(
+    'field',
+    [
+        field
+        for field, rule in config_rules.FIELDS.items()
+        if rule.allowed.startswith('one of ')
+    ],
+)
+def test_every_allowed_name_is_known_to_its_builder(field):
+  for name in _allowed_names(field):
+    config = ml_collections.ConfigDict(_changed(**{field: name}))
+    if field.startswith('model.'):
+      models.build_autoencoder(config.model, config.data.image_size)
+    elif field.startswith('losses.'):
+      losses.build_reconstruction_loss(config.losses.reconstruction)
+    elif field.startswith('optim.'):
+      optim.build_optimizer(config.optim, num_steps=1000)
+
+
+def test_json_round_trip():
+  config = ml_collections.ConfigDict(
+      _changed(
+          partitioning__rules=(('a', ('fsdp', None)), ('.*', 'replicate')),
+          train__profile_steps=(3, 5),
+      )
+  )
+  text = configuration.config_to_json(config)
+  loaded = configuration.config_from_json(text)
+  assert loaded.to_dict() == config.to_dict()
+  assert loaded.partitioning.rules[0] == ('a', ('fsdp', None))
+  assert loaded.model.quantizer.eps is None
+  assert configuration.config_to_json(loaded) == text
+  assert configuration.diff_configs(loaded, config) == []
+  configuration.check_config(loaded)
+  with pytest.raises(AttributeError):
+    loaded.data.batchsize = 3
+
+
+def test_json_resolves_references():
+  config = configuration.load_config(
+      pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'
+  )
+  config.model.encoder.width = 96
+  loaded = configuration.config_from_json(configuration.config_to_json(config))
+  assert loaded.model.decoder.width == 96
+
+
+@pytest.mark.parametrize('text', ['', '{"seed": ', '[1, 2]', 'null'])
+def test_other_json_is_refused(text):
+  with pytest.raises(ValueError, match='The saved config is'):
+    configuration.config_from_json(text)
+
+
+def test_diff_names_field_and_both_values():
+  current = _changed(data__batch_size=32, seed=1, train__extra=3)
+  saved = _changed(model__quantizer__levels=[8, 8, 8])
+  del saved['data']['flip']
+  assert configuration.diff_configs(saved, current) == [
+      'data.batch_size: 64 -> 32',
+      'data.flip: absent -> True',
+      'seed: 0 -> 1',
+      'train.extra: absent -> 3',
+  ]
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['eval.num_grid_images', 'train.log_every_steps', 'data.num_threads'],
+)
+def test_run_continues_with_other_logging(name):
+  current = _changed()
+  _set(current, name, 7)
+  configuration.check_resumable(_DEFAULT, current)
+
+
+@pytest.mark.parametrize(
+    'name', ['train.num_steps', 'data.batch_size', 'optim.b1', 'seed']
+)
+def test_run_that_would_change_needs_the_flag(name):
+  current = _changed(train__log_every_steps=7)
+  _set(current, name, 0.5)
+  with pytest.raises(ValueError, match='--allow_config_change') as error:
+    configuration.check_resumable(_DEFAULT, current)
+  old = _get(_DEFAULT.to_dict(), name)
+  assert f'{name}: {old!r} -> 0.5' in str(error.value)
+  assert 'log_every_steps' not in str(error.value)
+  configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
+
+
+def test_names_that_may_change_are_fields():
+  assert configuration._RESUMABLE.issubset(config_rules.FIELDS)
+
+
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        ('def get_config(:', 'SyntaxError'),
+        ('config = 3', 'KeyError'),
+        ('def get_config(): return {}', 'returns dict'),
+        ('def get_config(): return 1 / 0', 'ZeroDivisionError'),
+    ],
+)
+def test_config_file_that_fails_is_named(tmp_path, text, problem):
+  path = tmp_path / 'broken.py'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=f'broken.py .*{problem}'):
+    configuration.load_config(path)
+
+
+def test_missing_config_file_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r'no config file .*none\.py'):
+    configuration.load_config(tmp_path / 'none.py')

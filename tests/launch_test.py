@@ -1,0 +1,194 @@
+"""Tests of the command line: exit codes and messages of what it refuses."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from fsq_jax import configuration
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_DEBUG = '--config=configs/debug.py'
+
+# Runs launch.py with stubs, which print their arguments, for what it calls: the
+# modes, and the quantizers that would import JAX.
+_STUBS = """
+import runpy, sys, types
+import fsq_jax
+
+class Preempted(Exception):
+  step = 5
+
+def train_and_evaluate(config, workdir, *, allow_config_change):
+  if config.seed == 13:
+    raise Preempted()
+  if config.seed == 14:
+    raise ValueError('workdir is taken')
+  if config.seed == 15:
+    raise RuntimeError('out of memory')
+  print('train', config.train.num_steps, workdir, allow_config_change)
+
+fsq_jax.train = types.SimpleNamespace(
+    train_and_evaluate=train_and_evaluate, Preempted=Preempted
+)
+fsq_jax.evaluate = types.SimpleNamespace(
+    evaluate_workdir=lambda config, workdir: print('eval', config.seed, workdir)
+)
+fsq_jax.data = types.SimpleNamespace(
+    prepare=lambda config: print('prepare', config.source)
+)
+fsq_jax.quantizers = types.SimpleNamespace(build_quantizer=lambda config: None)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, '.')
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def _launch(*args, stubs=False):
+  program = ['-c', _STUBS] if stubs else []
+  return subprocess.run(
+      [sys.executable, *program, 'launch.py', *args],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+  )
+
+
+@pytest.mark.parametrize(
+    ('args', 'messages'),
+    [
+        ([], ['--config is missing', 'configs/debug.py', 'configs/fsq_888.py']),
+        (['--config=none.py'], ['none.py is not a file', 'configs/debug.py']),
+        (['--mode=eval', '--workdir=none'], ['none holds no config.json']),
+        ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|prepare']),
+        ([_DEBUG, '--wrokdir=x'], ['--wrokdir is not a flag', '--help']),
+        ([_DEBUG, 'configs/fsq_888.py'], ['--config=PATH']),
+        (
+            [_DEBUG, '--config.data.batchsize=8', '--config.model.widht=8'],
+            [
+                'data.batchsize is not a field of a config; nearest:'
+                ' data.batch_size,',
+                'model.widht is not a field',
+            ],
+        ),
+        ([_DEBUG, '--config.data={}'], ['data is not a field']),
+        (
+            [_DEBUG, '--config.train.num_steps=1.5'],
+            ["--config.train.num_steps=1.5: '1.5' is not an integer"],
+        ),
+        (
+            [_DEBUG, '--config.train.num_steps=many'],
+            ["--config.train.num_steps=many: 'many' is not an integer"],
+        ),
+        ([_DEBUG, '--config.data.flip=maybe'], ['--config.data.flip=maybe']),
+        ([_DEBUG, '--config.optim.b1=x'], ['--config.optim.b1=x']),
+        (
+            [
+                _DEBUG,
+                '--config.optim.learning_rate=nan',
+                '--config.data.batch_size=-8',
+                '--config.model.quantizer.levels=8,x',
+                '--config.model.quantizer.eps=inf',
+                '--config.losses.reconstruction=l3',
+            ],
+            [
+                'optim.learning_rate is nan; allowed: a finite number > 0',
+                'data.batch_size is -8; allowed: an integer from 1',
+                "model.quantizer.levels is ('8,x',)",
+                'model.quantizer.eps is inf',
+                "losses.reconstruction is 'l3'; allowed: one of ['l1', 'l2']",
+            ],
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_a_message(args, messages):
+  result = _launch(*args)
+  assert result.returncode == 2
+  assert result.stdout == ''
+  assert 'Traceback' not in result.stderr
+  for message in messages:
+    assert message in result.stderr
+
+
+def test_debug_adds_the_traceback():
+  result = _launch(_DEBUG, '--config.seed=-1', '--debug')
+  assert result.returncode == 2
+  assert 'Traceback' in result.stderr
+  assert 'seed is -1; allowed' in result.stderr
+
+
+def test_help_lists_flags_and_exit_codes():
+  result = _launch('--help')
+  assert result.returncode == 0
+  for text in ('--workdir', '--mode', '--[no]allow_config_change', '75'):
+    assert text in result.stdout
+
+
+def test_unknown_field_is_refused_without_jax():
+  code = (
+      'import runpy, sys; sys.path.insert(0, ".")\n'
+      'try: runpy.run_path("launch.py", run_name="__main__")\n'
+      'finally: print("jax" in sys.modules)'
+  )
+  result = subprocess.run(
+      [sys.executable, '-c', code, _DEBUG, '--config.sed=3'],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      check=False,
+  )
+  assert result.returncode == 2
+  assert result.stdout == 'False\n'
+
+
+@pytest.mark.parametrize(
+    ('args', 'call'),
+    [
+        (['--config.train.num_steps=1e3'], 'train 1000 runs/debug False'),
+        (['--config.train.num_steps', '9'], 'train 9 runs/debug False'),
+        (
+            ['--workdir=/tmp/x y', '--allow_config_change'],
+            'train 8 /tmp/x y True',
+        ),
+        (['--mode=eval', '--config.seed=0x10'], 'eval 16 runs/debug'),
+        (['--mode=prepare'], 'prepare synthetic'),
+    ],
+)
+def test_mode_is_called_with_config_and_workdir(args, call):
+  result = _launch(_DEBUG, *args, stubs=True)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == f'{call}\n'
+
+
+@pytest.mark.parametrize(
+    ('seed', 'code', 'message'),
+    [
+        (13, 75, 'step 5 is saved'),
+        (14, 2, 'workdir is taken'),
+        (15, 1, 'out of memory'),
+    ],
+)
+def test_exit_code_tells_how_training_ended(seed, code, message):
+  result = _launch(_DEBUG, f'--config.seed={seed}', stubs=True)
+  assert result.returncode == code
+  assert message in result.stderr
+  assert ('Traceback' in result.stderr) == (code == 1)
+
+
+def test_eval_finds_the_config_in_the_workdir(tmp_path):
+  config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
+  config.seed = 3
+  text = configuration.config_to_json(config)
+  (tmp_path / 'config.json').write_text(text)
+  args = ['--mode=eval', f'--workdir={tmp_path}']
+  result = _launch(*args, stubs=True)
+  assert result.stdout == f'eval 3 {tmp_path}\n'
+  result = _launch(*args, '--config.seed=4', stubs=True)
+  assert result.stdout == f'eval 4 {tmp_path}\n'
+  result = _launch(*args, '--config.sed=4', stubs=True)
+  assert result.returncode == 2
+  assert 'sed is not a field' in result.stderr
