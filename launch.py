@@ -17,7 +17,9 @@ import re
 import sys
 import traceback
 
-from absl import app, flags, logging
+from absl import app
+from absl import flags
+from absl import logging
 import ml_collections
 from ml_collections import config_flags
 

@@ -6,7 +6,8 @@ import jax
 from jax import numpy as jnp
 import pytest
 
-from fsq_jax import configuration, models
+from fsq_jax import configuration
+from fsq_jax import models
 
 _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')

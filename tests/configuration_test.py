@@ -8,7 +8,11 @@ import pathlib
 import ml_collections
 import pytest
 
-from fsq_jax import config_rules, configuration, losses, models, optim
+from fsq_jax import config_rules
+from fsq_jax import configuration
+from fsq_jax import losses
+from fsq_jax import models
+from fsq_jax import optim
 
 _DEFAULT = configuration.load_config(
     pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'

@@ -14,7 +14,11 @@ import skimage.data
 import tensorflow_datasets as tfds
 
 from fsq_jax import data
-from fsq_jax.data import decoding, folder, photos, prepared, synthetic
+from fsq_jax.data import decoding
+from fsq_jax.data import folder
+from fsq_jax.data import photos
+from fsq_jax.data import prepared
+from fsq_jax.data import synthetic
 
 
 def _encode(image, format: str = 'PNG', **options) -> bytes:

@@ -5,10 +5,12 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
+from PIL import ImageFile
 import pytest
 
-from fsq_jax.data import decoding, transforms
+from fsq_jax.data import decoding
+from fsq_jax.data import transforms
 
 
 def _noise(height: int, width: int, channels: int = 3) -> np.ndarray:

@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fsq_jax import report, report_curves
+from fsq_jax import report
+from fsq_jax import report_curves
 
 _VOID = {'meta', 'img', 'input'}
 _EVIL = '<script>alert("x")</script>'

@@ -14,7 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from fsq_jax.data import pipelines, sources
+from fsq_jax.data import pipelines
+from fsq_jax.data import sources
 
 Dataset = pipelines.Dataset
 prepare = sources.prepare

@@ -15,7 +15,8 @@ Formats: JPEG, PNG, BMP, WebP, GIF, TIFF and PPM/PGM/PBM. Conversions:
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL import UnidentifiedImageError
 
 MAX_PIXELS = 10**8
 

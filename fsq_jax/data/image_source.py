@@ -7,7 +7,8 @@ import threading
 from absl import logging
 import numpy as np
 
-from fsq_jax.data import decoding, transforms
+from fsq_jax.data import decoding
+from fsq_jax.data import transforms
 
 _NUM_LISTED = 10
 

@@ -10,7 +10,9 @@ import pathlib
 
 import numpy as np
 
-from fsq_jax.data import decoding, image_source, transforms
+from fsq_jax.data import decoding
+from fsq_jax.data import image_source
+from fsq_jax.data import transforms
 
 # File in skimage/data and its share of the training crops, in twentieths:
 # natural scenes first; tissue, retina and stars for variety of colour.

@@ -9,7 +9,9 @@ import grain
 import ml_collections
 import numpy as np
 
-from fsq_jax.data import decoding, image_source, transforms
+from fsq_jax.data import decoding
+from fsq_jax.data import image_source
+from fsq_jax.data import transforms
 
 # Raise when a change to this package gives a config other pixels than before.
 _PIPELINE_VERSION = 1

@@ -3,7 +3,11 @@
 from absl import logging
 import ml_collections
 
-from fsq_jax.data import folder, image_source, photos, prepared, synthetic
+from fsq_jax.data import folder
+from fsq_jax.data import image_source
+from fsq_jax.data import photos
+from fsq_jax.data import prepared
+from fsq_jax.data import synthetic
 
 
 def _build_photos(config, split):

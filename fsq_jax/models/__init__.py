@@ -1,0 +1,94 @@
+"""Autoencoders and their parts, built from a config by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from jax import numpy as jnp
+
+from fsq_jax import quantizers
+from fsq_jax.models import autoencoder
+from fsq_jax.models import projector
+from fsq_jax.models import vit
+
+Autoencoder = autoencoder.Autoencoder
+AutoencoderOutput = autoencoder.AutoencoderOutput
+
+_ENCODERS = {'vit': vit.VitEncoder}
+_DECODERS = {'vit': vit.VitDecoder}
+_PROJECTORS_IN = {
+    'linear': projector.LinearProjectorIn,
+    'standardized': projector.StandardizedProjectorIn,
+}
+_PROJECTORS_OUT = {'linear': projector.LinearProjectorOut}
+
+
+def build_autoencoder(
+    config: Mapping[str, Any], image_size: tuple[int, int]
+) -> Autoencoder:
+  """Builds the autoencoder that the `model` section of a config describes.
+
+  Args:
+    config: the `model` section; see configs/default.py.
+    image_size: (height, width) in pixels, the grid of learned positions.
+
+  Returns:
+    The unbound module.
+
+  Raises:
+    ValueError: an unknown name, an image side that the patch does not divide,
+      or parts that do not fit each other.
+  """
+  quantizer = quantizers.build_quantizer(config['quantizer'])
+  dtype = jnp.dtype(config['dtype'])
+  compute = {
+      'dtype': dtype,
+      'remat': config['remat'],
+      'scan_unroll': config['scan_unroll'],
+  }
+  encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
+  decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
+  projector_in = _lookup('projector_in', _PROJECTORS_IN, config)(
+      code_dim=quantizer.code_dim
+  )
+  projector_out = _lookup('projector_out', _PROJECTORS_OUT, config)(
+      width=decoder.width, dtype=dtype
+  )
+  return Autoencoder(
+      encoder=encoder,
+      projector_in=projector_in,
+      quantizer=quantizer,
+      projector_out=projector_out,
+      decoder=decoder,
+  )
+
+
+def _build_vit(part, table, config, image_size, compute) -> nn.Module:
+  fields = dict(config[part])
+  cls = _lookup(part, table, config)
+  del fields['name']
+  patch = fields['patch_size']
+  if any(side % patch for side in image_size):
+    raise ValueError(
+        f'data.image_size is {tuple(image_size)}, which model.{part}.patch_size'
+        f' {patch} does not divide; use multiples of {patch}.'
+    )
+  if fields['width'] % fields['num_heads']:
+    raise ValueError(
+        f'model.{part}.width {fields["width"]} is no multiple of num_heads'
+        f' {fields["num_heads"]}.'
+    )
+  if fields['position'] not in vit.POSITIONS:
+    raise ValueError(
+        f'model.{part}.position is {fields["position"]!r}; known:'
+        f' {sorted(vit.POSITIONS)}.'
+    )
+  grid_size = tuple(side // patch for side in image_size)
+  return cls(grid_size=grid_size, **fields, **compute)
+
+
+def _lookup(part: str, table: Mapping[str, type], config) -> type:
+  name = config[part]['name']
+  if name not in table:
+    raise ValueError(f'model.{part}.name is {name!r}; known: {sorted(table)}.')
+  return table[name]

@@ -1,0 +1,71 @@
+"""The tokenizing autoencoder: five parts, one encode path, one decode path."""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+
+from fsq_jax import quantizers
+
+
+class AutoencoderOutput(NamedTuple):
+  """What a forward pass returns.
+
+  Attributes:
+    reconstructions: [B, H, W, 3] float32, about in [-1, 1].
+    quantizer_loss: float32 scalar, weighted by the quantizer; 0 where it has
+      none.
+    indices: [B, h, w] int32 in [0, codebook_size), -1 where latents were NaN.
+  """
+
+  reconstructions: jax.Array
+  quantizer_loss: jax.Array
+  indices: jax.Array
+
+
+class Autoencoder(nn.Module):
+  """Encoder, projector, quantizer, projector, decoder.
+
+  Attributes:
+    encoder: images [B, H, W, 3] to latents [B, h, w, C].
+    projector_in: latents to [B, h, w, quantizer.code_dim].
+    quantizer: any `quantizers.Quantizer`, channels last.
+    projector_out: codes to the decoder's latents.
+    decoder: latents to images.
+  """
+
+  encoder: nn.Module
+  projector_in: nn.Module
+  quantizer: quantizers.Quantizer
+  projector_out: nn.Module
+  decoder: nn.Module
+
+  def __call__(
+      self, images: jax.Array, *, train: bool = False
+  ) -> AutoencoderOutput:
+    """Reconstructs [B, H, W, 3] images in [-1, 1]."""
+    quantized = self.encode(images, train=train)
+    return AutoencoderOutput(
+        reconstructions=self.decode(quantized.z_q),
+        quantizer_loss=quantized.loss,
+        indices=quantized.indices,
+    )
+
+  def encode(
+      self, images: jax.Array, *, train: bool = False
+  ) -> quantizers.QuantizerOutput:
+    """Encodes [B, H, W, 3] images in [-1, 1] to codes, loss and indices."""
+    z = self.projector_in(self.encoder(images), train=train)
+    return self.quantizer(z, train=train)
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images."""
+    return self.decoder(self.projector_out(codes))
+
+  def encode_to_indices(self, images: jax.Array) -> jax.Array:
+    """Encodes [B, H, W, 3] images in [-1, 1] to [B, h, w] int32 indices."""
+    return self.encode(images).indices
+
+  def decode_from_indices(self, indices: jax.Array) -> jax.Array:
+    """Decodes [B, h, w] int32 indices to [B, H, W, 3] images."""
+    return self.decode(self.quantizer.indices_to_codes(indices))

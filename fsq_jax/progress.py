@@ -1,0 +1,84 @@
+"""Progress of a run: a bar on a terminal, plain lines anywhere else."""
+
+from collections.abc import Mapping
+import sys
+import time
+
+import tqdm
+
+_SHOWN = ('loss', 'reconstruction_loss', 'quantizer_loss', 'gradient_norm')
+
+
+class Progress:
+  """Shows steps, speed, time left and losses on standard error."""
+
+  def __init__(self, *, num_steps: int, batch_size: int, enabled: bool):
+    """Shows nothing yet.
+
+    Args:
+      num_steps: steps of the whole run.
+      batch_size: images a step.
+      enabled: False shows nothing, as in all processes but one.
+    """
+    self._num_steps = num_steps
+    self._batch_size = batch_size
+    self._enabled = enabled
+    self._bar = None
+    self._rate = 0.0
+    self._step = 0
+
+  def start(self, step: int) -> None:
+    """Starts the bar and the clock at a step."""
+    if self._enabled and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+          total=self._num_steps, initial=step, unit='step', smoothing=0.05
+      )
+    self._step = step
+    self.restart_clock()
+
+  def update(self, step: int, scalars: Mapping[str, float]) -> float:
+    """Counts a finished step.
+
+    Args:
+      step: steps taken.
+      scalars: of that step.
+
+    Returns:
+      Images a second since the last `log` or `restart_clock`.
+    """
+    self._step = step
+    first, started = self._since
+    seconds = time.perf_counter() - started
+    self._rate = (step - first) * self._batch_size / max(seconds, 1e-9)
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+      self._bar.set_postfix_str(
+          f'loss {scalars["loss"]:.4f}, {self._rate:.0f} images/s',
+          refresh=False,
+      )
+    return self._rate
+
+  def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes a line about a step where there is no bar; restarts the clock."""
+    if self._enabled and self._bar is None:
+      left = (self._num_steps - step) * self._batch_size / self._rate
+      losses = ', '.join(f'{n} {scalars[n]:.4f}' for n in _SHOWN)
+      self.say(
+          f'step {step}/{self._num_steps}: {losses}, {self._rate:.0f} images/s,'
+          f' {tqdm.tqdm.format_interval(left)} left'
+      )
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Counts images a second from here on."""
+    self._since = (self._step, time.perf_counter())
+
+  def say(self, text: str) -> None:
+    """Shows a line without disturbing the bar."""
+    if self._enabled:
+      tqdm.tqdm.write(text, file=sys.stderr)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()

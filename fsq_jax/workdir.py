@@ -1,0 +1,157 @@
+"""The folder of a run: names of its files, atomic writing, metric rows."""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+
+CONFIG = 'config.json'
+QUANTIZER = 'quantizer.json'
+RUN = 'run.json'
+METRICS = 'metrics.jsonl'
+EVALUATION = 'evaluation.json'
+REPORT = 'report.html'
+CHECKPOINTS = 'checkpoints'
+RECONSTRUCTIONS = 'reconstructions'
+TENSORBOARD = 'tensorboard'
+PROFILE = 'profile'
+
+
+def create(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Creates the folder of a run and shows that it can be written.
+
+  Args:
+    path: the folder; parents are created too.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    ValueError: the path is a file, or nothing can be written there.
+  """
+  folder = pathlib.Path(path).expanduser().absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.probe-{os.getpid()}'
+    probe.touch()
+    # Processes of other hosts may have the same id, and be quicker.
+    probe.unlink(missing_ok=True)
+  except OSError as error:
+    raise ValueError(
+        f'workdir {folder} cannot be written ({error.strerror}); give another'
+        ' folder with --workdir.'
+    ) from error
+  return folder
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file so that it is there either whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes plain values as JSON, atomically; non-finite numbers as null."""
+  text = json.dumps(finite_or_null(value), indent=2, allow_nan=False)
+  write_bytes(path, (text + '\n').encode())
+
+
+def finite_or_null(value: Any) -> Any:
+  """Replaces non-finite floats by None, in dicts and lists too."""
+  if isinstance(value, Mapping):
+    return {str(k): finite_or_null(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite_or_null(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+class MetricWriter:
+  """Appends rows to metrics.jsonl and, with tensorboardX, to event files.
+
+  A run that goes on from a checkpoint first drops the rows after it, so that
+  the file reads as if the run had never stopped.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, first_step: int):
+    """Opens the files; rows of steps after `first_step` are dropped."""
+    self._path = folder / METRICS
+    kept = ''.join(
+        f'{line}\n'
+        for line, row in _read_rows(self._path)
+        if row['step'] <= first_step
+    )
+    write_bytes(self._path, kept.encode())
+    self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115
+    self._events = None
+    try:
+      import tensorboardX  # An extra: runs do without it.
+    except ImportError:
+      logging.info(
+          'No TensorBoard events: pip install "fsq_jax[tensorboard]" adds them.'
+      )
+    else:
+      self._events = tensorboardX.SummaryWriter(
+          str(folder / TENSORBOARD), purge_step=first_step + 1
+      )
+
+  def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
+    """Appends one row; `split` is 'train' or 'eval'."""
+    row = finite_or_null({'step': step, 'split': split, **scalars})
+    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    self._file.flush()
+    if self._events is not None:
+      for name, value in scalars.items():
+        self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def flush(self) -> None:
+    """Returns when the rows are on disk."""
+    os.fsync(self._file.fileno())
+    if self._events is not None:
+      self._events.flush()
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Reads the rows of metrics.jsonl; a last line cut off by a crash is left.
+
+  Args:
+    folder: the run's folder.
+
+  Returns:
+    The rows in order; empty without the file.
+  """
+  return [row for _, row in _read_rows(pathlib.Path(folder) / METRICS)]
+
+
+def _read_rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text('utf-8', errors='replace').splitlines():
+    try:
+      row = json.loads(line)
+    except ValueError:
+      logging.warning('%s has a damaged line, left out: %.60s', path, line)
+      continue
+    if isinstance(row, dict) and isinstance(row.get('step'), int):
+      rows.append((line, row))
+  return rows

@@ -1,0 +1,322 @@
+"""Meshes, sharding rules, and what devices hold of a real train state."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import chex
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import train_state
+
+P = jax.sharding.PartitionSpec
+_ROOT = pathlib.Path(__file__).parents[1]
+_FSDP = (('.*', 'fsdp'),)
+
+
+def _mesh(data, fsdp):
+  return partitioning.create_mesh({'data': data, 'fsdp': fsdp})
+
+
+def _specs(tree):
+  """Path to PartitionSpec of a tree of shardings."""
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): x.spec
+      for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
+def _spec(shape, rules, *, fsdp=4, min_size=0):
+  """PartitionSpec that the rules give to an array of one path."""
+  shardings = partitioning.state_shardings(
+      {'block': {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}},
+      _mesh(-1, fsdp),
+      rules,
+      min_size,
+  )
+  return shardings['block']['kernel'].spec
+
+
+def _builder(mesh):
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py')
+  config.model.projector_in.name = 'standardized'
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  return train_state.StateBuilder(config, model, optimizer, mesh)
+
+
+@pytest.fixture(scope='module')
+def builder():
+  """The default config's state on 2 x 4 devices."""
+  return _builder(_mesh(2, 4))
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'shape'),
+    [
+        ({'data': 2, 'fsdp': 4}, (2, 4)),
+        ({'fsdp': 4, 'data': 2}, (2, 4)),
+        ({'data': -1, 'fsdp': 1}, (8, 1)),
+        ({'data': -1, 'fsdp': 8}, (1, 8)),
+        ({'data': 4, 'fsdp': -1}, (4, 2)),
+    ],
+)
+def test_mesh_has_the_sizes_asked_for(sizes, shape):
+  mesh = partitioning.create_mesh(sizes)
+  assert mesh.axis_names == ('data', 'fsdp')
+  assert mesh.devices.shape == shape
+  assert set(mesh.devices.flat) == set(jax.devices())
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_mesh_takes_the_devices_that_it_is_given():
+  devices = jax.devices()[2:4]
+  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, devices)
+  assert set(mesh.devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize(
+    'sizes', [(3, 1), (4, 4), (-1, 3), (-1, 16), (-1, -1), (-1, 0), (0, 8),
+              (-2, -4), (-1, -8)]
+)  # fmt: skip
+def test_mesh_that_does_not_fill_the_devices_is_refused(sizes):
+  with pytest.raises(ValueError, match='does not fill 8 devices') as error:
+    _mesh(*sizes)
+  assert str({'data': sizes[0], 'fsdp': sizes[1]}) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'sizes', [{'data': 8}, {'data': 1, 'model': 8}, {}]
+)
+def test_mesh_of_other_axes_is_refused(sizes):
+  with pytest.raises(ValueError, match=r"sizes for \['data', 'fsdp'\]"):
+    partitioning.create_mesh(sizes)
+
+
+def test_first_rule_that_is_found_in_the_path_wins():
+  rules = [
+      ('^kernel', (None, 'data')),  # Not found: the path is block/kernel.
+      ('kernel$', ('fsdp', None)),
+      ('block', 'replicate'),
+  ]
+  assert _spec((8, 8), rules) == P('fsdp', None)
+  assert _spec((8, 8), rules[::-1]) == P()
+
+
+@pytest.mark.parametrize(
+    ('shape', 'spec'),
+    [
+        ((4, 16, 8), P(None, 'fsdp', None)),
+        ((8, 8), P(None, 'fsdp')),  # The last of equally large ones.
+        ((10, 4), P(None, 'fsdp')),  # 4 devices do not divide 10.
+        ((12,), P('fsdp')),
+        ((), P()),
+    ],
+)
+def test_fsdp_takes_the_largest_axis_that_divides(shape, spec):
+  assert _spec(shape, _FSDP) == spec
+
+
+@pytest.mark.parametrize(('size', 'spec'), [(8, P()), (12, P('fsdp'))])
+def test_fsdp_leaves_arrays_below_the_floor_whole(size, spec):
+  assert _spec((size,), _FSDP, min_size=12) == spec
+
+
+def test_fsdp_of_one_device_shards_nothing():
+  assert _spec((16, 16), _FSDP, fsdp=1) == P()
+
+
+def test_fsdp_names_an_array_that_nothing_divides(monkeypatch):
+  warnings = []
+  monkeypatch.setattr(
+      partitioning.logging, 'warning', lambda *a: warnings.append(a[0] % a[1:])
+  )
+  assert _spec((3, 5), _FSDP) == P()
+  assert warnings == [
+      'block/kernel of shape (3, 5) stays whole: 4 shards divide none of its'
+      ' axes.'
+  ]
+
+
+def test_tuple_names_a_mesh_axis_for_each_axis():
+  assert _spec((2, 8), [('.*', ('data', 'fsdp'))]) == P('data', 'fsdp')
+  assert _spec((2, 8), [('.*', (None, 'data'))]) == P(None, 'data')
+  assert _spec((), [('.*', ('data', 'fsdp'))]) == P()
+
+
+@pytest.mark.parametrize(
+    ('shape', 'strategy'),
+    [
+        ((6, 8), ('fsdp', None)),  # 4 devices do not divide 6.
+        ((8,), ('fsdp', None)),
+        ((8, 8), ('fsdp',)),
+        ((8, 8), ('model', None)),
+    ],
+)
+def test_tuple_that_does_not_fit_is_refused(shape, strategy):
+  with pytest.raises(ValueError, match='only names that divide') as error:
+    _spec(shape, [('.*', strategy)])
+  for part in (strategy, "'block/kernel'", shape, {'data': 2, 'fsdp': 4}):
+    assert str(part) in str(error.value)
+
+
+def test_unknown_strategy_is_refused():
+  with pytest.raises(ValueError, match=r"'shard'; known: \['fsdp', 'repl"):
+    _spec((8, 8), [('.*', 'shard')])
+
+
+def test_array_without_a_rule_is_named():
+  with pytest.raises(ValueError, match="match nothing in 'block/kernel'"):
+    _spec((8, 8), [('bias', 'replicate')])
+
+
+def test_paths_are_joined_by_slashes():
+  tree = {'encoder': {'kernel': 0}, 'rest': [1, (2,)]}
+  assert partitioning.tree_paths(tree) == {
+      'encoder': {'kernel': 'encoder/kernel'}, 'rest': ['rest/0', ('rest/1/0',)]
+  }
+
+
+def test_large_kernels_of_a_state_are_sharded_and_the_rest_is_whole(builder):
+  specs = _specs(builder.shardings.params)
+  mlp = 'encoder/transformer/blocks/mlp'
+  assert specs[f'{mlp}/in/kernel'] == P(None, None, 'fsdp')
+  assert specs[f'{mlp}/out/kernel'] == P(None, 'fsdp', None)
+  attention = 'decoder/transformer/blocks/attention'
+  assert specs[f'{attention}/qkv/kernel'] == P(None, None, 'fsdp')
+  assert specs[f'{attention}/out/kernel'] == P()  # 2 * 64 * 64 < 2^14.
+  assert specs['projector_in/linear/kernel'] == P()
+  assert builder.shardings.step.spec == P()
+  assert set(_specs(builder.shardings.model_state).values()) == {P()}
+
+
+def test_optimizer_state_and_averages_follow_their_parameters(builder):
+  specs = _specs(builder.shardings.params)
+  assert _specs(builder.shardings.ema_params) == specs
+  found = {'mu': set(), 'nu': set()}
+  for path, spec in _specs(builder.shardings.opt_state).items():
+    for moment, parameters in found.items():
+      _, separator, parameter = path.partition(f'/{moment}/')
+      if separator:
+        assert spec == specs[parameter], path
+        parameters.add(parameter)
+  assert found == {'mu': set(specs), 'nu': set(specs)}
+
+
+@pytest.fixture(scope='module')
+def states(builder):
+  """The default config's state on 2 x 4 devices and on one device."""
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  return builder.create(), _builder(mesh).create()
+
+
+def test_a_created_state_is_what_was_announced(builder, states):
+  def check(abstract, array):
+    assert array.shape == abstract.shape
+    assert array.dtype == abstract.dtype
+    assert array.sharding == abstract.sharding
+
+  jax.tree.map(check, builder.abstract, states[0])
+
+
+def test_values_do_not_depend_on_the_mesh(states):
+  chex.assert_trees_all_equal(*jax.device_get(states))
+
+
+def test_fsdp_shrinks_what_each_device_holds(states):
+  def bytes_of(device, state):
+    return sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(state)
+        for shard in x.addressable_shards
+        if shard.device == device
+    )
+
+  sharded, whole = states
+  total = bytes_of(jax.devices()[0], whole)
+  assert total == sum(x.nbytes for x in jax.tree.leaves(whole))
+  # In each of 2 stacks of 2 blocks, 64 x 192 and twice 64 x 256 float32
+  # weights; parameters, average and two moments; 3/4 are elsewhere.
+  split = 4 * 4 * 2 * 2 * (64 * 192 + 2 * 64 * 256)
+  for device in jax.devices():
+    assert bytes_of(device, sharded) == total - split * 3 // 4
+  assert split > total // 2
+
+
+@pytest.mark.parametrize(('data', 'fsdp'), [(8, 1), (2, 4), (1, 8)])
+def test_batch_is_split_over_all_devices(data, fsdp):
+  mesh = _mesh(data, fsdp)
+  batch = {
+      'image': np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3),
+      'index': np.arange(16),
+  }
+  sharded = partitioning.shard_batch(batch, mesh)
+  rows = []
+  for name, x in sharded.items():
+    assert x.sharding == partitioning.batch_sharding(mesh)
+    np.testing.assert_array_equal(x, batch[name])
+  for shard in sharded['index'].addressable_shards:
+    assert shard.data.shape == (2,)
+    rows.extend(np.asarray(shard.data))
+  assert sorted(rows) == list(range(16))
+
+
+def test_replicated_arrays_are_whole_everywhere():
+  x = jax.device_put(np.arange(6), partitioning.replicated(_mesh(2, 4)))
+  assert len(x.addressable_shards) == 8
+  assert all(shard.data.shape == (6,) for shard in x.addressable_shards)
+
+
+_PROCESS = """
+import sys
+import jax
+import numpy as np
+from fsq_jax import partitioning
+
+process = int(sys.argv[2])
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, process)
+mesh = partitioning.create_mesh({'data': 2, 'fsdp': -1})
+local = np.arange(4, dtype=np.int32) + 10 * process
+batch = partitioning.shard_batch(local, mesh)
+total = jax.jit(lambda x: (x * x).sum())(batch)
+print(batch.shape, jax.process_count(), dict(mesh.shape), int(total))
+"""
+
+
+def test_batches_of_two_processes_become_one():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = str(free.getsockname()[1])
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', _PROCESS, port, str(i)],
+          cwd=_ROOT,
+          env={
+              'PATH': '',
+              'JAX_PLATFORMS': 'cpu',
+              'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+          },
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+      )
+      for i in range(2)
+  ]
+  try:
+    outputs = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  expected = sum(x**2 for x in (0, 1, 2, 3, 10, 11, 12, 13))
+  for stdout, stderr in outputs:
+    # The transport has printed lines of its own before.
+    last = stdout.splitlines()[-1:]
+    assert last == [f"(8,) 2 {{'data': 2, 'fsdp': 2}} {expected}"], stderr

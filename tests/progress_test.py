@@ -1,0 +1,126 @@
+"""What a run shows: a bar on a terminal, lines elsewhere, true speeds."""
+
+import io
+import sys
+import types
+
+import pytest
+
+from fsq_jax import progress
+
+_SCALARS = {
+    'loss': 0.75,
+    'reconstruction_loss': 0.5,
+    'quantizer_loss': 0.25,
+    'gradient_norm': 12.0,
+    'learning_rate': 1e-3,
+}
+
+
+class _Stream(io.StringIO):
+  """Standard error that claims to be a terminal, or not."""
+
+  def __init__(self, *, terminal):
+    super().__init__()
+    self._terminal = terminal
+
+  def isatty(self):
+    return self._terminal
+
+
+class _Clock:
+  """Seconds that pass only when a test says so."""
+
+  def __init__(self):
+    self.now = 100.0
+
+  def perf_counter(self):
+    return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  clock = _Clock()
+  module = types.SimpleNamespace(perf_counter=clock.perf_counter)
+  monkeypatch.setattr(progress, 'time', module)
+  return clock
+
+
+def _stream(monkeypatch, *, terminal):
+  stream = _Stream(terminal=terminal)
+  monkeypatch.setattr(sys, 'stderr', stream)
+  return stream
+
+
+def _start(step=0, *, enabled=True):
+  shown = progress.Progress(num_steps=100, batch_size=8, enabled=enabled)
+  shown.start(step)
+  return shown
+
+
+def test_speed_counts_the_images_since_the_clock_was_restarted(clock):
+  shown = _start(10, enabled=False)
+  clock.now += 2
+  assert shown.update(11, _SCALARS) == 4  # 1 step of 8 images in 2 s.
+  clock.now += 2
+  assert shown.update(14, _SCALARS) == 8  # 4 steps in 4 s.
+  shown.log(14, _SCALARS)
+  clock.now += 2
+  assert shown.update(15, _SCALARS) == 4  # 1 step in 2 s since `log`.
+
+
+def test_speed_leaves_out_what_restart_clock_excludes(clock):
+  shown = _start(enabled=False)
+  clock.now += 1
+  assert shown.update(2, _SCALARS) == 16
+  clock.now += 500  # An evaluation.
+  shown.restart_clock()
+  clock.now += 1
+  assert shown.update(4, _SCALARS) == 16
+
+
+def test_lines_without_a_terminal(clock, monkeypatch):
+  stream = _stream(monkeypatch, terminal=False)
+  shown = _start()
+  clock.now += 10
+  shown.update(10, _SCALARS)
+  assert stream.getvalue() == ''
+  shown.log(10, _SCALARS)
+  shown.say('Evaluated.')
+  shown.close()
+  # 90 steps at 1 step, or 8 images, a second are left.
+  assert stream.getvalue() == (
+      'step 10/100: loss 0.7500, reconstruction_loss 0.5000, quantizer_loss'
+      ' 0.2500, gradient_norm 12.0000, 8 images/s, 01:30 left\n'
+      'Evaluated.\n'
+  )
+
+
+def test_bar_on_a_terminal(clock, monkeypatch):
+  stream = _stream(monkeypatch, terminal=True)
+  shown = _start(40)
+  assert '40/100' in stream.getvalue()
+  clock.now += 2
+  shown.update(41, _SCALARS)
+  shown.update(42, _SCALARS)
+  shown.log(42, _SCALARS)
+  shown.say('Evaluated.')
+  shown.close()
+  text = stream.getvalue()
+  assert '42/100' in text.splitlines()[-1]
+  assert 'loss 0.7500, 8 images/s' in text.splitlines()[-1]
+  # The bar replaces the lines of `log`, and lets those of `say` through.
+  assert 'step 42/100:' not in text
+  assert 'Evaluated.\n' in text
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_nothing_is_shown_if_not_enabled(clock, monkeypatch, terminal):
+  stream = _stream(monkeypatch, terminal=terminal)
+  shown = _start(enabled=False)
+  clock.now += 1
+  assert shown.update(1, _SCALARS) == 8
+  shown.log(1, _SCALARS)
+  shown.say('Evaluated.')
+  shown.close()
+  assert stream.getvalue() == ''

@@ -1,0 +1,231 @@
+"""Files of a run: whole or not there, rows in order, events on request."""
+
+import errno
+import json
+import math
+import os
+import pathlib
+import struct
+import sys
+
+import pytest
+
+from fsq_jax import workdir
+
+
+def _names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def _write_rows(folder, steps, *, first_step=0):
+  writer = workdir.MetricWriter(folder, first_step=first_step)
+  for step in steps:
+    writer.write(step, 'train', {'loss': step / 2})
+  writer.flush()
+  writer.close()
+
+
+def _steps(folder):
+  return [row['step'] for row in workdir.read_metrics(folder)]
+
+
+def _read_events(folder):
+  """Returns (step, tag, value) and purged steps of the event files."""
+  event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
+  values, purged = [], []
+  for path in sorted((folder / workdir.TENSORBOARD).iterdir()):
+    data = path.read_bytes()
+    while data:
+      # A record: length, checksum, that many bytes, checksum.
+      (length,) = struct.unpack('<Q', data[:8])
+      event = event_pb2.Event.FromString(data[12:12 + length])
+      data = data[16 + length:]
+      if event.session_log.status == event.session_log.START:
+        purged.append(event.step)
+      for value in event.summary.value:
+        values.append((event.step, value.tag, value.simple_value))
+  return values, purged
+
+
+def test_create_makes_the_folder_and_its_parents(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = workdir.create('runs/first')
+  assert folder == tmp_path / 'runs' / 'first'
+  assert folder.is_dir()
+  (folder / 'kept').touch()
+  assert workdir.create(folder) == folder
+  assert _names(folder) == ['kept']
+
+
+def test_create_expands_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert workdir.create('~/run') == tmp_path / 'run'
+
+
+@pytest.mark.parametrize('below', ['', 'run'])
+def test_create_refuses_a_file(tmp_path, below):
+  path = tmp_path / 'file'
+  path.write_text('kept')
+  with pytest.raises(ValueError, match='cannot be written') as error:
+    workdir.create(path / below)
+  assert str(path / below) in str(error.value)
+  assert '--workdir' in str(error.value)
+  assert path.read_text() == 'kept'
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root writes everywhere')
+@pytest.mark.parametrize('below', ['', 'run'])
+def test_create_refuses_a_read_only_folder(tmp_path, below):
+  tmp_path.chmod(0o500)
+  with pytest.raises(ValueError, match='Permission denied'):
+    workdir.create(tmp_path / below)
+
+
+def test_create_refuses_a_folder_where_no_file_can_be_made(
+    tmp_path, monkeypatch
+):
+  def touch(path):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+  monkeypatch.setattr(pathlib.Path, 'touch', touch)
+  with pytest.raises(ValueError, match='Read-only file system'):
+    workdir.create(tmp_path)
+
+
+def test_create_allows_a_process_of_the_same_id_on_another_host(
+    tmp_path, monkeypatch
+):
+  touch = pathlib.Path.touch
+
+  def touch_and_lose(path):
+    touch(path)
+    os.unlink(path)
+
+  monkeypatch.setattr(pathlib.Path, 'touch', touch_and_lose)
+  assert workdir.create(tmp_path) == tmp_path
+
+
+def test_writing_replaces_the_file(tmp_path):
+  path = tmp_path / 'file'
+  for data in (b'a longer text', b'short', b''):
+    workdir.write_bytes(path, data)
+    assert path.read_bytes() == data
+  assert _names(tmp_path) == ['file']
+
+
+@pytest.mark.parametrize('failing', ['fsync', 'replace'])
+def test_failure_leaves_the_old_file_and_no_temporary(
+    tmp_path, monkeypatch, failing
+):
+  path = tmp_path / 'file'
+  workdir.write_bytes(path, b'old')
+
+  def fail(*_):
+    # What is on disk by now is not under the file's own name.
+    assert path.read_bytes() == b'old'
+    assert len(_names(tmp_path)) == 2
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(workdir.os, failing, fail)
+    with pytest.raises(OSError, match='No space left'):
+      workdir.write_bytes(path, b'new')
+  assert path.read_bytes() == b'old'
+  assert _names(tmp_path) == ['file']
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+  path = tmp_path / 'value.json'
+  value = {
+      'a': math.nan,
+      'b': [1, -math.inf, {'c': (math.inf, 0.5)}],
+      7: 'text',
+      'd': None,
+      'e': True,
+  }
+  workdir.write_json(path, value)
+  text = path.read_text()
+  assert text.endswith('}\n')
+  assert 'NaN' not in text
+  assert 'Infinity' not in text
+  assert json.loads(text) == {
+      'a': None,
+      'b': [1, None, {'c': [None, 0.5]}],
+      '7': 'text',
+      'd': None,
+      'e': True,
+  }
+
+
+def test_rows_come_back_in_order(tmp_path):
+  assert workdir.read_metrics(tmp_path) == []
+  writer = workdir.MetricWriter(tmp_path, first_step=0)
+  writer.write(1, 'train', {'loss': 0.5, 'gradient_norm': math.inf})
+  writer.write(1, 'eval', {'psnr': math.nan, 'ssim': 0.25})
+  # A row is readable as soon as it is written.
+  assert workdir.read_metrics(tmp_path) == [
+      {'step': 1, 'split': 'train', 'loss': 0.5, 'gradient_norm': None},
+      {'step': 1, 'split': 'eval', 'psnr': None, 'ssim': 0.25},
+  ]
+  writer.close()
+
+
+@pytest.mark.parametrize(
+    ('first_step', 'kept'),
+    [(0, []), (2, [1, 2]), (3, [1, 2]), (4, [1, 2, 4]), (9, [1, 2, 4])],
+)
+def test_rows_after_the_first_step_are_dropped(tmp_path, first_step, kept):
+  _write_rows(tmp_path, [1, 2, 4])
+  _write_rows(tmp_path, [10], first_step=first_step)
+  assert _steps(tmp_path) == [*kept, 10]
+
+
+@pytest.mark.parametrize(
+    'tail',
+    [b'{"step": 3, "spl', b'\x00\x00\x00', b'{"step": 3\xe2\x80', b'3', b'{}'],
+    ids=['cut', 'zeros', 'not_utf8', 'number', 'no_step'],
+)
+def test_a_damaged_last_line_is_left_out(tmp_path, tail):
+  _write_rows(tmp_path, [1, 2])
+  path = tmp_path / workdir.METRICS
+  path.write_bytes(path.read_bytes() + tail)
+  assert _steps(tmp_path) == [1, 2]
+  _write_rows(tmp_path, [3], first_step=2)
+  assert _steps(tmp_path) == [1, 2, 3]
+  # Every line is whole again.
+  for line in path.read_text().splitlines():
+    json.loads(line)
+
+
+def test_a_resumed_file_equals_an_undisturbed_one(tmp_path):
+  whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+  for folder in (whole, resumed):
+    folder.mkdir()
+  _write_rows(whole, range(1, 9))
+  _write_rows(resumed, range(1, 7))
+  _write_rows(resumed, range(5, 9), first_step=4)
+  assert (whole / workdir.METRICS).read_bytes() == (
+      resumed / workdir.METRICS
+  ).read_bytes()
+
+
+def test_events_are_written_with_tensorboardx(tmp_path):
+  pytest.importorskip('tensorboardX')
+  _write_rows(tmp_path, [1, 2, 3])
+  values, _ = _read_events(tmp_path)
+  assert values == [(step, 'train/loss', step / 2) for step in (1, 2, 3)]
+
+
+def test_events_after_the_first_step_are_purged(tmp_path):
+  pytest.importorskip('tensorboardX')
+  _write_rows(tmp_path, [3], first_step=2)
+  _, purged = _read_events(tmp_path)
+  # TensorBoard hides what earlier files have from this step on.
+  assert purged == [3]
+
+
+def test_rows_are_written_without_tensorboardx(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorboardX', None)
+  _write_rows(tmp_path, [1, 2])
+  assert _steps(tmp_path) == [1, 2]
+  assert _names(tmp_path) == [workdir.METRICS]
