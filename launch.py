@@ -78,6 +78,9 @@ def main(argv: list[str]) -> int:
   Returns:
     The exit code.
   """
+  if not flags.FLAGS['verbosity'].present:
+    # Orbax and JAX say much at INFO; --verbosity=0 shows it.
+    logging.set_verbosity(logging.WARNING)
   try:
     config = _load_config()
     _override(config, argv)
@@ -152,10 +155,9 @@ def _run(config: ml_collections.ConfigDict) -> int:
           config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
       )
     except train.Preempted as preempted:
-      logging.info(
-          'Interrupted; step %d is saved. Run the same command again to'
-          ' continue.',
-          preempted.step,
+      sys.stderr.write(
+          f'Interrupted; step {preempted.step} is saved. Run the same command'
+          ' again to continue.\n'
       )
       return _INTERRUPTED
   return 0

@@ -22,4 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = 'cifar10'
   config.data.eval_split = 'test'
   config.data.crop_scale = (1.0, 1.0)
+  config.data.color_jitter = 0.0
+
+  config.train.num_steps = 10_000
+  config.train.eval_every_steps = 5_000
+  config.train.checkpoint_every_steps = 1_000
   return config

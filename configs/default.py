@@ -49,8 +49,14 @@ def _data() -> ml_collections.ConfigDict:
   data.crop_scale = (1.0, 1.0)
   # Mirror training images left to right with probability 1/2.
   data.flip = True
+  # Strength in [0, 1] of random changes of hue (up to half a turn), saturation
+  # and brightness of training images.
+  data.color_jitter = 0.0
   # Share of unreadable files of a folder, in [0, 1], above which it stops.
   data.max_damaged_share = 0.01
+  # Memory in MiB for decoded images of folder and tfds, which then are read
+  # and decoded once; images beyond it are read each time. 0 keeps none.
+  data.cache_mib = 1024
   # Threads that read and decode, >= 1; images that they read ahead.
   data.num_threads = 2
   data.prefetch = 128

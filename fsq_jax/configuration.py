@@ -19,6 +19,7 @@ Config = ml_collections.ConfigDict
 # do not change what is trained. train.num_steps does, through the schedule.
 _RESUMABLE = frozenset({
     'data.eval_batch_size',
+    'data.cache_mib',
     'data.num_threads',
     'data.prefetch',
     'train.checkpoint_every_steps',

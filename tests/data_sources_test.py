@@ -32,9 +32,9 @@ def _encode(image, format: str = 'PNG', **options) -> bytes:
 # Folders.
 
 
-def _write(path, value: int = 0):
+def _write(path, value: int = 0, size=(4, 6)):
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(_encode(np.full((4, 6, 3), value, np.uint8)))
+  path.write_bytes(_encode(np.full((*size, 3), value, np.uint8)))
 
 
 def test_folder_lists_images_sorted_at_any_depth(tmp_path):
@@ -116,6 +116,21 @@ def test_damage_is_counted_once_and_unreadable_storage_is_fatal(tmp_path):
   (tmp_path / 'train' / '2.png').unlink()
   with pytest.raises(FileNotFoundError):
     source.load(2)
+
+
+def test_decoded_images_are_kept_up_to_a_limit(tmp_path):
+  for number in range(3):
+    _write(tmp_path / 'train' / f'{number}.png', size=(400, 400))
+  source = folder.FolderSource(str(tmp_path), 'train', cache_mib=1)
+  images = [source.load(i) for i in range(3)]  # 0.46 MiB each: two fit
+  assert source.load(0) is images[0]
+  assert source.load(1) is images[1]
+  assert source.load(2) is not images[2]
+  with pytest.raises(ValueError, match='read-only'):
+    images[0][:] = 0
+  uncached = folder.FolderSource(str(tmp_path), 'train')
+  np.testing.assert_array_equal(uncached.load(1), images[1])
+  assert uncached.load(1) is not uncached.load(1)
 
 
 # Prepared data sets.

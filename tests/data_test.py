@@ -25,7 +25,9 @@ def _config(**overrides) -> ml_collections.ConfigDict:
       'resize_shorter': 0,
       'crop_scale': (1.0, 2.0),
       'flip': True,
+      'color_jitter': 0.0,
       'max_damaged_share': 0.01,
+      'cache_mib': 1,
       'num_threads': 2,
       'prefetch': 16,
   })

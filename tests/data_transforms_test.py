@@ -108,6 +108,7 @@ def test_augment_follows_its_draws():
         size=(8, 8),
         crop_scale=(0.5, 4.0),
         flip=True,
+        color_jitter=0.0,
     )
     np.testing.assert_array_equal(crop, expected)
 
@@ -117,7 +118,12 @@ def test_augment_fits_the_crop_into_the_image():
   rng = np.random.default_rng(0)
   crops = [
       transforms.augment(
-          image, rng, size=(10, 10), crop_scale=(1.0, 3.0), flip=False
+          image,
+          rng,
+          size=(10, 10),
+          crop_scale=(1.0, 3.0),
+          flip=False,
+          color_jitter=0.0,
       )
       for _ in range(50)
   ]
@@ -126,6 +132,44 @@ def test_augment_fits_the_crop_into_the_image():
       for left in range(5)
   }
   assert {crop.tobytes() for crop in crops} == expected
+
+
+def test_colours_turn_about_the_grey_axis():
+  image = _noise(6, 7)
+  third = 2 * np.pi / 3
+  turned = transforms.change_color(image, hue=third, saturation=1, gain=1)
+  np.testing.assert_array_equal(turned, np.roll(image, 1, axis=-1))
+  grey = np.repeat(image[..., :1], 3, axis=-1)
+  same = transforms.change_color(grey, hue=1.0, saturation=1.7, gain=1)
+  np.testing.assert_array_equal(same, grey)
+
+
+def test_saturation_and_gain_against_their_definition():
+  image = _noise(6, 7)
+  mean = image.mean(-1, keepdims=True)
+  expected = 0.8 * (mean + 1.3 * (image - mean))
+  changed = transforms.change_color(image, hue=0, saturation=1.3, gain=0.8)
+  assert np.abs(changed - np.clip(expected, 0, 255)).max() <= 0.51
+
+
+def test_jitter_draws_each_quantity_over_its_range():
+  image = np.full((4, 4, 3), (130, 110, 100), np.uint8)
+  options = {'size': (4, 4), 'crop_scale': (1.0, 1.0), 'flip': False}
+  crops = [
+      transforms.augment(
+          image, np.random.default_rng(seed), color_jitter=0.5, **options
+      )
+      for seed in range(200)
+  ]
+  brightness = np.array([crop.mean() for crop in crops]) / image.mean()
+  assert 0.74 < brightness.min() < 0.8
+  assert 1.2 < brightness.max() < 1.26
+  reddest = {int(crop[0, 0].argmax()) for crop in crops}
+  assert reddest == {0, 1, 2}  # a quarter turn either way
+  identical = transforms.augment(
+      image, np.random.default_rng(0), color_jitter=0.0, **options
+  )
+  np.testing.assert_array_equal(identical, image)
 
 
 # Decoding.

@@ -118,8 +118,6 @@ def _check_config(
       raise ValueError(
           f'data.{field} is {config[field]}; use at least {least}.'
       )
-  if not 0 <= config.max_damaged_share <= 1:
-    raise ValueError(
-        f'data.max_damaged_share is {config.max_damaged_share}; use a share '
-        'in [0, 1].'
-    )
+  for field in ('max_damaged_share', 'color_jitter'):
+    if not 0 <= config[field] <= 1:
+      raise ValueError(f'data.{field} is {config[field]}; use 0 to 1.')

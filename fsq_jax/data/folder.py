@@ -24,6 +24,7 @@ class FolderSource(image_source.EncodedSource):
       *,
       resize_shorter: int = 0,
       max_damaged_share: float = 0.01,
+      cache_mib: int = 0,
   ):
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
@@ -42,6 +43,7 @@ class FolderSource(image_source.EncodedSource):
         hashlib.sha256(os.fsencode(listing)).hexdigest()[:16],
         resize_shorter=resize_shorter,
         max_damaged_share=max_damaged_share,
+        cache_mib=cache_mib,
     )
 
   def __len__(self) -> int:

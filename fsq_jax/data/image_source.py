@@ -49,6 +49,9 @@ class EncodedSource(ImageSource):
 
   Up to max_damaged_share of the images, rounded up to a whole number, may be
   damaged; one more is an error. A share of 0 allows none.
+
+  Decoded images are kept in memory up to cache_mib: reading and decoding a
+  small image takes longer than a small model takes to train on it.
   """
 
   def __init__(
@@ -59,11 +62,14 @@ class EncodedSource(ImageSource):
       *,
       resize_shorter: int,
       max_damaged_share: float,
+      cache_mib: int,
   ):
     super().__init__(name, split, content)
     self._resize_shorter = resize_shorter
     self._max_damaged_share = max_damaged_share
     self._lock = threading.Lock()
+    self._cache: dict[int, np.ndarray] = {}
+    self._cache_bytes_left = cache_mib * 2**20
 
   @abc.abstractmethod
   def read(self, index: int) -> bytes:
@@ -72,13 +78,25 @@ class EncodedSource(ImageSource):
   def load(self, index: int) -> np.ndarray:
     if index in self.damaged:
       raise decoding.DamagedImageError(self.damaged[index])
+    if (cached := self._cache.get(index)) is not None:
+      return cached
     data = self.read(index)
     try:
       image = decoding.decode_image(data)
-      return transforms.resize_shorter(image, self._resize_shorter)
+      image = transforms.resize_shorter(image, self._resize_shorter)
     except decoding.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise
+    self._keep(index, image)
+    return image
+
+  def _keep(self, index: int, image: np.ndarray) -> None:
+    with self._lock:
+      if index not in self._cache and image.nbytes <= self._cache_bytes_left:
+        self._cache_bytes_left -= image.nbytes
+        # Every later batch gets this array: nobody may write to it.
+        image.flags.writeable = False
+        self._cache[index] = image
 
   def _record_damage(self, index: int, reason: str) -> None:
     with self._lock:

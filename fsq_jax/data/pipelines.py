@@ -83,6 +83,7 @@ def build_train(
       'size': tuple(config.image_size),
       'crop_scale': tuple(config.crop_scale),
       'flip': config.flip,
+      'color_jitter': config.color_jitter,
   }
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def build_train(
           crop='random',
           crop_scale=list(config.crop_scale),
           flip=config.flip,
+          color_jitter=config.color_jitter,
       ),
       protocol=None,
       _batches=_batch(examples, config, config.batch_size, share),

@@ -41,6 +41,7 @@ class PreparedSource(image_source.EncodedSource):
       *,
       resize_shorter: int = 0,
       max_damaged_share: float = 0.01,
+      cache_mib: int = 0,
   ):
     import tensorflow_datasets as tfds
 
@@ -76,6 +77,7 @@ class PreparedSource(image_source.EncodedSource):
         hashlib.sha256(info).hexdigest()[:16],
         resize_shorter=resize_shorter,
         max_damaged_share=max_damaged_share,
+        cache_mib=cache_mib,
     )
 
   def __len__(self) -> int:

@@ -25,6 +25,7 @@ def _build_prepared(config, split):
       config.train_split if split == 'train' else config.eval_split,
       resize_shorter=config.resize_shorter,
       max_damaged_share=config.max_damaged_share,
+      cache_mib=config.cache_mib,
   )
 
 
@@ -34,6 +35,7 @@ def _build_folder(config, split):
       config.train_split if split == 'train' else config.eval_split,
       resize_shorter=config.resize_shorter,
       max_damaged_share=config.max_damaged_share,
+      cache_mib=config.cache_mib,
   )
 
 

@@ -59,8 +59,9 @@ def augment(
     size: Sequence[int],
     crop_scale: Sequence[float],
     flip: bool,
+    color_jitter: float,
 ) -> np.ndarray:
-  """Cuts a random crop at a random scale and mirrors it half of the time.
+  """Cuts a random crop at a random scale, mirrors it, changes its colours.
 
   The crop has sides size * s. s is log-uniform in crop_scale, whose ends are
   first lowered to the largest s that fits the image; an image smaller than
@@ -68,22 +69,55 @@ def augment(
 
   Args:
     image: [h, w, 3] uint8.
-    rng: gives four numbers, whatever the other arguments are.
+    rng: gives seven numbers, whatever the other arguments are.
     size: (height, width) of the result.
     crop_scale: (lowest, highest) s.
     flip: whether to mirror left to right with probability 1/2.
+    color_jitter: j in [0, 1]: hue turned by up to j * 180 degrees, saturation
+      and brightness multiplied by 1 - j to 1 + j and 1 - j / 2 to 1 + j / 2,
+      all uniform.
 
   Returns:
     [height, width, 3] uint8, perhaps a view of `image`.
   """
-  scale_draw, top_draw, left_draw, flip_draw = rng.random(4)
+  scale_draw, top_draw, left_draw, flip_draw, *color_draws = rng.random(7)
   largest = _largest_scale(image, size)
   low, high = (min(scale, largest) for scale in crop_scale)
   height, width = _crop_sides(image, size, low * (high / low) ** scale_draw)
   top = int(top_draw * (image.shape[0] - height + 1))
   left = int(left_draw * (image.shape[1] - width + 1))
   crop = resize(image[top : top + height, left : left + width], size)
-  return crop[:, ::-1] if flip and flip_draw < 0.5 else crop
+  if flip and flip_draw < 0.5:
+    crop = crop[:, ::-1]
+  if color_jitter:
+    turn, stretch, gain = (color_jitter * (2 * x - 1) for x in color_draws)
+    crop = change_color(
+        crop, hue=np.pi * turn, saturation=1 + stretch, gain=1 + gain / 2
+    )
+  return crop
+
+
+def change_color(
+    image: np.ndarray, *, hue: float, saturation: float, gain: float
+) -> np.ndarray:
+  """Turns, stretches and scales the colours of an image.
+
+  Args:
+    image: [h, w, 3] uint8.
+    hue: radians by which colours turn about the grey axis; a third of a full
+      turn makes red green and green blue.
+    saturation: factor of their distance from that axis, the mean of R, G, B.
+    gain: factor of all values, last.
+
+  Returns:
+    [h, w, 3] uint8, clipped and rounded.
+  """
+  grey = np.full((3, 3), 1 / 3)
+  cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+  turn = np.cos(hue) * (np.eye(3) - grey) + np.sin(hue) * cross
+  matrix = (gain * (grey + saturation * turn)).astype(np.float32)
+  values = image.astype(np.float32) @ matrix.T
+  return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -113,8 +113,8 @@ class Transformer(nn.Module):
 
   The magnitude of a token is left alone: patches that differ in brightness
   differ in magnitude, which a last LayerNorm would take away. With small
-  residual branches at the start, encoder and decoder then begin as one linear
-  autoencoder and train faster (README, "What helped").
+  residual branches at the start, encoder and decoder begin as one linear
+  autoencoder.
 
   Parameters of the blocks are stacked along a leading axis of length depth, so
   compile time does not grow with depth. `scan_unroll` lays that many blocks
