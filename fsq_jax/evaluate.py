@@ -1,0 +1,254 @@
+"""Evaluation over a whole split: image metrics and codebook statistics."""
+
+import collections
+from collections.abc import Mapping
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from absl import logging
+from flax import linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from fsq_jax import checkpoint
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import metrics
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import report
+from fsq_jax import train_state
+from fsq_jax import train_step
+from fsq_jax import workdir as workdirs
+
+# The codebook numbers that stand beside the image metrics in curves and bars.
+_CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
+
+
+class Evaluation(NamedTuple):
+  """What an evaluation gives.
+
+  Attributes:
+    metrics: mean over all images of each image metric.
+    codebook: `metrics.CodebookStatistics.result()`.
+    protocol: how the images were made and the numbers computed.
+    originals: [n, H, W, 3] uint8, images spread evenly over the split.
+    reconstructions: [n, H, W, 3] uint8, of the same images.
+  """
+
+  metrics: dict[str, float]
+  codebook: dict[str, Any]
+  protocol: dict[str, Any]
+  originals: np.ndarray
+  reconstructions: np.ndarray
+
+  def scalars(self) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl."""
+    codebook = {name: self.codebook[name] for name in _CODEBOOK_SCALARS}
+    return {**self.metrics, **codebook}
+
+
+class Evaluator:
+  """Evaluates parameters on a split, each image once.
+
+  The numbers depend neither on the batch size nor on the number of devices.
+  """
+
+  def __init__(
+      self,
+      model: nn.Module,
+      dataset: data.Dataset,
+      mesh: jax.sharding.Mesh,
+      *,
+      num_grid_images: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: an autoencoder.
+      dataset: built with split='eval'.
+      mesh: from `partitioning.create_mesh`.
+      num_grid_images: originals and reconstructions to return.
+    """
+    self._quantizer = model.quantizer
+    self._dataset = dataset
+    self._mesh = mesh
+    # Every process gets the results of the whole batch.
+    self._eval_step = jax.jit(
+        train_step.build_eval_step(model),
+        out_shardings=partitioning.replicated(mesh),
+    )
+    self._gather = jax.jit(
+        lambda batch: batch, out_shardings=partitioning.replicated(mesh)
+    )
+    positions = np.linspace(
+        0, dataset.num_examples, num_grid_images, endpoint=False
+    )
+    self._grid = sorted(set(positions.astype(int).tolist()))
+
+  def run(self, variables: Mapping[str, Any]) -> Evaluation:
+    """Evaluates the variables of the model.
+
+    Args:
+      variables: params and the model's other collections.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      ValueError: the split holds no readable image.
+    """
+    means: dict[str, metrics.Mean] = {}
+    codebook = metrics.CodebookStatistics(
+        self._quantizer.codebook_size,
+        levels=self._quantizer.levels,
+        digits_of=lambda i: np.asarray(self._quantizer.indices_to_digits(i)),
+    )
+    originals, reconstructions = [], []
+    waiting = collections.deque(self._grid)
+    for local_batch in self._dataset:
+      batch = partitioning.shard_batch(local_batch, self._mesh)
+      output = self._eval_step(variables, batch['image'])
+      batch, output = jax.device_get((self._gather(batch), output))
+      mask = batch['mask']
+      for name, values in output.metrics.items():
+        means.setdefault(name, metrics.Mean()).update(values, mask)
+      codebook.update(output.indices, mask)
+      shown = _select(batch, waiting)
+      originals.extend(batch['image'][shown])
+      reconstructions.extend(output.reconstructions[shown])
+    if not originals:
+      raise ValueError('No image of the evaluation split can be read.')
+    return self._summarise(means, codebook, originals, reconstructions)
+
+  def _summarise(self, means, codebook, originals, reconstructions):
+    nonfinite = means['psnr'].num_nonfinite
+    if nonfinite:
+      logging.error('%d reconstructions are not finite.', nonfinite)
+    return Evaluation(
+        metrics={name: mean.result() for name, mean in means.items()},
+        codebook=codebook.result(),
+        protocol={
+            **self._dataset.protocol,
+            'num_images': means['psnr'].num_values,
+            'num_damaged_images': self._dataset.damaged,
+            'num_nonfinite_reconstructions': nonfinite,
+            'rounding': 'clipped to [-1, 1], rounded to the nearest of 256',
+            'quantizer': self._quantizer.spec(),
+            'definitions': metrics.DEFINITIONS,
+        },
+        originals=np.stack(originals),
+        reconstructions=np.stack(reconstructions),
+    )
+
+
+def _select(
+    batch: Mapping[str, np.ndarray], waiting: collections.deque[int]
+) -> list[int]:
+  """Takes the numbers of a batch's images from those that wait to be shown.
+
+  Args:
+    batch: of an evaluation data set.
+    waiting: ascending numbers; in place of an image that cannot be read the
+      next one is taken.
+
+  Returns:
+    Positions in the batch.
+  """
+  shown = []
+  for row in np.argsort(batch['index']):
+    if batch['mask'][row] and waiting and batch['index'][row] >= waiting[0]:
+      waiting.popleft()
+      shown.append(row)
+  return shown
+
+
+def write_evaluation(
+    folder: pathlib.Path, step: int, evaluation: Evaluation
+) -> None:
+  """Writes evaluation.json and the grid of reconstructions of one step."""
+  record = {
+      'step': step,
+      'metrics': evaluation.metrics,
+      'codebook': evaluation.codebook,
+      'protocol': evaluation.protocol,
+  }
+  workdirs.write_json(folder / workdirs.EVALUATION, record)
+  grids = folder / workdirs.RECONSTRUCTIONS
+  grids.mkdir(exist_ok=True)
+  grid = report.reconstruction_grid(
+      evaluation.originals, evaluation.reconstructions
+  )
+  report.save_png(grids / f'step_{step:08d}.png', grid)
+
+
+def evaluate_workdir(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> Evaluation:
+  """Evaluates the newest checkpoint of a run and rewrites its report.
+
+  Args:
+    config: of the run; its data section may name another evaluation split.
+    workdir: the run's folder.
+
+  Returns:
+    The evaluation, also written to the folder.
+
+  Raises:
+    ValueError: a config that is not valid or not that of the checkpoint's
+      model, or no checkpoint.
+  """
+  configuration.check_config(config, num_devices=jax.device_count())
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  if not (folder / workdirs.CHECKPOINTS).is_dir():
+    raise ValueError(f'{folder} has no checkpoints; train there first.')
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  with contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer:
+    step = checkpointer.latest_step
+    if step is None:
+      raise ValueError(
+          f'{folder} has no finished checkpoint; train there first.'
+      )
+    trained = _trained_config(checkpointer.restore_record(step), config)
+    model = models.build_autoencoder(trained.model, trained.data.image_size)
+    optimizer = optim.build_optimizer(trained.optim, trained.train.num_steps)
+    builder = train_state.StateBuilder(trained, model, optimizer, mesh)
+    state = checkpointer.restore(step, builder.abstract)
+  dataset = data.build_dataset(
+      config.data,
+      split='eval',
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )
+  evaluator = Evaluator(
+      model, dataset, mesh, num_grid_images=config.eval.num_grid_images
+  )
+  evaluation = evaluator.run(state.eval_variables)
+  if jax.process_index() == 0:
+    write_evaluation(folder, step, evaluation)
+    report.write_report(folder)
+  return evaluation
+
+
+def _trained_config(
+    record: Mapping[str, Any], config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """Returns the config of a checkpoint; refuses one given for other models."""
+  trained = configuration.config_from_json(json.dumps(record['config']))
+  differences = [
+      line
+      for line in configuration.diff_configs(trained, config)
+      if line.startswith(('model.', 'data.image_size:'))
+  ]
+  if differences:
+    raise ValueError(
+        'The config has another model than the checkpoint (saved -> given):\n'
+        + '\n'.join(differences)
+    )
+  return trained

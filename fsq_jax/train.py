@@ -1,0 +1,389 @@
+"""The training loop: build, restore, step, log, evaluate, save."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+
+from fsq_jax import checkpoint
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import progress
+from fsq_jax import provenance
+from fsq_jax import report
+from fsq_jax import train_state
+from fsq_jax import train_step
+from fsq_jax import workdir as workdirs
+
+
+class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
+  """Training was asked to stop by a signal and has saved its last step.
+
+  Attributes:
+    step: the step that was saved; the same command goes on from there.
+  """
+
+  def __init__(self, step: int):
+    super().__init__(f'stopped by a signal after saving step {step}')
+    self.step = step
+
+
+class DivergedError(Exception):
+  """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+def train_and_evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    allow_config_change: bool = False,
+) -> train_state.TrainState:
+  """Trains until config.train.num_steps, evaluates, and writes the report.
+
+  A workdir with checkpoints is continued from the newest one; on the same
+  devices the result is bit for bit that of a run that never stopped.
+
+  Args:
+    config: see configs/default.py.
+    workdir: folder of the run, created if it is missing.
+    allow_config_change: continue although the config differs from the one
+      that the checkpoint was trained with; if the data set or its order
+      differ, the input starts anew.
+
+  Returns:
+    The last state.
+
+  Raises:
+    ValueError: a config, data set or workdir that cannot be used.
+    Preempted: SIGTERM or SIGINT arrived; the last step is saved.
+    DivergedError: config.train.max_bad_steps non-finite steps in a row.
+  """
+  configuration.check_config(config, num_devices=jax.device_count())
+  folder = workdirs.create(workdir)
+  _use_compilation_cache(config.train.compilation_cache)
+  with _Trainer(config, folder, allow_config_change) as trainer:
+    with _catch_signals() as stop_requested:
+      trainer.train(stop_requested)
+    trainer.finish()
+    return trainer.state
+
+
+class _Trainer:
+  """The parts of one run, and the order in which they act."""
+
+  def __init__(self, config, folder: pathlib.Path, allow_config_change: bool):
+    self.config = config
+    self.folder = folder
+    self.is_writer = jax.process_index() == 0
+    self.progress = progress.Progress(
+        num_steps=config.train.num_steps,
+        batch_size=config.data.batch_size,
+        enabled=self.is_writer,
+    )
+    self.mesh = partitioning.create_mesh(config.partitioning.mesh)
+    self.checkpointer = checkpoint.Checkpointer(
+        folder, keep=config.train.keep_checkpoints
+    )
+    self.dataset = self._build_dataset('train')
+    self.iterator = self.dataset.iterator()
+    self.model = models.build_autoencoder(config.model, config.data.image_size)
+    optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+    builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
+    self.state = self._restore(builder, allow_config_change)
+    if self.state is None:
+      self.state = builder.create()
+    self.step = int(self.state.step)
+    self.evaluator = evaluate.Evaluator(
+        self.model,
+        self._build_dataset('eval'),
+        self.mesh,
+        num_grid_images=config.eval.num_grid_images,
+    )
+    self.train_step, compile_seconds = self._compile(optimizer, builder)
+    self.evaluated_step = None
+    self.profiling = False
+    self.pending = None
+    self.writer = None
+    if self.is_writer:
+      self._describe_run(compile_seconds)
+      self.writer = workdirs.MetricWriter(folder, first_step=self.step)
+    self.progress.start(self.step)
+
+  def __enter__(self) -> '_Trainer':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self.profiling:
+      jax.profiler.stop_trace()
+    self.progress.close()
+    self.checkpointer.close()
+    if self.writer is not None:
+      self.writer.close()
+
+  def train(self, stop_requested: threading.Event) -> None:
+    """Takes the steps that are left; saves and raises Preempted on a stop."""
+    train = self.config.train
+    if self._owes_evaluation():
+      self._evaluate()
+    while self.step < train.num_steps:
+      self._start_profile()
+      self._take_step()
+      self._stop_profile()
+      last = self.step == train.num_steps
+      stopping = stop_requested.is_set()
+      evaluating = last or self._is_due(train.eval_every_steps)
+      if evaluating and not stopping:
+        self._save(self._evaluate())
+      elif stopping or self._is_due(train.checkpoint_every_steps):
+        self._save(None)
+      if stopping:
+        self.checkpointer.wait()
+        raise Preempted(self.step)
+    self.checkpointer.wait()
+
+  def finish(self) -> None:
+    """Evaluates if the last step has not been, and writes the report."""
+    if self.evaluated_step != self.step:
+      self._evaluate()
+    if self.is_writer:
+      self.writer.flush()
+      path = report.write_report(self.folder)
+      self.progress.say(f'Report: {path}')
+
+  def _build_dataset(self, split: str) -> data.Dataset:
+    return data.build_dataset(
+        self.config.data,
+        split=split,
+        seed=self.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+  def _restore(self, builder, allow_config_change: bool):
+    """Returns the newest saved state and moves the input there, or None."""
+    step = self.checkpointer.latest_step
+    if step is None:
+      return None
+    record = self.checkpointer.restore_record(step)
+    configuration.check_resumable(
+        configuration.config_from_json(json.dumps(record['config'])),
+        self.config,
+        allow_config_change=allow_config_change,
+    )
+    try:
+      data.check_fingerprint(record['fingerprint'], self.dataset.fingerprint)
+    except ValueError as error:
+      if not allow_config_change:
+        raise
+      logging.warning('The input starts anew. %s', error)
+    else:
+      self.iterator.set_state(record['iterator'])
+    self.progress.say(f'Continuing {self.folder} from step {step}.')
+    return self.checkpointer.restore(step, builder.abstract)
+
+  def _compile(self, optimizer, builder):
+    """Compiles the training step; returns it and the seconds it took."""
+    started = time.perf_counter()
+    batch_sharding = partitioning.batch_sharding(self.mesh)
+    jitted = jax.jit(
+        train_step.build_train_step(self.model, optimizer, self.config),
+        in_shardings=(builder.shardings, batch_sharding),
+        out_shardings=(
+            builder.shardings, partitioning.replicated(self.mesh)
+        ),
+        donate_argnums=0,
+    )
+    images = jax.ShapeDtypeStruct(
+        (self.config.data.batch_size, *self.config.data.image_size, 3),
+        np.uint8,
+        sharding=batch_sharding,
+    )
+    compiled = jitted.lower(builder.abstract, images).compile()
+    return compiled, time.perf_counter() - started
+
+  def _describe_run(self, compile_seconds: float) -> None:
+    """Writes what the run is, before its first step."""
+    sizes = [x.size for x in jax.tree.leaves(self.state.params)]
+    facts = {
+        **provenance.describe(),
+        'mesh': dict(self.mesh.shape),
+        'num_parameters': sum(sizes),
+        'num_train_examples': self.dataset.num_examples,
+        'first_step': self.step,
+        'compile_seconds': round(compile_seconds, 2),
+    }
+    workdirs.write_json(self.folder / workdirs.RUN, facts)
+    workdirs.write_json(
+        self.folder / workdirs.CONFIG, self._record()['config']
+    )
+    workdirs.write_json(
+        self.folder / workdirs.QUANTIZER, self.model.quantizer.spec()
+    )
+    self.progress.say(
+        f'{jax.device_count()} x {jax.devices()[0].device_kind}, mesh'
+        f' {dict(self.mesh.shape)}, {sum(sizes):,} parameters, training step'
+        f' compiled in {compile_seconds:.1f} s. Writing to {self.folder}'
+    )
+
+  def _record(self) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return {
+        'config': json.loads(configuration.config_to_json(self.config)),
+        'quantizer': self.model.quantizer.spec(),
+        'fingerprint': dict(self.dataset.fingerprint),
+        'iterator': self.iterator.get_state(),
+    }
+
+  def _owes_evaluation(self) -> bool:
+    """Whether a signal kept the run from evaluating the step it restored."""
+    return (
+        self.step > 0
+        and self._is_due(self.config.train.eval_every_steps)
+        and not self.checkpointer.is_evaluated(self.step)
+    )
+
+  def _is_due(self, every_steps: int) -> bool:
+    return every_steps > 0 and self.step % every_steps == 0
+
+  def _take_step(self) -> None:
+    local_batch = next(self.iterator)
+    images = partitioning.shard_batch(local_batch['image'], self.mesh)
+    self.state, scalars = self.train_step(self.state, images)
+    self.step += 1
+    # Read a step's scalars while the device works on the next one.
+    previous, self.pending = self.pending, (
+        self.step, scalars, local_batch['index']
+    )
+    self._report(previous)
+
+  def _report(self, pending) -> None:
+    """Logs one step that has been taken, or stops the run if it must."""
+    if pending is None:
+      return
+    step, scalars, indices = pending
+    scalars = {name: float(x) for name, x in jax.device_get(scalars).items()}
+    self._check_finite(step, scalars, indices)
+    rate = self.progress.update(step, scalars)
+    due = step % self.config.train.log_every_steps == 0
+    if due or step == self.config.train.num_steps:
+      self.progress.log(step, scalars)
+      if self.is_writer:
+        row = {**scalars, 'images_per_second': rate}
+        self.writer.write(step, 'train', row)
+
+  def _check_finite(self, step: int, scalars, indices: np.ndarray) -> None:
+    bad_steps = int(scalars['bad_steps'])
+    if not bad_steps:
+      return
+    names = [name for name, x in scalars.items() if not math.isfinite(x)]
+    message = (
+        f'Step {step}: {" and ".join(names)} not finite'
+        f' ({scalars["invalid_tokens"]:.1%} of the tokens from NaN), update'
+        f' skipped, {bad_steps} in a row. Images:'
+        f' {", ".join(self.dataset.describe(i) for i in indices[:8])} ...'
+    )
+    logging.warning(message)
+    if bad_steps >= self.config.train.max_bad_steps:
+      raise DivergedError(
+          f'{message}\nStopped after train.max_bad_steps ='
+          f' {self.config.train.max_bad_steps}. The last checkpoint is of step'
+          f' {self.checkpointer.latest_step}; lower optim.learning_rate or'
+          ' optim.clip_norm, or look at the images named.'
+      )
+
+  def _evaluate(self) -> dict[str, float]:
+    """Evaluates the current step, writes what it gave, returns the scalars."""
+    self._flush_pending()
+    evaluation = self.evaluator.run(self.state.eval_variables)
+    scalars = evaluation.scalars()
+    self.evaluated_step = self.step
+    if self.is_writer:
+      evaluate.write_evaluation(self.folder, self.step, evaluation)
+      if not self._is_evaluation_logged():
+        self.writer.write(self.step, 'eval', scalars)
+    self.progress.say(
+        f'Step {self.step}: PSNR {scalars["psnr"]:.2f} dB, SSIM'
+        f' {scalars["ssim"]:.3f}, codebook usage {scalars["usage"]:.1%},'
+        f' perplexity {scalars["perplexity"]:.1f}'
+    )
+    self.progress.restart_clock()
+    return scalars
+
+  def _is_evaluation_logged(self) -> bool:
+    """Whether the row is there, as in a finished run that is run again."""
+    rows = workdirs.read_metrics(self.folder)
+    return any((r['step'], r['split']) == (self.step, 'eval') for r in rows)
+
+  def _save(self, metrics: dict[str, float] | None) -> None:
+    self._flush_pending()
+    if self.writer is not None:
+      self.writer.flush()
+    self.checkpointer.save(self.step, self.state, self._record(), metrics)
+
+  def _flush_pending(self) -> None:
+    self._report(self.pending)
+    self.pending = None
+
+  def _start_profile(self) -> None:
+    """Starts the profiler if the next step is one of those to be traced."""
+    steps = self.config.train.profile_steps
+    if steps and not self.profiling and steps[0] <= self.step + 1 <= steps[1]:
+      jax.profiler.start_trace(self.folder / workdirs.PROFILE)
+      self.profiling = True
+
+  def _stop_profile(self) -> None:
+    """Stops the profiler after the last step to be traced."""
+    if self.profiling and self.step == self.config.train.profile_steps[1]:
+      jax.block_until_ready(self.state)
+      jax.profiler.stop_trace()
+      self.profiling = False
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[threading.Event]:
+  """Turns the first SIGTERM or SIGINT into an event; a second one kills."""
+  stop_requested = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop_requested  # Python delivers signals to the main thread only.
+    return
+  previous = {}
+
+  def request_stop(number: int, _) -> None:
+    stop_requested.set()
+    logging.warning(
+        '%s: saving after this step, then stopping. Once more stops at once.',
+        signal.Signals(number).name,
+    )
+    for caught in previous:
+      signal.signal(caught, signal.SIG_DFL)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, request_stop)
+  try:
+    yield stop_requested
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def _use_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs for later runs; '' does not."""
+  if folder:
+    path = str(pathlib.Path(folder).expanduser())
+    jax.config.update('jax_compilation_cache_dir', path)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -1,0 +1,309 @@
+"""Tests of evaluation: every image once, honest numbers, clear refusals."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import models
+from fsq_jax import partitioning
+from fsq_jax import train
+from fsq_jax import train_step
+from fsq_jax import workdir
+
+_DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
+_NUM_IMAGES = 256  # Of the synthetic evaluation split.
+_NUM_TOKENS = 16  # An image.
+
+
+@pytest.fixture(scope='module')
+def config():
+  """The debug config."""
+  return configuration.load_config(_DEBUG)
+
+
+@pytest.fixture(scope='module')
+def model(config):
+  """Its model."""
+  return models.build_autoencoder(config.model, config.data.image_size)
+
+
+@pytest.fixture(scope='module')
+def variables(model):
+  """Parameters at random, larger than initial ones, so that codes vary."""
+  shape = (1, 16, 16, 3)
+  params = jax.jit(model.init)(jax.random.key(1), jnp.zeros(shape))
+  return jax.device_get(jax.tree.map(lambda x: 2 * x, params))
+
+
+@pytest.fixture(scope='module')
+def run(config, tmp_path_factory):
+  """Folder of a finished run."""
+  folder = tmp_path_factory.mktemp('run')
+  train.train_and_evaluate(config, folder)
+  return folder
+
+
+def _dataset(config, batch_size):
+  config = config.copy_and_resolve_references()
+  config.data.eval_batch_size = batch_size
+  return data.build_dataset(config.data, split='eval', seed=0)
+
+
+def _evaluate(config, model, variables, *, batch_size=32, num_devices=8,
+              num_grid_images=8):
+  mesh = partitioning.create_mesh(
+      {'data': num_devices, 'fsdp': 1}, jax.devices()[:num_devices]
+  )
+  evaluator = evaluate.Evaluator(
+      model,
+      _dataset(config, batch_size),
+      mesh,
+      num_grid_images=num_grid_images,
+  )
+  return evaluator.run(jax.device_put(variables, partitioning.replicated(mesh)))
+
+
+def test_the_numbers_are_those_of_numpy(config, model, variables):
+  evaluation = _evaluate(config, model, variables)
+  (batch,) = _dataset(config, _NUM_IMAGES)
+  floats = batch['image'].astype(np.float32) / 127.5 - 1
+  output = jax.jit(model.apply)(variables, floats)
+
+  pixels = (np.asarray(output.reconstructions, np.float64) + 1) * 127.5
+  pixels = np.rint(np.clip(pixels, 0, 255))
+  error = (pixels - batch['image']) / 255
+  mse = np.mean(error**2, axis=(1, 2, 3))
+  assert evaluation.metrics['psnr'] == pytest.approx(
+      np.mean(-10 * np.log10(mse)), rel=1e-5
+  )
+  assert evaluation.metrics['mse'] == pytest.approx(np.mean(mse), rel=1e-5)
+  assert evaluation.metrics['l1'] == pytest.approx(
+      np.mean(np.abs(error)), rel=1e-5
+  )
+  counts = np.bincount(np.ravel(output.indices), minlength=512)
+  shares = counts[counts > 0] / counts.sum()
+  assert counts.sum() == _NUM_IMAGES * _NUM_TOKENS
+  assert 20 < np.sum(counts > 0) < 512
+  assert evaluation.codebook['num_tokens'] == counts.sum()
+  assert evaluation.codebook['usage'] == np.sum(counts > 0) / 512
+  assert evaluation.codebook['entropy_bits'] == pytest.approx(
+      -np.sum(shares * np.log2(shares)), rel=1e-9
+  )
+  assert evaluation.scalars().keys() == {
+      'psnr', 'ssim', 'ssim_uniform', 'l1', 'mse', 'identical', 'usage',
+      'perplexity', 'entropy_bits', 'entropy_share',
+  }
+  # Evenly spread.
+  shown = np.arange(8) * _NUM_IMAGES // 8
+  np.testing.assert_array_equal(evaluation.originals, batch['image'][shown])
+  np.testing.assert_array_equal(evaluation.reconstructions, pixels[shown])
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'num_devices'), [(8, 8), (24, 8), (7, 1), (64, 2)]
+)
+def test_batches_and_devices_do_not_change_the_numbers(
+    config, model, variables, batch_size, num_devices
+):
+  expected = _evaluate(config, model, variables)
+  actual = _evaluate(
+      config,
+      model,
+      variables,
+      batch_size=batch_size,
+      num_devices=num_devices,
+  )
+  assert actual.protocol == expected.protocol
+  assert actual.protocol['num_images'] == _NUM_IMAGES
+  assert actual.codebook == expected.codebook
+  assert actual.metrics == pytest.approx(expected.metrics, rel=1e-6, abs=1e-6)
+  np.testing.assert_array_equal(actual.originals, expected.originals)
+  np.testing.assert_array_equal(
+      actual.reconstructions, expected.reconstructions
+  )
+
+
+class _Poisoned:
+  """A model whose reconstructions of bright images are not finite."""
+
+  def __init__(self, model, threshold):
+    self.quantizer = model.quantizer
+    self._model = model
+    self._threshold = threshold
+
+  def apply(self, variables, images):
+    output = self._model.apply(variables, images)
+    bright = jnp.mean(images, axis=(1, 2, 3), keepdims=True) > self._threshold
+    return output._replace(
+        reconstructions=jnp.where(bright, jnp.inf, output.reconstructions)
+    )
+
+
+def test_reconstructions_that_are_not_finite_are_reported(
+    config, model, variables, tmp_path
+):
+  (batch,) = _dataset(config, _NUM_IMAGES)
+  brightness = np.mean(
+      batch['image'].astype(np.float64) / 127.5 - 1, axis=(1, 2, 3)
+  )
+  threshold = np.mean(np.sort(brightness)[-3:-1])  # Two are brighter.
+  evaluation = _evaluate(config, _Poisoned(model, threshold), variables)
+  assert evaluation.protocol['num_nonfinite_reconstructions'] == 2
+  assert evaluation.protocol['num_images'] == _NUM_IMAGES
+  assert np.isnan(list(evaluation.metrics.values())).all()
+  assert evaluation.codebook['num_tokens'] == _NUM_IMAGES * _NUM_TOKENS
+
+  evaluate.write_evaluation(tmp_path, 3, evaluation)
+  record = json.loads((tmp_path / workdir.EVALUATION).read_text())
+  assert set(record['metrics'].values()) == {None}
+  assert record['codebook']['usage'] == evaluation.codebook['usage']
+  assert record['step'] == 3
+  assert [p.name for p in (tmp_path / workdir.RECONSTRUCTIONS).iterdir()] == [
+      'step_00000003.png'
+  ]
+
+
+class _SomeDamaged:
+  """Two batches of eight grey images, of which some cannot be read."""
+
+  num_examples = 16
+  protocol = {}  # noqa: RUF012
+
+  def __init__(self, damaged):
+    self._damaged = list(damaged)
+    self.damaged = len(self._damaged)
+
+  def __iter__(self):
+    for start in (0, 8):
+      index = np.arange(start, start + 8)
+      images = np.zeros((8, 16, 16, 3), np.uint8) + index[:, None, None, None]
+      mask = ~np.isin(index, self._damaged)
+      yield {'image': images.astype(np.uint8), 'index': index, 'mask': mask}
+
+
+@pytest.mark.parametrize(
+    ('damaged', 'num_grid_images', 'shown'),
+    [
+        ([], 4, [0, 4, 8, 12]),
+        ([0], 1, [1]),
+        ([4, 5, 6, 7, 8], 4, [0, 9, 10, 12]),
+        ([12, 13, 14, 15], 4, [0, 4, 8]),
+        ([], 100, list(range(16))),
+    ],
+)
+def test_the_next_image_is_shown_for_one_that_cannot_be_read(
+    model, variables, damaged, num_grid_images, shown
+):
+  evaluator = evaluate.Evaluator(
+      model,
+      _SomeDamaged(damaged),
+      partitioning.create_mesh({'data': 8, 'fsdp': 1}),
+      num_grid_images=num_grid_images,
+  )
+  evaluation = evaluator.run(variables)
+  assert evaluation.originals[:, 0, 0, 0].tolist() == shown
+  assert len(evaluation.reconstructions) == len(shown)
+  assert evaluation.protocol['num_images'] == 16 - len(damaged)
+  assert evaluation.protocol['num_damaged_images'] == len(damaged)
+
+
+def test_a_split_without_a_readable_image_is_refused(model, variables):
+  evaluator = evaluate.Evaluator(
+      model,
+      _SomeDamaged(range(16)),
+      partitioning.create_mesh({'data': 8, 'fsdp': 1}),
+      num_grid_images=4,
+  )
+  with pytest.raises(ValueError, match='No image of the evaluation split'):
+    evaluator.run(variables)
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_to_its_own_numbers(config, run, tmp_path):
+  folder = tmp_path / 'copy'
+  shutil.copytree(run, folder)
+  expected = (run / workdir.EVALUATION).read_bytes()
+  (folder / workdir.EVALUATION).unlink()
+  (folder / workdir.REPORT).unlink()
+  config = config.copy_and_resolve_references()
+  config.data.eval_batch_size = 56  # Not a divisor of the split.
+  evaluation = evaluate.evaluate_workdir(config, folder)
+  actual = json.loads((folder / workdir.EVALUATION).read_text())
+  expected = json.loads(expected)
+  assert actual.pop('metrics') == pytest.approx(
+      expected.pop('metrics'), rel=1e-6, abs=1e-6
+  )
+  assert actual == expected
+  assert actual['step'] == config.train.num_steps
+  assert evaluation.codebook['usage'] == actual['codebook']['usage']
+  assert (folder / workdir.REPORT).is_file()
+  # It reads: the other checkpoint and the rows are still there.
+  assert sorted(p.name for p in (folder / workdir.CHECKPOINTS).iterdir()) == [
+      '4', '8',
+  ]
+  name = workdir.METRICS
+  assert (folder / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_newest_checkpoint_is_evaluated(config, run, tmp_path):
+  folder = tmp_path / 'copy'
+  shutil.copytree(run, folder)
+  shutil.rmtree(folder / workdir.CHECKPOINTS / '8')
+  evaluate.evaluate_workdir(config, folder)
+  rows = [r for r in workdir.read_metrics(run) if r['split'] == 'eval']
+  record = json.loads((folder / workdir.EVALUATION).read_text())
+  assert record['step'] == rows[0]['step'] == 4
+  assert record['metrics']['psnr'] == rows[0]['psnr'] != rows[1]['psnr']
+
+
+@pytest.mark.slow
+def test_another_model_is_refused(config, run):
+  config = config.copy_and_resolve_references()
+  config.model.quantizer.levels = (8, 5, 5)
+  config.optim.learning_rate = 0.1
+  before = (run / workdir.EVALUATION).stat()
+  with pytest.raises(ValueError, match='another model') as error:
+    evaluate.evaluate_workdir(config, run)
+  assert str(error.value).splitlines()[1:] == [
+      'model.quantizer.levels: (8, 8, 8) -> (8, 5, 5)'
+  ]
+  assert (run / workdir.EVALUATION).stat() == before
+
+
+def test_a_folder_without_checkpoints_is_refused(config, tmp_path):
+  folder = tmp_path / 'none'
+  with pytest.raises(ValueError, match='none has no checkpoints; train'):
+    evaluate.evaluate_workdir(config, folder)
+  assert not folder.exists()
+  (folder / workdir.CHECKPOINTS).mkdir(parents=True)
+  with pytest.raises(ValueError, match='no finished checkpoint; train'):
+    evaluate.evaluate_workdir(config, folder)
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.data.eval_batch_size = 7
+  with pytest.raises(
+      ValueError, match='eval_batch_size is 7; allowed: a multiple of 8'
+  ):
+    evaluate.evaluate_workdir(config, tmp_path)
+
+
+def test_the_evaluation_step_scores_uint8_images(config, model, variables):
+  (batch,) = _dataset(config, _NUM_IMAGES)
+  step = jax.jit(train_step.build_eval_step(model))
+  output = step(variables, batch['image'][:4])
+  assert output.reconstructions.dtype == jnp.uint8
+  assert output.reconstructions.shape == (4, 16, 16, 3)
+  assert output.indices.dtype == jnp.int32
+  assert output.indices.shape == (4, 4, 4)
+  assert {x.shape for x in output.metrics.values()} == {(4,)}

@@ -1,0 +1,432 @@
+"""Tests of whole runs: resumed, stopped, killed, diverged, finished."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import numpy as np
+import pytest
+
+from fsq_jax import checkpoint
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import train
+from fsq_jax import train_state
+from fsq_jax import workdir
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_DEBUG = 'configs/debug.py'
+_NUM_STEPS = 12
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs(tmp_path_factory):
+  """Keeps programs on disk: most tests compile the same ones again."""
+  names = {
+      'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
+      'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for values in (names, before):
+    compilation_cache.reset_cache()
+    for name, value in values.items():
+      jax.config.update(name, value)
+    if values is names:
+      yield names['jax_compilation_cache_dir']
+
+
+class _Crash(Exception):  # noqa: N818
+  """Stands for anything that ends a run between two steps."""
+
+
+def _load_config(variant='plain'):
+  config = configuration.load_config(_ROOT / _DEBUG)
+  config.train.num_steps = _NUM_STEPS
+  config.train.log_every_steps = 1
+  config.train.checkpoint_every_steps = 3
+  config.train.eval_every_steps = 6
+  if variant == 'accumulation':
+    config.model.projector_in.name = 'standardized'
+    config.data.batch_size = 16
+    config.optim.accumulation_steps = 2
+  return config
+
+
+@pytest.fixture
+def journal(monkeypatch):
+  """The images of each step taken, and what to do after a step."""
+  taken, after = {}, {}
+  take_step = train._Trainer._take_step
+
+  def record(trainer):
+    take_step(trainer)
+    step, _, indices = trainer.pending
+    np.testing.assert_array_equal(taken.setdefault(step, indices), indices)
+    if step in after:
+      after.pop(step)()
+
+  monkeypatch.setattr(train._Trainer, '_take_step', record)
+  return taken, after
+
+
+def _crash():
+  raise _Crash
+
+
+def _rows(folder):
+  """metrics.jsonl but for the speed."""
+  return [
+      {k: v for k, v in row.items() if k != 'images_per_second'}
+      for row in workdir.read_metrics(folder)
+  ]
+
+
+def _names(folder):
+  return {path.name for path in folder.iterdir()}
+
+
+def _read_json(path):
+  return json.loads(path.read_text())
+
+
+def _read_state(config, folder, step=None):
+  """The newest state on disk."""
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  checkpointer = checkpoint.Checkpointer(folder)
+  state = checkpointer.restore(
+      step or checkpointer.latest_step, builder.abstract
+  )
+  checkpointer.close()
+  return state
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """Folders and states of runs that were never interrupted, by variant."""
+  runs = {}
+
+  def get(variant):
+    if variant not in runs:
+      folder = tmp_path_factory.mktemp(variant)
+      state = train.train_and_evaluate(_load_config(variant), folder)
+      runs[variant] = folder, jax.device_get(state)
+    return runs[variant]
+
+  return get
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+  """Copy of a finished run's folder, to be changed."""
+  folder = tmp_path / 'finished'
+  shutil.copytree(straight('plain')[0], folder)
+  return folder
+
+
+def _assert_same_run(folder, state, expected_folder, expected_state):
+  chex.assert_trees_all_equal(jax.device_get(state), expected_state)
+  assert _rows(folder) == _rows(expected_folder)
+  for name in (workdir.EVALUATION, workdir.QUANTIZER):
+    assert (folder / name).read_bytes() == (expected_folder / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['plain', 'accumulation'])
+def test_a_run_that_crashes_gives_what_a_straight_run_gives(
+    straight, journal, tmp_path, variant
+):
+  taken, after = journal
+  config = _load_config(variant)
+  # Before the first checkpoint, after one, at one and after the evaluation.
+  for crash_at, num_threads in ((2, 1), (5, 2), (9, 1), (10, 2)):
+    config.data.num_threads = num_threads  # Changes speed, not images.
+    after[crash_at] = _crash
+    with pytest.raises(_Crash):
+      train.train_and_evaluate(config, tmp_path)
+  state = train.train_and_evaluate(config, tmp_path)
+  assert not after
+  assert sorted(taken) == list(range(1, _NUM_STEPS + 1))
+  _assert_same_run(tmp_path, state, *straight(variant))
+  # Every image comes once an epoch.
+  indices = np.concatenate(list(taken.values()))
+  assert len(set(indices.tolist())) == _NUM_STEPS * config.data.batch_size
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
+    straight, journal, tmp_path
+):
+  _, after = journal
+  config = _load_config()
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  # Between checkpoints, at an evaluation, and after the last step.
+  stops = ((4, signal.SIGTERM), (6, signal.SIGINT), (12, signal.SIGTERM))
+  for step, number in stops:
+    after[step] = lambda number=number: os.kill(os.getpid(), number)
+    with pytest.raises(train.Preempted) as preempted:
+      train.train_and_evaluate(config, tmp_path)
+    assert preempted.value.step == step
+    assert str(step) in _names(tmp_path / workdir.CHECKPOINTS)
+  assert handlers == [
+      signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
+  ]
+  state = train.train_and_evaluate(config, tmp_path)
+  _assert_same_run(tmp_path, state, *straight('plain'))
+
+
+def test_a_second_signal_is_not_caught():
+  with train._catch_signals() as stop_requested:
+    assert not stop_requested.is_set()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop_requested.wait(5)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      assert signal.getsignal(number) == signal.SIG_DFL
+  assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
+def _launch(config, folder, programs):
+  """Starts launch.py under the settings of this process."""
+  overrides = [
+      f'--config.train.{name}={config.train[name]}'
+      for name in (
+          'num_steps', 'log_every_steps', 'checkpoint_every_steps',
+          'eval_every_steps',
+      )
+  ]
+  env = dict(
+      os.environ,
+      JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+      JAX_COMPILATION_CACHE_DIR=programs,
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+  )
+  with open(folder.with_suffix('.log'), 'ab') as log:
+    return subprocess.Popen(
+        [
+            sys.executable, 'launch.py', f'--config={_DEBUG}',
+            f'--workdir={folder}', *overrides,
+        ],
+        cwd=_ROOT,
+        env=env,
+        stdout=log,
+        stderr=log,
+    )
+
+
+def _wait_for_step(process, folder, step):
+  """Returns when the process has logged that step."""
+  for _ in range(6000):
+    rows = workdir.read_metrics(folder) if folder.exists() else []
+    if rows and rows[-1]['step'] >= step:
+      return
+    assert process.poll() is None, folder.with_suffix('.log').read_text()
+    time.sleep(0.01)
+  raise AssertionError(f'step {step} never came')
+
+
+@pytest.mark.slow
+def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
+    tmp_path, compiled_programs
+):
+  config = _load_config()
+  config.train.num_steps = 60
+  config.train.checkpoint_every_steps = 5
+  config.train.eval_every_steps = 0
+  folder = tmp_path / 'interrupted'
+  log = folder.with_suffix('.log')
+  saved = []
+  for step, number, code in (
+      (8, signal.SIGTERM, 75), (25, signal.SIGKILL, -signal.SIGKILL)
+  ):
+    process = _launch(config, folder, compiled_programs)
+    _wait_for_step(process, folder, step)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code, log.read_text()
+    steps = _names(folder / workdir.CHECKPOINTS)
+    saved.append(max(int(name) for name in steps if name.isdigit()))
+  process = _launch(config, folder, compiled_programs)
+  assert process.wait(timeout=120) == 0, log.read_text()
+  first, second = re.findall(r'Continuing .* from step (\d+)', log.read_text())
+  # The signal lost nothing, the kill at most what was not on disk yet.
+  assert [int(first), int(second)] == saved
+  assert 8 <= saved[0] < 25
+  assert 25 - 2 * config.train.checkpoint_every_steps <= saved[1] < 60
+
+  straight = tmp_path / 'straight'
+  state = train.train_and_evaluate(config, straight)
+  _assert_same_run(
+      folder, _read_state(config, folder), straight, jax.device_get(state)
+  )
+
+
+@pytest.mark.parametrize(
+    ('section', 'field', 'value', 'line'),
+    [
+        (None, 'seed', 1, 'seed: 0 -> 1'),
+        ('data', 'batch_size', 16, 'data.batch_size: 8 -> 16'),
+        ('train', 'num_steps', 14, 'train.num_steps: 12 -> 14'),
+        ('optim', 'b1', 0.8, 'optim.b1: 0.9 -> 0.8'),
+    ],
+)
+@pytest.mark.slow
+def test_another_config_is_refused(finished, section, field, value, line):
+  config = _load_config()
+  (config[section] if section else config)[field] = value
+  files = (workdir.CONFIG, workdir.METRICS, workdir.RUN)
+  before = [(finished / name).read_bytes() for name in files]
+  with pytest.raises(ValueError, match='not the one of this run') as error:
+    train.train_and_evaluate(config, finished)
+  assert line in [x.strip() for x in str(error.value).splitlines()]
+  assert '--allow_config_change' in str(error.value)
+  assert [(finished / name).read_bytes() for name in files] == before
+
+
+@pytest.mark.slow
+def test_another_config_is_taken_when_that_is_allowed(finished, journal):
+  taken, _ = journal
+  config = _load_config()
+  config.data.batch_size = 16
+  config.train.num_steps = 14
+  state = train.train_and_evaluate(config, finished, allow_config_change=True)
+  assert int(state.step) == 14
+  assert sorted(taken) == [13, 14]
+  # The count of batches means nothing for batches of another size.
+  dataset = data.build_dataset(config.data, split='train', seed=config.seed)
+  for step, batch in zip((13, 14), dataset.iterator(), strict=False):
+    np.testing.assert_array_equal(taken[step], batch['index'])
+  saved = _read_json(finished / workdir.CONFIG)
+  assert saved['data']['batch_size'] == 16
+  steps = [row['step'] for row in _rows(finished) if row['split'] == 'train']
+  assert steps == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_says_when_and_on_what(tmp_path, journal):
+  taken, _ = journal
+  config = _load_config()
+  config.optim.learning_rate = 1e30  # The first update breaks everything.
+  config.train.checkpoint_every_steps = 1
+  config.train.eval_every_steps = 0
+  config.train.max_bad_steps = 3
+  with pytest.raises(train.DivergedError) as error:
+    train.train_and_evaluate(config, tmp_path)
+  message = str(error.value)
+  assert message.startswith('Step 4: gradient_norm and loss')
+  assert 'reconstruction_loss not finite' in message
+  assert 'update skipped, 3 in a row' in message
+  assert f'synthetic image {taken[4][0]}, ' in message
+  assert 'train.max_bad_steps = 3. The last checkpoint is of step 3;' in message
+  assert 'lower optim.learning_rate' in message
+  assert _names(tmp_path / workdir.CHECKPOINTS) == {'2', '3'}
+  state = _read_state(config, tmp_path)
+  chex.assert_tree_all_finite(state)
+  assert (int(state.step), int(state.bad_steps)) == (3, 2)
+  rows = workdir.read_metrics(tmp_path)
+  assert [row['loss'] is None for row in rows] == [False, True, True]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_again(straight, finished, journal):
+  taken, _ = journal
+  (finished / workdir.EVALUATION).unlink()
+  (finished / workdir.REPORT).unlink()
+  state = train.train_and_evaluate(_load_config(), finished)
+  assert not taken
+  _assert_same_run(finished, state, *straight('plain'))
+  assert (finished / workdir.REPORT).is_file()
+
+
+@pytest.mark.slow
+def test_a_run_need_not_be_in_the_main_thread(tmp_path):
+  config = _load_config()
+  states = []
+  thread = threading.Thread(
+      target=lambda: states.append(train.train_and_evaluate(config, tmp_path))
+  )
+  thread.start()
+  thread.join(timeout=120)
+  assert [int(state.step) for state in states] == [_NUM_STEPS]
+
+
+@pytest.mark.slow
+def test_the_profile_ends_though_the_run_is_interrupted(tmp_path, journal):
+  _, after = journal
+  config = _load_config()
+  config.train.profile_steps = (2, _NUM_STEPS)
+  after[4] = _crash
+  with pytest.raises(_Crash):
+    train.train_and_evaluate(config, tmp_path)
+  train.train_and_evaluate(config, tmp_path)  # Goes on from step 3.
+  traces = list((tmp_path / workdir.PROFILE).rglob('*.xplane.pb'))
+  assert len(traces) == 2
+
+
+@pytest.mark.slow
+def test_a_workdir_describes_its_run(straight):
+  folder, _ = straight('plain')
+  config = _load_config()
+  assert _names(folder) - {workdir.TENSORBOARD} == {
+      'checkpoints', 'config.json', 'evaluation.json', 'metrics.jsonl',
+      'quantizer.json', 'reconstructions', 'report.html', 'run.json',
+  }
+  saved = configuration.config_from_json((folder / workdir.CONFIG).read_text())
+  assert configuration.diff_configs(saved, config) == []
+  quantizer = _read_json(folder / workdir.QUANTIZER)
+  assert quantizer['levels'] == [8, 8, 8]
+  run = _read_json(folder / workdir.RUN)
+  assert run['mesh'] == {'data': 8, 'fsdp': 1}
+  assert run['num_parameters'] == 6707
+  assert run['first_step'] == 0
+  assert _names(folder / workdir.RECONSTRUCTIONS) == {
+      'step_00000006.png', 'step_00000012.png',
+  }
+  assert {'9', '12'} <= _names(folder / workdir.CHECKPOINTS)
+  rows = workdir.read_metrics(folder)
+  assert [(row['step'], row['split']) for row in rows] == [
+      *((step, 'train') for step in range(1, 7)), (6, 'eval'),
+      *((step, 'train') for step in range(7, 13)), (12, 'eval'),
+  ]
+  assert rows[-2]['loss'] < rows[0]['loss']
+  assert all(row['images_per_second'] > 0 for row in rows[:6])
+  assert not list(folder.rglob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_the_evaluation_is_that_of_the_average_of_the_parameters(straight):
+  folder, state = straight('plain')
+  config = _load_config()
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  config.data.eval_batch_size = 256
+  (batch,) = data.build_dataset(config.data, split='eval', seed=0)
+  images = batch['image']
+  floats = images.astype(np.float32) / 127.5 - 1
+  output = jax.jit(model.apply)({'params': state.ema_params}, floats)
+  pixels = (np.asarray(output.reconstructions, np.float64) + 1) * 127.5
+  pixels = np.rint(np.clip(pixels, 0, 255))
+  mse = np.mean(((pixels - images) / 255) ** 2, axis=(1, 2, 3))
+  record = _read_json(folder / workdir.EVALUATION)
+  assert record['step'] == _NUM_STEPS
+  assert record['metrics']['psnr'] == pytest.approx(
+      np.mean(-10 * np.log10(mse)), rel=1e-5
+  )
+  used = np.unique(output.indices)
+  assert record['codebook']['num_used_codes'] == len(used)
+  assert record['codebook']['usage'] == len(used) / 512
+  row = workdir.read_metrics(folder)[-1]
+  assert row['psnr'] == record['metrics']['psnr']
+  assert row['usage'] == record['codebook']['usage']
