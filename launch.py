@@ -146,7 +146,9 @@ def _run(config: ml_collections.ConfigDict) -> int:
   elif _MODE.value == 'eval':
     from fsq_jax import evaluate
 
-    evaluate.evaluate_workdir(config, workdir)
+    evaluation = evaluate.evaluate_workdir(config, workdir)
+    for name, value in evaluation.scalars().items():
+      sys.stdout.write(f'{name}: {value:.6g}\n')
   else:
     from fsq_jax import train
 

@@ -1,0 +1,73 @@
+"""Takes one part of the default run away at a time, at a quarter of its steps.
+
+  python experiments/default_run/ablation.py --run
+
+Each variant is a run of its own under --workdir and goes on where it was
+stopped. The results are written to ablation.json beside this script; without
+--run the table is printed from that file.
+"""
+
+import argparse
+import json
+import pathlib
+
+from fsq_jax import configuration
+from fsq_jax import train
+
+HERE = pathlib.Path(__file__).resolve().parent
+NUM_STEPS = 1500
+VARIANTS = {
+    'default': {},
+    'linear projector': {'model.projector_in.name': 'linear'},
+    'commitment loss': {'losses.quantizer_weight': 1.0},
+    'AdamW': {'optim.name': 'adamw'},
+    'no colour jitter': {'data.color_jitter': 0.0},
+}
+COLUMNS = ('psnr', 'ssim', 'usage', 'perplexity')
+
+
+def run_variant(name: str, workdir: pathlib.Path) -> dict[str, float]:
+  """Trains one variant and returns the numbers of its evaluation."""
+  config = configuration.load_config(HERE.parents[1] / 'configs/fsq_888.py')
+  overrides = {
+      'train.num_steps': NUM_STEPS,
+      'train.eval_every_steps': 0,
+      **VARIANTS[name],
+  }
+  config.update_from_flattened_dict(overrides)
+  folder = workdir / name.replace(' ', '_')
+  train.train_and_evaluate(config, folder)
+  evaluation = json.loads((folder / 'evaluation.json').read_text())
+  numbers = {**evaluation['metrics'], **evaluation['codebook']}
+  return {column: round(numbers[column], 4) for column in COLUMNS}
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+  """Prints the results as a Markdown table."""
+  print('| variant | PSNR, dB | SSIM | usage | perplexity |')  # noqa: T201
+  print('|---|---|---|---|---|')  # noqa: T201
+  for name, row in results.items():
+    print(  # noqa: T201
+        f'| {name} | {row["psnr"]:.2f} | {row["ssim"]:.3f} |'
+        f' {row["usage"]:.1%} | {row["perplexity"]:.0f} |'
+    )
+
+
+def main() -> None:
+  """Runs every variant, or prints the stored results."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--run', action='store_true', help='train the variants')
+  parser.add_argument('--workdir', default='runs/ablation', type=pathlib.Path)
+  arguments = parser.parse_args()
+  path = HERE / 'ablation.json'
+  if arguments.run:
+    results = {
+        name: run_variant(name, arguments.workdir.absolute())
+        for name in VARIANTS
+    }
+    path.write_text(json.dumps(results, indent=2) + '\n')
+  print_table(json.loads(path.read_text()))
+
+
+if __name__ == '__main__':
+  main()

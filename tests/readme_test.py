@@ -1,0 +1,72 @@
+"""What the README tells users to paste: its Python runs, its files exist."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from fsq_jax import configuration
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+SHELL = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+LAUNCHES = [
+    command
+    for block in SHELL
+    for line in block.replace('\\\n', ' ').splitlines()
+    for command in line.split('&&')
+    if 'launch.py' in command
+]
+
+
+@pytest.mark.parametrize('block', PYTHON, ids=range(len(PYTHON)))
+def test_python_runs(block, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  # Runs of the examples are cut to two steps and go to a temporary folder.
+  block = block.replace("'runs/", f"'{tmp_path}/")
+  exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def test_there_is_something_to_run():
+  assert len(PYTHON) >= 2
+  assert len(LAUNCHES) >= 3
+
+
+@pytest.mark.parametrize('command', LAUNCHES)
+def test_launch_commands_name_existing_configs_and_fields(command):
+  words = shlex.split(command, comments=True)
+  flags = dict(
+      word.removeprefix('--').split('=', 1)
+      for word in words
+      if word.startswith('--') and '=' in word
+  )
+  config = configuration.load_config(ROOT / flags.pop('config'))
+  for name in flags:
+    if name.startswith('config.'):
+      section = config
+      for part in name.split('.')[1:]:
+        assert part in section, name
+        section = section[part]
+    else:
+      assert name in {'workdir', 'mode', 'allow_config_change'}
+
+
+@pytest.mark.parametrize(
+    'path', re.findall(r'\]\(((?!https?:|#)[^)]+)\)', README)
+)
+def test_links_lead_somewhere(path):
+  assert (ROOT / path.split('#')[0]).exists()
+
+
+def test_the_map_of_the_code_is_true():
+  block = re.search(r'## Map of the code\n.*?```text\n(.*?)```', README, re.S)
+  named = set(re.findall(r'^  +(\w+\.py|\w+/)', block.group(1), re.M))
+  package = ROOT / 'fsq_jax'
+  there = {
+      path.name + ('/' if path.is_dir() else '')
+      for path in package.iterdir()
+      if path.name not in ('__init__.py', '__pycache__')
+  }
+  assert named == there
