@@ -24,6 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.crop_scale = (1.0, 1.0)
   config.data.color_jitter = 0.0
 
+  config.model.projector_in.name = 'linear'
+
   config.train.num_steps = 10_000
   config.train.eval_every_steps = 5_000
   config.train.checkpoint_every_steps = 1_000

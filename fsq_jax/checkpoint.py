@@ -67,6 +67,8 @@ class Checkpointer:
   ) -> None:
     """Starts to save one step; the state may be donated afterwards.
 
+    A step that is there already stays as it is.
+
     Args:
       step: steps taken.
       state: tree of arrays.
@@ -75,8 +77,6 @@ class Checkpointer:
       metrics: of an evaluation at this step, with the key 'psnr'; one that is
         not finite ranks last.
     """
-    if step in self._manager.all_steps():
-      return
     self._manager.save(
         step,
         args=ocp.args.Composite(
