@@ -40,8 +40,14 @@ _MODE = flags.DEFINE_enum(
     'mode',
     'train',
     ['train', 'eval', 'prepare'],
-    'train a model; eval the newest checkpoint of the workdir; prepare:'
+    'train a model; eval a checkpoint of the workdir; prepare:'
     ' download and convert the data set.',
+)
+_CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint',
+    'newest',
+    ['newest', 'best'],
+    'What mode eval evaluates; the best is that of the highest PSNR.',
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
@@ -86,10 +92,26 @@ def main(argv: list[str]) -> int:
     _override(config, argv)
     configuration.check_config(config)
     return _run(config)
-  except (ValueError, flags.Error) as error:
+  except (ValueError, RuntimeError, flags.Error) as error:
+    if not _is_ours(error):
+      raise
     if _DEBUG.value:
       traceback.print_exc()
     return _refuse(error)
+
+
+def _is_ours(error: Exception) -> bool:
+  """Whether this code raised the error, to say what is wrong with its input.
+
+  An error from inside a library is a fault to be looked into: it keeps its
+  traceback.
+  """
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  root = pathlib.Path(__file__).resolve().parent
+  ours = (root / 'fsq_jax', root / 'configs', pathlib.Path(__file__).resolve())
+  return isinstance(error, flags.Error) or any(
+      pathlib.Path(raised_in).resolve().is_relative_to(path) for path in ours
+  )
 
 
 def _load_config() -> ml_collections.ConfigDict:
@@ -146,7 +168,9 @@ def _run(config: ml_collections.ConfigDict) -> int:
   elif _MODE.value == 'eval':
     from fsq_jax import evaluate
 
-    evaluation = evaluate.evaluate_workdir(config, workdir)
+    evaluation = evaluate.evaluate_workdir(
+        config, workdir, which=_CHECKPOINT.value
+    )
     for name, value in evaluation.scalars().items():
       sys.stdout.write(f'{name}: {value:.6g}\n')
   else:

@@ -30,6 +30,11 @@ _RESUMABLE = frozenset({
     'train.profile_steps',
 })
 
+# Fields that decide of which arrays the train state consists and what they
+# mean: a checkpoint cannot be continued with others.
+_OF_STATE = ('model.', 'data.image_size', 'optim.name', 'optim.frozen')
+_NOT_OF_STATE = frozenset({'model.dtype', 'model.remat', 'model.scan_unroll'})
+
 
 def load_config(path: str | os.PathLike[str]) -> Config:
   """Runs the `get_config()` of a config file.
@@ -189,17 +194,33 @@ def check_resumable(
   Args:
     saved: config of the run so far.
     current: config to continue with.
-    allow_config_change: accept every difference.
+    allow_config_change: accept every difference but those that change what
+      the state consists of, the model and the kind of optimizer.
 
   Raises:
     ValueError: they differ in more than evaluation, logging, checkpointing
       and the speed of the input.
   """
-  differences = []
-  for line in diff_configs(saved, current):
-    name, _, _ = line.partition(':')
-    if not name.startswith('eval.') and name not in _RESUMABLE:
-      differences.append(line)
+  lines = {line.partition(':')[0]: line for line in diff_configs(saved, current)}
+  differences = [
+      line
+      for name, line in lines.items()
+      if not name.startswith('eval.') and name not in _RESUMABLE
+  ]
+  other_state = [
+      line
+      for name, line in lines.items()
+      if name.startswith(_OF_STATE) and name not in _NOT_OF_STATE
+  ]
+  if other_state:
+    raise ValueError(
+        '\n  '.join([
+            'The config has other parameters or another optimizer than this run'
+            ' (saved -> current):',
+            *other_state,
+        ])
+        + '\nUse another --workdir; a checkpoint cannot be continued so.'
+    )
   if differences and not allow_config_change:
     raise ValueError(
         '\n  '.join([

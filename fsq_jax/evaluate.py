@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -26,6 +27,10 @@ from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
 
+# Fields of the data section that say which images are evaluated, and how.
+_EVALUATION_IMAGES = (
+    'source', 'name', 'data_dir', 'eval_split', 'resize_shorter',
+)  # fmt: skip
 # The codebook numbers that stand beside the image metrics in curves and bars.
 _CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
 
@@ -169,32 +174,50 @@ def _select(
 
 
 def write_evaluation(
-    folder: pathlib.Path, step: int, evaluation: Evaluation
+    folder: pathlib.Path, step: int, evaluation: Evaluation, label: str = ''
 ) -> None:
-  """Writes evaluation.json and the grid of reconstructions of one step."""
+  """Writes evaluation.json and the grid of reconstructions of one step.
+
+  Args:
+    folder: the run's folder.
+    step: steps taken.
+    evaluation: what to write.
+    label: added to the names of the files, for what is not the run's own
+      evaluation: another split or the best checkpoint.
+  """
   record = {
       'step': step,
       'metrics': evaluation.metrics,
       'codebook': evaluation.codebook,
       'protocol': evaluation.protocol,
   }
-  workdirs.write_json(folder / workdirs.EVALUATION, record)
+  name = f'evaluation_{label}.json' if label else workdirs.EVALUATION
+  workdirs.write_json(folder / name, record)
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
   grid = report.reconstruction_grid(
       evaluation.originals, evaluation.reconstructions
   )
-  report.save_png(grids / f'step_{step:08d}.png', grid)
+  name = f'{label}_step_{step:08d}.png' if label else f'step_{step:08d}.png'
+  report.save_png(grids / name, grid)
 
 
 def evaluate_workdir(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    which: str = 'newest',
 ) -> Evaluation:
-  """Evaluates the newest checkpoint of a run and rewrites its report.
+  """Evaluates a checkpoint of a run.
+
+  The newest checkpoint on the run's own split rewrites evaluation.json and the
+  report. Anything else gets files of its own, such as
+  evaluation_test_0_2000.json, and leaves the run's numbers alone.
 
   Args:
-    config: of the run; its data section may name another evaluation split.
+    config: of the run; its data section may name other evaluation images.
     workdir: the run's folder.
+    which: 'newest' checkpoint, or the 'best', of the highest PSNR.
 
   Returns:
     The evaluation, also written to the folder.
@@ -209,7 +232,13 @@ def evaluate_workdir(
     raise ValueError(f'{folder} has no checkpoints; train there first.')
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   with contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer:
-    step = checkpointer.latest_step
+    steps = {
+        'newest': checkpointer.latest_step,
+        'best': checkpointer.best_step,
+    }
+    if which not in steps:
+      raise ValueError(f'checkpoint is {which!r}; known: {sorted(steps)}.')
+    step = steps[which]
     if step is None:
       raise ValueError(
           f'{folder} has no finished checkpoint; train there first.'
@@ -231,8 +260,13 @@ def evaluate_workdir(
   )
   evaluation = evaluator.run(state.eval_variables)
   if jax.process_index() == 0:
-    write_evaluation(folder, step, evaluation)
-    report.write_report(folder)
+    label = '' if which == 'newest' else which
+    if any(trained.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
+      words = [label, config.data.name, config.data.eval_split]
+      label = '_'.join(re.findall(r'\w+', ' '.join(words)))
+    write_evaluation(folder, step, evaluation, label)
+    if not label:
+      report.write_report(folder)
   return evaluation
 
 

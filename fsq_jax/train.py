@@ -76,9 +76,13 @@ def train_and_evaluate(
   configuration.check_config(config, num_devices=jax.device_count())
   folder = workdirs.create(workdir)
   _use_compilation_cache(config.train.compilation_cache)
-  with _Trainer(config, folder, allow_config_change) as trainer:
-    with _catch_signals() as stop_requested:
-      trainer.train(stop_requested)
+  # From here on, since building and compiling take a while too: a signal then
+  # stops the run after its first step.
+  with (
+      _catch_signals() as stop_requested,
+      _Trainer(config, folder, allow_config_change) as trainer,
+  ):
+    trainer.train(stop_requested)
     trainer.finish()
     return trainer.state
 
@@ -96,6 +100,10 @@ class _Trainer:
         enabled=self.is_writer,
     )
     self.mesh = partitioning.create_mesh(config.partitioning.mesh)
+    self.progress.say(
+        f'{jax.device_count()} x {jax.devices()[0].device_kind}, mesh'
+        f' {dict(self.mesh.shape)}; writing to {self.folder}'
+    )
     self.checkpointer = checkpoint.Checkpointer(
         folder, keep=config.train.keep_checkpoints
     )
@@ -235,9 +243,8 @@ class _Trainer:
         self.folder / workdirs.QUANTIZER, self.model.quantizer.spec()
     )
     self.progress.say(
-        f'{jax.device_count()} x {jax.devices()[0].device_kind}, mesh'
-        f' {dict(self.mesh.shape)}, {sum(sizes):,} parameters, training step'
-        f' compiled in {compile_seconds:.1f} s. Writing to {self.folder}'
+        f'{sum(sizes):,} parameters, training step compiled in'
+        f' {compile_seconds:.1f} s.'
     )
 
   def _record(self) -> dict[str, Any]:
@@ -334,6 +341,7 @@ class _Trainer:
     if self.writer is not None:
       self.writer.flush()
     self.checkpointer.save(self.step, self.state, self._record(), metrics)
+    self.progress.restart_clock()
 
   def _flush_pending(self) -> None:
     self._report(self.pending)

@@ -34,6 +34,10 @@ def create(path: str | os.PathLike[str]) -> pathlib.Path:
     ValueError: the path is a file, or nothing can be written there.
   """
   folder = pathlib.Path(path).expanduser().absolute()
+  if folder.is_file():
+    raise ValueError(
+        f'workdir {folder} is a file; give a folder with --workdir.'
+    )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe-{os.getpid()}'

@@ -332,8 +332,26 @@ def test_run_that_would_change_needs_the_flag(name):
   configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
 
 
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('model.encoder.width', 8),
+        ('model.quantizer.levels', (5, 5)),
+        ('data.image_size', (16, 16)),
+        ('optim.name', 'muon'),
+    ],
+)
+def test_another_model_or_optimizer_cannot_continue_a_run(name, value):
+  current = _changed()
+  _set(current, name, value)
+  with pytest.raises(ValueError, match='--workdir') as error:
+    configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
+  assert f'{name}: ' in str(error.value)
+
+
 def test_names_that_may_change_are_fields():
   assert configuration._RESUMABLE.issubset(config_rules.FIELDS)
+  assert configuration._NOT_OF_STATE.issubset(config_rules.FIELDS)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_protocol_names_what_numbers_depend_on(tmp_path):
       'source': 'folder',
       'split': 'validation',
       'count': 3,
-      'crop': 'centre 8x8, smaller images scaled up',
+      'crop': '8x8, centre crop, smaller images scaled up',
       'resize': 'shorter side to 9',
       'kernel': 'Pillow bicubic, antialiased',
   }

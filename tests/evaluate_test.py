@@ -266,6 +266,36 @@ def test_the_newest_checkpoint_is_evaluated(config, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
+    config, run, tmp_path
+):
+  folder = tmp_path / 'copy'
+  shutil.copytree(run, folder)
+  before = {
+      path: path.read_bytes() for path in folder.rglob('*') if path.is_file()
+  }
+  best = evaluate.evaluate_workdir(config, folder, which='best')
+  config = config.copy_and_resolve_references()
+  config.data.source = 'photos'
+  evaluate.evaluate_workdir(config, folder)
+  new = {
+      path.relative_to(folder).as_posix()
+      for path in folder.rglob('*')
+      if path.is_file() and path not in before
+  }
+  rows = [r for r in workdir.read_metrics(run) if r['split'] == 'eval']
+  top = max(rows, key=lambda row: row['psnr'])
+  assert new == {
+      'evaluation_best.json',
+      f'reconstructions/best_step_{top["step"]:08d}.png',
+      'evaluation_validation.json',
+      'reconstructions/validation_step_00000008.png',
+  }
+  assert best.metrics['psnr'] == pytest.approx(top['psnr'], rel=1e-6)
+  assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.slow
 def test_another_model_is_refused(config, run):
   config = config.copy_and_resolve_references()
   config.model.quantizer.levels = (8, 5, 5)

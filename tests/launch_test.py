@@ -16,6 +16,7 @@ _DEBUG = '--config=configs/debug.py'
 _STUBS = """
 import runpy, sys, types
 import fsq_jax
+import fsq_jax.configuration
 
 class Preempted(Exception):
   step = 5
@@ -24,17 +25,19 @@ def train_and_evaluate(config, workdir, *, allow_config_change):
   if config.seed == 13:
     raise Preempted()
   if config.seed == 14:
-    raise ValueError('workdir is taken')
+    fsq_jax.configuration.config_from_json('none')
   if config.seed == 15:
-    raise RuntimeError('out of memory')
+    raise ValueError('raised in a library')
   print('train', config.train.num_steps, workdir, allow_config_change)
 
 fsq_jax.train = types.SimpleNamespace(
     train_and_evaluate=train_and_evaluate, Preempted=Preempted
 )
-fsq_jax.evaluate = types.SimpleNamespace(
-    evaluate_workdir=lambda config, workdir: print('eval', config.seed, workdir)
-)
+def evaluate_workdir(config, workdir, *, which):
+  print('eval', config.seed, workdir, which)
+  return types.SimpleNamespace(scalars=lambda: {'psnr': 27.5})
+
+fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
@@ -154,7 +157,10 @@ def test_unknown_field_is_refused_without_jax():
             ['--workdir=/tmp/x y', '--allow_config_change'],
             'train 8 /tmp/x y True',
         ),
-        (['--mode=eval', '--config.seed=0x10'], 'eval 16 runs/debug'),
+        (
+            ['--mode=eval', '--config.seed=0x10', '--checkpoint=best'],
+            'eval 16 runs/debug best\npsnr: 27.5',
+        ),
         (['--mode=prepare'], 'prepare synthetic'),
     ],
 )
@@ -168,8 +174,8 @@ def test_mode_is_called_with_config_and_workdir(args, call):
     ('seed', 'code', 'message'),
     [
         (13, 75, 'step 5 is saved'),
-        (14, 2, 'workdir is taken'),
-        (15, 1, 'out of memory'),
+        (14, 2, 'The saved config is not JSON'),
+        (15, 1, 'raised in a library'),
     ],
 )
 def test_exit_code_tells_how_training_ended(seed, code, message):
@@ -186,9 +192,9 @@ def test_eval_finds_the_config_in_the_workdir(tmp_path):
   (tmp_path / 'config.json').write_text(text)
   args = ['--mode=eval', f'--workdir={tmp_path}']
   result = _launch(*args, stubs=True)
-  assert result.stdout == f'eval 3 {tmp_path}\n'
+  assert result.stdout == f'eval 3 {tmp_path} newest\npsnr: 27.5\n'
   result = _launch(*args, '--config.seed=4', stubs=True)
-  assert result.stdout == f'eval 4 {tmp_path}\n'
+  assert result.stdout == f'eval 4 {tmp_path} newest\npsnr: 27.5\n'
   result = _launch(*args, '--config.sed=4', stubs=True)
   assert result.returncode == 2
   assert 'sed is not a field' in result.stderr

@@ -20,7 +20,10 @@ class ImageSource(abc.ABC):
     identity: what the images are: 'name', 'split' and 'content', a hash that
       changes with the images but not with the place where they are kept.
     damaged: reason by index, of the images found unreadable so far.
+    evaluation_crop: what an evaluation cuts out of an image, in words.
   """
+
+  evaluation_crop = 'centre crop, smaller images scaled up'
 
   def __init__(self, name: str, split: str, content: str):
     self.identity = {'name': name, 'split': split, 'content': content}

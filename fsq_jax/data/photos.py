@@ -59,6 +59,8 @@ class ValidationTiles(image_source.ImageSource):
   at the right and lower edges.
   """
 
+  evaluation_crop = 'disjoint tiles of whole photographs'
+
   def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
     self._photos, content = _load_photos(VALIDATION_PHOTOS, resize_shorter)
     super().__init__('skimage', 'validation', content)

@@ -159,7 +159,7 @@ def build_eval(
           'source': f"{config.source} {source.identity['name']}".strip(),
           'split': source.identity['split'],
           'count': len(source),
-          'crop': f'centre {size[0]}x{size[1]}, smaller images scaled up',
+          'crop': f'{size[0]}x{size[1]}, {source.evaluation_crop}',
           'resize': f'shorter side to {resize}' if resize else 'none',
           'kernel': transforms.KERNEL,
       },
