@@ -23,7 +23,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_split = 'test'
   config.data.crop_scale = (1.0, 1.0)
   config.data.color_jitter = 0.0
+  config.data.num_threads = 2
 
+  config.model.encoder.width = 64
+  config.model.encoder.mlp_dim = 128
   config.model.projector_in.name = 'linear'
 
   config.train.num_steps = 10_000

@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.resize_shorter = 64
   config.data.crop_scale = (1.0, 1.0)
   config.data.color_jitter = 0.0
+  config.data.num_threads = 2
 
   config.model.quantizer.levels = (8, 5, 5, 5)
   return config

@@ -20,13 +20,16 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.color_jitter = 0.5
 
   config.data.batch_size = 16
+  # One thread keeps up, and does not wait for another one's Python.
+  config.data.num_threads = 1
 
   config.model.quantizer.levels = (8, 8, 8)
   config.model.projector_in.name = 'standardized'
+  config.model.encoder.width = 96
   config.model.encoder.depth = 1
   config.model.decoder.depth = 4
   config.model.encoder.num_heads = 4
-  config.model.encoder.mlp_dim = 128
+  config.model.encoder.mlp_dim = 192
   config.model.encoder.position = 'sincos'
   config.model.scan_unroll = 4
 
@@ -38,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.learning_rate = 4e-3
   config.optim.ema_decay = 0.99
 
-  config.train.num_steps = 6000
+  config.train.num_steps = 4500
   config.train.log_every_steps = 100
   config.train.eval_every_steps = 1500
   config.train.checkpoint_every_steps = 500

@@ -201,7 +201,8 @@ def check_resumable(
     ValueError: they differ in more than evaluation, logging, checkpointing
       and the speed of the input.
   """
-  lines = {line.partition(':')[0]: line for line in diff_configs(saved, current)}
+  lines = diff_configs(saved, current)
+  lines = {line.partition(':')[0]: line for line in lines}
   differences = [
       line
       for name, line in lines.items()

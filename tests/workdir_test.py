@@ -66,7 +66,7 @@ def test_create_expands_the_home_folder(tmp_path, monkeypatch):
 def test_create_refuses_a_file(tmp_path, below):
   path = tmp_path / 'file'
   path.write_text('kept')
-  with pytest.raises(ValueError, match='is a file|cannot be written') as error:
+  with pytest.raises(ValueError, match=r'is a file|cannot be written') as error:
     workdir.create(path / below)
   assert str(path / below) in str(error.value)
   assert '--workdir' in str(error.value)

@@ -6,6 +6,7 @@ KERNEL names it wherever a number depends on it.
 
 from collections.abc import Sequence
 
+from einops import rearrange
 import numpy as np
 from PIL import Image
 
@@ -116,8 +117,10 @@ def change_color(
   cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
   turn = np.cos(hue) * (np.eye(3) - grey) + np.sin(hue) * cross
   matrix = (gain * (grey + saturation * turn)).astype(np.float32)
-  values = image.astype(np.float32) @ matrix.T
-  return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+  # One product of all pixels: NumPy makes one of every row otherwise.
+  values = rearrange(image, 'h w c -> (h w) c').astype(np.float32) @ matrix.T
+  np.clip(np.rint(values, out=values), 0, 255, out=values)
+  return values.astype(np.uint8).reshape(image.shape)
 
 
 def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
