@@ -8,6 +8,7 @@ What: the shorter side of every image resized to 64 pixels; training crops and
 Command: python launch.py --config=configs/folder_fsq_8555.py
   --config.data.data_dir=DIR
   and --config.data.eval_split=val where the second folder is called val.
+Hardware and time: any; 4500 steps of 16 images. Numbers: not measured yet.
 """
 
 import ml_collections

@@ -2,6 +2,7 @@
 
 What: as fsq_888 but for the quantizer's levels; 875 codes.
 Command: python launch.py --config=configs/fsq_7555.py
+Hardware and time: those of fsq_888. Numbers: not measured yet.
 """
 
 import ml_collections

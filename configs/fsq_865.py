@@ -2,6 +2,7 @@
 
 What: as fsq_888 but for the quantizer's levels; 240 codes.
 Command: python launch.py --config=configs/fsq_865.py
+Hardware and time: those of fsq_888. Numbers: not measured yet.
 """
 
 import ml_collections
