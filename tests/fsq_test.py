@@ -460,8 +460,8 @@ def test_rank_of_the_batch_does_not_matter(convention, bound):
 @pytest.mark.parametrize(
     ('fields', 'match'),
     [
-        ({'convention': 'seed'}, "'seed'; known: .'paper', 'symmetric'"),
-        ({'bound': 'sigmoid'}, "'sigmoid'; .*'tanh', 'clip'"),
+        ({'convention': 'seed'}, "'seed'; known: .'paper', .*'symmetric'"),
+        ({'bound': 'sigmoid'}, "'sigmoid'; .*'tanh', 'ifsq', 'clip'"),
         ({'convention': 'paper', 'bound': 'clip'}, "'clip'; .*'tanh'"),
         ({'eps': 0.15}, 'eps is 0.15; with 8 levels'),
         ({'eps': -0.15}, 'eps is -0.15'),
@@ -484,6 +484,7 @@ def test_spec_names_the_dialect_and_leaves_training_out():
       'levels': [8, 6, 5],
       'convention': 'symmetric',
       'bound': 'tanh',
+      'bins': 'rounded',
       'eps': 0.0,
       'shift': 'none',
       'rounding': 'half to even',

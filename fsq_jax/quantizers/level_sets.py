@@ -24,7 +24,7 @@ LEVELS = {
 COMMON_LEVELS = ((8, 8, 8), (8, 6, 5), (7, 5, 5, 5), (8, 5, 5, 5))
 
 # Digits are rounded in float32, which holds all half-integers up to here.
-_MAX_LEVEL = 2**22
+MAX_LEVEL = 2**22
 _MAX_CODEBOOK_SIZE = 2**31 - 1
 
 
@@ -52,16 +52,16 @@ def checked(levels: Any, *, lowest: int) -> tuple[int, ...]:
   for level in levels:
     if not isinstance(level, numbers.Integral):
       raise ValueError(f'levels has {level!r}; every level is an integer.')
-    if not lowest <= level <= _MAX_LEVEL:
+    if not lowest <= level <= MAX_LEVEL:
       raise ValueError(
-          f'levels has {level}; this convention takes {lowest} to {_MAX_LEVEL}.'
+          f'levels has {level}; this convention takes {lowest} to {MAX_LEVEL}.'
       )
   levels = tuple(int(level) for level in levels)
   size = math.prod(levels)
   if size > _MAX_CODEBOOK_SIZE:
     raise ValueError(
         f'levels {levels} have {size} codes, int32 indices count to '
-        f'{_MAX_CODEBOOK_SIZE}; use fewer or smaller levels, or groups of '
-        'channels with one index each.'
+        f'{_MAX_CODEBOOK_SIZE}; use fewer or smaller levels, or GroupedFSQ: '
+        'groups of channels with one index each.'
     )
   return levels

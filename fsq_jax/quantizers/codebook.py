@@ -1,0 +1,127 @@
+"""What the quantizers with a table of codes share."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import estimators
+from fsq_jax.quantizers import lookup
+
+
+class CodebookQuantizer(base.Quantizer):
+  """A quantizer whose codes are the rows of a table.
+
+  A token is the nearest code, the one with the lowest index among equals. With
+  the cosine metric latents and codes are divided by their lengths first: codes
+  have length 1, the losses compare them with the divided latents, and the
+  gradient passes through the division.
+
+  Latents whose distance is not a finite float32, such as infinite ones, are no
+  tokens either: index -1 and NaN codes.
+
+  Attributes:
+    codebook_size: number of codes, K. Required.
+    code_dim: number of channels of a code. Required.
+    metric: 'euclidean' or 'cosine'.
+    gradient: how it gets from codes to latents: 'straight_through' or
+      'rotation' (arXiv 2410.06424).
+    commitment_weight: factor of the loss that draws latents to their codes.
+  """
+
+  # A default of their own, or the contract's properties would be taken for it.
+  codebook_size: int | None = None
+  code_dim: int | None = None
+  metric: str = 'euclidean'
+  gradient: str = 'straight_through'
+  commitment_weight: float = 0.25
+
+  def __post_init__(self):
+    for name in ('codebook_size', 'code_dim'):
+      check_number(name, getattr(self, name), lowest=1, integer=True)
+    if self.codebook_size > lookup.MAX_DISTANCES:
+      raise ValueError(
+          f'codebook_size is {self.codebook_size}; a table takes at most '
+          f'{lookup.MAX_DISTANCES} codes; use FSQ or LFQ, which need none.'
+      )
+    check_name('metric', self.metric, lookup.METRICS)
+    check_name('gradient', self.gradient, estimators.ESTIMATORS)
+    check_number('commitment_weight', self.commitment_weight)
+    super().__post_init__()
+
+  def codes_to_indices(self, codes: jax.Array) -> jax.Array:
+    codes = self._to_metric_space(codes, 'Codes')
+    return lookup.nearest(codes, self._codes())
+
+  def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+    indices = base.integers(indices, 'Indices')
+    return self._channels_back(lookup.take(self._codes(), indices))
+
+  def spec(self) -> dict[str, Any]:
+    return {
+        'codebook_size': int(self.codebook_size),
+        'code_dim': int(self.code_dim),
+        'metric': self.metric,
+        'ties': 'lowest index',
+    }
+
+  def _codes(self) -> jax.Array:
+    """Returns the float32 codes [codebook_size, code_dim]."""
+    raise NotImplementedError
+
+  def _table(self, entries: jax.Array) -> jax.Array:
+    """Returns the codes that entries [codebook_size, code_dim] stand for."""
+    return lookup.METRICS[self.metric](same_in_every_program(entries))
+
+  def _to_metric_space(self, x: jax.Array, name: str) -> jax.Array:
+    """Checks latents or codes; returns float32, channels last, normalised."""
+    x = self._channels_last(jnp.asarray(x), name).astype(jnp.float32)
+    return lookup.METRICS[self.metric](x)
+
+  def _pass_gradient(self, x: jax.Array, codes: jax.Array) -> jax.Array:
+    """Returns codes with a gradient for x, channels on `channel_axis`."""
+    return self._channels_back(estimators.ESTIMATORS[self.gradient](x, codes))
+
+
+def same_in_every_program(entries: jax.Array) -> jax.Array:
+  """Returns entries from which any program computes the same codes.
+
+  XLA evaluates what depends on constants alone while it compiles, and rounds
+  differently: with the weights baked in, codes would not equal the z_q of other
+  programs.
+  """
+  return jax.lax.optimization_barrier(entries)
+
+
+def commitment_loss(x: jax.Array, codes: jax.Array) -> jax.Array:
+  """Mean square that draws latents x to codes, both [..., d] float32."""
+  return jnp.mean(jnp.square(jax.lax.stop_gradient(codes) - x))
+
+
+def codebook_loss(x: jax.Array, codes: jax.Array) -> jax.Array:
+  """Mean square that draws codes to latents x, both [..., d] float32."""
+  return commitment_loss(codes, x)
+
+
+def check_name(field: str, value: Any, known: Any) -> None:
+  """Raises ValueError unless `value` is one of the known names."""
+  if value not in list(known):
+    raise ValueError(f'{field} is {value!r}; known: {sorted(known)}.')
+
+
+def check_number(
+    field: str, value: Any, *, lowest: float = 0, integer: bool = False
+) -> None:
+  """Raises ValueError unless `value` is a finite number, not below `lowest`."""
+  kind = numbers.Integral if integer else numbers.Real
+  if (
+      isinstance(value, bool)
+      or not isinstance(value, kind)
+      or not math.isfinite(value)
+      or value < lowest
+  ):
+    noun = 'an integer' if integer else 'a finite number'
+    raise ValueError(f'{field} is {value!r}; use {noun}, {lowest} or more.')

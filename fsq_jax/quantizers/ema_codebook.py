@@ -1,0 +1,210 @@
+"""A codebook learned by moving averages: updates, restarts and k-means."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from fsq_jax.quantizers import lookup
+
+# Laplace smoothing of the counts, the same in all published code.
+_SMOOTHING = 1e-5
+# A code is dead below this share of the mean count.
+_DEAD_SHARE = 0.01
+# Standard deviation of the factors that tell the halves of a split apart.
+_SPLIT_NOISE = 1e-3
+_KMEANS_ITERATIONS = 10
+
+
+class EmaCodebook(NamedTuple):
+  """Entries and the averages that they come from, all float32.
+
+  Attributes:
+    entries: [K, d] what is looked up.
+    counts: [K] averages of the number of vectors an entry gets in a batch.
+    sums: [K, d] averages of the sums of these vectors.
+  """
+
+  entries: jax.Array
+  counts: jax.Array
+  sums: jax.Array
+
+
+def start(entries: jax.Array) -> EmaCodebook:
+  """Returns averages that leave unused entries [K, d] where they are."""
+  return EmaCodebook(entries, jnp.ones(entries.shape[:1]), entries)
+
+
+def update(
+    codebook: EmaCodebook, x: jax.Array, indices: jax.Array, decay: float
+) -> EmaCodebook:
+  """Moves the averages towards a batch, and the entries to sums / counts.
+
+  As in VQ-VAE (arXiv 1711.00937, appendix A.1). Sums run over the global batch.
+
+  Args:
+    codebook: before the batch.
+    x: [N, d] float32 vectors.
+    indices: [N] int32, the entry of each; -1 leaves a vector out.
+    decay: weight of the past, in [0, 1).
+
+  Returns:
+    The codebook after the batch.
+  """
+  counts, sums = _totals(x, indices, codebook.counts.shape[0])
+  counts = decay * codebook.counts + (1 - decay) * counts
+  sums = decay * codebook.sums + (1 - decay) * sums
+  total = jnp.sum(counts)
+  smoothed = counts + _SMOOTHING
+  smoothed *= total / (total + counts.shape[0] * _SMOOTHING)
+  return EmaCodebook(sums / smoothed[:, None], counts, sums)
+
+
+def restart_from_batch(
+    codebook: EmaCodebook, x: jax.Array, indices: jax.Array, key: jax.Array
+) -> EmaCodebook:
+  """Puts dead entries on vectors of the batch, with the mean count.
+
+  Each vector is used once at most; entries for which none is left wait for the
+  next batch. A count as of a common entry gives them time to find use.
+
+  Args:
+    codebook: after its update.
+    x: [N, d] float32 vectors.
+    indices: [N] int32; vectors at -1 are not used.
+    key: random key of this step.
+  """
+  dead, mean = _dead(codebook)
+  chosen, found = _draw(x, indices, _rank(dead), key)
+  return _replace(codebook, dead & found, chosen, mean)
+
+
+def split_most_used(
+    codebook: EmaCodebook, x: jax.Array, indices: jax.Array, key: jax.Array
+) -> EmaCodebook:
+  """Gives the n-th dead entry half of the n-th most used one.
+
+  Only entries above the mean count are split. The halves differ by a factor of
+  about 1 - 2e-3 ... 1 + 2e-3 in each dimension. After the codebook splitting of
+  UViM (arXiv 2205.10337, github.com/google-research/big_vision).
+
+  Args:
+    codebook: after its update.
+    x: not used.
+    indices: not used.
+    key: random key of this step.
+  """
+  del x, indices
+  dead, mean = _dead(codebook)
+  by_use = jnp.argsort(-codebook.counts)
+  parents = by_use[jnp.maximum(_rank(dead), 0)]
+  child = dead & (codebook.counts[parents] > mean)
+  parent = jnp.argsort(by_use) < jnp.sum(child)
+  source = jnp.where(child, parents, jnp.arange(dead.shape[0]))
+  noise = _SPLIT_NOISE * jax.random.normal(key, codebook.entries.shape)
+  sign = jnp.where(child, -1, 1)[:, None]
+  entries = codebook.entries[source] * (1 + sign * noise[source])
+  counts = codebook.counts[source] / 2
+  return _replace(codebook, child | parent, entries, counts)
+
+
+Restart = Callable[
+    [EmaCodebook, jax.Array, jax.Array, jax.Array], EmaCodebook
+]
+RESTARTS: dict[str, Restart] = {
+    'none': lambda codebook, x, indices, key: codebook,
+    'batch': restart_from_batch,
+    'split': split_most_used,
+}
+
+
+def kmeans(
+    entries: jax.Array,
+    x: jax.Array,
+    key: jax.Array,
+    constrain: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+  """Ten iterations of Lloyd's algorithm from vectors drawn without return.
+
+  Args:
+    entries: [K, d] float32; those for which the batch has no vector left take
+      part as they are.
+    x: [N, d] float32 vectors; ones that are not finite are left out.
+    key: random key.
+    constrain: applied to entries after every iteration; `lookup.normalize`
+      gives spherical k-means.
+
+  Returns:
+    [K, d] float32. An entry that no vector is nearest to stays where it is.
+  """
+  indices = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), 0, -1)
+  rank = jnp.arange(entries.shape[0])
+  chosen, found = _draw(x, indices, rank, key)
+  entries = jnp.where(found[:, None], chosen, entries)
+
+  def iterate(_, entries):
+    indices = lookup.nearest(x, entries)
+    counts, sums = _totals(x, indices, entries.shape[0])
+    means = sums / jnp.maximum(counts, 1)[:, None]
+    return constrain(jnp.where(counts[:, None] > 0, means, entries))
+
+  return jax.lax.fori_loop(0, _KMEANS_ITERATIONS, iterate, constrain(entries))
+
+
+def _totals(
+    x: jax.Array, indices: jax.Array, codebook_size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the number [K] and the sum [K, d] of the vectors of each entry."""
+  # Index K is out of range, which drops the vector; -1 would be the last entry.
+  indices = jnp.where(indices >= 0, indices, codebook_size)
+  counts = jnp.zeros((codebook_size,))
+  sums = jnp.zeros((codebook_size, x.shape[-1]))
+  return (
+      counts.at[indices].add(1.0, mode='drop'),
+      sums.at[indices].add(x, mode='drop'),
+  )
+
+
+def _dead(codebook: EmaCodebook) -> tuple[jax.Array, jax.Array]:
+  """Returns which entries [K] are dead, and the mean count."""
+  mean = jnp.mean(codebook.counts)
+  return codebook.counts < _DEAD_SHARE * mean, mean
+
+
+def _rank(chosen: jax.Array) -> jax.Array:
+  """Numbers what is chosen: 0, 1, ... where `chosen` [K] is true."""
+  return jnp.cumsum(chosen) - 1
+
+
+def _draw(
+    x: jax.Array, indices: jax.Array, rank: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Draws vectors at random, every one once at most.
+
+  Args:
+    x: [N, d] vectors.
+    indices: [N] int32; vectors at -1 are not drawn.
+    rank: [K] int32: which draw each entry gets.
+    key: random key.
+
+  Returns:
+    [K, d] vectors, and [K] whether there were enough of them.
+  """
+  valid = indices >= 0
+  order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2))
+  found = rank < jnp.sum(valid)
+  return x[order[jnp.clip(rank, 0, valid.shape[0] - 1)]], found
+
+
+def _replace(
+    codebook: EmaCodebook,
+    where: jax.Array,
+    entries: jax.Array,
+    counts: jax.Array,
+) -> EmaCodebook:
+  """Sets entries [K, d] and counts [K] or scalar, and their sums, `where`."""
+  counts = jnp.where(where, counts, codebook.counts)
+  entries = jnp.where(where[:, None], entries, codebook.entries)
+  sums = jnp.where(where[:, None], entries * counts[:, None], codebook.sums)
+  return EmaCodebook(entries, counts, sums)

@@ -1,0 +1,54 @@
+"""Grouped FSQ: channels in groups with one index each."""
+
+from typing import Any
+
+from einops import rearrange
+import jax
+
+from fsq_jax.quantizers import digits
+from fsq_jax.quantizers import fsq
+
+_MAX_GROUPS = 2**16
+
+
+class GroupedFSQ(fsq.FSQ, kw_only=True):
+  """FSQ over groups of channels, the way past the 2^31 codes of one index.
+
+    grouped = GroupedFSQ(levels=(4,) * 8, num_groups=2)  # 4^16 codes
+    z_q, loss, indices = grouped.apply({}, z)  # [..., 16], scalar, [..., 2]
+
+  Channels g * d ... g * d + d - 1, d = len(levels), make up group g. Every
+  group has an index of its own in [0, codebook_size), on the last axis of the
+  indices whatever `channel_axis` is; `levels` and `codebook_size` are those
+  of one index. A NaN channel makes only the index of its group -1, and an
+  index out of range only the codes of its group NaN.
+
+  Attributes:
+    levels: number of values of each channel of a group.
+    num_groups: number of groups.
+  """
+
+  num_groups: int
+
+  def __post_init__(self):
+    digits.check_integer('num_groups', self.num_groups, 1, _MAX_GROUPS)
+    super().__post_init__()
+
+  @property
+  def code_dim(self) -> int:
+    return self.num_groups * len(self.levels)
+
+  @property
+  def index_shape(self) -> tuple[int, ...]:
+    return (self.num_groups,)
+
+  def spec(self) -> dict[str, Any]:
+    spec = super().spec()
+    return spec | {'name': 'grouped_fsq', 'num_groups': self.num_groups}
+
+  def _channels_last(self, x: jax.Array, name: str) -> jax.Array:
+    x = super()._channels_last(x, name)
+    return rearrange(x, '... (g d) -> ... g d', g=self.num_groups)
+
+  def _channels_back(self, x: jax.Array) -> jax.Array:
+    return super()._channels_back(rearrange(x, '... g d -> ... (g d)'))

@@ -1,0 +1,223 @@
+"""Lookup-free quantization: every channel is replaced by its sign."""
+
+import math
+from typing import Any
+
+from einops import rearrange
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import digits as digits_lib
+
+_BIT_ORDERS = {
+    'msb_first': digits_lib.LAST_FASTEST,
+    'lsb_first': digits_lib.FIRST_FASTEST,
+}
+# Indices are int32.
+_MAX_BITS = 30
+# The joint distribution of a group takes 2^bits numbers.
+_MAX_GROUP_BITS = 16
+# Beyond, sigmoid and entropy are 0 or 1 in float32, and infinite logits safe.
+_MAX_LOGIT = 128.0
+
+
+class LFQ(digits_lib.DigitQuantizer):
+  """Lookup-free quantization (arXiv 2310.05737), without parameters.
+
+    lfq = LFQ(num_bits=18)
+    z_q, loss, indices = lfq.apply({}, z)
+
+  A channel becomes 1 where it is positive and -1 elsewhere; its bit is the
+  digit 1 or 0. The loss, in nats and means over all vectors, is
+
+    commitment_weight * mean((z - code)^2)
+    + entropy_weight * (mean_n H(p_n) - diversity_weight * H(mean_n p_n)),
+
+  p_n the softmax of -|z_n - code|^2 / temperature over the codebook: sure of
+  every vector, spread over all of them. The logits are sums over bits, so p_n
+  is a product over bits and H(p_n) the sum of their entropies, which takes
+  memory of num_bits and not of 2^num_bits. The entropy of the mean is no such
+  sum: it is computed exactly in each of the fewest groups of at most
+  `entropy_group_bits` neighbouring bits and summed over these, which is an
+  upper bound, tight where groups are independent. No probability is clamped.
+
+  Attributes:
+    num_bits: channels, and bits of an index; 1 to 30.
+    bit_order: 'msb_first', the first channel is the highest bit of the index,
+      as in lucidrains/vector-quantize-pytorch; or 'lsb_first', as in
+      TencentARC/SEED-Voken.
+    commitment_weight: factor of the commitment loss.
+    entropy_weight: factor of the entropy loss.
+    diversity_weight: factor, in it, of the entropy of the mean.
+    temperature: squared distance at which a code is e times less probable.
+    entropy_group_bits: 1 to 16; see above.
+  """
+
+  num_bits: int
+  bit_order: str = 'msb_first'
+  commitment_weight: float = 0.25
+  entropy_weight: float = 0.1
+  diversity_weight: float = 1.0
+  temperature: float = 0.01
+  entropy_group_bits: int = 9
+
+  def __post_init__(self):
+    digits_lib.check_integer('num_bits', self.num_bits, 1, _MAX_BITS)
+    digits_lib.check_integer(
+        'entropy_group_bits', self.entropy_group_bits, 1, _MAX_GROUP_BITS
+    )
+    if self.bit_order not in _BIT_ORDERS:
+      raise ValueError(
+          f'bit_order is {self.bit_order!r}; known: {sorted(_BIT_ORDERS)}.'
+      )
+    for name in ('commitment_weight', 'entropy_weight', 'diversity_weight'):
+      digits_lib.check_number(name, getattr(self, name), lowest=0)
+    digits_lib.check_number('temperature', self.temperature, lowest=1e-6)
+    super().__post_init__()
+
+  @property
+  def levels(self) -> tuple[int, ...]:
+    """Number of values of each channel: two."""
+    return (2,) * self.num_bits
+
+  def __call__(
+      self, z: jax.Array, *, train: bool = False
+  ) -> base.QuantizerOutput:
+    del train  # The same in training and evaluation.
+    z = jnp.asarray(z)
+    x = self._channels_last(z, 'Latents').astype(jnp.float32)
+    # Infinite latents become the largest finite ones: inf - inf is NaN.
+    x = self._normalized(jnp.nan_to_num(x, nan=jnp.nan))
+    digits = self._nearest_digits(x)
+    codes = self._codes(digits)
+    # Codes stop the gradient; their sum with an exact zero is exact.
+    z_q = codes + (x - jax.lax.stop_gradient(x))
+    return base.QuantizerOutput(
+        z_q=self._channels_back(z_q).astype(z.dtype),
+        loss=self._loss(x, codes),
+        indices=self.digits_to_indices(digits),
+    )
+
+  def spec(self) -> dict[str, Any]:
+    return {
+        'name': 'lfq',
+        'num_bits': self.num_bits,
+        'bit_order': self.bit_order,
+        'rounding': 'digit 1 where z > 0',
+        'index_order': self._index_order,
+        'code': '2 * digit - 1',
+    }
+
+  @property
+  def _index_order(self) -> str:
+    return _BIT_ORDERS[self.bit_order]
+
+  @property
+  def _scale(self) -> float:
+    """Size of a channel of a code."""
+    return 1.0
+
+  def _normalized(self, x: jax.Array) -> jax.Array:
+    """Returns what the signs are taken of, float32 [..., num_bits]."""
+    return x
+
+  def _nearest_digits(self, codes: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(codes), -1, codes > 0).astype(jnp.int32)
+
+  def _codes(self, digits: jax.Array) -> jax.Array:
+    codes = (2 * digits - 1).astype(jnp.float32) * np.float32(self._scale)
+    return jnp.where(self._is_valid(digits), codes, jnp.nan)
+
+  def _loss(self, x: jax.Array, codes: jax.Array) -> jax.Array:
+    """Returns the float32 loss of latents and codes [..., num_bits]."""
+    loss = jnp.zeros((), jnp.float32)
+    if self.commitment_weight > 0:
+      loss += self.commitment_weight * jnp.mean(jnp.square(x - codes))
+    if self.entropy_weight > 0:
+      logits = rearrange(x, '... d -> (...) d') * np.float32(
+          4 * self._scale / self.temperature
+      )
+      logits = jnp.clip(logits, -_MAX_LOGIT, _MAX_LOGIT)
+      entropy = _mean_entropy(logits)
+      if self.diversity_weight > 0:
+        num_groups = math.ceil(self.num_bits / self.entropy_group_bits)
+        entropy -= self.diversity_weight * sum(
+            _entropy_of_mean(group)
+            for group in jnp.array_split(logits, num_groups, axis=-1)
+        )
+      loss += self.entropy_weight * entropy
+    return loss
+
+
+class BSQ(LFQ):
+  """Binary spherical quantization (arXiv 2406.07548), without parameters.
+
+    bsq = BSQ(num_bits=18)
+    z_q, loss, indices = bsq.apply({}, z)
+
+  LFQ of latents scaled to unit length, with codes of unit length: 1 /
+  sqrt(num_bits) times the sign. The loss is that of the scaled latents. The
+  vector 0 has no direction and is left as it is.
+  """
+
+  def spec(self) -> dict[str, Any]:
+    return super().spec() | {
+        'name': 'bsq',
+        'projection': 'z / |z|',
+        'code': '(2 * digit - 1) / sqrt(num_bits)',
+    }
+
+  @property
+  def _scale(self) -> float:
+    return self.num_bits**-0.5
+
+  def _normalized(self, x: jax.Array) -> jax.Array:
+    # Scaled by the largest channel first, or squares overflow; in two halves,
+    # since 1 / largest may be too small for float32.
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jax.lax.stop_gradient(
+        jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
+    )
+    x = x * scale * scale
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+
+
+def _mean_entropy(logits: jax.Array) -> jax.Array:
+  """Returns mean_n H(p_n) in nats of the logits [N, bits] of each bit."""
+  size = jnp.abs(logits)
+  entropies = jax.nn.softplus(-size) + size * jax.nn.sigmoid(-size)
+  return jnp.mean(jnp.sum(entropies, axis=-1))
+
+
+def _entropy_of_mean(logits: jax.Array) -> jax.Array:
+  """Returns H(mean_n p_n) in nats over the 2^bits codes of a group.
+
+  Args:
+    logits: [N, bits] float32 logits of each bit.
+  """
+  # A product of two halves, so that no array is [N, 2^bits].
+  left, right = (_joint(half) for half in jnp.array_split(logits, 2, axis=-1))
+  total = jnp.einsum(
+      'na,nb->ab',
+      left,
+      right,
+      precision=jax.lax.Precision.HIGHEST,
+      # With explicit axes in the mesh JAX wants to be told.
+      out_sharding=jax.typeof(left).sharding.update(spec=jax.P(None, None)),
+  )
+  mean = total / len(logits)
+  # The gradient of p log p at 0 is infinite; codes never met have none.
+  logarithms = jnp.log(jnp.where(mean > 0, mean, 1))
+  return -jnp.sum(mean * logarithms)
+
+
+def _joint(logits: jax.Array) -> jax.Array:
+  """Returns probabilities [N, 2^bits] of the values of independent bits."""
+  joint = jnp.ones((len(logits), 1), jnp.float32)
+  for i in range(logits.shape[-1]):
+    bit = jax.nn.sigmoid(jnp.stack([-logits[:, i], logits[:, i]], axis=-1))
+    joint = rearrange(joint[:, :, None] * bit[:, None], 'n a b -> n (a b)')
+  return joint

@@ -1,0 +1,161 @@
+"""Residual FSQ: stages that quantize what the stages before have left."""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import digits as digits_lib
+from fsq_jax.quantizers import level_sets
+
+
+class ResidualFSQ(digits_lib.DigitQuantizer):
+  """Residual FSQ with stage scale L^-q, without parameters.
+
+    residual = ResidualFSQ(levels=(8, 5, 5, 5), num_stages=4)
+    z_q, loss, indices = residual.apply({}, z)  # [..., 4], 0, [..., 4]
+
+  Latents pass a soft clamp x = c tanh(z / c), c = L / (L - 1). Stage q = 0, 1,
+  ... rounds the residual, in units of L^-q, to the L values from -1 to 1:
+
+    r_0 = x,  r_{q+1} = r_q - L^-q Q(r_q L^q),  code = x - r_{num_stages}.
+
+  With this clamp and scale every bin of a stage has the width that the next
+  stage covers, end bins included, so that the residual shrinks by L a stage,
+  to at most L^-q / (L - 1) after stage q. The stages are then the digits, in
+  base L, of one rounding to L^num_stages equal steps, and that is how they are
+  computed: exactly, and in one pass. Equal to ResidualFSQ of
+  lucidrains/vector-quantize-pytorch away from rounding boundaries, but for the
+  gradient: here that of the soft clamp, there once more with every stage.
+
+  Every stage has an index in [0, codebook_size), first dimension fastest, on
+  the last axis of the indices, coarse to fine; `levels` and `codebook_size`
+  are those of one index. The indices of the first stages alone decode too, to
+  coarser codes. NaN channels make every stage -1; an index out of range makes
+  the whole code NaN.
+
+  Attributes:
+    levels: number of values of each channel in a stage.
+    num_stages: number of stages; L^num_stages is at most 2^22.
+    stage_dropout: probability in [0, 1] that in training an example (leading
+      axis) loses its last stages; how many are left is drawn uniformly from 1
+      ... num_stages - 1, from the rng 'quantizer'. Indices stay complete.
+  """
+
+  levels: Sequence[int]
+  num_stages: int
+  stage_dropout: float = 0.0
+
+  def __post_init__(self):
+    self.levels = level_sets.checked(self.levels, lowest=2)
+    most = int(math.log2(level_sets.MAX_LEVEL) / math.log2(max(self.levels)))
+    digits_lib.check_integer('num_stages', self.num_stages, 1, most)
+    digits_lib.check_number('stage_dropout', self.stage_dropout, lowest=0)
+    if self.stage_dropout > 1 or (self.stage_dropout and self.num_stages == 1):
+      raise ValueError(
+          f'stage_dropout is {self.stage_dropout} with {self.num_stages} '
+          'stages; use a probability in [0, 1], and 0 with one stage.'
+      )
+    super().__post_init__()
+
+  @property
+  def index_shape(self) -> tuple[int, ...]:
+    return (self.num_stages,)
+
+  def __call__(
+      self, z: jax.Array, *, train: bool = False
+  ) -> base.QuantizerOutput:
+    z = jnp.asarray(z)
+    x = self._channels_last(z, 'Latents').astype(jnp.float32)
+    L = np.asarray(self.levels, np.float32)
+    clamp = L / (L - 1)
+    unit = jnp.tanh(x / clamp)
+    half = np.float32(L**self.num_stages / 2)
+    fine = self._clipped(jnp.floor(unit * half + half))
+    digits = self._split(fine)
+    codes = self._codes(digits)
+    if train and self.stage_dropout:
+      codes = self._drop_stages(codes, digits, z.ndim)
+    # Codes stop the gradient; their sum with an exact zero is exact.
+    z_q = codes + (unit - jax.lax.stop_gradient(unit)) * clamp
+    return base.QuantizerOutput(
+        z_q=self._channels_back(z_q).astype(z.dtype),
+        loss=jnp.zeros((), jnp.float32),
+        indices=self.digits_to_indices(digits),
+    )
+
+  def spec(self) -> dict[str, Any]:
+    return {
+        'name': 'residual_fsq',
+        'levels': list(self.levels),
+        'num_stages': self.num_stages,
+        'clamp': 'c * tanh(z / c), c = L/(L-1)',
+        'rounding': 'half up',
+        'index_order': self._index_order,
+        'code': 'sum over stages q of L^-q * (2 * digit / (L-1) - 1)',
+    }
+
+  @property
+  def _index_order(self) -> str:
+    return digits_lib.FIRST_FASTEST
+
+  def _drop_stages(
+      self, codes: jax.Array, digits: jax.Array, rank: int
+  ) -> jax.Array:
+    """Returns codes [..., d] of fewer stages for some of the examples."""
+    drop_key, count_key = jax.random.split(self._random_key('stage_dropout'))
+    shape = digits_lib.per_example(codes.shape, rank)
+    count = jnp.where(
+        jax.random.bernoulli(drop_key, self.stage_dropout, shape),
+        jax.random.randint(count_key, shape, 1, self.num_stages),
+        self.num_stages,
+    )
+    for num in range(1, self.num_stages):
+      codes = jnp.where(count == num, self._codes(digits[..., :num, :]), codes)
+    return codes
+
+  def _nearest_digits(self, codes: jax.Array) -> jax.Array:
+    L = np.asarray(self.levels, np.float64)
+    fine = L**self.num_stages
+    per_code = np.float32((L - 1) * L ** (self.num_stages - 1) / 2)
+    center = np.float32((fine - 1) / 2)
+    return self._split(self._clipped(jnp.round(codes * per_code + center)))
+
+  def _clipped(self, fine: jax.Array) -> jax.Array:
+    """Returns int32 steps of whole float32 ones: in range, or -1 for NaN."""
+    top = np.asarray(self.levels, np.float32) ** self.num_stages - 1
+    fine = jnp.clip(fine, 0, top)
+    return jnp.where(jnp.isnan(fine), -1, fine).astype(jnp.int32)
+
+  def _split(self, fine: jax.Array) -> jax.Array:
+    """Returns the digits [..., num_stages, d] that spell steps [..., d]."""
+    L = np.asarray(self.levels, np.int32)
+    stages = [
+        fine // L ** (self.num_stages - 1 - q) % L
+        for q in range(self.num_stages)
+    ]
+    return jnp.where((fine >= 0)[..., None, :], jnp.stack(stages, -2), -1)
+
+  def _codes(self, digits: jax.Array) -> jax.Array:
+    """Returns float32 codes [..., d] of digits [..., stages, d]."""
+    num = digits.shape[-2]
+    L = np.asarray(self.levels, np.int32)
+    fine = 0
+    for q in range(num):
+      fine = fine * L + digits[..., q, :]
+    center = np.float32((L.astype(np.float64) ** num - 1) / 2)
+    step = np.float32(2 / ((L - 1) * L.astype(np.float64) ** (num - 1)))
+    codes = (fine.astype(jnp.float32) - center) * step
+    valid = jnp.all(self._is_valid(digits), axis=-2)
+    return jnp.where(valid, codes, jnp.nan)
+
+  def _check_index_axes(self, shape: Sequence[int]) -> None:
+    if not shape or not 1 <= shape[-1] <= self.num_stages:
+      raise ValueError(
+          f'Indices have shape {tuple(shape)}; the last axis must hold 1 to'
+          f' {self.num_stages} stages.'
+      )

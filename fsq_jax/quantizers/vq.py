@@ -1,0 +1,168 @@
+"""Vector quantization: the nearest entry of a learned codebook."""
+
+from typing import Any
+
+from einops import rearrange
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import codebook
+from fsq_jax.quantizers import ema_codebook
+from fsq_jax.quantizers import lookup
+
+_UPDATES = ('ema', 'gradient')
+_CODEBOOK_INITS = ('normal', 'kmeans')
+
+
+class VectorQuantizer(codebook.CodebookQuantizer):
+  """Vector quantization (arXiv 1711.00937).
+
+    vq = VectorQuantizer(codebook_size=1024, code_dim=8, codebook_init='kmeans')
+    variables = vq.init(key, z)
+    out, changed = vq.apply(variables, z, train=True, mutable=['codebook'])
+
+  With update 'ema' entries are moving averages of the latents that chose them.
+  They live in the collection `codebook` with their statistics (counts and sums,
+  see `ema_codebook.EmaCodebook`), a seed drawn at init, and the step: updates
+  so far. Each call that has train=True and the collection mutable changes them;
+  it quantizes with the entries from before, except that k-means comes first.
+  Sums run over the global batch, and random choices depend on seed and step
+  alone: any number of devices gives the same, in a resumed run too.
+
+  With update 'gradient' the codebook is a parameter, which the codebook loss
+  mean((code - sg(latents))^2) draws to the latents.
+
+  Attributes:
+    update: 'ema' or 'gradient'.
+    decay: weight of the past in the averages, in [0, 1). Only for 'ema'.
+    codebook_init: 'normal', N(0, 1), or 'kmeans': replaced by means of the
+      latents of the first update. 'kmeans' is only for 'ema'.
+    restart: what becomes of dead codes, used less than 1 % of the mean: 'none';
+      'batch': random latents of the batch; 'split': halves of the most used
+      codes. Only for 'ema'.
+    entropy_weight: factor of the loss that favours sure choices and an even use
+      of all codes, `lookup.entropy_loss`.
+  """
+
+  update: str = 'ema'
+  decay: float = 0.99
+  codebook_init: str = 'normal'
+  restart: str = 'none'
+  entropy_weight: float = 0.0
+
+  def __post_init__(self):
+    codebook.check_name('update', self.update, _UPDATES)
+    codebook.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
+    codebook.check_name('restart', self.restart, ema_codebook.RESTARTS)
+    codebook.check_number('decay', self.decay)
+    if self.decay >= 1:
+      raise ValueError(
+          f'decay is {self.decay}; use less than 1, or no code ever moves.'
+      )
+    codebook.check_number('entropy_weight', self.entropy_weight)
+    if self.update == 'gradient':
+      for name, value in (('codebook_init', 'normal'), ('restart', 'none')):
+        if getattr(self, name) != value:
+          raise ValueError(
+              f'{name} is {getattr(self, name)!r}, which sets entries outside '
+              f"the optimizer; use update='ema', or {name}={value!r}."
+          )
+    super().__post_init__()
+
+  def __call__(
+      self, z: jax.Array, *, train: bool = False
+  ) -> base.QuantizerOutput:
+    z = jnp.asarray(z)
+    x = self._to_metric_space(z, 'Latents')
+    if self._updates(train):
+      table, indices = self._update(x)
+    else:
+      table = self._codes()
+      indices = lookup.nearest(x, table)
+    codes = lookup.take(table, indices)
+    loss = self.commitment_weight * codebook.commitment_loss(x, codes)
+    if self.update == 'gradient':
+      loss += codebook.codebook_loss(x, codes)
+    if self.entropy_weight > 0:
+      loss += self.entropy_weight * lookup.entropy_loss(x, table)
+    return base.QuantizerOutput(
+        z_q=self._pass_gradient(x, codes).astype(z.dtype),
+        loss=loss,
+        indices=indices,
+    )
+
+  def spec(self) -> dict[str, Any]:
+    return {'name': 'vq', **super().spec(), 'code': 'entry'}
+
+  def _updates(self, train: bool) -> bool:
+    return (
+        train
+        and self.update == 'ema'
+        and self.is_mutable_collection('codebook')
+        and not self.is_initializing()
+    )
+
+  def _codes(self) -> jax.Array:
+    return self._table(self._entries())
+
+  @nn.compact
+  def _entries(self) -> jax.Array:
+    """Declares all variables; returns the entries [codebook_size, code_dim]."""
+    shape = (self.codebook_size, self.code_dim)
+    normal = nn.initializers.normal(1.0)
+    if self.update == 'gradient':
+      return self.param('codebook', normal, shape, jnp.float32)
+
+    def declare(name, make):
+      return self.variable('codebook', name, make).value
+
+    entries = declare(
+        'entries', lambda: normal(self.make_rng('params'), shape, jnp.float32)
+    )
+    # A copy: state that is donated must not hold one buffer twice.
+    declare('sums', lambda: jnp.copy(ema_codebook.start(entries).sums))
+    declare('counts', lambda: ema_codebook.start(entries).counts)
+    declare('seed', lambda: jax.random.bits(self.make_rng('params')))
+    declare('step', lambda: jnp.zeros((), jnp.int32))
+    return entries
+
+  def _update(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Looks latents up, then moves the codebook towards them.
+
+    Args:
+      x: [..., code_dim] float32 latents in the space of the metric.
+
+    Returns:
+      The codes [codebook_size, code_dim] from before, and indices [...].
+    """
+    x = jax.lax.stop_gradient(x)
+    rows = rearrange(x, '... d -> (...) d')
+    ema = ema_codebook.EmaCodebook(*(
+        self.get_variable('codebook', name)
+        for name in ema_codebook.EmaCodebook._fields
+    ))
+    step = self.get_variable('codebook', 'step')
+    key = jax.random.key(self.get_variable('codebook', 'seed'))
+    key = jax.random.fold_in(key, step)
+    kmeans_key, restart_key = jax.random.split(key)
+    if self.codebook_init == 'kmeans':
+      ema = jax.lax.cond(
+          step == 0,
+          lambda: ema_codebook.start(
+              ema_codebook.kmeans(
+                  ema.entries, rows, kmeans_key, lookup.METRICS[self.metric]
+              )
+          ),
+          lambda: ema,
+      )
+    table = self._table(ema.entries)
+    indices = lookup.nearest(x, table)
+    flat = indices.reshape(rows.shape[:1])
+    ema = ema_codebook.update(ema, rows, flat, self.decay)
+    ema = ema_codebook.RESTARTS[self.restart](ema, rows, flat, restart_key)
+    for name, value in ema._asdict().items():
+      self.put_variable('codebook', name, value)
+    self.put_variable('codebook', 'step', step + 1)
+    return table, indices
