@@ -7,17 +7,37 @@ from typing import Any
 from fsq_jax.quantizers.base import Quantizer
 from fsq_jax.quantizers.base import QuantizerOutput
 from fsq_jax.quantizers.fsq import FSQ
+from fsq_jax.quantizers.grouped import GroupedFSQ
 from fsq_jax.quantizers.level_sets import recommended_levels
+from fsq_jax.quantizers.lfq import BSQ
+from fsq_jax.quantizers.lfq import LFQ
+from fsq_jax.quantizers.residual import ResidualFSQ
+from fsq_jax.quantizers.simvq import SimVQ
+from fsq_jax.quantizers.vq import VectorQuantizer
 
 __all__ = [
+    'BSQ',
     'FSQ',
+    'LFQ',
+    'GroupedFSQ',
     'Quantizer',
     'QuantizerOutput',
+    'ResidualFSQ',
+    'SimVQ',
+    'VectorQuantizer',
     'build_quantizer',
     'recommended_levels',
 ]
 
-_QUANTIZERS = {'fsq': FSQ}
+_QUANTIZERS = {
+    'bsq': BSQ,
+    'fsq': FSQ,
+    'grouped_fsq': GroupedFSQ,
+    'lfq': LFQ,
+    'residual_fsq': ResidualFSQ,
+    'simvq': SimVQ,
+    'vq': VectorQuantizer,
+}
 
 
 def build_quantizer(config: Mapping[str, Any]) -> Quantizer:

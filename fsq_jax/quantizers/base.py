@@ -15,8 +15,8 @@ class QuantizerOutput(NamedTuple):
     z_q: codes in the shape and dtype of the latents, straight-through: its
       gradient passes to the latents.
     loss: float32 scalar, already weighted; 0 where there is none.
-    indices: int32, the latents' shape without the channel axis; -1 marks a
-      vector that has a NaN channel and is no token.
+    indices: int32, the latents' shape without the channel axis, then
+      `index_shape`; -1 marks a vector that has a NaN channel and is no token.
   """
 
   z_q: jax.Array
@@ -59,13 +59,18 @@ class Quantizer(nn.Module, kw_only=True):
 
   @property
   def codebook_size(self) -> int:
-    """Number of codes, K."""
+    """Number of values that one index can take, K."""
     raise NotImplementedError
 
   @property
   def code_dim(self) -> int:
     """Number of channels of a code."""
     raise NotImplementedError
+
+  @property
+  def index_shape(self) -> tuple[int, ...]:
+    """Trailing axes of the indices of one code; () where it has one index."""
+    return ()
 
   def __call__(self, z: jax.Array, *, train: bool = False) -> QuantizerOutput:
     """Quantizes latents.
