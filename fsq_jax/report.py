@@ -17,6 +17,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from fsq_jax import report_page
+from fsq_jax import workdir as workdirs
 
 # Pixels of a grid: its width is about this, images are at most so many times
 # enlarged, labels stand in a margin, white gaps part images and pairs of rows.
@@ -43,7 +44,7 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
   run = _read_workdir(os.path.abspath(os.fspath(workdir)))
   page = report_page.render(run)
   path = os.path.join(os.fspath(workdir), 'report.html')
-  _write_atomically(path, page.encode('utf-8', 'replace'))
+  workdirs.write_bytes(path, page.encode('utf-8', 'replace'))
   return path
 
 
@@ -105,7 +106,8 @@ def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
   """Writes [H, W, 3] uint8 as a PNG, whole or not at all."""
   file = io.BytesIO()
   PIL.Image.fromarray(np.asarray(image)).save(file, 'png')
-  _write_atomically(os.fspath(path), file.getvalue())
+  os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
+  workdirs.write_bytes(path, file.getvalue())
 
 
 def _vertical_label(text: str, height: int) -> np.ndarray:
@@ -115,22 +117,6 @@ def _vertical_label(text: str, height: int) -> np.ndarray:
   middle = height / 2, _MARGIN / 2
   PIL.ImageDraw.Draw(label).text(middle, text, 100, font, anchor='mm')
   return np.asarray(label.transpose(PIL.Image.Transpose.ROTATE_90))[..., None]
-
-
-def _write_atomically(path: str, data: bytes) -> None:
-  """Writes a file whole or not at all, its folder too if it is missing."""
-  os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-  temporary = f'{path}.{os.getpid()}.tmp'
-  try:
-    with open(temporary, 'wb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    if os.path.exists(temporary):
-      os.remove(temporary)
-    raise
 
 
 def _read_workdir(workdir: str) -> report_page.Run:

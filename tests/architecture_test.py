@@ -27,7 +27,7 @@ _ALLOWED_IMPORTS = {
     'train_step': {'losses', 'metrics', 'optim', 'train_state'},
     'train_state': {'optim', 'partitioning'},
     'checkpoint': {'workdir'},
-    'report': {'report_page', 'metrics'},
+    'report': {'report_page', 'workdir'},
     'report_page': {'report_curves'},
     'optim': {'partitioning'},
     'models': {'quantizers'},
