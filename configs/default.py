@@ -85,18 +85,17 @@ def _model() -> ml_collections.ConfigDict:
   model.projector_in = ml_collections.ConfigDict({'name': 'linear'})
 
   quantizer = model.quantizer = ml_collections.ConfigDict()
-  # 'fsq'.
+  # Which of the sections below is built; the others are not read.
   quantizer.name = 'fsq'
-  # Levels of each dimension, integers >= 2; their product is the codebook.
-  quantizer.levels = (8, 8, 8)
-  # 'symmetric' (levels -(L-1)/2 ... (L-1)/2) or 'paper' (arXiv 2309.15505).
-  quantizer.convention = 'symmetric'
-  # 'tanh' for any real input; 'clip' where it is bounded to [-1, 1] before.
-  quantizer.bound = 'tanh'
-  # Share by which the range is narrowed; None: 1e-3 for paper, else 0.
-  quantizer.eps = config_dict.placeholder(float)
-  # Weight of the commitment loss; None: 1 for symmetric, 0 for paper.
-  quantizer.commitment_weight = config_dict.placeholder(float)
+  quantizer.fsq = _fsq()
+  quantizer.grouped_fsq = _fsq()
+  # Groups of channels with one index each; `levels` are those of a group.
+  quantizer.grouped_fsq.num_groups = 2
+  quantizer.residual_fsq = _residual_fsq()
+  quantizer.lfq = _lfq()
+  quantizer.bsq = _lfq()
+  quantizer.vq = _vq()
+  quantizer.simvq = _simvq()
 
   # 'linear': a linear map from the codes to the decoder's width.
   model.projector_out = ml_collections.ConfigDict({'name': 'linear'})
@@ -120,6 +119,99 @@ def _model() -> ml_collections.ConfigDict:
   # compiles fastest, the depth runs fastest on CPU. Results are the same.
   model.scan_unroll = 1
   return model
+
+
+def _fsq() -> ml_collections.ConfigDict:
+  fsq = ml_collections.ConfigDict()
+  # Levels of each dimension, integers >= 2; their product is the codebook.
+  fsq.levels = (8, 8, 8)
+  # 'symmetric' (levels -(L-1)/2 ... (L-1)/2), 'paper' (arXiv 2309.15505), or
+  # those of vector-quantize-pytorch: 'vqp' and 'preserve_symmetry'.
+  fsq.convention = 'symmetric'
+  # 'tanh' for any real input; symmetric also: 'ifsq', 2 sigmoid(1.6 z) - 1, and
+  # 'clip' where it is bounded to [-1, 1] before.
+  fsq.bound = 'tanh'
+  # Share by which the range is narrowed; None: 1e-3 for paper, -1e-3 for vqp,
+  # else 0.
+  fsq.eps = config_dict.placeholder(float)
+  # Weight of the commitment loss; None: 1 for symmetric, else 0.
+  fsq.commitment_weight = config_dict.placeholder(float)
+  # 'rounded', or 'equal' (symmetric): the outermost bins as wide as the others.
+  fsq.bins = 'rounded'
+  # Half the width of the uniform noise added to codes in training, in steps
+  # between codes, >= 0; every 'element' has this one, or every 'example' a
+  # random share of it.
+  fsq.noise = 0.0
+  fsq.noise_per = 'element'
+  return fsq
+
+
+def _residual_fsq() -> ml_collections.ConfigDict:
+  residual = ml_collections.ConfigDict()
+  # Levels of each dimension in every stage; indices a code.
+  residual.levels = (8, 8, 8)
+  residual.num_stages = 2
+  # Probability in [0, 1] that a training image loses its last stages.
+  residual.stage_dropout = 0.0
+  return residual
+
+
+def _lfq() -> ml_collections.ConfigDict:
+  lfq = ml_collections.ConfigDict()
+  # Dimensions, and bits of an index, 1 to 30.
+  lfq.num_bits = 9
+  # 'msb_first' (vector-quantize-pytorch) or 'lsb_first' (SEED-Voken).
+  lfq.bit_order = 'msb_first'
+  # Weights of the commitment loss, of the entropy loss, and in it of the
+  # entropy of the mean, which spreads tokens over all codes.
+  lfq.commitment_weight = 0.25
+  lfq.entropy_weight = 0.1
+  lfq.diversity_weight = 1.0
+  # Squared distance at which a code is e times less probable, >= 1e-6.
+  lfq.temperature = 0.01
+  # Most bits over which the entropy of the mean is exact, 1 to 16.
+  lfq.entropy_group_bits = 9
+  return lfq
+
+
+def _codebook() -> ml_collections.ConfigDict:
+  codebook = ml_collections.ConfigDict()
+  # Number of codes, and dimensions of each.
+  codebook.codebook_size = 512
+  codebook.code_dim = 8
+  # 'euclidean', or 'cosine': latents and codes of length 1.
+  codebook.metric = 'euclidean'
+  # 'straight_through' or 'rotation' (arXiv 2410.06424).
+  codebook.gradient = 'straight_through'
+  # Weight of the loss that draws latents to codes, >= 0.
+  codebook.commitment_weight = 0.25
+  return codebook
+
+
+def _vq() -> ml_collections.ConfigDict:
+  vq = _codebook()
+  # How codes learn: 'ema', moving averages of latents; or 'gradient'.
+  vq.update = 'ema'
+  # Weight of the past in these averages, in [0, 1).
+  vq.decay = 0.99
+  # ema: 'normal', or 'kmeans' of the latents of the first batch.
+  vq.codebook_init = 'normal'
+  # ema: dead codes stay ('none'), become latents ('batch') or halves of the
+  # most used codes ('split').
+  vq.restart = 'none'
+  # Weight of the loss for sure choices and an even use of the codes, >= 0.
+  vq.entropy_weight = 0.0
+  return vq
+
+
+def _simvq() -> ml_collections.ConfigDict:
+  simvq = _codebook()
+  # Where commitment_weight goes: 'standard', to the loss that moves latents; or
+  # 'legacy', to the one that moves codes.
+  simvq.weighting = 'standard'
+  # 'linear': one more linear map of the latents; or 'none'.
+  simvq.input_projection = 'none'
+  return simvq
 
 
 def _losses() -> ml_collections.ConfigDict:

@@ -26,5 +26,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.color_jitter = 0.0
   config.data.num_threads = 2
 
-  config.model.quantizer.levels = (8, 5, 5, 5)
+  config.model.quantizer.fsq.levels = (8, 5, 5, 5)
   return config

@@ -13,5 +13,5 @@ from configs import fsq_888
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = fsq_888.get_config()
-  config.model.quantizer.levels = (8, 6, 5)
+  config.model.quantizer.fsq.levels = (8, 6, 5)
   return config

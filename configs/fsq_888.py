@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   # One thread keeps up, and does not wait for another one's Python.
   config.data.num_threads = 1
 
-  config.model.quantizer.levels = (8, 8, 8)
+  config.model.quantizer.fsq.levels = (8, 8, 8)
   config.model.projector_in.name = 'standardized'
   config.model.encoder.width = 96
   config.model.encoder.depth = 1

@@ -118,6 +118,62 @@ _VIT = {
     'mlp_dim': _COUNT,
     'position': _name('learned', 'sincos'),
 }
+_LEVELS = _tuple(
+    'a tuple of integers >= 2, one for each dimension',
+    _integer(2),
+    _ANY_LENGTH,
+)
+_FSQ = {
+    'levels': _LEVELS,
+    'convention': _name('symmetric', 'paper', 'vqp', 'preserve_symmetry'),
+    'bound': _name('tanh', 'ifsq', 'clip'),
+    'eps': _optional(_number('', lambda x: True)),
+    'commitment_weight': _optional(_NOT_NEGATIVE),
+    'bins': _name('rounded', 'equal'),
+    'noise': _NOT_NEGATIVE,
+    'noise_per': _name('element', 'example'),
+}
+_LFQ = {
+    'num_bits': _integer(1, 30),
+    'bit_order': _name('msb_first', 'lsb_first'),
+    'commitment_weight': _NOT_NEGATIVE,
+    'entropy_weight': _NOT_NEGATIVE,
+    'diversity_weight': _NOT_NEGATIVE,
+    'temperature': _POSITIVE,
+    'entropy_group_bits': _integer(1, 16),
+}
+_CODEBOOK = {
+    # Usage and perplexity of a single code say nothing.
+    'codebook_size': _integer(2),
+    'code_dim': _COUNT,
+    'metric': _name('euclidean', 'cosine'),
+    'gradient': _name('straight_through', 'rotation'),
+    'commitment_weight': _NOT_NEGATIVE,
+}
+_QUANTIZERS = {
+    'fsq': _FSQ,
+    'grouped_fsq': {**_FSQ, 'num_groups': _COUNT},
+    'residual_fsq': {
+        'levels': _LEVELS,
+        'num_stages': _COUNT,
+        'stage_dropout': _SHARE,
+    },
+    'lfq': _LFQ,
+    'bsq': _LFQ,
+    'vq': {
+        **_CODEBOOK,
+        'update': _name('ema', 'gradient'),
+        'decay': _DECAY,
+        'codebook_init': _name('normal', 'kmeans'),
+        'restart': _name('none', 'batch', 'split'),
+        'entropy_weight': _NOT_NEGATIVE,
+    },
+    'simvq': {
+        **_CODEBOOK,
+        'weighting': _name('standard', 'legacy'),
+        'input_projection': _name('none', 'linear'),
+    },
+}
 
 # Every field of configs/default.py.
 FIELDS: Mapping[str, Rule] = {
@@ -148,16 +204,12 @@ FIELDS: Mapping[str, Rule] = {
     'data.prefetch': _COUNT,
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
     'model.projector_in.name': _name('linear', 'standardized'),
-    'model.quantizer.name': _name('fsq'),
-    'model.quantizer.levels': _tuple(
-        'a tuple of integers >= 2, one for each dimension',
-        _integer(2),
-        _ANY_LENGTH,
-    ),
-    'model.quantizer.convention': _name('symmetric', 'paper'),
-    'model.quantizer.bound': _name('tanh', 'clip'),
-    'model.quantizer.eps': _optional(_number('', lambda x: True)),
-    'model.quantizer.commitment_weight': _optional(_NOT_NEGATIVE),
+    'model.quantizer.name': _name(*_QUANTIZERS),
+    **{
+        f'model.quantizer.{quantizer}.{name}': rule
+        for quantizer, rules in _QUANTIZERS.items()
+        for name, rule in rules.items()
+    },
     'model.projector_out.name': _name('linear'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
     'model.dtype': _name('float32', 'bfloat16'),

@@ -108,19 +108,19 @@ def check_config(
 
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
   """Yields what the quantizer refuses, if its fields are all there."""
-  prefix = 'model.quantizer.'
+  quantizer = fields.get('model.quantizer.name')
+  prefix = f'model.quantizer.{quantizer}.'
   names = [name for name in config_rules.FIELDS if name.startswith(prefix)]
-  if any(name not in fields for name in names):
+  if not names or any(name not in fields for name in names):
     return
   # Here, since it imports JAX, which the command line starts without.
   from fsq_jax import quantizers
 
+  options = {name.removeprefix(prefix): fields[name] for name in names}
   try:
-    quantizers.build_quantizer(
-        {name.removeprefix(prefix): fields[name] for name in names}
-    )
+    quantizers.build_quantizer({'name': quantizer, **options})
   except ValueError as error:
-    yield f'model.quantizer: {error}'
+    yield f'model.quantizer.{quantizer}: {error}'
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import quantizers
 from fsq_jax import report
 from fsq_jax import train_state
 from fsq_jax import train_step
@@ -81,6 +82,14 @@ class Evaluator:
       num_grid_images: originals and reconstructions to return.
     """
     self._quantizer = model.quantizer
+    self._digits = {}
+    if isinstance(model.quantizer, quantizers.DigitQuantizer):
+      self._digits = {
+          'levels': model.quantizer.levels,
+          'digits_of': lambda indices: np.asarray(
+              model.quantizer.indices_to_digits(indices)
+          ),
+      }
     self._dataset = dataset
     self._mesh = mesh
     # Every process gets the results of the whole batch.
@@ -110,9 +119,7 @@ class Evaluator:
     """
     means: dict[str, metrics.Mean] = {}
     codebook = metrics.CodebookStatistics(
-        self._quantizer.codebook_size,
-        levels=self._quantizer.levels,
-        digits_of=lambda i: np.asarray(self._quantizer.indices_to_digits(i)),
+        self._quantizer.codebook_size, **self._digits
     )
     originals, reconstructions = [], []
     waiting = collections.deque(self._grid)

@@ -35,7 +35,10 @@ DEFINITIONS = {
     'mse': 'mean squared error of uint8 images divided by 255, in [0, 1]',
     'identical': 'share of images reproduced exactly, in [0, 1]',
     'codebook_size': 'K, the number of codes that exist',
-    'num_tokens': 'valid tokens counted, over the whole evaluation set',
+    'num_tokens': (
+        'valid indices counted, over the whole evaluation set; where a code has'
+        ' several, of groups or stages, each is one'
+    ),
     'num_invalid_tokens': 'indices outside 0 ... K - 1, left out of the rest',
     'num_used_codes': 'codes that occur at least once',
     'usage': 'num_used_codes / K; at most tokens_per_code',

@@ -170,7 +170,7 @@ def _values(run: Run) -> dict[str, Any]:
 def _summary(run: Run, values: Mapping[str, Any]) -> str:
   """What was run, and what came out, in a sentence."""
   name = str(run.quantizer.get('name', 'The model'))
-  name = name.upper() if name == name.lower() else name
+  name = name.replace('_', ' ').upper() if name == name.lower() else name
   if run.quantizer.get('levels'):
     name += ' with levels ' + ' \N{MULTIPLICATION SIGN} '.join(
         map(str, run.quantizer['levels'])

@@ -51,13 +51,13 @@ def build_train_step(
   Args:
     model: the autoencoder.
     optimizer: from `optim.build_optimizer` of the same config.
-    config: the whole config; its sections losses, optim and train are read.
+    config: the whole config; seed, losses, optim and train are read.
 
   Returns:
     A pure function of the state and [B, H, W, 3] uint8 images to the next
-    state and float32 scalars. Losses are means over the global batch. Where
-    the loss or the gradient is not finite, everything but the counters stays
-    as it was.
+    state and float32 scalars. Losses are means over the global batch; what
+    the quantizer draws depends on seed and step alone. Where the loss or the
+    gradient is not finite, everything but the counters stays as it was.
   """
   reconstruction_loss = losses.build_reconstruction_loss(
       config['losses']['reconstruction']
@@ -67,11 +67,12 @@ def build_train_step(
   num_parts = config['optim']['accumulation_steps']
   ema_decay = config['optim']['ema_decay']
   frozen_patterns = tuple(config['optim']['frozen'])
+  seed = config['seed']
   schedule = optim.build_schedule(
       config['optim'], config['train']['num_steps']
   )
 
-  def loss_fn(params, model_state, images):
+  def loss_fn(params, model_state, images, key):
     frozen = optim.frozen_mask(params, frozen_patterns)
     params = jax.tree.map(
         lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen
@@ -82,6 +83,7 @@ def build_train_step(
         images,
         train=True,
         mutable=list(model_state),
+        rngs={'quantizer': key},
     )
     reconstruction = reconstruction_loss(output.reconstructions, images)
     loss = (
@@ -98,27 +100,30 @@ def build_train_step(
 
   gradient_fn = jax.grad(loss_fn, has_aux=True)
 
-  def accumulate(params, model_state, images):
+  def accumulate(params, model_state, images, key):
     # Every device splits its own share, so that no image changes devices.
     parts = rearrange(images, '(b k) ... -> k b ...', k=num_parts)
 
     def add(carry, part):
       total, model_state = carry
-      gradients, (scalars, model_state) = gradient_fn(params, model_state, part)
+      gradients, (scalars, model_state) = gradient_fn(
+          params, model_state, *part
+      )
       total = jax.tree.map(jnp.add, total, gradients)
       return (total, model_state), scalars
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     (total, model_state), scalars = jax.lax.scan(
-        add, (zeros, model_state), parts
+        add, (zeros, model_state), (parts, jax.random.split(key, num_parts))
     )
     gradients = jax.tree.map(lambda x: x / num_parts, total)
     return gradients, (jax.tree.map(jnp.mean, scalars), model_state)
 
   def step_fn(state, images):
     compute = gradient_fn if num_parts == 1 else accumulate
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradients, (scalars, model_state) = compute(
-        state.params, state.model_state, images
+        state.params, state.model_state, images, key
     )
     updates, opt_state = optimizer.update(
         gradients, state.opt_state, state.params

@@ -22,7 +22,8 @@ _ALLOWED_IMPORTS = {
     },
     'evaluate': {
         'checkpoint', 'configuration', 'data', 'metrics', 'models', 'optim',
-        'partitioning', 'report', 'train_state', 'train_step', 'workdir',
+        'partitioning', 'quantizers', 'report', 'train_state', 'train_step',
+        'workdir',
     },
     'train_step': {'losses', 'metrics', 'optim', 'train_state'},
     'train_state': {'optim', 'partitioning'},

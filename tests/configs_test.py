@@ -65,7 +65,7 @@ def test_names_of_configs_tell_their_levels():
   for path in _CONFIGS:
     _, separator, digits = path.stem.partition('fsq_')
     if separator:
-      levels = configuration.load_config(path).model.quantizer.levels
+      levels = configuration.load_config(path).model.quantizer.fsq.levels
       assert ''.join(map(str, levels)) == digits
 
 

@@ -100,7 +100,7 @@ def test_default_passes_with_any_kind_of_container():
   configuration.check_config(_DEFAULT, num_devices=8)
   listed = _changed(
       data__image_size=[32, 64],
-      model__quantizer__levels=[8, 6, 5],
+      model__quantizer__fsq__levels=[8, 6, 5],
       partitioning__rules=[['.*kernel', [None, 'fsdp']], ['.*', 'replicate']],
       losses__reconstruction_weight=1,
   )
@@ -149,14 +149,14 @@ def test_wrong_value_is_refused_by_name(name, value):
             "multiple of 4 with position 'sincos'",
         ),
         ({'model__decoder__patch_size': 8}, 'the same patch_size'),
-        ({'model__quantizer__levels': ()}, 'model.quantizer: levels is ()'),
-        ({'model__quantizer__levels': (2**16,) * 2}, 'model.quantizer: '),
+        ({'model__quantizer__fsq__levels': ()}, 'fsq: levels is ()'),
+        ({'model__quantizer__fsq__levels': (2**16,) * 2}, 'quantizer.fsq: lev'),
         (
             {
-                'model__quantizer__convention': 'paper',
-                'model__quantizer__bound': 'clip',
+                'model__quantizer__fsq__convention': 'paper',
+                'model__quantizer__fsq__bound': 'clip',
             },
-            'model.quantizer: bound',
+            'model.quantizer.fsq: bound',
         ),
         ({'data__source': 'tfds'}, "with 'tfds' a name"),
         ({'data__source': 'folder'}, '--config.data.data_dir'),
@@ -216,7 +216,7 @@ def test_all_problems_are_listed_at_once():
       seed=-1,
       data__batch_sise=3,
       data__image_size=(30, 32),
-      model__quantizer__levels=(2**16, 2**16),
+      model__quantizer__fsq__levels=(2**16, 2**16),
       optim__learning_rate=math.nan,
   )
   del config['train']['num_steps']
@@ -228,7 +228,7 @@ def test_all_problems_are_listed_at_once():
       'train.num_steps',
       'data.image_size',
       'data.image_size',
-      'model.quantizer:',
+      'model.quantizer.fsq:',
   ]
 
 
@@ -273,7 +273,7 @@ def test_json_round_trip():
   loaded = configuration.config_from_json(text)
   assert loaded.to_dict() == config.to_dict()
   assert loaded.partitioning.rules[0] == ('a', ('fsdp', None))
-  assert loaded.model.quantizer.eps is None
+  assert loaded.model.quantizer.fsq.eps is None
   assert configuration.config_to_json(loaded) == text
   assert configuration.diff_configs(loaded, config) == []
   configuration.check_config(loaded)
@@ -298,7 +298,7 @@ def test_other_json_is_refused(text):
 
 def test_diff_names_field_and_both_values():
   current = _changed(data__batch_size=32, seed=1, train__extra=3)
-  saved = _changed(model__quantizer__levels=[8, 8, 8])
+  saved = _changed(model__quantizer__fsq__levels=[8, 8, 8])
   del saved['data']['flip']
   assert configuration.diff_configs(saved, current) == [
       'data.batch_size: 64 -> 32',
@@ -336,7 +336,7 @@ def test_run_that_would_change_needs_the_flag(name):
     ('name', 'value'),
     [
         ('model.encoder.width', 8),
-        ('model.quantizer.levels', (5, 5)),
+        ('model.quantizer.fsq.levels', (5, 5)),
         ('data.image_size', (16, 16)),
         ('optim.name', 'muon'),
     ],

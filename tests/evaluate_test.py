@@ -298,13 +298,13 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
 @pytest.mark.slow
 def test_another_model_is_refused(config, run):
   config = config.copy_and_resolve_references()
-  config.model.quantizer.levels = (8, 5, 5)
+  config.model.quantizer.fsq.levels = (8, 5, 5)
   config.optim.learning_rate = 0.1
   before = (run / workdir.EVALUATION).stat()
   with pytest.raises(ValueError, match='another model') as error:
     evaluate.evaluate_workdir(config, run)
   assert str(error.value).splitlines()[1:] == [
-      'model.quantizer.levels: (8, 8, 8) -> (8, 5, 5)'
+      'model.quantizer.fsq.levels: (8, 8, 8) -> (8, 5, 5)'
   ]
   assert (run / workdir.EVALUATION).stat() == before
 

@@ -28,7 +28,7 @@ _SMALL = {
     'decoder.mlp_dim': 28,
     'decoder.num_heads': 3,
     'decoder.depth': 1,
-    'quantizer.levels': (8, 5, 4),
+    'quantizer.fsq.levels': (8, 5, 4),
 }
 
 _DTYPES = ('float32', 'bfloat16')

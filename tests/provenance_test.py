@@ -54,7 +54,7 @@ def test_start_is_in_universal_time():
 
 
 def test_command_can_be_pasted_into_a_shell(monkeypatch):
-  arguments = ['launch.py', '--config.model.quantizer.levels=(8, 5)', "it's"]
+  arguments = ['launch.py', '--config.model.quantizer.fsq.levels=(8,)', "it's"]
   monkeypatch.setattr(sys, 'argv', arguments)
   assert shlex.split(provenance.describe()['command']) == arguments
 

@@ -39,7 +39,10 @@ def build_autoencoder(
     ValueError: an unknown name, an image side that the patch does not divide,
       or parts that do not fit each other.
   """
-  quantizer = quantizers.build_quantizer(config['quantizer'])
+  quantizer = quantizers.build_quantizer({
+      'name': config['quantizer']['name'],
+      **config['quantizer'].get(config['quantizer']['name'], {}),
+  })
   dtype = jnp.dtype(config['dtype'])
   compute = {
       'dtype': dtype,

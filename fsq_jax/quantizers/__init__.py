@@ -6,6 +6,7 @@ from typing import Any
 
 from fsq_jax.quantizers.base import Quantizer
 from fsq_jax.quantizers.base import QuantizerOutput
+from fsq_jax.quantizers.digits import DigitQuantizer
 from fsq_jax.quantizers.fsq import FSQ
 from fsq_jax.quantizers.grouped import GroupedFSQ
 from fsq_jax.quantizers.level_sets import recommended_levels
@@ -19,6 +20,7 @@ __all__ = [
     'BSQ',
     'FSQ',
     'LFQ',
+    'DigitQuantizer',
     'GroupedFSQ',
     'Quantizer',
     'QuantizerOutput',
