@@ -514,7 +514,7 @@ def test_restart_from_batch_replaces_dead_codes_only():
   x = _normal(1, 10, 3)
   indices = jnp.int32([0, 2, -1, -1, -1, -1, -1, -1, 5, 7])
   after = ema_codebook.restart_from_batch(
-      before, x, indices, jax.random.key(0)
+      before, x, indices, jax.random.key(0), 0.01
   )
   dead = [1, 4, 6]
   alive = [0, 2, 3, 5, 7]
@@ -535,7 +535,7 @@ def test_restart_from_batch_replaces_dead_codes_only():
   # With fewer latents than dead codes the rest waits for the next batch.
   indices = jnp.full((10,), -1).at[4].set(0)
   after = ema_codebook.restart_from_batch(
-      before, x, indices, jax.random.key(0)
+      before, x, indices, jax.random.key(0), 0.01
   )
   np.testing.assert_array_equal(after.entries[1], x[4])
   np.testing.assert_array_equal(after.entries[2:], before.entries[2:])
@@ -543,7 +543,9 @@ def test_restart_from_batch_replaces_dead_codes_only():
 
 def test_split_halves_the_most_used_codes():
   before = _dead_codebook()
-  after = ema_codebook.split_most_used(before, None, None, jax.random.key(0))
+  after = ema_codebook.split_most_used(
+      before, None, None, jax.random.key(0), 0.01
+  )
   # Counts in order: 20, 8, 7.98, ... above the mean, one for each dead code.
   pairs = [(1, 0), (4, 2), (6, 5)]
   for child, parent in pairs:
@@ -566,7 +568,9 @@ def test_only_codes_above_the_mean_are_split():
   counts = np.float32([90, 10, 0, 0, 0, 0, 0, 0])
   entries = _normal(0, 8, 3)
   before = ema_codebook.EmaCodebook(entries, counts, entries * counts[:, None])
-  after = ema_codebook.split_most_used(before, None, None, jax.random.key(0))
+  after = ema_codebook.split_most_used(
+      before, None, None, jax.random.key(0), 0.01
+  )
   # The mean is 12.5.
   np.testing.assert_allclose(after.counts, [45, 10, 45, 0, 0, 0, 0, 0])
   np.testing.assert_array_equal(after.entries[3:], entries[3:])
@@ -596,6 +600,104 @@ def test_eight_devices_learn_what_one_learns(fields):
   chex.assert_trees_all_close(
       jax.device_get(many), jax.device_get(one), rtol=1e-5, atol=1e-6
   )
+
+
+def test_codes_restart_below_the_share_that_the_field_sets():
+  # The first code gets all latents; the others' counts halve every update.
+  entries = np.full((16, 4), 50, np.float32) + _normal(1, 16, 4)
+  entries[0] = 0
+  z = _normal(0, 64, 4)
+  restarted = {}
+  for restart in ('batch', 'split'):
+    for dead_share in (0.0, 0.01, 0.1):
+      quantizer = _build(decay=0.5, restart=restart, dead_share=dead_share)
+      variables = _state(entries)
+      for update in range(1, 12):
+        _, variables = _train(quantizer, variables, z)
+        if np.any(variables['codebook']['entries'][1:] < 25):
+          break
+      restarted[restart, dead_share] = update
+  # 2^-n / mean < dead_share for the first time; the mean goes to 4.
+  assert restarted == {
+      (restart, dead_share): update
+      for restart in ('batch', 'split')
+      for dead_share, update in ((0.0, 11), (0.01, 5), (0.1, 2))
+  }
+
+
+def test_unused_entries_stay_while_their_counts_exceed_the_smoothing():
+  entries = np.float32([[0, 0], [9, 9]])
+  z = np.float32([[1, 0]])
+  quantizer = _build(codebook_size=2, code_dim=2, decay=0.5)
+  variables = _state(entries)
+  unused = []
+  for _ in range(40):
+    _, variables = _train(quantizer, variables, z)
+    unused.append(float(variables['codebook']['entries'][1, 0]))
+  np.testing.assert_allclose(unused[:7], 9, rtol=2e-3)
+  # Half way to the origin where the count is the smoothing: 2^-17 = 0.76e-5.
+  np.testing.assert_allclose(unused[16], 9 / (1 + 1e-5 * 2**17), rtol=1e-3)
+  assert unused[-1] < 1e-4
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_variables_of_another_size_are_refused(train):
+  small, large = _build(codebook_size=8), _build(codebook_size=16)
+  z = _normal(0, 20, 4)
+  for quantizer, other in ((small, large), (large, small)):
+    sizes = r'\({}, 4\), the quantizer needs \({}, 4\)'.format(
+        other.codebook_size, quantizer.codebook_size
+    )
+    with pytest.raises(ValueError, match='entries .* ' + sizes):
+      quantizer.apply(
+          _init(other), z, train=train, mutable=['codebook'] if train else False
+      )
+  variables = _init(large)
+  variables['codebook']['counts'] = jnp.ones(8)
+  with pytest.raises(ValueError, match=r'counts .* \(8,\), .* \(16,\)'):
+    large.apply(variables, z)
+
+
+def test_normalize_takes_every_finite_length():
+  extremes = np.float32([[3e38] * 4, [0, 1, 0, 0]])
+  x = np.concatenate([_normal(0, 50, 4), extremes])
+  expected = jax.jit(lookup.normalize)(x)
+  unit = np.float64(x) / np.linalg.norm(np.float64(x), axis=-1, keepdims=True)
+  np.testing.assert_allclose(expected, unit, rtol=3e-7)
+  # Powers of two round nothing.
+  for factor in (2.0**-100, 2.0**-60, 2.0**20, 2.0**60, 2.0**120):
+    y = jax.jit(lookup.normalize)(x[:50] * np.float32(factor))
+    np.testing.assert_array_equal(y, expected[:50])
+  gradient = jax.jit(jax.vmap(jax.grad(lambda x: lookup.normalize(x)[0])))
+  length = np.linalg.norm(np.float64(x), axis=-1, keepdims=True)
+  jacobian = (np.eye(4)[0] - unit[:, :1] * unit) / length
+  np.testing.assert_allclose(gradient(x)[:50], jacobian[:50], atol=2e-6)
+  np.testing.assert_array_equal(gradient(x)[51], [1, 0, 0, 0])
+  zero = np.zeros((2, 4), np.float32)
+  np.testing.assert_array_equal(lookup.normalize(zero), zero)
+  chex.assert_tree_all_finite(gradient(zero))
+  damaged = np.float32([[1, np.inf], [np.nan, 1]])
+  assert np.all(np.any(np.isnan(lookup.normalize(damaged)), axis=-1))
+
+
+@pytest.mark.parametrize('size', [1e-20, 1e20, 1e30])
+def test_latents_of_any_length_have_a_token_by_the_cosine_metric(size):
+  quantizer = _build(metric='cosine', gradient='rotation')
+  variables = _init(quantizer)
+  z = _normal(0, 50, 4)
+  expected = quantizer.apply(variables, z)
+  out = quantizer.apply(variables, z * np.float32(size))
+  np.testing.assert_array_equal(out.indices, expected.indices)
+  np.testing.assert_array_equal(out.z_q, expected.z_q)
+  assert len(np.unique(out.indices)) > 8
+
+
+@pytest.mark.parametrize('size', [1e-4, 1e4, 1e20, 1e30])
+def test_rotation_has_its_gradient_at_any_length(size):
+  x, q = jnp.float32([1, 2, 2]), jnp.float32([0, 3, 4])
+  expected = jax.jacobian(estimators.rotation)(x, q)
+  jacobian = jax.jacobian(estimators.rotation)(x * size, q)
+  np.testing.assert_allclose(jacobian * size, expected, atol=1e-6)
 
 
 def test_random_choices_follow_the_seed_and_the_step():
@@ -647,6 +749,8 @@ def test_cosine_codes_have_length_one():
         ({'restart': 'all'}, 'restart .*known'),
         ({'decay': 1.0}, r'decay is 1\.0; use less than 1'),
         ({'decay': True}, 'decay is True'),
+        ({'dead_share': 1.0}, r'dead_share is 1\.0; use less than 1'),
+        ({'dead_share': -0.1}, r'dead_share is -0\.1'),
         ({'commitment_weight': -1.0}, r'commitment_weight is -1\.0.* or more'),
         ({'entropy_weight': float('nan')}, 'entropy_weight is nan'),
         ({'update': 'gradient', 'restart': 'split'}, "restart .*'ema', or"),

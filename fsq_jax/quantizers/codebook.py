@@ -106,6 +106,16 @@ def codebook_loss(x: jax.Array, codes: jax.Array) -> jax.Array:
   return commitment_loss(codes, x)
 
 
+def check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+  """Raises ValueError unless a variable has the shape of the quantizer's."""
+  if value.shape != shape:
+    raise ValueError(
+        f'The {name} of the collection codebook have shape {value.shape}, the '
+        f'quantizer needs {shape}; set codebook_size and code_dim to what the '
+        'variables were made with.'
+    )
+
+
 def check_name(field: str, value: Any, known: Any) -> None:
   """Raises ValueError unless `value` is one of the known names."""
   if value not in list(known):

@@ -10,8 +10,6 @@ from fsq_jax.quantizers import lookup
 
 # Laplace smoothing of the counts, the same in all published code.
 _SMOOTHING = 1e-5
-# A code is dead below this share of the mean count.
-_DEAD_SHARE = 0.01
 # Standard deviation of the factors that tell the halves of a split apart.
 _SPLIT_NOISE = 1e-3
 _KMEANS_ITERATIONS = 10
@@ -32,7 +30,12 @@ class EmaCodebook(NamedTuple):
 
 
 def start(entries: jax.Array) -> EmaCodebook:
-  """Returns averages that leave unused entries [K, d] where they are."""
+  """Returns averages that leave unused entries [K, d] where they are at first.
+
+  An entry that no vector chooses stays while its count is well above the
+  smoothing, 1e-5, so for about ln(1e5) / (1 - decay) updates, 1150 with decay
+  0.99. From then on it shrinks to the origin.
+  """
   return EmaCodebook(entries, jnp.ones(entries.shape[:1]), entries)
 
 
@@ -42,6 +45,8 @@ def update(
   """Moves the averages towards a batch, and the entries to sums / counts.
 
   As in VQ-VAE (arXiv 1711.00937, appendix A.1). Sums run over the global batch.
+  The smoothing bounds what is divided by: where the count has decayed to 0, so
+  has the sum, and the entry is at the origin.
 
   Args:
     codebook: before the batch.
@@ -62,7 +67,11 @@ def update(
 
 
 def restart_from_batch(
-    codebook: EmaCodebook, x: jax.Array, indices: jax.Array, key: jax.Array
+    codebook: EmaCodebook,
+    x: jax.Array,
+    indices: jax.Array,
+    key: jax.Array,
+    dead_share: float,
 ) -> EmaCodebook:
   """Puts dead entries on vectors of the batch, with the mean count.
 
@@ -74,14 +83,19 @@ def restart_from_batch(
     x: [N, d] float32 vectors.
     indices: [N] int32; vectors at -1 are not used.
     key: random key of this step.
+    dead_share: share of the mean count below which an entry is dead.
   """
-  dead, mean = _dead(codebook)
+  dead, mean = _dead(codebook, dead_share)
   chosen, found = _draw(x, indices, _rank(dead), key)
   return _replace(codebook, dead & found, chosen, mean)
 
 
 def split_most_used(
-    codebook: EmaCodebook, x: jax.Array, indices: jax.Array, key: jax.Array
+    codebook: EmaCodebook,
+    x: jax.Array,
+    indices: jax.Array,
+    key: jax.Array,
+    dead_share: float,
 ) -> EmaCodebook:
   """Gives the n-th dead entry half of the n-th most used one.
 
@@ -94,9 +108,10 @@ def split_most_used(
     x: not used.
     indices: not used.
     key: random key of this step.
+    dead_share: share of the mean count below which an entry is dead.
   """
   del x, indices
-  dead, mean = _dead(codebook)
+  dead, mean = _dead(codebook, dead_share)
   by_use = jnp.argsort(-codebook.counts)
   parents = by_use[jnp.maximum(_rank(dead), 0)]
   child = dead & (codebook.counts[parents] > mean)
@@ -110,10 +125,10 @@ def split_most_used(
 
 
 Restart = Callable[
-    [EmaCodebook, jax.Array, jax.Array, jax.Array], EmaCodebook
+    [EmaCodebook, jax.Array, jax.Array, jax.Array, float], EmaCodebook
 ]
 RESTARTS: dict[str, Restart] = {
-    'none': lambda codebook, x, indices, key: codebook,
+    'none': lambda codebook, x, indices, key, dead_share: codebook,
     'batch': restart_from_batch,
     'split': split_most_used,
 }
@@ -161,15 +176,26 @@ def _totals(
   counts = jnp.zeros((codebook_size,))
   sums = jnp.zeros((codebook_size, x.shape[-1]))
   return (
-      counts.at[indices].add(1.0, mode='drop'),
-      sums.at[indices].add(x, mode='drop'),
+      counts.at[indices].add(1.0, mode='drop', out_sharding=_unsharded(x)),
+      sums.at[indices].add(x, mode='drop', out_sharding=_unsharded(x)),
   )
 
 
-def _dead(codebook: EmaCodebook) -> tuple[jax.Array, jax.Array]:
+def _unsharded(x: jax.Array) -> jax.NamedSharding:
+  """Returns the sharding of x without its axes.
+
+  With explicit axes in the mesh JAX wants to be told what sums over the batch
+  have; without a mesh this says nothing.
+  """
+  return jax.typeof(x).sharding.update(spec=jax.P())
+
+
+def _dead(
+    codebook: EmaCodebook, dead_share: float
+) -> tuple[jax.Array, jax.Array]:
   """Returns which entries [K] are dead, and the mean count."""
   mean = jnp.mean(codebook.counts)
-  return codebook.counts < _DEAD_SHARE * mean, mean
+  return codebook.counts < dead_share * mean, mean
 
 
 def _rank(chosen: jax.Array) -> jax.Array:
@@ -191,10 +217,14 @@ def _draw(
   Returns:
     [K, d] vectors, and [K] whether there were enough of them.
   """
+  sharding = _unsharded(indices)
+  if not sharding.mesh.empty:  # What is sorted must not be sharded.
+    indices = jax.sharding.reshard(indices, sharding)
   valid = indices >= 0
   order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2))
   found = rank < jnp.sum(valid)
-  return x[order[jnp.clip(rank, 0, valid.shape[0] - 1)]], found
+  chosen = order[jnp.clip(rank, 0, valid.shape[0] - 1)]
+  return jnp.asarray(x).at[chosen].get(out_sharding=sharding), found
 
 
 def _replace(

@@ -3,6 +3,8 @@
 import jax
 from jax import numpy as jnp
 
+from fsq_jax.quantizers import lookup
+
 # Cosine of the angle below which vectors count as antiparallel.
 _ANTIPARALLEL = -1 + 1e-6
 _SHORTEST = 1e-12
@@ -30,10 +32,9 @@ def rotation(x: jax.Array, codes: jax.Array) -> jax.Array:
     codes: [..., d] float32, the same shape; they get no gradient.
   """
   source, target = jax.lax.stop_gradient((x, codes))
-  source_length = jnp.linalg.norm(source, axis=-1, keepdims=True)
-  target_length = jnp.linalg.norm(target, axis=-1, keepdims=True)
-  u = source / jnp.maximum(source_length, _SHORTEST)
-  v = target / jnp.maximum(target_length, _SHORTEST)
+  u, v = lookup.normalize(source), lookup.normalize(target)
+  # Lengths without squares, which overflow.
+  source_length, target_length = _dot(source, u), _dot(target, v)
   defined = (
       (source_length > _SHORTEST)
       & (target_length > _SHORTEST)

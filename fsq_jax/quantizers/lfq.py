@@ -10,6 +10,7 @@ import numpy as np
 
 from fsq_jax.quantizers import base
 from fsq_jax.quantizers import digits as digits_lib
+from fsq_jax.quantizers import lookup
 
 _BIT_ORDERS = {
     'msb_first': digits_lib.LAST_FASTEST,
@@ -174,15 +175,7 @@ class BSQ(LFQ):
     return self.num_bits**-0.5
 
   def _normalized(self, x: jax.Array) -> jax.Array:
-    # Scaled by the largest channel first, or squares overflow; in two halves,
-    # since 1 / largest may be too small for float32.
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jax.lax.stop_gradient(
-        jax.lax.rsqrt(jnp.where(largest > 0, largest, 1))
-    )
-    x = x * scale * scale
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1))
+    return lookup.normalize(x)
 
 
 def _mean_entropy(logits: jax.Array) -> jax.Array:

@@ -103,6 +103,7 @@ class _ProjectedCodebook(nn.Module):
       return jax.random.normal(key, shape) * self.code_dim**-0.5
 
     entries = self.variable('codebook', 'entries', draw)
+    codebook.check_shape('entries', entries.value, shape)
     kernel_init = nn.initializers.lecun_normal()
     project = _dense(self.code_dim, kernel_init, name='projection')
     return project(codebook.same_in_every_program(entries.value))

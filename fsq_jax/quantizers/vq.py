@@ -39,9 +39,12 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     decay: weight of the past in the averages, in [0, 1). Only for 'ema'.
     codebook_init: 'normal', N(0, 1), or 'kmeans': replaced by means of the
       latents of the first update. 'kmeans' is only for 'ema'.
-    restart: what becomes of dead codes, used less than 1 % of the mean: 'none';
-      'batch': random latents of the batch; 'split': halves of the most used
-      codes. Only for 'ema'.
+    restart: what becomes of dead codes: 'none'; 'batch': random latents of the
+      batch; 'split': halves of the most used codes. Only for 'ema'.
+    dead_share: share of the mean count, in [0, 1), below which a code is dead.
+      A code that was used like the others gets there after about
+      ln(1 / dead_share) / (1 - decay) updates without use, 460 with the
+      defaults; no restart comes before. Only for `restart`.
     entropy_weight: factor of the loss that favours sure choices and an even use
       of all codes, `lookup.entropy_loss`.
   """
@@ -50,6 +53,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   decay: float = 0.99
   codebook_init: str = 'normal'
   restart: str = 'none'
+  dead_share: float = 0.01
   entropy_weight: float = 0.0
 
   def __post_init__(self):
@@ -60,6 +64,12 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     if self.decay >= 1:
       raise ValueError(
           f'decay is {self.decay}; use less than 1, or no code ever moves.'
+      )
+    codebook.check_number('dead_share', self.dead_share)
+    if self.dead_share >= 1:
+      raise ValueError(
+          f'dead_share is {self.dead_share}; use less than 1, or codes of mean '
+          'use are dead.'
       )
     codebook.check_number('entropy_weight', self.entropy_weight)
     if self.update == 'gradient':
@@ -109,21 +119,29 @@ class VectorQuantizer(codebook.CodebookQuantizer):
 
   @nn.compact
   def _entries(self) -> jax.Array:
-    """Declares all variables; returns the entries [codebook_size, code_dim]."""
+    """Declares and checks all variables.
+
+    Returns:
+      The entries [codebook_size, code_dim].
+    """
     shape = (self.codebook_size, self.code_dim)
     normal = nn.initializers.normal(1.0)
     if self.update == 'gradient':
       return self.param('codebook', normal, shape, jnp.float32)
 
-    def declare(name, make):
-      return self.variable('codebook', name, make).value
+    def declare(name, make, shape=()):
+      value = self.variable('codebook', name, make).value
+      codebook.check_shape(name, value, shape)
+      return value
 
     entries = declare(
-        'entries', lambda: normal(self.make_rng('params'), shape, jnp.float32)
+        'entries',
+        lambda: normal(self.make_rng('params'), shape, jnp.float32),
+        shape,
     )
     # A copy: state that is donated must not hold one buffer twice.
-    declare('sums', lambda: jnp.copy(ema_codebook.start(entries).sums))
-    declare('counts', lambda: ema_codebook.start(entries).counts)
+    declare('sums', lambda: jnp.copy(ema_codebook.start(entries).sums), shape)
+    declare('counts', lambda: ema_codebook.start(entries).counts, shape[:1])
     declare('seed', lambda: jax.random.bits(self.make_rng('params')))
     declare('step', lambda: jnp.zeros((), jnp.int32))
     return entries
@@ -139,6 +157,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     """
     x = jax.lax.stop_gradient(x)
     rows = rearrange(x, '... d -> (...) d')
+    self._entries()  # For its checks.
     ema = ema_codebook.EmaCodebook(*(
         self.get_variable('codebook', name)
         for name in ema_codebook.EmaCodebook._fields
@@ -161,7 +180,8 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     indices = lookup.nearest(x, table)
     flat = indices.reshape(rows.shape[:1])
     ema = ema_codebook.update(ema, rows, flat, self.decay)
-    ema = ema_codebook.RESTARTS[self.restart](ema, rows, flat, restart_key)
+    restart = ema_codebook.RESTARTS[self.restart]
+    ema = restart(ema, rows, flat, restart_key, self.dead_share)
     for name, value in ema._asdict().items():
       self.put_variable('codebook', name, value)
     self.put_variable('codebook', 'step', step + 1)
