@@ -199,6 +199,8 @@ def _vq() -> ml_collections.ConfigDict:
   # ema: dead codes stay ('none'), become latents ('batch') or halves of the
   # most used codes ('split').
   vq.restart = 'none'
+  # Share of the mean use below which a code is dead, in [0, 1).
+  vq.dead_share = 0.01
   # Weight of the loss for sure choices and an even use of the codes, >= 0.
   vq.entropy_weight = 0.0
   return vq

@@ -166,6 +166,7 @@ _QUANTIZERS = {
         'decay': _DECAY,
         'codebook_init': _name('normal', 'kmeans'),
         'restart': _name('none', 'batch', 'split'),
+        'dead_share': _DECAY,
         'entropy_weight': _NOT_NEGATIVE,
     },
     'simvq': {

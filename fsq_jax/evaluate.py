@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fsq_jax import allocator
 from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
@@ -27,6 +28,7 @@ from fsq_jax import report
 from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
+from fsq_jax.quantizers import convert
 
 # Fields of the data section that say which images are evaluated, and how.
 _EVALUATION_IMAGES = (
@@ -234,6 +236,7 @@ def evaluate_workdir(
       model, or no checkpoint.
   """
   configuration.check_config(config, num_devices=jax.device_count())
+  allocator.keep_freed_memory()
   folder = pathlib.Path(workdir).expanduser().absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(f'{folder} has no checkpoints; train there first.')
@@ -250,8 +253,10 @@ def evaluate_workdir(
       raise ValueError(
           f'{folder} has no finished checkpoint; train there first.'
       )
-    trained = _trained_config(checkpointer.restore_record(step), config)
+    record = checkpointer.restore_record(step)
+    trained = _trained_config(record, config)
     model = models.build_autoencoder(trained.model, trained.data.image_size)
+    convert.check_same_dialect(record['quantizer'], model.quantizer.spec())
     optimizer = optim.build_optimizer(trained.optim, trained.train.num_steps)
     builder = train_state.StateBuilder(trained, model, optimizer, mesh)
     state = checkpointer.restore(step, builder.abstract)

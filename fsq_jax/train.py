@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fsq_jax import allocator
 from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
@@ -29,6 +30,7 @@ from fsq_jax import report
 from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
+from fsq_jax.quantizers import convert
 
 
 class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
@@ -74,6 +76,7 @@ def train_and_evaluate(
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
   """
   configuration.check_config(config, num_devices=jax.device_count())
+  allocator.keep_freed_memory()
   folder = workdirs.create(workdir)
   _use_compilation_cache(config.train.compilation_cache)
   # From here on, since building and compiling take a while too: a signal then
@@ -192,6 +195,9 @@ class _Trainer:
         configuration.config_from_json(json.dumps(record['config'])),
         self.config,
         allow_config_change=allow_config_change,
+    )
+    convert.check_same_dialect(
+        record['quantizer'], self.model.quantizer.spec()
     )
     try:
       data.check_fingerprint(record['fingerprint'], self.dataset.fingerprint)

@@ -1,0 +1,156 @@
+"""What is trained: quantizers, the settings tried for each, and the budget."""
+
+from typing import Any
+
+CONFIG = 'configs/cifar10_fsq_888.py'
+
+# Of every run of this folder and of experiments/codebook_size.
+BUDGET = {
+    'train.num_steps': 4000,
+    'train.eval_every_steps': 0,
+    'train.checkpoint_every_steps': 1000,
+    'train.keep_checkpoints': 1,
+}
+# Settings are chosen on training images that tuning does not train on.
+TUNING_BUDGET = {
+    **BUDGET,
+    'train.num_steps': 1500,
+    'data.train_split': 'train[:90%]',
+    'data.eval_split': 'train[90%:]',
+}
+TUNING_BITS = 10
+
+# The paper's levels for about 2^bits codes.
+FSQ_LEVELS = {
+    4: (5, 3),
+    6: (8, 8),
+    8: (8, 6, 5),
+    9: (8, 8, 8),
+    10: (8, 5, 5, 5),
+    12: (7, 5, 5, 5, 5),
+    14: (8, 8, 8, 6, 5),
+}
+
+LABELS = {
+    'fsq': 'FSQ',
+    'vq_ema': 'VQ, EMA',
+    'vq_gradient': 'VQ, gradient',
+    'simvq': 'SimVQ',
+    'lfq': 'LFQ',
+}
+
+_VQ_EMA = {
+    'model.quantizer.name': 'vq',
+    'model.quantizer.vq.codebook_init': 'kmeans',
+    'model.quantizer.vq.restart': 'batch',
+}
+_VQ_GRADIENT = {
+    'model.quantizer.name': 'vq',
+    'model.quantizer.vq.update': 'gradient',
+    'model.quantizer.vq.entropy_weight': 0.1,
+}
+_SIMVQ = {'model.quantizer.name': 'simvq'}
+_LFQ = {'model.quantizer.name': 'lfq'}
+
+
+def _weighted(
+    fields: dict[str, Any], variant: str, variant_fields: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Returns a recommended setting at three weights, and a variant of it."""
+  weight = 'losses.quantizer_weight'
+  return {
+      'loss x 1': {**fields, weight: 1.0},
+      'loss x 0.1': {**fields, weight: 0.1},
+      'loss x 0.01': {**fields, weight: 0.01},
+      f'{variant}, loss x 0.1': {**fields, weight: 0.1, **variant_fields},
+  }
+
+
+# Four settings for each quantizer: the recommended one at three weights of its
+# loss, and the variant that is most often published beside it. FSQ has no loss
+# to weigh, and four variants.
+CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
+    'fsq': {
+        'tanh, no loss': {},
+        'commitment loss x 0.1': {'losses.quantizer_weight': 0.1},
+        'equal bins': {
+            'model.quantizer.fsq.bound': 'ifsq',
+            'model.quantizer.fsq.bins': 'equal',
+        },
+        'standardized latents': {'model.projector_in.name': 'standardized'},
+    },
+    'vq_ema': _weighted(
+        _VQ_EMA, 'cosine', {'model.quantizer.vq.metric': 'cosine'}
+    ),
+    'vq_gradient': _weighted(
+        _VQ_GRADIENT,
+        'cosine',
+        {
+            'model.quantizer.vq.metric': 'cosine',
+            'model.quantizer.vq.entropy_weight': 0.0,
+        },
+    ),
+    'simvq': _weighted(
+        _SIMVQ,
+        'cosine, input projection',
+        {
+            'model.quantizer.simvq.metric': 'cosine',
+            'model.quantizer.simvq.input_projection': 'linear',
+        },
+    ),
+    'lfq': _weighted(
+        _LFQ,
+        'standardized latents',
+        {'model.projector_in.name': 'standardized'},
+    ),
+}
+# What tuning chose, from results.json; compare.py refuses others.
+CHOSEN = {
+    'fsq': 'tanh, no loss',
+    'vq_ema': 'loss x 0.1',
+    'vq_gradient': 'loss x 0.1',
+    'simvq': 'loss x 0.1',
+    'lfq': 'loss x 0.1',
+}
+
+
+def size(quantizer: str, bits: int) -> dict[str, Any]:
+  """Returns the fields that give a quantizer about 2^bits codes."""
+  if quantizer == 'fsq':
+    return {'model.quantizer.fsq.levels': FSQ_LEVELS[bits]}
+  if quantizer == 'lfq':
+    return {'model.quantizer.lfq.num_bits': bits}
+  section = 'simvq' if quantizer == 'simvq' else 'vq'
+  return {f'model.quantizer.{section}.codebook_size': 2**bits}
+
+
+def run_name(quantizer: str, bits: int, seed: int) -> str:
+  """Returns the name of a run's folder."""
+  return f'{quantizer}_{bits}_bits_seed_{seed}'
+
+
+def final_run(
+    quantizer: str, bits: int, seed: int, data_dir: str
+) -> dict[str, Any]:
+  """Returns the fields of a run with the settings that tuning chose."""
+  return {
+      **BUDGET,
+      'data.data_dir': data_dir,
+      'seed': seed,
+      **CANDIDATES[quantizer][CHOSEN[quantizer]],
+      **size(quantizer, bits),
+  }
+
+
+def tuning_runs(data_dir: str) -> dict[str, dict[str, Any]]:
+  """Returns name and fields of every run that settings are chosen by."""
+  return {
+      f'tuning_{quantizer}_{number}': {
+          **TUNING_BUDGET,
+          'data.data_dir': data_dir,
+          **candidate,
+          **size(quantizer, TUNING_BITS),
+      }
+      for quantizer, candidates in CANDIDATES.items()
+      for number, candidate in enumerate(candidates.values())
+  }

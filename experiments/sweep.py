@@ -1,0 +1,133 @@
+"""Runs of one config with fields changed, each resumable by itself."""
+
+import argparse
+from collections.abc import Mapping
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from fsq_jax import configuration
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+Overrides = Mapping[str, Any]
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+  """Parses the flags that all sweeps have.
+
+  Args:
+    description: what the script does.
+
+  Returns:
+    run, workdir and data_dir.
+  """
+  parser = argparse.ArgumentParser(
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+      '--run',
+      action='store_true',
+      help='train what is not trained yet; else print what is stored',
+  )
+  parser.add_argument(
+      '--workdir',
+      default=ROOT / 'runs' / 'quantizers',
+      type=lambda x: pathlib.Path(x).absolute(),
+      help='folder of the runs (default: runs/quantizers)',
+  )
+  parser.add_argument(
+      '--data_dir', default='', help='data.data_dir of the runs'
+  )
+  return parser.parse_args()
+
+
+def train(
+    config_path: str,
+    runs: Mapping[str, Overrides],
+    workdir: pathlib.Path,
+) -> None:
+  """Trains the runs that are not finished, one after the other.
+
+  Each is a command of its own, which goes on where it was stopped. A run whose
+  folder holds another config than it should is refused by that command.
+
+  Args:
+    config_path: relative to the repository.
+    runs: name, and dotted fields of the config with their values.
+    workdir: gets a folder for each run.
+
+  Raises:
+    SystemExit: a run fails or is interrupted, with its exit code.
+  """
+  for number, (name, overrides) in enumerate(runs.items(), start=1):
+    if _is_finished(config_path, overrides, workdir / name):
+      continue
+    print(f'== {number} of {len(runs)}: {name}', flush=True)  # noqa: T201
+    command = [
+        sys.executable,
+        str(ROOT / 'launch.py'),
+        f'--config={ROOT / config_path}',
+        f'--workdir={workdir / name}',
+        *(f'--config.{field}={x}' for field, x in overrides.items()),
+    ]
+    try:
+      code = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+      # The run has got it too and is saving, unless a second one stops it.
+      sys.exit(75)
+    if code:
+      sys.exit(code)
+
+
+def read_numbers(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns metrics and codebook statistics of a finished run's evaluation."""
+  evaluation = _read_json(folder / 'evaluation.json')
+  return {**evaluation['metrics'], **evaluation['codebook']}
+
+
+def read_facts(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns versions and devices of a run."""
+  facts = _read_json(folder / 'run.json')
+  return {
+      name: facts[name] for name in ('versions', 'devices') if name in facts
+  }
+
+
+def make_config(
+    config_path: str, overrides: Overrides
+) -> configuration.Config:
+  """Loads a config and sets the fields that a run changes.
+
+  Args:
+    config_path: relative to the repository.
+    overrides: dotted fields and their values.
+
+  Returns:
+    The config, not checked.
+  """
+  config = configuration.load_config(ROOT / config_path)
+  config.update_from_flattened_dict(dict(overrides))
+  return config
+
+
+def _is_finished(
+    config_path: str, overrides: Overrides, folder: pathlib.Path
+) -> bool:
+  """Whether a folder holds the evaluation of the run's last step."""
+  files = folder / 'config.json', folder / 'evaluation.json'
+  if not all(path.is_file() for path in files):
+    return False
+  config = make_config(config_path, overrides)
+  saved, evaluation = map(_read_json, files)
+  return (
+      not configuration.diff_configs(saved, config)
+      and evaluation['step'] == config.train.num_steps
+  )
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  return json.loads(path.read_text(encoding='utf-8'))
