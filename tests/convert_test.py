@@ -127,10 +127,30 @@ def test_tokens_of_another_dialect_are_refused_by_what_differs():
     other = FSQ(**{'levels': (8, 6, 5), **fields}).spec()
     with pytest.raises(ValueError, match=match) as error:
       convert.check_same_dialect(other, fsq.spec())
-    assert 'convert.convert_indices' in str(error.value)
+    # Other levels have no digits in common.
+    convertible = 'levels' not in fields
+    assert ('convert.convert_indices' in str(error.value)) == convertible
+  convert.check_same_dialect(saved | {'levels': (8, 6, 5)}, fsq.spec())
+  vq = {'name': 'vq', 'codebook_size': 240, 'code_dim': 3}
+  with pytest.raises(ValueError, match='Decode them with the') as error:
+    convert.check_same_dialect(_spec(vq), _spec(vq | {'metric': 'cosine'}))
+  assert 'convert_indices' not in str(error.value)
   del saved['rounding']
   with pytest.raises(ValueError, match="rounding: absent -> 'half to even'"):
     convert.check_same_dialect(saved, fsq.spec())
+
+
+def test_indices_of_another_number_of_groups_are_refused():
+  config = {'name': 'grouped_fsq', 'levels': (8, 5), 'num_groups': 3}
+  specs = _spec(config), _spec(config | {'convention': 'paper'})
+  convert.convert_indices(np.zeros((4, 3), int), *specs)
+  for shape in ((4, 2), (3, 4), (4,), ()):
+    with pytest.raises(ValueError, match='hold the 3 indices of a code'):
+      convert.convert_indices(np.zeros(shape, int), *specs)
+  spec = _spec({'name': 'residual_fsq', 'levels': (8, 5), 'num_stages': 3})
+  convert.convert_indices(np.zeros((4, 2), int), spec, spec)
+  with pytest.raises(ValueError, match='hold 1 to 3 stages'):
+    convert.convert_indices(np.zeros((3, 4), int), spec, spec)
 
 
 @pytest.mark.parametrize(

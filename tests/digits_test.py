@@ -73,7 +73,29 @@ def test_no_trace_holds_a_codebook(name):
   indices = jnp.zeros((16, *quantizer.index_shape), jnp.int32)
   trace = jax.make_jaxpr(quantizer.indices_to_codes)(indices)
   assert _largest_array(trace) <= limit
+  trace = jax.make_jaxpr(quantizer.codes_to_indices)(z)
+  assert _largest_array(trace) <= limit
   assert jax.eval_shape(quantizer.init, jax.random.key(0), z) == {}
+
+
+@pytest.mark.parametrize(
+    'quantizer',
+    [
+        FSQ((4,) * 15, noise=0.5),
+        GroupedFSQ((4,) * 8, num_groups=2, noise=0.5),
+        ResidualFSQ((4,) * 4, num_stages=4, stage_dropout=0.5),
+    ],
+    ids=lambda quantizer: quantizer.spec()['name'],
+)
+def test_no_trace_of_training_holds_a_codebook(quantizer):
+  def loss(z, key):
+    out = quantizer.apply({}, z, train=True, rngs={'quantizer': key})
+    return jnp.sum(out.z_q) + out.loss, out
+
+  z = jnp.zeros((16, quantizer.code_dim))
+  trace = jax.make_jaxpr(jax.grad(loss, has_aux=True))(z, jax.random.key(0))
+  # Digits of residual FSQ are [16, 4, 4].
+  assert _largest_array(trace) <= 2 * 16 * 16
 
 
 def test_largest_array_is_found_at_any_depth():

@@ -1,6 +1,7 @@
 """Autoencoders: one encode and one decode path, sizes, errors, precision."""
 
 import functools
+import json
 import math
 import pathlib
 
@@ -113,6 +114,27 @@ def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
       _call(model, variables, indices, method='decode_from_indices'),
       output.reconstructions,
   )
+
+
+def test_tokens_of_another_dialect_are_not_decoded():
+  model = _build()
+  images = _images()
+  variables = _init(model, images)
+  indices = jnp.zeros((2, *_GRID), jnp.int32)
+
+  def decode(spec):
+    return jax.jit(
+        lambda variables: model.apply(
+            variables, indices, spec=spec, method='decode_from_indices'
+        )
+    )(variables)
+
+  spec = model.quantizer.spec()
+  np.testing.assert_array_equal(
+      decode(json.loads(json.dumps(spec))), decode(None)
+  )
+  with pytest.raises(ValueError, match=r'levels: \[8, 4, 5\] -> \[8, 5, 4\]'):
+    decode({**spec, 'levels': (8, 4, 5)})
 
 
 def test_encoding_and_decoding_codes_is_the_forward_pass():

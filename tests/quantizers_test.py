@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 
 import chex
 from flax import linen as nn
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from fsq_jax import quantizers
+from fsq_jax.quantizers import builder
 
 # One or more small configs for every name in the builder's table.
 _CONFIGS = {
@@ -102,7 +105,7 @@ def _on_index_axes(quantizer, indices):
 
 
 def test_every_quantizer_of_the_builder_is_tested():
-  assert sorted(quantizers._QUANTIZERS) == sorted(_CONFIGS)
+  assert sorted(builder.QUANTIZERS) == sorted(_CONFIGS)
 
 
 @every_quantizer
@@ -197,8 +200,10 @@ def test_computes_in_float32_whatever_the_latents(config, dtype):
 
 
 @every_quantizer
-@pytest.mark.parametrize('axis_type', ['Auto', 'Explicit'])
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize(
+    ('axis_type', 'train'),
+    [('Auto', True), ('Explicit', True), ('Explicit', False)],
+)
 def test_results_do_not_depend_on_the_number_of_devices(
     config, axis_type, train
 ):
@@ -319,6 +324,12 @@ def test_spec_survives_json_and_tells_dialects_apart(config):
   assert spec['name'] == config['name']
   others = [_build(case.values[0]).spec() for case in _CASES]
   assert others.count(spec) == 1
+
+
+def test_conversion_is_an_attribute_of_the_package():
+  # In a process of its own: here others have imported it already.
+  program = 'from fsq_jax import quantizers; quantizers.convert.convert_codes'
+  subprocess.run([sys.executable, '-c', program], check=True)
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,33 @@ def test_nan_latents_and_indices_out_of_range():
   assert np.all(np.asarray(out.indices)[[0, 2]] >= 0)
   np.testing.assert_array_equal(np.isnan(out.z_q[1]), [True, False])
   np.testing.assert_array_equal(_index(quantizer, out.z_q), out.indices)
-  codes = _decode(quantizer, jnp.asarray([[0, 40, 0], [0, 0, -1]]))
+  codes = _decode(quantizer, jnp.asarray([[0, 40, 0], [0, 0, 40], [0, 0, -2]]))
   assert np.all(np.isnan(codes))
   with pytest.raises(ValueError, match=r'shape \(2, 4\); .* 1 to 3 stages'):
     quantizer.indices_to_codes(jnp.zeros((2, 4), jnp.int32))
+
+
+def test_trailing_stages_at_minus_one_are_dropped():
+  quantizer = ResidualFSQ((8, 5), 3)
+  indices = _call(quantizer, _normal((50, 4, 2))).indices
+  for num in (1, 2):
+    marked = indices.at[..., num:].set(-1)
+    expected = _decode(quantizer, indices[..., :num])
+    np.testing.assert_array_equal(_decode(quantizer, marked), expected)
+  # Of a prefix, too, and where only some lose stages.
+  np.testing.assert_array_equal(
+      _decode(quantizer, indices.at[..., 1].set(-1)[..., :2]),
+      _decode(quantizer, indices[..., :1]),
+  )
+  some = _decode(quantizer, indices.at[3, 2, 2].set(-1))
+  expected = _decode(quantizer, indices).at[3, 2].set(
+      _decode(quantizer, indices[3, 2, :2])
+  )
+  np.testing.assert_array_equal(some, expected)
+  none = jnp.asarray([[-1] * 3, [-1, 0, 0], [0, -1, 0], [0, 40, -1], [40] * 3])
+  assert np.all(np.isnan(_decode(quantizer, none)))
+  # 64-bit indices that the device cannot hold are no dropped stages.
+  assert np.all(np.isnan(quantizer.indices_to_codes(np.asarray([0, 0, 2**40]))))
 
 
 def _stages_left(quantizer, out):

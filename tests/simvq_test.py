@@ -45,17 +45,66 @@ def _unit(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize('input_projection', ['none', 'linear'])
-@pytest.mark.parametrize(('name', 'metric', 'weighting'), _CASES)
-def test_equals_the_reference(name, metric, weighting, input_projection):
-  golden = {
+def _in_numpy(metric, weighting, shape):
+  """Returns values and gradients in float64, under the reference's keys."""
+  K, d = shape
+  entries, kernel, bias = _normal(0, K, d), _normal(1, d, d), _normal(2, d)
+  z = _normal(3, 3, 11, d)
+  codes = np.float64(entries) @ np.float64(kernel) + bias
+  x, table = np.float64(z), codes
+  if metric == 'cosine':
+    x, table = _unit(x), _unit(codes)
+  indices = np.square(x[..., None, :] - table).sum(-1).argmin(-1)
+  error = x - table[indices]
+  of_z, of_codes = (0.25, 1) if weighting == 'standard' else (1, 0.25)
+  grad_x = of_z * 2 * error / error.size + np.arange(1, d + 1)
+  grad_table = np.zeros((K, d))
+  np.add.at(grad_table, indices, -of_codes * 2 * error / error.size)
+
+  def through_unit(gradient, raw, unit):
+    if metric == 'euclidean':
+      return gradient
+    inner = (gradient * unit).sum(-1, keepdims=True)
+    return (gradient - inner * unit) / np.linalg.norm(raw, axis=-1)[..., None]
+
+  grad_codes = through_unit(grad_table, codes, table)
+  return {
+      'params/embedding.weight': entries,
+      'params/embedding_proj.weight': kernel.T,
+      'params/embedding_proj.bias': bias,
+      'params/z_proj.weight': np.eye(d, dtype=np.float32),
+      'params/z_proj.bias': np.zeros(d, np.float32),
+      'z': z,
+      'zhat': table[indices],
+      'indices': indices,
+      'loss': (of_z + of_codes) * np.square(error).mean(),
+      'grad_z': through_unit(grad_x, np.float64(z), x),
+      'grad_embedding_proj_weight': (np.float64(entries).T @ grad_codes).T,
+  }
+
+
+def _from_file(name):
+  return {
       key.removeprefix(f'{name}/'): array
       for key, array in _GOLDEN.items()
       if key.startswith(f'{name}/')
   }
+
+
+@pytest.mark.parametrize('input_projection', ['none', 'linear'])
+@pytest.mark.parametrize('source', ['file', 'numpy'])
+@pytest.mark.parametrize(('name', 'metric', 'weighting'), _CASES)
+def test_equals_the_reference(
+    name, metric, weighting, source, input_projection
+):
+  if source == 'file':
+    golden = _from_file(name)
+  else:
+    golden = _in_numpy(metric, weighting, (21, 5))
+  K, d = golden['params/embedding.weight'].shape
   quantizer = _build(
-      codebook_size=32,
-      code_dim=8,
+      codebook_size=K,
+      code_dim=d,
       metric=metric,
       weighting=weighting,
       input_projection=input_projection,
@@ -77,7 +126,7 @@ def test_equals_the_reference(name, metric, weighting, input_projection):
   def gradients(params, z):
     def objective(params, z):
       out = quantizer.apply({**variables, 'params': params}, z, train=True)
-      weights = jnp.arange(1.0, 9.0)
+      weights = jnp.arange(1.0, d + 1)
       return out.loss + jnp.sum(out.z_q * weights), out
 
     return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, z)
@@ -200,6 +249,13 @@ def test_training_moves_every_code_but_never_the_entries():
     )
 
   assert np.all(np.any(codes(params) != codes(variables['params']), axis=-1))
+
+
+def test_variables_of_another_size_are_refused():
+  variables = _init(_build(codebook_size=24))
+  z = _normal(0, 20, 4)
+  with pytest.raises(ValueError, match=r'\(24, 4\), .* needs \(16, 4\)'):
+    _build(codebook_size=16).apply(variables, z)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The tokenizing autoencoder: five parts, one encode path, one decode path."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 
 from fsq_jax import quantizers
+from fsq_jax.quantizers import convert
 
 
 class AutoencoderOutput(NamedTuple):
@@ -66,6 +68,16 @@ class Autoencoder(nn.Module):
     """Encodes [B, H, W, 3] images in [-1, 1] to [B, h, w] int32 indices."""
     return self.encode(images).indices
 
-  def decode_from_indices(self, indices: jax.Array) -> jax.Array:
-    """Decodes [B, h, w] int32 indices to [B, H, W, 3] images."""
+  def decode_from_indices(
+      self, indices: jax.Array, *, spec: Mapping[str, Any] | None = None
+  ) -> jax.Array:
+    """Decodes [B, h, w] int32 indices to [B, H, W, 3] images.
+
+    Args:
+      indices: what `encode_to_indices` returned.
+      spec: `quantizer.spec()` of the quantizer that made them, as kept beside
+        the tokens; another than this quantizer's raises ValueError.
+    """
+    if spec is not None:
+      convert.check_same_dialect(spec, self.quantizer.spec())
     return self.decode(self.quantizer.indices_to_codes(indices))

@@ -29,7 +29,8 @@ def integers(x: jax.Array, name: str) -> jax.Array:
 
   Args:
     x: integers of any shape, on the device or the host; other dtypes raise
-      ValueError. Integers too large for the device become -1.
+      ValueError. Integers that the device has no room for become -2,
+      which is out of every range.
     name: what to call them in the error.
   """
   if not isinstance(x, jax.Array):
@@ -38,7 +39,7 @@ def integers(x: jax.Array, name: str) -> jax.Array:
     raise ValueError(f'{name} are {x.dtype}; use an integer dtype.')
   if isinstance(x, np.ndarray) and x.dtype.itemsize > 4:
     # JAX would keep the low 32 bits, which may look like a valid index.
-    x = np.where((x >= 0) & (x < 2**31), x.astype(np.int64), -1)
+    x = np.where((x >= -1) & (x < 2**31), x.astype(np.int64), -2)
   x = jnp.asarray(x)
   return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
 
@@ -103,9 +104,9 @@ class Quantizer(nn.Module, kw_only=True):
   def spec(self) -> dict[str, Any]:
     """Returns all that fixes the meaning of a token, ready for JSON.
 
-    Two quantizers with equal specs give the same indices for the same latents
-    and the same codes for the same indices. What only acts on training, such
-    as the weight of the loss, is not part of it.
+    Given equal variables, two quantizers with equal specs give the same indices
+    for the same latents and the same codes for the same indices. What only acts
+    on training, such as the weight of the loss, is not part of it.
     """
     raise NotImplementedError
 

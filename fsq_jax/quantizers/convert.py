@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fsq_jax import quantizers
+from fsq_jax.quantizers import builder
 from fsq_jax.quantizers import digits as digits_lib
 
 # Keys of specs that are fields of quantizers; all others follow from them.
@@ -42,7 +42,7 @@ def quantizer_from_spec(spec: Mapping[str, Any]) -> digits_lib.DigitQuantizer:
         ' and their kind can be converted.'
     )
   try:
-    quantizer = quantizers.build_quantizer(
+    quantizer = builder.build_quantizer(
         {key: spec[key] for key in _FIELDS if key in spec}
     )
   except TypeError as error:
@@ -60,16 +60,22 @@ def check_same_dialect(
 ) -> None:
   """Raises ValueError, listing what differs, unless two specs are equal.
 
+  Tuples and lists are alike: a spec that comes from JSON has lists.
+
   Args:
     tokens: spec that the tokens were made under.
     quantizer: spec of the quantizer that is to decode them.
   """
   if differences := _differences(tokens, quantizer):
+    try:
+      _same_digits(tokens, quantizer)
+      advice = 'Convert them with convert.convert_indices, or decode'
+    except ValueError:
+      advice = 'Decode'
     raise ValueError(
         'The tokens are of another dialect (tokens -> quantizer):\n  '
         + '\n  '.join(differences)
-        + '\nConvert them with convert.convert_indices, or decode them with'
-        ' the quantizer that made them.'
+        + f'\n{advice} them with the quantizer that made them.'
     )
 
 
@@ -85,11 +91,13 @@ def convert_indices(
     target: spec to convert them to, of the same levels.
 
   Raises:
-    ValueError: dialects that have no digits in common, or an index that is
-      neither -1 nor in the source's range.
+    ValueError: dialects that have no digits in common, indices whose last axis
+      is not that of the source, or an index that is neither -1 nor in its
+      range.
   """
   source, target = _same_digits(source, target)
   indices = np.asarray(indices)
+  source.check_index_axes(indices.shape)
   wrong = (indices < -1) | (indices >= source.codebook_size)
   if np.any(wrong):
     raise ValueError(
@@ -132,9 +140,16 @@ def _same_digits(
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
   """Returns 'key: value -> value' of what two specs do not share."""
 
+  def plain(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in spec.items()
+    }
+
   def show(spec: Mapping[str, Any], key: str) -> str:
     return repr(spec[key]) if key in spec else 'absent'
 
+  one, other = plain(one), plain(other)
   return [
       f'{key}: {show(one, key)} -> {show(other, key)}'
       for key in sorted({*one, *other})

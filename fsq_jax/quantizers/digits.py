@@ -89,7 +89,7 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
     Codes are NaN where a digit is outside [0, L).
     """
     digits = self._checked_digits(digits)
-    self._check_index_axes(digits.shape[:-1])
+    self.check_index_axes(digits.shape[:-1])
     return self._channels_back(self._codes(digits))
 
   def digits_to_indices(self, digits: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
     """Returns int32 digits of float32 codes, channels last; -1 for NaN."""
     raise NotImplementedError
 
-  def _check_index_axes(self, shape: Sequence[int]) -> None:
+  def check_index_axes(self, shape: Sequence[int]) -> None:
     """Raises ValueError unless indices of `shape` end in `index_shape`."""
     count = len(self.index_shape)
     if tuple(shape[len(shape) - count :]) != self.index_shape:

@@ -35,7 +35,9 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   Every stage has an index in [0, codebook_size), first dimension fastest, on
   the last axis of the indices, coarse to fine; `levels` and `codebook_size`
   are those of one index. The indices of the first stages alone decode too, to
-  coarser codes. NaN channels make every stage -1; an index out of range makes
+  coarser codes; so do those of all stages where the last ones are -1, as
+  vector-quantize-pytorch marks dropped stages. NaN channels make every stage
+  -1; all stages -1, -1 before another index, and an index out of range make
   the whole code NaN.
 
   Attributes:
@@ -77,9 +79,10 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     half = np.float32(L**self.num_stages / 2)
     fine = self._clipped(jnp.floor(unit * half + half))
     digits = self._split(fine)
-    codes = self._codes(digits)
     if train and self.stage_dropout:
-      codes = self._drop_stages(codes, digits, z.ndim)
+      codes = self._drop_stages(digits, z.ndim)
+    else:
+      codes = self._codes(digits)
     # Codes stop the gradient; their sum with an exact zero is exact.
     z_q = codes + (unit - jax.lax.stop_gradient(unit)) * clamp
     return base.QuantizerOutput(
@@ -103,20 +106,36 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   def _index_order(self) -> str:
     return digits_lib.FIRST_FASTEST
 
-  def _drop_stages(
-      self, codes: jax.Array, digits: jax.Array, rank: int
-  ) -> jax.Array:
+  def indices_to_codes(self, indices: jax.Array) -> jax.Array:
+    indices = base.integers(indices, 'Indices')
+    self.check_index_axes(indices.shape)
+    stages = jnp.arange(1, indices.shape[-1] + 1)
+    count = jnp.max(jnp.where(indices == -1, 0, stages), axis=-1, keepdims=True)
+    digits = self.indices_to_digits(indices)
+    return self._channels_back(self._first_stages(digits, count))
+
+  def _first_stages(self, digits: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns codes [..., d] of the first `count` stages; of all, where 0.
+
+    Args:
+      digits: [..., stages, d] int32.
+      count: int32 that broadcasts to the codes.
+    """
+    codes = self._codes(digits)
+    for num in range(1, digits.shape[-2]):
+      codes = jnp.where(count == num, self._codes(digits[..., :num, :]), codes)
+    return codes
+
+  def _drop_stages(self, digits: jax.Array, rank: int) -> jax.Array:
     """Returns codes [..., d] of fewer stages for some of the examples."""
     drop_key, count_key = jax.random.split(self._random_key('stage_dropout'))
-    shape = digits_lib.per_example(codes.shape, rank)
+    shape = digits_lib.per_example(digits[..., 0, :].shape, rank)
     count = jnp.where(
         jax.random.bernoulli(drop_key, self.stage_dropout, shape),
         jax.random.randint(count_key, shape, 1, self.num_stages),
         self.num_stages,
     )
-    for num in range(1, self.num_stages):
-      codes = jnp.where(count == num, self._codes(digits[..., :num, :]), codes)
-    return codes
+    return self._first_stages(digits, count)
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
     L = np.asarray(self.levels, np.float64)
@@ -153,7 +172,7 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     valid = jnp.all(self._is_valid(digits), axis=-2)
     return jnp.where(valid, codes, jnp.nan)
 
-  def _check_index_axes(self, shape: Sequence[int]) -> None:
+  def check_index_axes(self, shape: Sequence[int]) -> None:
     if not shape or not 1 <= shape[-1] <= self.num_stages:
       raise ValueError(
           f'Indices have shape {tuple(shape)}; the last axis must hold 1 to'
