@@ -1,7 +1,7 @@
 """Runs of one config with fields changed, each resumable by itself."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import json
 import pathlib
 import subprocess
@@ -13,6 +13,12 @@ from fsq_jax import configuration
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 Overrides = Mapping[str, Any]
+
+# What is kept of an evaluation.
+_NUMBERS = (
+    'psnr', 'ssim', 'codebook_size', 'num_used_codes', 'usage', 'perplexity',
+    'entropy_bits', 'entropy_share',
+)  # fmt: skip
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -83,17 +89,35 @@ def train(
       sys.exit(code)
 
 
-def read_numbers(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns metrics and codebook statistics of a finished run's evaluation."""
+def read_numbers(folder: pathlib.Path) -> dict[str, float]:
+  """Returns image metrics and codebook statistics of a finished run."""
   evaluation = _read_json(folder / 'evaluation.json')
-  return {**evaluation['metrics'], **evaluation['codebook']}
+  numbers = {**evaluation['metrics'], **evaluation['codebook']}
+  return {name: numbers[name] for name in _NUMBERS}
 
 
-def read_facts(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns versions and devices of a run."""
-  facts = _read_json(folder / 'run.json')
+def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
+  """Returns what finished runs gave and what they were made with.
+
+  Args:
+    workdir: holds a folder for each run.
+    names: of the runs.
+
+  Returns:
+    'runs': the numbers of each; 'made_with': versions, devices and commits.
+  """
+  numbers = {name: read_numbers(workdir / name) for name in names}
+  facts = [_read_json(workdir / name / 'run.json') for name in numbers]
+  made_with = {
+      name: sorted({json.dumps(fact[name]) for fact in facts})
+      for name in ('versions', 'devices', 'git')
+  }
   return {
-      name: facts[name] for name in ('versions', 'devices') if name in facts
+      'made_with': {
+          name: [json.loads(value) for value in values]
+          for name, values in made_with.items()
+      },
+      'runs': numbers,
   }
 
 

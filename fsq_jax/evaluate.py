@@ -15,7 +15,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from fsq_jax import allocator
 from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
@@ -25,6 +24,7 @@ from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax import report
+from fsq_jax import runtime
 from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
@@ -236,7 +236,7 @@ def evaluate_workdir(
       model, or no checkpoint.
   """
   configuration.check_config(config, num_devices=jax.device_count())
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()
   folder = pathlib.Path(workdir).expanduser().absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(f'{folder} has no checkpoints; train there first.')

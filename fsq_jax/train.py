@@ -16,7 +16,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from fsq_jax import allocator
 from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
@@ -27,6 +26,7 @@ from fsq_jax import partitioning
 from fsq_jax import progress
 from fsq_jax import provenance
 from fsq_jax import report
+from fsq_jax import runtime
 from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
@@ -76,9 +76,9 @@ def train_and_evaluate(
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
   """
   configuration.check_config(config, num_devices=jax.device_count())
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()
   folder = workdirs.create(workdir)
-  _use_compilation_cache(config.train.compilation_cache)
+  runtime.use_compilation_cache(config.train.compilation_cache)
   # From here on, since building and compiling take a while too: a signal then
   # stops the run after its first step.
   with (
@@ -393,11 +393,3 @@ def _catch_signals() -> Iterator[threading.Event]:
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-
-
-def _use_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs for later runs; '' does not."""
-  if folder:
-    path = str(pathlib.Path(folder).expanduser())
-    jax.config.update('jax_compilation_cache_dir', path)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

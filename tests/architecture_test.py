@@ -16,18 +16,17 @@ _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {'configuration', 'data', 'evaluate', 'train'},
     'train': {
-        'allocator', 'checkpoint', 'configuration', 'data', 'evaluate',
-        'models', 'optim', 'partitioning', 'progress', 'provenance',
-        'quantizers', 'report', 'train_state', 'train_step', 'workdir',
+        'checkpoint', 'configuration', 'data', 'evaluate', 'models', 'optim',
+        'partitioning', 'progress', 'provenance', 'quantizers', 'report',
+        'runtime', 'train_state', 'train_step', 'workdir',
     },
     'evaluate': {
-        'allocator', 'checkpoint', 'configuration', 'data', 'metrics', 'models',
-        'optim', 'partitioning', 'quantizers', 'report', 'train_state',
+        'checkpoint', 'configuration', 'data', 'metrics', 'models', 'optim',
+        'partitioning', 'quantizers', 'report', 'runtime', 'train_state',
         'train_step', 'workdir',
     },
     'train_step': {'losses', 'metrics', 'optim', 'train_state'},
     'train_state': {'optim', 'partitioning'},
-    'allocator': set(),
     'checkpoint': {'workdir'},
     'report': {'report_page', 'workdir'},
     'report_page': {'report_curves'},
@@ -43,6 +42,7 @@ _ALLOWED_IMPORTS = {
     'provenance': set(),
     'quantizers': set(),
     'report_curves': set(),
+    'runtime': set(),
     'workdir': set(),
 }
 _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names

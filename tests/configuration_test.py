@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import math
 import pathlib
 
@@ -13,6 +14,7 @@ from fsq_jax import configuration
 from fsq_jax import losses
 from fsq_jax import models
 from fsq_jax import optim
+from fsq_jax import quantizers
 
 _DEFAULT = configuration.load_config(
     pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'
@@ -260,6 +262,24 @@ def test_every_allowed_name_is_known_to_its_builder(field):
       losses.build_reconstruction_loss(config.losses.reconstruction)
     elif field.startswith('optim.'):
       optim.build_optimizer(config.optim, num_steps=1000)
+
+
+@pytest.mark.parametrize(
+    'name', _allowed_names('model.quantizer.name')
+)
+def test_the_section_of_a_quantizer_has_every_field_and_its_default(name):
+  section = _DEFAULT.model.quantizer[name].to_dict()
+  quantizer = quantizers.build_quantizer({'name': name, **section})
+  fields = {
+      field.name: field.default for field in dataclasses.fields(quantizer)
+  }
+  # `parent` and `name` are linen's; configs keep channels last.
+  assert section.keys() == fields.keys() - {'parent', 'name', 'channel_axis'}
+  # Sizes have no default: dataclasses.MISSING, or None where a base needs one.
+  sizes = {'levels', 'num_groups', 'num_stages', 'num_bits', 'codebook_size',
+           'code_dim'}
+  for field in section.keys() - sizes:
+    assert section[field] == fields[field], field
 
 
 def test_json_round_trip():

@@ -108,6 +108,39 @@ def test_the_numbers_are_those_of_numpy(config, model, variables):
 
 
 @pytest.mark.parametrize(
+    ('name', 'codebook_size', 'indices_a_code', 'num_dims'),
+    [
+        ('vq', 512, 1, 0),
+        ('simvq', 512, 1, 0),
+        ('lfq', 512, 1, 9),
+        ('grouped_fsq', 512, 2, 3),
+        ('residual_fsq', 512, 2, 3),
+    ],
+)
+def test_tokens_of_every_kind_are_counted(
+    config, name, codebook_size, indices_a_code, num_dims
+):
+  config = config.copy_and_resolve_references()
+  config.model.quantizer.name = name
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  variables = jax.jit(model.init)(
+      jax.random.key(1), jnp.zeros((1, 16, 16, 3))
+  )
+  evaluation = _evaluate(config, model, variables)
+  (batch,) = _dataset(config, _NUM_IMAGES)
+  indices = jax.jit(
+      lambda x: model.apply(variables, train_step.to_float(x)).indices
+  )(batch['image'])
+  codebook = evaluation.codebook
+  assert codebook['codebook_size'] == codebook_size
+  assert codebook['num_tokens'] == indices.size
+  assert indices.size == _NUM_IMAGES * _NUM_TOKENS * indices_a_code
+  assert codebook['num_used_codes'] == len(np.unique(indices))
+  # Levels are of quantizers whose indices have digits.
+  assert len(codebook.get('level_histograms', ())) == num_dims
+
+
+@pytest.mark.parametrize(
     ('batch_size', 'num_devices'), [(8, 8), (24, 8), (7, 1), (64, 2)]
 )
 def test_batches_and_devices_do_not_change_the_numbers(

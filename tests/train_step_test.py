@@ -19,6 +19,7 @@ from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import train_state
 from fsq_jax import train_step
+from fsq_jax.quantizers import builder
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 
@@ -149,6 +150,45 @@ def test_every_parameter_moves_unless_it_is_frozen():
       assert np.any(after[path] != value), path
       assert np.any(average[path] != value), path
   assert not any('encoder/' in path for path in _leaves(last.opt_state))
+
+
+@pytest.mark.parametrize('name', sorted(builder.QUANTIZERS))
+def test_every_quantizer_trains_by_its_name(name):
+  config = _load_config()
+  config.model.quantizer.name = name
+  (first, _, last), rows = _take_steps(_build(config), _images(2))
+  assert all(row['invalid_tokens'] == 0 for row in rows)
+  assert all(np.isfinite(row['loss']) for row in rows)
+  before, after = _leaves(first.params), _leaves(last.params)
+  for path, value in before.items():
+    assert np.any(after[path] != value), path
+  before, after = (_leaves(state.model_state) for state in (first, last))
+  moving = {path for path in before if np.any(after[path] != before[path])}
+  expected = {'entries', 'sums', 'counts', 'step'} if name == 'vq' else set()
+  assert {path.split('/')[-1] for path in moving} == expected
+  assert any('entries' in path for path in before) == (
+      name in ('vq', 'simvq')
+  )
+
+
+def test_what_quantizers_draw_follows_seed_and_step():
+  config = _load_config()
+  config.model.quantizer.fsq.noise = 0.5
+  training = _build(config)
+  state = training.builder.create()
+  (batch,) = _images(1)
+
+  def loss(**fields):
+    _, (row,) = _take_steps(training, [batch], state.replace(**fields))
+    return row['reconstruction_loss']
+
+  assert loss() == loss()
+  assert loss() != loss(step=state.step + 1)
+  (batch,) = np.repeat(_images(1), 2, axis=1)  # Parts draw for themselves.
+  config.optim.accumulation_steps = 2
+  config.data.batch_size = 16
+  training = _build(config)
+  assert loss() != pytest.approx(loss(step=state.step + 1), rel=1e-6)
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():

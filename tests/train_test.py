@@ -62,6 +62,15 @@ def _load_config(variant='plain'):
     config.model.projector_in.name = 'standardized'
     config.data.batch_size = 16
     config.optim.accumulation_steps = 2
+  if variant == 'vq':
+    # Draws at the start, and restarts on the way.
+    config.model.quantizer.name = 'vq'
+    config.model.quantizer.vq.codebook_init = 'kmeans'
+    config.model.quantizer.vq.restart = 'batch'
+    config.model.quantizer.vq.decay = 0.5
+  if variant == 'noise':
+    config.model.quantizer.fsq.noise = 0.5
+    config.model.quantizer.fsq.noise_per = 'example'
   return config
 
 
@@ -152,7 +161,7 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variant', ['plain', 'accumulation'])
+@pytest.mark.parametrize('variant', ['plain', 'accumulation', 'vq', 'noise'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
     straight, journal, tmp_path, variant
 ):

@@ -14,12 +14,12 @@ import time
 
 import jax
 
-from fsq_jax import allocator
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import runtime
 from fsq_jax import train_state
 from fsq_jax import train_step
 
@@ -37,7 +37,7 @@ def main() -> None:
   config = configuration.load_config(ROOT / arguments.config)
   configuration.check_config(config, num_devices=jax.device_count())
 
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)

@@ -1,18 +1,18 @@
-"""Tests of what the C library is asked for."""
+"""Tests of the settings of the process."""
 
 import ctypes
 import types
 
 import pytest
 
-from fsq_jax import allocator
+from fsq_jax import runtime
 
 
 def test_glibc_is_asked_to_keep_memory(monkeypatch):
   asked = []
   library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()
   assert asked == [(-4, 0), (-2, 256 * 2**20)]
 
 
@@ -22,6 +22,6 @@ def test_other_systems_are_left_alone(monkeypatch, error):
     raise error('no such library')
 
   monkeypatch.setattr(ctypes, 'CDLL', load)
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: object())
-  allocator.keep_freed_memory()
+  runtime.keep_freed_memory()

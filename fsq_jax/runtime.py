@@ -1,7 +1,8 @@
-"""How the C library hands out memory on the host."""
+"""Settings of the process that trains: memory, compiled programs."""
 
 import contextlib
 import ctypes
+import pathlib
 
 import jax
 
@@ -24,3 +25,11 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_MAX, 0)
     library.mallopt(_M_TOP_PAD, 2**28)
+
+
+def use_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs in a folder for later runs; '' does not."""
+  if folder:
+    path = str(pathlib.Path(folder).expanduser())
+    jax.config.update('jax_compilation_cache_dir', path)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

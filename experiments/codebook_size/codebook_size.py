@@ -1,0 +1,133 @@
+"""FSQ and VQ from 2^4 to 2^14 codes on CIFAR-10.
+
+  python -m experiments.codebook_size.codebook_size --run [--data_dir=DIR]
+
+After figure 3 of the FSQ paper (arXiv 2309.15505), with PSNR in place of FID.
+Trains what is not trained yet, each run in a folder of its own under --workdir,
+where it goes on if it was stopped; runs that experiments/quantizer_comparison
+has trained there are used. Writes results.json and plot.png beside this script
+and prints the table. Without --run plot and table are made from results.json.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import matplotlib
+
+from experiments import sweep
+from experiments.quantizer_comparison import settings
+from fsq_jax import workdir as workdirs
+
+HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / 'results.json'
+QUANTIZERS = ('fsq', 'vq_ema')
+BITS = (4, 6, 8, 10, 12, 14)
+SEEDS = (0, 1)
+
+
+def run(workdir: pathlib.Path, data_dir: str) -> None:
+  """Trains, and writes results.json."""
+  keys = {
+      settings.run_name(quantizer, bits, seed): (quantizer, bits, seed)
+      # Whole curves of one seed first.
+      for seed in SEEDS
+      for bits in BITS
+      for quantizer in QUANTIZERS
+  }
+  sweep.train(
+      settings.CONFIG,
+      {name: settings.final_run(*key, data_dir) for name, key in keys.items()},
+      workdir,
+  )
+  command = 'python -m experiments.codebook_size.codebook_size --run'
+  workdirs.write_json(
+      RESULTS, {'command': command, **sweep.collect(workdir, keys)}
+  )
+
+
+def _rows(
+    results: Mapping[str, Any], quantizer: str, bits: int
+) -> list[dict[str, Any]]:
+  """Returns the numbers of a quantizer at one size, one row a seed."""
+  return [
+      results['runs'][settings.run_name(quantizer, bits, seed)]
+      for seed in SEEDS
+  ]
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+  """Prints a Markdown table; values of both seeds stand side by side."""
+  columns = (
+      ('psnr', '.2f'), ('num_used_codes', ',d'), ('usage', '.1%'),
+      ('entropy_bits', '.2f'), ('entropy_share', '.1%'),
+  )  # fmt: skip
+  sys.stdout.write(
+      '| quantizer | codes | PSNR, dB | used codes | usage |'
+      ' bits a token | share of log2 K |\n' + '|---' * 7 + '|\n'
+  )
+  for quantizer in QUANTIZERS:
+    for bits in BITS:
+      rows = _rows(results, quantizer, bits)
+      cells = [settings.LABELS[quantizer], f'{rows[0]["codebook_size"]:,}']
+      cells += [
+          ' / '.join(format(row[column], form) for row in rows)
+          for column, form in columns
+      ]
+      sys.stdout.write(f'| {" | ".join(cells)} |\n')
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws the three curves against the codebook's size; a point a seed."""
+  matplotlib.use('agg')
+  from matplotlib import pyplot as plt
+
+  panels = (
+      ('psnr', 'reconstruction: PSNR, dB'),
+      ('usage', 'codebook usage'),
+      ('entropy_bits', 'compression cost: bits a token'),
+  )
+  figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
+  for axis, (column, title) in zip(axes, panels, strict=True):
+    for quantizer, color in zip(QUANTIZERS, ('C0', 'C1'), strict=True):
+      curves = [_rows(results, quantizer, bits) for bits in BITS]
+      sizes = [rows[0]['codebook_size'] for rows in curves]
+      axis.plot(
+          sizes,
+          [statistics.mean(row[column] for row in rows) for rows in curves],
+          color=color,
+          label=settings.LABELS[quantizer],
+      )
+      for seed in SEEDS:
+        axis.plot(
+            sizes, [rows[seed][column] for rows in curves], 'o',
+            color=color, markersize=4, alpha=0.7,
+        )  # fmt: skip
+    axis.set_xscale('log', base=2)
+    axis.set(xlabel='codebook size', title=title)
+    axis.grid(alpha=0.3)
+  axes[1].set_ylim(0, 1.03)
+  axes[2].plot(
+      [2**4, 2**14], [4, 14], 'k:', linewidth=1, label='all codes as likely'
+  )
+  for axis in axes[1:]:
+    axis.legend()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Runs if asked to; makes plot and table from results.json."""
+  arguments = sweep.parse_arguments(__doc__)
+  if arguments.run:
+    run(arguments.workdir, arguments.data_dir)
+  results = json.loads(RESULTS.read_text(encoding='utf-8'))
+  plot(results, HERE / 'plot.png')
+  print_table(results)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,182 @@
+"""Compares quantizers at equal codebook sizes on CIFAR-10.
+
+  python -m experiments.quantizer_comparison.compare --run [--data_dir=DIR]
+
+Trains what is not trained yet, each run in a folder of its own under --workdir,
+where it goes on if it was stopped; measures what the quantizers cost; writes
+results.json and plot.png beside this script; prints the tables. Without --run
+the plot and the tables are made from results.json.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import matplotlib
+
+from experiments import sweep
+from experiments.quantizer_comparison import cost
+from experiments.quantizer_comparison import settings
+from fsq_jax import workdir as workdirs
+
+HERE = pathlib.Path(__file__).resolve().parent
+RESULTS = HERE / 'results.json'
+BITS = (9, 10, 14)
+# (quantizer, bits): seeds; one for the rest.
+SEEDS = {(name, 10): (0, 1, 2) for name in ('fsq', 'vq_ema', 'simvq')}
+
+
+def runs() -> list[tuple[str, int, int]]:
+  """Returns quantizer, bits and seed of every run of the comparison."""
+  return [
+      (quantizer, bits, seed)
+      for bits in BITS
+      for quantizer in settings.LABELS
+      for seed in SEEDS.get((quantizer, bits), (0,))
+  ]
+
+
+def run(workdir: pathlib.Path, data_dir: str) -> None:
+  """Trains, measures, and writes results.json."""
+  sweep.train(settings.CONFIG, settings.tuning_runs(data_dir), workdir)
+  tuning = _tuning(workdir)
+  final = {
+      settings.run_name(*key): settings.final_run(*key, data_dir)
+      for key in runs()
+  }
+  sweep.train(settings.CONFIG, final, workdir)
+  results = {
+      'command': 'python -m experiments.quantizer_comparison.compare --run',
+      **sweep.collect(workdir, final),
+      'tuning': tuning,
+      'costs': measure_costs(),
+  }
+  workdirs.write_json(RESULTS, results)
+
+
+def measure_costs() -> dict[str, dict[str, float]]:
+  """Returns what each quantizer costs at each size, by '<name>_<bits>'."""
+  costs = {}
+  for bits in BITS:
+    variants = {
+        f'{quantizer}_{bits}': settings.final_run(quantizer, bits, 0, '')
+        for quantizer in settings.LABELS
+    }
+    costs |= cost.measure(settings.CONFIG, variants, f'fsq_{bits}')
+  return costs
+
+
+def _tuning(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns the numbers of all candidates; stops if others are chosen."""
+  names = iter(settings.tuning_runs(''))
+  tuning = {
+      quantizer: {
+          candidate: sweep.read_numbers(workdir / next(names))
+          for candidate in candidates
+      }
+      for quantizer, candidates in settings.CANDIDATES.items()
+  }
+  best = {
+      quantizer: max(rows, key=lambda name: rows[name]['psnr'])
+      for quantizer, rows in tuning.items()
+  }
+  if best != settings.CHOSEN:
+    sys.exit(
+        f'Tuning chooses {best}; settings.CHOSEN is {settings.CHOSEN}. Put the'
+        ' former there and run this again.'
+    )
+  return tuning
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+  """Prints the comparison and the tuning as Markdown tables."""
+  write = sys.stdout.write
+  write(
+      '| codes | quantizer | PSNR, dB | SSIM | usage | perplexity | bits a'
+      ' token / log2 K | step time / FSQ | quantizer, bytes | step memory, MiB'
+      ' |\n'
+      + '|---' * 10
+      + '|\n'
+  )
+  for bits in BITS:
+    for quantizer, label in settings.LABELS.items():
+      rows = _rows(results, quantizer, bits)
+      costs = results['costs'][f'{quantizer}_{bits}']
+      write(
+          f'| {rows[0]["codebook_size"]:,} | {label} |'
+          f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "ssim", ".3f")} |'
+          f' {_mean(rows, "usage", ".1%")} |'
+          f' {_mean(rows, "perplexity", ",.0f")} |'
+          f' {_mean(rows, "entropy_share", ".1%")} |'
+          f' {costs["step_ratio"]:.2f} | {costs["quantizer_bytes"]:,} |'
+          f' {costs["temporary_bytes"] / 2**20:,.1f} |\n'
+      )
+  write('\n| quantizer | setting | PSNR, dB | usage | perplexity |\n')
+  write('|---' * 5 + '|\n')
+  for quantizer, candidates in results['tuning'].items():
+    for name, row in candidates.items():
+      name = f'**{name}**' if name == settings.CHOSEN[quantizer] else name
+      write(
+          f'| {settings.LABELS[quantizer]} | {name} | {row["psnr"]:.2f} |'
+          f' {row["usage"]:.1%} | {row["perplexity"]:,.0f} |\n'
+      )
+
+
+def _rows(
+    results: Mapping[str, Any], quantizer: str, bits: int
+) -> list[dict[str, Any]]:
+  """Returns the numbers of a quantizer at one size, one row a seed."""
+  return [
+      results['runs'][settings.run_name(*key)]
+      for key in runs()
+      if key[:2] == (quantizer, bits)
+  ]
+
+
+def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
+  """Returns the mean of a column and, over seeds, its standard deviation."""
+  values = [row[column] for row in rows]
+  text = format(statistics.mean(values), form)
+  if len(values) > 1:
+    text += f' ± {format(statistics.stdev(values), form)}'
+  return text
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws decibels and used codes of every quantizer against its size."""
+  matplotlib.use('agg')
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+  columns = (('psnr', 'PSNR, dB'), ('entropy_share', 'bits a token / log2 K'))
+  for quantizer, label in settings.LABELS.items():
+    for axis, (column, title) in zip(axes, columns, strict=True):
+      values = [
+          statistics.mean(row[column] for row in _rows(results, quantizer, b))
+          for b in BITS
+      ]
+      axis.plot(BITS, values, marker='o', label=label)
+      axis.set(xlabel='codebook size, log2 K', ylabel=title)
+  for axis in axes:
+    axis.grid(alpha=0.3)
+  axes[1].set_ylim(0, 1.02)
+  axes[1].legend()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Runs if asked to; makes plot and tables from results.json."""
+  arguments = sweep.parse_arguments(__doc__)
+  if arguments.run:
+    run(arguments.workdir, arguments.data_dir)
+  results = json.loads(RESULTS.read_text(encoding='utf-8'))
+  plot(results, HERE / 'plot.png')
+  print_tables(results)
+
+
+if __name__ == '__main__':
+  main()
