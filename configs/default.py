@@ -191,7 +191,7 @@ def _codebook() -> ml_collections.ConfigDict:
 def _vq() -> ml_collections.ConfigDict:
   vq = _codebook()
   # How codes learn: 'ema', moving averages of latents; or 'gradient'.
-  vq.update = 'ema'
+  vq.codebook_update = 'ema'
   # Weight of the past in these averages, in [0, 1).
   vq.decay = 0.99
   # ema: 'normal', or 'kmeans' of the latents of the first batch.

@@ -162,7 +162,7 @@ _QUANTIZERS = {
     'bsq': _LFQ,
     'vq': {
         **_CODEBOOK,
-        'update': _name('ema', 'gradient'),
+        'codebook_update': _name('ema', 'gradient'),
         'decay': _DECAY,
         'codebook_init': _name('normal', 'kmeans'),
         'restart': _name('none', 'batch', 'split'),

@@ -282,6 +282,12 @@ def test_the_section_of_a_quantizer_has_every_field_and_its_default(name):
     assert section[field] == fields[field], field
 
 
+@pytest.mark.parametrize('name', config_rules.FIELDS)
+def test_no_field_hides_behind_a_method_of_the_config(name):
+  # config.update would be the method, and --config.update fail.
+  assert not set(name.split('.')) & set(dir(ml_collections.ConfigDict()))
+
+
 def test_json_round_trip():
   config = ml_collections.ConfigDict(
       _changed(

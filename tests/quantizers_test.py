@@ -56,7 +56,7 @@ _CONFIGS = {
             'restart': 'batch',
             'gradient': 'rotation',
         },
-        {'codebook_size': 26, 'code_dim': 4, 'update': 'gradient'},
+        {'codebook_size': 26, 'code_dim': 4, 'codebook_update': 'gradient'},
         {
             'codebook_size': 24,
             'code_dim': 4,

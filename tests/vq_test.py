@@ -436,7 +436,7 @@ def test_rotation_is_what_the_name_chooses():
 
 
 def test_gradient_update_gives_the_losses_of_maskgit():
-  quantizer = _build(update='gradient', entropy_weight=0.1)
+  quantizer = _build(codebook_update='gradient', entropy_weight=0.1)
   variables = _init(quantizer)
   assert set(variables) == {'params'}
   z, codebook = _normal(0, 20, 4), variables['params']['codebook']
@@ -453,7 +453,7 @@ def test_gradient_update_gives_the_losses_of_maskgit():
       rtol=1e-5,
   )
   # Each term draws one side only.
-  quantizer = _build(update='gradient')
+  quantizer = _build(codebook_update='gradient')
   of_codes, of_z = jax.grad(loss, argnums=(0, 1))(variables, z)
   expected = np.zeros((16, 4))
   np.add.at(expected, indices, 2 * error / error.size)
@@ -787,7 +787,7 @@ def test_cosine_codes_have_length_one():
         ({'code_dim': 2.0}, r'code_dim is 2\.0; use an integer'),
         ({'metric': 'l2'}, "'l2'; known: .'cosine', 'euclidean'"),
         ({'gradient': 'rotate'}, "'rotate'; known: .'rotation'"),
-        ({'update': 'em'}, "'em'; known: ..*'ema', 'gradient'"),
+        ({'codebook_update': 'em'}, "'em'; known: ..*'ema', 'gradient'"),
         ({'codebook_init': 'uniform'}, 'codebook_init .*known'),
         ({'restart': 'all'}, 'restart .*known'),
         ({'decay': 1.0}, r'decay is 1\.0; use less than 1'),
@@ -796,10 +796,13 @@ def test_cosine_codes_have_length_one():
         ({'dead_share': -0.1}, r'dead_share is -0\.1'),
         ({'commitment_weight': -1.0}, r'commitment_weight is -1\.0.* or more'),
         ({'entropy_weight': float('nan')}, 'entropy_weight is nan'),
-        ({'update': 'gradient', 'restart': 'split'}, "restart .*'ema', or"),
         (
-            {'update': 'gradient', 'codebook_init': 'kmeans'},
-            "codebook_init .*update='ema', or codebook_init='normal'",
+            {'codebook_update': 'gradient', 'restart': 'split'},
+            "restart .*'ema', or",
+        ),
+        (
+            {'codebook_update': 'gradient', 'codebook_init': 'kmeans'},
+            "codebook_init .*codebook_update='ema', or codebook_init='normal'",
         ),
     ],
 )

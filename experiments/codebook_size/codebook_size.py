@@ -1,4 +1,4 @@
-"""FSQ and VQ from 2^4 to 2^14 codes on CIFAR-10.
+"""FSQ and VQ from 2^4 codes on CIFAR-10.
 
   python -m experiments.codebook_size.codebook_size --run [--data_dir=DIR]
 
@@ -20,13 +20,22 @@ import matplotlib
 
 from experiments import sweep
 from experiments.quantizer_comparison import settings
+from fsq_jax import quantizers
 from fsq_jax import workdir as workdirs
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / 'results.json'
-QUANTIZERS = ('fsq', 'vq_ema')
-BITS = (4, 6, 8, 10, 12, 14)
-SEEDS = (0, 1)
+# Sizes of each curve. The paper recommends levels for more sizes than VQ is
+# trained at.
+BITS = {
+    'fsq': (4, 6, 8, 9, 10, 11, 12, 14, 16),
+    'vq_ema': (4, 6, 8, 10, 12, 14),
+}
+
+
+def seeds(bits: int) -> tuple[int, ...]:
+  """Returns the seeds of a size: two where both quantizers are trained."""
+  return (0, 1) if bits in BITS['vq_ema'] else (0,)
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> None:
@@ -34,9 +43,10 @@ def run(workdir: pathlib.Path, data_dir: str) -> None:
   keys = {
       settings.run_name(quantizer, bits, seed): (quantizer, bits, seed)
       # Whole curves of one seed first.
-      for seed in SEEDS
-      for bits in BITS
-      for quantizer in QUANTIZERS
+      for seed in (0, 1)
+      for quantizer in BITS
+      for bits in BITS[quantizer]
+      if seed in seeds(bits)
   }
   sweep.train(
       settings.CONFIG,
@@ -55,12 +65,12 @@ def _rows(
   """Returns the numbers of a quantizer at one size, one row a seed."""
   return [
       results['runs'][settings.run_name(quantizer, bits, seed)]
-      for seed in SEEDS
+      for seed in seeds(bits)
   ]
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-  """Prints a Markdown table; values of both seeds stand side by side."""
+  """Prints a Markdown table; values of two seeds stand side by side."""
   columns = (
       ('psnr', '.2f'), ('num_used_codes', ',d'), ('usage', '.1%'),
       ('entropy_bits', '.2f'), ('entropy_share', '.1%'),
@@ -69,10 +79,14 @@ def print_table(results: Mapping[str, Any]) -> None:
       '| quantizer | codes | PSNR, dB | used codes | usage |'
       ' bits a token | share of log2 K |\n' + '|---' * 7 + '|\n'
   )
-  for quantizer in QUANTIZERS:
-    for bits in BITS:
+  for quantizer in BITS:
+    for bits in BITS[quantizer]:
       rows = _rows(results, quantizer, bits)
-      cells = [settings.LABELS[quantizer], f'{rows[0]["codebook_size"]:,}']
+      label = settings.LABELS[quantizer]
+      if quantizer == 'fsq':
+        levels = quantizers.recommended_levels(bits)
+        label += f' {",".join(map(str, levels))}'
+      cells = [label, f'{rows[0]["codebook_size"]:,}']
       cells += [
           ' / '.join(format(row[column], form) for row in rows)
           for column, form in columns
@@ -92,8 +106,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   )
   figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
   for axis, (column, title) in zip(axes, panels, strict=True):
-    for quantizer, color in zip(QUANTIZERS, ('C0', 'C1'), strict=True):
-      curves = [_rows(results, quantizer, bits) for bits in BITS]
+    for quantizer, color in zip(BITS, ('C0', 'C1'), strict=True):
+      curves = [_rows(results, quantizer, bits) for bits in BITS[quantizer]]
       sizes = [rows[0]['codebook_size'] for rows in curves]
       axis.plot(
           sizes,
@@ -101,17 +115,15 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
           color=color,
           label=settings.LABELS[quantizer],
       )
-      for seed in SEEDS:
-        axis.plot(
-            sizes, [rows[seed][column] for rows in curves], 'o',
-            color=color, markersize=4, alpha=0.7,
-        )  # fmt: skip
+      for size, rows in zip(sizes, curves, strict=True):
+        for row in rows:
+          axis.plot(size, row[column], 'o', color=color, markersize=4)
     axis.set_xscale('log', base=2)
     axis.set(xlabel='codebook size', title=title)
     axis.grid(alpha=0.3)
   axes[1].set_ylim(0, 1.03)
   axes[2].plot(
-      [2**4, 2**14], [4, 14], 'k:', linewidth=1, label='all codes as likely'
+      [2**4, 2**16], [4, 16], 'k:', linewidth=1, label='all codes as likely'
   )
   for axis in axes[1:]:
     axis.legend()

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fsq_jax import quantizers
+
 CONFIG = 'configs/cifar10_fsq_888.py'
 
 # Of every run of this folder and of experiments/codebook_size.
@@ -20,17 +22,6 @@ TUNING_BUDGET = {
 }
 TUNING_BITS = 10
 
-# The paper's levels for about 2^bits codes.
-FSQ_LEVELS = {
-    4: (5, 3),
-    6: (8, 8),
-    8: (8, 6, 5),
-    9: (8, 8, 8),
-    10: (8, 5, 5, 5),
-    12: (7, 5, 5, 5, 5),
-    14: (8, 8, 8, 6, 5),
-}
-
 LABELS = {
     'fsq': 'FSQ',
     'vq_ema': 'VQ, EMA',
@@ -46,7 +37,7 @@ _VQ_EMA = {
 }
 _VQ_GRADIENT = {
     'model.quantizer.name': 'vq',
-    'model.quantizer.vq.update': 'gradient',
+    'model.quantizer.vq.codebook_update': 'gradient',
     'model.quantizer.vq.entropy_weight': 0.1,
 }
 _SIMVQ = {'model.quantizer.name': 'simvq'}
@@ -107,9 +98,9 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 # What tuning chose, from results.json; compare.py refuses others.
 CHOSEN = {
     'fsq': 'tanh, no loss',
-    'vq_ema': 'loss x 0.1',
+    'vq_ema': 'loss x 1',
     'vq_gradient': 'loss x 0.1',
-    'simvq': 'loss x 0.1',
+    'simvq': 'loss x 1',
     'lfq': 'loss x 0.1',
 }
 
@@ -117,7 +108,8 @@ CHOSEN = {
 def size(quantizer: str, bits: int) -> dict[str, Any]:
   """Returns the fields that give a quantizer about 2^bits codes."""
   if quantizer == 'fsq':
-    return {'model.quantizer.fsq.levels': FSQ_LEVELS[bits]}
+    levels = quantizers.recommended_levels(bits)
+    return {'model.quantizer.fsq.levels': levels}
   if quantizer == 'lfq':
     return {'model.quantizer.lfq.num_bits': bits}
   section = 'simvq' if quantizer == 'simvq' else 'vq'

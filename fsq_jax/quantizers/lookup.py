@@ -8,6 +8,9 @@ from jax import numpy as jnp
 # devices: 1 GiB of float32.
 MAX_DISTANCES = 2**28
 
+# Distances among which the position of the smallest is looked for at a time.
+_BLOCK = 128
+
 # exp(-distance / temperature) weighs the entries in the entropy loss, as in
 # MaskGIT and MAGVIT.
 ENTROPY_TEMPERATURE = 0.01
@@ -61,7 +64,7 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
   chunks, _ = _deal(rows, codebook.shape[0])
 
   def search(chunk: jax.Array) -> jax.Array:
-    return jnp.argmin(_distances(chunk, codebook), axis=-1).astype(jnp.int32)
+    return _first_smallest(_distances(chunk, codebook))
 
   indices = rearrange(jax.lax.map(search, chunks), 'c n -> (n c)')
   indices = indices[: rows.shape[0]].reshape(x.shape[:-1])
@@ -127,6 +130,24 @@ def _distances(rows: jax.Array, codebook: jax.Array) -> jax.Array:
   return jnp.sum(jnp.square(codebook), axis=-1) - 2 * products
 
 
+def _first_smallest(distances: jax.Array) -> jax.Array:
+  """Returns the position [N] int32 of the first smallest of rows [N, K].
+
+  In two levels, the block with the smallest distance and the place in it: XLA's
+  CPU backend finds a minimum several times as fast as its position.
+  """
+  if distances.shape[-1] <= _BLOCK:
+    return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+  padding = -distances.shape[-1] % _BLOCK
+  distances = jnp.pad(
+      distances, ((0, 0), (0, padding)), constant_values=jnp.inf
+  )
+  blocks = rearrange(distances, 'n (b k) -> n b k', k=_BLOCK)
+  block = jnp.argmin(jnp.min(blocks, axis=-1), axis=-1)
+  within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return (block * _BLOCK + jnp.argmin(within, axis=-1)).astype(jnp.int32)
+
+
 def _deal(
     rows: jax.Array, codebook_size: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +164,8 @@ def _deal(
     [c, n, d] rows and [c, n] weights: 1, and 0 for rows of padding.
   """
   num_rows = rows.shape[0]
-  most_rows = MAX_DISTANCES // codebook_size
+  # Rows are padded to whole blocks.
+  most_rows = MAX_DISTANCES // (codebook_size + -codebook_size % _BLOCK)
   # A power of two divides most batches, so that little or nothing is padded.
   num_chunks = 1 << max(0, -(-num_rows // most_rows) - 1).bit_length()
   padding = -num_rows % num_chunks

@@ -23,19 +23,20 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     variables = vq.init(key, z)
     out, changed = vq.apply(variables, z, train=True, mutable=['codebook'])
 
-  With update 'ema' entries are moving averages of the latents that chose them.
-  They live in the collection `codebook` with their statistics (counts and sums,
-  see `ema_codebook.EmaCodebook`), a seed drawn at init, and the step: updates
-  so far. Each call that has train=True and the collection mutable changes them;
-  it quantizes with the entries from before, except that k-means comes first.
-  Sums run over the global batch, and random choices depend on seed and step
-  alone: any number of devices gives the same, in a resumed run too.
+  With codebook_update 'ema' entries are moving averages of the latents that
+  chose them. They live in the collection `codebook` with their statistics
+  (counts and sums, see `ema_codebook.EmaCodebook`), a seed drawn at init, and
+  the step: updates so far. Each call that has train=True and the collection
+  mutable changes them; it quantizes with the entries from before, except that
+  k-means comes first. Sums run over the global batch, and random choices depend
+  on seed and step alone: any number of devices gives the same, in a resumed run
+  too.
 
-  With update 'gradient' the codebook is a parameter, which the codebook loss
-  mean((code - sg(latents))^2) draws to the latents.
+  With codebook_update 'gradient' the codebook is a parameter, which the
+  codebook loss mean((code - sg(latents))^2) draws to the latents.
 
   Attributes:
-    update: 'ema' or 'gradient'.
+    codebook_update: 'ema' or 'gradient'.
     decay: weight of the past in the averages, in [0, 1). Only for 'ema'.
     codebook_init: 'normal', N(0, 1), or 'kmeans': replaced by means of the
       latents of the first update. 'kmeans' is only for 'ema'.
@@ -49,7 +50,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
       of all codes, `lookup.entropy_loss`.
   """
 
-  update: str = 'ema'
+  codebook_update: str = 'ema'
   decay: float = 0.99
   codebook_init: str = 'normal'
   restart: str = 'none'
@@ -57,7 +58,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   entropy_weight: float = 0.0
 
   def __post_init__(self):
-    codebook.check_name('update', self.update, _UPDATES)
+    codebook.check_name('codebook_update', self.codebook_update, _UPDATES)
     codebook.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
     codebook.check_name('restart', self.restart, ema_codebook.RESTARTS)
     codebook.check_number('decay', self.decay)
@@ -72,12 +73,12 @@ class VectorQuantizer(codebook.CodebookQuantizer):
           'use are dead.'
       )
     codebook.check_number('entropy_weight', self.entropy_weight)
-    if self.update == 'gradient':
+    if self.codebook_update == 'gradient':
       for name, value in (('codebook_init', 'normal'), ('restart', 'none')):
         if getattr(self, name) != value:
           raise ValueError(
               f'{name} is {getattr(self, name)!r}, which sets entries outside '
-              f"the optimizer; use update='ema', or {name}={value!r}."
+              f"the optimizer; use codebook_update='ema', or {name}={value!r}."
           )
     super().__post_init__()
 
@@ -93,7 +94,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
       indices = lookup.nearest(x, table)
     codes = lookup.take(table, indices)
     loss = self.commitment_weight * codebook.commitment_loss(x, codes)
-    if self.update == 'gradient':
+    if self.codebook_update == 'gradient':
       loss += codebook.codebook_loss(x, codes)
     if self.entropy_weight > 0:
       loss += self.entropy_weight * lookup.entropy_loss(x, table)
@@ -109,7 +110,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   def _updates(self, train: bool) -> bool:
     return (
         train
-        and self.update == 'ema'
+        and self.codebook_update == 'ema'
         and self.is_mutable_collection('codebook')
         and not self.is_initializing()
     )
@@ -126,7 +127,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     """
     shape = (self.codebook_size, self.code_dim)
     normal = nn.initializers.normal(1.0)
-    if self.update == 'gradient':
+    if self.codebook_update == 'gradient':
       return self.param('codebook', normal, shape, jnp.float32)
 
     def declare(name, make, shape=()):
