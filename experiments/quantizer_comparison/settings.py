@@ -99,7 +99,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 CHOSEN = {
     'fsq': 'tanh, no loss',
     'vq_ema': 'loss x 1',
-    'vq_gradient': 'loss x 0.1',
+    'vq_gradient': 'cosine, loss x 0.1',
     'simvq': 'loss x 1',
     'lfq': 'loss x 0.1',
 }
