@@ -221,7 +221,7 @@ def _losses() -> ml_collections.ConfigDict:
   # 'l1' or 'l2', mean over pixels in [-1, 1].
   losses.reconstruction = 'l2'
   losses.reconstruction_weight = 1.0
-  # Multiplies the quantizer's own loss (0 for FSQ in the paper convention).
+  # Multiplies the quantizer's own loss, whose parts its section weighs.
   losses.quantizer_weight = 1.0
   return losses
 

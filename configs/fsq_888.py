@@ -26,6 +26,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.num_threads = 1
 
   config.model.quantizer.fsq.levels = (8, 8, 8)
+  # The commitment loss is for bound='clip'. Under tanh it pulls latents to the
+  # codes that are already in use.
+  config.model.quantizer.fsq.commitment_weight = 0.0
   config.model.projector_in.name = 'standardized'
   config.model.encoder.width = 96
   config.model.encoder.depth = 1
@@ -34,10 +37,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.encoder.mlp_dim = 192
   config.model.encoder.position = 'sincos'
   config.model.scan_unroll = 4
-
-  # The commitment loss is for bound='clip'. Under tanh it pulls latents to the
-  # codes that are already in use.
-  config.losses.quantizer_weight = 0.0
 
   config.optim.name = 'muon'
   config.optim.learning_rate = 4e-3

@@ -25,7 +25,7 @@ SMALLER = {
 VARIANTS = {
     'default': {},
     'linear projector': {'model.projector_in.name': 'linear'},
-    'commitment loss': {'losses.quantizer_weight': 1.0},
+    'commitment loss': {'model.quantizer.fsq.commitment_weight': 1.0},
     'AdamW': {'optim.name': 'adamw'},
     'no colour jitter': {'data.color_jitter': 0.0},
 }

@@ -58,12 +58,14 @@ def _weighted(
 
 
 # Four settings for each quantizer: the recommended one at three weights of its
-# loss, and the variant that is most often published beside it. FSQ has no loss
-# to weigh, and four variants.
+# loss, and the variant that is most often published beside it. FSQ needs
+# no loss, and has four variants.
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     'fsq': {
         'tanh, no loss': {},
-        'commitment loss x 0.1': {'losses.quantizer_weight': 0.1},
+        'commitment loss x 0.1': {
+            'model.quantizer.fsq.commitment_weight': 0.1
+        },
         'equal bins': {
             'model.quantizer.fsq.bound': 'ifsq',
             'model.quantizer.fsq.bins': 'equal',
