@@ -217,14 +217,13 @@ def _draw(
   Returns:
     [K, d] vectors, and [K] whether there were enough of them.
   """
-  sharding = _unsharded(indices)
-  if not sharding.mesh.empty:  # What is sorted must not be sharded.
-    indices = jax.sharding.reshard(indices, sharding)
+  sharding = _unsharded(x)
+  if not sharding.mesh.empty:  # What is sorted and drawn from is not sharded.
+    x, indices = jax.sharding.reshard((x, indices), sharding)
   valid = indices >= 0
   order = jnp.argsort(jnp.where(valid, jax.random.uniform(key, valid.shape), 2))
   found = rank < jnp.sum(valid)
-  chosen = order[jnp.clip(rank, 0, valid.shape[0] - 1)]
-  return jnp.asarray(x).at[chosen].get(out_sharding=sharding), found
+  return x[order[jnp.clip(rank, 0, valid.shape[0] - 1)]], found
 
 
 def _replace(
