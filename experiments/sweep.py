@@ -1,7 +1,7 @@
 """Runs of one config with fields changed, each resumable by itself."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import json
 import pathlib
 import subprocess
@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from fsq_jax import configuration
+from fsq_jax import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -21,14 +22,19 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-  """Parses the flags that all sweeps have.
+def main(
+    description: str,
+    results: pathlib.Path,
+    run: Callable[[pathlib.Path, str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+  """Parses the flags that all sweeps have, runs if asked to, and shows.
 
   Args:
     description: what the script does.
-
-  Returns:
-    run, workdir and data_dir.
+    results: JSON file that keeps what `run` returns.
+    run: from the folder of the runs and data.data_dir to the results.
+    show: makes tables and plots of the results.
   """
   parser = argparse.ArgumentParser(
       description=description,
@@ -48,7 +54,12 @@ def parse_arguments(description: str) -> argparse.Namespace:
   parser.add_argument(
       '--data_dir', default='', help='data.data_dir of the runs'
   )
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  if arguments.run:
+    workdirs.write_json(results, run(arguments.workdir, arguments.data_dir))
+  elif not results.is_file():
+    parser.error(f'there is no {results} yet; use --run')
+  show(_read_json(results))
 
 
 def train(

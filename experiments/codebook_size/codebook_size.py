@@ -10,7 +10,6 @@ and prints the table. Without --run plot and table are made from results.json.
 """
 
 from collections.abc import Mapping
-import json
 import pathlib
 import statistics
 import sys
@@ -21,10 +20,8 @@ import matplotlib
 from experiments import sweep
 from experiments.quantizer_comparison import settings
 from fsq_jax import quantizers
-from fsq_jax import workdir as workdirs
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / 'results.json'
 # Sizes of each curve. The paper recommends levels for more sizes than VQ is
 # trained at.
 BITS = {
@@ -38,8 +35,8 @@ def seeds(bits: int) -> tuple[int, ...]:
   return (0, 1) if bits in BITS['vq_ema'] else (0,)
 
 
-def run(workdir: pathlib.Path, data_dir: str) -> None:
-  """Trains, and writes results.json."""
+def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
+  """Trains; returns what is stored."""
   keys = {
       settings.run_name(quantizer, bits, seed): (quantizer, bits, seed)
       # Whole curves of one seed first.
@@ -54,9 +51,7 @@ def run(workdir: pathlib.Path, data_dir: str) -> None:
       workdir,
   )
   command = 'python -m experiments.codebook_size.codebook_size --run'
-  workdirs.write_json(
-      RESULTS, {'command': command, **sweep.collect(workdir, keys)}
-  )
+  return {'command': command, **sweep.collect(workdir, keys)}
 
 
 def _rows(
@@ -69,7 +64,7 @@ def _rows(
   ]
 
 
-def print_table(results: Mapping[str, Any]) -> None:
+def print_tables(results: Mapping[str, Any]) -> None:
   """Prints a Markdown table; values of two seeds stand side by side."""
   columns = (
       ('psnr', '.2f'), ('num_used_codes', ',d'), ('usage', '.1%'),
@@ -131,15 +126,11 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def main() -> None:
-  """Runs if asked to; makes plot and table from results.json."""
-  arguments = sweep.parse_arguments(__doc__)
-  if arguments.run:
-    run(arguments.workdir, arguments.data_dir)
-  results = json.loads(RESULTS.read_text(encoding='utf-8'))
+def show(results: dict[str, Any]) -> None:
+  """Makes the plot and prints the tables."""
   plot(results, HERE / 'plot.png')
-  print_table(results)
+  print_tables(results)
 
 
 if __name__ == '__main__':
-  main()
+  sweep.main(__doc__, HERE / 'results.json', run, show)

@@ -9,7 +9,6 @@ the plot and the tables are made from results.json.
 """
 
 from collections.abc import Mapping
-import json
 import pathlib
 import statistics
 import sys
@@ -20,10 +19,8 @@ import matplotlib
 from experiments import sweep
 from experiments.quantizer_comparison import cost
 from experiments.quantizer_comparison import settings
-from fsq_jax import workdir as workdirs
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / 'results.json'
 BITS = (9, 10, 14)
 # (quantizer, bits): seeds; one for the rest.
 SEEDS = {(name, 10): (0, 1, 2) for name in ('fsq', 'vq_ema', 'simvq')}
@@ -39,8 +36,8 @@ def runs() -> list[tuple[str, int, int]]:
   ]
 
 
-def run(workdir: pathlib.Path, data_dir: str) -> None:
-  """Trains, measures, and writes results.json."""
+def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
+  """Trains and measures; returns what is stored."""
   sweep.train(settings.CONFIG, settings.tuning_runs(data_dir), workdir)
   tuning = _tuning(workdir)
   final = {
@@ -48,13 +45,12 @@ def run(workdir: pathlib.Path, data_dir: str) -> None:
       for key in runs()
   }
   sweep.train(settings.CONFIG, final, workdir)
-  results = {
+  return {
       'command': 'python -m experiments.quantizer_comparison.compare --run',
       **sweep.collect(workdir, final),
       'tuning': tuning,
       'costs': measure_costs(),
   }
-  workdirs.write_json(RESULTS, results)
 
 
 def measure_costs() -> dict[str, dict[str, float]]:
@@ -168,15 +164,11 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def main() -> None:
-  """Runs if asked to; makes plot and tables from results.json."""
-  arguments = sweep.parse_arguments(__doc__)
-  if arguments.run:
-    run(arguments.workdir, arguments.data_dir)
-  results = json.loads(RESULTS.read_text(encoding='utf-8'))
+def show(results: dict[str, Any]) -> None:
+  """Makes the plot and prints the tables."""
   plot(results, HERE / 'plot.png')
   print_tables(results)
 
 
 if __name__ == '__main__':
-  main()
+  sweep.main(__doc__, HERE / 'results.json', run, show)

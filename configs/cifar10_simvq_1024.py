@@ -1,0 +1,20 @@
+"""SimVQ of 1024 codes on CIFAR-10: to compare FSQ with.
+
+What: as cifar10_fsq_888 but for the quantizer, a frozen codebook under one
+  learned linear map.
+Command: python launch.py --config=configs/cifar10_simvq_1024.py
+Hardware and time: 2 CPU cores, as cifar10_fsq_888.
+Numbers, with --config.train.num_steps=4000: @SIMVQ@
+"""
+
+import ml_collections
+
+from configs import cifar10_fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = cifar10_fsq_888.get_config()
+  config.model.quantizer.name = 'simvq'
+  config.model.quantizer.simvq.codebook_size = 1024
+  return config

@@ -1,0 +1,23 @@
+"""VQ with moving averages, 1024 codes, on CIFAR-10: to compare FSQ with.
+
+What: as cifar10_fsq_888 but for the quantizer, with the settings that
+  experiments/quantizer_comparison found best: k-means of the first batch, dead
+  codes restarted from latents.
+Command: python launch.py --config=configs/cifar10_vq_1024.py
+Hardware and time: 2 CPU cores, as cifar10_fsq_888.
+Numbers, with --config.train.num_steps=4000: @VQ@
+"""
+
+import ml_collections
+
+from configs import cifar10_fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = cifar10_fsq_888.get_config()
+  config.model.quantizer.name = 'vq'
+  config.model.quantizer.vq.codebook_size = 1024
+  config.model.quantizer.vq.codebook_init = 'kmeans'
+  config.model.quantizer.vq.restart = 'batch'
+  return config
