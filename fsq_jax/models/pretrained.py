@@ -7,6 +7,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from einops import rearrange
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
@@ -258,7 +259,7 @@ def _read(source, description, module, weights) -> np.ndarray:
     )[architecture.num_class_tokens:]
     side = math.isqrt(len(stored))
     return resampling.resize_grid(
-        stored.reshape(side, side, architecture.width),
+        rearrange(stored, '(h w) c -> h w c', h=side),
         module.grid_size,
         architecture.position_kernel,
     )

@@ -180,7 +180,8 @@ def _open_npz(path, stack):
     headers = {}
     for key, name in members.items():
       with archive.open(name) as file:
-        headers[key] = _read_npy_header(file, archive.getinfo(name).file_size)
+        size = archive.getinfo(name).file_size
+        headers[key] = _read_npy_header(file, key, size)
 
   def read(key):
     with archive.open(members[key]) as file:
@@ -189,7 +190,7 @@ def _open_npz(path, stack):
   return headers, read
 
 
-def _read_npy_header(file, size: int) -> ArrayHeader:
+def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
   """Reads shape and dtype, and compares them with the bytes that follow."""
   read = {
       (1, 0): np.lib.format.read_array_header_1_0,
@@ -197,13 +198,13 @@ def _read_npy_header(file, size: int) -> ArrayHeader:
   }
   version = np.lib.format.read_magic(file)
   if version not in read:
-    raise ValueError(f'an array has the .npy format {version}')
+    raise ValueError(f'{key} has the .npy format {version}')
   shape, _, dtype = read[version](file)
   # Pickled objects have no size of their own; they are refused by dtype.
   if not dtype.hasobject:
-    expected = math.prod(shape) * dtype.itemsize
-    if size - file.tell() != expected:
-      raise ValueError(f'an array of {expected} bytes has another length')
+    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != held:
+      raise ValueError(f'{key} claims {claimed} bytes and holds {held}')
   name = dtype.name if dtype.names is None else 'structured'
   return ArrayHeader(tuple(shape), _NUMPY_DTYPES.get(name, name))
 
