@@ -262,6 +262,29 @@ def test_every_parameter_has_a_gradient():
       assert np.all(np.abs(grad).reshape(len(grad), -1).max(-1) > 1e-6), path
 
 
+@pytest.mark.parametrize(
+    ('family', 'activation', 'epsilon', 'prefix', 'position', 'layer_scale'),
+    [
+        ('siglip', 'gelu_tanh', 1e-6, (0, 0), 'learned', False),
+        ('siglip_big_vision', 'gelu_tanh', 1e-6, (0, 0), 'learned', False),
+        ('dinov2', 'gelu', 1e-6, (1, 0), 'learned', True),
+        ('dinov2_with_registers', 'gelu', 1e-6, (1, 4), 'learned', True),
+        ('dinov3', 'gelu', 1e-5, (1, 4), 'rope', True),
+        ('mae', 'gelu', 1e-12, (1, 0), 'sincos', False),
+    ],
+)
+def test_families_are_as_published(
+    family, activation, epsilon, prefix, position, layer_scale
+):
+  arch = _architecture(family)
+  assert arch.activation == activation
+  assert arch.norm_epsilon == epsilon
+  assert (arch.num_class_tokens, arch.num_registers) == prefix
+  assert arch.position == position
+  assert arch.layer_scale == layer_scale
+  assert ('key' in arch.biases) == (family != 'dinov3')
+
+
 def _count(name, image_size):
   module = pretrained_vit.PretrainedVit(
       vit_families.ARCHITECTURES[name], (image_size, image_size)
