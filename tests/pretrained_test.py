@@ -115,6 +115,25 @@ def test_tokens_are_those_of_the_reference(checkpoint, expected, image, tokens):
   )
 
 
+@pytest.mark.parametrize(
+    'path', [*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION]
+)
+def test_the_final_affine_is_all_that_can_be_left_out(path):
+  encoder = pretrained.load_encoder(path)
+  plain = pretrained.load_encoder(path, final_affine=False)
+  leaves = _leaves(encoder)
+  assert leaves.keys() - _leaves(plain).keys() == {'norm/scale', 'norm/bias'}
+  images = np.random.default_rng(0).standard_normal(
+      (2, *encoder.module.image_size, 3)
+  )
+  images = np.float32(images)
+  np.testing.assert_allclose(
+      _tokens(encoder, images),
+      _tokens(plain, images) * leaves['norm/scale'] + leaves['norm/bias'],
+      atol=1e-5,
+  )
+
+
 def test_golden_encoders_of_all_families_are_there():
   found = {case[0].parent.name for case in _golden()}
   found |= {case[0].name for case in _golden()}
