@@ -30,6 +30,7 @@ setuptools.setup(
         'optax>=0.2.6',
         'orbax-checkpoint>=0.12.3,<1.0',
         'pillow',
+        'safetensors>=0.5',
         'scikit-image',
         'tensorflow-datasets>=4.9.9',
         'tqdm',

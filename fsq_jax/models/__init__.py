@@ -8,11 +8,16 @@ from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
+from fsq_jax.models import pretrained
 from fsq_jax.models import projector
 from fsq_jax.models import vit
+from fsq_jax.models import vit_families
 
 Autoencoder = autoencoder.Autoencoder
 AutoencoderOutput = autoencoder.AutoencoderOutput
+ARCHITECTURES = vit_families.ARCHITECTURES
+build_encoder = pretrained.build_encoder
+load_encoder = pretrained.load_encoder
 
 _ENCODERS = {'vit': vit.VitEncoder}
 _DECODERS = {'vit': vit.VitDecoder}

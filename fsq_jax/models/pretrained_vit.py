@@ -1,0 +1,290 @@
+"""A vision transformer that pretrained weights of several families fit."""
+
+import functools
+
+from einops import rearrange
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from fsq_jax.models import resampling
+from fsq_jax.models import vit
+from fsq_jax.models import vit_families
+
+_ACTIVATIONS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+    'silu': nn.silu,
+}
+_INIT = nn.initializers.normal(stddev=0.02)
+
+# Sines and cosines, each [N, head channels], or None without a rotation.
+Rotation = tuple[jax.Array, jax.Array] | None
+
+
+def rope_angles(
+    height: int, width: int, head_dim: int, theta: float
+) -> np.ndarray:
+  """Angles of DINOv3's rotary position embedding.
+
+  Centres of patches lie in [-1, 1] along both axes. A quarter of the channels
+  turns with the row and a quarter with the column, from half a turn at the
+  edges down to 1 / theta of that; the same again for the other channel of each
+  pair. As in Hugging Face's `DINOv3ViTRopePositionEmbedding`.
+
+  Args:
+    height: rows of the grid.
+    width: columns of the grid.
+    head_dim: channels of a head, a multiple of 4.
+    theta: base of the wavelengths.
+
+  Returns:
+    [height * width, head_dim] float64 radians, tokens in row-major order.
+  """
+  frequencies = theta ** -(np.arange(head_dim // 4) * 4 / head_dim)
+  rows = 2 * (np.arange(height) + 0.5) / height - 1
+  columns = 2 * (np.arange(width) + 0.5) / width - 1
+  grid = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
+  angles = 2 * np.pi * np.einsum('hwa,f->hwaf', grid, frequencies)
+  return np.tile(rearrange(angles, 'h w a f -> (h w) (a f)'), 2)
+
+
+class RotaryAttention(nn.Module):
+  """Multi-head self-attention that may turn queries and keys by position."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Mixes [B, N, C] tokens; returns the same shape."""
+
+    def project(name: str) -> jax.Array:
+      y = _dense(self, name, x.shape[-1])(x)
+      return rearrange(
+          y, 'b n (h d) -> b h n d', h=self.architecture.num_heads
+      )
+
+    q, k = (_rotate(project(name), rotation) for name in ('query', 'key'))
+    mixed = vit.attend(q, k, project('value'))
+    mixed = rearrange(mixed, 'b h n d -> b n (h d)').astype(self.dtype)
+    return _dense(self, 'out', x.shape[-1])(mixed)
+
+
+class GatedMlp(nn.Module):
+  """Two dense layers, the first of which may have a gate beside it."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Transforms each of the [B, N, C] tokens; returns the same shape."""
+    arch = self.architecture
+    activate = _ACTIVATIONS[arch.activation]
+    hidden = _dense(self, 'in', arch.mlp_dim, 'mlp')(x)
+    if arch.mlp == 'gated':
+      gate = _dense(self, 'gate', arch.mlp_dim, 'mlp')(x)
+      hidden = activate(gate) * hidden
+    else:
+      hidden = activate(hidden)
+    return _dense(self, 'out', x.shape[-1], 'mlp')(hidden)
+
+
+class PretrainedBlock(nn.Module):
+  """Pre-LayerNorm transformer block, in the form that nn.scan iterates."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+      self, x: jax.Array, rotation: Rotation
+  ) -> tuple[jax.Array, None]:
+    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
+    arch = self.architecture
+
+    def scale(name: str, y: jax.Array) -> jax.Array:
+      if not arch.layer_scale:
+        return y
+      init = nn.initializers.ones
+      return y * self.param(name, init, (arch.width,)).astype(self.dtype)
+
+    y = _layer_norm(arch, 'attention_norm')(x).astype(self.dtype)
+    attention = RotaryAttention(arch, self.dtype, name='attention')
+    x = x + scale('attention_scale', attention(y, rotation))
+    y = _layer_norm(arch, 'mlp_norm')(x).astype(self.dtype)
+    mlp = GatedMlp(arch, self.dtype, name='mlp')
+    return x + scale('mlp_scale', mlp(y)), None
+
+
+class PretrainedVit(nn.Module):
+  """Images to latents, with weights from `pretrained.load_encoder`.
+
+  Attributes:
+    architecture: which vision transformer.
+    image_size: (height, width) in pixels that images are resampled to, and the
+      grid of added positions.
+    final_affine: whether the last LayerNorm has a scale and a bias; without
+      them every token has mean 0 and variance 1.
+    resize: kernel for images of another size, of `resampling.KERNELS`.
+      'bicubic' is that of github.com/hugoycj/RAE, for every family;
+      'bicubic_antialias' is nearer to how Pillow shrinks photographs.
+    dtype: of the products; LayerNorm and softmax are in float32.
+    remat: whether the backward pass computes each block again.
+    scan_unroll: blocks laid out in one iteration; changes speed, not results.
+  """
+
+  architecture: vit_families.Architecture
+  image_size: tuple[int, int]
+  final_affine: bool = True
+  resize: str = 'bicubic'
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+  scan_unroll: int = 1
+
+  @property
+  def width(self) -> int:
+    """Channels of the latents."""
+    return self.architecture.width
+
+  @property
+  def grid_size(self) -> tuple[int, int]:
+    """Rows and columns of the latents."""
+    patch = self.architecture.patch_size
+    return self.image_size[0] // patch, self.image_size[1] // patch
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Encodes images.
+
+    Args:
+      images: [B, H, W, 3] floats in [-1, 1], of any size.
+
+    Returns:
+      [B, h, w, width] float32 latents of the patches of images resampled to
+      image_size, without those of class token and registers.
+    """
+    arch = self.architecture
+    images = resampling.resize_images(images, self.image_size, self.resize)
+    images = ((images + 1) / 2 - jnp.asarray(arch.mean)) / jnp.asarray(arch.std)
+    latents = self.tokens(images)[:, arch.num_prefix_tokens:]
+    return rearrange(
+        latents, 'b (h w) c -> b h w c', h=self.grid_size[0]
+    )
+
+  @nn.compact
+  def tokens(self, images: jax.Array) -> jax.Array:
+    """Encodes images that are already of the family's mean and deviation.
+
+    Args:
+      images: [B, H, W, 3] floats; of image_size, unless positions are 'rope'.
+
+    Returns:
+      [B, N, width] float32 tokens after the last LayerNorm: class token,
+      registers, patches in row-major order.
+
+    Raises:
+      ValueError: added positions are for another grid.
+    """
+    arch = self.architecture
+    p = arch.patch_size
+    height, width = images.shape[1] // p, images.shape[2] // p
+    patches = rearrange(
+        images[:, :height * p, :width * p],
+        'b (h p) (w q) c -> b h w (p q c)', p=p, q=p,
+    )
+    x = nn.Dense(arch.width, dtype=self.dtype, name='patches')(patches)
+    x = self._prepend(rearrange(self._add_positions(x), 'b h w c -> b (h w) c'))
+    block = PretrainedBlock
+    if self.remat:
+      block = nn.remat(block, prevent_cse=False)
+    blocks = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=nn.broadcast,
+        length=arch.depth,
+        unroll=min(self.scan_unroll, arch.depth),
+    )(arch, self.dtype, name='blocks')
+    x, _ = blocks(x.astype(self.dtype), _rotation(arch, height, width))
+    return _layer_norm(arch, 'norm', self.final_affine)(x)
+
+  def _add_positions(self, x: jax.Array) -> jax.Array:
+    """Adds positions to [B, h, w, C] tokens of patches."""
+    arch = self.architecture
+    if arch.position == 'rope':
+      return x
+    if x.shape[1:3] != self.grid_size:
+      raise ValueError(
+          f'The position embedding is for a grid of {self.grid_size} tokens,'
+          f' not {x.shape[1:3]}; use images of {self.image_size} pixels, or'
+          ' load the encoder with another image_size.'
+      )
+    init = _sincos if arch.position == 'sincos' else _INIT
+    return x + self.param('positions', init, x.shape[1:])
+
+  def _prepend(self, x: jax.Array) -> jax.Array:
+    """Puts class token and registers before [B, N, C] tokens of patches."""
+    arch = self.architecture
+    prefix = []
+    if arch.num_class_tokens:
+      token = self.param('class_token', _INIT, (arch.width,))
+      if arch.position != 'rope':
+        # Added to the token all the same: kept apart as in the checkpoints.
+        zeros = nn.initializers.zeros
+        token += self.param('class_position', zeros, (arch.width,))
+      prefix.append(token[None])
+    if arch.num_registers:
+      shape = (arch.num_registers, arch.width)
+      prefix.append(self.param('registers', _INIT, shape))
+    tokens = [jnp.broadcast_to(t, (len(x), *t.shape)) for t in prefix]
+    return jnp.concatenate([*(t.astype(x.dtype) for t in tokens), x], axis=1)
+
+
+def _sincos(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  del key  # The same every time.
+  return jnp.asarray(vit.sincos_positions(*shape))
+
+
+def _rotation(
+    arch: vit_families.Architecture, height: int, width: int
+) -> Rotation:
+  if arch.position != 'rope':
+    return None
+  head_dim = arch.width // arch.num_heads
+  angles = rope_angles(height, width, head_dim, arch.rope_theta)
+  # Class token and registers turn by nothing.
+  angles = np.pad(angles, ((arch.num_prefix_tokens, 0), (0, 0)))
+  return (
+      jnp.asarray(np.sin(angles), jnp.float32),
+      jnp.asarray(np.cos(angles), jnp.float32),
+  )
+
+
+def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+  """Turns pairs of channels, half of a head apart, of [B, h, N, d] tokens."""
+  if rotation is None:
+    return x
+  sin, cos = rotation
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([-second, first], axis=-1)
+  return (x * cos + turned * sin).astype(x.dtype)
+
+
+def _dense(
+    module: nn.Module, name: str, features: int, bias: str | None = None
+) -> nn.Dense:
+  """A dense layer of the module, with a bias where the family has one."""
+  use_bias = (bias or name) in module.architecture.biases
+  return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, name=name)
+
+
+def _layer_norm(
+    arch: vit_families.Architecture, name: str, affine: bool = True
+) -> nn.LayerNorm:
+  # E[x^2] - E[x]^2 would lose what an epsilon of 1e-12 leaves of the variance.
+  return nn.LayerNorm(
+      epsilon=arch.norm_epsilon, use_bias=affine, use_scale=affine,
+      use_fast_variance=False, dtype=jnp.float32, name=name,
+  )

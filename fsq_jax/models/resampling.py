@@ -1,0 +1,128 @@
+"""Resampling of grids and images, as separable kernels: a matrix per axis."""
+
+from collections.abc import Callable
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+
+def _bicubic(size_in: int, size_out: int) -> np.ndarray:
+  """PyTorch's bicubic without antialias, align_corners=False: a = -0.75."""
+  centers = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+  first = np.floor(centers).astype(int) - 1
+  matrix = np.zeros((size_out, size_in))
+  for tap in range(4):
+    # Beyond the edges the values at the edges go on.
+    position = np.clip(first + tap, 0, size_in - 1)
+    weights = _cubic(first + tap - centers, -0.75)
+    np.add.at(matrix, (np.arange(size_out), position), weights)
+  return matrix
+
+
+def _bicubic_antialias(size_in: int, size_out: int) -> np.ndarray:
+  """Bicubic with antialias, of PyTorch, Pillow and JAX: a = -0.5."""
+  # Shrinking widens the kernel; beyond the edges there is nothing.
+  scale = size_in / size_out
+  centers = (np.arange(size_out) + 0.5) * scale - 0.5
+  distances = np.arange(size_in) - centers[:, None]
+  matrix = _cubic(distances / max(scale, 1.0), -0.5)
+  return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def _bilinear_align_corners(size_in: int, size_out: int) -> np.ndarray:
+  """Bilinear between corners that stay: scipy's zoom of order 1."""
+  centers = np.linspace(0, size_in - 1, size_out)
+  distances = np.abs(np.arange(size_in) - centers[:, None])
+  return np.maximum(1 - distances, 0)
+
+
+KERNELS: dict[str, Callable[[int, int], np.ndarray]] = {
+    'bicubic': _bicubic,
+    'bicubic_antialias': _bicubic_antialias,
+    'bilinear_align_corners': _bilinear_align_corners,
+}
+
+
+def check_kernel(kernel: str) -> None:
+  """Raises ValueError for a kernel that is not in `KERNELS`."""
+  if kernel not in KERNELS:
+    raise ValueError(f'The kernel is {kernel!r}; known: {sorted(KERNELS)}.')
+
+
+def axis_matrix(kernel: str, size_in: int, size_out: int) -> np.ndarray:
+  """Weights of one axis.
+
+  Args:
+    kernel: a key of `KERNELS`.
+    size_in: values along the axis.
+    size_out: wanted values.
+
+  Returns:
+    [size_out, size_in] float64, whose rows sum to 1.
+
+  Raises:
+    ValueError: an unknown kernel, or a size below 1.
+  """
+  check_kernel(kernel)
+  if min(size_in, size_out) < 1:
+    raise ValueError(
+        f'An axis of {size_in} values cannot become one of {size_out}; both'
+        ' sizes must be at least 1.'
+    )
+  return KERNELS[kernel](size_in, size_out)
+
+
+def resize_grid(
+    grid: np.ndarray, size: tuple[int, int], kernel: str
+) -> np.ndarray:
+  """Resamples a grid of vectors, such as position embeddings, on the host.
+
+  Args:
+    grid: [h, w, C] floats.
+    size: wanted (rows, columns).
+    kernel: a key of `KERNELS`.
+
+  Returns:
+    [*size, C] float32; of the same size, the same values.
+  """
+  if grid.shape[:2] == tuple(size):
+    return np.asarray(grid, np.float32)
+  rows = axis_matrix(kernel, grid.shape[0], size[0])
+  columns = axis_matrix(kernel, grid.shape[1], size[1])
+  resized = np.einsum('yh,xw,hwc->yxc', rows, columns, grid, optimize=True)
+  return resized.astype(np.float32)
+
+
+def resize_images(
+    images: jax.Array, size: tuple[int, int], kernel: str
+) -> jax.Array:
+  """Resamples images on the device, in float32; bicubic may overshoot.
+
+  Args:
+    images: [B, H, W, 3] floats.
+    size: wanted (height, width) in pixels.
+    kernel: a key of `KERNELS`.
+
+  Returns:
+    [B, *size, 3] float32; of the same size, the same values.
+  """
+  check_kernel(kernel)
+  images = images.astype(jnp.float32)
+  height, width = images.shape[1:3]
+  if (height, width) == tuple(size):
+    return images
+  rows = jnp.asarray(axis_matrix(kernel, height, size[0]), jnp.float32)
+  columns = jnp.asarray(axis_matrix(kernel, width, size[1]), jnp.float32)
+  # Products in fewer bits would show as noise in the pixels.
+  highest = jax.lax.Precision.HIGHEST
+  images = jnp.einsum('yh,bhwc->bywc', rows, images, precision=highest)
+  return jnp.einsum('xw,bywc->byxc', columns, images, precision=highest)
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+  """The cubic convolution kernel of Keys (1981), 0 from a distance of 2."""
+  x = np.abs(distance)
+  near = ((a + 2) * x - (a + 3)) * x**2 + 1
+  far = ((x - 5) * x + 8) * a * x - 4 * a
+  return np.where(x <= 1, near, np.where(x < 2, far, 0.0))

@@ -1,0 +1,182 @@
+"""Architectures of pretrained vision transformers, by family and by name."""
+
+import dataclasses
+from typing import Any
+
+POSITIONS = ('learned', 'sincos', 'rope')
+MLPS = ('plain', 'gated')
+ACTIVATIONS = ('gelu', 'gelu_tanh', 'silu')
+BIASES = ('query', 'key', 'value', 'out', 'mlp')
+
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+  """What tells pretrained vision transformers apart.
+
+  Attributes:
+    width: channels of a token.
+    depth: blocks.
+    num_heads: attention heads, which divide the width.
+    mlp_dim: channels inside of the MLP; with a gate, of each of its halves.
+    patch_size: pixels a side; what a patch does not fill is cut off at the
+      bottom and on the right, as by a convolution without padding.
+    num_class_tokens: 0 or 1, before all others.
+    num_registers: tokens without a position, between class token and patches.
+    position: 'learned' and 'sincos' are added before the first block, and
+      differ only in how they start; 'rope' turns queries and keys of patches.
+    position_kernel: how added positions were resampled to other grids by those
+      who trained them; a key of `resampling.KERNELS`, and unused by 'rope'.
+    rope_theta: base of the wavelengths of 'rope'.
+    mlp: 'plain', two dense layers, or 'gated', the first of them doubled.
+    activation: 'gelu' is exact, 'gelu_tanh' its approximation.
+    biases: which dense layers have one, of `BIASES`.
+    layer_scale: whether a learned vector scales each residual branch.
+    norm_epsilon: what each LayerNorm adds to the variance.
+    mean: of the pixels in [0, 1] that it was trained on, per channel.
+    std: the standard deviation that it was trained with, likewise.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  patch_size: int
+  num_class_tokens: int
+  num_registers: int
+  position: str
+  position_kernel: str
+  rope_theta: float
+  mlp: str
+  activation: str
+  biases: tuple[str, ...]
+  layer_scale: bool
+  norm_epsilon: float
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def __post_init__(self):
+    for name, known in (
+        ('position', POSITIONS), ('mlp', MLPS), ('activation', ACTIVATIONS)
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(
+            f'{name} is {getattr(self, name)!r}; known: {sorted(known)}.'
+        )
+    # A rotation takes pairs of channels, rows and columns one half of each.
+    multiple = {'rope': 4}.get(self.position, 1) * self.num_heads
+    if self.width % multiple:
+      raise ValueError(
+          f'The width {self.width} must be a multiple of {multiple}, for'
+          f' {self.num_heads} heads and {self.position} positions.'
+      )
+
+  @property
+  def num_prefix_tokens(self) -> int:
+    """Tokens before those of the patches."""
+    return self.num_class_tokens + self.num_registers
+
+
+# What all members of a family share. Big_vision's SigLIP is that of Hugging
+# Face but for the resampling of positions.
+FAMILIES: dict[str, dict[str, Any]] = {}
+FAMILIES['siglip'] = {
+    'num_class_tokens': 0,
+    'num_registers': 0,
+    'position': 'learned',
+    'position_kernel': 'bicubic',
+    'rope_theta': 0.0,
+    'mlp': 'plain',
+    'activation': 'gelu_tanh',
+    'biases': BIASES,
+    'layer_scale': False,
+    'norm_epsilon': 1e-6,
+    'mean': _HALF,
+    'std': _HALF,
+}
+FAMILIES['siglip_big_vision'] = {
+    **FAMILIES['siglip'],
+    'position_kernel': 'bilinear_align_corners',
+}
+FAMILIES['dinov2'] = {
+    **FAMILIES['siglip'],
+    'num_class_tokens': 1,
+    'activation': 'gelu',
+    'layer_scale': True,
+    'mean': _IMAGENET_MEAN,
+    'std': _IMAGENET_STD,
+}
+FAMILIES['dinov2_with_registers'] = {
+    **FAMILIES['dinov2'],
+    'num_registers': 4,
+    'position_kernel': 'bicubic_antialias',
+}
+FAMILIES['dinov3'] = {
+    **FAMILIES['dinov2'],
+    'num_registers': 4,
+    'position': 'rope',
+    'rope_theta': 100.0,
+    'biases': ('query', 'value', 'out', 'mlp'),
+    'norm_epsilon': 1e-5,
+}
+FAMILIES['mae'] = {
+    **FAMILIES['dinov2'],
+    'position': 'sincos',
+    'layer_scale': False,
+    'norm_epsilon': 1e-12,
+}
+
+_SIZES = {
+    'S': {'width': 384, 'depth': 12, 'num_heads': 6, 'mlp_dim': 1536},
+    'B': {'width': 768, 'depth': 12, 'num_heads': 12, 'mlp_dim': 3072},
+    'L': {'width': 1024, 'depth': 24, 'num_heads': 16, 'mlp_dim': 4096},
+    'So400m': {'width': 1152, 'depth': 27, 'num_heads': 16, 'mlp_dim': 4304},
+    'g-opt': {'width': 1536, 'depth': 40, 'num_heads': 16, 'mlp_dim': 6144},
+    # DINOv2's giant, with two thirds of 4 times the width in each half.
+    'g': {
+        'width': 1536, 'depth': 40, 'num_heads': 24, 'mlp_dim': 4096,
+        'mlp': 'gated', 'activation': 'silu',
+    },
+}
+_MEMBERS = {
+    'siglip': ('B/16', 'L/16', 'So400m/14', 'So400m/16', 'g-opt/16'),
+    'dinov2': ('S/14', 'B/14', 'L/14', 'g/14'),
+    'dinov2_with_registers': ('S/14', 'B/14', 'L/14', 'g/14'),
+    'dinov3': ('B/16', 'L/16'),
+    'mae': ('B/16', 'L/16'),
+}
+
+
+def build_architecture(family: str, **fields: Any) -> Architecture:
+  """Builds an architecture of a family.
+
+  Args:
+    family: a key of `FAMILIES`.
+    **fields: of `Architecture`, those that the family leaves open, and others
+      in place of the family's.
+
+  Raises:
+    ValueError: an unknown family, or fields that do not fit each other.
+  """
+  if family not in FAMILIES:
+    raise ValueError(f'The family is {family!r}; known: {sorted(FAMILIES)}.')
+  return Architecture(**{**FAMILIES[family], **fields})
+
+
+def _build_all() -> dict[str, Architecture]:
+  architectures = {}
+  for family, members in _MEMBERS.items():
+    for member in members:
+      size, patch = member.split('/')
+      architectures[f'{family}_{member}'] = build_architecture(
+          family, patch_size=int(patch), **_SIZES[size]
+      )
+  return architectures
+
+
+# Published sizes, such as 'siglip_L/16'. SigLIP 2 of a fixed resolution has
+# the architecture of SigLIP.
+ARCHITECTURES = _build_all()

@@ -1,0 +1,241 @@
+"""What architecture a checkpoint has, by its config.json or by its shapes."""
+
+import collections
+from collections.abc import Mapping, Sequence
+import math
+import re
+from typing import Any, NamedTuple
+
+from fsq_jax.models import vit_families
+from fsq_jax.models import weight_files
+
+_MODEL_TYPES = {
+    'siglip': 'siglip',
+    'siglip_vision_model': 'siglip',
+    'dinov2': 'dinov2',
+    'dinov2_with_registers': 'dinov2_with_registers',
+    'dinov3_vit': 'dinov3',
+    'vit_mae': 'mae',
+}
+_ACTIVATIONS = {
+    'gelu': 'gelu',
+    'gelu_new': 'gelu_tanh',
+    'gelu_pytorch_tanh': 'gelu_tanh',
+    'silu': 'silu',
+}
+# What a vision_config leaves out, since it is the default of transformers.
+_SIGLIP_DEFAULTS = {
+    'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
+    'intermediate_size': 3072, 'patch_size': 16, 'image_size': 224,
+    'hidden_act': 'gelu_pytorch_tanh',
+}
+_MAX_COUNT = 10**6
+
+
+class Description(NamedTuple):
+  """What is in a checkpoint.
+
+  Attributes:
+    family: a key of `vit_families.FAMILIES`.
+    architecture: the rest of it.
+    image_size: pixels a side that the weights are for.
+    scanned: whether blocks are stacked along the first axis of one array.
+  """
+
+  family: str
+  architecture: vit_families.Architecture
+  image_size: int
+  scanned: bool
+
+
+def describe_config(config: Mapping[str, Any], source: str) -> Description:
+  """Describes a Hugging Face checkpoint.
+
+  Args:
+    config: the content of config.json.
+    source: of it, for messages.
+
+  Raises:
+    ValueError: another kind of model, or fields of another kind.
+  """
+  family = _choose(config, 'model_type', _MODEL_TYPES, source)
+  if family == 'siglip':
+    vision = config.get('vision_config', config)
+    if not isinstance(vision, Mapping):
+      raise ValueError(
+          f'vision_config of {source} is {vision!r}; it must be an object.'
+      )
+    config = {**_SIGLIP_DEFAULTS, **vision}
+
+  def count(name: str) -> int:
+    return _number(config, name, source, int)
+
+  if 'num_channels' in config and count('num_channels') != 3:
+    raise ValueError(
+        f'num_channels of {source} is {config["num_channels"]}; only encoders'
+        ' of 3 channels are known.'
+    )
+  fields = {
+      'width': count('hidden_size'),
+      'depth': count('num_hidden_layers'),
+      'num_heads': count('num_attention_heads'),
+      'patch_size': count('patch_size'),
+      'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
+      'biases': _biases(config, family),
+  }
+  if 'layer_norm_eps' in config:
+    fields['norm_epsilon'] = _number(config, 'layer_norm_eps', source, float)
+  if family in ('dinov2', 'dinov2_with_registers'):
+    ratio = _number(config, 'mlp_ratio', source, float)
+    fields['mlp_dim'] = int(fields['width'] * ratio)
+    if config.get('use_swiglu_ffn'):
+      # Two thirds in each half, rounded up to a multiple of 8.
+      mlp_dim = (int(fields['mlp_dim'] * 2 / 3) + 7) // 8 * 8
+      fields.update(mlp='gated', activation='silu', mlp_dim=mlp_dim)
+  else:
+    fields['mlp_dim'] = count('intermediate_size')
+  if family == 'dinov3':
+    fields['rope_theta'] = _number(config, 'rope_theta', source, float)
+    if config.get('use_gated_mlp'):
+      fields['mlp'] = 'gated'
+  if config.get('num_register_tokens'):
+    fields['num_registers'] = count('num_register_tokens')
+  elif 'num_register_tokens' in config:
+    fields['num_registers'] = 0
+  try:
+    architecture = vit_families.build_architecture(family, **fields)
+  except ValueError as error:
+    raise ValueError(f'{source} describes no model. {error}') from error
+  return Description(family, architecture, count('image_size'), scanned=False)
+
+
+def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
+  """Describes the image tower of a big_vision SigLIP checkpoint by its shapes.
+
+  Raises:
+    ValueError: arrays that tell the shape are missing or of another rank.
+  """
+  keys = list(weights.headers)
+  found = [re.match(r'(|.*/)Transformer/encoderblock(_\d+)?/', k) for k in keys]
+  counts = collections.Counter(match[1] for match in found if match)
+  if not counts:
+    raise ValueError(
+        f'{weights.source} has no keys like img/Transformer/encoderblock_0/...'
+        f' of a big_vision image tower, but {keys[:5]} ...'
+    )
+  # The copies in an optimizer's state have the longer prefixes.
+  prefix = min(counts, key=lambda p: (-counts[p], len(p)))
+  indices = {match[2] for match in found if match and match[1] == prefix}
+  scanned = None in indices
+  block = f'{prefix}Transformer/encoderblock' + ('' if scanned else '_0')
+  patches = _shape(weights, f'{prefix}embedding/kernel', 4)
+  positions = _shape(weights, f'{prefix}pos_embedding', 3)
+  query = f'{block}/MultiHeadDotProductAttention_0/query/kernel'
+  attention = _shape(weights, query, 3 + scanned)
+  mlp = _shape(weights, f'{block}/MlpBlock_0/Dense_0/kernel', 2 + scanned)
+  grid = math.isqrt(positions[1])
+  if grid**2 != positions[1]:
+    raise ValueError(
+        f'{prefix}pos_embedding of {weights.source} has {positions[1]}'
+        ' positions, which are no square grid without class token.'
+    )
+  try:
+    architecture = vit_families.build_architecture(
+        'siglip_big_vision',
+        width=patches[-1],
+        depth=(
+            attention[0]
+            if scanned
+            else 1 + max(int(index[1:]) for index in indices)
+        ),
+        num_heads=attention[-2],
+        mlp_dim=mlp[-1],
+        patch_size=patches[0],
+    )
+  except ValueError as error:
+    raise ValueError(f'{weights.source} holds no model. {error}') from error
+  return Description(
+      'siglip_big_vision', architecture, grid * patches[0], scanned
+  )
+
+
+def find_prefix(keys: Sequence[str], expected: Sequence[str]) -> str:
+  """Finds what stands before the keys of the vision tower in a checkpoint.
+
+  Args:
+    keys: of the checkpoint.
+    expected: keys of the vision tower without a prefix.
+
+  Returns:
+    The prefix under which the most of them are found; the shortest of several.
+  """
+  wanted = set(expected)
+  counts = collections.Counter()
+  for key in keys:
+    for match in re.finditer(r'^|[./]', key):
+      if key[match.end():] in wanted:
+        counts[key[:match.end()]] += 1
+  return min(counts, key=lambda p: (-counts[p], len(p)), default='')
+
+
+def _biases(config: Mapping[str, Any], family: str) -> tuple[str, ...]:
+  """Which dense layers have a bias."""
+  if family == 'dinov3':
+    fields = {
+        'query': 'query_bias', 'key': 'key_bias', 'value': 'value_bias',
+        'out': 'proj_bias', 'mlp': 'mlp_bias',
+    }
+  else:
+    fields = dict.fromkeys(('query', 'key', 'value'), 'qkv_bias')
+  usual = vit_families.FAMILIES[family]['biases']
+  return tuple(
+      name
+      for name in vit_families.BIASES
+      if config.get(fields.get(name), name in usual)
+  )
+
+
+def _shape(
+    weights: weight_files.WeightFiles, key: str, rank: int
+) -> tuple[int, ...]:
+  """Shape of an array that tells what the model is like."""
+  if key not in weights.headers:
+    raise ValueError(
+        f'{weights.source} lacks {key!r}, which tells the shape of the model;'
+        ' the file is damaged or no big_vision SigLIP.'
+    )
+  shape = weights.headers[key].shape
+  if len(shape) != rank or not all(0 < n <= _MAX_COUNT for n in shape):
+    raise ValueError(
+        f'{key!r} of {weights.source} has the shape {shape}; it must have'
+        f' {rank} axes, none of which is empty.'
+    )
+  return shape
+
+
+def _choose(
+    config: Mapping[str, Any], name: str, table: Mapping[str, str], source: str
+) -> str:
+  value = config.get(name)
+  if not isinstance(value, str) or value not in table:
+    raise ValueError(
+        f'{name} of {source} is {value!r}; known: {sorted(table)}.'
+    )
+  return table[value]
+
+
+def _number(
+    config: Mapping[str, Any], name: str, source: str, kind: type
+) -> Any:
+  value = config.get(name)
+  kinds = (int,) if kind is int else (int, float)
+  if (
+      isinstance(value, bool)
+      or not isinstance(value, kinds)
+      or not 0 < value <= _MAX_COUNT
+  ):
+    raise ValueError(
+        f'{name} of {source} is {value!r}; it must be a number of type'
+        f' {kind.__name__} above 0 and up to {_MAX_COUNT}.'
+    )
+  return kind(value)

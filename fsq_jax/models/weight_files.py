@@ -1,0 +1,222 @@
+"""Files of pretrained weights, read array by array and never unpickled."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import struct
+from typing import Any, NamedTuple
+import zipfile
+import zlib
+
+from jax import numpy as jnp
+import numpy as np
+import safetensors
+
+_SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+# NumPy has no name for bfloat16 and stores it as two bytes of anything.
+_NUMPY_DTYPES = {
+    'float32': 'float32', 'float16': 'float16', 'void16': 'bfloat16'
+}
+# What zipfile, zlib, NumPy and safetensors raise over damaged files.
+_DAMAGE = (
+    EOFError, KeyError, MemoryError, NotImplementedError, OSError,
+    OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
+    safetensors.SafetensorError, struct.error, zipfile.BadZipFile, zlib.error,
+)
+
+
+class ArrayHeader(NamedTuple):
+  """Shape and dtype of an array, as its file says.
+
+  Attributes:
+    shape: sizes of the axes.
+    dtype: 'float32', 'float16' or 'bfloat16', or a name that is none of these.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+
+
+FLOATS = frozenset(_SAFETENSORS_DTYPES.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFiles:
+  """The arrays of one checkpoint, of which only headers are in memory.
+
+  Attributes:
+    source: the file or directory, for messages.
+    headers: shape and dtype of each array, by key.
+  """
+
+  source: str
+  headers: Mapping[str, ArrayHeader]
+  _read: Callable[[str], np.ndarray]
+
+  def read(self, key: str) -> np.ndarray:
+    """Reads one array as float32, which holds all values of `FLOATS`.
+
+    Raises:
+      ValueError: the file is damaged there, or holds NaN or infinity.
+    """
+    with _refusing(f'{key!r} of {self.source}'):
+      array = self._read(key)
+    if array.dtype.kind == 'V':
+      array = array.view(jnp.bfloat16)
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+      raise ValueError(
+          f'{key!r} of {self.source} holds NaN or infinity: the file is'
+          ' damaged. Download it again.'
+      )
+    return array
+
+
+@contextlib.contextmanager
+def open_weights(path: pathlib.Path) -> Iterator[WeightFiles]:
+  """Opens a directory with safetensors files, or an .npz file.
+
+  Args:
+    path: a directory with `model.safetensors` or, for weights in several
+      files, `model.safetensors.index.json`; or a file.
+
+  Raises:
+    ValueError: there are no such files, or damaged ones.
+  """
+  with contextlib.ExitStack() as stack:
+    if path.is_dir():
+      headers, read = _open_directory(path, stack)
+    elif path.suffix == '.safetensors':
+      raise ValueError(
+          f'{path} is one file of a checkpoint; give its directory, which must'
+          ' hold config.json too.'
+      )
+    elif path.is_file():
+      headers, read = _open_npz(path, stack)
+    else:
+      raise ValueError(
+          f'There is no {path}; give a directory with config.json and'
+          ' model.safetensors, or a big_vision .npz file.'
+      )
+    yield WeightFiles(str(path), headers, read)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object from a file.
+
+  Raises:
+    ValueError: there is no such file, or something else in it.
+  """
+  if not path.is_file():
+    raise ValueError(
+        f'{path.parent} has no {path.name}; a Hugging Face checkpoint is a'
+        ' directory with config.json and model.safetensors.'
+    )
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, RecursionError, ValueError) as error:
+    raise ValueError(f'{path} is no JSON file: {error}.') from error
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} holds no JSON object; download it again.')
+  return content
+
+
+def _open_directory(path, stack):
+  whole = path / 'model.safetensors'
+  index = path / 'model.safetensors.index.json'
+  if whole.is_file():
+    return _open_safetensors(whole, stack)
+  if not index.is_file():
+    raise ValueError(
+        f'{path} has neither {whole.name} nor {index.name}. Files such as'
+        ' pytorch_model.bin are pickles, which may run any code and are never'
+        ' read; save the model as safetensors.'
+    )
+  files = read_json(index).get('weight_map')
+  if not isinstance(files, dict) or not all(
+      isinstance(name, str) and pathlib.PurePath(name).name == name
+      for name in files.values()
+  ):
+    raise ValueError(
+        f'{index} has no weight_map from keys to names of files beside it;'
+        ' download it again.'
+    )
+  absent = sorted(n for n in set(files.values()) if not (path / n).is_file())
+  if absent:
+    raise ValueError(f'{path} lacks {absent}, which {index.name} names.')
+  headers, reads = {}, {}
+  for name in sorted(set(files.values())):
+    shard_headers, read = _open_safetensors(path / name, stack)
+    for key, header in shard_headers.items():
+      if files.get(key, name) == name:
+        headers[key], reads[key] = header, read
+  return headers, lambda key: reads[key](key)
+
+
+def _open_safetensors(path, stack):
+  with _refusing(str(path)):
+    file = stack.enter_context(safetensors.safe_open(path, framework='numpy'))
+    headers = {}
+    for key in file.keys():  # noqa: SIM118, it is no mapping.
+      header = file.get_slice(key)
+      dtype = header.get_dtype()
+      headers[key] = ArrayHeader(
+          tuple(header.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
+      )
+  return headers, file.get_tensor
+
+
+def _open_npz(path, stack):
+  with _refusing(str(path)):
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    members = {
+        name.removesuffix('.npy'): name
+        for name in archive.namelist()
+        if name.endswith('.npy')
+    }
+    headers = {}
+    for key, name in members.items():
+      with archive.open(name) as file:
+        size = archive.getinfo(name).file_size
+        headers[key] = _read_npy_header(file, key, size)
+
+  def read(key):
+    with archive.open(members[key]) as file:
+      return np.lib.format.read_array(file, allow_pickle=False)
+
+  return headers, read
+
+
+def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
+  """Reads shape and dtype, and compares them with the bytes that follow."""
+  read = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+  }
+  version = np.lib.format.read_magic(file)
+  if version not in read:
+    raise ValueError(f'{key} has the .npy format {version}')
+  shape, _, dtype = read[version](file)
+  # Pickled objects have no size of their own; they are refused by dtype.
+  if not dtype.hasobject:
+    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != held:
+      raise ValueError(f'{key} claims {claimed} bytes and holds {held}')
+  name = dtype.name if dtype.names is None else 'structured'
+  return ArrayHeader(tuple(shape), _NUMPY_DTYPES.get(name, name))
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+  """Turns what readers raise over damaged files into one kind of error."""
+  try:
+    yield
+  except _DAMAGE as error:
+    raise ValueError(
+        f'{what} cannot be read, since it is damaged or of another kind than'
+        f' safetensors or .npz: {type(error).__name__}: {error}. Download it'
+        ' again.'
+    ) from error
