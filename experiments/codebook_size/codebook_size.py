@@ -27,12 +27,20 @@ HERE = pathlib.Path(__file__).resolve().parent
 BITS = {
     'fsq': (4, 6, 8, 9, 10, 11, 12, 14, 16),
     'vq_ema': (4, 6, 8, 10, 12, 14),
+    'vq_plain': (4, 6, 8, 10, 12, 14),
+}
+LABELS = {
+    'fsq': 'FSQ',
+    'vq_ema': 'VQ, k-means and restarts',
+    'vq_plain': 'VQ, plain',
 }
 
 
-def seeds(bits: int) -> tuple[int, ...]:
-  """Returns the seeds of a size: two where both quantizers are trained."""
-  return (0, 1) if bits in BITS['vq_ema'] else (0,)
+def seeds(quantizer: str, bits: int) -> tuple[int, ...]:
+  """Returns the seeds: two for FSQ and VQ at the sizes that both have."""
+  if quantizer != 'vq_plain' and bits in BITS['vq_ema']:
+    return (0, 1)
+  return (0,)
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
       for seed in (0, 1)
       for quantizer in BITS
       for bits in BITS[quantizer]
-      if seed in seeds(bits)
+      if seed in seeds(quantizer, bits)
   }
   sweep.train(
       settings.CONFIG,
@@ -60,7 +68,7 @@ def _rows(
   """Returns the numbers of a quantizer at one size, one row a seed."""
   return [
       results['runs'][settings.run_name(quantizer, bits, seed)]
-      for seed in seeds(bits)
+      for seed in seeds(quantizer, bits)
   ]
 
 
@@ -77,7 +85,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
   for quantizer in BITS:
     for bits in BITS[quantizer]:
       rows = _rows(results, quantizer, bits)
-      label = settings.LABELS[quantizer]
+      label = LABELS[quantizer]
       if quantizer == 'fsq':
         levels = quantizers.recommended_levels(bits)
         label += f' {",".join(map(str, levels))}'
@@ -101,14 +109,14 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   )
   figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
   for axis, (column, title) in zip(axes, panels, strict=True):
-    for quantizer, color in zip(BITS, ('C0', 'C1'), strict=True):
+    for quantizer, color in zip(BITS, ('C0', 'C1', 'C2'), strict=True):
       curves = [_rows(results, quantizer, bits) for bits in BITS[quantizer]]
       sizes = [rows[0]['codebook_size'] for rows in curves]
       axis.plot(
           sizes,
           [statistics.mean(row[column] for row in rows) for rows in curves],
           color=color,
-          label=settings.LABELS[quantizer],
+          label=LABELS[quantizer],
       )
       for size, rows in zip(sizes, curves, strict=True):
         for row in rows:

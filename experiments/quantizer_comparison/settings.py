@@ -106,6 +106,25 @@ CHOSEN = {
     'lfq': 'loss x 0.1',
 }
 
+# VQ from random codes, with dead ones left alone, as FSQ was first compared
+# with it; only in experiments/codebook_size.
+_PLAIN = {
+    'model.quantizer.vq.codebook_init': 'normal',
+    'model.quantizer.vq.restart': 'none',
+}
+
+
+def chosen(quantizer: str) -> dict[str, Any]:
+  """Returns the fields that tuning chose for a quantizer.
+
+  Args:
+    quantizer: one of `CHOSEN`; or 'vq_plain', which is 'vq_ema' without its
+      start and restarts.
+  """
+  if quantizer == 'vq_plain':
+    return {**chosen('vq_ema'), **_PLAIN}
+  return CANDIDATES[quantizer][CHOSEN[quantizer]]
+
 
 def size(quantizer: str, bits: int) -> dict[str, Any]:
   """Returns the fields that give a quantizer about 2^bits codes."""
@@ -131,7 +150,7 @@ def final_run(
       **BUDGET,
       'data.data_dir': data_dir,
       'seed': seed,
-      **CANDIDATES[quantizer][CHOSEN[quantizer]],
+      **chosen(quantizer),
       **size(quantizer, bits),
   }
 
