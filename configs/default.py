@@ -79,10 +79,21 @@ def _model() -> ml_collections.ConfigDict:
   # 'learned', or 'sincos': fixed two-dimensional sines (MAE's).
   encoder.position = 'learned'
 
-  # Latents to the quantizer's dimensions: 'linear', or 'standardized': linear,
-  # then brought to mean 0 and variance 1 over the batch, which keeps all
-  # levels in use.
-  model.projector_in = ml_collections.ConfigDict({'name': 'linear'})
+  # Size of the noise on latents in training, >= 0: standard deviation times a
+  # random share of it for each image.
+  model.latent_noise = 0.0
+
+  projector_in = model.projector_in = ml_collections.ConfigDict()
+  # Latents to the quantizer's dimensions: 'linear'; 'standardized', linear and
+  # then brought to mean 0 and variance 1 over the batch, which keeps all levels
+  # in use; 'mlp' and 'attention' as below; or 'none', for latents as they are.
+  projector_in.name = 'linear'
+  projector_in.mlp = _projector_in()
+  projector_in.attention = _projector_in()
+  # Transformer blocks, attention heads (they divide width), MLP channels.
+  projector_in.attention.depth = 4
+  projector_in.attention.num_heads = 8
+  projector_in.attention.mlp_dim = 2048
 
   quantizer = model.quantizer = ml_collections.ConfigDict()
   # Which of the sections below is built; the others are not read.
@@ -97,8 +108,17 @@ def _model() -> ml_collections.ConfigDict:
   quantizer.vq = _vq()
   quantizer.simvq = _simvq()
 
-  # 'linear': a linear map from the codes to the decoder's width.
-  model.projector_out = ml_collections.ConfigDict({'name': 'linear'})
+  projector_out = model.projector_out = ml_collections.ConfigDict()
+  # Codes to the decoder's width: 'linear'; 'mlp'; 'fourier', an MLP on random
+  # Fourier features; 'levels', one embedding for each level of each dimension,
+  # for quantizers with levels; or 'none', for codes as they are.
+  projector_out.name = 'linear'
+  projector_out.fourier = ml_collections.ConfigDict()
+  # Number of frequencies, each with a sine and a cosine.
+  projector_out.fourier.num_frequencies = 128
+  # Their standard deviation, > 0, in periods a step between neighbouring codes
+  # (a unit, where codes have no grid). At 0.187 neighbours are half similar.
+  projector_out.fourier.sigma = 0.187
 
   decoder = model.decoder = ml_collections.ConfigDict()
   # 'vit'; its fields are the encoder's.
@@ -119,6 +139,16 @@ def _model() -> ml_collections.ConfigDict:
   # compiles fastest, the depth runs fastest on CPU. Results are the same.
   model.scan_unroll = 1
   return model
+
+
+def _projector_in() -> ml_collections.ConfigDict:
+  projector = ml_collections.ConfigDict()
+  # Channels of the hidden layers.
+  projector.width = 512
+  # What its outputs pass: 'none', or 'tanh' for a quantizer without a bound of
+  # its own, such as FSQ with bound 'clip'.
+  projector.bound = 'none'
+  return projector
 
 
 def _fsq() -> ml_collections.ConfigDict:

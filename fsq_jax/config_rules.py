@@ -175,6 +175,20 @@ _QUANTIZERS = {
         'input_projection': _name('none', 'linear'),
     },
 }
+_PROJECTOR_IN = {'width': _COUNT, 'bound': _name('none', 'tanh')}
+_PROJECTORS = {
+    'in.name': _name('linear', 'standardized', 'mlp', 'attention', 'none'),
+    **{f'in.mlp.{name}': rule for name, rule in _PROJECTOR_IN.items()},
+    **{f'in.attention.{name}': rule for name, rule in _PROJECTOR_IN.items()},
+    'in.attention.depth': _COUNT,
+    'in.attention.num_heads': _COUNT,
+    'in.attention.mlp_dim': _COUNT,
+    'out.name': _name('linear', 'mlp', 'fourier', 'levels', 'none'),
+    'out.fourier.num_frequencies': _COUNT,
+    'out.fourier.sigma': _POSITIVE,
+}
+# Quantizers whose codes have no levels.
+_WITHOUT_LEVELS = ('simvq', 'vq')
 
 # Every field of configs/default.py.
 FIELDS: Mapping[str, Rule] = {
@@ -204,14 +218,14 @@ FIELDS: Mapping[str, Rule] = {
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
-    'model.projector_in.name': _name('linear', 'standardized'),
+    'model.latent_noise': _NOT_NEGATIVE,
+    **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
     'model.quantizer.name': _name(*_QUANTIZERS),
     **{
         f'model.quantizer.{quantizer}.{name}': rule
         for quantizer, rules in _QUANTIZERS.items()
         for name, rule in rules.items()
     },
-    'model.projector_out.name': _name('linear'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
     'model.dtype': _name('float32', 'bfloat16'),
     'model.remat': _BOOL,
@@ -275,10 +289,29 @@ def _vit_rules(part: str) -> Iterator[CrossRule]:
   )
 
 
+def _projector_rules() -> Iterator[CrossRule]:
+  yield CrossRule(
+      (
+          'model.projector_in.name',
+          'model.projector_in.attention.width',
+          'model.projector_in.attention.num_heads',
+      ),
+      "with 'attention' a width that is a multiple of num_heads",
+      lambda name, width, heads: name != 'attention' or width % heads == 0,
+  )
+  levels = sorted(_QUANTIZERS.keys() - _WITHOUT_LEVELS)
+  yield CrossRule(
+      ('model.projector_out.name', 'model.quantizer.name'),
+      f"with 'levels' a quantizer whose codes have levels: {levels}",
+      lambda name, quantizer: name != 'levels' or quantizer in levels,
+  )
+
+
 def cross_rules(num_devices: int | None) -> Iterator[CrossRule]:
   """Yields the rules between fields, those on devices if these are known."""
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
+  yield from _projector_rules()
   yield CrossRule(
       ('model.encoder.patch_size', 'model.decoder.patch_size'),
       'the same patch_size in both',

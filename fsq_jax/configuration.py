@@ -33,7 +33,9 @@ _RESUMABLE = frozenset({
 # Fields that decide of which arrays the train state consists and what they
 # mean: a checkpoint cannot be continued with others.
 _OF_STATE = ('model.', 'data.image_size', 'optim.name', 'optim.frozen')
-_NOT_OF_STATE = frozenset({'model.dtype', 'model.remat', 'model.scan_unroll'})
+_NOT_OF_STATE = frozenset({
+    'model.dtype', 'model.latent_noise', 'model.remat', 'model.scan_unroll',
+})
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -107,7 +109,7 @@ def check_config(
 
 
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what the quantizer refuses, if its fields are all there."""
+  """Yields what does not fit the quantizer, if its fields are all there."""
   quantizer = fields.get('model.quantizer.name')
   prefix = f'model.quantizer.{quantizer}.'
   names = [name for name in config_rules.FIELDS if name.startswith(prefix)]
@@ -118,9 +120,20 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
 
   options = {name.removeprefix(prefix): fields[name] for name in names}
   try:
-    quantizers.build_quantizer({'name': quantizer, **options})
+    code_dim = quantizers.build_quantizer(
+        {'name': quantizer, **options}
+    ).code_dim
   except ValueError as error:
     yield f'model.quantizer.{quantizer}: {error}'
+    return
+  for projector, part in (('in', 'encoder'), ('out', 'decoder')):
+    projector = f'model.projector_{projector}.name'
+    width = f'model.{part}.width'
+    if fields.get(projector) == 'none' and fields.get(width) != code_dim:
+      yield (
+          f"{projector} is 'none', {width} is {fields.get(width)!r}; allowed:"
+          f' the {code_dim} channels of the codes of {quantizer!r}.'
+      )
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:

@@ -160,6 +160,29 @@ def test_wrong_value_is_refused_by_name(name, value):
             },
             'model.quantizer.fsq: bound',
         ),
+        (
+            {
+                'model__projector_in__name': 'attention',
+                'model__projector_in__attention__num_heads': 7,
+            },
+            'a width that is a multiple of num_heads',
+        ),
+        (
+            {
+                'model__projector_out__name': 'levels',
+                'model__quantizer__name': 'simvq',
+            },
+            "'levels', model.quantizer.name is 'simvq'; allowed: with 'levels'",
+        ),
+        (
+            {'model__projector_in__name': 'none'},
+            "projector_in.name is 'none', model.encoder.width is 64; allowed:"
+            " the 3 channels of the codes of 'fsq'.",
+        ),
+        (
+            {'model__projector_out__name': 'none', 'model__encoder__width': 3},
+            "projector_out.name is 'none', model.decoder.width is 64",
+        ),
         ({'data__source': 'tfds'}, "with 'tfds' a name"),
         ({'data__source': 'folder'}, '--config.data.data_dir'),
         ({'data__source': 'folder', 'data__data_dir': '/none'}, "'/none'"),
@@ -256,6 +279,10 @@ def _allowed_names(field):
 def test_every_allowed_name_is_known_to_its_builder(field):
   for name in _allowed_names(field):
     config = ml_collections.ConfigDict(_changed(**{field: name}))
+    if 'projector' in field and name == 'none':
+      # Codes as wide as encoder and decoder; projectors have no say in it.
+      config.model.quantizer.name = 'vq'
+      config.model.quantizer.vq.code_dim = config.model.encoder.width
     if field.startswith('model.'):
       models.build_autoencoder(config.model, config.data.image_size)
     elif field.startswith('losses.'):
@@ -358,10 +385,32 @@ def test_run_that_would_change_needs_the_flag(name):
   configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
 
 
+def test_noise_on_latents_may_change_with_the_flag():
+  current = _changed(model__latent_noise=0.5)
+  with pytest.raises(ValueError, match='--allow_config_change'):
+    configuration.check_resumable(_DEFAULT, current)
+  configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
+
+
+def test_projectors_that_are_not_chosen_are_not_checked():
+  configuration.check_config(_changed(
+      model__projector_in__attention__num_heads=7,
+      model__projector_out__name='levels',
+      model__quantizer__name='residual_fsq',
+  ))
+  configuration.check_config(_changed(
+      model__projector_in__name='none',
+      model__projector_out__name='none',
+      model__quantizer__name='vq',
+      model__quantizer__vq__code_dim=64,
+  ))
+
+
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
         ('model.encoder.width', 8),
+        ('model.projector_out.fourier.sigma', 1.0),
         ('model.quantizer.fsq.levels', (5, 5)),
         ('data.image_size', (16, 16)),
         ('optim.name', 'muon'),

@@ -30,11 +30,24 @@ _SMALL = {
     'decoder.num_heads': 3,
     'decoder.depth': 1,
     'quantizer.fsq.levels': (8, 5, 4),
+    'projector_in.mlp.width': 24,
+    'projector_in.attention.width': 16,
+    'projector_in.attention.depth': 2,
+    'projector_in.attention.num_heads': 4,
+    'projector_in.attention.mlp_dim': 18,
+    'projector_out.fourier.num_frequencies': 10,
 }
+# Codes, latents and the decoder have 8 channels, as 'none' wants.
+_EQUAL = {'decoder.width': 8, 'decoder.num_heads': 2}
+_EIGHT_LEVELS = (4, 3, 3, 3, 2, 3, 3, 2)
 
 _DTYPES = ('float32', 'bfloat16')
 _VARIANTS = [
-    *[(name, 'learned') for name in sorted(models._PROJECTORS_IN)],
+    *[
+        (name, 'learned')
+        for name in sorted(models._PROJECTORS_IN)
+        if name != 'none'
+    ],
     *[('linear', name) for name in vit.POSITIONS if name != 'learned'],
 ]
 
@@ -70,7 +83,7 @@ def _init(module, *inputs):
   rng = np.random.default_rng(1)
 
   def draw(path, x):
-    around = 1.0 if path[-1].key in ('scale', 'var') else 0.0
+    around = 1.0 if path[-1].key in ('scale', 'var', 'gain') else 0.0
     return np.asarray(around + rng.uniform(-0.4, 0.4, x.shape), x.dtype)
 
   shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
@@ -114,6 +127,138 @@ def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
       _call(model, variables, indices, method='decode_from_indices'),
       output.reconstructions,
   )
+
+
+@pytest.mark.parametrize('projector_out', sorted(models._PROJECTORS_OUT))
+@pytest.mark.parametrize('projector_in', sorted(models._PROJECTORS_IN))
+def test_every_pair_of_projectors_decodes_its_indices(
+    projector_in, projector_out
+):
+  model = _build({
+      **_EQUAL,
+      'encoder.depth': 1,
+      'projector_in.name': projector_in,
+      'projector_out.name': projector_out,
+      'quantizer.fsq.levels': _EIGHT_LEVELS,
+  })
+  images = _images()
+  variables = _init(model, images)
+  output = _call(model, variables, images)
+  assert output.reconstructions.shape == images.shape
+  assert len(np.unique(output.indices)) > 3
+  there_and_back = jax.jit(
+      lambda variables, images: model.apply(
+          variables,
+          model.apply(variables, images, method='encode_to_indices'),
+          method='decode_from_indices',
+      )
+  )
+  np.testing.assert_array_equal(
+      there_and_back(variables, images), output.reconstructions
+  )
+
+
+@pytest.mark.parametrize(
+    ('quantizer', 'projector_out'),
+    [
+        ('bsq', 'levels'),
+        ('grouped_fsq', 'levels'),
+        ('lfq', 'levels'),
+        ('residual_fsq', 'levels'),
+        ('simvq', 'fourier'),
+        ('vq', 'fourier'),
+    ],
+)
+def test_projectors_decode_the_indices_of_other_quantizers(
+    quantizer, projector_out
+):
+  model = _build({
+      'encoder.depth': 1,
+      'quantizer.name': quantizer,
+      'quantizer.residual_fsq.levels': (5, 4),
+      'quantizer.grouped_fsq.levels': (5, 4),
+      'projector_out.name': projector_out,
+  })
+  images = _images()
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  output = _call(model, variables, images)
+  assert len(np.unique(output.indices)) > 3
+  np.testing.assert_array_equal(
+      _call(model, variables, output.indices, method='decode_from_indices'),
+      output.reconstructions,
+  )
+
+
+@pytest.mark.parametrize('projector_out', ['fourier', 'levels', 'mlp'])
+def test_the_unit_of_codes_does_not_matter(projector_out):
+  # Codes -2 ... 2 and -1 ... 1, with other units in each channel.
+  symmetric, paper = (
+      _build({
+          'projector_out.name': projector_out,
+          'quantizer.fsq.levels': (7, 5, 3),
+          'quantizer.fsq.convention': convention,
+      })
+      for convention in ('symmetric', 'preserve_symmetry')
+  )
+  variables = _init(symmetric, _images())
+  digits = np.random.default_rng(3).integers(0, (7, 5, 3), (2, *_GRID, 3))
+  expected, images = (
+      _call(model, variables, model.quantizer.digits_to_codes(digits),
+            method='decode')
+      for model in (symmetric, paper)
+  )
+  np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_on_latents_is_of_the_stated_size_and_in_training_only():
+  plain, noisy = (_build({'latent_noise': tau}) for tau in (0.0, 0.8))
+  images = _images(batch_size=200)
+  variables = _init(plain, images)
+
+  @functools.partial(jax.jit, static_argnames='train')
+  def difference(key, train):
+    # Of the latents that projector_in gets.
+    def latents(model):
+      return model.apply(
+          variables,
+          images,
+          train=train,
+          rngs={'quantizer': key},
+          method='encode',
+          capture_intermediates=True,
+          mutable='intermediates',
+      )[1]['intermediates']['projector_in']['norm']['__call__'][0]
+
+    return latents(noisy) - latents(plain)
+
+  assert np.all(difference(jax.random.key(0), train=False) == 0)
+  first, again, other = (
+      difference(jax.random.key(seed), train=True) for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert np.all(first != other)
+  latents = jnp.zeros((4000, 2, 3, 8))
+  noise = jax.jit(
+      lambda x: noisy.apply(
+          variables, x, rngs={'quantizer': jax.random.key(0)},
+          method='_add_noise',
+      )
+  )(latents)
+  # One size u for each image, uniform: E u^2 = 1/3.
+  np.testing.assert_allclose(np.mean(noise), 0, atol=0.01)
+  np.testing.assert_allclose(np.var(noise), 0.8**2 / 3, rtol=0.03)
+  sizes = np.std(noise, axis=(1, 2, 3))
+  np.testing.assert_allclose(sizes.mean(), 0.8 / 2, rtol=0.03)
+  np.testing.assert_allclose(
+      np.quantile(sizes, [0.25, 0.75]), [0.2, 0.6], rtol=0.06
+  )
+
+
+def test_noise_on_latents_without_a_key_is_refused():
+  model = _build({'latent_noise': 0.5})
+  variables = _init(model, _images())
+  with pytest.raises(ValueError, match=r"rngs=\{'quantizer': key\}"):
+    model.apply(variables, _images(), train=True)
 
 
 def test_tokens_of_another_dialect_are_not_decoded():
@@ -216,9 +361,8 @@ def test_every_parameter_gets_a_gradient_through_the_codes(
     }
   # Standardised latents do not feel a constant that is added to all of them.
   assert without == {
-      'linear': set(),
       'standardized': {'encoder/transformer/blocks/mlp/out/bias[1]'},
-  }[projector_in]
+  }.get(projector_in, set())
 
 
 @pytest.mark.parametrize(
@@ -341,6 +485,14 @@ def test_number_of_parameters_has_a_closed_form(projector_in, position):
       'projector_in': {
           'linear': 2 * 8 + (8 + 1) * code_dim,
           'standardized': 8 * code_dim,
+          'mlp': (
+              2 * 8 + (8 + 1) * 24 + (24 + 1) * 24 + (24 + 1) * code_dim
+              + code_dim
+          ),
+          'attention': (
+              2 * 8 + (8 + 1) * 16 + transformer(16, 2, 18) + 2 * 16
+              + (16 + 1) * code_dim + code_dim
+          ),
       }[projector_in],
       'projector_out': (code_dim + 1) * 12,
       'decoder': grid * 12 + transformer(12, 1, 28) + (12 + 1) * pixels,
@@ -402,8 +554,18 @@ def test_images_that_cannot_be_cut_into_patches_are_refused(size):
         ({'encoder.position': 'rope'}, r"'rope'; known: \['learned', 'sinco"),
         ({'encoder.name': 'mlp'}, r"encoder.name is 'mlp'; known: \['vit'\]"),
         ({'decoder.name': 'mlp'}, r"decoder.name is 'mlp'; known: \['vit'\]"),
-        ({'projector_in.name': 'mlp'}, r"known: \['linear', 'standardized'\]"),
-        ({'projector_out.name': 'mlp'}, r"'mlp'; known: \['linear'\]"),
+        ({'projector_in.name': 'rope'}, r"known: \['attention', 'linear', 'm"),
+        ({'projector_out.name': 'rope'}, r"'rope'; known: \['fourier', 'lev"),
+        ({'projector_in.name': 'none'}, '8 channels of the encoder .* and 3'),
+        ({'projector_out.name': 'none'}, '3 channels of a code .* and 12 of'),
+        (
+            {'projector_out.name': 'levels', 'quantizer.name': 'vq'},
+            'codes of VectorQuantizer have no levels',
+        ),
+        (
+            {'projector_out.name': 'levels', 'quantizer.name': 'simvq'},
+            'codes of SimVQ have no levels',
+        ),
         ({'quantizer.name': 'mlp'}, r"quantizer.name is 'mlp'; known: .*'fsq"),
     ],
     ids=lambda x: '-'.join(x) if isinstance(x, dict) else '',

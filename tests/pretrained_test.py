@@ -23,7 +23,8 @@ from fsq_jax import models
 from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax.models import pretrained
-from fsq_jax.models import projector
+from fsq_jax.models import projector_in
+from fsq_jax.models import projector_out
 from fsq_jax.models import vit
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata' / 'encoders'
@@ -387,9 +388,9 @@ def test_loaded_encoders_are_encoders_of_autoencoders():
   )
   model = models.Autoencoder(
       encoder=encoder.module,
-      projector_in=projector.LinearProjectorIn(code_dim=3),
+      projector_in=projector_in.LinearProjectorIn(code_dim=3),
       quantizer=quantizers.FSQ(levels=(8, 5, 4)),
-      projector_out=projector.LinearProjectorOut(width=8),
+      projector_out=projector_out.LinearProjectorOut(width=8),
       decoder=vit.VitDecoder(
           patch_size=14, width=8, depth=1, num_heads=2, mlp_dim=16,
           position='sincos', grid_size=(4, 4),

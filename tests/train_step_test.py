@@ -171,6 +171,50 @@ def test_every_quantizer_trains_by_its_name(name):
   )
 
 
+@pytest.mark.parametrize(
+    ('projector_in', 'projector_out'),
+    [
+        ('mlp', 'fourier'),
+        ('attention', 'mlp'),
+        ('standardized', 'levels'),
+        ('linear', 'levels'),
+        ('none', 'linear'),
+        ('mlp', 'none'),
+    ],
+)
+def test_every_leaf_of_projectors_gets_a_gradient_and_moves(
+    projector_in, projector_out
+):
+  config = _load_config()
+  config.model.projector_in.name = projector_in
+  config.model.projector_in.mlp.width = 16
+  config.model.projector_in.attention.update(
+      width=16, depth=2, num_heads=2, mlp_dim=20
+  )
+  config.model.projector_out.name = projector_out
+  if 'none' in (projector_in, projector_out):
+    config.model.quantizer.name = 'lfq'
+    config.model.quantizer.lfq.num_bits = config.model.encoder.width
+  # Plain descent moves nothing that has no gradient, as weight decay would.
+  training = _build(config, optimizer=optax.sgd(1.0))
+  (first, last), (row,) = _take_steps(training, _images(1))
+  assert np.isfinite(row['loss'])
+  before, after = _leaves(first.params), _leaves(last.params)
+  parts = {path.split('/')[0] for path in before}
+  assert ('projector_in' in parts) == (projector_in != 'none')
+  assert ('projector_out' in parts) == (projector_out != 'none')
+  for path, value in before.items():
+    if path.startswith('projector'):
+      axes = tuple(range(1, value.ndim)) if '/blocks/' in path else None
+      moved = np.max(np.abs(after[path] - value), axis=axes)
+      assert np.all(moved > 1e-7), path
+  # Frequencies are no parameters, and nothing moves them.
+  constants = _leaves(first.model_state.get('constants', {}))
+  assert bool(constants) == (projector_out == 'fourier')
+  for path, value in _leaves(last.model_state.get('constants', {})).items():
+    np.testing.assert_array_equal(value, constants[path])
+
+
 def test_what_quantizers_draw_follows_seed_and_step():
   config = _load_config()
   config.model.quantizer.fsq.noise = 0.5

@@ -1,6 +1,8 @@
 """Autoencoders and their parts, built from a config by name."""
 
 from collections.abc import Mapping
+import dataclasses
+import itertools
 from typing import Any
 
 from flax import linen as nn
@@ -9,7 +11,8 @@ from jax import numpy as jnp
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
 from fsq_jax.models import pretrained
-from fsq_jax.models import projector
+from fsq_jax.models import projector_in as projectors_in
+from fsq_jax.models import projector_out as projectors_out
 from fsq_jax.models import vit
 from fsq_jax.models import vit_families
 
@@ -22,10 +25,19 @@ load_encoder = pretrained.load_encoder
 _ENCODERS = {'vit': vit.VitEncoder}
 _DECODERS = {'vit': vit.VitDecoder}
 _PROJECTORS_IN = {
-    'linear': projector.LinearProjectorIn,
-    'standardized': projector.StandardizedProjectorIn,
+    'linear': projectors_in.LinearProjectorIn,
+    'standardized': projectors_in.StandardizedProjectorIn,
+    'mlp': projectors_in.MlpProjectorIn,
+    'attention': projectors_in.AttentionProjectorIn,
+    'none': projectors_in.NoProjectorIn,
 }
-_PROJECTORS_OUT = {'linear': projector.LinearProjectorOut}
+_PROJECTORS_OUT = {
+    'linear': projectors_out.LinearProjectorOut,
+    'mlp': projectors_out.MlpProjectorOut,
+    'fourier': projectors_out.FourierProjectorOut,
+    'levels': projectors_out.LevelsProjectorOut,
+    'none': projectors_out.NoProjectorOut,
+}
 
 
 def build_autoencoder(
@@ -56,18 +68,74 @@ def build_autoencoder(
   }
   encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
   decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
-  projector_in = _lookup('projector_in', _PROJECTORS_IN, config)(
-      code_dim=quantizer.code_dim
-  )
-  projector_out = _lookup('projector_out', _PROJECTORS_OUT, config)(
-      width=decoder.width, dtype=dtype
-  )
   return Autoencoder(
       encoder=encoder,
-      projector_in=projector_in,
+      projector_in=_build_projector_in(config, encoder, quantizer, compute),
       quantizer=quantizer,
-      projector_out=projector_out,
+      projector_out=_build_projector_out(config, decoder, quantizer, compute),
       decoder=decoder,
+      latent_noise=config['latent_noise'],
+  )
+
+
+def _build_projector_in(config, encoder, quantizer, compute) -> nn.Module:
+  name = config['projector_in']['name']
+  if name == 'none' and encoder.width != quantizer.code_dim:
+    raise ValueError(
+        f"model.projector_in.name is 'none' with {encoder.width} channels of"
+        f' the encoder (model.encoder.width) and {quantizer.code_dim} of a code'
+        " (model.quantizer); make them equal, or use 'linear'."
+    )
+  return _build_projector(
+      'projector_in',
+      _PROJECTORS_IN,
+      config,
+      {'code_dim': quantizer.code_dim, **compute},
+  )
+
+
+def _build_projector_out(config, decoder, quantizer, compute) -> nn.Module:
+  name = config['projector_out']['name']
+  if name == 'none' and decoder.width != quantizer.code_dim:
+    raise ValueError(
+        f"model.projector_out.name is 'none' with {quantizer.code_dim} channels"
+        f' of a code (model.quantizer) and {decoder.width} of the decoder'
+        " (model.decoder.width); make them equal, or use 'linear'."
+    )
+  return _build_projector(
+      'projector_out',
+      _PROJECTORS_OUT,
+      config,
+      {
+          'width': decoder.width,
+          'code_steps': quantizer.code_steps,
+          'code_scales': _code_scales(quantizer),
+          # Of its own: one module cannot be part of two.
+          'quantizer': quantizer.clone(),
+          **compute,
+      },
+  )
+
+
+def _build_projector(part, table, config, known) -> nn.Module:
+  """Builds a projector from its section and from what it asks of the model."""
+  cls = _lookup(part, table, config)
+  fields = {field.name for field in dataclasses.fields(cls)}
+  options = config[part].get(config[part]['name'], {})
+  return cls(
+      **{name: known[name] for name in known if name in fields}, **options
+  )
+
+
+def _code_scales(quantizer: quantizers.Quantizer) -> tuple[float, ...]:
+  """Returns half the range of codes in each channel, 1 without a grid."""
+  steps = quantizer.code_steps
+  if not isinstance(quantizer, quantizers.DigitQuantizer):
+    return steps
+  levels = itertools.cycle(quantizer.levels)
+  return tuple(
+      step * (level - 1) / 2
+      for step, level in zip(steps, levels, strict=False)
   )
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.quantizers import convert
@@ -28,12 +29,21 @@ class AutoencoderOutput(NamedTuple):
 class Autoencoder(nn.Module):
   """Encoder, projector, quantizer, projector, decoder.
 
+  Channels are last from latents to codes, and quantizers take every token for
+  itself, so that the original's `quantize_before_reshape` (hugoycj/RAE:
+  quantize the encoder's [B, N, C] tokens, or the grid [B, C, h, w] made of
+  them) has no counterpart here: it chooses between two layouts of the same
+  numbers, and both give the codes that this gives.
+
   Attributes:
     encoder: images [B, H, W, 3] to latents [B, h, w, C].
     projector_in: latents to [B, h, w, quantizer.code_dim].
     quantizer: any `quantizers.Quantizer`, channels last.
     projector_out: codes to the decoder's latents.
     decoder: latents to images.
+    latent_noise: tau >= 0. In training the latents become z + tau u eps, with
+      u uniform in [0, 1) for each image and eps unit normal, drawn from the
+      rng 'quantizer': the decoder learns to bear codes that are a little off.
   """
 
   encoder: nn.Module
@@ -41,6 +51,7 @@ class Autoencoder(nn.Module):
   quantizer: quantizers.Quantizer
   projector_out: nn.Module
   decoder: nn.Module
+  latent_noise: float = 0.0
 
   def __call__(
       self, images: jax.Array, *, train: bool = False
@@ -57,7 +68,10 @@ class Autoencoder(nn.Module):
       self, images: jax.Array, *, train: bool = False
   ) -> quantizers.QuantizerOutput:
     """Encodes [B, H, W, 3] images in [-1, 1] to codes, loss and indices."""
-    z = self.projector_in(self.encoder(images), train=train)
+    latents = self.encoder(images)
+    if train and self.latent_noise:
+      latents = self._add_noise(latents)
+    z = self.projector_in(latents, train=train)
     return self.quantizer(z, train=train)
 
   def decode(self, codes: jax.Array) -> jax.Array:
@@ -81,3 +95,19 @@ class Autoencoder(nn.Module):
     if spec is not None:
       convert.check_same_dialect(spec, self.quantizer.spec())
     return self.decode(self.quantizer.indices_to_codes(indices))
+
+  def _add_noise(self, latents: jax.Array) -> jax.Array:
+    """Returns latents [B, ...] with noise; the same on any number of devices.
+
+    The `noise_tau` of github.com/hugoycj/RAE.
+    """
+    if not self.has_rng('quantizer'):
+      raise ValueError(
+          'latent_noise draws random numbers in training: call apply with'
+          " rngs={'quantizer': key}, or set latent_noise to 0."
+      )
+    size_key, noise_key = jax.random.split(self.make_rng('quantizer'))
+    shape = (latents.shape[0], *(1 for _ in latents.shape[1:]))
+    sizes = self.latent_noise * jax.random.uniform(size_key, shape)
+    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
+    return latents + (sizes * noise).astype(latents.dtype)

@@ -69,6 +69,15 @@ class Quantizer(nn.Module, kw_only=True):
     raise NotImplementedError
 
   @property
+  def code_steps(self) -> tuple[float, ...]:
+    """Distance between neighbouring codes in each channel.
+
+    In units of 1 where codes are not on a grid. Where they have stages, the
+    distance in the first.
+    """
+    return (1.0,) * self.code_dim
+
+  @property
   def index_shape(self) -> tuple[int, ...]:
     """Trailing axes of the indices of one code; () where it has one index."""
     return ()

@@ -145,6 +145,10 @@ class FSQ(digits_lib.DigitQuantizer):
         indices=self.digits_to_indices(digits),
     )
 
+  @property
+  def code_steps(self) -> tuple[float, ...]:
+    return tuple(float(1 / scale) for scale in self._grid.scale)
+
   def spec(self) -> dict[str, Any]:
     return {
         'name': 'fsq',

@@ -39,6 +39,10 @@ class GroupedFSQ(fsq.FSQ, kw_only=True):
     return self.num_groups * len(self.levels)
 
   @property
+  def code_steps(self) -> tuple[float, ...]:
+    return super().code_steps * self.num_groups
+
+  @property
   def index_shape(self) -> tuple[int, ...]:
     return (self.num_groups,)
 

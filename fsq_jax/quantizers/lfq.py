@@ -101,6 +101,10 @@ class LFQ(digits_lib.DigitQuantizer):
         indices=self.digits_to_indices(digits),
     )
 
+  @property
+  def code_steps(self) -> tuple[float, ...]:
+    return (2 * self._scale,) * self.num_bits
+
   def spec(self) -> dict[str, Any]:
     return {
         'name': 'lfq',

@@ -65,6 +65,10 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     super().__post_init__()
 
   @property
+  def code_steps(self) -> tuple[float, ...]:
+    return tuple(2 / (level - 1) for level in self.levels)
+
+  @property
   def index_shape(self) -> tuple[int, ...]:
     return (self.num_stages,)
 

@@ -1,0 +1,261 @@
+"""Projectors out: features, embeddings and sizes in closed form."""
+
+import functools
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+from fsq_jax import models
+from fsq_jax import quantizers
+from fsq_jax.models import projector_out
+
+_WITH_DIGITS = {
+    'symmetric': quantizers.FSQ(levels=(8, 5, 3)),
+    'paper': quantizers.FSQ(levels=(8, 5, 3), convention='paper'),
+    'preserve_symmetry': quantizers.FSQ(
+        levels=(4, 5), convention='preserve_symmetry'
+    ),
+    'grouped': quantizers.GroupedFSQ(levels=(5, 4), num_groups=2),
+    'residual': quantizers.ResidualFSQ(levels=(5, 4), num_stages=3),
+    'lfq': quantizers.LFQ(num_bits=4),
+    'bsq': quantizers.BSQ(num_bits=4),
+}
+_each_quantizer = pytest.mark.parametrize('name', _WITH_DIGITS)
+
+
+def _num_parameters(module, *inputs):
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  return sum(x.size for x in jax.tree.leaves(shapes['params']))
+
+
+def _random_digits(quantizer, num=50):
+  shape = (num, *quantizer.index_shape, len(quantizer.levels))
+  return np.random.default_rng(0).integers(0, quantizer.levels, shape)
+
+
+def _levels(quantizer, width=6):
+  """The module, a random table of embeddings, and its function of codes."""
+  module = projector_out.LevelsProjectorOut(width, quantizer.clone())
+  codes = jnp.zeros((1, quantizer.code_dim))
+  shapes = jax.eval_shape(module.init, jax.random.key(0), codes)
+  table = np.random.default_rng(1).normal(size=shapes['params']['table'].shape)
+  table = np.float32(table)
+  apply = functools.partial(module.apply, {'params': {'table': table}})
+  return table, jax.jit(apply)
+
+
+@_each_quantizer
+def test_code_steps_are_distances_of_neighbouring_codes(name):
+  quantizer = _WITH_DIGITS[name]
+  lower = np.zeros((*quantizer.index_shape, len(quantizer.levels)), np.int32)
+  upper = lower + 1
+  if name == 'residual':
+    upper[1:] = 0  # The steps of the first stage.
+  lower, upper = map(quantizer.digits_to_codes, (lower, upper))
+  np.testing.assert_allclose(quantizer.code_steps, upper - lower, rtol=1e-6)
+
+
+def test_codes_without_a_grid_have_steps_of_1():
+  vq = quantizers.VectorQuantizer(codebook_size=16, code_dim=3)
+  assert vq.code_steps == (1.0, 1.0, 1.0)
+  assert models._code_scales(vq) == (1.0, 1.0, 1.0)
+
+
+@_each_quantizer
+def test_scaled_codes_span_two(name):
+  quantizer = _WITH_DIGITS[name]
+  if name == 'residual':
+    quantizer = quantizers.ResidualFSQ(levels=(5, 4), num_stages=1)
+  lower = np.zeros((*quantizer.index_shape, len(quantizer.levels)), np.int32)
+  upper = lower + np.asarray(quantizer.levels) - 1
+  lower, upper = map(quantizer.digits_to_codes, (lower, upper))
+  scales = np.asarray(models._code_scales(quantizer))
+  np.testing.assert_allclose((upper - lower) / scales, 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('width', 'expected'), [(768, 1_381_632), (1024, 2_366_464)]
+)
+def test_fourier_has_the_size_of_the_original(width, expected):
+  module = projector_out.FourierProjectorOut(
+      width, num_frequencies=128, sigma=0.187, code_steps=(1.0,) * 5
+  )
+  assert _num_parameters(module, jnp.zeros((1, 2, 2, 5))) == expected
+
+
+def test_mlp_and_levels_have_sizes_in_closed_form():
+  mlp = projector_out.MlpProjectorOut(12, code_scales=(3.5, 2.0, 1.0))
+  codes = jnp.zeros((1, 2, 2, 3))
+  assert _num_parameters(mlp, codes) == 4 * 12 + 2 * 13 * 12
+  for quantizer, rows in (
+      (quantizers.FSQ(levels=(8, 5, 3)), 8 + 5 + 3),
+      (quantizers.GroupedFSQ(levels=(5, 4), num_groups=2), 2 * 9),
+      (quantizers.ResidualFSQ(levels=(5, 4), num_stages=3), 3 * 9),
+      (quantizers.LFQ(num_bits=4), 4 * 2),
+  ):
+    levels = projector_out.LevelsProjectorOut(12, quantizer)
+    codes = jnp.zeros((1, 2, 2, quantizer.code_dim))
+    assert _num_parameters(levels, codes) == rows * 12
+
+
+@pytest.mark.parametrize(
+    ('sigma', 'similarities'),
+    # Of neighbours half, two steps apart 1/16; sigma 10: nothing in common.
+    [(0.187, (0.5016, 0.0633, 0.002)), (10.0, (0.0, 0.0, 0.0))],
+)
+def test_similarity_of_fourier_features_has_a_closed_form(sigma, similarities):
+  module = projector_out.FourierProjectorOut(
+      2, num_frequencies=20_000, sigma=sigma, code_steps=(1.0, 0.25)
+  )
+  codes = jnp.zeros((1, 2))
+  constants = jax.jit(module.init)(jax.random.key(0), codes)['constants']
+  frequencies = constants['frequencies']
+  np.testing.assert_allclose(np.std(frequencies), sigma, rtol=0.02)
+  for channel in range(2):
+    steps = np.zeros((4, 2), np.float32)
+    steps[:, channel] = np.arange(4) - 1.5
+    x = np.float64(projector_out.fourier_features(steps, frequencies))
+    # Features have length 1 up to sqrt(num_frequencies).
+    similarity = x @ x[0] / len(frequencies[0])
+    np.testing.assert_allclose(
+        similarity, (1.0, *similarities), atol=0.03
+    )
+    delta = np.arange(1, 4)
+    np.testing.assert_allclose(
+        np.exp(-2 * np.pi**2 * sigma**2 * delta**2), similarities, atol=1e-3
+    )
+
+
+def test_fourier_counts_in_steps_of_the_codes():
+  coarse, fine = (
+      projector_out.FourierProjectorOut(
+          3, num_frequencies=7, sigma=0.187, code_steps=steps
+      )
+      for steps in ((1.0, 1.0), (1.0, 0.25))
+  )
+  codes = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+  variables = jax.jit(coarse.init)(jax.random.key(0), codes)
+  expected = jax.jit(coarse.apply)(variables, codes)
+  actual = jax.jit(fine.apply)(variables, codes * np.float32([1, 0.25]))
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@_each_quantizer
+def test_levels_are_sums_of_embeddings_of_digits(name):
+  quantizer = _WITH_DIGITS[name]
+  table, apply = _levels(quantizer)
+  digits = _random_digits(quantizer)
+  codes = quantizer.digits_to_codes(digits)
+  rows = digits.reshape(len(digits), -1)
+  sizes = np.resize(quantizer.levels, rows.shape[1])
+  rows = rows + np.cumsum(sizes) - sizes
+  np.testing.assert_allclose(
+      apply(codes), table[rows].sum(1), rtol=1e-5, atol=1e-5
+  )
+  # Codes of a quantizer are those of its indices, to the last bit.
+  indices = quantizer.digits_to_indices(digits)
+  z_q = quantizer.apply({}, jnp.asarray(codes)).z_q
+  np.testing.assert_array_equal(
+      apply(z_q),
+      apply(quantizer.indices_to_codes(quantizer.codes_to_indices(z_q))),
+  )
+  np.testing.assert_array_equal(
+      apply(codes), apply(quantizer.indices_to_codes(indices))
+  )
+  assert np.all(np.isnan(apply(jnp.full_like(codes, jnp.nan))))
+
+
+def test_levels_are_piecewise_linear():
+  quantizer = quantizers.FSQ(levels=(4, 3))
+  table, apply = _levels(quantizer)
+  # Channel 0 has codes -1.5 ... 1.5; channel 1 stays at its first level.
+  x = np.float32([-2.0, -1.5, -1.25, -0.5, 0.2, 1.5, 1.7])
+  codes = np.stack([x, np.full_like(x, -1)], axis=1)
+  expected = np.stack(
+      [np.interp(x, np.arange(4) - 1.5, table[:4, c]) for c in range(6)], 1
+  )
+  np.testing.assert_allclose(apply(codes), expected + table[4], atol=1e-5)
+
+
+def test_gradient_of_levels_reaches_the_latents():
+  quantizer = quantizers.FSQ(levels=(4, 3))
+  table, apply = _levels(quantizer)
+  direction = np.random.default_rng(2).normal(size=6).astype(np.float32)
+  z = np.float32(np.arctanh(np.array([[-0.99, 0.01], [0.3, -0.99]])))
+
+  @jax.jit
+  def gradient(z):
+    return jax.grad(
+        lambda z: jnp.sum(apply(quantizer.apply({}, z).z_q) @ direction)
+    )(z)
+
+  # Digits 0 and 1 of the first vector, 2 and 0 of the second.
+  slopes = np.stack([
+      np.stack([table[1] - table[0], (table[6] - table[4]) / 2]),
+      np.stack([(table[3] - table[1]) / 2, table[5] - table[4]]),
+  ])
+  half = np.array([1.5, 1.0])
+  expected = slopes @ direction * half * (1 - np.tanh(z) ** 2)
+  np.testing.assert_allclose(gradient(z), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_levels_start_as_a_linear_map():
+  quantizer = quantizers.FSQ(levels=(8, 5, 3))
+  module = projector_out.LevelsProjectorOut(200, quantizer.clone())
+  codes = quantizer.digits_to_codes(_random_digits(quantizer))
+  variables = jax.jit(module.init)(jax.random.key(0), codes)
+  y = np.float64(jax.jit(module.apply)(variables, codes))
+  x = np.float64(codes)
+  kernel, *_ = np.linalg.lstsq(x, y, rcond=None)
+  np.testing.assert_allclose(x @ kernel, y, atol=1e-5)
+  # Kernels for codes in [-1, 1], of variance 1 / 3.
+  stddev = np.std(kernel * [[3.5], [2], [1]])
+  np.testing.assert_allclose(stddev, 3**-0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize('name', ['fourier', 'levels', 'linear', 'mlp', 'none'])
+def test_bfloat16_is_what_the_decoder_gets(name):
+  quantizer = quantizers.FSQ(levels=(8, 5, 3))
+  section = {
+      'fourier': {'num_frequencies': 16, 'sigma': 0.187}
+  }.get(name, {})
+  known = {
+      'width': 3 if name == 'none' else 24,
+      'code_steps': quantizer.code_steps,
+      'code_scales': models._code_scales(quantizer),
+      'quantizer': quantizer.clone(),
+  }
+  codes = quantizer.digits_to_codes(_random_digits(quantizer))
+  config = {'projector_out': {'name': name, name: section}}
+
+  def build(dtype):
+    return models._build_projector(
+        'projector_out',
+        models._PROJECTORS_OUT,
+        config,
+        {**known, 'dtype': jnp.dtype(dtype)},
+    )
+
+  variables = jax.jit(build('float32').init)(jax.random.key(0), codes)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
+  expected = jax.jit(build('float32').apply)(variables, codes)
+  y = jax.jit(build('bfloat16').apply)(variables, codes)
+  assert expected.dtype == jnp.float32
+  assert y.dtype == jnp.bfloat16
+  error = np.abs(np.float32(y) - expected).max() / np.abs(expected).max()
+  assert error < 2e-2
+  assert (error > 1e-4) == (name != 'none')  # These codes are exact.
+
+
+def test_codes_that_are_no_decoder_latents_are_refused():
+  module = projector_out.NoProjectorOut(8)
+  with pytest.raises(ValueError, match='3 channels, the decoder 8'):
+    module.apply({}, jnp.zeros((2, 3)))
+
+
+def test_levels_of_a_quantizer_without_digits_are_refused():
+  vq = quantizers.VectorQuantizer(codebook_size=16, code_dim=3)
+  with pytest.raises(ValueError, match='VectorQuantizer have no levels'):
+    projector_out.LevelsProjectorOut(8, vq)
