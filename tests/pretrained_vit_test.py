@@ -172,6 +172,15 @@ def test_layer_norm_keeps_the_variance_of_far_tokens():
   np.testing.assert_allclose(y, expected, atol=1e-3)
 
 
+def test_applying_changes_no_variable():
+  module = _module('mae')
+  variables = _init(module)
+  before = jax.tree.map(np.copy, variables)
+  # Outside of jit the module gets the NumPy arrays themselves.
+  jax.eval_shape(lambda x: module.apply(variables, x), _images())
+  jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
 @pytest.mark.parametrize('family', vit_families.FAMILIES)
 def test_latents_are_the_tokens_of_the_patches_of_normalised_images(family):
   module = _module(family)

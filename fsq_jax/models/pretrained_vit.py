@@ -144,7 +144,8 @@ class PretrainedVit(nn.Module):
       if arch.position != 'rope':
         # Added to the token all the same: kept apart as in the checkpoints.
         zeros = nn.initializers.zeros
-        token += self.param('class_position', zeros, (arch.width,))
+        # Not in place, since parameters may be NumPy arrays.
+        token = token + self.param('class_position', zeros, (arch.width,))
       prefix.append(token[None])
     if arch.num_registers:
       shape = (arch.num_registers, arch.width)
