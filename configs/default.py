@@ -101,14 +101,18 @@ def _model() -> ml_collections.ConfigDict:
   model.projector_out = ml_collections.ConfigDict({'name': 'linear'})
 
   decoder = model.decoder = ml_collections.ConfigDict()
-  # 'vit'; its fields are the encoder's.
+  # 'vit', whose fields are the encoder's, or 'mae', which has a section below.
   decoder.name = 'vit'
   decoder.patch_size = encoder.get_oneway_ref('patch_size')
   decoder.width = encoder.get_oneway_ref('width')
   decoder.depth = 2
   decoder.num_heads = encoder.get_oneway_ref('num_heads')
   decoder.mlp_dim = encoder.get_oneway_ref('mlp_dim')
+  # vit: as the encoder's.
   decoder.position = encoder.get_oneway_ref('position')
+  decoder.mae = _mae()
+  # Channels that projector_out makes, >= 1.
+  decoder.mae.input_width = encoder.get_oneway_ref('width')
 
   # Type of activations: 'float32' or 'bfloat16'. Parameters, norms, softmax,
   # quantizer and losses are float32 whatever it says.
@@ -119,6 +123,20 @@ def _model() -> ml_collections.ConfigDict:
   # compiles fastest, the depth runs fastest on CPU. Results are the same.
   model.scan_unroll = 1
   return model
+
+
+def _mae() -> ml_collections.ConfigDict:
+  mae = ml_collections.ConfigDict()
+  # 'B', 'L' or 'XL' (86, 304, 415 million parameters) in place of the decoder's
+  # width, depth, num_heads and mlp_dim, which 'none' reads.
+  mae.preset = 'none'
+  # (rows, columns) of its tokens, to which latents are resized; () is the
+  # encoder's grid. Times decoder.patch_size it must be data.image_size.
+  mae.grid_size = ()
+  # Family of encoders by whose mean and deviation its pixels are normalised,
+  # such as 'siglip' or 'dinov2'; 'none' is [-1, 1].
+  mae.normalization = 'none'
+  return mae
 
 
 def _fsq() -> ml_collections.ConfigDict:

@@ -110,13 +110,23 @@ _MESH_SIZE = Rule(
     lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
 )
 _VIT = {
-    'name': _name('vit'),
     'patch_size': _COUNT,
     'width': _COUNT,
     'depth': _COUNT,
     'num_heads': _COUNT,
     'mlp_dim': _COUNT,
     'position': _name('learned', 'sincos'),
+}
+_MAE = {
+    'preset': _name('none', 'B', 'L', 'XL'),
+    'input_width': _COUNT,
+    'grid_size': _tuple(
+        '() or (rows, columns), integers >= 1', _COUNT, (0, 2)
+    ),
+    'normalization': _name(
+        'none', 'siglip', 'siglip_big_vision', 'dinov2',
+        'dinov2_with_registers', 'dinov3', 'mae',
+    ),
 }
 _LEVELS = _tuple(
     'a tuple of integers >= 2, one for each dimension',
@@ -203,6 +213,7 @@ FIELDS: Mapping[str, Rule] = {
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
+    'model.encoder.name': _name('vit'),
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
     'model.projector_in.name': _name('linear', 'standardized'),
     'model.quantizer.name': _name(*_QUANTIZERS),
@@ -212,7 +223,9 @@ FIELDS: Mapping[str, Rule] = {
         for name, rule in rules.items()
     },
     'model.projector_out.name': _name('linear'),
+    'model.decoder.name': _name('mae', 'vit'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
+    **{f'model.decoder.mae.{name}': rule for name, rule in _MAE.items()},
     'model.dtype': _name('float32', 'bfloat16'),
     'model.remat': _BOOL,
     'model.scan_unroll': _COUNT,
@@ -280,9 +293,13 @@ def cross_rules(num_devices: int | None) -> Iterator[CrossRule]:
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
   yield CrossRule(
-      ('model.encoder.patch_size', 'model.decoder.patch_size'),
-      'the same patch_size in both',
-      lambda encoder, decoder: encoder == decoder,
+      (
+          'model.encoder.patch_size',
+          'model.decoder.patch_size',
+          'model.decoder.name',
+      ),
+      "the same patch_size in both with a decoder 'vit'",
+      lambda encoder, decoder, name: name != 'vit' or encoder == decoder,
   )
   yield CrossRule(
       ('data.source', 'data.name', 'data.data_dir'),

@@ -102,6 +102,8 @@ def check_config(
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
   problems.extend(_quantizer_problems(fields))
+  if not problems:
+    problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
 
@@ -121,6 +123,17 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     quantizers.build_quantizer({'name': quantizer, **options})
   except ValueError as error:
     yield f'model.quantizer.{quantizer}: {error}'
+
+
+def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
+  """Yields why parts that are right by themselves make no model."""
+  # Here, for the same reason.
+  from fsq_jax import models
+
+  try:
+    models.build_autoencoder(config['model'], config['data']['image_size'])
+  except ValueError as error:
+    yield str(error)
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ _ALLOWED_IMPORTS = {
     'report_page': {'report_curves'},
     'optim': {'partitioning'},
     'models': {'quantizers'},
-    'configuration': {'config_rules', 'quantizers'},
+    'configuration': {'config_rules', 'models', 'quantizers'},
     'config_rules': set(),
     'data': set(),
     'losses': set(),

@@ -401,7 +401,7 @@ def test_images_that_cannot_be_cut_into_patches_are_refused(size):
         ({'decoder.num_heads': 5}, 'decoder.width 12 is no multiple of num_h'),
         ({'encoder.position': 'rope'}, r"'rope'; known: \['learned', 'sinco"),
         ({'encoder.name': 'mlp'}, r"encoder.name is 'mlp'; known: \['vit'\]"),
-        ({'decoder.name': 'mlp'}, r"decoder.name is 'mlp'; known: \['vit'\]"),
+        ({'decoder.name': 'mlp'}, r"name is 'mlp'; known: \['mae', 'vit'\]"),
         ({'projector_in.name': 'mlp'}, r"known: \['linear', 'standardized'\]"),
         ({'projector_out.name': 'mlp'}, r"'mlp'; known: \['linear'\]"),
         ({'quantizer.name': 'mlp'}, r"quantizer.name is 'mlp'; known: .*'fsq"),

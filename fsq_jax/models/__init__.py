@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
+from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained
 from fsq_jax.models import projector
 from fsq_jax.models import vit
@@ -16,11 +17,12 @@ from fsq_jax.models import vit_families
 Autoencoder = autoencoder.Autoencoder
 AutoencoderOutput = autoencoder.AutoencoderOutput
 ARCHITECTURES = vit_families.ARCHITECTURES
+DECODER_PRESETS = mae_decoder.PRESETS
 build_encoder = pretrained.build_encoder
 load_encoder = pretrained.load_encoder
 
 _ENCODERS = {'vit': vit.VitEncoder}
-_DECODERS = {'vit': vit.VitDecoder}
+_DECODERS = {'mae': mae_decoder.MaeDecoder, 'vit': vit.VitDecoder}
 _PROJECTORS_IN = {
     'linear': projector.LinearProjectorIn,
     'standardized': projector.StandardizedProjectorIn,
@@ -55,12 +57,18 @@ def build_autoencoder(
       'scan_unroll': config['scan_unroll'],
   }
   encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
-  decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
+  if _lookup('decoder', _DECODERS, config) is mae_decoder.MaeDecoder:
+    decoder = mae_decoder.build_mae_decoder(
+        config['decoder'], latent_grid=encoder.grid_size,
+        image_size=image_size, compute=compute,
+    )
+  else:
+    decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
   projector_in = _lookup('projector_in', _PROJECTORS_IN, config)(
       code_dim=quantizer.code_dim
   )
   projector_out = _lookup('projector_out', _PROJECTORS_OUT, config)(
-      width=decoder.width, dtype=dtype
+      width=decoder.input_width, dtype=dtype
   )
   return Autoencoder(
       encoder=encoder,
@@ -75,6 +83,7 @@ def _build_vit(part, table, config, image_size, compute) -> nn.Module:
   fields = dict(config[part])
   cls = _lookup(part, table, config)
   del fields['name']
+  fields.pop('mae', None)  # The section of the decoder of that name.
   patch = fields['patch_size']
   if any(side % patch for side in image_size):
     raise ValueError(
