@@ -19,6 +19,7 @@ AutoencoderOutput = autoencoder.AutoencoderOutput
 ARCHITECTURES = vit_families.ARCHITECTURES
 DECODER_PRESETS = mae_decoder.PRESETS
 build_encoder = pretrained.build_encoder
+load_decoder = pretrained.load_decoder
 load_encoder = pretrained.load_encoder
 
 _ENCODERS = {'vit': vit.VitEncoder}
