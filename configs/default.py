@@ -121,14 +121,18 @@ def _model() -> ml_collections.ConfigDict:
   projector_out.fourier.sigma = 0.187
 
   decoder = model.decoder = ml_collections.ConfigDict()
-  # 'vit'; its fields are the encoder's.
+  # 'vit', whose fields are the encoder's, or 'mae', which has a section below.
   decoder.name = 'vit'
   decoder.patch_size = encoder.get_oneway_ref('patch_size')
   decoder.width = encoder.get_oneway_ref('width')
   decoder.depth = 2
   decoder.num_heads = encoder.get_oneway_ref('num_heads')
   decoder.mlp_dim = encoder.get_oneway_ref('mlp_dim')
+  # vit: as the encoder's.
   decoder.position = encoder.get_oneway_ref('position')
+  decoder.mae = _mae()
+  # Channels that projector_out makes, >= 1.
+  decoder.mae.input_width = encoder.get_oneway_ref('width')
 
   # Type of activations: 'float32' or 'bfloat16'. Parameters, norms, softmax,
   # quantizer and losses are float32 whatever it says.
@@ -149,6 +153,20 @@ def _projector_in() -> ml_collections.ConfigDict:
   # its own, such as FSQ with bound 'clip'.
   projector.bound = 'none'
   return projector
+
+
+def _mae() -> ml_collections.ConfigDict:
+  mae = ml_collections.ConfigDict()
+  # 'B', 'L' or 'XL' (86, 304, 415 million parameters) in place of the decoder's
+  # width, depth, num_heads and mlp_dim, which 'none' reads.
+  mae.preset = 'none'
+  # (rows, columns) of its tokens, to which latents are resized; () is the
+  # encoder's grid. Times decoder.patch_size it must be data.image_size.
+  mae.grid_size = ()
+  # Family of encoders by whose mean and deviation its pixels are normalised,
+  # such as 'siglip' or 'dinov2'; 'none' is [-1, 1].
+  mae.normalization = 'none'
+  return mae
 
 
 def _fsq() -> ml_collections.ConfigDict:

@@ -1,153 +1,79 @@
 """What the fields of a config may hold, alone and together."""
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import math
 import os
-import re
-from typing import Any, NamedTuple
 
-_MAX_INT32 = 2**31 - 1
-_MAX_FLOAT32 = 3.4e38
+from fsq_jax import rules
+
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
 
-
-class Rule(NamedTuple):
-  """What one field may hold.
-
-  Attributes:
-    allowed: the allowed values in words, as messages print them.
-    fits: whether a value is one of them; takes values of any type.
-  """
-
-  allowed: str
-  fits: Callable[[Any], bool]
-
-
-class CrossRule(NamedTuple):
-  """What several fields may hold together, each being allowed by itself.
-
-  Attributes:
-    fields: dotted names.
-    allowed: the allowed combinations in words.
-    fits: whether the values of the fields, in their order, are one of them.
-  """
-
-  fields: tuple[str, ...]
-  allowed: str
-  fits: Callable[..., bool]
-
-
-def _integer(low: int, high: int = _MAX_INT32) -> Rule:
-  # The type itself, since a bool is an instance of int.
-  return Rule(
-      f'an integer from {low} to {high}',
-      lambda x: type(x) is int and low <= x <= high,
-  )
-
-
-def _number(condition: str, fits: Callable[[float], bool]) -> Rule:
-  # NaN and infinity fail the comparison too.
-  return Rule(
-      f'a finite number {condition}',
-      lambda x: type(x) in (int, float) and abs(x) <= _MAX_FLOAT32 and fits(x),
-  )
-
-
-def _optional(rule: Rule) -> Rule:
-  return Rule(f'None or {rule.allowed}', lambda x: x is None or rule.fits(x))
-
-
-def _name(*names: str) -> Rule:
-  return Rule(
-      f'one of {sorted(names)}', lambda x: isinstance(x, str) and x in names
-  )
-
-
-def _tuple(allowed: str, element: Rule, lengths: Container[int]) -> Rule:
-  return Rule(
-      allowed,
-      lambda x: (
-          isinstance(x, tuple)
-          and len(x) in lengths
-          and all(map(element.fits, x))
-      ),
-  )
-
-
-def _is_expression(value: Any) -> bool:
-  try:
-    return isinstance(value, str) and bool(re.compile(value))
-  except re.error:
-    return False
-
-
-def _is_partition_rule(value: Any) -> bool:
-  if not isinstance(value, tuple) or len(value) != 2:
-    return False
-  pattern, strategy = value
-  if isinstance(strategy, tuple):
-    known = all(axis in ('data', 'fsdp', None) for axis in strategy)
-  else:
-    known = strategy in ('replicate', 'fsdp')
-  return known and _is_expression(pattern)
-
-
-_COUNT = _integer(1)
-_COUNT_OR_ZERO = _integer(0)
-_ANY_LENGTH = range(_MAX_INT32)
-_POSITIVE = _number('> 0', lambda x: x > 0)
-_NOT_NEGATIVE = _number('>= 0', lambda x: x >= 0)
-_SHARE = _number('in [0, 1]', lambda x: 0 <= x <= 1)
-_DECAY = _number('in [0, 1)', lambda x: 0 <= x < 1)
-_BOOL = Rule('True or False', lambda x: isinstance(x, bool))
-_TEXT = Rule('a string', lambda x: isinstance(x, str))
-_NON_EMPTY = Rule(
+_COUNT = rules.integer(1)
+_COUNT_OR_ZERO = rules.integer(0)
+_ANY_LENGTH = range(rules.MAX_INT32)
+_POSITIVE = rules.number('> 0', lambda x: x > 0)
+_NOT_NEGATIVE = rules.number('>= 0', lambda x: x >= 0)
+_SHARE = rules.number('in [0, 1]', lambda x: 0 <= x <= 1)
+_DECAY = rules.number('in [0, 1)', lambda x: 0 <= x < 1)
+_BOOL = rules.Rule('True or False', lambda x: isinstance(x, bool))
+_TEXT = rules.Rule('a string', lambda x: isinstance(x, str))
+_NON_EMPTY = rules.Rule(
     'a string that is not empty', lambda x: isinstance(x, str) and x != ''
 )
-_MESH_SIZE = Rule(
+_MESH_SIZE = rules.Rule(
     'an integer >= 1, or -1 for all devices that are left',
     lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
 )
 _VIT = {
-    'name': _name('vit'),
     'patch_size': _COUNT,
     'width': _COUNT,
     'depth': _COUNT,
     'num_heads': _COUNT,
     'mlp_dim': _COUNT,
-    'position': _name('learned', 'sincos'),
+    'position': rules.name('learned', 'sincos'),
 }
-_LEVELS = _tuple(
+_MAE = {
+    'preset': rules.name('none', 'B', 'L', 'XL'),
+    'input_width': _COUNT,
+    'grid_size': rules.tuple_of(
+        '() or (rows, columns), integers >= 1', _COUNT, (0, 2)
+    ),
+    'normalization': rules.name(
+        'none', 'siglip', 'siglip_big_vision', 'dinov2',
+        'dinov2_with_registers', 'dinov3', 'mae',
+    ),
+}
+_LEVELS = rules.tuple_of(
     'a tuple of integers >= 2, one for each dimension',
-    _integer(2),
+    rules.integer(2),
     _ANY_LENGTH,
 )
 _FSQ = {
     'levels': _LEVELS,
-    'convention': _name('symmetric', 'paper', 'vqp', 'preserve_symmetry'),
-    'bound': _name('tanh', 'ifsq', 'clip'),
-    'eps': _optional(_number('', lambda x: True)),
-    'commitment_weight': _optional(_NOT_NEGATIVE),
-    'bins': _name('rounded', 'equal'),
+    'convention': rules.name('symmetric', 'paper', 'vqp', 'preserve_symmetry'),
+    'bound': rules.name('tanh', 'ifsq', 'clip'),
+    'eps': rules.optional(rules.number('', lambda x: True)),
+    'commitment_weight': rules.optional(_NOT_NEGATIVE),
+    'bins': rules.name('rounded', 'equal'),
     'noise': _NOT_NEGATIVE,
-    'noise_per': _name('element', 'example'),
+    'noise_per': rules.name('element', 'example'),
 }
 _LFQ = {
-    'num_bits': _integer(1, 30),
-    'bit_order': _name('msb_first', 'lsb_first'),
+    'num_bits': rules.integer(1, 30),
+    'bit_order': rules.name('msb_first', 'lsb_first'),
     'commitment_weight': _NOT_NEGATIVE,
     'entropy_weight': _NOT_NEGATIVE,
     'diversity_weight': _NOT_NEGATIVE,
     'temperature': _POSITIVE,
-    'entropy_group_bits': _integer(1, 16),
+    'entropy_group_bits': rules.integer(1, 16),
 }
 _CODEBOOK = {
     # Usage and perplexity of a single code say nothing.
-    'codebook_size': _integer(2),
+    'codebook_size': rules.integer(2),
     'code_dim': _COUNT,
-    'metric': _name('euclidean', 'cosine'),
-    'gradient': _name('straight_through', 'rotation'),
+    'metric': rules.name('euclidean', 'cosine'),
+    'gradient': rules.name('straight_through', 'rotation'),
     'commitment_weight': _NOT_NEGATIVE,
 }
 _QUANTIZERS = {
@@ -162,28 +88,28 @@ _QUANTIZERS = {
     'bsq': _LFQ,
     'vq': {
         **_CODEBOOK,
-        'codebook_update': _name('ema', 'gradient'),
+        'codebook_update': rules.name('ema', 'gradient'),
         'decay': _DECAY,
-        'codebook_init': _name('normal', 'kmeans'),
-        'restart': _name('none', 'batch', 'split'),
+        'codebook_init': rules.name('normal', 'kmeans'),
+        'restart': rules.name('none', 'batch', 'split'),
         'dead_share': _DECAY,
         'entropy_weight': _NOT_NEGATIVE,
     },
     'simvq': {
         **_CODEBOOK,
-        'weighting': _name('standard', 'legacy'),
-        'input_projection': _name('none', 'linear'),
+        'weighting': rules.name('standard', 'legacy'),
+        'input_projection': rules.name('none', 'linear'),
     },
 }
-_PROJECTOR_IN = {'width': _COUNT, 'bound': _name('none', 'tanh')}
+_PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
 _PROJECTORS = {
-    'in.name': _name('linear', 'standardized', 'mlp', 'attention', 'none'),
+    'in.name': rules.name('linear', 'standardized', 'mlp', 'attention', 'none'),
     **{f'in.mlp.{name}': rule for name, rule in _PROJECTOR_IN.items()},
     **{f'in.attention.{name}': rule for name, rule in _PROJECTOR_IN.items()},
     'in.attention.depth': _COUNT,
     'in.attention.num_heads': _COUNT,
     'in.attention.mlp_dim': _COUNT,
-    'out.name': _name('linear', 'mlp', 'fourier', 'levels', 'none'),
+    'out.name': rules.name('linear', 'mlp', 'fourier', 'levels', 'none'),
     'out.fourier.num_frequencies': _COUNT,
     'out.fourier.sigma': _POSITIVE,
 }
@@ -191,25 +117,25 @@ _PROJECTORS = {
 _WITHOUT_LEVELS = ('simvq', 'vq')
 
 # Every field of configs/default.py.
-FIELDS: Mapping[str, Rule] = {
-    'seed': _integer(0, 2**32 - 1),
-    'data.source': _name('photos', 'tfds', 'folder', 'synthetic'),
+FIELDS: Mapping[str, rules.Rule] = {
+    'seed': rules.integer(0, 2**32 - 1),
+    'data.source': rules.name('photos', 'tfds', 'folder', 'synthetic'),
     'data.name': _TEXT,
     'data.data_dir': _TEXT,
     'data.train_split': _NON_EMPTY,
     'data.eval_split': _NON_EMPTY,
-    'data.image_size': _tuple(
+    'data.image_size': rules.tuple_of(
         f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window of'
         ' SSIM',
-        _integer(_SSIM_WINDOW),
+        rules.integer(_SSIM_WINDOW),
         (2,),
     ),
     'data.batch_size': _COUNT,
     'data.eval_batch_size': _COUNT,
     'data.resize_shorter': _COUNT_OR_ZERO,
-    'data.crop_scale': Rule(
+    'data.crop_scale': rules.Rule(
         '(lowest, highest), finite numbers with 0 < lowest <= highest',
-        lambda x: _tuple('', _POSITIVE, (2,)).fits(x) and x[0] <= x[1],
+        lambda x: rules.tuple_of('', _POSITIVE, (2,)).fits(x) and x[0] <= x[1],
     ),
     'data.flip': _BOOL,
     'data.color_jitter': _SHARE,
@@ -217,23 +143,26 @@ FIELDS: Mapping[str, Rule] = {
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
+    'model.encoder.name': rules.name('vit'),
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
     'model.latent_noise': _NOT_NEGATIVE,
     **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
-    'model.quantizer.name': _name(*_QUANTIZERS),
+    'model.quantizer.name': rules.name(*_QUANTIZERS),
     **{
         f'model.quantizer.{quantizer}.{name}': rule
         for quantizer, rules in _QUANTIZERS.items()
         for name, rule in rules.items()
     },
+    'model.decoder.name': rules.name('mae', 'vit'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
-    'model.dtype': _name('float32', 'bfloat16'),
+    **{f'model.decoder.mae.{name}': rule for name, rule in _MAE.items()},
+    'model.dtype': rules.name('float32', 'bfloat16'),
     'model.remat': _BOOL,
     'model.scan_unroll': _COUNT,
-    'losses.reconstruction': _name('l1', 'l2'),
+    'losses.reconstruction': rules.name('l1', 'l2'),
     'losses.reconstruction_weight': _NOT_NEGATIVE,
     'losses.quantizer_weight': _NOT_NEGATIVE,
-    'optim.name': _name('adamw', 'muon'),
+    'optim.name': rules.name('adamw', 'muon'),
     'optim.learning_rate': _POSITIVE,
     'optim.end_learning_rate': _NOT_NEGATIVE,
     'optim.warmup_steps': _COUNT_OR_ZERO,
@@ -244,16 +173,18 @@ FIELDS: Mapping[str, Rule] = {
     'optim.clip_norm': _NOT_NEGATIVE,
     'optim.accumulation_steps': _COUNT,
     'optim.ema_decay': _DECAY,
-    'optim.frozen': _tuple(
-        'a tuple of regular expressions', Rule('', _is_expression), _ANY_LENGTH
+    'optim.frozen': rules.tuple_of(
+        'a tuple of regular expressions',
+        rules.Rule('', rules.is_expression),
+        _ANY_LENGTH,
     ),
     'partitioning.mesh.data': _MESH_SIZE,
     'partitioning.mesh.fsdp': _MESH_SIZE,
-    'partitioning.rules': _tuple(
+    'partitioning.rules': rules.tuple_of(
         "a tuple of at least one (regular expression, strategy); strategies are"
         " 'fsdp', 'replicate' and tuples of 'data', 'fsdp' and None",
-        Rule('', _is_partition_rule),
-        range(1, _MAX_INT32),
+        rules.Rule('', rules.is_partition_rule),
+        range(1, rules.MAX_INT32),
     ),
     'partitioning.fsdp_min_size': _COUNT_OR_ZERO,
     'train.num_steps': _COUNT,
@@ -262,7 +193,7 @@ FIELDS: Mapping[str, Rule] = {
     'train.checkpoint_every_steps': _COUNT,
     'train.keep_checkpoints': _COUNT,
     'train.max_bad_steps': _COUNT,
-    'train.profile_steps': _tuple(
+    'train.profile_steps': rules.tuple_of(
         '() or (first, last), integers >= 0', _COUNT_OR_ZERO, (0, 2)
     ),
     'train.compilation_cache': _TEXT,
@@ -270,27 +201,27 @@ FIELDS: Mapping[str, Rule] = {
 }
 
 
-def _vit_rules(part: str) -> Iterator[CrossRule]:
+def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
   part = f'model.{part}'
-  yield CrossRule(
+  yield rules.CrossRule(
       ('data.image_size', f'{part}.patch_size'),
       'a patch_size that divides both sides of image_size',
       lambda size, patch: not any(side % patch for side in size),
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       (f'{part}.width', f'{part}.num_heads'),
       'a width that is a multiple of num_heads',
       lambda width, num_heads: width % num_heads == 0,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       (f'{part}.width', f'{part}.position'),
       "a width that is a multiple of 4 with position 'sincos'",
       lambda width, position: position != 'sincos' or width % 4 == 0,
   )
 
 
-def _projector_rules() -> Iterator[CrossRule]:
-  yield CrossRule(
+def _projector_rules() -> Iterator[rules.CrossRule]:
+  yield rules.CrossRule(
       (
           'model.projector_in.name',
           'model.projector_in.attention.width',
@@ -300,29 +231,33 @@ def _projector_rules() -> Iterator[CrossRule]:
       lambda name, width, heads: name != 'attention' or width % heads == 0,
   )
   levels = sorted(_QUANTIZERS.keys() - _WITHOUT_LEVELS)
-  yield CrossRule(
+  yield rules.CrossRule(
       ('model.projector_out.name', 'model.quantizer.name'),
       f"with 'levels' a quantizer whose codes have levels: {levels}",
       lambda name, quantizer: name != 'levels' or quantizer in levels,
   )
 
 
-def cross_rules(num_devices: int | None) -> Iterator[CrossRule]:
+def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   """Yields the rules between fields, those on devices if these are known."""
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
   yield from _projector_rules()
-  yield CrossRule(
-      ('model.encoder.patch_size', 'model.decoder.patch_size'),
-      'the same patch_size in both',
-      lambda encoder, decoder: encoder == decoder,
+  yield rules.CrossRule(
+      (
+          'model.encoder.patch_size',
+          'model.decoder.patch_size',
+          'model.decoder.name',
+      ),
+      "the same patch_size in both with a decoder 'vit'",
+      lambda encoder, decoder, name: name != 'vit' or encoder == decoder,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('data.source', 'data.name', 'data.data_dir'),
       "with 'tfds' a name, or the folder of a prepared version as data_dir",
       lambda source, name, folder: source != 'tfds' or bool(name or folder),
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('data.source', 'data.data_dir'),
       "with 'folder' an existing folder as data_dir; set"
       ' --config.data.data_dir',
@@ -330,24 +265,24 @@ def cross_rules(num_devices: int | None) -> Iterator[CrossRule]:
           source != 'folder' or os.path.isdir(os.path.expanduser(folder))
       ),
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('optim.warmup_steps', 'train.num_steps'),
       'warmup_steps < num_steps',
       lambda warmup_steps, num_steps: warmup_steps < num_steps,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('optim.end_learning_rate', 'optim.learning_rate'),
       'end_learning_rate <= learning_rate',
       lambda end, peak: end <= peak,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('train.profile_steps', 'train.num_steps'),
       '() or first <= last <= num_steps',
       lambda steps, num_steps: (
           not steps or steps[0] <= steps[1] <= num_steps
       ),
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('partitioning.mesh.data', 'partitioning.mesh.fsdp'),
       'at most one -1',
       lambda data, fsdp: (data, fsdp) != (-1, -1),
@@ -355,26 +290,26 @@ def cross_rules(num_devices: int | None) -> Iterator[CrossRule]:
   if num_devices is not None:
     yield from _device_rules(num_devices)
     return
-  yield CrossRule(
+  yield rules.CrossRule(
       ('data.batch_size', 'optim.accumulation_steps'),
       'a batch_size that is a multiple of accumulation_steps',
       lambda size, parts: size % parts == 0,
   )
 
 
-def _device_rules(num_devices: int) -> Iterator[CrossRule]:
-  yield CrossRule(
+def _device_rules(num_devices: int) -> Iterator[rules.CrossRule]:
+  yield rules.CrossRule(
       ('data.batch_size', 'optim.accumulation_steps'),
       f'a batch_size that is a multiple of {num_devices} devices times'
       ' accumulation_steps',
       lambda size, parts: size % (num_devices * parts) == 0,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('data.eval_batch_size',),
       f'a multiple of {num_devices} devices',
       lambda size: size % num_devices == 0,
   )
-  yield CrossRule(
+  yield rules.CrossRule(
       ('partitioning.mesh.data', 'partitioning.mesh.fsdp'),
       f'sizes that multiply to {num_devices} devices, -1 taking what is left',
       lambda *sizes: (

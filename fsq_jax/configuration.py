@@ -104,6 +104,8 @@ def check_config(
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
   problems.extend(_quantizer_problems(fields))
+  if not problems:
+    problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
 
@@ -134,6 +136,17 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
           f"{projector} is 'none', {width} is {fields.get(width)!r}; allowed:"
           f' the {code_dim} channels of the codes of {quantizer!r}.'
       )
+
+
+def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
+  """Yields why parts that are right by themselves make no model."""
+  # Here, for the same reason.
+  from fsq_jax import models
+
+  try:
+    models.build_autoencoder(config['model'], config['data']['image_size'])
+  except ValueError as error:
+    yield str(error)
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:

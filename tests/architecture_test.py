@@ -32,8 +32,8 @@ _ALLOWED_IMPORTS = {
     'report_page': {'report_curves'},
     'optim': {'partitioning'},
     'models': {'quantizers'},
-    'configuration': {'config_rules', 'quantizers'},
-    'config_rules': set(),
+    'configuration': {'config_rules', 'models', 'quantizers'},
+    'config_rules': {'rules'},
     'data': set(),
     'losses': set(),
     'metrics': set(),
@@ -42,6 +42,7 @@ _ALLOWED_IMPORTS = {
     'provenance': set(),
     'quantizers': set(),
     'report_curves': set(),
+    'rules': set(),
     'runtime': set(),
     'workdir': set(),
 }

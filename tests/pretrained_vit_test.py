@@ -10,6 +10,7 @@ import pytest
 
 from fsq_jax.models import pretrained_vit
 from fsq_jax.models import resampling
+from fsq_jax.models import vit_blocks
 from fsq_jax.models import vit_families
 
 # Pixels that no patch fills are at two of the sides.
@@ -165,10 +166,19 @@ def test_layer_norm_keeps_the_variance_of_far_tokens():
   # of two squares in float32.
   arch = _architecture('mae')
   x = 1000 + np.random.default_rng(0).standard_normal((2, 3, 16))
-  norm = pretrained_vit._layer_norm(arch, None, affine=False)
+  norm = vit_blocks.layer_norm(arch, None, affine=False)
   y = jax.jit(norm.apply)({}, jnp.asarray(x, jnp.float32))
   expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
   np.testing.assert_allclose(y, expected, atol=1e-3)
+
+
+def test_applying_changes_no_variable():
+  module = _module('mae')
+  variables = _init(module)
+  before = jax.tree.map(np.copy, variables)
+  # Outside of jit the module gets the NumPy arrays themselves.
+  jax.eval_shape(lambda x: module.apply(variables, x), _images())
+  jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
 @pytest.mark.parametrize('family', vit_families.FAMILIES)

@@ -49,6 +49,18 @@ def _bicubic_antialias(values, size):
   return resized
 
 
+def _bilinear(values, size):
+  """PyTorch's kernel, value by value: upsample_bilinear2d."""
+  resized = np.zeros(size)
+  for i in range(size):
+    source = max((i + 0.5) * len(values) / size - 0.5, 0)
+    low = math.floor(source)
+    high = low + (low < len(values) - 1)
+    share = source - low
+    resized[i] = (1 - share) * values[low] + share * values[high]
+  return resized
+
+
 def _bilinear_align_corners(values, size):
   resized = np.zeros(size)
   for i in range(size):
@@ -62,6 +74,7 @@ def _bilinear_align_corners(values, size):
 _SLOW = {
     'bicubic': _bicubic,
     'bicubic_antialias': _bicubic_antialias,
+    'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
 }
 
@@ -107,6 +120,16 @@ def test_antialias_is_that_of_jax(size):
   np.testing.assert_allclose(
       resampling.resize_grid(grid, size, 'bicubic_antialias'),
       jax.image.resize(grid, (*size, 3), 'cubic', antialias=True),
+      atol=2e-6,
+  )
+
+
+@pytest.mark.parametrize('size', [(7, 9), (3, 2), (4, 10)])
+def test_bilinear_is_that_of_jax(size):
+  grid = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(np.float32)
+  np.testing.assert_allclose(
+      resampling.resize_grid(grid, size, 'bilinear'),
+      jax.image.resize(grid, (*size, 3), 'bilinear', antialias=False),
       atol=2e-6,
   )
 

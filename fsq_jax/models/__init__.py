@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
+from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained
 from fsq_jax.models import projector_in as projectors_in
 from fsq_jax.models import projector_out as projectors_out
@@ -19,11 +20,13 @@ from fsq_jax.models import vit_families
 Autoencoder = autoencoder.Autoencoder
 AutoencoderOutput = autoencoder.AutoencoderOutput
 ARCHITECTURES = vit_families.ARCHITECTURES
+DECODER_PRESETS = mae_decoder.PRESETS
 build_encoder = pretrained.build_encoder
+load_decoder = pretrained.load_decoder
 load_encoder = pretrained.load_encoder
 
 _ENCODERS = {'vit': vit.VitEncoder}
-_DECODERS = {'vit': vit.VitDecoder}
+_DECODERS = {'mae': mae_decoder.MaeDecoder, 'vit': vit.VitDecoder}
 _PROJECTORS_IN = {
     'linear': projectors_in.LinearProjectorIn,
     'standardized': projectors_in.StandardizedProjectorIn,
@@ -67,7 +70,13 @@ def build_autoencoder(
       'scan_unroll': config['scan_unroll'],
   }
   encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
-  decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
+  if _lookup('decoder', _DECODERS, config) is mae_decoder.MaeDecoder:
+    decoder = mae_decoder.build_mae_decoder(
+        config['decoder'], latent_grid=encoder.grid_size,
+        image_size=image_size, compute=compute,
+    )
+  else:
+    decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
   return Autoencoder(
       encoder=encoder,
       projector_in=_build_projector_in(config, encoder, quantizer, compute),
@@ -96,10 +105,10 @@ def _build_projector_in(config, encoder, quantizer, compute) -> nn.Module:
 
 def _build_projector_out(config, decoder, quantizer, compute) -> nn.Module:
   name = config['projector_out']['name']
-  if name == 'none' and decoder.width != quantizer.code_dim:
+  if name == 'none' and decoder.input_width != quantizer.code_dim:
     raise ValueError(
         f"model.projector_out.name is 'none' with {quantizer.code_dim} channels"
-        f' of a code (model.quantizer) and {decoder.width} of the decoder'
+        f' of a code (model.quantizer) and {decoder.input_width} of the decoder'
         " (model.decoder.width); make them equal, or use 'linear'."
     )
   return _build_projector(
@@ -107,7 +116,7 @@ def _build_projector_out(config, decoder, quantizer, compute) -> nn.Module:
       _PROJECTORS_OUT,
       config,
       {
-          'width': decoder.width,
+          'width': decoder.input_width,
           'code_steps': quantizer.code_steps,
           'code_scales': _code_scales(quantizer),
           # Of its own: one module cannot be part of two.
@@ -143,6 +152,7 @@ def _build_vit(part, table, config, image_size, compute) -> nn.Module:
   fields = dict(config[part])
   cls = _lookup(part, table, config)
   del fields['name']
+  fields.pop('mae', None)  # The section of the decoder of that name.
   patch = fields['patch_size']
   if any(side % patch for side in image_size):
     raise ValueError(

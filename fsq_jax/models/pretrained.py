@@ -1,23 +1,22 @@
-"""Pretrained vision transformers, loaded from published checkpoints."""
+"""Pretrained encoders and decoders, loaded from published checkpoints."""
 
 from collections.abc import Callable, Mapping
-import math
+import dataclasses
 import os
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from einops import rearrange
+from flax import linen as nn
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
-import numpy as np
 
+from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained_vit
-from fsq_jax.models import resampling
 from fsq_jax.models import weight_descriptions
 from fsq_jax.models import weight_files
-from fsq_jax.models import weight_layouts
+from fsq_jax.models import weight_sources
 
 # Parts of vision towers that make no tokens: what pools or classifies them,
 # masks them, and numbers that follow from others.
@@ -25,8 +24,6 @@ _UNUSED = re.compile(
     r'(head|MAPHead_0|pooler|rope_embeddings)[./]'
     r'|embeddings\.(mask_token|position_ids)$'
 )
-_MAX_LISTED = 20
-_POSITIONS = ('positions', 'class_position')
 
 Shardings = Callable[[Any], Any]
 
@@ -44,14 +41,18 @@ class PretrainedEncoder(NamedTuple):
   variables: Mapping[str, Any]
 
 
-class _Source(NamedTuple):
-  """One parameter, where it is, and the shape that it must have there."""
+class PretrainedDecoder(NamedTuple):
+  """A decoder and its weights.
 
-  parameter: str
-  shape: tuple[int, ...]
-  place: weight_layouts.Place
-  keys: list[str]
-  stored_shape: tuple[int, ...]
+  Attributes:
+    module: `module.apply(variables, latents)` maps latents to images in
+      [-1, 1]; with method='logits', to normalised pixels of patches.
+    variables: float32 parameters, those of the blocks stacked, and the fixed
+      positions in the collection `constants`.
+  """
+
+  module: mae_decoder.MaeDecoder
+  variables: Mapping[str, Any]
 
 
 def load_encoder(
@@ -86,19 +87,66 @@ def load_encoder(
   with weight_files.open_weights(path) as weights:
     description = _describe(path, weights)
     module = _build_encoder(description, image_size, final_affine)
-    sources = _find_sources(description, weights)
-    abstract = _abstract_variables(module)
-    targets = jax.tree.map(lambda _: None, abstract)
-    if shardings is not None:
-      targets = shardings(abstract)
-    targets = traverse_util.flatten_dict(targets['params'], sep='/')
-    params = {}
-    for source in sources:
-      if source.parameter in targets:
-        value = _read(source, description, module, weights)
-        params[source.parameter] = _place(value, targets[source.parameter])
-  params = traverse_util.unflatten_dict(params, sep='/')
-  return PretrainedEncoder(module, {'params': params})
+    # The final scale and bias are looked for even where they are not used.
+    whole = _build_encoder(description, None, final_affine=True)
+    sources = weight_sources.find_sources(
+        _shapes(_abstract_variables(whole)), description, weights,
+        part='vision tower', unused=_UNUSED,
+    )
+    variables = _load(module, sources, description, weights, shardings)
+  return PretrainedEncoder(module, variables)
+
+
+def load_decoder(
+    path: str | os.PathLike[str],
+    normalization: str = 'none',
+    *,
+    shardings: Shardings | None = None,
+) -> PretrainedDecoder:
+  """Loads a decoder of RAE (github.com/bytetriper/RAE).
+
+  Args:
+    path: a directory with config.json, of ViT-MAE's kind with hidden_size the
+      channels of the latents, and model.safetensors or
+      model.safetensors.index.json.
+    normalization: the encoder family by whose mean and deviation its pixels
+      are normalised, which RAE takes from the encoder and no file tells; a key
+      of `mae_decoder.NORMALIZATIONS`.
+    shardings: as in `load_encoder`.
+
+  Returns:
+    The module and its variables.
+
+  Raises:
+    ValueError: files that are missing, damaged, or of another kind; the keys
+      that are missing, unexpected, or of another shape are listed.
+  """
+  if normalization not in mae_decoder.NORMALIZATIONS:
+    raise ValueError(
+        f'normalization is {normalization!r}; known:'
+        f' {sorted(mae_decoder.NORMALIZATIONS)}.'
+    )
+  path = pathlib.Path(path)
+  config = path / 'config.json'
+  with weight_files.open_weights(path) as weights:
+    description = weight_descriptions.describe_decoder(
+        weight_files.read_json(config), str(config)
+    )
+    arch = description.architecture
+    side = description.image_size // arch.patch_size
+    module = mae_decoder.MaeDecoder(
+        architecture=dataclasses.replace(
+            arch, **mae_decoder.NORMALIZATIONS[normalization]
+        ),
+        input_width=description.input_width,
+        grid_size=(side, side),
+    )
+    sources = weight_sources.find_sources(
+        _shapes(_abstract_variables(module)), description, weights,
+        part='decoder', unused=None,
+    )
+    variables = _load(module, sources, description, weights, shardings)
+  return PretrainedDecoder(module, variables)
 
 
 def build_encoder(
@@ -153,132 +201,38 @@ def _build_encoder(
   )
 
 
-def _abstract_variables(module) -> Any:
-  images = jax.ShapeDtypeStruct((1, *module.image_size, 3), jnp.float32)
-  return jax.eval_shape(module.init, jax.random.key(0), images)
+def _abstract_variables(module: nn.Module) -> Any:
+  if isinstance(module, mae_decoder.MaeDecoder):
+    shape = (1, *module.grid_size, module.input_width)
+  else:
+    shape = (1, *module.image_size, 3)
+  inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), inputs)
 
 
-def _find_sources(description, weights) -> list[_Source]:
-  """Finds all parameters in a checkpoint's headers, or says what is off."""
-  architecture = description.architecture
-  if architecture.depth > len(weights.headers):
-    raise ValueError(
-        f'{weights.source} has {len(weights.headers)} arrays, too few for'
-        f' {architecture.depth} blocks; its config.json is another model\'s.'
-    )
-  # The final scale and bias are looked for even where they are not used.
-  module = _build_encoder(description, None, final_affine=True)
-  abstract = traverse_util.flatten_dict(
-      _abstract_variables(module)['params'], sep='/'
-  )
-  sources = [
-      _find_source(name, leaf.shape, description)
-      for name, leaf in abstract.items()
-  ]
-  expected = [key for source in sources for key in source.keys]
-  prefix = weight_descriptions.find_prefix(list(weights.headers), expected)
-  sources = [
-      source._replace(keys=[prefix + key for key in source.keys])
-      for source in sources
-  ]
-  _check(sources, prefix, weights)
-  return sources
-
-
-def _find_source(name: str, shape, description) -> _Source:
-  """Finds where a parameter is, without the prefix of the checkpoint."""
-  architecture = description.architecture
-  place = weight_layouts.find_place(description.family, architecture, name)
-  if name in _POSITIONS:
-    grid = description.image_size // architecture.patch_size
-    tokens = architecture.num_class_tokens + grid**2
-    stored = weight_layouts.stored_shape(
-        place._replace(part=None), (tokens, architecture.width), architecture
-    )
-    return _Source(name, shape, place, [place.key], stored)
-  if not name.startswith('blocks/'):
-    stored = weight_layouts.stored_shape(place, shape, architecture)
-    return _Source(name, shape, place, [place.key], stored)
-  stored = weight_layouts.stored_shape(place, shape[1:], architecture)
-  if description.scanned:
-    key = place.key.replace('_{i}', '')
-    return _Source(name, shape, place, [key], (shape[0], *stored))
-  keys = [place.key.format(i=i) for i in range(shape[0])]
-  return _Source(name, shape, place, keys, stored)
-
-
-def _check(sources, prefix, weights) -> None:
-  """Raises one error that names all keys which are not as they should be."""
-  headers = weights.headers
-  shapes = {key: s.stored_shape for s in sources for key in s.keys}
-  # Without a prefix, the text tower and others stand beside the vision tower.
-  roots = {re.split('[./]', key)[0] for key in shapes} if not prefix else set()
-  problems = {
-      'missing': [key for key in shapes if key not in headers],
-      'unexpected': [
-          key
-          for key in headers
-          if key not in shapes
-          and key.startswith(prefix)
-          and (prefix or re.split('[./]', key)[0] in roots)
-          and not _UNUSED.match(key.removeprefix(prefix))
-      ],
-      'of another shape': [
-          f'{key} is {headers[key].shape} instead of {shape}'
-          for key, shape in shapes.items()
-          if key in headers and headers[key].shape != tuple(shape)
-      ],
-      'of another dtype': [
-          f'{key} is {headers[key].dtype} instead of one of'
-          f' {sorted(weight_files.FLOATS)}'
-          for key in shapes
-          if key in headers and headers[key].dtype not in weight_files.FLOATS
-      ],
+def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by path, of all collections together."""
+  return {
+      name: leaf.shape
+      for collection in variables.values()
+      for name, leaf in traverse_util.flatten_dict(collection, sep='/').items()
   }
-  listed = []
-  for problem, keys in problems.items():
-    if keys:
-      more = f' and {len(keys) - _MAX_LISTED} more'
-      listed.append(
-          f'{len(keys)} {problem}: {", ".join(sorted(keys)[:_MAX_LISTED])}'
-          + (more if len(keys) > _MAX_LISTED else '')
+
+
+def _load(module, sources, description, weights, shardings) -> Any:
+  """Reads the variables of a module and puts them where they belong."""
+  abstract = _abstract_variables(module)
+  targets = jax.tree.map(lambda _: None, abstract)
+  if shardings is not None:
+    targets = shardings(abstract)
+  by_name = {source.parameter: source for source in sources}
+  variables = {}
+  for collection, leaves in targets.items():
+    loaded = {}
+    for name, sharding in traverse_util.flatten_dict(leaves, sep='/').items():
+      value = weight_sources.read_source(
+          by_name[name], description, module.grid_size, weights
       )
-  if listed:
-    raise ValueError(
-        f'The vision tower of {weights.source} does not fit its description:'
-        f' {"; ".join(listed)}. The file is damaged, or of another model.'
-    )
-
-
-def _read(source, description, module, weights) -> np.ndarray:
-  """Reads one parameter."""
-  architecture = description.architecture
-  if source.parameter == 'positions':
-    stored = weight_layouts.arrange(
-        source.place, weights.read(source.keys[0]), architecture
-    )[architecture.num_class_tokens:]
-    side = math.isqrt(len(stored))
-    return resampling.resize_grid(
-        rearrange(stored, '(h w) c -> h w c', h=side),
-        module.grid_size,
-        architecture.position_kernel,
-    )
-  if not source.parameter.startswith('blocks/'):
-    array = weights.read(source.keys[0])
-    return weight_layouts.arrange(source.place, array, architecture)
-  value = np.empty(source.shape, np.float32)
-  for i in range(architecture.depth):
-    # Scanned checkpoints have one array for all blocks.
-    if i < len(source.keys):
-      array = weights.read(source.keys[i])
-    block = array[i] if description.scanned else array
-    value[i] = weight_layouts.arrange(source.place, block, architecture)
-  return value
-
-
-def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None):
-  if sharding is None:
-    return jnp.asarray(value)
-  return jax.make_array_from_callback(
-      value.shape, sharding, lambda index: value[index]
-  )
+      loaded[name] = weight_sources.place_value(value, sharding)
+    variables[collection] = traverse_util.unflatten_dict(loaded, sep='/')
+  return variables

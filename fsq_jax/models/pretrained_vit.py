@@ -1,7 +1,5 @@
 """A vision transformer that pretrained weights of several families fit."""
 
-import functools
-
 from einops import rearrange
 from flax import linen as nn
 import jax
@@ -10,17 +8,10 @@ import numpy as np
 
 from fsq_jax.models import resampling
 from fsq_jax.models import vit
+from fsq_jax.models import vit_blocks
 from fsq_jax.models import vit_families
 
-_ACTIVATIONS = {
-    'gelu': functools.partial(nn.gelu, approximate=False),
-    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-    'silu': nn.silu,
-}
 _INIT = nn.initializers.normal(stddev=0.02)
-
-# Sines and cosines, each [N, head channels], or None without a rotation.
-Rotation = tuple[jax.Array, jax.Array] | None
 
 
 def rope_angles(
@@ -48,75 +39,6 @@ def rope_angles(
   grid = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)
   angles = 2 * np.pi * np.einsum('hwa,f->hwaf', grid, frequencies)
   return np.tile(rearrange(angles, 'h w a f -> (h w) (a f)'), 2)
-
-
-class RotaryAttention(nn.Module):
-  """Multi-head self-attention that may turn queries and keys by position."""
-
-  architecture: vit_families.Architecture
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Mixes [B, N, C] tokens; returns the same shape."""
-
-    def project(name: str) -> jax.Array:
-      y = _dense(self, name, x.shape[-1])(x)
-      return rearrange(
-          y, 'b n (h d) -> b h n d', h=self.architecture.num_heads
-      )
-
-    q, k = (_rotate(project(name), rotation) for name in ('query', 'key'))
-    mixed = vit.attend(q, k, project('value'))
-    mixed = rearrange(mixed, 'b h n d -> b n (h d)').astype(self.dtype)
-    return _dense(self, 'out', x.shape[-1])(mixed)
-
-
-class GatedMlp(nn.Module):
-  """Two dense layers, the first of which may have a gate beside it."""
-
-  architecture: vit_families.Architecture
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Transforms each of the [B, N, C] tokens; returns the same shape."""
-    arch = self.architecture
-    activate = _ACTIVATIONS[arch.activation]
-    hidden = _dense(self, 'in', arch.mlp_dim, 'mlp')(x)
-    if arch.mlp == 'gated':
-      gate = _dense(self, 'gate', arch.mlp_dim, 'mlp')(x)
-      hidden = activate(gate) * hidden
-    else:
-      hidden = activate(hidden)
-    return _dense(self, 'out', x.shape[-1], 'mlp')(hidden)
-
-
-class PretrainedBlock(nn.Module):
-  """Pre-LayerNorm transformer block, in the form that nn.scan iterates."""
-
-  architecture: vit_families.Architecture
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(
-      self, x: jax.Array, rotation: Rotation
-  ) -> tuple[jax.Array, None]:
-    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
-    arch = self.architecture
-
-    def scale(name: str, y: jax.Array) -> jax.Array:
-      if not arch.layer_scale:
-        return y
-      init = nn.initializers.ones
-      return y * self.param(name, init, (arch.width,)).astype(self.dtype)
-
-    y = _layer_norm(arch, 'attention_norm')(x).astype(self.dtype)
-    attention = RotaryAttention(arch, self.dtype, name='attention')
-    x = x + scale('attention_scale', attention(y, rotation))
-    y = _layer_norm(arch, 'mlp_norm')(x).astype(self.dtype)
-    mlp = GatedMlp(arch, self.dtype, name='mlp')
-    return x + scale('mlp_scale', mlp(y)), None
 
 
 class PretrainedVit(nn.Module):
@@ -196,19 +118,8 @@ class PretrainedVit(nn.Module):
     )
     x = nn.Dense(arch.width, dtype=self.dtype, name='patches')(patches)
     x = self._prepend(rearrange(self._add_positions(x), 'b h w c -> b (h w) c'))
-    block = PretrainedBlock
-    if self.remat:
-      block = nn.remat(block, prevent_cse=False)
-    blocks = nn.scan(
-        block,
-        variable_axes={'params': 0},
-        split_rngs={'params': True},
-        in_axes=nn.broadcast,
-        length=arch.depth,
-        unroll=min(self.scan_unroll, arch.depth),
-    )(arch, self.dtype, name='blocks')
-    x, _ = blocks(x.astype(self.dtype), _rotation(arch, height, width))
-    return _layer_norm(arch, 'norm', self.final_affine)(x)
+    x = vit_blocks.apply_blocks(self, x, _rotation(arch, height, width))
+    return vit_blocks.layer_norm(arch, 'norm', self.final_affine)(x)
 
   def _add_positions(self, x: jax.Array) -> jax.Array:
     """Adds positions to [B, h, w, C] tokens of patches."""
@@ -233,7 +144,8 @@ class PretrainedVit(nn.Module):
       if arch.position != 'rope':
         # Added to the token all the same: kept apart as in the checkpoints.
         zeros = nn.initializers.zeros
-        token += self.param('class_position', zeros, (arch.width,))
+        # Not in place, since parameters may be NumPy arrays.
+        token = token + self.param('class_position', zeros, (arch.width,))
       prefix.append(token[None])
     if arch.num_registers:
       shape = (arch.num_registers, arch.width)
@@ -249,7 +161,7 @@ def _sincos(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 def _rotation(
     arch: vit_families.Architecture, height: int, width: int
-) -> Rotation:
+) -> vit_blocks.Rotation:
   if arch.position != 'rope':
     return None
   head_dim = arch.width // arch.num_heads
@@ -259,32 +171,4 @@ def _rotation(
   return (
       jnp.asarray(np.sin(angles), jnp.float32),
       jnp.asarray(np.cos(angles), jnp.float32),
-  )
-
-
-def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Turns pairs of channels, half of a head apart, of [B, h, N, d] tokens."""
-  if rotation is None:
-    return x
-  sin, cos = rotation
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([-second, first], axis=-1)
-  return (x * cos + turned * sin).astype(x.dtype)
-
-
-def _dense(
-    module: nn.Module, name: str, features: int, bias: str | None = None
-) -> nn.Dense:
-  """A dense layer of the module, with a bias where the family has one."""
-  use_bias = (bias or name) in module.architecture.biases
-  return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, name=name)
-
-
-def _layer_norm(
-    arch: vit_families.Architecture, name: str, affine: bool = True
-) -> nn.LayerNorm:
-  # E[x^2] - E[x]^2 would lose what an epsilon of 1e-12 leaves of the variance.
-  return nn.LayerNorm(
-      epsilon=arch.norm_epsilon, use_bias=affine, use_scale=affine,
-      use_fast_variance=False, dtype=jnp.float32, name=name,
   )

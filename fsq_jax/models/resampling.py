@@ -30,6 +30,15 @@ def _bicubic_antialias(size_in: int, size_out: int) -> np.ndarray:
   return matrix / matrix.sum(axis=1, keepdims=True)
 
 
+def _bilinear(size_in: int, size_out: int) -> np.ndarray:
+  """PyTorch's bilinear without antialias, align_corners=False."""
+  centers = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+  # Beyond the outermost centers the values at the edges go on.
+  centers = np.clip(centers, 0, size_in - 1)
+  distances = np.abs(np.arange(size_in) - centers[:, None])
+  return np.maximum(1 - distances, 0)
+
+
 def _bilinear_align_corners(size_in: int, size_out: int) -> np.ndarray:
   """Bilinear between corners that stay: scipy's zoom of order 1."""
   centers = np.linspace(0, size_in - 1, size_out)
@@ -40,6 +49,7 @@ def _bilinear_align_corners(size_in: int, size_out: int) -> np.ndarray:
 KERNELS: dict[str, Callable[[int, int], np.ndarray]] = {
     'bicubic': _bicubic,
     'bicubic_antialias': _bicubic_antialias,
+    'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
 }
 
@@ -97,15 +107,15 @@ def resize_grid(
 def resize_images(
     images: jax.Array, size: tuple[int, int], kernel: str
 ) -> jax.Array:
-  """Resamples images on the device, in float32; bicubic may overshoot.
+  """Resamples on the device, in float32; bicubic may overshoot.
 
   Args:
-    images: [B, H, W, 3] floats.
-    size: wanted (height, width) in pixels.
+    images: [B, H, W, C] floats: images, or latents.
+    size: wanted (height, width).
     kernel: a key of `KERNELS`.
 
   Returns:
-    [B, *size, 3] float32; of the same size, the same values.
+    [B, *size, C] float32; of the same size, the same values.
   """
   check_kernel(kernel)
   images = images.astype(jnp.float32)

@@ -247,6 +247,11 @@ class VitDecoder(nn.Module):
   remat: bool = False
   scan_unroll: int = 1
 
+  @property
+  def input_width(self) -> int:
+    """Channels of the latents."""
+    return self.width
+
   @nn.compact
   def __call__(self, latents: jax.Array) -> jax.Array:
     """Decodes latents.

@@ -1,6 +1,7 @@
 """Architectures of pretrained vision transformers, by family and by name."""
 
 import dataclasses
+import math
 from typing import Any
 
 POSITIONS = ('learned', 'sincos', 'rope')
@@ -66,8 +67,13 @@ class Architecture:
         raise ValueError(
             f'{name} is {getattr(self, name)!r}; known: {sorted(known)}.'
         )
-    # A rotation takes pairs of channels, rows and columns one half of each.
-    multiple = {'rope': 4}.get(self.position, 1) * self.num_heads
+    # A rotation takes pairs of channels, rows and columns one half of each; so
+    # do sines and cosines, but of the whole width.
+    multiple = {
+        'learned': self.num_heads,
+        'sincos': math.lcm(4, self.num_heads),
+        'rope': 4 * self.num_heads,
+    }[self.position]
     if self.width % multiple:
       raise ValueError(
           f'The width {self.width} must be a multiple of {multiple}, for'

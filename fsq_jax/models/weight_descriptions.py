@@ -36,16 +36,18 @@ class Description(NamedTuple):
   """What is in a checkpoint.
 
   Attributes:
-    family: a key of `vit_families.FAMILIES`.
+    family: a key of `vit_families.FAMILIES`, or 'rae_decoder'.
     architecture: the rest of it.
     image_size: pixels a side that the weights are for.
     scanned: whether blocks are stacked along the first axis of one array.
+    input_width: channels of a decoder's latents; None for encoders.
   """
 
   family: str
   architecture: vit_families.Architecture
   image_size: int
   scanned: bool
+  input_width: int | None = None
 
 
 def describe_config(config: Mapping[str, Any], source: str) -> Description:
@@ -70,11 +72,7 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
   def count(name: str) -> int:
     return _number(config, name, source, int)
 
-  if 'num_channels' in config and count('num_channels') != 3:
-    raise ValueError(
-        f'num_channels of {source} is {config["num_channels"]}; only encoders'
-        ' of 3 channels are known.'
-    )
+  _check_channels(config, source)
   fields = {
       'width': count('hidden_size'),
       'depth': count('num_hidden_layers'),
@@ -83,8 +81,7 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
       'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
       'biases': _biases(config, family),
   }
-  if 'layer_norm_eps' in config:
-    fields['norm_epsilon'] = _number(config, 'layer_norm_eps', source, float)
+  fields.update(_norm_epsilon(config, source))
   if family in ('dinov2', 'dinov2_with_registers'):
     ratio = _number(config, 'mlp_ratio', source, float)
     fields['mlp_dim'] = int(fields['width'] * ratio)
@@ -102,11 +99,46 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
     fields['num_registers'] = count('num_register_tokens')
   elif 'num_register_tokens' in config:
     fields['num_registers'] = 0
-  try:
-    architecture = vit_families.build_architecture(family, **fields)
-  except ValueError as error:
-    raise ValueError(f'{source} describes no model. {error}') from error
+  architecture = _build(family, fields, source)
   return Description(family, architecture, count('image_size'), scanned=False)
+
+
+def describe_decoder(config: Mapping[str, Any], source: str) -> Description:
+  """Describes a decoder of RAE, whose config is that of a ViT-MAE.
+
+  Args:
+    config: the content of config.json.
+    source: of it, for messages.
+
+  Raises:
+    ValueError: another kind of model, or fields of another kind.
+  """
+
+  def count(name: str) -> int:
+    return _number(config, name, source, int)
+
+  _choose(config, 'model_type', {'vit_mae': 'mae'}, source)
+  _check_channels(config, source)
+  fields = {
+      'width': count('decoder_hidden_size'),
+      'depth': count('decoder_num_hidden_layers'),
+      'num_heads': count('decoder_num_attention_heads'),
+      'mlp_dim': count('decoder_intermediate_size'),
+      'patch_size': count('patch_size'),
+      'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
+      'biases': _biases(config, 'mae'),
+      **_norm_epsilon(config, source),
+  }
+  image_size = count('image_size')
+  if image_size < fields['patch_size']:
+    raise ValueError(
+        f'image_size of {source} is {image_size}, less than patch_size'
+        f' {fields["patch_size"]}.'
+    )
+  return Description(
+      'rae_decoder', _build('mae', fields, source), image_size, scanned=False,
+      input_width=count('hidden_size'),
+  )
 
 
 def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
@@ -176,6 +208,31 @@ def find_prefix(keys: Sequence[str], expected: Sequence[str]) -> str:
       if key[match.end():] in wanted:
         counts[key[:match.end()]] += 1
   return min(counts, key=lambda p: (-counts[p], len(p)), default='')
+
+
+def _build(
+    family: str, fields: Mapping[str, Any], source: str
+) -> vit_families.Architecture:
+  try:
+    return vit_families.build_architecture(family, **fields)
+  except ValueError as error:
+    raise ValueError(f'{source} describes no model. {error}') from error
+
+
+def _check_channels(config: Mapping[str, Any], source: str) -> None:
+  channels = config.get('num_channels', 3)
+  if channels != 3:
+    raise ValueError(
+        f'num_channels of {source} is {channels!r}; only models of 3 channels'
+        ' are known.'
+    )
+
+
+def _norm_epsilon(config: Mapping[str, Any], source: str) -> dict[str, float]:
+  """The epsilon of LayerNorm, if it is not left to the family."""
+  if 'layer_norm_eps' not in config:
+    return {}
+  return {'norm_epsilon': _number(config, 'layer_norm_eps', source, float)}
 
 
 def _biases(config: Mapping[str, Any], family: str) -> tuple[str, ...]:

@@ -57,6 +57,20 @@ _MAE = {
     'mlp/out': 'encoder.layer.{i}.output.dense',
     'norm': 'layernorm',
 }
+_RAE_DECODER = {
+    'embed': 'decoder_embed',
+    'class_token': Place('trainable_cls_token', _TOKEN),
+    'class_position': Place('decoder_pos_embed', '1 n d -> n d', part=0),
+    'positions': Place('decoder_pos_embed', '1 n d -> n d'),
+    'norm': 'decoder_norm',
+    'pixels': 'decoder_pred',
+    # The blocks are ViT-MAE's.
+    **{
+        name: place.replace('encoder.layer.', 'decoder_layers.')
+        for name, place in _MAE.items()
+        if name.startswith(('attention', 'mlp'))
+    },
+}
 _DINOV2 = {
     **_MAE,
     'registers': Place('embeddings.register_tokens', '1 r d -> r d'),
@@ -100,6 +114,7 @@ _HUGGING_FACE = {
     'dinov2_with_registers': _DINOV2,
     'dinov3': _DINOV3,
     'mae': _MAE,
+    'rae_decoder': _RAE_DECODER,
 }
 _BIG_VISION = {
     'patches': 'embedding',
@@ -119,7 +134,7 @@ def find_place(
   """Finds a parameter in the checkpoints of a family.
 
   Args:
-    family: a key of `vit_families.FAMILIES`.
+    family: a key of `vit_families.FAMILIES`, or 'rae_decoder'.
     architecture: of the checkpoint.
     parameter: its path, such as 'blocks/attention/query/kernel'.
   """

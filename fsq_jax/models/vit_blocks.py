@@ -1,0 +1,146 @@
+"""Transformer blocks that pretrained weights of several families fit."""
+
+import functools
+
+from einops import rearrange
+from flax import linen as nn
+import jax
+from jax import numpy as jnp
+
+from fsq_jax.models import vit
+from fsq_jax.models import vit_families
+
+_ACTIVATIONS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+    'silu': nn.silu,
+}
+
+# Sines and cosines, each [N, head channels], or None without a rotation.
+Rotation = tuple[jax.Array, jax.Array] | None
+
+
+def layer_norm(
+    arch: vit_families.Architecture, name: str, affine: bool = True
+) -> nn.LayerNorm:
+  """A LayerNorm of the architecture, in float32."""
+  # E[x^2] - E[x]^2 would lose what an epsilon of 1e-12 leaves of the variance.
+  return nn.LayerNorm(
+      epsilon=arch.norm_epsilon, use_bias=affine, use_scale=affine,
+      use_fast_variance=False, dtype=jnp.float32, name=name,
+  )
+
+
+class RotaryAttention(nn.Module):
+  """Multi-head self-attention that may turn queries and keys by position."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Mixes [B, N, C] tokens; returns the same shape."""
+
+    def project(name: str) -> jax.Array:
+      y = _dense(self, name, x.shape[-1])(x)
+      return rearrange(
+          y, 'b n (h d) -> b h n d', h=self.architecture.num_heads
+      )
+
+    q, k = (_rotate(project(name), rotation) for name in ('query', 'key'))
+    mixed = vit.attend(q, k, project('value'))
+    mixed = rearrange(mixed, 'b h n d -> b n (h d)').astype(self.dtype)
+    return _dense(self, 'out', x.shape[-1])(mixed)
+
+
+class GatedMlp(nn.Module):
+  """Two dense layers, the first of which may have a gate beside it."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Transforms each of the [B, N, C] tokens; returns the same shape."""
+    arch = self.architecture
+    activate = _ACTIVATIONS[arch.activation]
+    hidden = _dense(self, 'in', arch.mlp_dim, 'mlp')(x)
+    if arch.mlp == 'gated':
+      gate = _dense(self, 'gate', arch.mlp_dim, 'mlp')(x)
+      hidden = activate(gate) * hidden
+    else:
+      hidden = activate(hidden)
+    return _dense(self, 'out', x.shape[-1], 'mlp')(hidden)
+
+
+class PretrainedBlock(nn.Module):
+  """Pre-LayerNorm transformer block, in the form that nn.scan iterates."""
+
+  architecture: vit_families.Architecture
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+      self, x: jax.Array, rotation: Rotation
+  ) -> tuple[jax.Array, None]:
+    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
+    arch = self.architecture
+
+    def scale(name: str, y: jax.Array) -> jax.Array:
+      if not arch.layer_scale:
+        return y
+      init = nn.initializers.ones
+      return y * self.param(name, init, (arch.width,)).astype(self.dtype)
+
+    y = layer_norm(arch, 'attention_norm')(x).astype(self.dtype)
+    attention = RotaryAttention(arch, self.dtype, name='attention')
+    x = x + scale('attention_scale', attention(y, rotation))
+    y = layer_norm(arch, 'mlp_norm')(x).astype(self.dtype)
+    mlp = GatedMlp(arch, self.dtype, name='mlp')
+    return x + scale('mlp_scale', mlp(y)), None
+
+
+def apply_blocks(
+    module: nn.Module, x: jax.Array, rotation: Rotation = None
+) -> jax.Array:
+  """Applies all blocks of a module, under nn.scan, by the name 'blocks'.
+
+  Args:
+    module: with the fields architecture, dtype, remat and scan_unroll.
+    x: [B, N, C] tokens.
+    rotation: of queries and keys.
+
+  Returns:
+    Tokens of the same shape, of the module's dtype.
+  """
+  block = PretrainedBlock
+  if module.remat:
+    block = nn.remat(block, prevent_cse=False)
+  depth = module.architecture.depth
+  blocks = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=depth,
+      unroll=min(module.scan_unroll, depth),
+  )(module.architecture, module.dtype, name='blocks')
+  return blocks(x.astype(module.dtype), rotation)[0]
+
+
+def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+  """Turns pairs of channels, half of a head apart, of [B, h, N, d] tokens."""
+  if rotation is None:
+    return x
+  sin, cos = rotation
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([-second, first], axis=-1)
+  return (x * cos + turned * sin).astype(x.dtype)
+
+
+def _dense(
+    module: nn.Module, name: str, features: int, bias: str | None = None
+) -> nn.Dense:
+  """A dense layer of the module, with a bias where the family has one."""
+  use_bias = (bias or name) in module.architecture.biases
+  return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, name=name)

@@ -1,0 +1,96 @@
+"""Kinds of rules that the fields of a config keep."""
+
+from collections.abc import Callable, Container
+import re
+from typing import Any, NamedTuple
+
+MAX_INT32 = 2**31 - 1
+_MAX_FLOAT32 = 3.4e38
+
+
+class Rule(NamedTuple):
+  """What one field may hold.
+
+  Attributes:
+    allowed: the allowed values in words, as messages print them.
+    fits: whether a value is one of them; takes values of any type.
+  """
+
+  allowed: str
+  fits: Callable[[Any], bool]
+
+
+class CrossRule(NamedTuple):
+  """What several fields may hold together, each being allowed by itself.
+
+  Attributes:
+    fields: dotted names.
+    allowed: the allowed combinations in words.
+    fits: whether the values of the fields, in their order, are one of them.
+  """
+
+  fields: tuple[str, ...]
+  allowed: str
+  fits: Callable[..., bool]
+
+
+def integer(low: int, high: int = MAX_INT32) -> Rule:
+  """An int, no bool, from low to high."""
+  # The type itself, since a bool is an instance of int.
+  return Rule(
+      f'an integer from {low} to {high}',
+      lambda x: type(x) is int and low <= x <= high,
+  )
+
+
+def number(condition: str, fits: Callable[[float], bool]) -> Rule:
+  """A finite int or float that keeps the condition; `condition` names it."""
+  # NaN and infinity fail the comparison too.
+  return Rule(
+      f'a finite number {condition}',
+      lambda x: type(x) in (int, float) and abs(x) <= _MAX_FLOAT32 and fits(x),
+  )
+
+
+def optional(rule: Rule) -> Rule:
+  """None, or what the rule allows."""
+  return Rule(f'None or {rule.allowed}', lambda x: x is None or rule.fits(x))
+
+
+def name(*names: str) -> Rule:
+  """One of the names."""
+  return Rule(
+      f'one of {sorted(names)}', lambda x: isinstance(x, str) and x in names
+  )
+
+
+def tuple_of(allowed: str, element: Rule, lengths: Container[int]) -> Rule:
+  """A tuple of one of the lengths; `allowed` says what the elements are."""
+  return Rule(
+      allowed,
+      lambda x: (
+          isinstance(x, tuple)
+          and len(x) in lengths
+          and all(map(element.fits, x))
+      ),
+  )
+
+
+def is_expression(value: Any) -> bool:
+  """Whether a value is a regular expression."""
+  try:
+    return isinstance(value, str) and bool(re.compile(value))
+  except re.error:
+    return False
+
+
+def is_partition_rule(value: Any) -> bool:
+  """Whether a value is (regular expression, strategy), see partitioning."""
+  if not isinstance(value, tuple) or len(value) != 2:
+    return False
+  pattern, strategy = value
+  if isinstance(strategy, tuple):
+    known = all(axis in ('data', 'fsdp', None) for axis in strategy)
+  else:
+    known = strategy in ('replicate', 'fsdp')
+  return known and is_expression(pattern)
