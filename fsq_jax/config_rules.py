@@ -49,7 +49,7 @@ def _integer(low: int, high: int = _MAX_INT32) -> Rule:
 def _number(condition: str, fits: Callable[[float], bool]) -> Rule:
   # NaN and infinity fail the comparison too.
   return Rule(
-      f'a finite number {condition}',
+      f'a finite number {condition}'.rstrip(),
       lambda x: type(x) in (int, float) and abs(x) <= _MAX_FLOAT32 and fits(x),
   )
 
