@@ -96,7 +96,7 @@ def _model() -> ml_collections.ConfigDict:
   projector_in.attention.mlp_dim = 2048
 
   quantizer = model.quantizer = ml_collections.ConfigDict()
-  # Which of the sections below is built; the others are not read.
+  # Which of the sections below is built; of the others only ranges matter.
   quantizer.name = 'fsq'
   quantizer.fsq = _fsq()
   quantizer.grouped_fsq = _fsq()
@@ -240,14 +240,14 @@ def _vq() -> ml_collections.ConfigDict:
   vq = _codebook()
   # How codes learn: 'ema', moving averages of latents; or 'gradient'.
   vq.codebook_update = 'ema'
-  # Weight of the past in these averages, in [0, 1).
+  # ema: weight of the past in the averages, in [0, 1).
   vq.decay = 0.99
   # ema: 'normal', or 'kmeans' of the latents of the first batch.
   vq.codebook_init = 'normal'
   # ema: dead codes stay ('none'), become latents ('batch') or halves of the
   # most used codes ('split').
   vq.restart = 'none'
-  # Share of the mean use below which a code is dead, in [0, 1).
+  # ema: share of the mean use below which a code is dead, in [0, 1).
   vq.dead_share = 0.01
   # Weight of the loss for sure choices and an even use of the codes, >= 0.
   vq.entropy_weight = 0.0

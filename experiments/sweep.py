@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ from fsq_jax import workdir as workdirs
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 Overrides = Mapping[str, Any]
+
+_INTERRUPTED = 75  # As launch.py: run the same command again.
 
 # What is kept of an evaluation.
 _NUMBERS = (
@@ -52,7 +55,10 @@ def main(
       help='folder of the runs (default: runs/quantizers)',
   )
   parser.add_argument(
-      '--data_dir', default='', help='data.data_dir of the runs'
+      '--data_dir',
+      default='',
+      type=lambda x: str(pathlib.Path(x).expanduser().absolute()) if x else '',
+      help='data.data_dir of the runs',
   )
   arguments = parser.parse_args()
   if arguments.run:
@@ -91,13 +97,34 @@ def train(
         f'--workdir={workdir / name}',
         *(f'--config.{field}={x}' for field, x in overrides.items()),
     ]
-    try:
-      code = subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-      # The run has got it too and is saving, unless a second one stops it.
-      sys.exit(75)
-    if code:
+    if code := _run(command):
       sys.exit(code)
+
+
+def _run(command: list[str]) -> int:
+  """Runs a command and returns its exit code, 75 if it was asked to stop.
+
+  A run that is asked to stop saves first, so it is waited for. Ctrl-C reaches
+  it from the terminal, and a second one would kill it; SIGTERM is passed on.
+  """
+  stopped = []
+  process = subprocess.Popen(command)
+
+  def pass_on(number: int, _) -> None:
+    stopped.append(number)
+    if number == signal.SIGTERM:
+      process.terminate()
+
+  previous = {
+      number: signal.signal(number, pass_on)
+      for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    code = process.wait()
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+  return _INTERRUPTED if stopped and not code else code
 
 
 def read_numbers(folder: pathlib.Path) -> dict[str, float]:
@@ -158,6 +185,8 @@ def _is_finished(
     return False
   config = make_config(config_path, overrides)
   saved, evaluation = map(_read_json, files)
+  # The same data set may have moved.
+  saved['data']['data_dir'] = config.data.data_dir
   return (
       not configuration.diff_configs(saved, config)
       and evaluation['step'] == config.train.num_steps

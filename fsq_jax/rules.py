@@ -47,7 +47,7 @@ def number(condition: str, fits: Callable[[float], bool]) -> Rule:
   """A finite int or float that keeps the condition; `condition` names it."""
   # NaN and infinity fail the comparison too.
   return Rule(
-      f'a finite number {condition}',
+      f'a finite number {condition}'.rstrip(),
       lambda x: type(x) in (int, float) and abs(x) <= _MAX_FLOAT32 and fits(x),
   )
 

@@ -25,7 +25,7 @@ class EvalOutput(NamedTuple):
 
   Attributes:
     metrics: name to [B] float32, one value an image.
-    indices: [B, h, w] int32.
+    indices: [B, h, w, *index_shape] int32.
     reconstructions: [B, H, W, 3] uint8.
   """
 

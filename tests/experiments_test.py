@@ -1,9 +1,12 @@
 """Tests of the experiments: sweeps go on, READMEs show what was measured."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
-import types
+import sys
+import time
 
 import pytest
 
@@ -36,11 +39,11 @@ def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, monkeypatch):
   assert sweep.read_numbers(tmp_path / 'levels')['codebook_size'] == 25
   started = []
 
-  def run(command, **_):
+  def run(command):
     started.append(command)
-    return types.SimpleNamespace(returncode=75)
+    return 75
 
-  monkeypatch.setattr(subprocess, 'run', run)
+  monkeypatch.setattr(sweep, '_run', run)
   with pytest.raises(SystemExit) as stopped:
     sweep.train(_DEBUG, runs, tmp_path)
   assert stopped.value.code == 75
@@ -56,6 +59,40 @@ def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, monkeypatch):
   collected = sweep.collect(tmp_path, ['levels'])
   assert set(collected) == {'made_with', 'runs'}
   assert collected['made_with']['devices']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('number', 'send'),
+    [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)],
+    ids=['ctrl_c_in_the_terminal', 'sigterm_to_the_sweep'],
+)
+def test_a_sweep_that_is_stopped_has_saved_its_run(tmp_path, number, send):
+  script = (
+      'import pathlib, sys; from experiments import sweep; sweep.train('
+      f"'{_DEBUG}', {{'long': {{'train.num_steps': 1000000}}}},"
+      ' pathlib.Path(sys.argv[1]))'
+  )
+  process = subprocess.Popen(
+      [sys.executable, '-c', script, str(tmp_path)],
+      cwd=_ROOT,
+      start_new_session=True,
+  )
+  checkpoints = tmp_path / 'long' / 'checkpoints'
+  deadline = time.monotonic() + 300
+  while not list(checkpoints.glob('[1-9]*')):
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  send(process.pid, number)
+  assert process.wait(timeout=120) == 75
+  # The run is over, and its last step is on disk, where it would go on.
+  steps = [int(path.name) for path in checkpoints.glob('[0-9]*')]
+  rows = (tmp_path / 'long' / 'metrics.jsonl').read_text().splitlines()
+  assert max(steps) >= max(json.loads(row)['step'] for row in rows)
+  size = (tmp_path / 'long' / 'metrics.jsonl').stat().st_size
+  time.sleep(1)
+  assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size == size
 
 
 def test_every_run_has_a_config_that_can_be_used():

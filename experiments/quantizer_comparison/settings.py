@@ -77,7 +77,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     ),
     'vq_gradient': _weighted(
         _VQ_GRADIENT,
-        'cosine',
+        'cosine without entropy',
         {
             'model.quantizer.vq.metric': 'cosine',
             'model.quantizer.vq.entropy_weight': 0.0,
@@ -101,7 +101,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 CHOSEN = {
     'fsq': 'tanh, no loss',
     'vq_ema': 'loss x 1',
-    'vq_gradient': 'cosine, loss x 0.1',
+    'vq_gradient': 'cosine without entropy, loss x 0.1',
     'simvq': 'loss x 1',
     'lfq': 'loss x 0.1',
 }

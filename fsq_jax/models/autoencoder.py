@@ -18,7 +18,8 @@ class AutoencoderOutput(NamedTuple):
     reconstructions: [B, H, W, 3] float32, about in [-1, 1].
     quantizer_loss: float32 scalar, weighted by the quantizer; 0 where it has
       none.
-    indices: [B, h, w] int32 in [0, codebook_size), -1 where latents were NaN.
+    indices: [B, h, w, *index_shape] int32 in [0, codebook_size), -1 where
+      latents were NaN; index_shape, of the quantizer, is () for most.
   """
 
   reconstructions: jax.Array
@@ -79,13 +80,16 @@ class Autoencoder(nn.Module):
     return self.decoder(self.projector_out(codes))
 
   def encode_to_indices(self, images: jax.Array) -> jax.Array:
-    """Encodes [B, H, W, 3] images in [-1, 1] to [B, h, w] int32 indices."""
+    """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.
+
+    These are [B, h, w], or [B, h, w, *index_shape] where codes have several.
+    """
     return self.encode(images).indices
 
   def decode_from_indices(
       self, indices: jax.Array, *, spec: Mapping[str, Any] | None = None
   ) -> jax.Array:
-    """Decodes [B, h, w] int32 indices to [B, H, W, 3] images.
+    """Decodes int32 indices to [B, H, W, 3] images.
 
     Args:
       indices: what `encode_to_indices` returned.

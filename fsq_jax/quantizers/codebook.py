@@ -15,9 +15,12 @@ from fsq_jax.quantizers import lookup
 class CodebookQuantizer(base.Quantizer):
   """A quantizer whose codes are the rows of a table.
 
-  A token is the nearest code, the one with the lowest index among equals. With
-  the cosine metric latents and codes are divided by their lengths first: codes
-  have length 1, the losses compare them with the divided latents, and the
+  A token is the nearest code, the one with the lowest index among equals. The
+  index of a code that equals another, or differs by less than float32 distances
+  tell apart, need not come back from `codes_to_indices`.
+
+  With the cosine metric latents and codes are divided by their lengths first:
+  codes have length 1, the losses compare them with the divided latents, and the
   gradient passes through the division.
 
   Latents whose distance is not a finite float32, such as infinite ones, are no
