@@ -125,11 +125,9 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     axis.set(xlabel='codebook size', title=title)
     axis.grid(alpha=0.3)
   axes[1].set_ylim(0, 1.03)
-  axes[2].plot(
-      [2**4, 2**16], [4, 16], 'k:', linewidth=1, label='all codes as likely'
-  )
-  for axis in axes[1:]:
-    axis.legend()
+  axes[1].legend()
+  even = axes[2].plot([2**4, 2**16], [4, 16], 'k:', linewidth=1)
+  axes[2].legend(even, ['all codes as likely'], loc='upper left')
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
