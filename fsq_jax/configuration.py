@@ -111,7 +111,7 @@ def check_config(
 
 
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what does not fit the quantizer, if its fields are all there."""
+  """Yields what the quantizer refuses, if its fields are all there."""
   quantizer = fields.get('model.quantizer.name')
   prefix = f'model.quantizer.{quantizer}.'
   names = [name for name in config_rules.FIELDS if name.startswith(prefix)]
@@ -122,20 +122,9 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
 
   options = {name.removeprefix(prefix): fields[name] for name in names}
   try:
-    code_dim = quantizers.build_quantizer(
-        {'name': quantizer, **options}
-    ).code_dim
+    quantizers.build_quantizer({'name': quantizer, **options})
   except ValueError as error:
     yield f'model.quantizer.{quantizer}: {error}'
-    return
-  for projector, part in (('in', 'encoder'), ('out', 'decoder')):
-    projector = f'model.projector_{projector}.name'
-    width = f'model.{part}.width'
-    if fields.get(projector) == 'none' and fields.get(width) != code_dim:
-      yield (
-          f"{projector} is 'none', {width} is {fields.get(width)!r}; allowed:"
-          f' the {code_dim} channels of the codes of {quantizer!r}.'
-      )
 
 
 def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:

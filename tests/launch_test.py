@@ -42,6 +42,7 @@ fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
 fsq_jax.quantizers = types.SimpleNamespace(build_quantizer=lambda config: None)
+fsq_jax.models = types.SimpleNamespace(build_autoencoder=lambda *parts: None)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, '.')
 runpy.run_path(sys.argv[0], run_name='__main__')
