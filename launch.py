@@ -1,7 +1,8 @@
 """Trains, evaluates or prepares the data of one config.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|prepare] [--config.SECTION.FIELD=VALUE ...]
+      [--mode=train|eval|prepare|latent_statistics]
+      [--config.SECTION.FIELD=VALUE ...]
 
 Fields and their meaning are in configs/default.py. The same command started
 again continues from the newest checkpoint. A config file is Python that is
@@ -39,9 +40,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'eval', 'prepare'],
+    ['train', 'eval', 'prepare', 'latent_statistics'],
     'train a model; eval a checkpoint of the workdir; prepare:'
-    ' download and convert the data set.',
+    ' download and convert the data set; latent_statistics: write mean and'
+    ' variance of the latents, for model.latent_statistics, to the workdir.',
 )
 _CHECKPOINT = flags.DEFINE_enum(
     'checkpoint',
@@ -173,6 +175,12 @@ def _run(config: ml_collections.ConfigDict) -> int:
     )
     for name, value in evaluation.scalars().items():
       sys.stdout.write(f'{name}: {value:.6g}\n')
+  elif _MODE.value == 'latent_statistics':
+    from fsq_jax import latent_statistics
+
+    statistics = latent_statistics.measure(config)
+    path = latent_statistics.write(statistics, workdir)
+    sys.stdout.write(f'{path}\n')
   else:
     from fsq_jax import train
 

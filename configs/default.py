@@ -67,9 +67,10 @@ def _model() -> ml_collections.ConfigDict:
   model = ml_collections.ConfigDict()
 
   encoder = model.encoder = ml_collections.ConfigDict()
-  # 'vit'.
+  # 'vit', from scratch, or 'pretrained'. The fields of one do nothing for the
+  # other.
   encoder.name = 'vit'
-  # Side in pixels of the square patches; divides both sides of image_size.
+  # vit: side in pixels of the square patches; divides both sides of image_size.
   encoder.patch_size = 4
   # Channels, blocks, attention heads (they divide width), MLP channels.
   encoder.width = 64
@@ -78,7 +79,28 @@ def _model() -> ml_collections.ConfigDict:
   encoder.mlp_dim = 256
   # 'learned', or 'sincos': fixed two-dimensional sines (MAE's).
   encoder.position = 'learned'
+  # pretrained: a published architecture, such as 'siglip_L/16' (all names are
+  # in models.ARCHITECTURES), a family with its fields, such as
+  # 'dinov2(width=48, depth=3, num_heads=4, mlp_dim=144, patch_size=14)', or
+  # 'checkpoint', whatever that one has.
+  encoder.architecture = 'siglip_B/16'
+  # pretrained: Hugging Face directory, or big_vision's .npz of a SigLIP, that
+  # a new run reads its weights from; '' starts from random ones.
+  encoder.checkpoint = ''
+  # pretrained: (height, width) in pixels that images are resampled to in the
+  # model; () is data.image_size. Position embeddings are resampled to it once.
+  encoder.image_size = ()
+  # pretrained: kernel of the former: 'bicubic' (as in hugoycj/RAE),
+  # 'bicubic_antialias', 'bilinear' or 'bilinear_align_corners'.
+  encoder.resize = 'bicubic'
+  # pretrained: keep scale and bias of the last LayerNorm, which RAE drops, so
+  # that latents have mean 0 and variance 1.
+  encoder.final_affine = False
 
+  # File of --mode=latent_statistics, read by a new run, by which latents are
+  # normalized in front of projector_in, and back behind projector_out; '' does
+  # not. Of latents with noise too.
+  model.latent_statistics = ''
   # Size of the noise on latents in training, >= 0: standard deviation times a
   # random share of it for each image.
   model.latent_noise = 0.0
@@ -166,6 +188,9 @@ def _mae() -> ml_collections.ConfigDict:
   # Family of encoders by whose mean and deviation its pixels are normalised,
   # such as 'siglip' or 'dinov2'; 'none' is [-1, 1].
   mae.normalization = 'none'
+  # Directory of a decoder published with RAE, in the layout of Hugging Face,
+  # that a new run reads its weights from; '' starts from random ones.
+  mae.checkpoint = ''
   return mae
 
 
@@ -271,6 +296,9 @@ def _losses() -> ml_collections.ConfigDict:
   losses.reconstruction_weight = 1.0
   # Multiplies the quantizer's own loss, whose parts its section weighs.
   losses.quantizer_weight = 1.0
+  # Weight of the mean squared difference between the encoder's latents, before
+  # noise and quantizer, and those of a frozen copy of it as the run starts.
+  losses.distillation_weight = 0.0
   return losses
 
 
@@ -298,6 +326,9 @@ def _optim() -> ml_collections.ConfigDict:
   optim.ema_decay = 0.999
   # Regular expressions of parameter paths ('encoder/.*') that do not train.
   optim.frozen = ()
+  # (regular expression of parameter paths, factor > 0 of the learning rate)
+  # pairs; the first that matches counts, 1 where none does.
+  optim.learning_rate_factors = ()
   return optim
 
 
@@ -318,6 +349,10 @@ def _partitioning() -> ml_collections.ConfigDict:
 def _train() -> ml_collections.ConfigDict:
   train = ml_collections.ConfigDict()
   train.num_steps = 1000
+  # Workdir of a run of the same model, whose newest averaged parameters a new
+  # run starts from: stage 1 of a stage 2. '' starts from random and pretrained
+  # ones.
+  train.init_from = ''
   train.log_every_steps = 20
   # 0 evaluates only at the end.
   train.eval_every_steps = 500

@@ -25,6 +25,7 @@ _MESH_SIZE = rules.Rule(
     'an integer >= 1, or -1 for all devices that are left',
     lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
 )
+
 _VIT = {
     'patch_size': _COUNT,
     'width': _COUNT,
@@ -33,7 +34,19 @@ _VIT = {
     'mlp_dim': _COUNT,
     'position': rules.name('learned', 'sincos'),
 }
+_PRETRAINED = {
+    'architecture': _NON_EMPTY,
+    'checkpoint': _TEXT,
+    'image_size': rules.tuple_of(
+        '() or (height, width) in pixels, integers >= 1', _COUNT, (0, 2)
+    ),
+    'resize': rules.name(
+        'bicubic', 'bicubic_antialias', 'bilinear', 'bilinear_align_corners'
+    ),
+    'final_affine': _BOOL,
+}
 _MAE = {
+    'checkpoint': _TEXT,
     'preset': rules.name('none', 'B', 'L', 'XL'),
     'input_width': _COUNT,
     'grid_size': rules.tuple_of(
@@ -143,8 +156,10 @@ FIELDS: Mapping[str, rules.Rule] = {
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
-    'model.encoder.name': rules.name('vit'),
+    'model.encoder.name': rules.name('pretrained', 'vit'),
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
+    **{f'model.encoder.{name}': rule for name, rule in _PRETRAINED.items()},
+    'model.latent_statistics': _TEXT,
     'model.latent_noise': _NOT_NEGATIVE,
     **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
     'model.quantizer.name': rules.name(*_QUANTIZERS),
@@ -162,6 +177,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     'losses.reconstruction': rules.name('l1', 'l2'),
     'losses.reconstruction_weight': _NOT_NEGATIVE,
     'losses.quantizer_weight': _NOT_NEGATIVE,
+    'losses.distillation_weight': _NOT_NEGATIVE,
     'optim.name': rules.name('adamw', 'muon'),
     'optim.learning_rate': _POSITIVE,
     'optim.end_learning_rate': _NOT_NEGATIVE,
@@ -178,6 +194,11 @@ FIELDS: Mapping[str, rules.Rule] = {
         rules.Rule('', rules.is_expression),
         _ANY_LENGTH,
     ),
+    'optim.learning_rate_factors': rules.tuple_of(
+        'a tuple of (regular expression, finite number > 0)',
+        rules.Rule('', rules.is_factor_rule),
+        _ANY_LENGTH,
+    ),
     'partitioning.mesh.data': _MESH_SIZE,
     'partitioning.mesh.fsdp': _MESH_SIZE,
     'partitioning.rules': rules.tuple_of(
@@ -188,6 +209,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'partitioning.fsdp_min_size': _COUNT_OR_ZERO,
     'train.num_steps': _COUNT,
+    'train.init_from': _TEXT,
     'train.log_every_steps': _COUNT,
     'train.eval_every_steps': _COUNT_OR_ZERO,
     'train.checkpoint_every_steps': _COUNT,
@@ -204,9 +226,11 @@ FIELDS: Mapping[str, rules.Rule] = {
 def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
   part = f'model.{part}'
   yield rules.CrossRule(
-      ('data.image_size', f'{part}.patch_size'),
+      ('data.image_size', f'{part}.patch_size', f'{part}.name'),
       'a patch_size that divides both sides of image_size',
-      lambda size, patch: not any(side % patch for side in size),
+      lambda size, patch, name: (
+          name == 'pretrained' or not any(side % patch for side in size)
+      ),
   )
   yield rules.CrossRule(
       (f'{part}.width', f'{part}.num_heads'),
@@ -245,12 +269,13 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   yield from _projector_rules()
   yield rules.CrossRule(
       (
-          'model.encoder.patch_size',
-          'model.decoder.patch_size',
-          'model.decoder.name',
+          'losses.distillation_weight',
+          'model.encoder.checkpoint',
+          'train.init_from',
       ),
-      "the same patch_size in both with a decoder 'vit'",
-      lambda encoder, decoder, name: name != 'vit' or encoder == decoder,
+      'for distillation something to stay close to, a model.encoder.checkpoint'
+      " or a stage 1 in train.init_from",
+      lambda weight, *starts: not weight or any(starts),
   )
   yield rules.CrossRule(
       ('data.source', 'data.name', 'data.data_dir'),

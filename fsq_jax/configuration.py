@@ -32,9 +32,11 @@ _RESUMABLE = frozenset({
 
 # Fields that decide of which arrays the train state consists and what they
 # mean: a checkpoint cannot be continued with others.
-_OF_STATE = ('model.', 'data.image_size', 'optim.name', 'optim.frozen')
+_OF_MODEL = ('model.', 'data.image_size')
+_OF_TRAINING = ('optim.name', 'optim.frozen', 'losses.distillation_weight')
 _NOT_OF_STATE = frozenset({
-    'model.dtype', 'model.latent_noise', 'model.remat', 'model.scan_unroll',
+    'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
+    'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })
 
 
@@ -198,6 +200,51 @@ def diff_configs(
   ]
 
 
+def diff_models(
+    saved: Mapping[str, Any] | Config,
+    current: Mapping[str, Any] | Config,
+    *,
+    and_of: tuple[str, ...] = (),
+) -> list[str]:
+  """Lists the differences that give a model other variables or other meaning.
+
+  Args:
+    saved: one config.
+    current: another one.
+    and_of: beginnings of further fields that count.
+
+  Returns:
+    Lines of `diff_configs`.
+  """
+  lines = {
+      line.partition(':')[0]: line for line in diff_configs(saved, current)
+  }
+  return [
+      line
+      for name, line in lines.items()
+      if name.startswith(_OF_MODEL + and_of) and name not in _NOT_OF_STATE
+  ]
+
+
+def resolve(config: Config) -> Config:
+  """Returns a copy that says what files outside of it say of the model.
+
+  The architecture 'checkpoint' of a pretrained encoder becomes the one that
+  its checkpoint has, so that a run can be used without those files.
+
+  Args:
+    config: one that `check_config` accepts.
+  """
+  from fsq_jax import models
+
+  config = ml_collections.ConfigDict(config)
+  encoder = config.model.encoder
+  if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
+    module = models.build_encoder(encoder.checkpoint)
+    encoder.architecture = models.describe_architecture(module.architecture)
+  return config
+
+
 def check_resumable(
     saved: Mapping[str, Any] | Config,
     current: Mapping[str, Any] | Config,
@@ -223,11 +270,7 @@ def check_resumable(
       for name, line in lines.items()
       if not name.startswith('eval.') and name not in _RESUMABLE
   ]
-  other_state = [
-      line
-      for name, line in lines.items()
-      if name.startswith(_OF_STATE) and name not in _NOT_OF_STATE
-  ]
+  other_state = diff_models(saved, current, and_of=_OF_TRAINING)
   if other_state:
     raise ValueError(
         '\n  '.join([

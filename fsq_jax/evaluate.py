@@ -2,8 +2,6 @@
 
 import collections
 from collections.abc import Mapping
-import contextlib
-import json
 import os
 import pathlib
 import re
@@ -15,20 +13,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import metrics
-from fsq_jax import models
-from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax import report
 from fsq_jax import runtime
-from fsq_jax import train_state
 from fsq_jax import train_step
+from fsq_jax import trained
 from fsq_jax import workdir as workdirs
-from fsq_jax.quantizers import convert
 
 # Fields of the data section that say which images are evaluated, and how.
 _EVALUATION_IMAGES = (
@@ -237,29 +231,10 @@ def evaluate_workdir(
   """
   configuration.check_config(config, num_devices=jax.device_count())
   runtime.keep_freed_memory()
-  folder = pathlib.Path(workdir).expanduser().absolute()
-  if not (folder / workdirs.CHECKPOINTS).is_dir():
-    raise ValueError(f'{folder} has no checkpoints; train there first.')
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  with contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer:
-    steps = {
-        'newest': checkpointer.latest_step,
-        'best': checkpointer.best_step,
-    }
-    if which not in steps:
-      raise ValueError(f'checkpoint is {which!r}; known: {sorted(steps)}.')
-    step = steps[which]
-    if step is None:
-      raise ValueError(
-          f'{folder} has no finished checkpoint; train there first.'
-      )
-    record = checkpointer.restore_record(step)
-    trained = _trained_config(record, config)
-    model = models.build_autoencoder(trained.model, trained.data.image_size)
-    convert.check_same_dialect(record['quantizer'], model.quantizer.spec())
-    optimizer = optim.build_optimizer(trained.optim, trained.train.num_steps)
-    builder = train_state.StateBuilder(trained, model, optimizer, mesh)
-    state = checkpointer.restore(step, builder.abstract)
+  found = trained.find(workdir, which)
+  _check_same_model(found.config, configuration.resolve(config))
+  model, variables = trained.restore(found, mesh)
   dataset = data.build_dataset(
       config.data,
       split='eval',
@@ -270,31 +245,31 @@ def evaluate_workdir(
   evaluator = Evaluator(
       model, dataset, mesh, num_grid_images=config.eval.num_grid_images
   )
-  evaluation = evaluator.run(state.eval_variables)
+  evaluation = evaluator.run(variables)
   if jax.process_index() == 0:
     label = '' if which == 'newest' else which
-    if any(trained.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
+    if any(found.config.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
       words = [label, config.data.name, config.data.eval_split]
       label = '_'.join(re.findall(r'\w+', ' '.join(words)))
-    write_evaluation(folder, step, evaluation, label)
+    write_evaluation(found.folder, found.step, evaluation, label)
     if not label:
-      report.write_report(folder)
+      report.write_report(found.folder)
   return evaluation
 
 
-def _trained_config(
-    record: Mapping[str, Any], config: ml_collections.ConfigDict
-) -> ml_collections.ConfigDict:
-  """Returns the config of a checkpoint; refuses one given for other models."""
-  trained = configuration.config_from_json(json.dumps(record['config']))
+def _check_same_model(
+    saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
+) -> None:
+  """Refuses a config that was given for another model than the checkpoint's."""
   differences = [
       line
-      for line in configuration.diff_configs(trained, config)
+      for line in configuration.diff_configs(saved, given)
       if line.startswith(('model.', 'data.image_size:'))
+      # Where weights once came from.
+      and not line.partition(':')[0].endswith('.checkpoint')
   ]
   if differences:
     raise ValueError(
         'The config has another model than the checkpoint (saved -> given):\n'
         + '\n'.join(differences)
     )
-  return trained

@@ -1,9 +1,10 @@
 """Optimizer over the whole parameter tree, its schedule, frozen parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import re
 from typing import Any
 
+from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import optax
@@ -52,8 +53,8 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
   """Builds the optimizer of the `optim` section of a config.
 
-  Frozen parameters get no update and have no optimizer state. Weight decay
-  applies to kernels, not to biases, norms and position embeddings.
+  It is for the parameters that train, the first of what `split_frozen` returns.
+  Weight decay applies to kernels, not to biases, norms and position embeddings.
 
   Args:
     config: the `optim` section; see configs/default.py.
@@ -72,44 +73,89 @@ def build_optimizer(
   optimizer = _OPTIMIZERS[config['name']](
       config, build_schedule(config, num_steps)
   )
+  # The same state with and without: a run may change them as it goes on.
+  clip = optax.identity()
   if config['clip_norm']:
     clip = optax.clip_by_global_norm(config['clip_norm'])
-    optimizer = optax.chain(clip, optimizer)
-  patterns = tuple(config['frozen'])
-
-  def label(params: Any) -> Any:
-    frozen = frozen_mask(params, patterns)
-    return jax.tree.map(lambda x: 'frozen' if x else 'trained', frozen)
-
-  return optax.multi_transform(
-      {'trained': optimizer, 'frozen': optax.set_to_zero()}, label
-  )
+  factors = tuple(config['learning_rate_factors'])
+  return optax.chain(clip, optimizer, _scale_by_path(factors))
 
 
-def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
-  """Marks the parameters whose path matches one of the patterns.
+def split_frozen(
+    params: Any, patterns: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Separates parameters that train from those that do not.
 
   Args:
-    params: the parameter tree.
-    patterns: regular expressions that match the whole of a path such as
-      'encoder/patches/kernel'.
+    params: the parameter tree, nested dicts.
+    patterns: regular expressions of the frozen ones, that match the whole of a
+      path such as 'encoder/patches/kernel'.
 
   Returns:
-    A tree of bools, True where the parameter does not train.
+    Two trees without a leaf in common, the second the frozen one;
+    `merge_frozen` makes one of them again.
 
   Raises:
-    ValueError: a pattern that matches no parameter.
+    ValueError: a pattern that matches no parameter, or none left to train.
   """
-  paths = partitioning.tree_paths(params)
-  for pattern in patterns:
-    if not any(re.fullmatch(pattern, p) for p in jax.tree.leaves(paths)):
-      raise ValueError(
-          f'optim.frozen has {pattern!r}, which matches no parameter; paths'
-          f' look like {jax.tree.leaves(paths)[0]!r}.'
-      )
-  return jax.tree.map(
-      lambda path: any(re.fullmatch(p, path) for p in patterns), paths
+  leaves = traverse_util.flatten_dict(params, sep='/')
+  _check_patterns('frozen', patterns, leaves)
+  frozen = {
+      path for path in leaves if any(re.fullmatch(p, path) for p in patterns)
+  }
+  if len(frozen) == len(leaves):
+    raise ValueError(
+        f'optim.frozen is {tuple(patterns)}, which leaves no parameter to'
+        ' train.'
+    )
+  trained, frozen = (
+      {path: x for path, x in leaves.items() if (path in frozen) == side}
+      for side in (False, True)
   )
+  return (
+      traverse_util.unflatten_dict(trained, sep='/'),
+      traverse_util.unflatten_dict(frozen, sep='/'),
+  )
+
+
+def merge_frozen(trained: Any, frozen: Any) -> dict[str, Any]:
+  """Undoes `split_frozen`."""
+  leaves = [traverse_util.flatten_dict(tree) for tree in (trained, frozen)]
+  return traverse_util.unflatten_dict(leaves[0] | leaves[1])
+
+
+def _scale_by_path(
+    factors: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+  """Multiplies updates, and thereby learning rates, by a factor of the path."""
+
+  def init(params: Any) -> optax.OptState:
+    paths = jax.tree.leaves(partitioning.tree_paths(params))
+    _check_patterns('learning_rate_factors', [p for p, _ in factors], paths)
+    return optax.EmptyState()
+
+  def update(updates: Any, state: optax.OptState, params: Any = None) -> Any:
+    del params  # The paths of updates are those of parameters.
+
+    def scale(path: str, value: jax.Array) -> jax.Array:
+      matching = (x for p, x in factors if re.fullmatch(p, path))
+      return value * next(matching, 1.0)
+
+    paths = partitioning.tree_paths(updates)
+    return jax.tree.map(scale, paths, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _check_patterns(
+    field: str, patterns: Sequence[str], paths: Iterable[str]
+) -> None:
+  for pattern in patterns:
+    if not any(re.fullmatch(pattern, path) for path in paths):
+      raise ValueError(
+          f'optim.{field} has {pattern!r}, which matches no parameter; paths'
+          f' look like {next(iter(paths))!r}.'
+      )
 
 
 def _adamw(

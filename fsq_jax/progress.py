@@ -6,7 +6,10 @@ import time
 
 import tqdm
 
-_SHOWN = ('loss', 'reconstruction_loss', 'quantizer_loss', 'gradient_norm')
+_SHOWN = (
+    'loss', 'reconstruction_loss', 'quantizer_loss', 'distillation_loss',
+    'gradient_norm',
+)  # fmt: skip
 
 
 class Progress:
@@ -62,7 +65,8 @@ class Progress:
     """Writes a line about a step where there is no bar; restarts the clock."""
     if self._enabled and self._bar is None:
       left = (self._num_steps - step) * self._batch_size / self._rate
-      losses = ', '.join(f'{n} {scalars[n]:.4f}' for n in _SHOWN)
+      shown = [name for name in _SHOWN if name in scalars]
+      losses = ', '.join(f'{name} {scalars[name]:.4f}' for name in shown)
       self.say(
           f'step {step}/{self._num_steps}: {losses}, {self._rate:.0f} images/s,'
           f' {tqdm.tqdm.format_interval(left)} left'

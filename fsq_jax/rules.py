@@ -94,3 +94,13 @@ def is_partition_rule(value: Any) -> bool:
   else:
     known = strategy in ('replicate', 'fsdp')
   return known and is_expression(pattern)
+
+
+def is_factor_rule(value: Any) -> bool:
+  """Whether a value is (regular expression, number > 0)."""
+  if not isinstance(value, tuple) or len(value) != 2:
+    return False
+  pattern, factor = value
+  return is_expression(pattern) and number(
+      '> 0', lambda x: x > 0
+  ).fits(factor)

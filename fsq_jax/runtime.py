@@ -1,9 +1,13 @@
-"""Settings of the process that trains: memory, compiled programs."""
+"""Settings of the process that trains: memory, compiled programs, signals."""
 
+from collections.abc import Iterator
 import contextlib
 import ctypes
 import pathlib
+import signal
+import threading
 
+from absl import logging
 import jax
 
 # Of malloc.h.
@@ -33,3 +37,30 @@ def use_compilation_cache(folder: str) -> None:
     path = str(pathlib.Path(folder).expanduser())
     jax.config.update('jax_compilation_cache_dir', path)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[threading.Event]:
+  """Turns the first SIGTERM or SIGINT into an event; a second one kills."""
+  stop_requested = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop_requested  # Python delivers signals to the main thread only.
+    return
+  previous = {}
+
+  def request_stop(number: int, _) -> None:
+    stop_requested.set()
+    logging.warning(
+        '%s: saving after this step, then stopping. Once more stops at once.',
+        signal.Signals(number).name,
+    )
+    for caught in previous:
+      signal.signal(caught, signal.SIG_DFL)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, request_stop)
+  try:
+    yield stop_requested
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -1,12 +1,9 @@
 """The training loop: build, restore, step, log, evaluate, save."""
 
-from collections.abc import Iterator
-import contextlib
 import json
 import math
 import os
 import pathlib
-import signal
 import threading
 import time
 from typing import Any
@@ -20,6 +17,7 @@ from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import evaluate
+from fsq_jax import initialization
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
@@ -76,13 +74,14 @@ def train_and_evaluate(
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
   """
   configuration.check_config(config, num_devices=jax.device_count())
+  config = configuration.resolve(config)
   runtime.keep_freed_memory()
   folder = workdirs.create(workdir)
   runtime.use_compilation_cache(config.train.compilation_cache)
   # From here on, since building and compiling take a while too: a signal then
   # stops the run after its first step.
   with (
-      _catch_signals() as stop_requested,
+      runtime.catch_signals() as stop_requested,
       _Trainer(config, folder, allow_config_change) as trainer,
   ):
     trainer.train(stop_requested)
@@ -110,14 +109,18 @@ class _Trainer:
     self.checkpointer = checkpoint.Checkpointer(
         folder, keep=config.train.keep_checkpoints
     )
+    self.model = models.build_autoencoder(config.model, config.data.image_size)
+    if self.checkpointer.latest_step is None:
+      initialization.check(config, self.model)
     self.dataset = self._build_dataset('train')
     self.iterator = self.dataset.iterator()
-    self.model = models.build_autoencoder(config.model, config.data.image_size)
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
     self.state = self._restore(builder, allow_config_change)
     if self.state is None:
-      self.state = builder.create()
+      self.state = builder.create(
+          initialization.load(config, self.model, builder, self.mesh)
+      )
     self.step = int(self.state.step)
     self.evaluator = evaluate.Evaluator(
         self.model,
@@ -232,11 +235,15 @@ class _Trainer:
 
   def _describe_run(self, compile_seconds: float) -> None:
     """Writes what the run is, before its first step."""
-    sizes = [x.size for x in jax.tree.leaves(self.state.params)]
+    num_trained, num_frozen = (
+        sum(x.size for x in jax.tree.leaves(params))
+        for params in (self.state.params, self.state.frozen_params)
+    )
     facts = {
         **provenance.describe(),
         'mesh': dict(self.mesh.shape),
-        'num_parameters': sum(sizes),
+        'num_parameters': num_trained + num_frozen,
+        'num_frozen_parameters': num_frozen,
         'num_train_examples': self.dataset.num_examples,
         'first_step': self.step,
         'compile_seconds': round(compile_seconds, 2),
@@ -249,8 +256,8 @@ class _Trainer:
         self.folder / workdirs.QUANTIZER, self.model.quantizer.spec()
     )
     self.progress.say(
-        f'{sum(sizes):,} parameters, training step compiled in'
-        f' {compile_seconds:.1f} s.'
+        f'{num_trained:,} parameters to train and {num_frozen:,} frozen ones,'
+        f' training step compiled in {compile_seconds:.1f} s.'
     )
 
   def _record(self) -> dict[str, Any]:
@@ -366,30 +373,3 @@ class _Trainer:
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       self.profiling = False
-
-
-@contextlib.contextmanager
-def _catch_signals() -> Iterator[threading.Event]:
-  """Turns the first SIGTERM or SIGINT into an event; a second one kills."""
-  stop_requested = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop_requested  # Python delivers signals to the main thread only.
-    return
-  previous = {}
-
-  def request_stop(number: int, _) -> None:
-    stop_requested.set()
-    logging.warning(
-        '%s: saving after this step, then stopping. Once more stops at once.',
-        signal.Signals(number).name,
-    )
-    for caught in previous:
-      signal.signal(caught, signal.SIG_DFL)
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, request_stop)
-  try:
-    yield stop_requested
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

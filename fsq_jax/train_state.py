@@ -1,14 +1,17 @@
 """The state of training, created already sharded."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 from flax import struct
+from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import ml_collections
 import optax
 
+from fsq_jax import optim
 from fsq_jax import partitioning
 
 
@@ -17,7 +20,11 @@ class TrainState(struct.PyTreeNode):
 
   Attributes:
     step: int32 scalar, training steps taken, skipped ones included.
-    params: parameters, float32.
+    params: parameters that train, float32.
+    frozen_params: those that do not; no gradient, optimizer state or average
+      is made of them.
+    teacher_params: where the encoder's latents are held to those of its start
+      (losses.distillation_weight), a copy of its params from then; else {}.
     model_state: the model's other collections, such as `codebook`.
     ema_params: average of params, which is what gets evaluated.
     opt_state: state of the optimizer.
@@ -27,6 +34,8 @@ class TrainState(struct.PyTreeNode):
 
   step: jax.Array
   params: Any
+  frozen_params: Any
+  teacher_params: Any
   model_state: Any
   ema_params: Any
   opt_state: optax.OptState
@@ -36,7 +45,8 @@ class TrainState(struct.PyTreeNode):
   @property
   def eval_variables(self) -> dict[str, Any]:
     """The variables that evaluation and tokenizing use."""
-    return {'params': self.ema_params, **self.model_state}
+    params = optim.merge_frozen(self.ema_params, self.frozen_params)
+    return {'params': params, **self.model_state}
 
 
 class StateBuilder:
@@ -45,6 +55,7 @@ class StateBuilder:
   No device or host ever holds a full copy of what is sharded.
 
   Attributes:
+    abstract_variables: the model's variables as shapes, types and shardings.
     abstract: the state as shapes, types and shardings.
     shardings: tree of the shardings.
   """
@@ -66,14 +77,26 @@ class StateBuilder:
     """
     image_size = tuple(config.data.image_size)
     seed = config.seed
+    frozen_patterns = tuple(config.optim.frozen)
 
-    def init() -> TrainState:
+    def init_variables() -> dict[str, Any]:
       images = jnp.zeros((1, *image_size, 3), jnp.float32)
-      model_state = dict(model.init(jax.random.key(seed), images))
-      params = model_state.pop('params')
+      return dict(model.init(jax.random.key(seed), images))
+
+    def init(loaded: Mapping[str, jax.Array]) -> TrainState:
+      variables = traverse_util.flatten_dict(init_variables(), sep='/')
+      model_state = traverse_util.unflatten_dict(variables | loaded, sep='/')
+      params, frozen = optim.split_frozen(
+          model_state.pop('params'), frozen_patterns
+      )
+      teacher = {}
+      if config.losses.distillation_weight:
+        teacher = _copy_encoder(params)
       return TrainState(
           step=jnp.zeros((), jnp.int32),
           params=params,
+          frozen_params=frozen,
+          teacher_params=teacher,
           model_state=model_state,
           # A copy: the donated state must not hold one buffer twice.
           ema_params=jax.tree.map(jnp.copy, params),
@@ -82,20 +105,53 @@ class StateBuilder:
           skipped_steps=jnp.zeros((), jnp.int32),
       )
 
-    shapes = jax.eval_shape(init)
-    self.shardings = partitioning.state_shardings(
-        shapes,
-        mesh,
-        config.partitioning.rules,
-        config.partitioning.fsdp_min_size,
-    )
-    self.abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        self.shardings,
-    )
-    self._init = jax.jit(init, out_shardings=self.shardings)
+    def place(tree: Any) -> tuple[Any, Any]:
+      shardings = partitioning.state_shardings(
+          tree, mesh, config.partitioning.rules,
+          config.partitioning.fsdp_min_size,
+      )
+      abstract = jax.tree.map(
+          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+          tree, shardings,
+      )
+      return abstract, shardings
 
-  def create(self) -> TrainState:
-    """Initialises a new state."""
-    return self._init()
+    self.abstract_variables, _ = place(jax.eval_shape(init_variables))
+    self.abstract, self.shardings = place(jax.eval_shape(init, {}))
+    self._init = jax.jit(
+        init, out_shardings=self.shardings, donate_argnums=0
+    )
+
+  def create(self, loaded: Mapping[str, Any] | None = None) -> TrainState:
+    """Initialises a new state.
+
+    Args:
+      loaded: variables that are not to be initialised, a tree that is a part of
+        `abstract_variables`, on the devices that keep them. They are donated.
+
+    Raises:
+      ValueError: variables that the model lacks, or of another shape or dtype.
+    """
+    loaded = traverse_util.flatten_dict(dict(loaded or {}), sep='/')
+    known = traverse_util.flatten_dict(self.abstract_variables, sep='/')
+    for path, value in loaded.items():
+      given, allowed = (
+          f'{x.dtype}{list(x.shape)}' if x is not None else 'nothing'
+          for x in (value, known.get(path))
+      )
+      if given != allowed:
+        raise ValueError(
+            f'The loaded variable {path!r} is {given}; the model of this config'
+            f' has {allowed} there.'
+        )
+    return self._init(loaded)
+
+
+def _copy_encoder(params: Mapping[str, Any]) -> Any:
+  """Returns a copy of those of the encoder's parameters that train."""
+  if 'encoder' not in params:
+    raise ValueError(
+        'losses.distillation_weight is not 0, but optim.frozen keeps the'
+        ' encoder from changing at all; leave one of them out.'
+    )
+  return jax.tree.map(jnp.copy, params['encoder'])

@@ -34,6 +34,13 @@ class EvalOutput(NamedTuple):
   reconstructions: jax.Array
 
 
+class _Fixed(NamedTuple):
+  """Parameters that the loss depends on and that do not train."""
+
+  frozen: Any
+  teacher: Any
+
+
 def to_float(images: jax.Array) -> jax.Array:
   """Converts uint8 images to float32 in [-1, 1]."""
   if images.dtype != jnp.uint8:
@@ -64,22 +71,18 @@ def build_train_step(
   )
   reconstruction_weight = config['losses']['reconstruction_weight']
   quantizer_weight = config['losses']['quantizer_weight']
+  distillation_weight = config['losses']['distillation_weight']
   num_parts = config['optim']['accumulation_steps']
   ema_decay = config['optim']['ema_decay']
-  frozen_patterns = tuple(config['optim']['frozen'])
   seed = config['seed']
   schedule = optim.build_schedule(
       config['optim'], config['train']['num_steps']
   )
 
-  def loss_fn(params, model_state, images, key):
-    frozen = optim.frozen_mask(params, frozen_patterns)
-    params = jax.tree.map(
-        lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen
-    )
+  def loss_fn(params, fixed, model_state, images, key):
     images = to_float(images)
     output, model_state = model.apply(
-        {'params': params, **model_state},
+        {'params': optim.merge_frozen(params, fixed.frozen), **model_state},
         images,
         train=True,
         mutable=list(model_state),
@@ -96,18 +99,22 @@ def build_train_step(
         'quantizer_loss': output.quantizer_loss,
         'invalid_tokens': jnp.mean(output.indices < 0, dtype=jnp.float32),
     }
+    if distillation_weight:
+      distillation = losses.l2(output.latents, _teach(model, fixed, images))
+      scalars['distillation_loss'] = distillation
+      loss = scalars['loss'] = loss + distillation_weight * distillation
     return loss, (scalars, model_state)
 
   gradient_fn = jax.grad(loss_fn, has_aux=True)
 
-  def accumulate(params, model_state, images, key):
+  def accumulate(params, fixed, model_state, images, key):
     # Every device splits its own share, so that no image changes devices.
     parts = rearrange(images, '(b k) ... -> k b ...', k=num_parts)
 
     def add(carry, part):
       total, model_state = carry
       gradients, (scalars, model_state) = gradient_fn(
-          params, model_state, *part
+          params, fixed, model_state, *part
       )
       total = jax.tree.map(jnp.add, total, gradients)
       return (total, model_state), scalars
@@ -123,7 +130,11 @@ def build_train_step(
     compute = gradient_fn if num_parts == 1 else accumulate
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradients, (scalars, model_state) = compute(
-        state.params, state.model_state, images, key
+        state.params,
+        _Fixed(state.frozen_params, state.teacher_params),
+        state.model_state,
+        images,
+        key,
     )
     updates, opt_state = optimizer.update(
         gradients, state.opt_state, state.params
@@ -139,7 +150,7 @@ def build_train_step(
     candidate = state.replace(
         params=params,
         model_state=model_state,
-        ema_params=_average(state, params, ema_decay, frozen_patterns),
+        ema_params=_average(state, params, ema_decay),
         opt_state=opt_state,
     )
     state = jax.tree.map(lambda x, y: jnp.where(good, x, y), candidate, state)
@@ -157,20 +168,22 @@ def build_train_step(
   return step_fn
 
 
+def _teach(model, fixed: _Fixed, images: jax.Array) -> jax.Array:
+  """Returns the latents of the encoder as it was at the start."""
+  params = optim.merge_frozen(fixed.teacher, fixed.frozen.get('encoder', {}))
+  return model.encoder.apply({'params': params}, images)
+
+
 def _num_updates(state: train_state.TrainState) -> jax.Array:
   """Updates made so far, which is what the optimizer has counted too."""
   return state.step - state.skipped_steps
 
 
-def _average(state, params, decay: float, frozen_patterns) -> Any:
-  """Moves the average towards the parameters; frozen ones stay themselves."""
+def _average(state, params, decay: float) -> Any:
+  """Moves the average towards the parameters."""
   count = _num_updates(state).astype(jnp.float32)
   decay = jnp.minimum(decay, (1 + count) / (10 + count))
-  average = optax.incremental_update(params, state.ema_params, 1 - decay)
-  frozen = optim.frozen_mask(params, frozen_patterns)
-  return jax.tree.map(
-      lambda p, a, f: p if f else a, params, average, frozen
-  )
+  return optax.incremental_update(params, state.ema_params, 1 - decay)
 
 
 def build_eval_step(

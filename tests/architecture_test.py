@@ -14,16 +14,27 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # flows down this list. A new module gets a line here and one in the README.
 _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
-    'launch': {'configuration', 'data', 'evaluate', 'train'},
+    'launch': {
+        'configuration', 'data', 'evaluate', 'latent_statistics', 'train',
+    },
     'train': {
-        'checkpoint', 'configuration', 'data', 'evaluate', 'models', 'optim',
-        'partitioning', 'progress', 'provenance', 'quantizers', 'report',
-        'runtime', 'train_state', 'train_step', 'workdir',
+        'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
+        'models', 'optim', 'partitioning', 'progress', 'provenance',
+        'quantizers', 'report', 'runtime', 'train_state', 'train_step',
+        'workdir',
     },
     'evaluate': {
-        'checkpoint', 'configuration', 'data', 'metrics', 'models', 'optim',
-        'partitioning', 'quantizers', 'report', 'runtime', 'train_state',
-        'train_step', 'workdir',
+        'configuration', 'data', 'metrics', 'partitioning', 'quantizers',
+        'report', 'runtime', 'train_step', 'trained', 'workdir',
+    },
+    'latent_statistics': {
+        'configuration', 'data', 'initialization', 'models', 'optim',
+        'partitioning', 'runtime', 'train_state', 'train_step', 'workdir',
+    },
+    'initialization': {'configuration', 'models', 'train_state', 'trained'},
+    'trained': {
+        'checkpoint', 'configuration', 'models', 'optim', 'quantizers',
+        'train_state', 'workdir',
     },
     'train_step': {'losses', 'metrics', 'optim', 'train_state'},
     'train_state': {'optim', 'partitioning'},

@@ -80,7 +80,11 @@ def _wrong_values(name, value):
   if isinstance(value, tuple):
     return [3, 'abc', (math.nan, 1), (-1, -1, -1), (None,), None]
   if isinstance(value, str):
-    texts = {'data.name', 'data.data_dir', 'train.compilation_cache'}
+    texts = {
+        'data.name', 'data.data_dir', 'train.compilation_cache',
+        'train.init_from', 'model.encoder.checkpoint',
+        'model.decoder.mae.checkpoint', 'model.latent_statistics',
+    }  # fmt: skip
     return [3, None, ('a',)] + ([] if name in texts else [''])
   return [math.nan, math.inf, True, '0.1', (0.1,)]  # Optional floats.
 
@@ -150,7 +154,44 @@ def test_wrong_value_is_refused_by_name(name, value):
             },
             "multiple of 4 with position 'sincos'",
         ),
-        ({'model__decoder__patch_size': 8}, 'the same patch_size'),
+        ({'model__decoder__patch_size': 8}, "'vit' takes (4, 4)"),
+        (
+            {'losses__distillation_weight': 1.0},
+            'for distillation something to stay close to',
+        ),
+        (
+            {'optim__learning_rate_factors': (('encoder/.*', 0.0),)},
+            'finite number > 0',
+        ),
+        (
+            {
+                'model__encoder__name': 'pretrained',
+                'model__encoder__architecture': 'siglip_H/16',
+            },
+            "model.encoder: The architecture 'siglip_H/16' is none",
+        ),
+        (
+            {
+                'model__encoder__name': 'pretrained',
+                'model__encoder__architecture': 'checkpoint',
+            },
+            'without a model.encoder.checkpoint',
+        ),
+        (
+            {
+                'model__encoder__name': 'pretrained',
+                'model__encoder__image_size': (8, 8),
+            },
+            'less than one patch, which has 16 pixels',
+        ),
+        (
+            {
+                'model__encoder__name': 'pretrained',
+                'model__decoder__patch_size': 16,
+                'model__latent_statistics': 'x',
+            },
+            'of 768 channels',
+        ),
         ({'model__quantizer__fsq__levels': ()}, 'fsq: levels is ()'),
         ({'model__quantizer__fsq__levels': (2**16,) * 2}, 'quantizer.fsq: lev'),
         (
@@ -282,6 +323,9 @@ def test_every_allowed_name_is_known_to_its_builder(field):
       # Codes as wide as encoder and decoder; projectors have no say in it.
       config.model.quantizer.name = 'vq'
       config.model.quantizer.vq.code_dim = config.model.encoder.width
+    if field == 'model.encoder.name':
+      # The patches of the pretrained encoder that default.py names.
+      config.model.encoder.patch_size = config.model.decoder.patch_size = 16
     if field.startswith('model.'):
       models.build_autoencoder(config.model, config.data.image_size)
     elif field.startswith('losses.'):

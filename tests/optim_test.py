@@ -19,7 +19,7 @@ _CONFIG = {
     'eps': 1e-8,
     'weight_decay': 0.1,
     'clip_norm': 1.0,
-    'frozen': (),
+    'learning_rate_factors': (),
 }
 _NUM_STEPS = 10
 
@@ -145,19 +145,13 @@ def test_builder_reads_the_schedule_of_the_config():
         {'clip_norm': 0.0},
         {'warmup_steps': 0},
         {'weight_decay': 0.0},
-        {'frozen': ('encoder/.*',)},
     ],
-    ids=['default', 'unclipped', 'no_warmup', 'no_decay', 'frozen'],
+    ids=['default', 'unclipped', 'no_warmup', 'no_decay'],
 )
 def test_updates_are_those_of_adamw(changes):
   config = _CONFIG | changes
   params, _ = _train(config)
-  trained = [
-      path
-      for path in _flat(params)
-      if not (config['frozen'] and path.startswith('encoder'))
-  ]
-  expected = _expected(config, trained)
+  expected = _expected(config, list(_flat(params)))
   for path, x in _flat(params).items():
     np.testing.assert_allclose(x, expected[path], rtol=1e-5, err_msg=path)
 
@@ -202,51 +196,62 @@ def test_decay_moves_kernels_only(name):
 
 
 @every_optimizer
-def test_frozen_parameters_stay_bit_identical_and_the_others_move(name):
-  frozen = ('encoder/norm/.*', '.*/kernel')
-  params, _ = _train(_CONFIG | {'name': name, 'frozen': frozen})
-  for path, x in _flat(params).items():
-    before = np.asarray(_flat(_params())[path])
-    if path == 'encoder/norm/scale' or path.endswith('kernel'):
-      assert np.asarray(x).tobytes() == before.tobytes(), path
-    else:
-      assert np.all(np.asarray(x) != before), path
+def test_first_factor_that_matches_multiplies_the_learning_rate(name):
+  factors = (('encoder/norm/.*', 0.5), ('encoder/.*', 0.1))
+  config = _CONFIG | {'name': name}
+  plain, _ = _train(config, num_updates=1)
+  scaled, _ = _train(config | {'learning_rate_factors': factors}, num_updates=1)
+  before = _flat(_params())
+  for path, x in _flat(scaled).items():
+    factor = {'encoder/norm': 0.5, 'decoder/dens': 1.0}.get(path[:12], 0.1)
+    expected = factor * (_flat(plain)[path] - before[path])
+    np.testing.assert_allclose(x - before[path], expected, atol=1e-6)
 
 
-@every_optimizer
-def test_frozen_parameters_have_no_optimizer_state(name):
-  _, state = _train(_CONFIG | {'name': name, 'frozen': ('encoder/.*',)})
-  paths = [path for path in _flat(state) if path.endswith(('kernel', 'bias'))]
-  # Two moments of the decoder's kernel and bias.
-  assert len(paths) == 4
-  assert all('decoder/dense' in path for path in paths)
-  assert not any('encoder' in path for path in _flat(state))
-
-
-@every_optimizer
-def test_everything_can_be_frozen(name):
-  params, _ = _train(_CONFIG | {'name': name, 'frozen': ('.*',)})
-  chex.assert_trees_all_equal(params, _params())
-
-
-def test_mask_marks_the_paths_that_match_as_a_whole():
+def test_split_takes_the_paths_that_match_as_a_whole():
   params = {**_params(), 'decoder2': {'bias_of_rows': jnp.zeros(2)}}
-  mask = optim.frozen_mask(params, ['.*/bias', 'encoder/norm/.*'])
-  marked = {path for path, frozen in _flat(mask).items() if frozen}
-  assert marked == {
+  patterns = ['.*/bias', 'encoder/norm/.*']
+  trained, frozen = optim.split_frozen(params, patterns)
+  assert set(_flat(frozen)) == {
       'encoder/blocks/bias', 'decoder/dense/bias', 'encoder/norm/scale'
   }
+  assert set(_flat(trained)) == set(_flat(params)) - set(_flat(frozen))
+  merged = optim.merge_frozen(trained, frozen)
+  chex.assert_trees_all_equal(merged, params)
 
 
-@pytest.mark.parametrize('pattern', ['encoder', 'dense/.*', 'encodr/.*'])
+def test_nothing_frozen_is_an_empty_tree():
+  trained, frozen = optim.split_frozen(_params(), ())
+  assert frozen == {}
+  chex.assert_trees_all_equal(trained, _params())
+  chex.assert_trees_all_equal(optim.merge_frozen(trained, {}), _params())
+
+
+def test_everything_frozen_is_refused():
+  with pytest.raises(ValueError, match='leaves no parameter to train'):
+    optim.split_frozen(_params(), ('.*',))
+
+
+_wrong_pattern = pytest.mark.parametrize(
+    'pattern', ['encoder', 'dense/.*', 'encodr/.*']
+)
+
+
+@_wrong_pattern
 def test_pattern_that_matches_nothing_is_refused(pattern):
-  optimizer = optim.build_optimizer(
-      _CONFIG | {'frozen': ('encoder/.*', pattern)}, _NUM_STEPS
-  )
   with pytest.raises(ValueError, match='matches no parameter') as error:
-    jax.eval_shape(optimizer.init, _params())
+    optim.split_frozen(_params(), ('encoder/.*', pattern))
   assert repr(pattern) in str(error.value)
-  assert 'decoder/dense/bias' in str(error.value)
+  assert 'encoder/blocks/kernel' in str(error.value)
+
+
+@_wrong_pattern
+def test_factor_that_matches_nothing_is_refused(pattern):
+  factors = (('encoder/.*', 0.1), (pattern, 0.1))
+  with pytest.raises(ValueError, match=r'factors has .* matches no parameter'):
+    optim.build_optimizer(
+        _CONFIG | {'learning_rate_factors': factors}, _NUM_STEPS
+    ).init(_params())
 
 
 def test_unknown_name_lists_the_known_ones():

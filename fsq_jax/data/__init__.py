@@ -20,7 +20,12 @@ from fsq_jax.data import sources
 Dataset = pipelines.Dataset
 prepare = sources.prepare
 
-_PIPELINES = {'train': pipelines.build_train, 'eval': pipelines.build_eval}
+# Name: images of which split, and what is done with them.
+_PIPELINES = {
+    'train': ('train', pipelines.build_train),
+    'eval': ('eval', pipelines.build_eval),
+    'train_once': ('train', pipelines.build_eval),
+}
 
 
 def build_dataset(
@@ -36,8 +41,8 @@ def build_dataset(
   Args:
     config: the `data` section; see configs/default.py.
     split: 'train': shuffled, augmented, endless; 'eval': every example once,
-      in fixed order, centre crops.
-    seed: of shuffling and augmentation, >= 0; 'eval' does not use it.
+      in fixed order, centre crops; 'train_once': those of 'train', likewise.
+    seed: of shuffling and augmentation, >= 0; only 'train' uses it.
     process_index: this process, in [0, process_count).
     process_count: processes that share each batch.
 
@@ -50,8 +55,9 @@ def build_dataset(
   if split not in _PIPELINES:
     raise ValueError(f'split is {split!r}; known: {sorted(_PIPELINES)}.')
   _check_config(config, process_index, process_count)
-  source = sources.build_source(config, split)
-  return _PIPELINES[split](
+  images, build = _PIPELINES[split]
+  source = sources.build_source(config, images)
+  return build(
       config, source, seed, slice(process_index, None, process_count)
   )
 

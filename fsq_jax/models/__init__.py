@@ -12,20 +12,29 @@ from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
 from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained
+from fsq_jax.models import pretrained_vit
 from fsq_jax.models import projector_in as projectors_in
 from fsq_jax.models import projector_out as projectors_out
+from fsq_jax.models import resampling
 from fsq_jax.models import vit
 from fsq_jax.models import vit_families
 
 Autoencoder = autoencoder.Autoencoder
 AutoencoderOutput = autoencoder.AutoencoderOutput
+LatentStatistics = autoencoder.LatentStatistics
 ARCHITECTURES = vit_families.ARCHITECTURES
 DECODER_PRESETS = mae_decoder.PRESETS
+build_decoder = pretrained.build_decoder
 build_encoder = pretrained.build_encoder
 load_decoder = pretrained.load_decoder
 load_encoder = pretrained.load_encoder
+parse_architecture = vit_families.parse_architecture
+describe_architecture = vit_families.describe_architecture
 
-_ENCODERS = {'vit': vit.VitEncoder}
+_ENCODERS = {
+    'pretrained': pretrained_vit.PretrainedVit,
+    'vit': vit.VitEncoder,
+}
 _DECODERS = {'mae': mae_decoder.MaeDecoder, 'vit': vit.VitDecoder}
 _PROJECTORS_IN = {
     'linear': projectors_in.LinearProjectorIn,
@@ -69,7 +78,10 @@ def build_autoencoder(
       'remat': config['remat'],
       'scan_unroll': config['scan_unroll'],
   }
-  encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
+  if _lookup('encoder', _ENCODERS, config) is pretrained_vit.PretrainedVit:
+    encoder = _build_pretrained(config['encoder'], image_size, compute)
+  else:
+    encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
   if _lookup('decoder', _DECODERS, config) is mae_decoder.MaeDecoder:
     decoder = mae_decoder.build_mae_decoder(
         config['decoder'], latent_grid=encoder.grid_size,
@@ -77,6 +89,13 @@ def build_autoencoder(
     )
   else:
     decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
+    if decoder.grid_size != encoder.grid_size:
+      raise ValueError(
+          f'model.encoder makes {encoder.grid_size} latents and model.decoder'
+          f" 'vit' takes {decoder.grid_size}, which its patch_size"
+          f' {decoder.patch_size} makes of data.image_size {tuple(image_size)}.'
+          " Change one patch_size, or use the decoder 'mae', which resizes."
+      )
   return Autoencoder(
       encoder=encoder,
       projector_in=_build_projector_in(config, encoder, quantizer, compute),
@@ -84,7 +103,55 @@ def build_autoencoder(
       projector_out=_build_projector_out(config, decoder, quantizer, compute),
       decoder=decoder,
       latent_noise=config['latent_noise'],
+      statistics=_build_statistics(config, encoder, decoder),
   )
+
+
+def _build_pretrained(options, image_size, compute) -> nn.Module:
+  """Builds a pretrained encoder; no file is read unless it has to be."""
+  if options['architecture'] == 'checkpoint':
+    if not options['checkpoint']:
+      raise ValueError(
+          "model.encoder.architecture is 'checkpoint' without a"
+          ' model.encoder.checkpoint; name one, or an architecture.'
+      )
+    architecture = build_encoder(options['checkpoint']).architecture
+  else:
+    try:
+      architecture = parse_architecture(options['architecture'])
+    except ValueError as error:
+      raise ValueError(f'model.encoder: {error}') from error
+  size = tuple(options['image_size']) or tuple(image_size)
+  if min(size) < architecture.patch_size:
+    raise ValueError(
+        f'model.encoder.image_size is {size} (() takes data.image_size),'
+        f' less than one patch, which has {architecture.patch_size} pixels.'
+    )
+  if options['resize'] not in resampling.KERNELS:
+    raise ValueError(
+        f'model.encoder.resize is {options["resize"]!r}; known:'
+        f' {sorted(resampling.KERNELS)}.'
+    )
+  return pretrained_vit.PretrainedVit(
+      architecture=architecture,
+      image_size=size,
+      final_affine=options['final_affine'],
+      resize=options['resize'],
+      **compute,
+  )
+
+
+def _build_statistics(config, encoder, decoder) -> LatentStatistics | None:
+  if not config['latent_statistics']:
+    return None
+  if decoder.input_width != encoder.width:
+    raise ValueError(
+        'model.latent_statistics normalizes the encoder\'s latents, of'
+        f' {encoder.width} channels, and the decoder\'s back, of'
+        f' {decoder.input_width}; make them equal (model.decoder.width, with'
+        " 'mae' model.decoder.mae.input_width)."
+    )
+  return LatentStatistics(grid_size=encoder.grid_size, width=encoder.width)
 
 
 def _build_projector_in(config, encoder, quantizer, compute) -> nn.Module:
@@ -151,8 +218,8 @@ def _code_scales(quantizer: quantizers.Quantizer) -> tuple[float, ...]:
 def _build_vit(part, table, config, image_size, compute) -> nn.Module:
   fields = dict(config[part])
   cls = _lookup(part, table, config)
-  del fields['name']
-  fields.pop('mae', None)  # The section of the decoder of that name.
+  names = {field.name for field in dataclasses.fields(cls)} - {'name'}
+  fields = {name: fields[name] for name in fields if name in names}
   patch = fields['patch_size']
   if any(side % patch for side in image_size):
     raise ValueError(

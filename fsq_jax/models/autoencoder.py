@@ -10,6 +10,9 @@ from jax import numpy as jnp
 from fsq_jax import quantizers
 from fsq_jax.quantizers import convert
 
+# As in RAE: a latent that never varies stays finite.
+_VARIANCE_EPSILON = 1e-5
+
 
 class AutoencoderOutput(NamedTuple):
   """What a forward pass returns.
@@ -20,11 +23,45 @@ class AutoencoderOutput(NamedTuple):
       none.
     indices: [B, h, w, *index_shape] int32 in [0, codebook_size), -1 where
       latents were NaN; index_shape, of the quantizer, is () for most.
+    latents: [B, h, w, C] float32, what the encoder returned, without noise.
   """
 
   reconstructions: jax.Array
   quantizer_loss: jax.Array
   indices: jax.Array
+  latents: jax.Array
+
+
+class LatentStatistics(nn.Module):
+  """Mean and variance of each latent, by which it is brought to 0 and 1.
+
+  They are measured once, over a data set (`latent_statistics.measure`), and are
+  no parameters: they live in the collection `constants`. As in RAE
+  (arXiv 2510.11690), each channel of each position has its own.
+
+  Attributes:
+    grid_size: rows and columns of the latents.
+    width: channels of the latents.
+  """
+
+  grid_size: tuple[int, int]
+  width: int
+
+  def setup(self):
+    shape = (*self.grid_size, self.width)
+    self.mean = self.variable('constants', 'mean', jnp.zeros, shape)
+    self.variance = self.variable('constants', 'variance', jnp.ones, shape)
+
+  def normalize(self, latents: jax.Array) -> jax.Array:
+    """Maps [B, h, w, C] latents to mean 0 and variance 1."""
+    return (latents - self.mean.value) / self._deviation()
+
+  def denormalize(self, latents: jax.Array) -> jax.Array:
+    """Undoes `normalize`."""
+    return latents * self._deviation() + self.mean.value
+
+  def _deviation(self) -> jax.Array:
+    return jnp.sqrt(self.variance.value + _VARIANCE_EPSILON)
 
 
 class Autoencoder(nn.Module):
@@ -45,6 +82,8 @@ class Autoencoder(nn.Module):
     latent_noise: tau >= 0. In training the latents become z + tau u eps, with
       u uniform in [0, 1) for each image and eps unit normal, drawn from the
       rng 'quantizer': the decoder learns to bear codes that are a little off.
+    statistics: None, or what normalizes latents behind the encoder and the
+      noise, and what projector_out makes back again.
   """
 
   encoder: nn.Module
@@ -53,31 +92,33 @@ class Autoencoder(nn.Module):
   projector_out: nn.Module
   decoder: nn.Module
   latent_noise: float = 0.0
+  statistics: LatentStatistics | None = None
 
   def __call__(
       self, images: jax.Array, *, train: bool = False
   ) -> AutoencoderOutput:
     """Reconstructs [B, H, W, 3] images in [-1, 1]."""
-    quantized = self.encode(images, train=train)
+    latents = self.encoder(images)
+    quantized = self._quantize(latents, train=train)
     return AutoencoderOutput(
         reconstructions=self.decode(quantized.z_q),
         quantizer_loss=quantized.loss,
         indices=quantized.indices,
+        latents=latents,
     )
 
   def encode(
       self, images: jax.Array, *, train: bool = False
   ) -> quantizers.QuantizerOutput:
     """Encodes [B, H, W, 3] images in [-1, 1] to codes, loss and indices."""
-    latents = self.encoder(images)
-    if train and self.latent_noise:
-      latents = self._add_noise(latents)
-    z = self.projector_in(latents, train=train)
-    return self.quantizer(z, train=train)
+    return self._quantize(self.encoder(images), train=train)
 
   def decode(self, codes: jax.Array) -> jax.Array:
     """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images."""
-    return self.decoder(self.projector_out(codes))
+    latents = self.projector_out(codes)
+    if self.statistics is not None:
+      latents = self.statistics.denormalize(latents)
+    return self.decoder(latents)
 
   def encode_to_indices(self, images: jax.Array) -> jax.Array:
     """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.
@@ -99,6 +140,16 @@ class Autoencoder(nn.Module):
     if spec is not None:
       convert.check_same_dialect(spec, self.quantizer.spec())
     return self.decode(self.quantizer.indices_to_codes(indices))
+
+  def _quantize(
+      self, latents: jax.Array, *, train: bool
+  ) -> quantizers.QuantizerOutput:
+    if train and self.latent_noise:
+      latents = self._add_noise(latents)
+    if self.statistics is not None:
+      latents = self.statistics.normalize(latents)
+    z = self.projector_in(latents, train=train)
+    return self.quantizer(z, train=train)
 
   def _add_noise(self, latents: jax.Array) -> jax.Array:
     """Returns latents [B, ...] with noise; the same on any number of devices.

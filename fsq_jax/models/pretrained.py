@@ -121,32 +121,31 @@ def load_decoder(
     ValueError: files that are missing, damaged, or of another kind; the keys
       that are missing, unexpected, or of another shape are listed.
   """
-  if normalization not in mae_decoder.NORMALIZATIONS:
-    raise ValueError(
-        f'normalization is {normalization!r}; known:'
-        f' {sorted(mae_decoder.NORMALIZATIONS)}.'
-    )
   path = pathlib.Path(path)
-  config = path / 'config.json'
   with weight_files.open_weights(path) as weights:
-    description = weight_descriptions.describe_decoder(
-        weight_files.read_json(config), str(config)
-    )
-    arch = description.architecture
-    side = description.image_size // arch.patch_size
-    module = mae_decoder.MaeDecoder(
-        architecture=dataclasses.replace(
-            arch, **mae_decoder.NORMALIZATIONS[normalization]
-        ),
-        input_width=description.input_width,
-        grid_size=(side, side),
-    )
+    description = _describe_decoder(path)
+    module = _build_decoder(description, normalization)
     sources = weight_sources.find_sources(
         _shapes(_abstract_variables(module)), description, weights,
         part='decoder', unused=None,
     )
     variables = _load(module, sources, description, weights, shardings)
   return PretrainedDecoder(module, variables)
+
+
+def build_decoder(
+    path: str | os.PathLike[str], normalization: str = 'none'
+) -> mae_decoder.MaeDecoder:
+  """Builds the module of `load_decoder` and reads no weights.
+
+  Args:
+    path: as there; only config.json is read.
+    normalization: as there.
+
+  Raises:
+    ValueError: a config.json that describes no such decoder.
+  """
+  return _build_decoder(_describe_decoder(pathlib.Path(path)), normalization)
 
 
 def build_encoder(
@@ -179,6 +178,30 @@ def _describe(path, weights) -> weight_descriptions.Description:
         weight_files.read_json(config), str(config)
     )
   return weight_descriptions.describe_big_vision(weights)
+
+
+def _describe_decoder(path) -> weight_descriptions.Description:
+  config = path / 'config.json'
+  return weight_descriptions.describe_decoder(
+      weight_files.read_json(config), str(config)
+  )
+
+
+def _build_decoder(description, normalization) -> mae_decoder.MaeDecoder:
+  if normalization not in mae_decoder.NORMALIZATIONS:
+    raise ValueError(
+        f'normalization is {normalization!r}; known:'
+        f' {sorted(mae_decoder.NORMALIZATIONS)}.'
+    )
+  arch = description.architecture
+  side = description.image_size // arch.patch_size
+  return mae_decoder.MaeDecoder(
+      architecture=dataclasses.replace(
+          arch, **mae_decoder.NORMALIZATIONS[normalization]
+      ),
+      input_width=description.input_width,
+      grid_size=(side, side),
+  )
 
 
 def _build_encoder(

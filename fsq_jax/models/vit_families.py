@@ -1,5 +1,6 @@
 """Architectures of pretrained vision transformers, by family and by name."""
 
+import ast
 import dataclasses
 import math
 from typing import Any
@@ -60,6 +61,10 @@ class Architecture:
   std: tuple[float, ...]
 
   def __post_init__(self):
+    for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'patch_size'):
+      value = getattr(self, name)
+      if type(value) is not int or value < 1:
+        raise ValueError(f'{name} is {value!r}; it must be an integer >= 1.')
     for name, known in (
         ('position', POSITIONS), ('mlp', MLPS), ('activation', ACTIVATIONS)
     ):
@@ -186,3 +191,56 @@ def _build_all() -> dict[str, Architecture]:
 # Published sizes, such as 'siglip_L/16'. SigLIP 2 of a fixed resolution has
 # the architecture of SigLIP.
 ARCHITECTURES = _build_all()
+
+
+def parse_architecture(text: str) -> Architecture:
+  """Returns the architecture that a text names or describes.
+
+  Args:
+    text: a key of `ARCHITECTURES`, or what `describe_architecture` returns: a
+      family, and fields in parentheses, 'siglip(width=32, depth=2, ...)'.
+
+  Raises:
+    ValueError: other text, or fields that are missing, unknown or do not fit.
+  """
+  if text in ARCHITECTURES:
+    return ARCHITECTURES[text]
+  try:
+    call = ast.parse(text, mode='eval').body
+    family = call.func.id
+    if call.args:
+      raise ValueError('fields without a name')
+    fields = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
+    return build_architecture(family, **fields)
+  except (AttributeError, SyntaxError, TypeError, ValueError) as error:
+    raise ValueError(
+        f'The architecture {text!r} is none ({error}); known:'
+        f' {sorted(ARCHITECTURES)}, or a family with its fields, such as'
+        " 'siglip(width=768, depth=12, num_heads=12, mlp_dim=3072,"
+        " patch_size=16)'."
+    ) from error
+
+
+def describe_architecture(architecture: Architecture) -> str:
+  """Returns a text that `parse_architecture` reads back.
+
+  Args:
+    architecture: of any family.
+
+  Returns:
+    Its name where it has one, else the nearest family and what that leaves open
+    or has otherwise.
+  """
+  for name, known in ARCHITECTURES.items():
+    if architecture == known:
+      return name
+  fields = {
+      field.name: getattr(architecture, field.name)
+      for field in dataclasses.fields(architecture)
+  }
+  descriptions = []
+  for family, known in FAMILIES.items():
+    own = {n: x for n, x in fields.items() if known.get(n) != x}
+    text = ', '.join(f'{name}={value!r}' for name, value in own.items())
+    descriptions.append((len(own), f'{family}({text})'))
+  return min(descriptions)[1]

@@ -1,0 +1,195 @@
+"""What a new run starts from: random, pretrained, and other runs' variables."""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import safetensors
+import safetensors.numpy
+
+from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import train_state
+from fsq_jax import trained
+
+
+def check(config: ml_collections.ConfigDict, model: models.Autoencoder) -> None:
+  """Refuses files to start from that do not fit; reads little of them.
+
+  Args:
+    config: the whole config.
+    model: from `models.build_autoencoder` of the same config.
+
+  Raises:
+    ValueError: files that are missing or unreadable, or of another model.
+  """
+  if config.train.init_from:
+    _find_run(config)
+    return
+  encoder = config.model.encoder
+  if encoder.name == 'pretrained' and encoder.checkpoint:
+    _check_architecture(
+        'model.encoder',
+        models.build_encoder(encoder.checkpoint).architecture,
+        model.encoder.architecture,
+    )
+  decoder = config.model.decoder
+  if decoder.name == 'mae' and decoder.mae.checkpoint:
+    module = models.build_decoder(
+        decoder.mae.checkpoint, decoder.mae.normalization
+    )
+    _check_architecture(
+        'model.decoder.mae', module.architecture, model.decoder.architecture
+    )
+    for field in ('input_width', 'grid_size'):
+      given, wanted = getattr(module, field), getattr(model.decoder, field)
+      if given != wanted:
+        raise ValueError(
+            f'model.decoder.mae.checkpoint has {field} {given}, the decoder of'
+            f' this config {wanted}; set model.decoder.mae.{field}.'
+        )
+  if model.statistics is not None:
+    _read_statistics(config, model)
+
+
+def load(
+    config: ml_collections.ConfigDict,
+    model: models.Autoencoder,
+    builder: train_state.StateBuilder,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
+  """Reads the variables that a new run does not initialise.
+
+  Those of train.init_from are all of them; else there are those of
+  model.encoder.checkpoint, model.decoder.mae.checkpoint and
+  model.latent_statistics, each if it is set.
+
+  Args:
+    config: the whole config.
+    model: from `models.build_autoencoder` of the same config.
+    builder: of the same config.
+    mesh: from `partitioning.create_mesh`.
+
+  Returns:
+    A part of `builder.abstract_variables`, for `builder.create`, spread over
+    devices as said there.
+
+  Raises:
+    ValueError: as `check`, or weights that are missing or damaged.
+  """
+  check(config, model)
+  if config.train.init_from:
+    _, variables = trained.restore(_find_run(config), mesh)
+    return _place(variables, builder.abstract_variables)
+  parts = {}
+  encoder = config.model.encoder
+  if encoder.name == 'pretrained' and encoder.checkpoint:
+    parts['encoder'] = models.load_encoder(
+        encoder.checkpoint,
+        model.encoder.image_size,
+        encoder.final_affine,
+        shardings=lambda _: _shardings(builder, 'encoder'),
+    ).variables
+  mae = config.model.decoder.mae
+  if config.model.decoder.name == 'mae' and mae.checkpoint:
+    parts['decoder'] = models.load_decoder(
+        mae.checkpoint,
+        mae.normalization,
+        shardings=lambda _: _shardings(builder, 'decoder'),
+    ).variables
+  if model.statistics is not None:
+    values = {'constants': _read_statistics(config, model)}
+    parts['statistics'] = jax.tree.map(
+        jax.device_put, values, _shardings(builder, 'statistics')
+    )
+  variables: dict[str, Any] = {}
+  for part, collections in parts.items():
+    for collection, values in collections.items():
+      variables.setdefault(collection, {})[part] = values
+  return variables
+
+
+def _find_run(config: ml_collections.ConfigDict) -> trained.Checkpoint:
+  """Finds the run of train.init_from, which must be of the same model."""
+  try:
+    found = trained.find(config.train.init_from)
+  except ValueError as error:
+    raise ValueError(f'train.init_from: {error}') from error
+  if differences := configuration.diff_models(found.config, config):
+    raise ValueError(
+        '\n  '.join([
+            f'train.init_from is {found.folder}, a run of another model'
+            ' (saved -> current):',
+            *differences,
+        ])
+    )
+  return found
+
+
+def _check_architecture(section: str, given: Any, wanted: Any) -> None:
+  # Positions are resampled before they get into the model.
+  given = dataclasses.replace(given, position_kernel=wanted.position_kernel)
+  differences = [
+      f'{field.name}: {getattr(wanted, field.name)!r} ->'
+      f' {getattr(given, field.name)!r}'
+      for field in dataclasses.fields(wanted)
+      if getattr(wanted, field.name) != getattr(given, field.name)
+  ]
+  if not differences:
+    return
+  fix = 'change the fields of model.decoder to it.'
+  if section == 'model.encoder':
+    fix = (
+        '--config.model.encoder.architecture=checkpoint takes what the'
+        ' checkpoint has.'
+    )
+  raise ValueError(
+      '\n  '.join([
+          f'{section}.checkpoint is of another architecture than the config'
+          ' (config -> checkpoint):',
+          *differences,
+      ])
+      + f'\nUse another checkpoint; or {fix}'
+  )
+
+
+def _read_statistics(
+    config: ml_collections.ConfigDict, model: models.Autoencoder
+) -> dict[str, Any]:
+  """Reads the file of `latent_statistics.write`."""
+  path = pathlib.Path(config.model.latent_statistics).expanduser()
+  shape = (*model.statistics.grid_size, model.statistics.width)
+  try:
+    arrays = safetensors.numpy.load_file(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ValueError(
+        f'model.latent_statistics {path} cannot be read ({error}); write it'
+        ' with --mode=latent_statistics.'
+    ) from error
+  found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
+  if found != dict.fromkeys(('mean', 'variance'), (shape, 'float32')):
+    raise ValueError(
+        f'model.latent_statistics {path} holds {found}; the latents of this'
+        f' config need mean and variance, float32 of shape {shape}. Write them'
+        ' with --mode=latent_statistics.'
+    )
+  return arrays
+
+
+def _shardings(builder: train_state.StateBuilder, part: str) -> Any:
+  """Shardings of the variables of one part, by collection."""
+  return {
+      collection: jax.tree.map(lambda x: x.sharding, parts[part])
+      for collection, parts in builder.abstract_variables.items()
+      if part in parts
+  }
+
+
+def _place(variables: Mapping[str, Any], abstract: Mapping[str, Any]) -> Any:
+  """Spreads arrays over devices as their abstract counterparts say."""
+  return jax.tree.map(
+      lambda x, a: jax.device_put(x, a.sharding), variables, dict(abstract)
+  )

@@ -1,0 +1,138 @@
+"""Mean and variance of an encoder's latents over a data set."""
+
+from collections.abc import Mapping
+import math
+import os
+import pathlib
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors.numpy
+import tqdm
+
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import initialization
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import runtime
+from fsq_jax import train_state
+from fsq_jax import train_step
+from fsq_jax import workdir as workdirs
+
+FILE = 'latent_statistics.safetensors'
+
+
+class _Moments(NamedTuple):
+  """Number of images, their mean, and the sum of squares around it."""
+
+  count: jax.Array
+  mean: jax.Array
+  squares: jax.Array
+
+
+def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+  """Computes mean and variance of the latents of the training images.
+
+  Every image is taken once, with a centre crop, and every latent counts alike.
+  RAE (arXiv 2510.11690) averages over batches with a momentum of 0.1, which
+  weighs the last ten of them.
+
+  Args:
+    config: the whole config; model.latent_statistics is left aside.
+
+  Returns:
+    'mean' and 'variance', [h, w, C] float32.
+
+  Raises:
+    ValueError: a config that is not valid, or an encoder that would be random.
+  """
+  config = configuration.resolve(config)
+  config.model.latent_statistics = ''
+  config.model.decoder.mae.checkpoint = ''  # Of no use here.
+  configuration.check_config(config, num_devices=jax.device_count())
+  if not (config.model.encoder.checkpoint or config.train.init_from):
+    raise ValueError(
+        'Statistics of latents need a trained encoder: set'
+        ' model.encoder.checkpoint or train.init_from.'
+    )
+  runtime.keep_freed_memory()
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  initialization.check(config, model)
+  dataset = data.build_dataset(
+      config.data,
+      split='train_once',
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+  )
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  variables = initialization.load(config, model, builder, mesh)
+  variables = {
+      collection: parts['encoder']
+      for collection, parts in variables.items()
+      if 'encoder' in parts
+  }
+
+  def moments(variables, images, mask):
+    latents = model.encoder.apply(variables, train_step.to_float(images))
+    return _moments(latents, mask)
+
+  moments = jax.jit(moments, out_shardings=partitioning.replicated(mesh))
+  total = _Moments(0.0, 0.0, 0.0)
+  num_batches = math.ceil(dataset.num_examples / config.data.eval_batch_size)
+  for local_batch in tqdm.tqdm(dataset, total=num_batches, disable=None):
+    batch = partitioning.shard_batch(local_batch, mesh)
+    part = moments(variables, batch['image'], batch['mask'])
+    total = _merge(total, _Moments(*jax.device_get(part)))
+  if not total.count:
+    raise ValueError('No image of the training split can be read.')
+  return {
+      'mean': np.asarray(total.mean, np.float32),
+      'variance': np.asarray(total.squares / total.count, np.float32),
+  }
+
+
+def write(
+    statistics: Mapping[str, np.ndarray], workdir: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Writes what `measure` returned, atomically.
+
+  Args:
+    statistics: 'mean' and 'variance'.
+    workdir: folder for the file, created if it is missing.
+
+  Returns:
+    Path of the file, for model.latent_statistics.
+  """
+  path = workdirs.create(workdir) / FILE
+  workdirs.write_bytes(path, safetensors.numpy.save(dict(statistics)))
+  return path
+
+
+def _moments(latents: jax.Array, mask: jax.Array) -> _Moments:
+  """Moments over the [B, h, w, C] latents of images whose mask [B] is set."""
+  weights = mask.astype(jnp.float32)
+  count = jnp.sum(weights)
+  mean = jnp.einsum('b,bhwc->hwc', weights, latents) / jnp.maximum(count, 1)
+  squares = jnp.einsum('b,bhwc->hwc', weights, jnp.square(latents - mean))
+  return _Moments(count, mean, squares)
+
+
+def _merge(a: _Moments, b: _Moments) -> _Moments:
+  """Moments of the images of both, in float64 (Chan, Golub, LeVeque 1979)."""
+  a, b = (_Moments(*(np.asarray(x, np.float64) for x in m)) for m in (a, b))
+  count = a.count + b.count
+  share = b.count / max(count, 1)
+  difference = b.mean - a.mean
+  return _Moments(
+      count,
+      a.mean + share * difference,
+      a.squares + b.squares + a.count * share * np.square(difference),
+  )

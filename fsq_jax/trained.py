@@ -1,0 +1,102 @@
+"""Models out of the checkpoints of a run, built as its config says."""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from fsq_jax import checkpoint
+from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import train_state
+from fsq_jax import workdir as workdirs
+from fsq_jax.quantizers import convert
+
+
+class Checkpoint(NamedTuple):
+  """One saved step of a run.
+
+  Attributes:
+    folder: of the run.
+    step: steps taken.
+    config: of the run when it was saved.
+    quantizer: spec of its quantizer.
+  """
+
+  folder: pathlib.Path
+  step: int
+  config: ml_collections.ConfigDict
+  quantizer: Mapping[str, Any]
+
+
+def find(
+    workdir: str | os.PathLike[str], which: str = 'newest'
+) -> Checkpoint:
+  """Finds a checkpoint of a run and reads no array of it.
+
+  Args:
+    workdir: the run's folder.
+    which: 'newest', or the 'best', of the highest PSNR.
+
+  Returns:
+    The checkpoint.
+
+  Raises:
+    ValueError: a folder without checkpoints, or an unknown choice.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  if not (folder / workdirs.CHECKPOINTS).is_dir():
+    raise ValueError(f'{folder} has no checkpoints; train there first.')
+  with contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer:
+    steps = {
+        'newest': checkpointer.latest_step,
+        'best': checkpointer.best_step,
+    }
+    if which not in steps:
+      raise ValueError(f'checkpoint is {which!r}; known: {sorted(steps)}.')
+    step = steps[which]
+    if step is None:
+      raise ValueError(
+          f'{folder} has no finished checkpoint; train there first.'
+      )
+    record = checkpointer.restore_record(step)
+  return Checkpoint(
+      folder=folder,
+      step=step,
+      config=configuration.config_from_json(json.dumps(record['config'])),
+      quantizer=record['quantizer'],
+  )
+
+
+def restore(
+    found: Checkpoint, mesh: jax.sharding.Mesh
+) -> tuple[models.Autoencoder, dict[str, Any]]:
+  """Builds the model of a checkpoint and reads its variables.
+
+  Args:
+    found: from `find`.
+    mesh: from `partitioning.create_mesh`; how the arrays were spread over
+      devices when saved does not matter.
+
+  Returns:
+    The model, and its variables with the averaged parameters.
+
+  Raises:
+    ValueError: a checkpoint that is of another quantizer than its config says.
+  """
+  config = found.config
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  convert.check_same_dialect(found.quantizer, model.quantizer.spec())
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  with contextlib.closing(
+      checkpoint.Checkpointer(found.folder)
+  ) as checkpointer:
+    state = checkpointer.restore(found.step, builder.abstract)
+  return model, state.eval_variables
