@@ -129,6 +129,10 @@ def _model() -> ml_collections.ConfigDict:
   quantizer.bsq = _lfq()
   quantizer.vq = _vq()
   quantizer.simvq = _simvq()
+  # No quantizer: continuous latents, without tokens.
+  quantizer.none = ml_collections.ConfigDict()
+  # Channels of a latent.
+  quantizer.none.code_dim = 8
 
   projector_out = model.projector_out = ml_collections.ConfigDict()
   # Codes to the decoder's width: 'linear'; 'mlp'; 'fourier', an MLP on random

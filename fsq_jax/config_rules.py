@@ -113,6 +113,7 @@ _QUANTIZERS = {
         'weighting': rules.name('standard', 'legacy'),
         'input_projection': rules.name('none', 'linear'),
     },
+    'none': {'code_dim': _COUNT},
 }
 _PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
 _PROJECTORS = {
@@ -127,7 +128,7 @@ _PROJECTORS = {
     'out.fourier.sigma': _POSITIVE,
 }
 # Quantizers whose codes have no levels.
-_WITHOUT_LEVELS = ('simvq', 'vq')
+_WITHOUT_LEVELS = ('none', 'simvq', 'vq')
 
 # Every field of configs/default.py.
 FIELDS: Mapping[str, rules.Rule] = {

@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
 
   Attributes:
     metrics: mean over all images of each image metric.
-    codebook: `metrics.CodebookStatistics.result()`.
+    codebook: `metrics.CodebookStatistics.result()`; {} without tokens.
     protocol: how the images were made and the numbers computed.
     originals: [n, H, W, 3] uint8, images spread evenly over the split.
     reconstructions: [n, H, W, 3] uint8, of the same images.
@@ -51,8 +51,19 @@ class Evaluation(NamedTuple):
 
   def scalars(self) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl."""
-    codebook = {name: self.codebook[name] for name in _CODEBOOK_SCALARS}
-    return {**self.metrics, **codebook}
+    names = _CODEBOOK_SCALARS if self.codebook else ()
+    return {**self.metrics, **{name: self.codebook[name] for name in names}}
+
+  def summary(self) -> str:
+    """The numbers that matter most, in one line."""
+    scalars = self.scalars()
+    text = f'PSNR {scalars["psnr"]:.2f} dB, SSIM {scalars["ssim"]:.3f}'
+    if self.codebook:
+      text += (
+          f', codebook usage {scalars["usage"]:.1%}, perplexity'
+          f' {scalars["perplexity"]:.1f}'
+      )
+    return text
 
 
 class Evaluator:
@@ -114,9 +125,11 @@ class Evaluator:
       ValueError: the split holds no readable image.
     """
     means: dict[str, metrics.Mean] = {}
-    codebook = metrics.CodebookStatistics(
-        self._quantizer.codebook_size, **self._digits
-    )
+    codebook = None
+    if self._quantizer.codebook_size:
+      codebook = metrics.CodebookStatistics(
+          self._quantizer.codebook_size, **self._digits
+      )
     originals, reconstructions = [], []
     waiting = collections.deque(self._grid)
     for local_batch in self._dataset:
@@ -126,7 +139,8 @@ class Evaluator:
       mask = batch['mask']
       for name, values in output.metrics.items():
         means.setdefault(name, metrics.Mean()).update(values, mask)
-      codebook.update(output.indices, mask)
+      if codebook is not None:
+        codebook.update(output.indices, mask)
       shown = _select(batch, waiting)
       originals.extend(batch['image'][shown])
       reconstructions.extend(output.reconstructions[shown])
@@ -140,7 +154,7 @@ class Evaluator:
       logging.error('%d reconstructions are not finite.', nonfinite)
     return Evaluation(
         metrics={name: mean.result() for name, mean in means.items()},
-        codebook=codebook.result(),
+        codebook={} if codebook is None else codebook.result(),
         protocol={
             **self._dataset.protocol,
             'num_images': means['psnr'].num_values,

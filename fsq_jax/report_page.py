@@ -171,6 +171,8 @@ def _summary(run: Run, values: Mapping[str, Any]) -> str:
   """What was run, and what came out, in a sentence."""
   name = str(run.quantizer.get('name', 'The model'))
   name = name.replace('_', ' ').upper() if name == name.lower() else name
+  if run.quantizer.get('name') == 'none':
+    name = 'A continuous autoencoder'
   if run.quantizer.get('levels'):
     name += ' with levels ' + ' \N{MULTIPLICATION SIGN} '.join(
         map(str, run.quantizer['levels'])

@@ -336,11 +336,7 @@ class _Trainer:
       evaluate.write_evaluation(self.folder, self.step, evaluation)
       if not self._is_evaluation_logged():
         self.writer.write(self.step, 'eval', scalars)
-    self.progress.say(
-        f'Step {self.step}: PSNR {scalars["psnr"]:.2f} dB, SSIM'
-        f' {scalars["ssim"]:.3f}, codebook usage {scalars["usage"]:.1%},'
-        f' perplexity {scalars["perplexity"]:.1f}'
-    )
+    self.progress.say(f'Step {self.step}: {evaluation.summary()}')
     self.progress.restart_clock()
     return scalars
 

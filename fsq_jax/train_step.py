@@ -97,7 +97,11 @@ def build_train_step(
         'loss': loss,
         'reconstruction_loss': reconstruction,
         'quantizer_loss': output.quantizer_loss,
-        'invalid_tokens': jnp.mean(output.indices < 0, dtype=jnp.float32),
+        # 0, not the NaN of an empty mean, where latents have no tokens.
+        'invalid_tokens': (
+            jnp.sum(output.indices < 0, dtype=jnp.float32)
+            / max(output.indices.size, 1)
+        ),
     }
     if distillation_weight:
       distillation = losses.l2(output.latents, _teach(model, fixed, images))

@@ -216,6 +216,17 @@ def test_wrong_value_is_refused_by_name(name, value):
             "'levels', model.quantizer.name is 'simvq'; allowed: with 'levels'",
         ),
         (
+            {
+                'model__projector_out__name': 'levels',
+                'model__quantizer__name': 'none',
+            },
+            "'levels', model.quantizer.name is 'none'; allowed: with 'levels'",
+        ),
+        (
+            {'model__quantizer__none__code_dim': 0},
+            'model.quantizer.none.code_dim is 0; allowed: ',
+        ),
+        (
             {'model__projector_in__name': 'none'},
             "projector_in.name is 'none' with 64 channels of the encoder",
         ),

@@ -140,6 +140,43 @@ def test_tokens_of_every_kind_are_counted(
   assert len(codebook.get('level_histograms', ())) == num_dims
 
 
+def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.model.quantizer.name = 'none'
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  variables = jax.jit(model.init)(
+      jax.random.key(1), jnp.zeros((1, 16, 16, 3))
+  )
+  evaluation = _evaluate(config, model, variables)
+  assert evaluation.codebook == {}
+  assert evaluation.scalars() == evaluation.metrics
+  assert evaluation.summary() == (
+      f'PSNR {evaluation.metrics["psnr"]:.2f} dB, SSIM'
+      f' {evaluation.metrics["ssim"]:.3f}'
+  )
+  (batch,) = _dataset(config, _NUM_IMAGES)
+  step = jax.jit(train_step.build_eval_step(model))
+  psnr = step(variables, batch['image']).metrics['psnr']
+  assert evaluation.metrics['psnr'] == pytest.approx(
+      np.mean(jax.device_get(psnr)), rel=1e-5
+  )
+  evaluate.write_evaluation(tmp_path, 3, evaluation)
+  record = json.loads((tmp_path / workdir.EVALUATION).read_text())
+  assert record['codebook'] == {}
+  assert record['protocol']['quantizer'] == model.quantizer.spec()
+
+
+def test_a_summary_has_the_numbers_of_images_and_codebook(
+    config, model, variables
+):
+  evaluation = _evaluate(config, model, variables)
+  numbers = evaluation.scalars()
+  assert evaluation.summary() == (
+      f'PSNR {numbers["psnr"]:.2f} dB, SSIM {numbers["ssim"]:.3f}, codebook'
+      f' usage {numbers["usage"]:.1%}, perplexity {numbers["perplexity"]:.1f}'
+  )
+
+
 @pytest.mark.parametrize(
     ('batch_size', 'num_devices'), [(8, 8), (24, 8), (7, 1), (64, 2)]
 )

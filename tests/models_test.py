@@ -189,6 +189,56 @@ def test_projectors_decode_the_indices_of_other_quantizers(
   )
 
 
+def test_without_quantizer_latents_and_gradients_pass_as_they_are():
+  model = _build({'quantizer.name': 'none'})
+  images = _images()
+  variables = _init(model, images)
+  parts = {name: {'params': x} for name, x in variables['params'].items()}
+
+  def by_hand(params):
+    latents = model.encoder.apply({'params': params['encoder']}, images)
+    z = model.projector_in.apply({'params': params['projector_in']}, latents)
+    return z, model.apply(
+        {'params': params},
+        model.projector_out.apply({'params': params['projector_out']}, z),
+        method=lambda module, x: module.decoder(x),
+    )
+
+  assert parts.keys() == {'encoder', 'projector_in', 'projector_out', 'decoder'}
+  z, reconstructions = jax.jit(by_hand)(variables['params'])
+  encoded = _call(model, variables, images, method='encode')
+  np.testing.assert_array_equal(encoded.z_q, z)
+  output = _call(model, variables, images)
+  np.testing.assert_allclose(
+      output.reconstructions, reconstructions, rtol=1e-5, atol=1e-6
+  )
+  assert output.quantizer_loss == 0
+
+  def loss(forward):
+    return lambda params: jnp.mean(jnp.square(forward(params) - images))
+
+  gradients, expected = (
+      jax.jit(jax.grad(loss(forward)))(variables['params'])
+      for forward in (
+          lambda params: model.apply({'params': params}, images)[0],
+          lambda params: by_hand(params)[1],
+      )
+  )
+  chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-7)
+  assert np.abs(gradients['encoder']['patches']['kernel']).max() > 1e-4
+
+
+def test_without_quantizer_there_are_no_tokens_to_decode():
+  model = _build({'quantizer.name': 'none'})
+  images = _images()
+  variables = _init(model, images)
+  indices = _call(model, variables, images, method='encode_to_indices')
+  assert indices.dtype == jnp.int32
+  assert indices.shape == (2, *_GRID, 0)
+  with pytest.raises(ValueError, match=r"no tokens .* such as 'fsq'"):
+    _call(model, variables, indices, method='decode_from_indices')
+
+
 @pytest.mark.parametrize('projector_out', ['fourier', 'levels', 'mlp'])
 def test_the_unit_of_codes_does_not_matter(projector_out):
   # Codes -2 ... 2 and -1 ... 1, with other units in each channel.
@@ -565,6 +615,10 @@ def test_images_that_cannot_be_cut_into_patches_are_refused(size):
         (
             {'projector_out.name': 'levels', 'quantizer.name': 'simvq'},
             'codes of SimVQ have no levels',
+        ),
+        (
+            {'projector_out.name': 'levels', 'quantizer.name': 'none'},
+            'codes of NoQuantizer have no levels',
         ),
         ({'quantizer.name': 'mlp'}, r"quantizer.name is 'mlp'; known: .*'fsq"),
     ],

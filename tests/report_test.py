@@ -148,6 +148,21 @@ def test_page_shows_the_numbers(workdir):
   assert 'python launch.py --x' in text
 
 
+def test_without_tokens_the_page_has_no_codebook(workdir):
+  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  evaluation['codebook'] = {}
+  spec = {'name': 'none', 'code_dim': 8, 'code': 'latent'}
+  _write(workdir, quantizer=spec, evaluation=evaluation)
+  text = _Page(_read(workdir)).text
+  assert (
+      'A continuous autoencoder reconstructs 100 images of photos at 27.12 dB'
+      ' PSNR and 0.812 SSIM, after 1,500 steps.'
+  ) in text
+  for word in ('usage', 'Perplexity', 'Bits', 'Levels of', 'num_tokens'):
+    assert word not in text
+  assert 'code_dim8' in text
+
+
 def test_level_bars_have_the_heights_of_their_counts(workdir):
   bars = re.findall(r'height:([\d.]+)%"( class="dead")?', _read(workdir))
   assert bars == [

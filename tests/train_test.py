@@ -68,6 +68,8 @@ def _load_config(variant='plain'):
     config.model.quantizer.vq.codebook_init = 'kmeans'
     config.model.quantizer.vq.restart = 'batch'
     config.model.quantizer.vq.decay = 0.5
+  if variant == 'none':
+    config.model.quantizer.name = 'none'
   if variant == 'noise':
     config.model.quantizer.fsq.noise = 0.5
     config.model.quantizer.fsq.noise_per = 'example'
@@ -161,7 +163,9 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variant', ['plain', 'accumulation', 'vq', 'noise'])
+@pytest.mark.parametrize(
+    'variant', ['plain', 'accumulation', 'vq', 'noise', 'none']
+)
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
     straight, journal, tmp_path, variant
 ):
@@ -434,6 +438,42 @@ def test_a_workdir_describes_its_run(straight):
   assert rows[-2]['loss'] < rows[0]['loss']
   assert all(row['images_per_second'] > 0 for row in rows[:6])
   assert not list(folder.rglob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_a_run_without_quantizer_has_no_tokens_anywhere(tmp_path, capsys):
+  config = _load_config('none')
+  config.train.num_steps = 6
+  config.train.eval_every_steps = 3
+  train.train_and_evaluate(config, tmp_path)
+  lines = capsys.readouterr().err
+  rows = workdir.read_metrics(tmp_path)
+  evaluations = [row for row in rows if row['split'] == 'eval']
+  assert [row['step'] for row in evaluations] == [3, 6]
+  for row in evaluations:
+    assert not {'usage', 'perplexity', 'entropy_bits'} & row.keys()
+    assert (
+        f'Step {row["step"]}: PSNR {row["psnr"]:.2f} dB, SSIM {row["ssim"]:.3f}'
+        '\n'
+    ) in lines
+  steps = [row for row in rows if row['split'] == 'train']
+  assert {row['invalid_tokens'] for row in steps} == {0}
+  assert {row['quantizer_loss'] for row in steps} == {0}
+  record = _read_json(tmp_path / workdir.EVALUATION)
+  assert record['codebook'] == {}
+  assert _read_json(tmp_path / workdir.QUANTIZER) == {
+      'name': 'none', 'code_dim': 8, 'code': 'latent',
+  }
+  page = (tmp_path / workdir.REPORT).read_text()
+  assert 'A continuous autoencoder reconstructs' in page
+  assert 'Codebook' not in page
+
+  # The same again finds nothing left to do; another size is another model.
+  state = train.train_and_evaluate(config, tmp_path)
+  assert int(state.step) == 6
+  config.model.quantizer.none.code_dim = 5
+  with pytest.raises(ValueError, match=r'none\.code_dim: 8 -> 5'):
+    train.train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.slow

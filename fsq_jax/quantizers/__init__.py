@@ -10,6 +10,7 @@ from fsq_jax.quantizers.grouped import GroupedFSQ
 from fsq_jax.quantizers.level_sets import recommended_levels
 from fsq_jax.quantizers.lfq import BSQ
 from fsq_jax.quantizers.lfq import LFQ
+from fsq_jax.quantizers.none import NoQuantizer
 from fsq_jax.quantizers.residual import ResidualFSQ
 from fsq_jax.quantizers.simvq import SimVQ
 from fsq_jax.quantizers.vq import VectorQuantizer
@@ -20,6 +21,7 @@ __all__ = [
     'LFQ',
     'DigitQuantizer',
     'GroupedFSQ',
+    'NoQuantizer',
     'Quantizer',
     'QuantizerOutput',
     'ResidualFSQ',

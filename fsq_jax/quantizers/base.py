@@ -60,7 +60,7 @@ class Quantizer(nn.Module, kw_only=True):
 
   @property
   def codebook_size(self) -> int:
-    """Number of values that one index can take, K."""
+    """Number of values that one index can take, K; 0 without indices."""
     raise NotImplementedError
 
   @property
@@ -79,7 +79,7 @@ class Quantizer(nn.Module, kw_only=True):
 
   @property
   def index_shape(self) -> tuple[int, ...]:
-    """Trailing axes of the indices of one code; () where it has one index."""
+    """Trailing axes of the indices of one code; () for one, (0,) for none."""
     return ()
 
   def __call__(self, z: jax.Array, *, train: bool = False) -> QuantizerOutput:

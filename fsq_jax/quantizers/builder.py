@@ -8,6 +8,7 @@ from fsq_jax.quantizers import base
 from fsq_jax.quantizers import fsq
 from fsq_jax.quantizers import grouped
 from fsq_jax.quantizers import lfq
+from fsq_jax.quantizers import none
 from fsq_jax.quantizers import residual
 from fsq_jax.quantizers import simvq
 from fsq_jax.quantizers import vq
@@ -17,6 +18,7 @@ QUANTIZERS = {
     'fsq': fsq.FSQ,
     'grouped_fsq': grouped.GroupedFSQ,
     'lfq': lfq.LFQ,
+    'none': none.NoQuantizer,
     'residual_fsq': residual.ResidualFSQ,
     'simvq': simvq.SimVQ,
     'vq': vq.VectorQuantizer,
