@@ -175,6 +175,24 @@ def test_weights_are_loaded_into_their_shardings():
   assert {x.data.shape for x in kernel.addressable_shards} == {(2, 40, 24)}
 
 
+def test_no_device_holds_the_whole_of_what_is_sharded():
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+
+  def shardings(variables):
+    return partitioning.state_shardings(variables, mesh, [('.*', 'fsdp')], 0)
+
+  decoder = pretrained.load_decoder(_RAE, shardings=shardings)
+  _assert_same(decoder, pretrained.load_decoder(_RAE))
+  leaves = jax.tree.leaves(decoder.variables)
+  # The constant positions too: 4 devices divide an axis of every array.
+  assert not any(leaf.sharding.is_fully_replicated for leaf in leaves)
+  held = dict.fromkeys(jax.devices(), 0)
+  for leaf in leaves:
+    for shard in leaf.addressable_shards:
+      held[shard.device] += shard.data.nbytes
+  assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
+
+
 # What is refused.
 
 

