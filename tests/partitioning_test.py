@@ -275,6 +275,90 @@ def test_replicated_arrays_are_whole_everywhere():
   assert all(shard.data.shape == (6,) for shard in x.addressable_shards)
 
 
+def _small_autoencoder(projector_in, projector_out, decoder):
+  """An autoencoder of 16 x 16 images in 4 x 4 tokens."""
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py').model
+  config.encoder.update(width=8, depth=1, num_heads=2, mlp_dim=16)
+  config.decoder.update(name=decoder, width=12, depth=1, num_heads=3)
+  config.projector_in.name = projector_in
+  config.projector_in.mlp.width = 16
+  config.projector_in.attention.update(
+      width=16, depth=1, num_heads=2, mlp_dim=24
+  )
+  config.projector_out.name = projector_out
+  config.projector_out.fourier.num_frequencies = 8
+  config.quantizer.fsq.levels = (8, 5, 4)
+  return models.build_autoencoder(config, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ('projector_in', 'projector_out', 'decoder'),
+    [
+        ('mlp', 'fourier', 'vit'),
+        ('attention', 'mlp', 'vit'),
+        ('standardized', 'levels', 'vit'),
+        ('linear', 'linear', 'mae'),
+        ('standardized', 'fourier', 'mae'),
+    ],
+)
+def test_gradients_of_a_model_do_not_depend_on_the_mesh(
+    projector_in, projector_out, decoder
+):
+  model = _small_autoencoder(projector_in, projector_out, decoder)
+  rng = np.random.default_rng(0)
+  images = np.float32(rng.uniform(-1, 1, (8, 16, 16, 3)))
+
+  def draw(path, x):
+    around = 1.0 if path[-1].key in ('scale', 'var', 'gain') else 0.0
+    return np.float32(around + rng.uniform(-0.4, 0.4, x.shape))
+
+  # No parameter is at a value, such as 0, that would hide a gradient.
+  variables = jax.tree_util.tree_map_with_path(
+      draw, jax.eval_shape(model.init, jax.random.key(0), images)
+  )
+
+  def loss_and_gradients(variables, images):
+    def loss(params):
+      output, state = model.apply(
+          {**variables, 'params': params}, images, train=True,
+          mutable=['batch_stats'],
+      )
+      error = jnp.mean(jnp.square(output.reconstructions - images))
+      return error + output.quantizer_loss, (state, output.indices)
+
+    return jax.value_and_grad(loss, has_aux=True)(variables['params'])
+
+  mesh = _mesh(4, 2)
+  shardings = partitioning.state_shardings(variables, mesh, _FSDP, 0)
+  function = jax.jit(
+      loss_and_gradients,
+      in_shardings=(shardings, partitioning.batch_sharding(mesh)),
+      out_shardings=(None, shardings['params']),
+  )
+  (loss, aux), gradients = function(
+      jax.device_put(variables, shardings),
+      partitioning.shard_batch(images, mesh),
+  )
+  # Only odd axes, such as the 3 dimensions of a code, are not split in two.
+  for path, x in jax.tree_util.tree_leaves_with_path(gradients):
+    split = any(n % 2 == 0 for n in x.shape)
+    assert x.sharding.is_fully_replicated != split, path
+  (expected_loss, expected_aux), expected = jax.jit(loss_and_gradients)(
+      variables, images
+  )
+  assert expected_loss.sharding.device_set == {jax.devices()[0]}
+  assert len(np.unique(aux[1])) > 8
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  chex.assert_trees_all_close(
+      jax.device_get(aux), jax.device_get(expected_aux), rtol=1e-5, atol=1e-6
+  )
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  chex.assert_trees_all_close(
+      jax.device_get(gradients), jax.device_get(expected), rtol=1e-4,
+      atol=1e-6 * largest,
+  )
+
+
 _PROCESS = """
 import sys
 import jax

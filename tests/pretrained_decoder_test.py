@@ -175,6 +175,24 @@ def test_weights_are_loaded_into_their_shardings():
   assert {x.data.shape for x in kernel.addressable_shards} == {(2, 40, 24)}
 
 
+def test_no_device_holds_the_whole_of_what_is_sharded():
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+
+  def shardings(variables):
+    return partitioning.state_shardings(variables, mesh, [('.*', 'fsdp')], 0)
+
+  decoder = pretrained.load_decoder(_RAE, shardings=shardings)
+  _assert_same(decoder, pretrained.load_decoder(_RAE))
+  leaves = jax.tree.leaves(decoder.variables)
+  # The constant positions too: 4 devices divide an axis of every array.
+  assert not any(leaf.sharding.is_fully_replicated for leaf in leaves)
+  held = dict.fromkeys(jax.devices(), 0)
+  for leaf in leaves:
+    for shard in leaf.addressable_shards:
+      held[shard.device] += shard.data.nbytes
+  assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
+
+
 # What is refused.
 
 
@@ -229,7 +247,9 @@ def test_encoders_and_masked_autoencoders_are_no_decoders(tmp_path):
         ({'hidden_size': 47}, r'embed.weight is \(40, 48\) instead of \(40'),
         ({'patch_size': 8}, r'pred.bias is \(768,\) instead of \(192,\)'),
         ({'image_size': 80}, r'pos_embed is \(1, 17, 40\) instead of \(1, 26,'),
-        ({'image_size': 8}, 'image_size .* is 8, less than patch_size 16'),
+        ({'image_size': 8}, r'config\.json is \(8, 8\); both sides .* 16'),
+        ({'image_size': 10**6}, r'config\.json is \(1000000, .* can be held'),
+        ({'qkv_bias': 'false'}, r"qkv_bias .* 'false'; it must be true"),
         ({'num_channels': 1}, 'num_channels .* is 1; only'),
         ({'hidden_act': 'relu'}, r"hidden_act .* 'relu'; known: \['gelu'"),
     ],
@@ -237,6 +257,21 @@ def test_encoders_and_masked_autoencoders_are_no_decoders(tmp_path):
 def test_configs_that_do_not_fit_are_refused(fields, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     pretrained.load_decoder(_write(tmp_path, _weights(), **fields))
+
+
+def test_two_decoders_in_one_checkpoint_are_refused(tmp_path):
+  weights = {
+      prefix + key: x
+      for prefix in ('a.', 'b.')
+      for key, x in _weights().items()
+  }
+  with pytest.raises(ValueError, match=r"2 times, .* \['a\.', 'b\.'\]"):
+    pretrained.load_decoder(_write(tmp_path, weights))
+
+
+def test_a_normalization_that_is_no_name_is_refused():
+  with pytest.raises(ValueError, match=r"normalization is \['mae'\]; known"):
+    pretrained.load_decoder(_RAE, ['mae'])
 
 
 def test_damaged_files_are_refused(tmp_path):

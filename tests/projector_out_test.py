@@ -201,6 +201,38 @@ def test_gradient_of_levels_reaches_the_latents():
   np.testing.assert_allclose(gradient(z), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize('convention', ['symmetric', 'preserve_symmetry'])
+@pytest.mark.parametrize('level', [2, 3, 4, 5, 8])
+def test_slope_of_levels_is_a_central_difference(level, convention):
+  # The other channel has a slope of its own, which must not mix in.
+  quantizer = quantizers.FSQ(levels=(level, 3), convention=convention)
+  table, apply = _levels(quantizer)
+  digits = np.stack([np.arange(level), np.arange(level) % 3], axis=1)
+  codes = np.float64(quantizer.digits_to_codes(digits))
+  knots = np.sort(codes[:, 0])
+  step = knots[1] - knots[0]
+
+  def line(x):
+    """The first channel's part of the result, [level, width], by NumPy."""
+    columns = np.float64(table[:level]).T
+    return np.stack([np.interp(x, knots, column) for column in columns], 1)
+
+  # Half a step to either side; at the ends, to the inner side alone.
+  upper = np.minimum(knots + step / 2, knots[-1])
+  lower = np.maximum(knots - step / 2, knots[0])
+  expected = (line(upper) - line(lower)) / (upper - lower)[:, None]
+  assert np.abs(expected).max() > 0.1
+
+  def slope(codes):
+    tangent = jnp.zeros_like(codes).at[:, 0].set(1)
+    return jax.jvp(apply, (codes,), (tangent,))[1]
+
+  codes = jnp.asarray(codes, jnp.float32)
+  np.testing.assert_allclose(
+      jax.jit(slope)(codes), expected, rtol=1e-5, atol=1e-5
+  )
+
+
 def test_levels_start_as_a_linear_map():
   quantizer = quantizers.FSQ(levels=(8, 5, 3))
   module = projector_out.LevelsProjectorOut(200, quantizer.clone())

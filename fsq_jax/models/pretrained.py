@@ -1,7 +1,8 @@
 """Pretrained encoders and decoders, loaded from published checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import numbers
 import os
 import pathlib
 import re
@@ -164,7 +165,7 @@ def build_encoder(
     ValueError: files that describe no known encoder.
   """
   path = pathlib.Path(path)
-  if path.is_dir():
+  if os.path.isdir(path):
     return _build_encoder(_describe(path, None), image_size, final_affine)
   with weight_files.open_weights(path) as weights:
     description = _describe(path, weights)
@@ -172,7 +173,7 @@ def build_encoder(
 
 
 def _describe(path, weights) -> weight_descriptions.Description:
-  if path.is_dir():
+  if os.path.isdir(path):
     config = path / 'config.json'
     return weight_descriptions.describe_config(
         weight_files.read_json(config), str(config)
@@ -188,7 +189,7 @@ def _describe_decoder(path) -> weight_descriptions.Description:
 
 
 def _build_decoder(description, normalization) -> mae_decoder.MaeDecoder:
-  if normalization not in mae_decoder.NORMALIZATIONS:
+  if normalization not in list(mae_decoder.NORMALIZATIONS):
     raise ValueError(
         f'normalization is {normalization!r}; known:'
         f' {sorted(mae_decoder.NORMALIZATIONS)}.'
@@ -209,17 +210,20 @@ def _build_encoder(
 ) -> pretrained_vit.PretrainedVit:
   if image_size is None:
     image_size = description.image_size
-  if isinstance(image_size, int):
-    image_size = (image_size, image_size)
-  patch = description.architecture.patch_size
-  if len(image_size) != 2 or min(image_size) < patch:
+  sides = image_size
+  if not isinstance(sides, Sequence):
+    sides = (sides, sides)
+  if len(sides) != 2 or not all(isinstance(x, numbers.Integral) for x in sides):
     raise ValueError(
-        f'image_size is {tuple(image_size)}; give one or two sides of at least'
-        f' a patch, which has {patch} pixels.'
+        f'image_size is {image_size!r}; give one or two integers, pixels.'
     )
+  image_size = (int(sides[0]), int(sides[1]))
+  weight_descriptions.check_image_size(
+      image_size, description.architecture, 'image_size'
+  )
   return pretrained_vit.PretrainedVit(
       architecture=description.architecture,
-      image_size=tuple(image_size),
+      image_size=image_size,
       final_affine=final_affine,
   )
 
@@ -248,6 +252,11 @@ def _load(module, sources, description, weights, shardings) -> Any:
   targets = jax.tree.map(lambda _: None, abstract)
   if shardings is not None:
     targets = shardings(abstract)
+    if jax.tree.structure(targets) != jax.tree.structure(abstract):
+      raise ValueError(
+          'shardings must return a tree of shardings like the variables that it'
+          f' is called with, not {jax.tree.structure(targets)}.'
+      )
   by_name = {source.parameter: source for source in sources}
   variables = {}
   for collection, leaves in targets.items():

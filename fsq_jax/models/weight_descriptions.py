@@ -30,6 +30,8 @@ _SIGLIP_DEFAULTS = {
     'hidden_act': 'gelu_pytorch_tanh',
 }
 _MAX_COUNT = 10**6
+# Channels of all patches of an image; positions are made for so many.
+_MAX_CHANNELS = 2**28
 
 
 class Description(NamedTuple):
@@ -79,13 +81,18 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
       'num_heads': count('num_attention_heads'),
       'patch_size': count('patch_size'),
       'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
-      'biases': _biases(config, family),
+      'biases': _biases(config, family, source),
   }
   fields.update(_norm_epsilon(config, source))
   if family in ('dinov2', 'dinov2_with_registers'):
     ratio = _number(config, 'mlp_ratio', source, float)
     fields['mlp_dim'] = int(fields['width'] * ratio)
-    if config.get('use_swiglu_ffn'):
+    if not fields['mlp_dim']:
+      raise ValueError(
+          f'mlp_ratio of {source} is {ratio}, which leaves no channels of'
+          f' hidden_size {fields["width"]}.'
+      )
+    if _flag(config, 'use_swiglu_ffn', source, default=False):
       # Two thirds in each half, rounded up to a multiple of 8.
       mlp_dim = (int(fields['mlp_dim'] * 2 / 3) + 7) // 8 * 8
       fields.update(mlp='gated', activation='silu', mlp_dim=mlp_dim)
@@ -93,14 +100,21 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
     fields['mlp_dim'] = count('intermediate_size')
   if family == 'dinov3':
     fields['rope_theta'] = _number(config, 'rope_theta', source, float)
-    if config.get('use_gated_mlp'):
+    if _flag(config, 'use_gated_mlp', source, default=False):
       fields['mlp'] = 'gated'
-  if config.get('num_register_tokens'):
-    fields['num_registers'] = count('num_register_tokens')
-  elif 'num_register_tokens' in config:
-    fields['num_registers'] = 0
+  if 'num_register_tokens' in config:
+    fields['num_registers'] = _number(
+        config, 'num_register_tokens', source, int, least=0
+    )
+    if fields['num_registers'] and family in ('siglip', 'mae'):
+      raise ValueError(
+          f'num_register_tokens of {source} is {fields["num_registers"]};'
+          f' models of the family {family!r} have none.'
+      )
   architecture = _build(family, fields, source)
-  return Description(family, architecture, count('image_size'), scanned=False)
+  side = count('image_size')
+  check_image_size((side, side), architecture, f'image_size of {source}')
+  return Description(family, architecture, side, scanned=False)
 
 
 def describe_decoder(config: Mapping[str, Any], source: str) -> Description:
@@ -126,17 +140,14 @@ def describe_decoder(config: Mapping[str, Any], source: str) -> Description:
       'mlp_dim': count('decoder_intermediate_size'),
       'patch_size': count('patch_size'),
       'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
-      'biases': _biases(config, 'mae'),
+      'biases': _biases(config, 'mae', source),
       **_norm_epsilon(config, source),
   }
-  image_size = count('image_size')
-  if image_size < fields['patch_size']:
-    raise ValueError(
-        f'image_size of {source} is {image_size}, less than patch_size'
-        f' {fields["patch_size"]}.'
-    )
+  architecture = _build('mae', fields, source)
+  side = count('image_size')
+  check_image_size((side, side), architecture, f'image_size of {source}')
   return Description(
-      'rae_decoder', _build('mae', fields, source), image_size, scanned=False,
+      'rae_decoder', architecture, side, scanned=False,
       input_width=count('hidden_size'),
   )
 
@@ -186,20 +197,57 @@ def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
     )
   except ValueError as error:
     raise ValueError(f'{weights.source} holds no model. {error}') from error
-  return Description(
-      'siglip_big_vision', architecture, grid * patches[0], scanned
+  side = grid * patches[0]
+  check_image_size(
+      (side, side), architecture, f'image_size of {weights.source}'
   )
+  return Description('siglip_big_vision', architecture, side, scanned)
 
 
-def find_prefix(keys: Sequence[str], expected: Sequence[str]) -> str:
+def check_image_size(
+    image_size: Sequence[int],
+    architecture: vit_families.Architecture,
+    what: str,
+) -> None:
+  """Checks that images have patches, and no more than memory has room for.
+
+  Args:
+    image_size: (height, width) in pixels.
+    architecture: of the model that takes or makes them.
+    what: their name, for messages.
+
+  Raises:
+    ValueError: sides below a patch, or too many patches.
+  """
+  patch, width = architecture.patch_size, architecture.width
+  if min(image_size) < patch:
+    raise ValueError(
+        f'{what} is {tuple(image_size)}; both sides must be at least those of a'
+        f' patch, which has {patch} pixels a side.'
+    )
+  num_patches = math.prod(side // patch for side in image_size)
+  if num_patches * width > _MAX_CHANNELS:
+    raise ValueError(
+        f'{what} is {tuple(image_size)}, which are {num_patches} patches of'
+        f' {width} channels; at most {_MAX_CHANNELS // width} can be held.'
+    )
+
+
+def find_prefix(
+    keys: Sequence[str], expected: Sequence[str], source: str
+) -> str:
   """Finds what stands before the keys of the vision tower in a checkpoint.
 
   Args:
     keys: of the checkpoint.
     expected: keys of the vision tower without a prefix.
+    source: of the keys, for messages.
 
   Returns:
     The prefix under which the most of them are found; the shortest of several.
+
+  Raises:
+    ValueError: all are there several times, and nothing tells which to take.
   """
   wanted = set(expected)
   counts = collections.Counter()
@@ -207,7 +255,20 @@ def find_prefix(keys: Sequence[str], expected: Sequence[str]) -> str:
     for match in re.finditer(r'^|[./]', key):
       if key[match.end():] in wanted:
         counts[key[:match.end()]] += 1
-  return min(counts, key=lambda p: (-counts[p], len(p)), default='')
+  prefix = min(counts, key=lambda p: (-counts[p], len(p)), default='')
+  # The copies in an optimizer's state, of big_vision, have the longer prefixes.
+  rivals = [
+      p
+      for p in counts
+      if counts[p] == len(wanted)
+      and (len(p) == len(prefix) or not p.endswith('/'))
+  ]
+  if len(rivals) > 1:
+    raise ValueError(
+        f'{source} holds the whole model {len(rivals)} times, under keys that'
+        f' begin with {sorted(rivals)}; keep one of them.'
+    )
+  return prefix
 
 
 def _build(
@@ -235,7 +296,9 @@ def _norm_epsilon(config: Mapping[str, Any], source: str) -> dict[str, float]:
   return {'norm_epsilon': _number(config, 'layer_norm_eps', source, float)}
 
 
-def _biases(config: Mapping[str, Any], family: str) -> tuple[str, ...]:
+def _biases(
+    config: Mapping[str, Any], family: str, source: str
+) -> tuple[str, ...]:
   """Which dense layers have a bias."""
   if family == 'dinov3':
     fields = {
@@ -248,7 +311,7 @@ def _biases(config: Mapping[str, Any], family: str) -> tuple[str, ...]:
   return tuple(
       name
       for name in vit_families.BIASES
-      if config.get(fields.get(name), name in usual)
+      if _flag(config, fields.get(name), source, default=name in usual)
   )
 
 
@@ -281,18 +344,35 @@ def _choose(
   return table[value]
 
 
+def _flag(
+    config: Mapping[str, Any], name: str | None, source: str, *, default: bool
+) -> bool:
+  value = config.get(name, default)
+  # The string 'false' would count as true.
+  if not isinstance(value, bool):
+    raise ValueError(
+        f'{name} of {source} is {value!r}; it must be true or false.'
+    )
+  return value
+
+
 def _number(
-    config: Mapping[str, Any], name: str, source: str, kind: type
+    config: Mapping[str, Any],
+    name: str,
+    source: str,
+    kind: type,
+    least: int | None = None,
 ) -> Any:
   value = config.get(name)
   kinds = (int,) if kind is int else (int, float)
   if (
       isinstance(value, bool)
       or not isinstance(value, kinds)
-      or not 0 < value <= _MAX_COUNT
+      or not (0 < value <= _MAX_COUNT or value == least)
   ):
+    above = 'above 0' if least is None else f'from {least}'
     raise ValueError(
         f'{name} of {source} is {value!r}; it must be a number of type'
-        f' {kind.__name__} above 0 and up to {_MAX_COUNT}.'
+        f' {kind.__name__} {above} and up to {_MAX_COUNT}.'
     )
   return kind(value)

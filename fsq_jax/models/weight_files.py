@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import struct
 from typing import Any, NamedTuple
@@ -87,14 +88,15 @@ def open_weights(path: pathlib.Path) -> Iterator[WeightFiles]:
     ValueError: there are no such files, or damaged ones.
   """
   with contextlib.ExitStack() as stack:
-    if path.is_dir():
+    # Those of pathlib raise over names that no file can have.
+    if os.path.isdir(path):
       headers, read = _open_directory(path, stack)
     elif path.suffix == '.safetensors':
       raise ValueError(
           f'{path} is one file of a checkpoint; give its directory, which must'
           ' hold config.json too.'
       )
-    elif path.is_file():
+    elif os.path.isfile(path):
       headers, read = _open_npz(path, stack)
     else:
       raise ValueError(
@@ -110,7 +112,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: there is no such file, or something else in it.
   """
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise ValueError(
         f'{path.parent} has no {path.name}; a Hugging Face checkpoint is a'
         ' directory with config.json and model.safetensors.'
@@ -127,9 +129,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def _open_directory(path, stack):
   whole = path / 'model.safetensors'
   index = path / 'model.safetensors.index.json'
-  if whole.is_file():
+  if os.path.isfile(whole):
     return _open_safetensors(whole, stack)
-  if not index.is_file():
+  if not os.path.isfile(index):
     raise ValueError(
         f'{path} has neither {whole.name} nor {index.name}. Files such as'
         ' pytorch_model.bin are pickles, which may run any code and are never'
@@ -144,7 +146,9 @@ def _open_directory(path, stack):
         f'{index} has no weight_map from keys to names of files beside it;'
         ' download it again.'
     )
-  absent = sorted(n for n in set(files.values()) if not (path / n).is_file())
+  absent = sorted(
+      name for name in set(files.values()) if not os.path.isfile(path / name)
+  )
   if absent:
     raise ValueError(f'{path} lacks {absent}, which {index.name} names.')
   headers, reads = {}, {}

@@ -63,13 +63,16 @@ def find_sources(
   if depth > len(weights.headers):
     raise ValueError(
         f'{weights.source} has {len(weights.headers)} arrays, too few for'
-        f' {depth} blocks; its config.json is another model\'s.'
+        f' {depth} blocks: it is damaged, or described by another model\'s'
+        ' config.json.'
     )
   sources = [
       _find_source(name, shape, description) for name, shape in shapes.items()
   ]
   expected = [key for source in sources for key in source.keys]
-  prefix = weight_descriptions.find_prefix(list(weights.headers), expected)
+  prefix = weight_descriptions.find_prefix(
+      list(weights.headers), expected, weights.source
+  )
   sources = [
       source._replace(keys=[prefix + key for key in source.keys])
       for source in sources
