@@ -85,7 +85,8 @@ def _model() -> ml_collections.ConfigDict:
   # 'checkpoint', whatever that one has.
   encoder.architecture = 'siglip_B/16'
   # pretrained: Hugging Face directory, or big_vision's .npz of a SigLIP, that
-  # a new run reads its weights from; '' starts from random ones.
+  # a new run reads its weights from; '' starts from random ones. None, in
+  # configs that a random encoder makes no sense of, has to be set.
   encoder.checkpoint = ''
   # pretrained: (height, width) in pixels that images are resampled to in the
   # model; () is data.image_size. Position embeddings are resampled to it once.

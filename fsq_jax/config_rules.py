@@ -21,6 +21,16 @@ _TEXT = rules.Rule('a string', lambda x: isinstance(x, str))
 _NON_EMPTY = rules.Rule(
     'a string that is not empty', lambda x: isinstance(x, str) and x != ''
 )
+# Config files that cannot do without them have None there.
+_PRETRAINED_PATH = rules.Rule(
+    "a path, or '' for random weights; set --config.model.encoder.checkpoint",
+    _TEXT.fits,
+)
+_STAGE_1 = rules.Rule(
+    "the workdir of stage 1, or '' for a run without one; set"
+    ' --config.train.init_from',
+    _TEXT.fits,
+)
 _MESH_SIZE = rules.Rule(
     'an integer >= 1, or -1 for all devices that are left',
     lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
@@ -36,7 +46,7 @@ _VIT = {
 }
 _PRETRAINED = {
     'architecture': _NON_EMPTY,
-    'checkpoint': _TEXT,
+    'checkpoint': _PRETRAINED_PATH,
     'image_size': rules.tuple_of(
         '() or (height, width) in pixels, integers >= 1', _COUNT, (0, 2)
     ),
@@ -210,7 +220,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'partitioning.fsdp_min_size': _COUNT_OR_ZERO,
     'train.num_steps': _COUNT,
-    'train.init_from': _TEXT,
+    'train.init_from': _STAGE_1,
     'train.log_every_steps': _COUNT,
     'train.eval_every_steps': _COUNT_OR_ZERO,
     'train.checkpoint_every_steps': _COUNT,

@@ -80,6 +80,16 @@ def _launch(*args, stubs=False):
         ),
         ([_DEBUG, '--config.data={}'], ['data is not a field']),
         (
+            ['--config=configs/vqrae_fsq_siglip_l.py'],
+            ['model.encoder.checkpoint is None; allowed: a path',
+             'set --config.model.encoder.checkpoint'],
+        ),
+        (
+            ['--config=configs/vqrae_fsq_siglip_l_stage2.py'],
+            ['train.init_from is None; allowed: the workdir of stage 1',
+             'set --config.train.init_from'],
+        ),
+        (
             [_DEBUG, '--config.train.num_steps=1.5'],
             ["--config.train.num_steps=1.5: '1.5' is not an integer"],
         ),
@@ -163,6 +173,13 @@ def test_unknown_field_is_refused_without_jax():
             'eval 16 runs/debug best\npsnr: 27.5',
         ),
         (['--mode=prepare'], 'prepare synthetic'),
+        (
+            [
+                '--config=configs/vqrae_fsq_siglip_l.py',
+                '--config.model.encoder.checkpoint=x',
+            ],
+            'train 40032 runs/vqrae_fsq_siglip_l False',
+        ),
     ],
 )
 def test_mode_is_called_with_config_and_workdir(args, call):

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from fsq_jax import config_rules
 from fsq_jax import configuration
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,3 +71,35 @@ def test_the_map_of_the_code_is_true():
       if path.name not in ('__init__.py', '__pycache__')
   }
   assert named == there
+
+
+# Of VQRAE-FSQ-SigLIP-L.yaml without its section gan, and of the parameters of
+# VQRAE in hugoycj/RAE.
+YAML_KEYS = """
+encoder_cls encoder_config_path encoder_input_size encoder_params
+decoder_config_path decoder_patch_size pretrained_decoder_path
+use_fsq fsq_levels fsq_use_projection use_simvq num_embeddings commitment_cost
+vq_decay vq_epsilon quantize_before_reshape use_post_quant_conv
+post_quant_conv_kernel_size freeze_encoder noise_tau reshape_to_2d
+normalization_stat_path eps
+epochs ema_decay batch_size num_workers clip_grad log_interval
+checkpoint_interval sample_interval lr betas weight_decay
+type warmup_epochs decay_end_epoch base_lr final_lr gan
+"""
+
+
+def test_every_key_of_the_original_has_its_place():
+  (table,) = re.findall(r'\| YAML \| here \|\n\|.*\n((?:\|.*\n)+)', README)
+  rows = [row.split(' | ') for row in table.splitlines()]
+  keys = [key for row in rows for key in re.findall('`(.+?)`', row[0])]
+  assert len(keys) == len(set(keys))
+  assert set(YAML_KEYS.split()) <= set(keys)
+  for key, ours in rows:
+    fields = re.findall(r'`(\w+\.[\w.]+)`', ours)
+    assert set(fields) <= config_rules.FIELDS.keys(), key
+    assert fields or re.search('always|not needed|not there yet', ours), key
+
+
+def test_every_config_is_named():
+  for path in ROOT.glob('configs/*.py'):
+    assert f'](configs/{path.name})' in README, path.name

@@ -1,0 +1,84 @@
+"""VQRAE's first stage: FSQ of 16,384 codes on a frozen SigLIP-L, ImageNet.
+
+What: VQRAE-FSQ-SigLIP-L.yaml of github.com/hugoycj/RAE (after arXiv
+  2511.23386). The encoder keeps its weights; projectors and a ViT-XL decoder
+  learn to reconstruct crops of 256 x 256 pixels from 256 tokens.
+Command: python launch.py --config=configs/vqrae_fsq_siglip_l.py
+  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256
+  of Hugging Face or big_vision's .npz of it; ImageNet as TFDS prepares it.
+Hardware and time: meant for 8 accelerators of 80 GB, 64 images each; not run
+  here at full size.
+Numbers: none of its own yet. The paper reaches rFID 1.31, 22.23 dB PSNR and
+  0.762 SSIM, with a SigLIP 2, 16,384 learned codes and both stages.
+
+Not there yet: LPIPS (weight 1 from the first step) and the adversarial loss
+(adaptive weight 0.75; its discriminator from epoch 6, step 15,012, the decoder
+against it from epoch 8, step 20,016).
+
+Different from the original, where these were mistakes:
+* Its "SigLIP-L" loads a base model; its XL decoder has not "the same depth".
+* Its learning rate of 2e-3 is ten times that of its siblings and of RAE, for
+  32 images a process whose gradients were never averaged.
+* Its projectors are in no optimizer and stay random. It encodes under no_grad
+  whatever freeze_encoder says (which says false); here optim.frozen decides.
+* vq_epsilon does nothing there: levels are exact, fsq.eps stays None.
+* 3 tanh(z) into a clip fills the outermost levels, Fourier features of sigma
+  10 make neighbouring codes unrelated; see MlpProjectorIn, FourierProjectorOut.
+* 224 x 224 pixels in 16 x 16 patches leave it 196 tokens; here are 256.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs import default
+
+_BATCH_SIZE = 512
+_STEPS_PER_EPOCH = 1_281_167 // _BATCH_SIZE
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = default.get_config()
+  config.data.source = 'tfds'
+  config.data.name = 'imagenet2012'
+  config.data.resize_shorter = 384
+  config.data.image_size = (256, 256)
+  config.data.flip = False
+  config.data.batch_size = _BATCH_SIZE
+  config.data.eval_batch_size = _BATCH_SIZE
+  config.data.num_threads = 16
+  config.data.prefetch = 2 * _BATCH_SIZE
+
+  config.model.encoder.name = 'pretrained'
+  config.model.encoder.architecture = 'siglip_L/16'
+  config.model.encoder.checkpoint = config_dict.placeholder(str)
+  config.model.projector_in.name = 'mlp'
+  config.model.quantizer.fsq.levels = (8, 8, 8, 8, 4)
+  # The commitment loss is for bound='clip'; tanh needs none.
+  config.model.quantizer.fsq.commitment_weight = 0.0
+  # As in the original: the levels of 5 channels spread over 256 features.
+  config.model.projector_out.name = 'fourier'
+  config.model.decoder.name = 'mae'
+  config.model.decoder.patch_size = 16
+  config.model.decoder.mae.preset = 'XL'
+  config.model.decoder.mae.input_width = 1024
+  config.model.decoder.mae.normalization = 'siglip'
+  config.model.dtype = 'bfloat16'
+  config.model.remat = True
+
+  config.losses.reconstruction = 'l1'
+
+  config.optim.frozen = ('encoder/.*',)
+  config.optim.learning_rate = 2e-4
+  config.optim.end_learning_rate = 2e-5
+  config.optim.warmup_steps = _STEPS_PER_EPOCH
+  config.optim.b2 = 0.95
+  config.optim.weight_decay = 0.0
+  config.optim.clip_norm = 0.0
+  config.optim.ema_decay = 0.9978
+
+  config.train.num_steps = 16 * _STEPS_PER_EPOCH
+  config.train.log_every_steps = 100
+  config.train.eval_every_steps = 2 * _STEPS_PER_EPOCH
+  config.train.checkpoint_every_steps = 1000
+  return config

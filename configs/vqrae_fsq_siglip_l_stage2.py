@@ -1,0 +1,44 @@
+"""VQRAE's second stage: all of it trains, latents stay those of SigLIP-L.
+
+What: goes on from a run of vqrae_fsq_siglip_l with the encoder trained too, ten
+  times slower, and its latents held to those it starts with. Losses, optimizer
+  and schedule are those of VQRAE (arXiv 2511.23386).
+Command: python launch.py --config=configs/vqrae_fsq_siglip_l_stage2.py
+  --config.train.init_from=runs/vqrae_fsq_siglip_l
+Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
+Numbers: none of its own yet; the paper's are in vqrae_fsq_siglip_l.
+
+Not there yet: the perceptual loss (ConvNeXt-S logits, weight 1.1) and the
+adversarial one (weight 0.1 from step 50,000; discriminator at 4e-5). The paper
+names no batch size here; stage 1's, and its EMA, stay. The stage 2 of
+hugoycj/RAE encodes under no_grad and compares quantized latents with their own
+continuous ones: nothing trains the encoder there.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs import vqrae_fsq_siglip_l
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = vqrae_fsq_siglip_l.get_config()
+  # Stage 1 brings the encoder along.
+  config.model.encoder.checkpoint = ''
+  config.train.init_from = config_dict.placeholder(str)
+  config.train.num_steps = 70_000
+  config.train.eval_every_steps = 5000
+
+  config.losses.reconstruction = 'l2'
+  config.losses.distillation_weight = 1.0
+
+  config.optim.frozen = ()
+  config.optim.learning_rate = 1e-4
+  config.optim.end_learning_rate = 1e-5
+  config.optim.learning_rate_factors = (('encoder/.*', 0.1),)
+  config.optim.warmup_steps = 2000
+  config.optim.b2 = 0.999
+  config.optim.weight_decay = 1e-4
+  config.optim.clip_norm = 1.0
+  return config

@@ -1,0 +1,29 @@
+"""VQRAE's first stage with a VQ of 16,384 codes, for comparison with FSQ.
+
+What: as vqrae_fsq_siglip_l but for the quantizer, which takes latents as they
+  are: 1024 dimensions, no projectors. VQRAE finds that learned codes of 256 and
+  fewer do not train on such latents, and the widest best. Moving averages as in
+  hugoycj/RAE; start and restarts as experiments/quantizer_comparison has them.
+  While the encoder is frozen nothing feels the commitment loss.
+Command: python launch.py --config=configs/vqrae_vq_siglip_l.py
+  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256.
+Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
+Numbers: none yet.
+"""
+
+import ml_collections
+
+from configs import vqrae_fsq_siglip_l
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = vqrae_fsq_siglip_l.get_config()
+  config.model.projector_in.name = 'none'
+  config.model.quantizer.name = 'vq'
+  config.model.quantizer.vq.codebook_size = 16384
+  config.model.quantizer.vq.code_dim = 1024
+  config.model.quantizer.vq.codebook_init = 'kmeans'
+  config.model.quantizer.vq.restart = 'batch'
+  config.model.projector_out.name = 'none'
+  return config
