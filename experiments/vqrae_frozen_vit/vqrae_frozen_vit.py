@@ -9,12 +9,14 @@ reconstructions.png beside this script and prints the table. Without --run plot
 and table are made from results.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import json
 import pathlib
 import sys
 from typing import Any
 
+from einops import rearrange
+import jax
 import matplotlib
 import numpy as np
 
@@ -23,6 +25,7 @@ from fsq_jax import data
 from fsq_jax import evaluate
 from fsq_jax import partitioning
 from fsq_jax import report
+from fsq_jax import train_step
 from fsq_jax import trained
 from fsq_jax import workdir as workdirs
 
@@ -89,12 +92,64 @@ def run(
     facts = json.loads((workdir / name / workdirs.RUN).read_text('utf-8'))
     numbers['num_parameters'] = facts['num_parameters']
     numbers['num_frozen_parameters'] = facts['num_frozen_parameters']
+  for name, psnr in probe_encoders(workdir, list(runs)).items():
+    results['runs'][name]['linear_psnr'] = psnr
   draw_reconstructions(workdir, list(runs), HERE / 'reconstructions.png')
   command = (
       'python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run'
       ' --data_dir=DIR --encoder=ENCODER'
   )
   return {'command': command, **results}
+
+
+def probe_encoders(
+    workdir: pathlib.Path, names: list[str]
+) -> dict[str, float]:
+  """Asks how much of the pixels the latents of each run's encoder hold.
+
+  Args:
+    workdir: holds a folder for each run.
+    names: of the runs.
+
+  Returns:
+    For each run the PSNR in dB on the held-out images of the best linear map
+    (least squares on the training images) from each latent, before projector
+    and quantizer, to the pixels of its patch.
+  """
+  results = {}
+  for name in names:
+    found = trained.find(workdir / name)
+    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+    model, variables = trained.restore(found, mesh)
+    gram, product = 0.0, 0.0
+    known = found.config, model, variables
+    for latents, pixels in _pairs(*known, split='train_once'):
+      gram += np.einsum('bhwc,bhwd->cd', latents, latents)
+      product += np.einsum('bhwc,bhwp->cp', latents, pixels)
+    weights = np.linalg.lstsq(gram, product, rcond=1e-9)[0]
+    values = []
+    for latents, pixels in _pairs(*known, split='eval'):
+      error = np.clip(latents @ weights, -1, 1) - pixels
+      values.extend(10 * np.log10(4 / np.mean(error**2, axis=(1, 2, 3))))
+    results[name] = float(np.mean(values))
+  return results
+
+
+def _pairs(
+    config, model, variables, *, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields [B, h, w, C + 1] latents with a constant, and pixels, of batches."""
+  encode = jax.jit(model.encoder.apply)
+  params = {'params': variables['params']['encoder']}
+  patch = config.model.decoder.patch_size
+  for batch in data.build_dataset(config.data, split=split, seed=0):
+    images = np.asarray(train_step.to_float(batch['image'][batch['mask']]))
+    latents = np.asarray(encode(params, images), np.float64)
+    constant = np.ones((*latents.shape[:3], 1))
+    pixels = rearrange(
+        images, 'b (h p) (w q) c -> b h w (p q c)', p=patch, q=patch
+    )
+    yield np.concatenate([latents, constant], axis=-1), pixels
 
 
 def draw_reconstructions(
@@ -129,7 +184,8 @@ def print_tables(results: Mapping[str, Any]) -> None:
   """Prints a Markdown table of the runs."""
   sys.stdout.write(
       '| encoder | steps | parameters trained | PSNR, dB | SSIM | usage |'
-      ' perplexity | bits a token | share of log2 K |\n' + '|---' * 9 + '|\n'
+      ' perplexity | bits a token | share of log2 K |'
+      ' linear read-out, PSNR |\n' + '|---' * 10 + '|\n'
   )
   for name, label in LABELS.items():
     row = results['runs'][name]
@@ -141,7 +197,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
         label, steps, f'{num_trained / 1e6:.1f} M', f'{row["psnr"]:.2f}',
         f'{row["ssim"]:.3f}', f'{row["usage"]:.1%}',
         f'{row["perplexity"]:,.0f}', f'{row["entropy_bits"]:.2f}',
-        f'{row["entropy_share"]:.1%}',
+        f'{row["entropy_share"]:.1%}', f'{row["linear_psnr"]:.2f}',
     ]  # fmt: skip
     sys.stdout.write(f'| {" | ".join(map(str, cells))} |\n')
 
