@@ -28,17 +28,24 @@ _NUMBERS = (
 def main(
     description: str,
     results: pathlib.Path,
-    run: Callable[[pathlib.Path, str], dict[str, Any]],
+    run: Callable[..., dict[str, Any]],
     show: Callable[[dict[str, Any]], None],
+    *,
+    folder: str = 'quantizers',
+    paths: Mapping[str, str] | None = None,
 ) -> None:
   """Parses the flags that all sweeps have, runs if asked to, and shows.
 
   Args:
     description: what the script does.
     results: JSON file that keeps what `run` returns.
-    run: from the folder of the runs and data.data_dir to the results.
+    run: from the folder of the runs, data.data_dir and the values of `paths` by
+      their names to the results.
     show: makes tables and plots of the results.
+    folder: name of the folder of the runs under runs/.
+    paths: further flags that --run needs, with what they are.
   """
+  paths = paths or {}
   parser = argparse.ArgumentParser(
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,19 +57,26 @@ def main(
   )
   parser.add_argument(
       '--workdir',
-      default=ROOT / 'runs' / 'quantizers',
+      default=ROOT / 'runs' / folder,
       type=lambda x: pathlib.Path(x).absolute(),
-      help='folder of the runs (default: runs/quantizers)',
+      help=f'folder of the runs (default: runs/{folder})',
   )
   parser.add_argument(
       '--data_dir',
       default='',
-      type=lambda x: str(pathlib.Path(x).expanduser().absolute()) if x else '',
+      type=_absolute,
       help='data.data_dir of the runs',
   )
+  for name, text in paths.items():
+    parser.add_argument(f'--{name}', default='', type=_absolute, help=text)
   arguments = parser.parse_args()
   if arguments.run:
-    workdirs.write_json(results, run(arguments.workdir, arguments.data_dir))
+    values = {name: getattr(arguments, name) for name in paths}
+    for name in paths:
+      if not values[name]:
+        parser.error(f'--run needs --{name}: {paths[name]}')
+    record = run(arguments.workdir, arguments.data_dir, **values)
+    workdirs.write_json(results, record)
   elif not results.is_file():
     parser.error(f'there is no {results} yet; use --run')
   show(_read_json(results))
@@ -185,8 +199,10 @@ def _is_finished(
     return False
   config = make_config(config_path, overrides)
   saved, evaluation = map(_read_json, files)
-  # The same data set may have moved.
+  # The same data set and the same encoder may have moved.
   saved['data']['data_dir'] = config.data.data_dir
+  saved['model']['encoder']['checkpoint'] = config.model.encoder.checkpoint
+  saved['train']['init_from'] = config.train.init_from
   return (
       not configuration.diff_configs(saved, config)
       and evaluation['step'] == config.train.num_steps
@@ -195,3 +211,7 @@ def _is_finished(
 
 def _read_json(path: pathlib.Path) -> Any:
   return json.loads(path.read_text(encoding='utf-8'))
+
+
+def _absolute(path: str) -> str:
+  return str(pathlib.Path(path).expanduser().absolute()) if path else ''

@@ -1,0 +1,239 @@
+"""VQRAE on photographs: what is a frozen pretrained encoder worth?
+
+  python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run --data_dir=DIR
+      --encoder=ENCODER
+
+Trains what is not trained yet, each run in a folder of its own under --workdir,
+where it goes on if it was stopped; writes results.json, plot.png and
+reconstructions.png beside this script and prints the table. Without --run plot
+and table are made from results.json.
+"""
+
+from collections.abc import Iterator, Mapping
+import json
+import pathlib
+import sys
+from typing import Any
+
+from einops import rearrange
+import jax
+import matplotlib
+import numpy as np
+
+from experiments import sweep
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import partitioning
+from fsq_jax import report
+from fsq_jax import train_step
+from fsq_jax import trained
+from fsq_jax import workdir as workdirs
+
+HERE = pathlib.Path(__file__).resolve().parent
+CONFIG = 'configs/vqrae_fsq_dinov2_s.py'
+LABELS = {
+    'trained': 'trained ViT, frozen',
+    'random': 'random ViT, frozen',
+    'scratch': 'ViT from scratch',
+    'stage2': 'stage 2: trained ViT, unfrozen, distilled',
+    'longer': 'stage 1 for as long',
+}
+_NUM_GRID_IMAGES = 8
+
+
+def settings(
+    workdir: pathlib.Path, data_dir: str, encoder: str
+) -> dict[str, dict[str, Any]]:
+  """Returns the fields of the config that each run changes, by its name.
+
+  Args:
+    workdir: folder of the runs.
+    data_dir: holds train/ and val/.
+    encoder: Hugging Face directory of the trained ViT-S/14.
+  """
+  shared = {'data.data_dir': data_dir, 'data.eval_split': 'val'}
+  trained_vit = shared | {'model.encoder.checkpoint': encoder}
+  random_vit = shared | {'model.encoder.checkpoint': ''}
+  # Two fifths of stage 1's steps again, at half its learning rate.
+  second = trained_vit | {
+      'train.init_from': str(workdir / 'trained'),
+      'train.num_steps': 800,
+      'optim.learning_rate': 2e-3,
+  }
+  return {
+      'trained': trained_vit,
+      'random': random_vit,
+      'scratch': random_vit | {'optim.frozen': ()},
+      'stage2': second | {
+          'optim.frozen': (),
+          'optim.learning_rate_factors': (('encoder/.*', 0.1),),
+          'losses.distillation_weight': 1.0,
+      },
+      'longer': second,
+  }
+
+
+def run(
+    workdir: pathlib.Path, data_dir: str, encoder: str
+) -> dict[str, Any]:
+  """Trains, draws the reconstructions; returns what is stored."""
+  runs = settings(workdir, data_dir, encoder)
+  sweep.train(CONFIG, runs, workdir)
+  results = sweep.collect(workdir, runs)
+  for name, numbers in results['runs'].items():
+    rows = workdirs.read_metrics(workdir / name)
+    numbers['curve'] = [
+        [row['step'], row['psnr']] for row in rows if row['split'] == 'eval'
+    ]
+    last = [row for row in rows if row['split'] == 'train'][-1]
+    numbers['last_losses'] = {
+        key: value for key, value in last.items() if key.endswith('_loss')
+    }
+    facts = json.loads((workdir / name / workdirs.RUN).read_text('utf-8'))
+    numbers['num_parameters'] = facts['num_parameters']
+    numbers['num_frozen_parameters'] = facts['num_frozen_parameters']
+  for name, psnr in probe_encoders(workdir, list(runs)).items():
+    results['runs'][name]['linear_psnr'] = psnr
+  draw_reconstructions(workdir, list(runs), HERE / 'reconstructions.png')
+  command = (
+      'python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run'
+      ' --data_dir=DIR --encoder=ENCODER'
+  )
+  return {'command': command, **results}
+
+
+def probe_encoders(
+    workdir: pathlib.Path, names: list[str]
+) -> dict[str, float]:
+  """Asks how much of the pixels the latents of each run's encoder hold.
+
+  Args:
+    workdir: holds a folder for each run.
+    names: of the runs.
+
+  Returns:
+    For each run the PSNR in dB on the held-out images of the best linear map
+    (least squares on the training images) from each latent, before projector
+    and quantizer, to the pixels of its patch.
+  """
+  results = {}
+  for name in names:
+    found = trained.find(workdir / name)
+    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+    model, variables = trained.restore(found, mesh)
+    gram, product = 0.0, 0.0
+    known = found.config, model, variables
+    for latents, pixels in _pairs(*known, split='train_once'):
+      gram += np.einsum('bhwc,bhwd->cd', latents, latents)
+      product += np.einsum('bhwc,bhwp->cp', latents, pixels)
+    weights = np.linalg.lstsq(gram, product, rcond=1e-9)[0]
+    values = []
+    for latents, pixels in _pairs(*known, split='eval'):
+      error = np.clip(latents @ weights, -1, 1) - pixels
+      values.extend(10 * np.log10(4 / np.mean(error**2, axis=(1, 2, 3))))
+    results[name] = float(np.mean(values))
+  return results
+
+
+def _pairs(
+    config, model, variables, *, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields [B, h, w, C + 1] latents with a constant, and pixels, of batches."""
+  encode = jax.jit(model.encoder.apply)
+  params = {'params': variables['params']['encoder']}
+  patch = config.model.decoder.patch_size
+  for batch in data.build_dataset(config.data, split=split, seed=0):
+    images = np.asarray(train_step.to_float(batch['image'][batch['mask']]))
+    latents = np.asarray(encode(params, images), np.float64)
+    constant = np.ones((*latents.shape[:3], 1))
+    pixels = rearrange(
+        images, 'b (h p) (w q) c -> b h w (p q c)', p=patch, q=patch
+    )
+    yield np.concatenate([latents, constant], axis=-1), pixels
+
+
+def draw_reconstructions(
+    workdir: pathlib.Path, names: list[str], path: pathlib.Path
+) -> None:
+  """Draws held-out images over what each run makes of them.
+
+  Args:
+    workdir: holds a folder for each run.
+    names: of the runs.
+    path: of the PNG.
+  """
+  rows = []
+  for name in names:
+    found = trained.find(workdir / name)
+    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+    model, variables = trained.restore(found, mesh)
+    evaluator = evaluate.Evaluator(
+        model,
+        data.build_dataset(found.config.data, split='eval', seed=0),
+        mesh,
+        num_grid_images=_NUM_GRID_IMAGES,
+    )
+    evaluation = evaluator.run(variables)
+    rows = rows or [evaluation.originals]
+    rows.append(evaluation.reconstructions)
+  bands = [np.concatenate(list(images), axis=1) for images in rows]
+  report.save_png(path, np.concatenate(bands, axis=0))
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+  """Prints a Markdown table of the runs."""
+  sys.stdout.write(
+      '| encoder | steps | parameters trained | PSNR, dB | SSIM | usage |'
+      ' perplexity | bits a token | share of log2 K |'
+      ' linear read-out, PSNR |\n' + '|---' * 10 + '|\n'
+  )
+  for name, label in LABELS.items():
+    row = results['runs'][name]
+    steps = row['curve'][-1][0]
+    if name in ('stage2', 'longer'):
+      steps = f'{results["runs"]["trained"]["curve"][-1][0]} + {steps}'
+    num_trained = row['num_parameters'] - row['num_frozen_parameters']
+    cells = [
+        label, steps, f'{num_trained / 1e6:.1f} M', f'{row["psnr"]:.2f}',
+        f'{row["ssim"]:.3f}', f'{row["usage"]:.1%}',
+        f'{row["perplexity"]:,.0f}', f'{row["entropy_bits"]:.2f}',
+        f'{row["entropy_share"]:.1%}', f'{row["linear_psnr"]:.2f}',
+    ]  # fmt: skip
+    sys.stdout.write(f'| {" | ".join(map(str, cells))} |\n')
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws PSNR over the steps of all runs."""
+  matplotlib.use('agg')
+  from matplotlib import pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(6, 3.6), layout='constrained')
+  first = results['runs']['trained']['curve']
+  for name, label in LABELS.items():
+    curve = results['runs'][name]['curve']
+    if name in ('stage2', 'longer'):
+      start, value = first[-1]
+      curve = [[start, value], *([start + s, v] for s, v in curve)]
+    axis.plot(*zip(*curve, strict=True), 'o-', markersize=3, label=label)
+  axis.set(xlabel='steps of 8 images', ylabel='PSNR on held-out images, dB')
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def show(results: dict[str, Any]) -> None:
+  """Makes the plot and prints the table."""
+  plot(results, HERE / 'plot.png')
+  print_tables(results)
+
+
+if __name__ == '__main__':
+  sweep.main(
+      __doc__,
+      HERE / 'results.json',
+      run,
+      show,
+      folder='vqrae_frozen_vit',
+      paths={'encoder': 'Hugging Face directory of the trained ViT-S/14'},
+  )
