@@ -12,6 +12,7 @@ Hardware, time and numbers: experiments/vqrae_frozen_vit.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from configs import default
 
@@ -28,6 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model.encoder.name = 'pretrained'
   config.model.encoder.architecture = 'dinov2_S/14'
+  config.model.encoder.checkpoint = config_dict.placeholder(str)
   config.model.projector_in.name = 'standardized'
   config.model.quantizer.fsq.levels = (8, 5, 5, 5)
   config.model.quantizer.fsq.commitment_weight = 0.0

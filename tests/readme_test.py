@@ -1,13 +1,21 @@
 """What the README tells users to paste: its Python runs, its files exist."""
 
+import json
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
+import jax
 import pytest
 
 from fsq_jax import config_rules
 from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import train_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -28,6 +36,35 @@ def test_python_runs(block, tmp_path, monkeypatch):
   # Runs of the examples are cut to two steps and go to a temporary folder.
   block = block.replace("'runs/", f"'{tmp_path}/")
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+@pytest.mark.slow
+def test_the_small_vqrae_runs_from_files_to_report(tmp_path):
+  (command,) = (x for x in LAUNCHES if 'testdata/encoders/siglip' in x)
+  words = shlex.split(command.replace('runs/tiny', str(tmp_path / 'tiny')))
+  subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True)
+  assert 'fsq' in (tmp_path / 'tiny' / 'report.html').read_text().lower()
+  config = json.loads((tmp_path / 'tiny' / 'config.json').read_text())
+  # What the run was of is known without the files that it started from.
+  assert config['model']['encoder']['architecture'].startswith('siglip(')
+
+
+def test_sizes_of_train_states_are_those_of_siglip_l():
+  sizes = []
+  for frozen in (('encoder/.*',), ()):
+    config = configuration.load_config(ROOT / 'configs/vqrae_fsq_siglip_l.py')
+    config.optim.frozen = frozen
+    mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
+    builder = train_state.StateBuilder(
+        config,
+        models.build_autoencoder(config.model, config.data.image_size),
+        optim.build_optimizer(config.optim, config.train.num_steps),
+        mesh,
+    )
+    leaves = jax.tree.leaves(builder.abstract)
+    sizes.append(sum(x.size * x.dtype.itemsize for x in leaves) / 2**30)
+  text = f'takes {sizes[0]:.1f} GiB, {sizes[1]:.1f} GiB where both train'
+  assert text in README.replace('\n', ' ')
 
 
 def test_there_is_something_to_run():

@@ -54,10 +54,12 @@ def settings(
   shared = {'data.data_dir': data_dir, 'data.eval_split': 'val'}
   trained_vit = shared | {'model.encoder.checkpoint': encoder}
   random_vit = shared | {'model.encoder.checkpoint': ''}
-  # Two fifths of stage 1's steps again, at half its learning rate.
+  # A short second stage at half the learning rate of the first.
   second = trained_vit | {
       'train.init_from': str(workdir / 'trained'),
-      'train.num_steps': 800,
+      'train.num_steps': 300,
+      'train.eval_every_steps': 100,
+      'optim.warmup_steps': 50,
       'optim.learning_rate': 2e-3,
   }
   return {
