@@ -23,6 +23,7 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import runtime
 from fsq_jax import train
 from fsq_jax import train_state
 from fsq_jax import workdir
@@ -205,7 +206,7 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
 
 
 def test_a_second_signal_is_not_caught():
-  with train._catch_signals() as stop_requested:
+  with runtime.catch_signals() as stop_requested:
     assert not stop_requested.is_set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop_requested.wait(5)
