@@ -382,7 +382,7 @@ def test_a_run_starts_from_all_variables_of_another_one(finished):
       'optim.learning_rate': 1e-4,
       'losses.distillation_weight': 0.5,
       'data.batch_size': 16,
-      'partitioning.mesh': {'data': 8, 'fsdp': 1},
+      'partitioning.rules': (('encoder/.*', 'fsdp'), ('.*', 'replicate')),
   })
   configuration.check_config(config, num_devices=8)
   state, _ = _start(config)
