@@ -237,7 +237,8 @@ def resolve(config: Config) -> Config:
   """
   from fsq_jax import models
 
-  config = ml_collections.ConfigDict(config)
+  # Not ConfigDict(config), which shares its sections.
+  config = config.copy_and_resolve_references()
   encoder = config.model.encoder
   if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
     module = models.build_encoder(encoder.checkpoint)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -175,6 +176,12 @@ def _read_statistics(
         f'model.latent_statistics {path} holds {found}; the latents of this'
         f' config need mean and variance, float32 of shape {shape}. Write them'
         ' with --mode=latent_statistics.'
+    )
+  finite = all(np.isfinite(x).all() for x in arrays.values())
+  if not finite or arrays['variance'].min() < 0:
+    raise ValueError(
+        f'model.latent_statistics {path} holds values that are not finite, or'
+        ' negative variances; write it anew with --mode=latent_statistics.'
     )
   return arrays
 

@@ -55,10 +55,13 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   config.model.latent_statistics = ''
   config.model.decoder.mae.checkpoint = ''  # Of no use here.
   configuration.check_config(config, num_devices=jax.device_count())
-  if not (config.model.encoder.checkpoint or config.train.init_from):
+  encoder = config.model.encoder
+  loaded = encoder.name == 'pretrained' and encoder.checkpoint
+  if not (loaded or config.train.init_from):
     raise ValueError(
         'Statistics of latents need a trained encoder: set'
-        ' model.encoder.checkpoint or train.init_from.'
+        " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
+        ' train.init_from.'
     )
   runtime.keep_freed_memory()
   mesh = partitioning.create_mesh(config.partitioning.mesh)

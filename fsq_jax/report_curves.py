@@ -16,7 +16,10 @@ _CURVES = (
     (
         'Loss',
         'train',
-        ('loss', 'reconstruction_loss', 'quantizer_loss'),
+        (
+            'loss', 'reconstruction_loss', 'quantizer_loss',
+            'distillation_loss',
+        ),
         'log',
     ),
     ('PSNR, dB', 'eval', ('psnr',), 'linear'),
@@ -27,7 +30,8 @@ _CURVES = (
     ('Gradient norm', 'train', ('gradient_norm',), 'log'),
     ('Images per second', 'train', ('images_per_second',), 'linear'),
 )
-_COLORS = ('#3f7fd6', '#e0862c', '#3fa377')
+# One for each key of the longest.
+_COLORS = ('#3f7fd6', '#e0862c', '#3fa377', '#a35fc0')
 # Drawn in this color by matplotlib, then in the page's text color.
 _TEXT_COLOR = '#010203'
 

@@ -24,7 +24,8 @@ class TrainState(struct.PyTreeNode):
     frozen_params: those that do not; no gradient, optimizer state or average
       is made of them.
     teacher_params: where the encoder's latents are held to those of its start
-      (losses.distillation_weight), a copy of its params from then; else {}.
+      (losses.distillation_weight), a copy from then of those of params that are
+      the encoder's, under the same paths; else {}.
     model_state: the model's other collections, such as `codebook`.
     ema_params: average of params, which is what gets evaluated.
     opt_state: state of the optimizer.
@@ -154,4 +155,5 @@ def _copy_encoder(params: Mapping[str, Any]) -> Any:
         'losses.distillation_weight is not 0, but optim.frozen keeps the'
         ' encoder from changing at all; leave one of them out.'
     )
-  return jax.tree.map(jnp.copy, params['encoder'])
+  # Under its paths, by which partitioning.rules spread it as the encoder.
+  return {'encoder': jax.tree.map(jnp.copy, params['encoder'])}

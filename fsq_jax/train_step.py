@@ -174,7 +174,7 @@ def build_train_step(
 
 def _teach(model, fixed: _Fixed, images: jax.Array) -> jax.Array:
   """Returns the latents of the encoder as it was at the start."""
-  params = optim.merge_frozen(fixed.teacher, fixed.frozen.get('encoder', {}))
+  params = optim.merge_frozen(fixed.teacher, fixed.frozen)['encoder']
   return model.encoder.apply({'params': params}, images)
 
 

@@ -10,6 +10,24 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+import pytest
 
 # Toy programs spend their time in the compiler, not in the arithmetic.
 jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture(scope='module')
+def compiled_programs(tmp_path_factory):
+  """Keeps programs on disk, for modules that compile the same ones again."""
+  names = {
+      'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
+      'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for values in (names, before):
+    compilation_cache.reset_cache()
+    for name, value in values.items():
+      jax.config.update(name, value)
+    if values is names:
+      yield names['jax_compilation_cache_dir']

@@ -260,6 +260,19 @@ def test_curve_passes_through_its_points():
   np.testing.assert_allclose(y[0] - y[1], 2 * (y[2] - y[1]), rtol=1e-4)
 
 
+def test_every_loss_has_a_curve_of_its_own_color():
+  losses = (
+      'loss', 'reconstruction_loss', 'quantizer_loss', 'distillation_loss'
+  )
+  rows = [{'step': i, **dict.fromkeys(losses, 2.0 + i)} for i in range(3)]
+  svg = report_curves.render({'train': rows, 'eval': []})
+  for loss in losses:
+    assert f'>{loss.replace("_", " ")}</text>' in svg
+  # Points, and one in the legend.
+  colors = re.findall(r'<use [^>]*fill: (#\w+)', svg)
+  assert sorted(map(colors.count, set(colors))) == [4, 4, 4, 4]
+
+
 def test_long_curves_stay_small():
   rng = np.random.default_rng(0)
   rows = [

@@ -13,7 +13,6 @@ import time
 
 import chex
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
@@ -23,6 +22,7 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import runtime
 from fsq_jax import train
 from fsq_jax import train_state
 from fsq_jax import workdir
@@ -31,21 +31,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = 'configs/debug.py'
 _NUM_STEPS = 12
 
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_programs(tmp_path_factory):
-  """Keeps programs on disk: most tests compile the same ones again."""
-  names = {
-      'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
-      'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
-  for values in (names, before):
-    compilation_cache.reset_cache()
-    for name, value in values.items():
-      jax.config.update(name, value)
-    if values is names:
-      yield names['jax_compilation_cache_dir']
+pytestmark = pytest.mark.usefixtures('compiled_programs')
 
 
 class _Crash(Exception):  # noqa: N818
@@ -209,7 +195,7 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
 
 
 def test_a_second_signal_is_not_caught():
-  with train._catch_signals() as stop_requested:
+  with runtime.catch_signals() as stop_requested:
     assert not stop_requested.is_set()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop_requested.wait(5)

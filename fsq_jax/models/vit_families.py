@@ -5,6 +5,11 @@ import dataclasses
 import math
 from typing import Any
 
+from fsq_jax.models import resampling
+
+# Longer than any description, and short enough for Python's parser.
+_MAX_TEXT = 1000
+
 POSITIONS = ('learned', 'sincos', 'rope')
 MLPS = ('plain', 'gated')
 ACTIVATIONS = ('gelu', 'gelu_tanh', 'silu')
@@ -61,17 +66,11 @@ class Architecture:
   std: tuple[float, ...]
 
   def __post_init__(self):
-    for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'patch_size'):
-      value = getattr(self, name)
-      if type(value) is not int or value < 1:
-        raise ValueError(f'{name} is {value!r}; it must be an integer >= 1.')
-    for name, known in (
-        ('position', POSITIONS), ('mlp', MLPS), ('activation', ACTIVATIONS)
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-            f'{name} is {getattr(self, name)!r}; known: {sorted(known)}.'
-        )
+    for name, (allowed, fits) in _FIELDS.items():
+      if not fits(getattr(self, name)):
+        raise ValueError(f'{name} is {getattr(self, name)!r}; {allowed}.')
+    if self.position == 'rope' and not self.rope_theta:
+      raise ValueError("rope_theta is 0; positions 'rope' divide by it.")
     # A rotation takes pairs of channels, rows and columns one half of each; so
     # do sines and cosines, but of the whole width.
     multiple = {
@@ -89,6 +88,54 @@ class Architecture:
   def num_prefix_tokens(self) -> int:
     """Tokens before those of the patches."""
     return self.num_class_tokens + self.num_registers
+
+
+def _one_of(*known):
+  # By type too, since 1 == True.
+  return f'known: {sorted(known)}', lambda x: any(
+      type(x) is type(y) and x == y for y in known
+  )
+
+
+def _is_number(x: Any, low: float = -math.inf) -> bool:
+  return type(x) in (int, float) and math.isfinite(x) and x >= low
+
+
+def _are_channels(x: Any) -> bool:
+  return type(x) is tuple and len(x) == 3 and all(map(_is_number, x))
+
+
+_COUNT = ('it must be an integer >= 1', lambda x: type(x) is int and x >= 1)
+_NUMBER = ('it must be a finite number >= 0', lambda x: _is_number(x, 0))
+_CHANNELS = ('it must be a tuple of three finite numbers', _are_channels)
+# Texts describe architectures, so that any value may come.
+_FIELDS = {
+    'width': _COUNT,
+    'depth': _COUNT,
+    'num_heads': _COUNT,
+    'mlp_dim': _COUNT,
+    'patch_size': _COUNT,
+    'num_class_tokens': _one_of(0, 1),
+    'num_registers': (
+        'it must be an integer >= 0', lambda x: type(x) is int and x >= 0
+    ),
+    'position': _one_of(*POSITIONS),
+    'position_kernel': _one_of(*resampling.KERNELS),
+    'rope_theta': _NUMBER,
+    'mlp': _one_of(*MLPS),
+    'activation': _one_of(*ACTIVATIONS),
+    'biases': (
+        f'it must be a tuple of some of {BIASES}, in their order',
+        lambda x: type(x) is tuple and x == tuple(b for b in BIASES if b in x),
+    ),
+    'layer_scale': _one_of(False, True),
+    'norm_epsilon': _NUMBER,
+    'mean': _CHANNELS,
+    'std': (
+        'it must be a tuple of three finite numbers > 0',
+        lambda x: _are_channels(x) and min(x) > 0,
+    ),
+}
 
 
 # What all members of a family share. Big_vision's SigLIP is that of Hugging
@@ -206,19 +253,40 @@ def parse_architecture(text: str) -> Architecture:
   if text in ARCHITECTURES:
     return ARCHITECTURES[text]
   try:
-    call = ast.parse(text, mode='eval').body
-    family = call.func.id
-    if call.args:
-      raise ValueError('fields without a name')
-    fields = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
-    return build_architecture(family, **fields)
-  except (AttributeError, SyntaxError, TypeError, ValueError) as error:
+    return build_architecture(**_parse_call(text))
+  except _NO_ARCHITECTURE as error:
+    shown = text if len(text) <= _MAX_TEXT else f'{text[:50]} ...'
     raise ValueError(
-        f'The architecture {text!r} is none ({error}); known:'
+        f'The architecture {shown!r} is none ({error}); known:'
         f' {sorted(ARCHITECTURES)}, or a family with its fields, such as'
         " 'siglip(width=768, depth=12, num_heads=12, mlp_dim=3072,"
         " patch_size=16)'."
     ) from error
+
+
+# What Python's parser raises over text that is none, and the rest over calls
+# that are no description.
+_NO_ARCHITECTURE = (
+    MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
+)
+
+
+def _parse_call(text: str) -> dict[str, Any]:
+  """Returns the arguments of `build_architecture`; nothing is executed."""
+  if len(text) > _MAX_TEXT:
+    raise ValueError(f'{len(text)} characters, more than {_MAX_TEXT}')
+  call = ast.parse(text, mode='eval').body
+  if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+    raise ValueError('neither a name nor a family with its fields')
+  if call.args:
+    raise ValueError('fields without a name')
+  names = [keyword.arg for keyword in call.keywords]
+  if len(set(names)) < len(names):
+    raise ValueError('a field twice')
+  fields = {x.arg: ast.literal_eval(x.value) for x in call.keywords}
+  if unknown := sorted({str(name) for name in names} - _FIELDS.keys()):
+    raise ValueError(f'unknown fields {unknown}; known: {sorted(_FIELDS)}')
+  return {'family': call.func.id, **fields}
 
 
 def describe_architecture(architecture: Architecture) -> str:
