@@ -14,6 +14,7 @@ from experiments import sweep
 from experiments.codebook_size import codebook_size
 from experiments.quantizer_comparison import compare
 from experiments.quantizer_comparison import settings
+from experiments.vqrae_frozen_vit import vqrae_frozen_vit
 from fsq_jax import configuration
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -21,6 +22,7 @@ _DEBUG = 'configs/debug.py'
 _SCRIPTS = {
     'codebook_size': codebook_size,
     'quantizer_comparison': compare,
+    'vqrae_frozen_vit': vqrae_frozen_vit,
 }
 
 
@@ -103,6 +105,14 @@ def test_every_run_has_a_config_that_can_be_used():
       runs[name] = settings.final_run(quantizer, bits, 0, '')
   for fields in runs.values():
     configuration.check_config(sweep.make_config(settings.CONFIG, fields))
+
+
+def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
+  runs = vqrae_frozen_vit.settings(tmp_path, str(tmp_path), str(tmp_path))
+  assert runs.keys() == vqrae_frozen_vit.LABELS.keys()
+  for fields in runs.values():
+    config = sweep.make_config(vqrae_frozen_vit.CONFIG, fields)
+    configuration.check_config(config)
 
 
 def test_the_settings_are_those_that_tuning_chose():
