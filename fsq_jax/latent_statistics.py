@@ -52,7 +52,8 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     ValueError: a config that is not valid, or an encoder that would be random.
   """
   config = configuration.resolve(config)
-  config.model.latent_statistics = ''
+  if not config.train.init_from:  # Else it tells models apart, unread.
+    config.model.latent_statistics = ''
   config.model.decoder.mae.checkpoint = ''  # Of no use here.
   configuration.check_config(config, num_devices=jax.device_count())
   encoder = config.model.encoder
