@@ -178,8 +178,7 @@ def _run(config: ml_collections.ConfigDict) -> int:
   elif _MODE.value == 'latent_statistics':
     from fsq_jax import latent_statistics
 
-    statistics = latent_statistics.measure(config)
-    path = latent_statistics.write(statistics, workdir)
+    path = latent_statistics.measure_to_workdir(config, workdir)
     sys.stdout.write(f'{path}\n')
   else:
     from fsq_jax import train

@@ -176,8 +176,8 @@ FIELDS: Mapping[str, rules.Rule] = {
     'model.quantizer.name': rules.name(*_QUANTIZERS),
     **{
         f'model.quantizer.{quantizer}.{name}': rule
-        for quantizer, rules in _QUANTIZERS.items()
-        for name, rule in rules.items()
+        for quantizer, fields in _QUANTIZERS.items()
+        for name, rule in fields.items()
     },
     'model.decoder.name': rules.name('mae', 'vit'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
@@ -281,12 +281,15 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   yield rules.CrossRule(
       (
           'losses.distillation_weight',
+          'model.encoder.name',
           'model.encoder.checkpoint',
           'train.init_from',
       ),
       'for distillation something to stay close to, a model.encoder.checkpoint'
-      " or a stage 1 in train.init_from",
-      lambda weight, *starts: not weight or any(starts),
+      " of an encoder 'pretrained' or a stage 1 in train.init_from",
+      lambda weight, name, checkpoint, run: (
+          not weight or run or (name == 'pretrained' and checkpoint)
+      ),
   )
   yield rules.CrossRule(
       ('data.source', 'data.name', 'data.data_dir'),

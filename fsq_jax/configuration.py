@@ -1,6 +1,7 @@
 """Configs: loading, checking, JSON, and what changed between two of them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
 import difflib
 import json
 import os
@@ -25,6 +26,10 @@ _RESUMABLE = frozenset({
     'train.checkpoint_every_steps',
     'train.compilation_cache',
     'train.eval_every_steps',
+    # What a run that goes on has long read.
+    'train.init_from',
+    'model.decoder.mae.checkpoint',
+    'model.encoder.checkpoint',
     'train.keep_checkpoints',
     'train.log_every_steps',
     'train.profile_steps',
@@ -38,6 +43,12 @@ _NOT_OF_STATE = frozenset({
     'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })
+# Fields of quantizers that act on training only, as their specs say.
+_OF_QUANTIZER_TRAINING = (
+    '.commitment_weight', '.dead_share', '.decay', '.diversity_weight',
+    '.entropy_group_bits', '.entropy_weight', '.gradient', '.noise',
+    '.noise_per', '.restart', '.stage_dropout', '.temperature', '.weighting',
+)  # fmt: skip
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -81,7 +92,8 @@ def check_config(
 ) -> None:
   """Raises one ValueError that lists everything that is wrong with a config.
 
-  Looks at no device, and at no file but the folder of data.source 'folder'.
+  Looks at no device, and at no file but the folder of data.source 'folder' and
+  the description of an encoder whose architecture is 'checkpoint'.
 
   Args:
     config: see configs/default.py. Integers may stand for floats and lists
@@ -216,14 +228,40 @@ def diff_models(
   Returns:
     Lines of `diff_configs`.
   """
+  fields = dict(_flatten(saved)), dict(_flatten(current))
   lines = {
       line.partition(':')[0]: line for line in diff_configs(saved, current)
   }
   return [
       line
       for name, line in lines.items()
-      if name.startswith(_OF_MODEL + and_of) and name not in _NOT_OF_STATE
+      if name.startswith(_OF_MODEL + and_of)
+      and not _is_of_no_variable(name, *(x.get(name) for x in fields))
   ]
+
+
+def _is_of_no_variable(name: str, saved: Any, current: Any) -> bool:
+  """Whether a field may differ without another state or other codes."""
+  if name == 'losses.distillation_weight':
+    return bool(saved) == bool(current)  # There is a teacher or there is none.
+  if name == 'model.encoder.architecture':
+    return _is_same_architecture(saved, current)
+  return name in _NOT_OF_STATE or (
+      name.startswith('model.quantizer.')
+      and name.endswith(_OF_QUANTIZER_TRAINING)
+  )
+
+
+def _is_same_architecture(*texts: Any) -> bool:
+  from fsq_jax import models
+
+  try:
+    first, second = map(models.parse_architecture, texts)
+  except (TypeError, ValueError):
+    return False
+  # Positions are resampled before they get into the model.
+  kernel = second.position_kernel
+  return dataclasses.replace(first, position_kernel=kernel) == second
 
 
 def resolve(config: Config) -> Config:

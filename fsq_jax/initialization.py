@@ -1,6 +1,7 @@
 """What a new run starts from: random, pretrained, and other runs' variables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -9,7 +10,6 @@ import jax
 import ml_collections
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from fsq_jax import configuration
 from fsq_jax import models
@@ -30,18 +30,16 @@ def check(config: ml_collections.ConfigDict, model: models.Autoencoder) -> None:
   if config.train.init_from:
     _find_run(config)
     return
-  encoder = config.model.encoder
-  if encoder.name == 'pretrained' and encoder.checkpoint:
+  encoder, mae = config.model.encoder, config.model.decoder.mae
+  if reads_encoder(config):
+    with _naming('model.encoder.checkpoint'):
+      module = models.build_encoder(encoder.checkpoint)
     _check_architecture(
-        'model.encoder',
-        models.build_encoder(encoder.checkpoint).architecture,
-        model.encoder.architecture,
+        'model.encoder', module.architecture, model.encoder.architecture
     )
-  decoder = config.model.decoder
-  if decoder.name == 'mae' and decoder.mae.checkpoint:
-    module = models.build_decoder(
-        decoder.mae.checkpoint, decoder.mae.normalization
-    )
+  if _reads_decoder(config):
+    with _naming('model.decoder.mae.checkpoint'):
+      module = models.build_decoder(mae.checkpoint, mae.normalization)
     _check_architecture(
         'model.decoder.mae', module.architecture, model.decoder.architecture
     )
@@ -54,6 +52,52 @@ def check(config: ml_collections.ConfigDict, model: models.Autoencoder) -> None:
         )
   if model.statistics is not None:
     _read_statistics(config, model)
+
+
+def reads_encoder(config: ml_collections.ConfigDict) -> bool:
+  """Whether a new run reads the weights of its encoder from a checkpoint."""
+  encoder = config.model.encoder
+  return encoder.name == 'pretrained' and bool(encoder.checkpoint)
+
+
+def _reads_decoder(config: ml_collections.ConfigDict) -> bool:
+  decoder = config.model.decoder
+  return decoder.name == 'mae' and bool(decoder.mae.checkpoint)
+
+
+def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns what a new run starts from, for its run.json; {} if from nothing.
+
+  Args:
+    config: one that `check` accepts.
+  """
+  if config.train.init_from:
+    found = _find_run(config)
+    return {'train.init_from': str(found.folder), 'step': found.step}
+  paths = {}
+  if reads_encoder(config):
+    paths['model.encoder.checkpoint'] = config.model.encoder.checkpoint
+  if _reads_decoder(config):
+    paths['model.decoder.mae.checkpoint'] = config.model.decoder.mae.checkpoint
+  if config.model.latent_statistics:
+    paths['model.latent_statistics'] = config.model.latent_statistics
+  return paths
+
+
+def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns what latents depend on, as files of their statistics say it."""
+  encoder = configuration.resolve(config).model.encoder
+  if encoder.name != 'pretrained':
+    return {'encoder': encoder.name}
+  architecture = models.parse_architecture(encoder.architecture)
+  return {
+      'encoder': models.describe_architecture(architecture),
+      'final_affine': str(encoder.final_affine),
+      'image_size': str(
+          tuple(encoder.image_size) or tuple(config.data.image_size)
+      ),
+      'resize': encoder.resize,
+  }
 
 
 def load(
@@ -86,21 +130,22 @@ def load(
     _, variables = trained.restore(_find_run(config), mesh)
     return _place(variables, builder.abstract_variables)
   parts = {}
-  encoder = config.model.encoder
-  if encoder.name == 'pretrained' and encoder.checkpoint:
-    parts['encoder'] = models.load_encoder(
-        encoder.checkpoint,
-        model.encoder.image_size,
-        encoder.final_affine,
-        shardings=lambda _: _shardings(builder, 'encoder'),
-    ).variables
-  mae = config.model.decoder.mae
-  if config.model.decoder.name == 'mae' and mae.checkpoint:
-    parts['decoder'] = models.load_decoder(
-        mae.checkpoint,
-        mae.normalization,
-        shardings=lambda _: _shardings(builder, 'decoder'),
-    ).variables
+  encoder, mae = config.model.encoder, config.model.decoder.mae
+  if reads_encoder(config):
+    with _naming('model.encoder.checkpoint'):
+      parts['encoder'] = models.load_encoder(
+          encoder.checkpoint,
+          model.encoder.image_size,
+          encoder.final_affine,
+          shardings=lambda _: _shardings(builder, 'encoder'),
+      ).variables
+  if _reads_decoder(config):
+    with _naming('model.decoder.mae.checkpoint'):
+      parts['decoder'] = models.load_decoder(
+          mae.checkpoint,
+          mae.normalization,
+          shardings=lambda _: _shardings(builder, 'decoder'),
+      ).variables
   if model.statistics is not None:
     values = {'constants': _read_statistics(config, model)}
     parts['statistics'] = jax.tree.map(
@@ -111,6 +156,15 @@ def load(
     for collection, values in collections.items():
       variables.setdefault(collection, {})[part] = values
   return variables
+
+
+@contextlib.contextmanager
+def _naming(field: str) -> Iterator[None]:
+  """Puts the field that names a file before what is wrong with the file."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{field}: {error}') from error
 
 
 def _find_run(config: ml_collections.ConfigDict) -> trained.Checkpoint:
@@ -164,7 +218,10 @@ def _read_statistics(
   path = pathlib.Path(config.model.latent_statistics).expanduser()
   shape = (*model.statistics.grid_size, model.statistics.width)
   try:
-    arrays = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, 'numpy') as file:
+      facts = file.metadata() or {}
+      names = list(file.keys())
+      arrays = {name: file.get_tensor(name) for name in names}
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(
         f'model.latent_statistics {path} cannot be read ({error}); write it'
@@ -176,6 +233,19 @@ def _read_statistics(
         f'model.latent_statistics {path} holds {found}; the latents of this'
         f' config need mean and variance, float32 of shape {shape}. Write them'
         ' with --mode=latent_statistics.'
+    )
+  differences = [
+      f'{name}: {facts.get(name)} -> {wanted}'
+      for name, wanted in encoder_facts(config).items()
+      if facts.get(name) != wanted
+  ]
+  if differences:
+    raise ValueError(
+        '\n  '.join([
+            f'model.latent_statistics {path} is of other latents than this'
+            ' config makes (file -> config):',
+            *differences,
+        ])
     )
   finite = all(np.isfinite(x).all() for x in arrays.values())
   if not finite or arrays['variance'].min() < 0:

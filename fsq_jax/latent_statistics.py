@@ -22,6 +22,7 @@ from fsq_jax import partitioning
 from fsq_jax import runtime
 from fsq_jax import train_state
 from fsq_jax import train_step
+from fsq_jax import trained
 from fsq_jax import workdir as workdirs
 
 FILE = 'latent_statistics.safetensors'
@@ -51,14 +52,15 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   Raises:
     ValueError: a config that is not valid, or an encoder that would be random.
   """
-  config = configuration.resolve(config)
-  if not config.train.init_from:  # Else it tells models apart, unread.
-    config.model.latent_statistics = ''
-  config.model.decoder.mae.checkpoint = ''  # Of no use here.
   configuration.check_config(config, num_devices=jax.device_count())
-  encoder = config.model.encoder
-  loaded = encoder.name == 'pretrained' and encoder.checkpoint
-  if not (loaded or config.train.init_from):
+  config = configuration.resolve(config)
+  config.model.decoder.mae.checkpoint = ''  # Of no use here.
+  config.model.latent_statistics = ''
+  if config.train.init_from:
+    # That run may have some, and is of the same model only with them.
+    found = trained.find(config.train.init_from)
+    config.model.latent_statistics = found.config.model.latent_statistics
+  if not (initialization.reads_encoder(config) or config.train.init_from):
     raise ValueError(
         'Statistics of latents need a trained encoder: set'
         " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
@@ -104,20 +106,53 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
 
 
 def write(
-    statistics: Mapping[str, np.ndarray], workdir: str | os.PathLike[str]
+    statistics: Mapping[str, np.ndarray],
+    workdir: str | os.PathLike[str],
+    config: ml_collections.ConfigDict,
 ) -> pathlib.Path:
-  """Writes what `measure` returned, atomically.
+  """Writes what `measure` returned, atomically, and of what latents it is.
 
   Args:
     statistics: 'mean' and 'variance'.
     workdir: folder for the file, created if it is missing.
+    config: what they were measured with.
 
   Returns:
     Path of the file, for model.latent_statistics.
   """
   path = workdirs.create(workdir) / FILE
-  workdirs.write_bytes(path, safetensors.numpy.save(dict(statistics)))
+  images = config.data.source, config.data.name, config.data.train_split
+  facts = {
+      **initialization.encoder_facts(config),
+      'checkpoint': config.train.init_from or config.model.encoder.checkpoint,
+      'images': ' '.join(filter(None, images)),
+  }
+  workdirs.write_bytes(
+      path, safetensors.numpy.save(dict(statistics), metadata=facts)
+  )
   return path
+
+
+def measure_to_workdir(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Does what `measure` and `write` do; one process writes.
+
+  Args:
+    config: the whole config.
+    workdir: folder for the file, which is tried before anything is read.
+
+  Returns:
+    Path of the file.
+
+  Raises:
+    ValueError: as `measure`, or a workdir that cannot be written.
+  """
+  folder = workdirs.create(workdir)
+  statistics = measure(config)
+  if jax.process_index() == 0:
+    write(statistics, folder, config)
+  return folder / FILE
 
 
 def _moments(latents: jax.Array, mask: jax.Array) -> _Moments:

@@ -118,6 +118,9 @@ class _Trainer:
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
     self.state = self._restore(builder, allow_config_change)
     if self.state is None:
+      start = initialization.describe(config)
+      for name, value in start.items():
+        self.progress.say(f'Starts from {name} {value}')
       self.state = builder.create(
           initialization.load(config, self.model, builder, self.mesh)
       )

@@ -29,7 +29,8 @@ _ALLOWED_IMPORTS = {
     },
     'latent_statistics': {
         'configuration', 'data', 'initialization', 'models', 'optim',
-        'partitioning', 'runtime', 'train_state', 'train_step', 'workdir',
+        'partitioning', 'runtime', 'train_state', 'train_step', 'trained',
+        'workdir',
     },
     'initialization': {'configuration', 'models', 'train_state', 'trained'},
     'trained': {

@@ -160,6 +160,13 @@ def test_wrong_value_is_refused_by_name(name, value):
             'for distillation something to stay close to',
         ),
         (
+            {
+                'losses__distillation_weight': 1.0,
+                'model__encoder__checkpoint': 'of no vit',
+            },
+            'for distillation something to stay close to',
+        ),
+        (
             {'optim__learning_rate_factors': (('encoder/.*', 0.0),)},
             'finite number > 0',
         ),
@@ -437,6 +444,53 @@ def test_run_that_would_change_needs_the_flag(name):
   assert f'{name}: {old!r} -> 0.5' in str(error.value)
   assert 'log_every_steps' not in str(error.value)
   configuration.check_resumable(_DEFAULT, current, allow_config_change=True)
+
+
+def test_what_a_run_started_from_may_move():
+  current = _changed(
+      train__init_from='stage1',
+      model__encoder__checkpoint='encoder',
+      model__decoder__mae__checkpoint='decoder',
+  )
+  configuration.check_resumable(_DEFAULT, current)
+
+
+def test_one_architecture_in_other_words_is_the_same():
+  fields = 'width=24, depth=2, num_heads=2, mlp_dim=48'
+  saved = _changed(
+      model__encoder__architecture=f'siglip({fields}, patch_size=16)'
+  )
+  current = _changed(
+      model__encoder__architecture=f'siglip_big_vision(patch_size=16, {fields})'
+  )
+  assert configuration.diff_models(saved, current) == []
+  current = _changed(
+      model__encoder__architecture=f'dinov2({fields}, patch_size=16)'
+  )
+  assert len(configuration.diff_models(saved, current)) == 1
+
+
+@pytest.mark.parametrize(
+    'field', ['fsq.noise', 'fsq.commitment_weight', 'vq.decay', 'vq.gradient']
+)
+def test_models_are_the_same_where_only_training_differs(field):
+  current = _changed()
+  _set(current, f'model.quantizer.{field}', 0.5)
+  assert configuration.diff_models(_DEFAULT, current) == []
+  with pytest.raises(ValueError, match='--allow_config_change'):
+    configuration.check_resumable(_DEFAULT, current)
+
+
+def test_a_teacher_neither_comes_nor_goes():
+  with_teacher = _changed(losses__distillation_weight=1.0)
+  weaker = _changed(losses__distillation_weight=0.5)
+  configuration.check_resumable(
+      with_teacher, weaker, allow_config_change=True
+  )
+  with pytest.raises(ValueError, match='cannot be continued so'):
+    configuration.check_resumable(
+        with_teacher, _DEFAULT, allow_config_change=True
+    )
 
 
 def test_noise_on_latents_may_change_with_the_flag():

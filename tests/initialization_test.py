@@ -279,6 +279,7 @@ def _write_statistics(folder, shape=(2, 2, 48), dtype=np.float32, **arrays):
           **arrays,
       },
       folder,
+      _statistics_config(''),
   ))
 
 
@@ -288,6 +289,23 @@ def _statistics_config(path):
       # The decoder takes latents as wide as the encoder's.
       'model.decoder.width': 48,
   })
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('resize', 'bilinear', 'resize: bicubic -> bilinear'),
+        ('final_affine', True, 'final_affine: False -> True'),
+    ],
+)
+def test_statistics_of_other_latents_are_refused(
+    field, value, message, tmp_path
+):
+  config = _statistics_config(_write_statistics(tmp_path))
+  config.model.encoder[field] = value
+  model, builder, mesh = _build(config)
+  with pytest.raises(ValueError, match=f'of other latents(.|\n)*{message}'):
+    initialization.load(config, model, builder, mesh)
 
 
 def test_statistics_are_loaded_as_constants(tmp_path):

@@ -197,13 +197,24 @@ def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   _assert_are_of(latent_statistics.measure(config), latents)
 
 
-def _write(folder, value=1.0):
+def _write(config, folder, value=1.0):
   array = np.full((2, 2, 48), value, np.float32)
-  return latent_statistics.write({'mean': array, 'variance': array}, folder)
+  return latent_statistics.write(
+      {'mean': array, 'variance': array}, folder, config
+  )
 
 
-def test_the_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = _write(tmp_path / 'new')
+def test_the_workdir_is_tried_before_anything_is_read(
+    config, tmp_path, monkeypatch
+):
+  (tmp_path / 'file').touch()
+  monkeypatch.setattr(latent_statistics, 'measure', None)
+  with pytest.raises(ValueError, match='is a file; give a folder'):
+    latent_statistics.measure_to_workdir(config, tmp_path / 'file')
+
+
+def test_the_file_is_there_whole_or_not_at_all(config, tmp_path, monkeypatch):
+  path = _write(config, tmp_path / 'new')
   assert path == tmp_path / 'new' / 'latent_statistics.safetensors'
   before = safetensors.numpy.load_file(path)
   assert {x.shape for x in before.values()} == {(2, 2, 48)}
@@ -214,7 +225,7 @@ def test_the_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(workdir.os, 'fsync', fail)
     with pytest.raises(OSError, match='no space'):
-      _write(tmp_path / 'new', 2.0)
+      _write(config, tmp_path / 'new', 2.0)
   assert [x.name for x in path.parent.iterdir()] == [path.name]
   np.testing.assert_array_equal(
       safetensors.numpy.load_file(path)['mean'], before['mean']

@@ -115,7 +115,13 @@ def _build_pretrained(options, image_size, compute) -> nn.Module:
           "model.encoder.architecture is 'checkpoint' without a"
           ' model.encoder.checkpoint; name one, or an architecture.'
       )
-    architecture = build_encoder(options['checkpoint']).architecture
+    try:
+      architecture = build_encoder(options['checkpoint']).architecture
+    except ValueError as error:
+      raise ValueError(
+          f'model.encoder.checkpoint: {error} A run that has started needs no'
+          ' checkpoint, with the model.encoder.architecture of its config.json.'
+      ) from error
   else:
     try:
       architecture = parse_architecture(options['architecture'])

@@ -112,7 +112,11 @@ class MaeDecoder(nn.Module):
         'positions', lambda: vit.sincos_positions(*self.grid_size, arch.width)
     )
     tokens = rearrange(x + positions, 'b h w c -> b (h w) c')
-    token = self.param('class_token', nn.initializers.zeros, (arch.width,))
+    # RAE's starts at zeros. The first LayerNorm has a slope of 1 / sqrt(1e-12)
+    # there, and the token's gradient would be the norm of all gradients.
+    token = self.param(
+        'class_token', nn.initializers.normal(0.02), (arch.width,)
+    )
     # Zeros, but what checkpoints have there is added. Not in place: applied
     # outside of jit, parameters may be NumPy arrays.
     token = token + self._constant(

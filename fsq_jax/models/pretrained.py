@@ -84,7 +84,7 @@ def load_encoder(
     ValueError: files that are missing, damaged, or of another kind; the keys
       that are missing, unexpected, or of another shape are listed.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   with weight_files.open_weights(path) as weights:
     description = _describe(path, weights)
     module = _build_encoder(description, image_size, final_affine)
@@ -122,7 +122,7 @@ def load_decoder(
     ValueError: files that are missing, damaged, or of another kind; the keys
       that are missing, unexpected, or of another shape are listed.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   with weight_files.open_weights(path) as weights:
     description = _describe_decoder(path)
     module = _build_decoder(description, normalization)
@@ -146,7 +146,8 @@ def build_decoder(
   Raises:
     ValueError: a config.json that describes no such decoder.
   """
-  return _build_decoder(_describe_decoder(pathlib.Path(path)), normalization)
+  path = pathlib.Path(path).expanduser()
+  return _build_decoder(_describe_decoder(path), normalization)
 
 
 def build_encoder(
@@ -164,7 +165,7 @@ def build_encoder(
   Raises:
     ValueError: files that describe no known encoder.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if os.path.isdir(path):
     return _build_encoder(_describe(path, None), image_size, final_affine)
   with weight_files.open_weights(path) as weights:
