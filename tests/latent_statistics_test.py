@@ -178,7 +178,9 @@ def test_a_random_encoder_is_refused(config, fields):
 
 def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   # Of a model with statistics of its own, which come along.
-  config.model.latent_statistics = str(_write(tmp_path / 'statistics'))
+  config.model.latent_statistics = str(
+      _write(config, tmp_path / 'statistics')
+  )
   config = configuration.resolve(config)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
