@@ -116,10 +116,11 @@ class _Trainer:
     self.iterator = self.dataset.iterator()
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
+    self.start = {}
     self.state = self._restore(builder, allow_config_change)
     if self.state is None:
-      start = initialization.describe(config)
-      for name, value in start.items():
+      self.start = initialization.describe(config)
+      for name, value in self.start.items():
         self.progress.say(f'Starts from {name} {value}')
       self.state = builder.create(
           initialization.load(config, self.model, builder, self.mesh)
@@ -213,6 +214,9 @@ class _Trainer:
       logging.warning('The input starts anew. %s', error)
     else:
       self.iterator.set_state(record['iterator'])
+    if (self.folder / workdirs.RUN).is_file():
+      facts = json.loads((self.folder / workdirs.RUN).read_text('utf-8'))
+      self.start = facts.get('start', {})
     self.progress.say(f'Continuing {self.folder} from step {step}.')
     return self.checkpointer.restore(step, builder.abstract)
 
@@ -249,6 +253,7 @@ class _Trainer:
         'num_frozen_parameters': num_frozen,
         'num_train_examples': self.dataset.num_examples,
         'first_step': self.step,
+        'start': self.start,
         'compile_seconds': round(compile_seconds, 2),
     }
     workdirs.write_json(self.folder / workdirs.RUN, facts)

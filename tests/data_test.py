@@ -273,8 +273,22 @@ def test_configs_that_cannot_work_are_refused(overrides, message):
     )
 
 
+def test_train_once_is_every_training_image_as_evaluation_takes_it():
+  config = _config(batch_size=4, eval_batch_size=4)
+  dataset = data.build_dataset(config, split='train_once', seed=0)
+  evaluation = data.build_dataset(config, split='eval', seed=0)
+  training = data.build_dataset(config, split='train', seed=0)
+  assert dataset.num_examples == training.num_examples
+  assert dataset.num_examples != evaluation.num_examples
+  seen = np.concatenate([b['index'][b['mask']] for b in dataset])
+  assert sorted(seen) == list(range(dataset.num_examples))
+  first, again = (next(iter(dataset))['image'] for _ in range(2))
+  np.testing.assert_array_equal(first, again)
+
+
 def test_unknown_splits_and_processes_are_refused():
-  with pytest.raises(ValueError, match=r"'test'; known: \['eval', 'train'\]"):
+  known = r"'test'; known: \['eval', 'train', 'train_once'\]"
+  with pytest.raises(ValueError, match=known):
     data.build_dataset(_config(), split='test', seed=0)
   with pytest.raises(ValueError, match='process_index is 2 of 2'):
     data.build_dataset(
