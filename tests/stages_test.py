@@ -152,6 +152,7 @@ def stage2():
   })
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_costs_its_parameters_and_nothing_else():
   frozen, trained = (_build(fields) for fields in (_FROZEN, {}))
   encoder = _num_bytes(trained.start.params['encoder'])
@@ -242,6 +243,7 @@ def test_what_is_not_finite_leaves_no_trace(stage2, factor):
     assert all(np.any(x != before[p]) for p, x in _leaves(state.params).items())
 
 
+@pytest.mark.slow
 def test_a_perturbed_encoder_goes_back_to_its_teacher():
   training = _build(
       _DISTILLATION, _NOTHING_ELSE, {'optim.learning_rate': 3e-3}
@@ -278,6 +280,7 @@ def _gradients(accumulation_steps=1, mesh=(1, 1)):
   return gradients, scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('accumulation_steps', 'mesh'), [(2, (1, 1)), (1, (2, 4))],
     ids=['accumulation', 'devices'],
@@ -296,6 +299,7 @@ def test_parts_and_devices_give_the_gradient_of_the_whole_batch(
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_the_encoder_may_be_frozen():
   training = _build(
       _DISTILLATION, {'optim.frozen': ('encoder/(patches|positions).*',)}
