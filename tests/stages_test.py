@@ -3,6 +3,7 @@
 The encoder of stage 2 is held to the latents that it had at its start.
 """
 
+import functools
 import json
 import pathlib
 import shutil
@@ -86,13 +87,13 @@ def _build(*overrides, mesh=(1, 1), optimizer=None):
   return _Training(model, builder, mesh, step, builder.create(loaded))
 
 
-def _images(batch_size=8):
+def _images():
   rng = np.random.default_rng(0)
-  return rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
+  return rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
 
 
-def _take_step(training, state, batch_size=8):
-  images = partitioning.shard_batch(_images(batch_size), training.mesh)
+def _take_step(training, state):
+  images = partitioning.shard_batch(_images(), training.mesh)
   state, scalars = training.step(state, images)
   return state, jax.device_get(scalars)
 
@@ -151,6 +152,7 @@ def stage2():
   })
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_costs_its_parameters_and_nothing_else():
   frozen, trained = (_build(fields) for fields in (_FROZEN, {}))
   encoder = _num_bytes(trained.start.params['encoder'])
@@ -241,6 +243,7 @@ def test_what_is_not_finite_leaves_no_trace(stage2, factor):
     assert all(np.any(x != before[p]) for p, x in _leaves(state.params).items())
 
 
+@pytest.mark.slow
 def test_a_perturbed_encoder_goes_back_to_its_teacher():
   training = _build(
       _DISTILLATION, _NOTHING_ELSE, {'optim.learning_rate': 3e-3}
@@ -258,19 +261,26 @@ def test_a_perturbed_encoder_goes_back_to_its_teacher():
   assert moved == {'encoder'}
 
 
-def _gradients(*overrides, mesh=(1, 1), batch_size=8):
+@functools.cache
+def _gradients(accumulation_steps=1, mesh=(1, 1)):
   """What plain descent of rate 1 moves a perturbed encoder's model by."""
   training = _build(
-      _DISTILLATION, {'optim.clip_norm': 0.0}, *overrides,
-      mesh=mesh, optimizer=optax.sgd(1.0),
+      _DISTILLATION,
+      {
+          'optim.clip_norm': 0.0,
+          'optim.accumulation_steps': accumulation_steps,
+      },
+      mesh=mesh,
+      optimizer=optax.sgd(1.0),
   )
   start = _perturb(training.start)
-  state, scalars = _take_step(training, start, batch_size)
+  state, scalars = _take_step(training, start)
   before = _leaves(start.params)
   gradients = {p: before[p] - x for p, x in _leaves(state.params).items()}
   return gradients, scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('accumulation_steps', 'mesh'), [(2, (1, 1)), (1, (2, 4))],
     ids=['accumulation', 'devices'],
@@ -279,9 +289,7 @@ def test_parts_and_devices_give_the_gradient_of_the_whole_batch(
     accumulation_steps, mesh
 ):
   expected, expected_scalars = _gradients()
-  gradients, scalars = _gradients(
-      {'optim.accumulation_steps': accumulation_steps}, mesh=mesh
-  )
+  gradients, scalars = _gradients(accumulation_steps, mesh)
   assert scalars['distillation_loss'] > 1e-3
   for name, x in expected_scalars.items():
     assert scalars[name] == pytest.approx(x, rel=1e-5), name
@@ -291,6 +299,7 @@ def test_parts_and_devices_give_the_gradient_of_the_whole_batch(
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_the_encoder_may_be_frozen():
   training = _build(
       _DISTILLATION, {'optim.frozen': ('encoder/(patches|positions).*',)}
