@@ -147,6 +147,7 @@ def test_text_that_describes_nothing_is_refused(text, problem):
         'num_class_tokens=2', 'num_class_tokens=True', 'num_registers=-1',
         "num_registers='4'", "position='none'", 'position=[]',
         "position_kernel='nearest'", "rope_theta='100'", 'rope_theta=1e999',
+        f'norm_epsilon=1{"0" * 400}',
         "position='rope', rope_theta=0.0", "mlp='deep'", "activation='relu'",
         "biases='mlp'", "biases=('mlp', 'query')", "biases=('scale',)",
         'layer_scale=1', "norm_epsilon='1e-6'", 'norm_epsilon=-1e-6',

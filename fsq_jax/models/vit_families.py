@@ -9,6 +9,7 @@ from fsq_jax.models import resampling
 
 # Longer than any description, and short enough for Python's parser.
 _MAX_TEXT = 1000
+_MAX_FLOAT32 = 3.4e38
 
 POSITIONS = ('learned', 'sincos', 'rope')
 MLPS = ('plain', 'gated')
@@ -98,7 +99,8 @@ def _one_of(*known):
 
 
 def _is_number(x: Any, low: float = -math.inf) -> bool:
-  return type(x) in (int, float) and math.isfinite(x) and x >= low
+  # Not math.isfinite, which fails on an int that no float holds.
+  return type(x) in (int, float) and low <= x and abs(x) <= _MAX_FLOAT32
 
 
 def _are_channels(x: Any) -> bool:
