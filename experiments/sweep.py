@@ -27,25 +27,28 @@ _NUMBERS = (
 
 def main(
     description: str,
-    results: pathlib.Path,
+    folder: pathlib.Path,
     run: Callable[..., dict[str, Any]],
-    show: Callable[[dict[str, Any]], None],
     *,
-    folder: str = 'quantizers',
+    print_tables: Callable[[dict[str, Any]], None],
+    plot: Callable[[dict[str, Any], pathlib.Path], None],
+    runs: str = 'quantizers',
     paths: Mapping[str, str] | None = None,
 ) -> None:
   """Parses the flags that all sweeps have, runs if asked to, and shows.
 
   Args:
     description: what the script does.
-    results: JSON file that keeps what `run` returns.
+    folder: gets results.json, of what `run` returns, and plot.png.
     run: from the folder of the runs, data.data_dir and the values of `paths` by
       their names to the results.
-    show: makes tables and plots of the results.
-    folder: name of the folder of the runs under runs/.
+    print_tables: prints the results.
+    plot: draws them.
+    runs: name of the folder of the runs under runs/.
     paths: further flags that --run needs, with what they are.
   """
   paths = paths or {}
+  results = folder / 'results.json'
   parser = argparse.ArgumentParser(
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,9 +60,9 @@ def main(
   )
   parser.add_argument(
       '--workdir',
-      default=ROOT / 'runs' / folder,
+      default=ROOT / 'runs' / runs,
       type=lambda x: pathlib.Path(x).absolute(),
-      help=f'folder of the runs (default: runs/{folder})',
+      help=f'folder of the runs (default: runs/{runs})',
   )
   parser.add_argument(
       '--data_dir',
@@ -79,7 +82,9 @@ def main(
     workdirs.write_json(results, record)
   elif not results.is_file():
     parser.error(f'there is no {results} yet; use --run')
-  show(_read_json(results))
+  record = _read_json(results)
+  plot(record, folder / 'plot.png')
+  print_tables(record)
 
 
 def train(

@@ -17,71 +17,126 @@ from fsq_jax import train_state
 from fsq_jax import trained
 
 
-def check(config: ml_collections.ConfigDict, model: models.Autoencoder) -> None:
-  """Refuses files to start from that do not fit; reads little of them.
+class Start:
+  """What a new run starts from, found and checked.
 
-  Args:
-    config: the whole config.
-    model: from `models.build_autoencoder` of the same config.
+  With train.init_from that is all of another run; else what there is of
+  model.encoder.checkpoint, model.decoder.mae.checkpoint and
+  model.latent_statistics. The rest is initialised.
 
-  Raises:
-    ValueError: files that are missing or unreadable, or of another model.
+  Attributes:
+    facts: fields of the config and what they name, for run.json; {} if all is
+      initialised.
   """
-  if config.train.init_from:
-    _find_run(config)
-    return
-  encoder, mae = config.model.encoder, config.model.decoder.mae
-  if reads_encoder(config):
+
+  def __init__(
+      self, config: ml_collections.ConfigDict, model: models.Autoencoder
+  ):
+    """Refuses files that do not fit; reads little of them.
+
+    Args:
+      config: the whole config.
+      model: from `models.build_autoencoder` of the same config.
+
+    Raises:
+      ValueError: files that are missing or unreadable, or of another model.
+    """
+    self._config = config
+    self._model = model
+    self._run = None
+    self.facts: dict[str, Any] = {}
+    if config.train.init_from:
+      # Once: that run may save another step meanwhile.
+      self._run = _find_run(config)
+      self.facts['train.init_from'] = str(self._run.folder)
+      self.facts['step'] = self._run.step
+      return
+    if reads_encoder(config):
+      self._check_encoder(config.model.encoder.checkpoint)
+    mae = config.model.decoder.mae
+    if config.model.decoder.name == 'mae' and mae.checkpoint:
+      self._check_decoder(mae.checkpoint)
+    if model.statistics is not None:
+      _read_statistics(config, model)
+      self.facts['model.latent_statistics'] = config.model.latent_statistics
+
+  def load(
+      self, builder: train_state.StateBuilder, mesh: jax.sharding.Mesh
+  ) -> dict[str, Any]:
+    """Reads the variables that are not to be initialised.
+
+    Args:
+      builder: of the same config.
+      mesh: from `partitioning.create_mesh`.
+
+    Returns:
+      A part of `builder.abstract_variables`, for `builder.create`, spread over
+      devices as said there.
+
+    Raises:
+      ValueError: weights that are missing or damaged.
+    """
+    if self._run is not None:
+      _, variables = trained.restore(self._run, mesh)
+      return _place(variables, builder.abstract_variables)
+    config, model = self._config, self._model
+    parts = {}
+    if path := self.facts.get('model.encoder.checkpoint'):
+      with _naming('model.encoder.checkpoint'):
+        parts['encoder'] = models.load_encoder(
+            path,
+            model.encoder.image_size,
+            model.encoder.final_affine,
+            shardings=lambda _: _shardings(builder, 'encoder'),
+        ).variables
+    if path := self.facts.get('model.decoder.mae.checkpoint'):
+      with _naming('model.decoder.mae.checkpoint'):
+        parts['decoder'] = models.load_decoder(
+            path,
+            config.model.decoder.mae.normalization,
+            shardings=lambda _: _shardings(builder, 'decoder'),
+        ).variables
+    if model.statistics is not None:
+      values = {'constants': _read_statistics(config, model)}
+      parts['statistics'] = jax.tree.map(
+          jax.device_put, values, _shardings(builder, 'statistics')
+      )
+    variables: dict[str, Any] = {}
+    for part, collections in parts.items():
+      for collection, values in collections.items():
+        variables.setdefault(collection, {})[part] = values
+    return variables
+
+  def _check_encoder(self, path: str) -> None:
     with _naming('model.encoder.checkpoint'):
-      module = models.build_encoder(encoder.checkpoint)
+      module = models.build_encoder(path)
     _check_architecture(
-        'model.encoder', module.architecture, model.encoder.architecture
+        'model.encoder', module.architecture, self._model.encoder.architecture
     )
-  if _reads_decoder(config):
+    self.facts['model.encoder.checkpoint'] = path
+
+  def _check_decoder(self, path: str) -> None:
+    normalization = self._config.model.decoder.mae.normalization
     with _naming('model.decoder.mae.checkpoint'):
-      module = models.build_decoder(mae.checkpoint, mae.normalization)
+      module = models.build_decoder(path, normalization)
+    decoder = self._model.decoder
     _check_architecture(
-        'model.decoder.mae', module.architecture, model.decoder.architecture
+        'model.decoder.mae', module.architecture, decoder.architecture
     )
     for field in ('input_width', 'grid_size'):
-      given, wanted = getattr(module, field), getattr(model.decoder, field)
+      given, wanted = getattr(module, field), getattr(decoder, field)
       if given != wanted:
         raise ValueError(
             f'model.decoder.mae.checkpoint has {field} {given}, the decoder of'
             f' this config {wanted}; set model.decoder.mae.{field}.'
         )
-  if model.statistics is not None:
-    _read_statistics(config, model)
+    self.facts['model.decoder.mae.checkpoint'] = path
 
 
 def reads_encoder(config: ml_collections.ConfigDict) -> bool:
   """Whether a new run reads the weights of its encoder from a checkpoint."""
   encoder = config.model.encoder
   return encoder.name == 'pretrained' and bool(encoder.checkpoint)
-
-
-def _reads_decoder(config: ml_collections.ConfigDict) -> bool:
-  decoder = config.model.decoder
-  return decoder.name == 'mae' and bool(decoder.mae.checkpoint)
-
-
-def describe(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns what a new run starts from, for its run.json; {} if from nothing.
-
-  Args:
-    config: one that `check` accepts.
-  """
-  if config.train.init_from:
-    found = _find_run(config)
-    return {'train.init_from': str(found.folder), 'step': found.step}
-  paths = {}
-  if reads_encoder(config):
-    paths['model.encoder.checkpoint'] = config.model.encoder.checkpoint
-  if _reads_decoder(config):
-    paths['model.decoder.mae.checkpoint'] = config.model.decoder.mae.checkpoint
-  if config.model.latent_statistics:
-    paths['model.latent_statistics'] = config.model.latent_statistics
-  return paths
 
 
 def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -98,64 +153,6 @@ def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
       ),
       'resize': encoder.resize,
   }
-
-
-def load(
-    config: ml_collections.ConfigDict,
-    model: models.Autoencoder,
-    builder: train_state.StateBuilder,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, Any]:
-  """Reads the variables that a new run does not initialise.
-
-  Those of train.init_from are all of them; else there are those of
-  model.encoder.checkpoint, model.decoder.mae.checkpoint and
-  model.latent_statistics, each if it is set.
-
-  Args:
-    config: the whole config.
-    model: from `models.build_autoencoder` of the same config.
-    builder: of the same config.
-    mesh: from `partitioning.create_mesh`.
-
-  Returns:
-    A part of `builder.abstract_variables`, for `builder.create`, spread over
-    devices as said there.
-
-  Raises:
-    ValueError: as `check`, or weights that are missing or damaged.
-  """
-  check(config, model)
-  if config.train.init_from:
-    _, variables = trained.restore(_find_run(config), mesh)
-    return _place(variables, builder.abstract_variables)
-  parts = {}
-  encoder, mae = config.model.encoder, config.model.decoder.mae
-  if reads_encoder(config):
-    with _naming('model.encoder.checkpoint'):
-      parts['encoder'] = models.load_encoder(
-          encoder.checkpoint,
-          model.encoder.image_size,
-          encoder.final_affine,
-          shardings=lambda _: _shardings(builder, 'encoder'),
-      ).variables
-  if _reads_decoder(config):
-    with _naming('model.decoder.mae.checkpoint'):
-      parts['decoder'] = models.load_decoder(
-          mae.checkpoint,
-          mae.normalization,
-          shardings=lambda _: _shardings(builder, 'decoder'),
-      ).variables
-  if model.statistics is not None:
-    values = {'constants': _read_statistics(config, model)}
-    parts['statistics'] = jax.tree.map(
-        jax.device_put, values, _shardings(builder, 'statistics')
-    )
-  variables: dict[str, Any] = {}
-  for part, collections in parts.items():
-    for collection, values in collections.items():
-      variables.setdefault(collection, {})[part] = values
-  return variables
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   runtime.keep_freed_memory()
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
-  initialization.check(config, model)
+  start = initialization.Start(config, model)
   dataset = data.build_dataset(
       config.data,
       split='train_once',
@@ -79,7 +79,7 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   )
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  variables = initialization.load(config, model, builder, mesh)
+  variables = start.load(builder, mesh)
   variables = {
       collection: parts['encoder']
       for collection, parts in variables.items()

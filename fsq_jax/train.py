@@ -110,21 +110,20 @@ class _Trainer:
         folder, keep=config.train.keep_checkpoints
     )
     self.model = models.build_autoencoder(config.model, config.data.image_size)
+    start = None
     if self.checkpointer.latest_step is None:
-      initialization.check(config, self.model)
+      start = initialization.Start(config, self.model)
     self.dataset = self._build_dataset('train')
     self.iterator = self.dataset.iterator()
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
-    self.start = {}
+    self.started_from = {}
     self.state = self._restore(builder, allow_config_change)
     if self.state is None:
-      self.start = initialization.describe(config)
-      for name, value in self.start.items():
+      self.started_from = start.facts
+      for name, value in self.started_from.items():
         self.progress.say(f'Starts from {name} {value}')
-      self.state = builder.create(
-          initialization.load(config, self.model, builder, self.mesh)
-      )
+      self.state = builder.create(start.load(builder, self.mesh))
     self.step = int(self.state.step)
     self.evaluator = evaluate.Evaluator(
         self.model,
@@ -216,7 +215,7 @@ class _Trainer:
       self.iterator.set_state(record['iterator'])
     if (self.folder / workdirs.RUN).is_file():
       facts = json.loads((self.folder / workdirs.RUN).read_text('utf-8'))
-      self.start = facts.get('start', {})
+      self.started_from = facts.get('started_from', {})
     self.progress.say(f'Continuing {self.folder} from step {step}.')
     return self.checkpointer.restore(step, builder.abstract)
 
@@ -253,7 +252,7 @@ class _Trainer:
         'num_frozen_parameters': num_frozen,
         'num_train_examples': self.dataset.num_examples,
         'first_step': self.step,
-        'start': self.start,
+        'started_from': self.started_from,
         'compile_seconds': round(compile_seconds, 2),
     }
     workdirs.write_json(self.folder / workdirs.RUN, facts)

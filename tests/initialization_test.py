@@ -82,7 +82,7 @@ def _start(config):
   """The first state, and its builder."""
   config = configuration.resolve(config)
   model, builder, mesh = _build(config)
-  loaded = initialization.load(config, model, builder, mesh)
+  loaded = initialization.Start(config, model).load(builder, mesh)
   # Spread from the start, not after a copy on every device.
   for path, x in _leaves(loaded).items():
     wanted = _leaves(builder.abstract_variables)[path].sharding
@@ -109,7 +109,7 @@ def _assert_same(tree, expected):
 
 def _check(config):
   model = models.build_autoencoder(config.model, config.data.image_size)
-  initialization.check(config, model)
+  initialization.Start(config, model)
 
 
 # Published encoders and decoders.
@@ -159,14 +159,14 @@ def test_an_encoder_that_trains_starts_with_them_too():
 def test_without_a_checkpoint_the_encoder_is_random():
   config = _load_config({'model.encoder.checkpoint': ''})
   model, builder, mesh = _build(config)
-  assert initialization.load(config, model, builder, mesh) == {}
+  assert initialization.Start(config, model).load(builder, mesh) == {}
   # What is of another kind of encoder does nothing.
   config = _load_config({
       'model.encoder.name': 'vit', 'model.encoder.patch_size': 16,
       'model.encoder.checkpoint': '/nowhere',
   })
   model, builder, mesh = _build(config)
-  assert initialization.load(config, model, builder, mesh) == {}
+  assert initialization.Start(config, model).load(builder, mesh) == {}
 
 
 def test_a_decoder_is_loaded_with_its_constants_beside_the_encoder():
@@ -264,7 +264,7 @@ def test_files_that_are_missing_or_damaged_are_refused(
   config = _load_config({'model.encoder.checkpoint': str(folder)})
   model, builder, mesh = _build(config)
   with pytest.raises(ValueError, match=message):
-    initialization.load(config, model, builder, mesh)
+    initialization.Start(config, model).load(builder, mesh)
 
 
 # Statistics of latents.
@@ -305,7 +305,7 @@ def test_statistics_of_other_latents_are_refused(
   config.model.encoder[field] = value
   model, builder, mesh = _build(config)
   with pytest.raises(ValueError, match=f'of other latents(.|\n)*{message}'):
-    initialization.load(config, model, builder, mesh)
+    initialization.Start(config, model).load(builder, mesh)
 
 
 def test_statistics_are_loaded_as_constants(tmp_path):

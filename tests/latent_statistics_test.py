@@ -186,7 +186,8 @@ def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  state = builder.create(initialization.load(config, model, builder, mesh))
+  start = initialization.Start(config, model)
+  state = builder.create(start.load(builder, mesh))
   checkpointer = checkpoint.Checkpointer(tmp_path / 'run')
   checkpointer.save(1, state, {
       'config': json.loads(configuration.config_to_json(config)),

@@ -83,7 +83,7 @@ def _build(*overrides, mesh=(1, 1), optimizer=None):
       in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
       out_shardings=(builder.shardings, partitioning.replicated(mesh)),
   )
-  loaded = initialization.load(config, model, builder, mesh)
+  loaded = initialization.Start(config, model).load(builder, mesh)
   return _Training(model, builder, mesh, step, builder.create(loaded))
 
 
@@ -395,7 +395,9 @@ def test_stage_2_trains_the_encoder_and_keeps_its_start(runs):
   assert len(losses) == 3
   assert losses[0] < 1e-12 < losses[1] < losses[2]
   facts = json.loads((folder / '2' / workdir.RUN).read_text())
-  assert facts['start'] == {'train.init_from': str(folder / '1'), 'step': 3}
+  assert facts['started_from'] == {
+      'train.init_from': str(folder / '1'), 'step': 3
+  }
 
 
 @pytest.mark.slow
@@ -414,7 +416,7 @@ def test_stage_2_goes_on_without_stage_1_bit_for_bit(
     shutil.move(folder / 'elsewhere', folder / '1')
   run = json.loads((tmp_path / 'copy' / '2' / workdir.RUN).read_text())
   assert run['first_step'] == 2
-  assert run['start']['step'] == 3
+  assert run['started_from']['step'] == 3
   _assert_same(state, states[2])
   # Nothing of it is empty.
   assert _leaves(state.teacher_params)

@@ -132,11 +132,5 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def show(results: dict[str, Any]) -> None:
-  """Makes the plot and prints the tables."""
-  plot(results, HERE / 'plot.png')
-  print_tables(results)
-
-
 if __name__ == '__main__':
-  sweep.main(__doc__, HERE / 'results.json', run, show)
+  sweep.main(__doc__, HERE, run, print_tables=print_tables, plot=plot)

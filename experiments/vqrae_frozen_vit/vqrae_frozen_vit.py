@@ -224,18 +224,13 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def show(results: dict[str, Any]) -> None:
-  """Makes the plot and prints the table."""
-  plot(results, HERE / 'plot.png')
-  print_tables(results)
-
-
 if __name__ == '__main__':
   sweep.main(
       __doc__,
-      HERE / 'results.json',
+      HERE,
       run,
-      show,
-      folder='vqrae_frozen_vit',
+      print_tables=print_tables,
+      plot=plot,
+      runs='vqrae_frozen_vit',
       paths={'encoder': 'Hugging Face directory of the trained ViT-S/14'},
   )
