@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = _data()
   config.model = _model()
   config.losses = _losses()
+  config.discriminator = _discriminator()
   config.optim = _optim()
   config.partitioning = _partitioning()
   config.train = _train()
@@ -304,7 +305,68 @@ def _losses() -> ml_collections.ConfigDict:
   # Weight of the mean squared difference between the encoder's latents, before
   # noise and quantizer, and those of a frozen copy of it as the run starts.
   losses.distillation_weight = 0.0
+
+  perceptual = losses.perceptual = ml_collections.ConfigDict()
+  # 'none', or a frozen network by which reconstructions are compared with
+  # images: 'lpips_vgg16', 'lpips_alexnet'; 'convnext', logits of ConvNeXt-S; or
+  # 'vit', latents of a pretrained encoder.
+  perceptual.name = 'none'
+  perceptual.weight = 1.0
+  # File of its weights, see experiments/weights; vit: directory of an encoder.
+  # None, in configs that train with it, has to be set.
+  perceptual.checkpoint = ''
+
+  adversarial = losses.adversarial = ml_collections.ConfigDict()
+  # What the decoder learns from the discriminator below: 'hinge', minus the
+  # mean logit; 'non_saturating'; or 'vanilla', the first paper's.
+  adversarial.loss = 'hinge'
+  adversarial.weight = 0.1
+  # 'fixed', or 'adaptive': times the ratio of the gradients of the losses on
+  # images and of this one at the decoder's last layer, at most 1e4 (VQGAN's).
+  adversarial.weighting = 'fixed'
+  # Step from which it counts, not before the discriminator's; steps in which
+  # its weight then rises from 0, 0 for at once.
+  adversarial.start_step = 0
+  adversarial.ramp_steps = 0
   return losses
+
+
+def _discriminator() -> ml_collections.ConfigDict:
+  discriminator = ml_collections.ConfigDict()
+  # 'none' trains without; 'patch', 'stylegan', or 'dino', five heads on a
+  # frozen ViT-S/8.
+  discriminator.name = 'none'
+  # Its loss: 'hinge', 'vanilla' or 'non_saturating', twice that.
+  discriminator.loss = 'hinge'
+  # Step from which it trains.
+  discriminator.start_step = 0
+  # Weight of R1, the mean squared norm of the gradient of the logits at real
+  # images, and the steps between two of which one has it, that many times.
+  discriminator.r1_weight = 0.0
+  discriminator.r1_every_steps = 16
+  # Weight of LeCam (arXiv 2104.03310), decay of the logits' averages in it.
+  discriminator.lecam_weight = 0.0
+  discriminator.lecam_decay = 0.999
+  # Probability in [0, 1] of each differentiable augmentation (arXiv
+  # 2006.10738) of what it sees: translation, then color.
+  discriminator.augment_probability = 0.0
+  # Show it reconstructions as they are stored: clipped, rounded to 256 levels.
+  discriminator.uint8_fakes = False
+  discriminator.patch = _patch()
+  discriminator.stylegan = _stylegan()
+  discriminator.dino = ml_collections.ConfigDict()
+  # Its own AdamW, whose fields are those of `optim`; the schedule ends with the
+  # run.
+  adamw = discriminator.optim = ml_collections.ConfigDict()
+  adamw.learning_rate = 1e-4
+  adamw.end_learning_rate = 1e-5
+  adamw.warmup_steps = 0
+  adamw.b1 = 0.5
+  adamw.b2 = 0.99
+  adamw.eps = 1e-8
+  adamw.weight_decay = 0.0
+  adamw.clip_norm = 0.0
+  return discriminator
 
 
 def _optim() -> ml_collections.ConfigDict:
@@ -377,4 +439,14 @@ def _eval() -> ml_collections.ConfigDict:
   evaluation = ml_collections.ConfigDict()
   # Images in the reconstruction grid.
   evaluation.num_grid_images = 24
+  # Files of weights by which reconstructions are measured too, each under its
+  # name; '' measures nothing. LPIPS and fd_vgg16: experiments/weights. rfid:
+  # Inception-v3 of pytorch-fid as safetensors. fd_encoder: a directory as for
+  # a pretrained encoder.
+  networks = evaluation.networks = ml_collections.ConfigDict()
+  networks.lpips_alexnet = ''
+  networks.lpips_vgg16 = ''
+  networks.rfid = ''
+  networks.fd_vgg16 = ''
+  networks.fd_encoder = ''
   return evaluation

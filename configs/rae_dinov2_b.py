@@ -12,7 +12,7 @@ Numbers: none of its own yet. VQRAE's paper has rFID 0.49, 19.23 dB PSNR and
   0.620 SSIM for RAE. Published decoders are read by
   --config.model.decoder.mae.checkpoint=DIR.
 
-Not there yet: LPIPS and the adversarial loss, from the same steps on as there.
+LPIPS and the discriminator are those of vqrae_fsq_siglip_l.
 """
 
 import ml_collections

@@ -11,9 +11,10 @@ Hardware and time: meant for 8 accelerators of 80 GB, 64 images each; not run
 Numbers: none of its own yet. The paper reaches rFID 1.31, 22.23 dB PSNR and
   0.762 SSIM, with a SigLIP 2, 16,384 learned codes and both stages.
 
-Not there yet: LPIPS (weight 1 from the first step) and the adversarial loss
-(adaptive weight 0.75; its discriminator from epoch 6, step 15,012, the decoder
-against it from epoch 8, step 20,016).
+LPIPS and discriminator: --config.losses.perceptual.checkpoint=FILE, made by
+experiments/weights, and --config.discriminator.dino.checkpoint=DIR, with
+facebook/dino-vits8. --config.losses.perceptual.name=none and
+--config.discriminator.name=none train without them.
 
 Different from the original, where these were mistakes:
 * Its "SigLIP-L" loads a base model; its XL decoder has not "the same depth".
@@ -67,6 +68,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.remat = True
 
   config.losses.reconstruction = 'l1'
+  config.losses.perceptual.name = 'lpips_vgg16'
+  config.losses.adversarial.weight = 0.75
+  config.losses.adversarial.weighting = 'adaptive'
+  config.losses.adversarial.start_step = 8 * _STEPS_PER_EPOCH
+
+  config.discriminator.name = 'dino'
+  config.discriminator.start_step = 6 * _STEPS_PER_EPOCH
+  config.discriminator.augment_probability = 1.0
+  config.discriminator.uint8_fakes = True
+  config.discriminator.optim.learning_rate = 2e-4
+  config.discriminator.optim.end_learning_rate = 2e-5
+  config.discriminator.optim.warmup_steps = _STEPS_PER_EPOCH
+  config.discriminator.optim.b1 = 0.9
+  config.discriminator.optim.b2 = 0.95
 
   config.optim.frozen = ('encoder/.*',)
   config.optim.learning_rate = 2e-4

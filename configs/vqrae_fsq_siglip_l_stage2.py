@@ -8,10 +8,10 @@ Command: python launch.py --config=configs/vqrae_fsq_siglip_l_stage2.py
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none of its own yet; the paper's are in vqrae_fsq_siglip_l.
 
-Not there yet: the perceptual loss (ConvNeXt-S logits, weight 1.1) and the
-adversarial one (weight 0.1 from step 50,000; discriminator at 4e-5). The paper
-names no batch size here; stage 1's, and its EMA, stay. The stage 2 of
-hugoycj/RAE encodes under no_grad and compares quantized latents with their own
+Networks: --config.losses.perceptual.checkpoint=FILE of ConvNeXt-S, made by
+experiments/weights, and --config.discriminator.dino.checkpoint=DIR, as there.
+The paper names neither a discriminator nor a batch size; stage 1's, and its
+EMA, stay. The stage 2 of hugoycj/RAE encodes under no_grad and compares quantized latents with their own
 continuous ones: nothing trains the encoder there.
 """
 
@@ -31,7 +31,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.eval_every_steps = 5000
 
   config.losses.reconstruction = 'l2'
+  config.losses.perceptual.name = 'convnext'
+  config.losses.perceptual.weight = 1.1
+  config.losses.adversarial.weight = 0.1
+  config.losses.adversarial.weighting = 'fixed'
+  config.losses.adversarial.start_step = 50_000
   config.losses.distillation_weight = 1.0
+
+  config.discriminator.start_step = 50_000
+  config.discriminator.optim.learning_rate = 4e-5
+  config.discriminator.optim.end_learning_rate = 4e-5
+  config.discriminator.optim.warmup_steps = 2000
+  config.discriminator.optim.b2 = 0.999
+  config.discriminator.optim.weight_decay = 1e-4
+  config.discriminator.optim.clip_norm = 1.0
 
   config.optim.frozen = ()
   config.optim.learning_rate = 1e-4

@@ -55,6 +55,16 @@ _PRETRAINED = {
     ),
     'final_affine': _BOOL,
 }
+_ADAMW = {
+    'learning_rate': _POSITIVE,
+    'end_learning_rate': _NOT_NEGATIVE,
+    'warmup_steps': _COUNT_OR_ZERO,
+    'b1': _DECAY,
+    'b2': _DECAY,
+    'eps': _POSITIVE,
+    'weight_decay': _NOT_NEGATIVE,
+    'clip_norm': _NOT_NEGATIVE,
+}
 _MAE = {
     'checkpoint': _TEXT,
     'preset': rules.name('none', 'B', 'L', 'XL'),
@@ -125,6 +135,21 @@ _QUANTIZERS = {
     },
     'none': {'code_dim': _COUNT},
 }
+_DISCRIMINATOR = {
+    'name': rules.name('none', 'patch', 'stylegan', 'dino'),
+    'loss': rules.name('hinge', 'non_saturating', 'vanilla'),
+    'start_step': _COUNT_OR_ZERO,
+    'r1_weight': _NOT_NEGATIVE,
+    'r1_every_steps': _COUNT,
+    'lecam_weight': _NOT_NEGATIVE,
+    'lecam_decay': _DECAY,
+    'augment_probability': _SHARE,
+    'uint8_fakes': _BOOL,
+    **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
+}
+_EVAL_NETWORKS = (
+    'lpips_alexnet', 'lpips_vgg16', 'rfid', 'fd_vgg16', 'fd_encoder',
+)  # fmt: skip
 _PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
 _PROJECTORS = {
     'in.name': rules.name('linear', 'standardized', 'mlp', 'attention', 'none'),
@@ -189,15 +214,21 @@ FIELDS: Mapping[str, rules.Rule] = {
     'losses.reconstruction_weight': _NOT_NEGATIVE,
     'losses.quantizer_weight': _NOT_NEGATIVE,
     'losses.distillation_weight': _NOT_NEGATIVE,
+    'losses.perceptual.name': rules.name(
+        'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'vit'
+    ),
+    'losses.perceptual.weight': _NOT_NEGATIVE,
+    'losses.perceptual.checkpoint': _TEXT,
+    'losses.adversarial.loss': rules.name(
+        'hinge', 'non_saturating', 'vanilla'
+    ),
+    'losses.adversarial.weight': _NOT_NEGATIVE,
+    'losses.adversarial.weighting': rules.name('fixed', 'adaptive'),
+    'losses.adversarial.start_step': _COUNT_OR_ZERO,
+    'losses.adversarial.ramp_steps': _COUNT_OR_ZERO,
+    **{f'discriminator.{name}': rule for name, rule in _DISCRIMINATOR.items()},
     'optim.name': rules.name('adamw', 'muon'),
-    'optim.learning_rate': _POSITIVE,
-    'optim.end_learning_rate': _NOT_NEGATIVE,
-    'optim.warmup_steps': _COUNT_OR_ZERO,
-    'optim.b1': _DECAY,
-    'optim.b2': _DECAY,
-    'optim.eps': _POSITIVE,
-    'optim.weight_decay': _NOT_NEGATIVE,
-    'optim.clip_norm': _NOT_NEGATIVE,
+    **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
     'optim.accumulation_steps': _COUNT,
     'optim.ema_decay': _DECAY,
     'optim.frozen': rules.tuple_of(
@@ -231,6 +262,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'train.compilation_cache': _TEXT,
     'eval.num_grid_images': _COUNT,
+    **{f'eval.networks.{name}': _TEXT for name in _EVAL_NETWORKS},
 }
 
 
@@ -273,11 +305,52 @@ def _projector_rules() -> Iterator[rules.CrossRule]:
   )
 
 
+def _network_rules() -> Iterator[rules.CrossRule]:
+  """Rules between losses and networks that training compares images by."""
+  made = 'experiments/weights says how to get one'
+  yield rules.CrossRule(
+      ('losses.perceptual.name', 'losses.perceptual.checkpoint'),
+      f"'none', or a file of the network's weights ({made}); set"
+      ' --config.losses.perceptual.checkpoint',
+      lambda name, path: name == 'none' or path != '',
+  )
+  yield rules.CrossRule(
+      ('discriminator.name', 'discriminator.dino.checkpoint'),
+      "with 'dino' the directory of a DINO ViT-S/8; set"
+      ' --config.discriminator.dino.checkpoint',
+      lambda name, path: name != 'dino' or path != '',
+  )
+  yield rules.CrossRule(
+      (
+          'discriminator.name',
+          'discriminator.start_step',
+          'losses.adversarial.start_step',
+      ),
+      'an adversarial loss that starts no sooner than the discriminator',
+      lambda name, discriminator, decoder: (
+          name == 'none' or discriminator <= decoder
+      ),
+  )
+  yield rules.CrossRule(
+      (
+          'discriminator.name',
+          'discriminator.start_step',
+          'discriminator.optim.warmup_steps',
+          'train.num_steps',
+      ),
+      'start_step + warmup_steps < num_steps',
+      lambda name, start, warmup_steps, num_steps: (
+          name == 'none' or start + warmup_steps < num_steps
+      ),
+  )
+
+
 def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   """Yields the rules between fields, those on devices if these are known."""
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
   yield from _projector_rules()
+  yield from _network_rules()
   yield rules.CrossRule(
       (
           'losses.distillation_weight',
@@ -309,11 +382,12 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
       'warmup_steps < num_steps',
       lambda warmup_steps, num_steps: warmup_steps < num_steps,
   )
-  yield rules.CrossRule(
-      ('optim.end_learning_rate', 'optim.learning_rate'),
-      'end_learning_rate <= learning_rate',
-      lambda end, peak: end <= peak,
-  )
+  for section in ('optim', 'discriminator.optim'):
+    yield rules.CrossRule(
+        (f'{section}.end_learning_rate', f'{section}.learning_rate'),
+        'end_learning_rate <= learning_rate',
+        lambda end, peak: end <= peak,
+    )
   yield rules.CrossRule(
       ('train.profile_steps', 'train.num_steps'),
       '() or first <= last <= num_steps',

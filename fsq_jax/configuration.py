@@ -23,6 +23,9 @@ _RESUMABLE = frozenset({
     'data.cache_mib',
     'data.num_threads',
     'data.prefetch',
+    # Their weights are held to the run's by what they are, not where.
+    'discriminator.dino.checkpoint',
+    'losses.perceptual.checkpoint',
     'train.checkpoint_every_steps',
     'train.compilation_cache',
     'train.eval_every_steps',
@@ -38,7 +41,15 @@ _RESUMABLE = frozenset({
 # Fields that decide of which arrays the train state consists and what they
 # mean: a checkpoint cannot be continued with others.
 _OF_MODEL = ('model.', 'data.image_size')
-_OF_TRAINING = ('optim.name', 'optim.frozen', 'losses.distillation_weight')
+_OF_TRAINING = (
+    'optim.name', 'optim.frozen', 'losses.distillation_weight',
+    'discriminator.name', 'discriminator.patch', 'discriminator.stylegan',
+)
+# Sections of which one is built, the one that `name` says.
+_ALTERNATIVES = (
+    'discriminator', 'model.projector_in', 'model.projector_out',
+    'model.quantizer',
+)
 _NOT_OF_STATE = frozenset({
     'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
@@ -236,8 +247,18 @@ def diff_models(
       line
       for name, line in lines.items()
       if name.startswith(_OF_MODEL + and_of)
+      and _is_built(name, *fields)
       and not _is_of_no_variable(name, *(x.get(name) for x in fields))
   ]
+
+
+def _is_built(name: str, *configs: Mapping[str, Any]) -> bool:
+  """Whether a field is not of a section that neither config has built."""
+  for section in _ALTERNATIVES:
+    part, _, rest = name.removeprefix(f'{section}.').partition('.')
+    if name.startswith(f'{section}.') and rest:
+      return any(fields.get(f'{section}.name') == part for fields in configs)
+  return True
 
 
 def _is_of_no_variable(name: str, saved: Any, current: Any) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import metrics
+from fsq_jax import network_metrics
 from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax import report
@@ -58,6 +59,9 @@ class Evaluation(NamedTuple):
     """The numbers that matter most, in one line."""
     scalars = self.scalars()
     text = f'PSNR {scalars["psnr"]:.2f} dB, SSIM {scalars["ssim"]:.3f}'
+    for name in network_metrics.DEFINITIONS:
+      if name in scalars:
+        text += f', {name} {scalars[name]:.3f}'
     if self.codebook:
       text += (
           f', codebook usage {scalars["usage"]:.1%}, perplexity'
@@ -79,6 +83,7 @@ class Evaluator:
       mesh: jax.sharding.Mesh,
       *,
       num_grid_images: int,
+      networks: network_metrics.NetworkMetrics | None = None,
   ):
     """Compiles nothing yet.
 
@@ -87,7 +92,11 @@ class Evaluator:
       dataset: built with split='eval'.
       mesh: from `partitioning.create_mesh`.
       num_grid_images: originals and reconstructions to return.
+      networks: what networks measure, of the same data set; None for nothing.
     """
+    if networks is None:
+      networks = network_metrics.NetworkMetrics({}, mesh, images={})
+    self._networks = networks
     self._quantizer = model.quantizer
     self._digits = {}
     if isinstance(model.quantizer, quantizers.DigitQuantizer):
@@ -130,13 +139,16 @@ class Evaluator:
       codebook = metrics.CodebookStatistics(
           self._quantizer.codebook_size, **self._digits
       )
+    scores = self._networks.start()
     originals, reconstructions = [], []
     waiting = collections.deque(self._grid)
     for local_batch in self._dataset:
       batch = partitioning.shard_batch(local_batch, self._mesh)
       output = self._eval_step(variables, batch['image'])
+      pairs = batch['image'], output.reconstructions
       batch, output = jax.device_get((self._gather(batch), output))
       mask = batch['mask']
+      scores.update(*pairs, mask, np.isfinite(output.metrics['psnr']))
       for name, values in output.metrics.items():
         means.setdefault(name, metrics.Mean()).update(values, mask)
       if codebook is not None:
@@ -146,14 +158,17 @@ class Evaluator:
       reconstructions.extend(output.reconstructions[shown])
     if not originals:
       raise ValueError('No image of the evaluation split can be read.')
-    return self._summarise(means, codebook, originals, reconstructions)
+    return self._summarise(means, scores, codebook, originals, reconstructions)
 
-  def _summarise(self, means, codebook, originals, reconstructions):
+  def _summarise(self, means, scores, codebook, originals, reconstructions):
     nonfinite = means['psnr'].num_nonfinite
     if nonfinite:
       logging.error('%d reconstructions are not finite.', nonfinite)
     return Evaluation(
-        metrics={name: mean.result() for name, mean in means.items()},
+        metrics={
+            **{name: mean.result() for name, mean in means.items()},
+            **scores.result(),
+        },
         codebook={} if codebook is None else codebook.result(),
         protocol={
             **self._dataset.protocol,
@@ -162,11 +177,53 @@ class Evaluator:
             'num_nonfinite_reconstructions': nonfinite,
             'rounding': 'clipped to [-1, 1], rounded to the nearest of 256',
             'quantizer': self._quantizer.spec(),
-            'definitions': metrics.DEFINITIONS,
+            'networks': self._networks.protocol,
+            'definitions': metrics.DEFINITIONS | self._networks.definitions,
         },
         originals=np.stack(originals),
         reconstructions=np.stack(reconstructions),
     )
+
+
+def build_evaluator(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> Evaluator:
+  """Builds what the `eval` section of a config describes.
+
+  Args:
+    config: the whole config.
+    model: an autoencoder.
+    dataset: built with split='eval'.
+    mesh: from `partitioning.create_mesh`.
+    folder: of the run, where statistics of the originals are kept.
+
+  Returns:
+    The evaluator.
+
+  Raises:
+    ValueError: weights of networks that are missing or damaged.
+  """
+  networks = network_metrics.NetworkMetrics(
+      config.eval.networks,
+      mesh,
+      images={
+          name: value
+          for name, value in (dataset.fingerprint | dataset.protocol).items()
+          if name not in ('batch_size', 'process_count')
+      },
+      folder=folder / workdirs.REFERENCES,
+  )
+  return Evaluator(
+      model,
+      dataset,
+      mesh,
+      num_grid_images=config.eval.num_grid_images,
+      networks=networks,
+  )
 
 
 def _select(
@@ -256,9 +313,7 @@ def evaluate_workdir(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
   )
-  evaluator = Evaluator(
-      model, dataset, mesh, num_grid_images=config.eval.num_grid_images
-  )
+  evaluator = build_evaluator(config, model, dataset, mesh, found.folder)
   evaluation = evaluator.run(variables)
   if jax.process_index() == 0:
     label = '' if which == 'newest' else which

@@ -73,12 +73,31 @@ def build_optimizer(
   optimizer = _OPTIMIZERS[config['name']](
       config, build_schedule(config, num_steps)
   )
-  # The same state with and without: a run may change them as it goes on.
-  clip = optax.identity()
-  if config['clip_norm']:
-    clip = optax.clip_by_global_norm(config['clip_norm'])
   factors = tuple(config['learning_rate_factors'])
-  return optax.chain(clip, optimizer, _scale_by_path(factors))
+  return optax.chain(_clip(config), optimizer, _scale_by_path(factors))
+
+
+def build_adamw(
+    config: Mapping[str, Any], num_steps: int
+) -> optax.GradientTransformation:
+  """Builds the optimizer of the `discriminator.optim` section of a config.
+
+  Args:
+    config: that section.
+    num_steps: updates until the schedule's end.
+
+  Returns:
+    A transformation whose updates are added to the parameters.
+  """
+  schedule = build_schedule(config, num_steps)
+  return optax.chain(_clip(config), _adamw(config, schedule))
+
+
+def _clip(config: Mapping[str, Any]) -> optax.GradientTransformation:
+  # The same state with and without: a run may change it as it goes on.
+  if config['clip_norm']:
+    return optax.clip_by_global_norm(config['clip_norm'])
+  return optax.identity()
 
 
 def split_frozen(

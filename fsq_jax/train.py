@@ -19,6 +19,7 @@ from fsq_jax import data
 from fsq_jax import evaluate
 from fsq_jax import initialization
 from fsq_jax import models
+from fsq_jax import networks
 from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import progress
@@ -113,6 +114,7 @@ class _Trainer:
     start = None
     if self.checkpointer.latest_step is None:
       start = initialization.Start(config, self.model)
+    self.networks = networks.load_networks(config, self.mesh)
     self.dataset = self._build_dataset('train')
     self.iterator = self.dataset.iterator()
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
@@ -125,11 +127,8 @@ class _Trainer:
         self.progress.say(f'Starts from {name} {value}')
       self.state = builder.create(start.load(builder, self.mesh))
     self.step = int(self.state.step)
-    self.evaluator = evaluate.Evaluator(
-        self.model,
-        self._build_dataset('eval'),
-        self.mesh,
-        num_grid_images=config.eval.num_grid_images,
+    self.evaluator = evaluate.build_evaluator(
+        config, self.model, self._build_dataset('eval'), self.mesh, folder
     )
     self.train_step, compile_seconds = self._compile(optimizer, builder)
     self.evaluated_step = None
@@ -205,6 +204,7 @@ class _Trainer:
     convert.check_same_dialect(
         record['quantizer'], self.model.quantizer.spec()
     )
+    self.networks.check_same(record['networks'])
     try:
       data.check_fingerprint(record['fingerprint'], self.dataset.fingerprint)
     except ValueError as error:
@@ -224,8 +224,14 @@ class _Trainer:
     started = time.perf_counter()
     batch_sharding = partitioning.batch_sharding(self.mesh)
     jitted = jax.jit(
-        train_step.build_train_step(self.model, optimizer, self.config),
-        in_shardings=(builder.shardings, batch_sharding),
+        train_step.build_train_step(
+            self.model, optimizer, self.config, self.networks.perceptual
+        ),
+        in_shardings=(
+            builder.shardings,
+            batch_sharding,
+            jax.tree.map(lambda x: x.sharding, self.networks.variables),
+        ),
         out_shardings=(
             builder.shardings, partitioning.replicated(self.mesh)
         ),
@@ -236,7 +242,9 @@ class _Trainer:
         np.uint8,
         sharding=batch_sharding,
     )
-    compiled = jitted.lower(builder.abstract, images).compile()
+    compiled = jitted.lower(
+        builder.abstract, images, self.networks.variables
+    ).compile()
     return compiled, time.perf_counter() - started
 
   def _describe_run(self, compile_seconds: float) -> None:
@@ -253,6 +261,7 @@ class _Trainer:
         'num_train_examples': self.dataset.num_examples,
         'first_step': self.step,
         'started_from': self.started_from,
+        'networks': self.networks.hashes,
         'compile_seconds': round(compile_seconds, 2),
     }
     workdirs.write_json(self.folder / workdirs.RUN, facts)
@@ -272,6 +281,7 @@ class _Trainer:
     return {
         'config': json.loads(configuration.config_to_json(self.config)),
         'quantizer': self.model.quantizer.spec(),
+        'networks': self.networks.hashes,
         'fingerprint': dict(self.dataset.fingerprint),
         'iterator': self.iterator.get_state(),
     }
@@ -289,8 +299,12 @@ class _Trainer:
 
   def _take_step(self) -> None:
     local_batch = next(self.iterator)
+    if self.pending is None:
+      train_step.check_images(local_batch['image'])
     images = partitioning.shard_batch(local_batch['image'], self.mesh)
-    self.state, scalars = self.train_step(self.state, images)
+    self.state, scalars = self.train_step(
+        self.state, images, self.networks.variables
+    )
     self.step += 1
     # Read a step's scalars while the device works on the next one.
     previous, self.pending = self.pending, (

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import ml_collections
 import optax
 
+from fsq_jax import adversary as adversaries
 from fsq_jax import optim
 from fsq_jax import partitioning
 
@@ -29,6 +30,8 @@ class TrainState(struct.PyTreeNode):
     model_state: the model's other collections, such as `codebook`.
     ema_params: average of params, which is what gets evaluated.
     opt_state: state of the optimizer.
+    adversary: `adversary.AdversaryState`, all of the discriminator that is not
+      frozen; {} without one.
     bad_steps: int32 scalar, skipped steps since the last good one.
     skipped_steps: int32 scalar, all steps skipped so far.
   """
@@ -40,6 +43,7 @@ class TrainState(struct.PyTreeNode):
   model_state: Any
   ema_params: Any
   opt_state: optax.OptState
+  adversary: Any
   bad_steps: jax.Array
   skipped_steps: jax.Array
 
@@ -79,6 +83,7 @@ class StateBuilder:
     image_size = tuple(config.data.image_size)
     seed = config.seed
     frozen_patterns = tuple(config.optim.frozen)
+    adversary = adversaries.build_adversary(config)
 
     def init_variables() -> dict[str, Any]:
       images = jnp.zeros((1, *image_size, 3), jnp.float32)
@@ -93,6 +98,11 @@ class StateBuilder:
       teacher = {}
       if config.losses.distillation_weight:
         teacher = _copy_encoder(params)
+      adversary_state = {}
+      if adversary is not None:
+        # Another key than the model's, whose parts draw by their names.
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        adversary_state = adversary.init(key)
       return TrainState(
           step=jnp.zeros((), jnp.int32),
           params=params,
@@ -102,6 +112,7 @@ class StateBuilder:
           # A copy: the donated state must not hold one buffer twice.
           ema_params=jax.tree.map(jnp.copy, params),
           opt_state=optimizer.init(params),
+          adversary=adversary_state,
           bad_steps=jnp.zeros((), jnp.int32),
           skipped_steps=jnp.zeros((), jnp.int32),
       )

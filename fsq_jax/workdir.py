@@ -17,6 +17,7 @@ EVALUATION = 'evaluation.json'
 REPORT = 'report.html'
 CHECKPOINTS = 'checkpoints'
 RECONSTRUCTIONS = 'reconstructions'
+REFERENCES = 'reference_statistics'
 TENSORBOARD = 'tensorboard'
 PROFILE = 'profile'
 

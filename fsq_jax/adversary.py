@@ -1,0 +1,224 @@
+"""The discriminator's side of training: its state, gradients and update."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import struct
+import jax
+from jax import numpy as jnp
+import optax
+
+from fsq_jax import diffaug
+from fsq_jax import losses
+from fsq_jax import models
+from fsq_jax import optim
+
+
+class AdversaryState(struct.PyTreeNode):
+  """What the discriminator carries from one step to the next.
+
+  Attributes:
+    params: parameters that train, float32.
+    model_state: the module's other collections: vectors of spectral norms.
+    opt_state: state of its optimizer.
+    average_logits: 'real' and 'fake', float32 scalars, for LeCam.
+  """
+
+  params: Any
+  model_state: Any
+  opt_state: optax.OptState
+  average_logits: Mapping[str, jax.Array]
+
+
+class Verdict(NamedTuple):
+  """What the discriminator says of one batch.
+
+  Attributes:
+    at_images: [B, H, W, 3] gradient of the decoder's loss at its images,
+      without its weight.
+    gradients: of the discriminator's loss at its parameters.
+    state: with model_state and average_logits after the batch.
+    scalars: float32; adversarial_loss is the decoder's.
+  """
+
+  at_images: jax.Array
+  gradients: Any
+  state: AdversaryState
+  scalars: dict[str, jax.Array]
+
+
+class Adversary:
+  """A discriminator, its losses and its optimizer, as a config names them."""
+
+  def __init__(self, config: Mapping[str, Any]):
+    """Builds the parts.
+
+    Args:
+      config: the whole config; discriminator, losses, data.image_size and
+        train.num_steps are read.
+    """
+    self._options = options = config['discriminator']
+    self._module = models.build_discriminator(options)
+    self._image_size = tuple(config['data']['image_size'])
+    self._discriminator_loss = losses.build_discriminator_loss(options['loss'])
+    self._generator_loss = losses.build_generator_loss(
+        config['losses']['adversarial']['loss']
+    )
+    self._optimizer = optim.build_adamw(
+        options['optim'],
+        config['train']['num_steps'] - options['start_step'],
+    )
+
+  def init(self, key: jax.Array) -> AdversaryState:
+    """Returns the state before the first step."""
+    images = jnp.zeros((1, *self._image_size, 3), jnp.float32)
+    variables = dict(self._module.init(key, images))
+    params, _ = models.split_discriminator(variables.pop('params'))
+    return AdversaryState(
+        params=params,
+        model_state=variables,
+        opt_state=self._optimizer.init(params),
+        average_logits={name: jnp.zeros(()) for name in ('real', 'fake')},
+    )
+
+  def judge(
+      self,
+      state: AdversaryState,
+      backbone: Any,
+      images: jax.Array,
+      reconstructions: jax.Array,
+      *,
+      key: jax.Array,
+      step: jax.Array,
+  ) -> Verdict:
+    """Computes both sides' gradients from one forward pass.
+
+    Args:
+      state: the discriminator's.
+      backbone: its frozen parameters, {} where it has none.
+      images: [B, H, W, 3] in [-1, 1].
+      reconstructions: the same shape.
+      key: of the augmentations.
+      step: int32 scalar, training steps taken.
+
+    Returns:
+      The verdict; all zeros before discriminator.start_step.
+    """
+
+    def judge(state):
+      return self._judge(state, backbone, images, reconstructions, key, step)
+
+    start = self._options['start_step']
+    if not start:
+      return judge(state)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, state)
+    )
+    return jax.lax.cond(
+        step >= start, judge, lambda state: zeros._replace(state=state), state
+    )
+
+  def update(
+      self, state: AdversaryState, gradients: Any, step: jax.Array
+  ) -> AdversaryState:
+    """Takes the optimizer's step, or none before discriminator.start_step."""
+    updates, opt_state = self._optimizer.update(
+        gradients, state.opt_state, state.params
+    )
+    updated = state.replace(
+        params=optax.apply_updates(state.params, updates), opt_state=opt_state
+    )
+    active = step >= self._options['start_step']
+    return jax.tree.map(lambda x, y: jnp.where(active, x, y), updated, state)
+
+  def _judge(
+      self, state, backbone, images, reconstructions, key, step
+  ) -> Verdict:
+    options = self._options
+    real_key, fake_key = jax.random.split(key)
+    real = self._augment(real_key, images)
+
+    def apply(params, model_state, x):
+      variables = {'params': optim.merge_frozen(params, backbone)}
+      return self._module.apply({**variables, **model_state}, x)
+
+    def both_losses(params, reconstructions):
+      if options['uint8_fakes']:
+        reconstructions = losses.straight_through_uint8(reconstructions)
+      fake = self._augment(fake_key, reconstructions)
+      real_logits, model_state = self._module.apply(
+          {'params': optim.merge_frozen(params, backbone), **state.model_state},
+          real,
+          train=True,
+          mutable=list(state.model_state),
+      )
+      fake_logits = apply(params, model_state, fake)
+      discriminator_loss = self._discriminator_loss(real_logits, fake_logits)
+      scalars = {
+          'real_logits': jnp.mean(real_logits),
+          'fake_logits': jnp.mean(fake_logits),
+      }
+      if options['lecam_weight']:
+        scalars['lecam_loss'] = losses.lecam(
+            real_logits,
+            fake_logits,
+            state.average_logits['real'],
+            state.average_logits['fake'],
+        )
+        discriminator_loss += options['lecam_weight'] * scalars['lecam_loss']
+      generator_loss = self._generator_loss(fake_logits)
+      scalars |= {
+          'adversarial_loss': generator_loss,
+          'discriminator_loss': discriminator_loss,
+      }
+      return (generator_loss, discriminator_loss), (scalars, model_state)
+
+    _, pull_back, (scalars, model_state) = jax.vjp(
+        both_losses, state.params, reconstructions, has_aux=True
+    )
+    one, zero = jnp.ones(()), jnp.zeros(())
+    _, at_images = pull_back((one, zero))
+    gradients, _ = pull_back((zero, one))
+    if options['r1_weight']:
+      penalty, more = self._penalize(apply, state, model_state, real, step)
+      gradients = jax.tree.map(jnp.add, gradients, more)
+      scalars['r1_penalty'] = penalty
+    averages = {
+        name: optax.incremental_update(
+            scalars[f'{name}_logits'], average, 1 - options['lecam_decay']
+        )
+        for name, average in state.average_logits.items()
+    }
+    state = state.replace(model_state=model_state, average_logits=averages)
+    return Verdict(at_images, gradients, state, scalars)
+
+  def _penalize(self, apply, state, model_state, real, step):
+    """R1 and its gradient in one step of every few, else 0."""
+    every = self._options['r1_every_steps']
+
+    def penalty(params):
+      return losses.r1_penalty(lambda x: apply(params, model_state, x), real)
+
+    def compute(params):
+      value, gradients = jax.value_and_grad(penalty)(params)
+      scale = self._options['r1_weight'] * every
+      return value, jax.tree.map(lambda x: scale * x, gradients)
+
+    if every == 1:
+      return compute(state.params)
+    skip = lambda params: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.cond(step % every == 0, compute, skip, state.params)
+
+  def _augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    probability = self._options['augment_probability']
+    if not probability:
+      return images
+    return diffaug.augment(key, images, probability=probability)
+
+
+def build_adversary(config: Mapping[str, Any]) -> Adversary | None:
+  """Returns what discriminator.name names; None for 'none'."""
+  if config['discriminator']['name'] == 'none':
+    return None
+  return Adversary(config)
