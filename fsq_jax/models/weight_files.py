@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 _NUMPY_DTYPES = {
     'float32': 'float32', 'float16': 'float16', 'void16': 'bfloat16'
 }
+_MAX_LISTED = 20
 # What zipfile, zlib, NumPy and safetensors raise over damaged files.
 _DAMAGE = (
     EOFError, KeyError, MemoryError, NotImplementedError, OSError,
@@ -106,6 +108,91 @@ def open_weights(path: pathlib.Path) -> Iterator[WeightFiles]:
     yield WeightFiles(str(path), headers, read)
 
 
+@contextlib.contextmanager
+def open_file(path: pathlib.Path) -> Iterator[WeightFiles]:
+  """Opens one safetensors file, which needs no config.json beside it.
+
+  Args:
+    path: the file.
+
+  Raises:
+    ValueError: there is no such file, or a damaged one, or a pickle.
+  """
+  if not os.path.isfile(path):
+    raise ValueError(f'There is no file {path}.')
+  with contextlib.ExitStack() as stack:
+    headers, read = _open_safetensors(path, stack)
+    yield WeightFiles(str(path), headers, read)
+
+
+def hash_weights(path: str | os.PathLike[str]) -> str:
+  """Hashes the bytes of weights, so that a number can name its network.
+
+  Args:
+    path: a file, or a directory with safetensors files as in `open_weights`.
+
+  Returns:
+    sha256 in hexadecimal of the file, or of the directory's weight files one
+    after the other in the order of their names: what `cat FILES | sha256sum`
+    prints.
+
+  Raises:
+    ValueError: there are no such files.
+  """
+  path = pathlib.Path(path).expanduser()
+  paths = _find_files(path) if os.path.isdir(path) else [path]
+  digest = hashlib.sha256()
+  for file_path in paths:
+    try:
+      with open(file_path, 'rb') as file:
+        while block := file.read(1 << 20):
+          digest.update(block)
+    except (OSError, ValueError) as error:
+      raise ValueError(f'{file_path} cannot be read: {error}.') from error
+  return digest.hexdigest()
+
+
+def list_misfits(
+    headers: Mapping[str, ArrayHeader],
+    shapes: Mapping[str, tuple[int, ...]],
+    is_unexpected: Callable[[str], bool],
+) -> str:
+  """Compares the arrays of a checkpoint with what a network needs.
+
+  Args:
+    headers: of the checkpoint.
+    shapes: by key, that the arrays must have.
+    is_unexpected: of a key in headers, whether it should not be there.
+
+  Returns:
+    Which keys are missing, unexpected, or of another shape or dtype, for an
+    error; empty if none is.
+  """
+  problems = {
+      'missing': [key for key in shapes if key not in headers],
+      'unexpected': [key for key in headers if is_unexpected(key)],
+      'of another shape': [
+          f'{key} is {headers[key].shape} instead of {tuple(shape)}'
+          for key, shape in shapes.items()
+          if key in headers and headers[key].shape != tuple(shape)
+      ],
+      'of another dtype': [
+          f'{key} is {headers[key].dtype} instead of one of {sorted(FLOATS)}'
+          for key in shapes
+          if key in headers and headers[key].dtype not in FLOATS
+      ],
+  }
+  listed = []
+  for problem, keys in problems.items():
+    if keys:
+      more = f' and {len(keys) - _MAX_LISTED} more'
+      listed.append(
+          f'{len(keys)} {problem}: {", ".join(sorted(keys)[:_MAX_LISTED])}'
+          + (more if len(keys) > _MAX_LISTED else '')
+      )
+  return '; '.join(listed)
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object from a file.
 
@@ -126,14 +213,19 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _open_directory(path, stack):
-  whole = path / 'model.safetensors'
+def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """Finds the safetensors files of a directory, sorted by name."""
+  if os.path.isfile(path / 'model.safetensors'):
+    return [path / 'model.safetensors']
+  return [path / name for name in sorted(set(_read_index(path).values()))]
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  """Reads which file of a directory each key is in."""
   index = path / 'model.safetensors.index.json'
-  if os.path.isfile(whole):
-    return _open_safetensors(whole, stack)
   if not os.path.isfile(index):
     raise ValueError(
-        f'{path} has neither {whole.name} nor {index.name}. Files such as'
+        f'{path} has neither model.safetensors nor {index.name}. Files such as'
         ' pytorch_model.bin are pickles, which may run any code and are never'
         ' read; save the model as safetensors.'
     )
@@ -151,6 +243,14 @@ def _open_directory(path, stack):
   )
   if absent:
     raise ValueError(f'{path} lacks {absent}, which {index.name} names.')
+  return files
+
+
+def _open_directory(path, stack):
+  whole = path / 'model.safetensors'
+  if os.path.isfile(whole):
+    return _open_safetensors(whole, stack)
+  files = _read_index(path)
   headers, reads = {}, {}
   for name in sorted(set(files.values())):
     shard_headers, read = _open_safetensors(path / name, stack)

@@ -15,7 +15,6 @@ from fsq_jax.models import weight_descriptions
 from fsq_jax.models import weight_files
 from fsq_jax.models import weight_layouts
 
-_MAX_LISTED = 20
 _POSITIONS = ('positions', 'class_position')
 
 
@@ -118,33 +117,11 @@ def _check(sources, prefix, weights, part, unused) -> None:
       return False
     return unused is None or not unused.match(key.removeprefix(prefix))
 
-  problems = {
-      'missing': [key for key in shapes if key not in headers],
-      'unexpected': [key for key in headers if is_unexpected(key)],
-      'of another shape': [
-          f'{key} is {headers[key].shape} instead of {shape}'
-          for key, shape in shapes.items()
-          if key in headers and headers[key].shape != tuple(shape)
-      ],
-      'of another dtype': [
-          f'{key} is {headers[key].dtype} instead of one of'
-          f' {sorted(weight_files.FLOATS)}'
-          for key in shapes
-          if key in headers and headers[key].dtype not in weight_files.FLOATS
-      ],
-  }
-  listed = []
-  for problem, keys in problems.items():
-    if keys:
-      more = f' and {len(keys) - _MAX_LISTED} more'
-      listed.append(
-          f'{len(keys)} {problem}: {", ".join(sorted(keys)[:_MAX_LISTED])}'
-          + (more if len(keys) > _MAX_LISTED else '')
-      )
-  if listed:
+  misfits = weight_files.list_misfits(headers, shapes, is_unexpected)
+  if misfits:
     raise ValueError(
         f'The {part} of {weights.source} does not fit its description:'
-        f' {"; ".join(listed)}. The file is damaged, or of another model.'
+        f' {misfits}. The file is damaged, or of another model.'
     )
 
 
