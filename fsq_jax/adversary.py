@@ -10,7 +10,7 @@ from jax import numpy as jnp
 import optax
 
 from fsq_jax import diffaug
-from fsq_jax import losses
+from fsq_jax import adversarial_losses
 from fsq_jax import models
 from fsq_jax import optim
 
@@ -61,8 +61,10 @@ class Adversary:
     self._options = options = config['discriminator']
     self._module = models.build_discriminator(options)
     self._image_size = tuple(config['data']['image_size'])
-    self._discriminator_loss = losses.build_discriminator_loss(options['loss'])
-    self._generator_loss = losses.build_generator_loss(
+    self._discriminator_loss = adversarial_losses.build_discriminator_loss(
+        options['loss']
+    )
+    self._generator_loss = adversarial_losses.build_generator_loss(
         config['losses']['adversarial']['loss']
     )
     self._optimizer = optim.build_adamw(
@@ -145,7 +147,9 @@ class Adversary:
 
     def both_losses(params, reconstructions):
       if options['uint8_fakes']:
-        reconstructions = losses.straight_through_uint8(reconstructions)
+        reconstructions = adversarial_losses.straight_through_uint8(
+            reconstructions
+        )
       fake = self._augment(fake_key, reconstructions)
       real_logits, model_state = self._module.apply(
           {'params': optim.merge_frozen(params, backbone), **state.model_state},
@@ -160,7 +164,7 @@ class Adversary:
           'fake_logits': jnp.mean(fake_logits),
       }
       if options['lecam_weight']:
-        scalars['lecam_loss'] = losses.lecam(
+        scalars['lecam_loss'] = adversarial_losses.lecam(
             real_logits,
             fake_logits,
             state.average_logits['real'],
@@ -172,9 +176,11 @@ class Adversary:
           'adversarial_loss': generator_loss,
           'discriminator_loss': discriminator_loss,
       }
-      return (generator_loss, discriminator_loss), (scalars, model_state)
+      logits = {'real': real_logits, 'fake': fake_logits}
+      more = scalars, logits, model_state
+      return (generator_loss, discriminator_loss), more
 
-    _, pull_back, (scalars, model_state) = jax.vjp(
+    _, pull_back, (scalars, logits, model_state) = jax.vjp(
         both_losses, state.params, reconstructions, has_aux=True
     )
     one, zero = jnp.ones(()), jnp.zeros(())
@@ -185,8 +191,8 @@ class Adversary:
       gradients = jax.tree.map(jnp.add, gradients, more)
       scalars['r1_penalty'] = penalty
     averages = {
-        name: optax.incremental_update(
-            scalars[f'{name}_logits'], average, 1 - options['lecam_decay']
+        name: adversarial_losses.update_average(
+            average, logits[name], options['lecam_decay']
         )
         for name, average in state.average_logits.items()
     }
@@ -198,7 +204,9 @@ class Adversary:
     every = self._options['r1_every_steps']
 
     def penalty(params):
-      return losses.r1_penalty(lambda x: apply(params, model_state, x), real)
+      return adversarial_losses.r1_penalty(
+          lambda x: apply(params, model_state, x), real
+      )
 
     def compute(params):
       value, gradients = jax.value_and_grad(penalty)(params)
@@ -207,7 +215,10 @@ class Adversary:
 
     if every == 1:
       return compute(state.params)
-    skip = lambda params: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+
+    def skip(params):
+      return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+
     return jax.lax.cond(step % every == 0, compute, skip, state.params)
 
   def _augment(self, key: jax.Array, images: jax.Array) -> jax.Array:

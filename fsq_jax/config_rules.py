@@ -1,21 +1,25 @@
-"""What the fields of a config may hold, alone and together."""
+"""What the fields of a config may hold, alone and together.
+
+Those of quantizers are in `quantizer_rules`.
+"""
 
 from collections.abc import Iterator, Mapping
 import math
 import os
 
+from fsq_jax import quantizer_rules
 from fsq_jax import rules
 
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
 
-_COUNT = rules.integer(1)
-_COUNT_OR_ZERO = rules.integer(0)
-_ANY_LENGTH = range(rules.MAX_INT32)
-_POSITIVE = rules.number('> 0', lambda x: x > 0)
-_NOT_NEGATIVE = rules.number('>= 0', lambda x: x >= 0)
-_SHARE = rules.number('in [0, 1]', lambda x: 0 <= x <= 1)
-_DECAY = rules.number('in [0, 1)', lambda x: 0 <= x < 1)
+_COUNT = rules.COUNT
+_COUNT_OR_ZERO = rules.COUNT_OR_ZERO
+_ANY_LENGTH = rules.ANY_LENGTH
+_POSITIVE = rules.POSITIVE
+_NOT_NEGATIVE = rules.NOT_NEGATIVE
+_SHARE = rules.SHARE
+_DECAY = rules.DECAY
 _BOOL = rules.Rule('True or False', lambda x: isinstance(x, bool))
 _TEXT = rules.Rule('a string', lambda x: isinstance(x, str))
 _NON_EMPTY = rules.Rule(
@@ -77,64 +81,6 @@ _MAE = {
         'dinov2_with_registers', 'dinov3', 'mae',
     ),
 }
-_LEVELS = rules.tuple_of(
-    'a tuple of integers >= 2, one for each dimension',
-    rules.integer(2),
-    _ANY_LENGTH,
-)
-_FSQ = {
-    'levels': _LEVELS,
-    'convention': rules.name('symmetric', 'paper', 'vqp', 'preserve_symmetry'),
-    'bound': rules.name('tanh', 'ifsq', 'clip'),
-    'eps': rules.optional(rules.number('', lambda x: True)),
-    'commitment_weight': rules.optional(_NOT_NEGATIVE),
-    'bins': rules.name('rounded', 'equal'),
-    'noise': _NOT_NEGATIVE,
-    'noise_per': rules.name('element', 'example'),
-}
-_LFQ = {
-    'num_bits': rules.integer(1, 30),
-    'bit_order': rules.name('msb_first', 'lsb_first'),
-    'commitment_weight': _NOT_NEGATIVE,
-    'entropy_weight': _NOT_NEGATIVE,
-    'diversity_weight': _NOT_NEGATIVE,
-    'temperature': _POSITIVE,
-    'entropy_group_bits': rules.integer(1, 16),
-}
-_CODEBOOK = {
-    # Usage and perplexity of a single code say nothing.
-    'codebook_size': rules.integer(2),
-    'code_dim': _COUNT,
-    'metric': rules.name('euclidean', 'cosine'),
-    'gradient': rules.name('straight_through', 'rotation'),
-    'commitment_weight': _NOT_NEGATIVE,
-}
-_QUANTIZERS = {
-    'fsq': _FSQ,
-    'grouped_fsq': {**_FSQ, 'num_groups': _COUNT},
-    'residual_fsq': {
-        'levels': _LEVELS,
-        'num_stages': _COUNT,
-        'stage_dropout': _SHARE,
-    },
-    'lfq': _LFQ,
-    'bsq': _LFQ,
-    'vq': {
-        **_CODEBOOK,
-        'codebook_update': rules.name('ema', 'gradient'),
-        'decay': _DECAY,
-        'codebook_init': rules.name('normal', 'kmeans'),
-        'restart': rules.name('none', 'batch', 'split'),
-        'dead_share': _DECAY,
-        'entropy_weight': _NOT_NEGATIVE,
-    },
-    'simvq': {
-        **_CODEBOOK,
-        'weighting': rules.name('standard', 'legacy'),
-        'input_projection': rules.name('none', 'linear'),
-    },
-    'none': {'code_dim': _COUNT},
-}
 _DISCRIMINATOR = {
     'name': rules.name('none', 'patch', 'stylegan', 'dino'),
     'loss': rules.name('hinge', 'non_saturating', 'vanilla'),
@@ -162,8 +108,6 @@ _PROJECTORS = {
     'out.fourier.num_frequencies': _COUNT,
     'out.fourier.sigma': _POSITIVE,
 }
-# Quantizers whose codes have no levels.
-_WITHOUT_LEVELS = ('none', 'simvq', 'vq')
 
 # Every field of configs/default.py.
 FIELDS: Mapping[str, rules.Rule] = {
@@ -198,10 +142,10 @@ FIELDS: Mapping[str, rules.Rule] = {
     'model.latent_statistics': _TEXT,
     'model.latent_noise': _NOT_NEGATIVE,
     **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
-    'model.quantizer.name': rules.name(*_QUANTIZERS),
+    'model.quantizer.name': rules.name(*quantizer_rules.FIELDS),
     **{
         f'model.quantizer.{quantizer}.{name}': rule
-        for quantizer, fields in _QUANTIZERS.items()
+        for quantizer, fields in quantizer_rules.FIELDS.items()
         for name, rule in fields.items()
     },
     'model.decoder.name': rules.name('mae', 'vit'),
@@ -297,7 +241,9 @@ def _projector_rules() -> Iterator[rules.CrossRule]:
       "with 'attention' a width that is a multiple of num_heads",
       lambda name, width, heads: name != 'attention' or width % heads == 0,
   )
-  levels = sorted(_QUANTIZERS.keys() - _WITHOUT_LEVELS)
+  levels = sorted(
+      quantizer_rules.FIELDS.keys() - quantizer_rules.WITHOUT_LEVELS
+  )
   yield rules.CrossRule(
       ('model.projector_out.name', 'model.quantizer.name'),
       f"with 'levels' a quantizer whose codes have levels: {levels}",

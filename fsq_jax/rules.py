@@ -104,3 +104,13 @@ def is_factor_rule(value: Any) -> bool:
   return is_expression(pattern) and number(
       '> 0', lambda x: x > 0
   ).fits(factor)
+
+
+COUNT = integer(1)
+COUNT_OR_ZERO = integer(0)
+POSITIVE = number('> 0', lambda x: x > 0)
+NOT_NEGATIVE = number('>= 0', lambda x: x >= 0)
+SHARE = number('in [0, 1]', lambda x: 0 <= x <= 1)
+DECAY = number('in [0, 1)', lambda x: 0 <= x < 1)
+# Lengths of a tuple that may have any.
+ANY_LENGTH = range(MAX_INT32)

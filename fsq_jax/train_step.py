@@ -10,6 +10,7 @@ from jax import numpy as jnp
 import numpy as np
 import optax
 
+from fsq_jax import adversarial_losses
 from fsq_jax import adversary as adversaries
 from fsq_jax import losses
 from fsq_jax import metrics
@@ -276,7 +277,7 @@ def _build_gradient(
           key=jax.random.fold_in(key, 1),
           step=state.step,
       )
-      ramp = losses.ramp(
+      ramp = adversarial_losses.ramp(
           state.step, adversarial['start_step'], adversarial['ramp_steps']
       )
       weight = adversarial['weight'] * ramp
@@ -286,7 +287,7 @@ def _build_gradient(
             _last_layer(pull_back((x, jnp.zeros_like(loss)))[0])
             for x in (at_images, verdict.at_images)
         ]
-        weight *= losses.adaptive_weight(*at_layer)
+        weight *= adversarial_losses.adaptive_weight(*at_layer)
       at_images = jnp.where(
           ramp > 0, at_images + weight * verdict.at_images, at_images
       )

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import adversarial
+from fsq_jax import adversarial_losses
 from fsq_jax import metrics
 from fsq_jax import train_step
 
@@ -54,15 +54,15 @@ def _logits(seed, shape=_SHAPE):
 
 
 def test_every_loss_of_the_builders_is_tested():
-  assert adversarial._DISCRIMINATOR_LOSSES.keys() == _DISCRIMINATOR.keys()
-  assert adversarial._GENERATOR_LOSSES.keys() == _GENERATOR.keys()
+  assert adversarial_losses._DISCRIMINATOR_LOSSES.keys() == _DISCRIMINATOR.keys()
+  assert adversarial_losses._GENERATOR_LOSSES.keys() == _GENERATOR.keys()
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('name', sorted(_DISCRIMINATOR))
 def test_discriminator_losses_are_those_of_numpy(name, dtype):
   real, fake = _logits(0).astype(dtype), _logits(1).astype(dtype)
-  loss = jax.jit(adversarial.build_discriminator_loss(name))(real, fake)
+  loss = jax.jit(adversarial_losses.build_discriminator_loss(name))(real, fake)
   expected = _DISCRIMINATOR[name](np.float64(real), np.float64(fake))
   assert loss.shape == ()
   assert loss.dtype == jnp.float32
@@ -73,7 +73,7 @@ def test_discriminator_losses_are_those_of_numpy(name, dtype):
 def test_generator_losses_and_gradients_are_those_of_numpy(name):
   fake = _logits(1)
   loss, gradient = jax.jit(
-      jax.value_and_grad(adversarial.build_generator_loss(name))
+      jax.value_and_grad(adversarial_losses.build_generator_loss(name))
   )(fake)
   assert loss.shape == ()
   assert loss.dtype == jnp.float32
@@ -86,8 +86,8 @@ def test_generator_losses_and_gradients_are_those_of_numpy(name):
 def test_losses_of_large_logits_are_finite(name):
   logits = jnp.full(_SHAPE, 1e4)
   for sign in (-1, 1):
-    generator = adversarial.build_generator_loss(name)
-    discriminator = adversarial.build_discriminator_loss(name)
+    generator = adversarial_losses.build_generator_loss(name)
+    discriminator = adversarial_losses.build_discriminator_loss(name)
     assert np.isfinite(jax.jit(generator)(sign * logits))
     assert np.isfinite(jax.jit(discriminator)(sign * logits, -sign * logits))
 
@@ -95,15 +95,15 @@ def test_losses_of_large_logits_are_finite(name):
 def test_unknown_names_list_the_known_ones():
   known = r"known: \['hinge', 'non_saturating', 'vanilla'\]"
   with pytest.raises(ValueError, match=f"discriminator loss is 'x'; {known}"):
-    adversarial.build_discriminator_loss('x')
+    adversarial_losses.build_discriminator_loss('x')
   with pytest.raises(ValueError, match=f"generator loss is 'x'; {known}"):
-    adversarial.build_generator_loss('x')
+    adversarial_losses.build_generator_loss('x')
 
 
 @pytest.mark.parametrize('shape', [(), (5,), (3,), (1, 5), (3, 1), (3, 5, 1)])
 def test_logits_that_would_broadcast_are_refused(shape):
   logits, other = jnp.zeros(_SHAPE), jnp.zeros(shape)
-  loss = adversarial.build_discriminator_loss('hinge')
+  loss = adversarial_losses.build_discriminator_loss('hinge')
   penalty = functools.partial(
       adversarial.lecam, real_average=0.0, fake_average=0.0
   )
@@ -119,9 +119,9 @@ def test_logits_of_another_rank_are_refused(shape):
   logits = jnp.zeros(shape)
   images = jnp.zeros((3, 2, 2, 3))
   for function in (
-      adversarial.build_generator_loss('hinge'),
-      lambda x: adversarial.build_discriminator_loss('hinge')(x, x),
-      lambda x: adversarial.update_average(0.0, x, 0.9),
+      adversarial_losses.build_generator_loss('hinge'),
+      lambda x: adversarial_losses.build_discriminator_loss('hinge')(x, x),
+      lambda x: adversarial_losses.update_average(0.0, x, 0.9),
       lambda x: adversarial.r1_penalty(lambda _: x, images),
   ):
     with pytest.raises(ValueError, match=r'a discriminator gives \[B, N\]'):
@@ -191,7 +191,7 @@ def test_lecam_moves_logits_and_not_averages():
 def test_averages_are_scalars(name):
   averages = {'real_average': 0.0, 'fake_average': 0.0, name: jnp.zeros(3)}
   with pytest.raises(ValueError, match=rf'{name} has shape \(3,\)'):
-    adversarial.lecam(jnp.zeros(_SHAPE), jnp.zeros(_SHAPE), **averages)
+    adversarial_losses.lecam(jnp.zeros(_SHAPE), jnp.zeros(_SHAPE), **averages)
 
 
 def test_averages_move_towards_the_mean():
@@ -236,7 +236,7 @@ def test_adaptive_weight_is_the_ratio_of_numerical_gradients():
 
   @jax.jit
   def weight(last):
-    return adversarial.adaptive_weight(
+    return adversarial_losses.adaptive_weight(
         jax.grad(lambda w: jnp.mean((output(w) - arrays[2]) ** 2))(last),
         jax.grad(lambda w: -jnp.mean(jnp.cos(output(w) @ weights)))(last),
     )
@@ -260,7 +260,7 @@ def test_adaptive_weight_is_bounded_and_has_no_gradient():
 @pytest.mark.parametrize('shape', [(), (2,), (1, 2), (2, 2, 1)])
 def test_gradients_of_other_kernels_are_refused(shape):
   with pytest.raises(ValueError, match='by the same kernel'):
-    adversarial.adaptive_weight(jnp.ones((2, 2)), jnp.ones(shape))
+    adversarial_losses.adaptive_weight(jnp.ones((2, 2)), jnp.ones(shape))
 
 
 def test_rounded_images_are_those_of_files():
@@ -302,4 +302,4 @@ def test_a_ramp_starts_late_and_ends_at_1(start_step, ramp_steps, expected):
 @pytest.mark.parametrize(('start_step', 'ramp_steps'), [(-1, 0), (0, -1)])
 def test_ramps_before_the_first_step_are_refused(start_step, ramp_steps):
   with pytest.raises(ValueError, match=f'ramp_steps {ramp_steps}; neither'):
-    adversarial.ramp(0, start_step, ramp_steps)
+    adversarial_losses.ramp(0, start_step, ramp_steps)
