@@ -352,9 +352,23 @@ def _discriminator() -> ml_collections.ConfigDict:
   discriminator.augment_probability = 0.0
   # Show it reconstructions as they are stored: clipped, rounded to 256 levels.
   discriminator.uint8_fakes = False
-  discriminator.patch = _patch()
-  discriminator.stylegan = _stylegan()
+  patch = discriminator.patch = ml_collections.ConfigDict()
+  # Channels of the first stage, a multiple of 32, which double in each; stages,
+  # each halving the sides; 'blur' or 'average' for halving; rows and columns of
+  # logits at most.
+  patch.channels = 128
+  patch.num_stages = 3
+  patch.downsampling = 'blur'
+  patch.grid_size = 16
+  stylegan = discriminator.stylegan = ml_collections.ConfigDict()
+  # Channels of the first layer; of these, those of each residual block, which
+  # halves the sides; 'blur' or 'average' for halving.
+  stylegan.filters = 64
+  stylegan.multipliers = (2, 4, 4, 4, 4)
+  stylegan.downsampling = 'blur'
   discriminator.dino = ml_collections.ConfigDict()
+  # Directory of Hugging Face with DINO's ViT-S/8, such as facebook/dino-vits8.
+  discriminator.dino.checkpoint = ''
   # Its own AdamW, whose fields are those of `optim`; the schedule ends with the
   # run.
   adamw = discriminator.optim = ml_collections.ConfigDict()

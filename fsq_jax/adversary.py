@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 from flax import struct
 import jax
 from jax import numpy as jnp
 import optax
 
-from fsq_jax import diffaug
 from fsq_jax import adversarial_losses
+from fsq_jax import diffaug
 from fsq_jax import models
 from fsq_jax import optim
 
@@ -76,7 +75,9 @@ class Adversary:
     """Returns the state before the first step."""
     images = jnp.zeros((1, *self._image_size, 3), jnp.float32)
     variables = dict(self._module.init(key, images))
-    params, _ = models.split_discriminator(variables.pop('params'))
+    params, _ = optim.split_frozen(
+        variables.pop('params'), self._module.frozen_parameters
+    )
     return AdversaryState(
         params=params,
         model_state=variables,

@@ -91,6 +91,18 @@ _DISCRIMINATOR = {
     'lecam_decay': _DECAY,
     'augment_probability': _SHARE,
     'uint8_fakes': _BOOL,
+    'patch.channels': rules.Rule(
+        'a multiple of 32', lambda x: _COUNT.fits(x) and x % 32 == 0
+    ),
+    'patch.num_stages': _COUNT,
+    'patch.downsampling': rules.name('average', 'blur'),
+    'patch.grid_size': _COUNT,
+    'stylegan.filters': _COUNT,
+    'stylegan.multipliers': rules.tuple_of(
+        'a tuple of integers >= 1, one for each block', _COUNT, _ANY_LENGTH
+    ),
+    'stylegan.downsampling': rules.name('average', 'blur'),
+    'dino.checkpoint': _TEXT,
     **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
 }
 _EVAL_NETWORKS = (

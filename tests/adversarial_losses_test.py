@@ -105,7 +105,7 @@ def test_logits_that_would_broadcast_are_refused(shape):
   logits, other = jnp.zeros(_SHAPE), jnp.zeros(shape)
   loss = adversarial_losses.build_discriminator_loss('hinge')
   penalty = functools.partial(
-      adversarial.lecam, real_average=0.0, fake_average=0.0
+      adversarial_losses.lecam, real_average=0.0, fake_average=0.0
   )
   for function in (loss, penalty):
     for arguments in ((logits, other), (other, logits)):
@@ -122,7 +122,7 @@ def test_logits_of_another_rank_are_refused(shape):
       adversarial_losses.build_generator_loss('hinge'),
       lambda x: adversarial_losses.build_discriminator_loss('hinge')(x, x),
       lambda x: adversarial_losses.update_average(0.0, x, 0.9),
-      lambda x: adversarial.r1_penalty(lambda _: x, images),
+      lambda x: adversarial_losses.r1_penalty(lambda _: x, images),
   ):
     with pytest.raises(ValueError, match=r'a discriminator gives \[B, N\]'):
       jax.eval_shape(function, logits)
@@ -136,7 +136,7 @@ def test_r1_is_the_mean_squared_norm_of_the_gradient():
   def logits_fn(images):
     return jnp.einsum('bhwc,hwcn->bn', images**2, kernel)
 
-  penalty = jax.jit(functools.partial(adversarial.r1_penalty, logits_fn))
+  penalty = jax.jit(functools.partial(adversarial_losses.r1_penalty, logits_fn))
   gradient = 2 * np.float64(images) * kernel.sum(-1)
   expected = (gradient**2).sum((1, 2, 3)).mean()
   value = penalty(images)
@@ -149,7 +149,7 @@ def test_r1_can_be_minimized():
   images = jnp.ones((2, 2, 2, 3))
 
   def penalty(weight):
-    return adversarial.r1_penalty(
+    return adversarial_losses.r1_penalty(
         lambda x: jnp.einsum('bhwc->b', weight * x)[:, None], images
     )
 
@@ -170,7 +170,7 @@ def test_r1_can_be_minimized():
 def test_lecam_by_hand(real, fake, real_average, fake_average, expected):
   # Means of what varies: the square is of the mean, not the mean of squares.
   spread = jnp.asarray([[-3.0, 1.0], [2.0, 0.0]])
-  value = jax.jit(adversarial.lecam)(
+  value = jax.jit(adversarial_losses.lecam)(
       real + spread, fake - spread, real_average, fake_average
   )
   assert value.dtype == jnp.float32
@@ -178,7 +178,7 @@ def test_lecam_by_hand(real, fake, real_average, fake_average, expected):
 
 
 def test_lecam_moves_logits_and_not_averages():
-  gradients = jax.jit(jax.grad(adversarial.lecam, argnums=(0, 1, 2, 3)))(
+  gradients = jax.jit(jax.grad(adversarial_losses.lecam, argnums=(0, 1, 2, 3)))(
       jnp.ones(_SHAPE), -jnp.ones(_SHAPE), 0.5, -0.5
   )
   # d (real - fake_average)^2 = 2 * 1.5 of the mean over 15 logits.
@@ -195,7 +195,7 @@ def test_averages_are_scalars(name):
 
 
 def test_averages_move_towards_the_mean():
-  update = jax.jit(functools.partial(adversarial.update_average, decay=0.75))
+  update = jax.jit(functools.partial(adversarial_losses.update_average, decay=0.75))
   average = update(2.0, jnp.asarray([[1.0, 3.0, 8.0]]))
   np.testing.assert_allclose(average, 0.75 * 2 + 0.25 * 4)
   assert average.dtype == jnp.float32
@@ -248,7 +248,7 @@ def test_adaptive_weight_is_the_ratio_of_numerical_gradients():
 
 def test_adaptive_weight_is_bounded_and_has_no_gradient():
   ones = jnp.ones((2, 2))
-  weight = jax.jit(adversarial.adaptive_weight)
+  weight = jax.jit(adversarial_losses.adaptive_weight)
   assert weight(ones, jnp.zeros((2, 2))) == 1e4
   assert weight(jnp.zeros((2, 2)), ones) == 0
   np.testing.assert_allclose(weight(ones, ones, epsilon=0.5), 2 / 2.5)
@@ -266,7 +266,7 @@ def test_gradients_of_other_kernels_are_refused(shape):
 def test_rounded_images_are_those_of_files():
   images = np.random.default_rng(0).uniform(-1.5, 1.5, (2, 50, 50, 3))
   images = jnp.asarray(images, jnp.float32).at[0, 0, 0].set(1e8)
-  rounded = jax.jit(adversarial.straight_through_uint8)(images)
+  rounded = jax.jit(adversarial_losses.straight_through_uint8)(images)
   in_file = metrics.to_uint8(images)
   np.testing.assert_array_equal(rounded, train_step.to_float(in_file))
   assert len(np.unique(rounded)) == 256
@@ -277,7 +277,7 @@ def test_gradient_of_rounded_images_is_that_of_the_identity():
   weights = jnp.arange(6.0)
   gradient = jax.jit(
       jax.grad(
-          lambda x: jnp.sum(adversarial.straight_through_uint8(x) * weights)
+          lambda x: jnp.sum(adversarial_losses.straight_through_uint8(x) * weights)
       )
   )(images)
   np.testing.assert_array_equal(gradient, weights)
@@ -293,7 +293,7 @@ def test_gradient_of_rounded_images_is_that_of_the_identity():
     ],
 )
 def test_a_ramp_starts_late_and_ends_at_1(start_step, ramp_steps, expected):
-  ramp = jax.jit(adversarial.ramp, static_argnums=(1, 2))
+  ramp = jax.jit(adversarial_losses.ramp, static_argnums=(1, 2))
   values = [ramp(step, start_step, ramp_steps) for step in range(10)]
   assert values[0].dtype == jnp.float32
   np.testing.assert_allclose(values, expected)

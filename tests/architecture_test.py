@@ -20,8 +20,8 @@ _ALLOWED_IMPORTS = {
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
         'models', 'networks', 'optim', 'partitioning', 'progress',
-        'provenance', 'quantizers', 'report', 'runtime', 'train_state', 'train_step',
-        'workdir',
+        'provenance', 'quantizers', 'report', 'runtime', 'train_state',
+        'train_step', 'workdir',
     },
     'evaluate': {
         'configuration', 'data', 'metrics', 'network_metrics', 'partitioning',

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
+from fsq_jax.models import discriminator
 from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained
 from fsq_jax.models import pretrained_vit
@@ -36,6 +37,10 @@ _ENCODERS = {
     'vit': vit.VitEncoder,
 }
 _DECODERS = {'mae': mae_decoder.MaeDecoder, 'vit': vit.VitDecoder}
+_DISCRIMINATORS = {
+    'patch': discriminator.PatchDiscriminator,
+    'stylegan': discriminator.StyleGanDiscriminator,
+}
 _PROJECTORS_IN = {
     'linear': projectors_in.LinearProjectorIn,
     'standardized': projectors_in.StandardizedProjectorIn,
@@ -105,6 +110,31 @@ def build_autoencoder(
       latent_noise=config['latent_noise'],
       statistics=_build_statistics(config, encoder, decoder),
   )
+
+
+def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
+  """Builds the discriminator that the section of that name describes.
+
+  Args:
+    config: the `discriminator` section; see configs/default.py.
+
+  Returns:
+    The unbound module, of images to [B, N] logits.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  name = config['name']
+  if name not in _DISCRIMINATORS:
+    raise ValueError(
+        f'discriminator.name is {name!r}; known: {sorted(_DISCRIMINATORS)}.'
+    )
+  fields = {
+      field: tuple(value) if isinstance(value, list | tuple) else value
+      for field, value in config[name].items()
+      if field != 'checkpoint'
+  }
+  return _DISCRIMINATORS[name](**fields)
 
 
 def _build_pretrained(options, image_size, compute) -> nn.Module:
