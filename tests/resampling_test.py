@@ -71,11 +71,23 @@ def _bilinear_align_corners(values, size):
   return resized
 
 
+def _bilinear_tf1(values, size):
+  """TensorFlow's ResizeBilinear, half_pixel_centers=False, value by value."""
+  resized = np.zeros(size)
+  for i in range(size):
+    source = i * (len(values) / size)
+    low = math.floor(source)
+    high = min(low + 1, len(values) - 1)
+    resized[i] = values[low] + (source - low) * (values[high] - values[low])
+  return resized
+
+
 _SLOW = {
     'bicubic': _bicubic,
     'bicubic_antialias': _bicubic_antialias,
     'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
+    'bilinear_tf1': _bilinear_tf1,
 }
 
 

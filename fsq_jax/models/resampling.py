@@ -39,6 +39,14 @@ def _bilinear(size_in: int, size_out: int) -> np.ndarray:
   return np.maximum(1 - distances, 0)
 
 
+def _bilinear_tf1(size_in: int, size_out: int) -> np.ndarray:
+  """Bilinear of TensorFlow 1: corners of pixels, not centres, are aligned."""
+  positions = np.arange(size_out) * size_in / size_out
+  positions = np.minimum(positions, size_in - 1)
+  distances = np.abs(np.arange(size_in) - positions[:, None])
+  return np.maximum(1 - distances, 0)
+
+
 def _bilinear_align_corners(size_in: int, size_out: int) -> np.ndarray:
   """Bilinear between corners that stay: scipy's zoom of order 1."""
   centers = np.linspace(0, size_in - 1, size_out)
@@ -51,6 +59,7 @@ KERNELS: dict[str, Callable[[int, int], np.ndarray]] = {
     'bicubic_antialias': _bicubic_antialias,
     'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
+    'bilinear_tf1': _bilinear_tf1,
 }
 
 
