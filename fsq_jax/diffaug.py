@@ -155,5 +155,4 @@ def _cut_out(x: jax.Array, uniform: jax.Array, share: float) -> jax.Array:
 
 def _integers(uniform: jax.Array, count: int) -> jax.Array:
   """Integers from 0 to count - 1, int32, each as likely as the others."""
-  # Rounding up to count itself is possible for the largest float below 1.
-  return jnp.minimum(jnp.floor(uniform * count).astype(jnp.int32), count - 1)
+  return jnp.floor(uniform * count).astype(jnp.int32)

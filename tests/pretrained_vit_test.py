@@ -129,8 +129,8 @@ def _block(x, p, arch):
   return x + _dense(hidden, p['mlp']['out']) * p.get('mlp_scale', 1)
 
 
-def _tokens(images, p, arch):
-  """All tokens of normalised images, in float64."""
+def _outputs(images, p, arch):
+  """All tokens of normalised images after each block, in float64."""
   x = np.zeros((2, 6, 16))
   for n in range(6):
     row, column = 4 * (n // 3), 4 * (n % 3)
@@ -144,8 +144,16 @@ def _tokens(images, p, arch):
   if arch.num_registers:
     prefix.append(p['registers'])
   x = np.concatenate([*(np.stack([t, t]) for t in prefix), x], axis=1)
+  outputs = []
   for i in range(arch.depth):
     x = _block(x, jax.tree.map(lambda leaf, i=i: leaf[i], p['blocks']), arch)
+    outputs.append(x)
+  return outputs
+
+
+def _tokens(images, p, arch):
+  """All tokens of normalised images, in float64."""
+  x = _outputs(images, p, arch)[-1]
   return _norm(x, p['norm'], arch.norm_epsilon)
 
 
@@ -159,6 +167,36 @@ def test_tokens_are_those_of_numpy(family, overrides):
   params = jax.tree.map(np.float64, variables['params'])
   expected = _tokens(images, params, module.architecture)
   np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['dino', 'dinov3'])
+@pytest.mark.parametrize('remat', [False, True])
+def test_latents_of_blocks_are_those_of_numpy(family, remat):
+  module = _module(family).clone(final_affine=False, remat=remat)
+  variables = _init(module)
+  images = _images()
+  latents = _apply(module, variables, images, 'latents_of_blocks')
+  assert latents.dtype == jnp.float32
+  arch = module.architecture
+  assert latents.shape == (2, 2, 6, 16)
+  params = jax.tree.map(np.float64, variables['params'])
+  normalized = ((np.float64(images) + 1) / 2 - arch.mean) / arch.std
+  expected = np.stack(_outputs(normalized, params, arch))
+  np.testing.assert_allclose(
+      latents, expected[:, :, arch.num_prefix_tokens:], rtol=1e-5, atol=1e-5
+  )
+
+
+def test_latents_of_blocks_take_the_parameters_of_an_encoder():
+  module = _module('dino').clone(final_affine=False)
+  shapes = jax.eval_shape(
+      lambda key: module.init(key, _images(), method='latents_of_blocks'),
+      jax.random.key(0),
+  )
+  expected = jax.eval_shape(module.init, jax.random.key(0), _images())
+  assert jax.tree.structure(shapes) == jax.tree.structure(expected)
+  jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), shapes,
+               expected)
 
 
 def test_layer_norm_keeps_the_variance_of_far_tokens():
@@ -277,6 +315,7 @@ def test_every_parameter_has_a_gradient():
     [
         ('siglip', 'gelu_tanh', 1e-6, (0, 0), 'learned', False),
         ('siglip_big_vision', 'gelu_tanh', 1e-6, (0, 0), 'learned', False),
+        ('dino', 'gelu', 1e-6, (1, 0), 'learned', False),
         ('dinov2', 'gelu', 1e-6, (1, 0), 'learned', True),
         ('dinov2_with_registers', 'gelu', 1e-6, (1, 4), 'learned', True),
         ('dinov3', 'gelu', 1e-5, (1, 4), 'rope', True),
@@ -307,6 +346,10 @@ def _count(name, image_size):
 @pytest.mark.parametrize(
     ('name', 'image_size', 'millions'),
     [
+        ('dino_S/8', 224, 21.670272),
+        ('dino_S/16', 224, 21.665664),
+        ('dino_B/8', 224, 85.807872),
+        ('dino_B/16', 224, 85.798656),
         ('siglip_B/16', 224, 85.8),
         ('siglip_L/16', 256, 303.4),
         ('siglip_So400m/14', 384, 413.0),
@@ -341,5 +384,5 @@ def test_architectures_of_unknown_kinds_are_refused(field, value, message):
 
 
 def test_unknown_families_are_refused():
-  with pytest.raises(ValueError, match=r"'clip'; known: \['dinov2'"):
+  with pytest.raises(ValueError, match=r"'clip'; known: \['dino', 'dinov2'"):
     _architecture('clip')

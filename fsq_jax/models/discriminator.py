@@ -100,7 +100,7 @@ class PatchDiscriminator(nn.Module):
     for i in range(self.num_stages):
       x = conv(self.channels * 2**i, (3, 3), name=f'stage_{i}')(x)
       x = nn.GroupNorm(
-          num_groups=32, epsilon=1e-5, use_fast_variance=True,
+          num_groups=32, epsilon=1e-5, use_fast_variance=False,
           name=f'norm_{i}',
       )(downsample(x))
       x = activate(x)

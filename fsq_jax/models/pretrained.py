@@ -63,7 +63,7 @@ def load_encoder(
     *,
     shardings: Shardings | None = None,
 ) -> PretrainedEncoder:
-  """Loads SigLIP, SigLIP 2, DINOv2, DINOv2 with registers, DINOv3 or MAE.
+  """Loads SigLIP, DINO, DINOv2 with or without registers, DINOv3 or MAE.
 
   Args:
     path: a Hugging Face directory (config.json, and model.safetensors or
@@ -176,10 +176,29 @@ def build_encoder(
 def _describe(path, weights) -> weight_descriptions.Description:
   if os.path.isdir(path):
     config = path / 'config.json'
-    return weight_descriptions.describe_config(
+    description = weight_descriptions.describe_config(
         weight_files.read_json(config), str(config)
     )
+    if description.family == 'dino':
+      _check_normalization(path / 'preprocessor_config.json', description)
+    return description
   return weight_descriptions.describe_big_vision(weights)
+
+
+def _check_normalization(path, description) -> None:
+  """Checks that a model of type 'vit', which others are too, is DINO's."""
+  if not path.exists():
+    return
+  config = weight_files.read_json(path)
+  for name in ('mean', 'std'):
+    expected = list(getattr(description.architecture, name))
+    given = config.get(f'image_{name}', expected)
+    if given != expected:
+      raise ValueError(
+          f'image_{name} of {path} is {given!r}. Models of model_type \'vit\''
+          f' are read as DINO, which is trained with {expected}; this one is'
+          ' another.'
+      )
 
 
 def _describe_decoder(path) -> weight_descriptions.Description:

@@ -1,5 +1,7 @@
 """A vision transformer that pretrained weights of several families fit."""
 
+from collections.abc import Callable
+
 from einops import rearrange
 from flax import linen as nn
 import jax
@@ -88,14 +90,30 @@ class PretrainedVit(nn.Module):
       image_size, without those of class token and registers.
     """
     arch = self.architecture
-    images = resampling.resize_images(images, self.image_size, self.resize)
-    images = ((images + 1) / 2 - jnp.asarray(arch.mean)) / jnp.asarray(arch.std)
-    latents = self.tokens(images)[:, arch.num_prefix_tokens:]
+    latents = self.tokens(self._normalize(images))[:, arch.num_prefix_tokens:]
     return rearrange(
         latents, 'b (h w) c -> b h w c', h=self.grid_size[0]
     )
 
-  @nn.compact
+  def latents_of_blocks(self, images: jax.Array) -> jax.Array:
+    """Encodes images and returns what every block does.
+
+    The parameters are those of an encoder without a final scale and bias.
+
+    Args:
+      images: [B, H, W, 3] floats in [-1, 1], of any size.
+
+    Returns:
+      [depth, B, N, width] float32 latents of patches in row-major order, before
+      any last LayerNorm.
+    """
+
+    def keep(x: jax.Array, rotation: vit_blocks.Rotation) -> jax.Array:
+      outputs = vit_blocks.outputs_of_blocks(self, x, rotation)
+      return outputs[:, :, self.architecture.num_prefix_tokens:]
+
+    return self._transform(self._normalize(images), keep).astype(jnp.float32)
+
   def tokens(self, images: jax.Array) -> jax.Array:
     """Encodes images that are already of the family's mean and deviation.
 
@@ -109,6 +127,28 @@ class PretrainedVit(nn.Module):
     Raises:
       ValueError: added positions are for another grid.
     """
+
+    def finish(x: jax.Array, rotation: vit_blocks.Rotation) -> jax.Array:
+      x = vit_blocks.apply_blocks(self, x, rotation)
+      return vit_blocks.layer_norm(
+          self.architecture, 'norm', self.final_affine
+      )(x)
+
+    return self._transform(images, finish)
+
+  def _normalize(self, images: jax.Array) -> jax.Array:
+    """Resamples images in [-1, 1] and gives them the family's mean and std."""
+    arch = self.architecture
+    images = resampling.resize_images(images, self.image_size, self.resize)
+    return ((images + 1) / 2 - jnp.asarray(arch.mean)) / jnp.asarray(arch.std)
+
+  @nn.compact
+  def _transform(
+      self,
+      images: jax.Array,
+      blocks: Callable[[jax.Array, vit_blocks.Rotation], jax.Array],
+  ) -> jax.Array:
+    """Makes tokens of normalized images and returns what `blocks` does."""
     arch = self.architecture
     p = arch.patch_size
     height, width = images.shape[1] // p, images.shape[2] // p
@@ -118,8 +158,7 @@ class PretrainedVit(nn.Module):
     )
     x = nn.Dense(arch.width, dtype=self.dtype, name='patches')(patches)
     x = self._prepend(rearrange(self._add_positions(x), 'b h w c -> b (h w) c'))
-    x = vit_blocks.apply_blocks(self, x, _rotation(arch, height, width))
-    return vit_blocks.layer_norm(arch, 'norm', self.final_affine)(x)
+    return blocks(x, _rotation(arch, height, width))
 
   def _add_positions(self, x: jax.Array) -> jax.Array:
     """Adds positions to [B, h, w, C] tokens of patches."""

@@ -100,6 +100,17 @@ class PretrainedBlock(nn.Module):
     return x + scale('mlp_scale', mlp(y)), None
 
 
+class KeptBlock(PretrainedBlock):
+  """The same block; nn.scan keeps what it returns."""
+
+  def __call__(
+      self, x: jax.Array, rotation: Rotation
+  ) -> tuple[jax.Array, jax.Array]:
+    """Transforms [B, N, C] tokens; returns them twice."""
+    x, _ = super().__call__(x, rotation)
+    return x, x
+
+
 def apply_blocks(
     module: nn.Module, x: jax.Array, rotation: Rotation = None
 ) -> jax.Array:
@@ -113,11 +124,30 @@ def apply_blocks(
   Returns:
     Tokens of the same shape, of the module's dtype.
   """
-  block = PretrainedBlock
+  return _scan(PretrainedBlock, module)(x.astype(module.dtype), rotation)[0]
+
+
+def outputs_of_blocks(
+    module: nn.Module, x: jax.Array, rotation: Rotation = None
+) -> jax.Array:
+  """Applies all blocks as `apply_blocks` does, and keeps what each returns.
+
+  Args:
+    module: as there.
+    x: as there.
+    rotation: as there.
+
+  Returns:
+    [depth, B, N, C] tokens, of the module's dtype.
+  """
+  return _scan(KeptBlock, module)(x.astype(module.dtype), rotation)[1]
+
+
+def _scan(block: type[PretrainedBlock], module: nn.Module) -> nn.Module:
   if module.remat:
     block = nn.remat(block, prevent_cse=False)
   depth = module.architecture.depth
-  blocks = nn.scan(
+  return nn.scan(
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
@@ -125,7 +155,6 @@ def apply_blocks(
       length=depth,
       unroll=min(module.scan_unroll, depth),
   )(module.architecture, module.dtype, name='blocks')
-  return blocks(x.astype(module.dtype), rotation)[0]
 
 
 def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

@@ -169,6 +169,8 @@ FAMILIES['dinov2'] = {
     'mean': _IMAGENET_MEAN,
     'std': _IMAGENET_STD,
 }
+# The first DINO.
+FAMILIES['dino'] = {**FAMILIES['dinov2'], 'layer_scale': False}
 FAMILIES['dinov2_with_registers'] = {
     **FAMILIES['dinov2'],
     'num_registers': 4,
@@ -203,6 +205,7 @@ _SIZES = {
 }
 _MEMBERS = {
     'siglip': ('B/16', 'L/16', 'So400m/14', 'So400m/16', 'g-opt/16'),
+    'dino': ('S/8', 'S/16', 'B/8', 'B/16'),
     'dinov2': ('S/14', 'B/14', 'L/14', 'g/14'),
     'dinov2_with_registers': ('S/14', 'B/14', 'L/14', 'g/14'),
     'dinov3': ('B/16', 'L/16'),

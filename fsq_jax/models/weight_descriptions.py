@@ -12,6 +12,7 @@ from fsq_jax.models import weight_files
 _MODEL_TYPES = {
     'siglip': 'siglip',
     'siglip_vision_model': 'siglip',
+    'vit': 'dino',
     'dinov2': 'dinov2',
     'dinov2_with_registers': 'dinov2_with_registers',
     'dinov3_vit': 'dinov3',
@@ -106,7 +107,9 @@ def describe_config(config: Mapping[str, Any], source: str) -> Description:
     fields['num_registers'] = _number(
         config, 'num_register_tokens', source, int, least=0
     )
-    if fields['num_registers'] and family in ('siglip', 'mae'):
+    if fields['num_registers'] and family in (
+        'siglip', 'dino', 'mae'
+    ):
       raise ValueError(
           f'num_register_tokens of {source} is {fields["num_registers"]};'
           f' models of the family {family!r} have none.'

@@ -110,6 +110,7 @@ _DINOV3 = {
 }
 _HUGGING_FACE = {
     'siglip': _SIGLIP,
+    'dino': _MAE,
     'dinov2': _DINOV2,
     'dinov2_with_registers': _DINOV2,
     'dinov3': _DINOV3,
