@@ -71,6 +71,18 @@ _MAE = {
         'dinov2_with_registers', 'dinov3', 'mae',
     ),
 }
+_CONV = {
+    'filters': _COUNT,
+    'channel_multipliers': rules.tuple_of(
+        'a tuple of at least one integer >= 1, one for each level',
+        _COUNT,
+        range(1, rules.MAX_INT32),
+    ),
+    'num_res_blocks': _COUNT,
+    'latent_width': _COUNT_OR_ZERO,
+}
+# GroupNorm's.
+_NUM_GROUPS = 32
 _PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
 _PROJECTORS = {
     'in.name': rules.name('linear', 'standardized', 'mlp', 'attention', 'none'),
@@ -111,9 +123,10 @@ FIELDS: Mapping[str, rules.Rule] = {
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
-    'model.encoder.name': rules.name('pretrained', 'vit'),
+    'model.encoder.name': rules.name('conv', 'pretrained', 'vit'),
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
     **{f'model.encoder.{name}': rule for name, rule in _PRETRAINED.items()},
+    **{f'model.encoder.conv.{name}': rule for name, rule in _CONV.items()},
     'model.latent_statistics': _TEXT,
     'model.latent_noise': _NOT_NEGATIVE,
     **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
@@ -123,9 +136,10 @@ FIELDS: Mapping[str, rules.Rule] = {
         for quantizer, fields in quantizer_rules.FIELDS.items()
         for name, rule in fields.items()
     },
-    'model.decoder.name': rules.name('mae', 'vit'),
+    'model.decoder.name': rules.name('conv', 'mae', 'vit'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
     **{f'model.decoder.mae.{name}': rule for name, rule in _MAE.items()},
+    **{f'model.decoder.conv.{name}': rule for name, rule in _CONV.items()},
     'model.dtype': rules.name('float32', 'bfloat16'),
     'model.remat': _BOOL,
     'model.scan_unroll': _COUNT,
@@ -184,7 +198,8 @@ def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
       ('data.image_size', f'{part}.patch_size', f'{part}.name'),
       'a patch_size that divides both sides of image_size',
       lambda size, patch, name: (
-          name == 'pretrained' or not any(side % patch for side in size)
+          name in ('conv', 'pretrained')
+          or not any(side % patch for side in size)
       ),
   )
   yield rules.CrossRule(
@@ -196,6 +211,38 @@ def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
       (f'{part}.width', f'{part}.position'),
       "a width that is a multiple of 4 with position 'sincos'",
       lambda width, position: position != 'sincos' or width % 4 == 0,
+  )
+
+
+def _conv_rules(part: str, projector: str) -> Iterator[rules.CrossRule]:
+  multipliers = f'model.{part}.conv.channel_multipliers'
+  yield rules.CrossRule(
+      ('data.image_size', multipliers, f'model.{part}.name'),
+      'an image_size whose sides halve once less than there are'
+      ' channel_multipliers',
+      lambda size, levels, name: (
+          name != 'conv'
+          or not any(side % 2 ** (len(levels) - 1) for side in size)
+      ),
+  )
+  yield rules.CrossRule(
+      (f'model.{part}.conv.filters', multipliers),
+      'filters that times each of channel_multipliers are a multiple of'
+      f' {_NUM_GROUPS}, the groups of GroupNorm',
+      lambda filters, levels: not any(
+          filters * level % _NUM_GROUPS for level in levels
+      ),
+  )
+  yield rules.CrossRule(
+      (
+          f'model.{part}.name',
+          f'model.{part}.conv.latent_width',
+          f'model.{projector}.name',
+      ),
+      f"with 'conv' a latent_width >= 1, unless {projector} is 'none'",
+      lambda name, width, projector: (
+          name != 'conv' or width or projector == 'none'
+      ),
   )
 
 
@@ -223,6 +270,8 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   """Yields the rules between fields, those on devices if these are known."""
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
+  yield from _conv_rules('encoder', 'projector_in')
+  yield from _conv_rules('decoder', 'projector_out')
   yield from _projector_rules()
   yield rules.CrossRule(
       (

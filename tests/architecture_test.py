@@ -63,6 +63,8 @@ _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names
 # Neither a dependency nor, with torch, a safe reader of files.
 _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
 _MAX_LINES = 400
+# A list of every field, with a comment each.
+_LONG = {'configs/default.py'}
 _TOP_LEVEL = {
     '.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments',
     'fsq_jax', 'launch.py', 'pyproject.toml', 'setup.py', 'tests',
@@ -141,7 +143,8 @@ def test_no_forbidden_library_is_imported(path):
 # Tests may be longer: tables of cases are easy to read.
 @_each([*_MODULES.values(), *(p for p in _REST if 'tests' not in p.parts)])
 def test_files_stay_small(path):
-  assert len(path.read_text().splitlines()) <= _MAX_LINES
+  if str(path.relative_to(_ROOT)) not in _LONG:
+    assert len(path.read_text().splitlines()) <= _MAX_LINES
 
 
 @_each(_PACKAGE)
