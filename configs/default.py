@@ -68,8 +68,8 @@ def _model() -> ml_collections.ConfigDict:
   model = ml_collections.ConfigDict()
 
   encoder = model.encoder = ml_collections.ConfigDict()
-  # 'vit', from scratch, or 'pretrained'. The fields of one do nothing for the
-  # other.
+  # 'vit' or 'conv', from scratch, or 'pretrained'. The fields of one do nothing
+  # for the others.
   encoder.name = 'vit'
   # vit: side in pixels of the square patches; divides both sides of image_size.
   encoder.patch_size = 4
@@ -98,6 +98,7 @@ def _model() -> ml_collections.ConfigDict:
   # pretrained: keep scale and bias of the last LayerNorm, which RAE drops, so
   # that latents have mean 0 and variance 1.
   encoder.final_affine = False
+  encoder.conv = _conv()
 
   # File of --mode=latent_statistics, read by a new run, by which latents are
   # normalized in front of projector_in, and back behind projector_out; '' does
@@ -149,7 +150,8 @@ def _model() -> ml_collections.ConfigDict:
   projector_out.fourier.sigma = 0.187
 
   decoder = model.decoder = ml_collections.ConfigDict()
-  # 'vit', whose fields are the encoder's, or 'mae', which has a section below.
+  # 'vit', whose fields are the encoder's, or 'mae' or 'conv', which have a
+  # section below.
   decoder.name = 'vit'
   decoder.patch_size = encoder.get_oneway_ref('patch_size')
   decoder.width = encoder.get_oneway_ref('width')
@@ -161,16 +163,36 @@ def _model() -> ml_collections.ConfigDict:
   decoder.mae = _mae()
   # Channels that projector_out makes, >= 1.
   decoder.mae.input_width = encoder.get_oneway_ref('width')
+  decoder.conv = ml_collections.ConfigDict()
+  for name in encoder.conv:
+    decoder.conv[name] = encoder.conv.get_oneway_ref(name)
 
   # Type of activations: 'float32' or 'bfloat16'. Parameters, norms, softmax,
   # quantizer and losses are float32 whatever it says.
   model.dtype = 'float32'
   # Recompute the activations of each block in the backward pass.
   model.remat = False
-  # Blocks laid out one after another in the compiled loop over blocks: 1
-  # compiles fastest, the depth runs fastest on CPU. Results are the same.
+  # Transformer blocks laid out one after another in the compiled loop over
+  # them: 1 compiles fastest, the depth runs fastest on CPU. Results are the
+  # same.
   model.scan_unroll = 1
   return model
+
+
+def _conv() -> ml_collections.ConfigDict:
+  conv = ml_collections.ConfigDict()
+  # Channels of the first level, before multipliers.
+  conv.filters = 128
+  # Factor of filters in each level, from pixels to latents. Both sides halve
+  # from level to level: n levels make latents of 2^(n-1) pixels a side. Times
+  # filters, multiples of 32, the groups of GroupNorm.
+  conv.channel_multipliers = (1, 1, 2, 2, 4)
+  # Residual blocks of each level, and as many again next to the latents.
+  conv.num_res_blocks = 2
+  # Channels of the latents, that the encoder ends and the decoder begins with;
+  # 0 is those of a code, for a projector 'none'.
+  conv.latent_width = 256
+  return conv
 
 
 def _projector_in() -> ml_collections.ConfigDict:
@@ -366,9 +388,16 @@ def _discriminator() -> ml_collections.ConfigDict:
   stylegan.filters = 64
   stylegan.multipliers = (2, 4, 4, 4, 4)
   stylegan.downsampling = 'blur'
-  discriminator.dino = ml_collections.ConfigDict()
+  dino = discriminator.dino = ml_collections.ConfigDict()
   # Directory of Hugging Face with DINO's ViT-S/8, such as facebook/dino-vits8.
-  discriminator.dino.checkpoint = ''
+  dino.checkpoint = ''
+  # An architecture as of a pretrained encoder; (height, width) in pixels that
+  # images are resampled to; blocks that are judged next to the last one; tokens
+  # that a head's convolution sees, odd.
+  dino.architecture = 'dino_S/8'
+  dino.image_size = (224, 224)
+  dino.blocks = (2, 5, 8, 11)
+  dino.kernel_size = 9
   # Its own AdamW, whose fields are those of `optim`; the schedule ends with the
   # run.
   adamw = discriminator.optim = ml_collections.ConfigDict()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import math
 import os
 
+from fsq_jax import network_rules
 from fsq_jax import quantizer_rules
 from fsq_jax import rules
 
@@ -20,8 +21,8 @@ _POSITIVE = rules.POSITIVE
 _NOT_NEGATIVE = rules.NOT_NEGATIVE
 _SHARE = rules.SHARE
 _DECAY = rules.DECAY
-_BOOL = rules.Rule('True or False', lambda x: isinstance(x, bool))
-_TEXT = rules.Rule('a string', lambda x: isinstance(x, str))
+_BOOL = rules.BOOL
+_TEXT = rules.TEXT
 _NON_EMPTY = rules.Rule(
     'a string that is not empty', lambda x: isinstance(x, str) and x != ''
 )
@@ -59,16 +60,6 @@ _PRETRAINED = {
     ),
     'final_affine': _BOOL,
 }
-_ADAMW = {
-    'learning_rate': _POSITIVE,
-    'end_learning_rate': _NOT_NEGATIVE,
-    'warmup_steps': _COUNT_OR_ZERO,
-    'b1': _DECAY,
-    'b2': _DECAY,
-    'eps': _POSITIVE,
-    'weight_decay': _NOT_NEGATIVE,
-    'clip_norm': _NOT_NEGATIVE,
-}
 _MAE = {
     'checkpoint': _TEXT,
     'preset': rules.name('none', 'B', 'L', 'XL'),
@@ -81,33 +72,18 @@ _MAE = {
         'dinov2_with_registers', 'dinov3', 'mae',
     ),
 }
-_DISCRIMINATOR = {
-    'name': rules.name('none', 'patch', 'stylegan', 'dino'),
-    'loss': rules.name('hinge', 'non_saturating', 'vanilla'),
-    'start_step': _COUNT_OR_ZERO,
-    'r1_weight': _NOT_NEGATIVE,
-    'r1_every_steps': _COUNT,
-    'lecam_weight': _NOT_NEGATIVE,
-    'lecam_decay': _DECAY,
-    'augment_probability': _SHARE,
-    'uint8_fakes': _BOOL,
-    'patch.channels': rules.Rule(
-        'a multiple of 32', lambda x: _COUNT.fits(x) and x % 32 == 0
+_CONV = {
+    'filters': _COUNT,
+    'channel_multipliers': rules.tuple_of(
+        'a tuple of at least one integer >= 1, one for each level',
+        _COUNT,
+        range(1, rules.MAX_INT32),
     ),
-    'patch.num_stages': _COUNT,
-    'patch.downsampling': rules.name('average', 'blur'),
-    'patch.grid_size': _COUNT,
-    'stylegan.filters': _COUNT,
-    'stylegan.multipliers': rules.tuple_of(
-        'a tuple of integers >= 1, one for each block', _COUNT, _ANY_LENGTH
-    ),
-    'stylegan.downsampling': rules.name('average', 'blur'),
-    'dino.checkpoint': _TEXT,
-    **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
+    'num_res_blocks': _COUNT,
+    'latent_width': _COUNT_OR_ZERO,
 }
-_EVAL_NETWORKS = (
-    'lpips_alexnet', 'lpips_vgg16', 'rfid', 'fd_vgg16', 'fd_encoder',
-)  # fmt: skip
+# GroupNorm's.
+_NUM_GROUPS = 32
 _PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
 _PROJECTORS = {
     'in.name': rules.name('linear', 'standardized', 'mlp', 'attention', 'none'),
@@ -148,9 +124,10 @@ FIELDS: Mapping[str, rules.Rule] = {
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
     'data.prefetch': _COUNT,
-    'model.encoder.name': rules.name('pretrained', 'vit'),
+    'model.encoder.name': rules.name('conv', 'pretrained', 'vit'),
     **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
     **{f'model.encoder.{name}': rule for name, rule in _PRETRAINED.items()},
+    **{f'model.encoder.conv.{name}': rule for name, rule in _CONV.items()},
     'model.latent_statistics': _TEXT,
     'model.latent_noise': _NOT_NEGATIVE,
     **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
@@ -160,9 +137,10 @@ FIELDS: Mapping[str, rules.Rule] = {
         for quantizer, fields in quantizer_rules.FIELDS.items()
         for name, rule in fields.items()
     },
-    'model.decoder.name': rules.name('mae', 'vit'),
+    'model.decoder.name': rules.name('conv', 'mae', 'vit'),
     **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
     **{f'model.decoder.mae.{name}': rule for name, rule in _MAE.items()},
+    **{f'model.decoder.conv.{name}': rule for name, rule in _CONV.items()},
     'model.dtype': rules.name('float32', 'bfloat16'),
     'model.remat': _BOOL,
     'model.scan_unroll': _COUNT,
@@ -170,21 +148,9 @@ FIELDS: Mapping[str, rules.Rule] = {
     'losses.reconstruction_weight': _NOT_NEGATIVE,
     'losses.quantizer_weight': _NOT_NEGATIVE,
     'losses.distillation_weight': _NOT_NEGATIVE,
-    'losses.perceptual.name': rules.name(
-        'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'vit'
-    ),
-    'losses.perceptual.weight': _NOT_NEGATIVE,
-    'losses.perceptual.checkpoint': _TEXT,
-    'losses.adversarial.loss': rules.name(
-        'hinge', 'non_saturating', 'vanilla'
-    ),
-    'losses.adversarial.weight': _NOT_NEGATIVE,
-    'losses.adversarial.weighting': rules.name('fixed', 'adaptive'),
-    'losses.adversarial.start_step': _COUNT_OR_ZERO,
-    'losses.adversarial.ramp_steps': _COUNT_OR_ZERO,
-    **{f'discriminator.{name}': rule for name, rule in _DISCRIMINATOR.items()},
+    **network_rules.FIELDS,
     'optim.name': rules.name('adamw', 'muon'),
-    **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
+    **{f'optim.{name}': rule for name, rule in network_rules.ADAMW.items()},
     'optim.accumulation_steps': _COUNT,
     'optim.ema_decay': _DECAY,
     'optim.frozen': rules.tuple_of(
@@ -218,7 +184,6 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'train.compilation_cache': _TEXT,
     'eval.num_grid_images': _COUNT,
-    **{f'eval.networks.{name}': _TEXT for name in _EVAL_NETWORKS},
 }
 
 
@@ -228,7 +193,8 @@ def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
       ('data.image_size', f'{part}.patch_size', f'{part}.name'),
       'a patch_size that divides both sides of image_size',
       lambda size, patch, name: (
-          name == 'pretrained' or not any(side % patch for side in size)
+          name in ('conv', 'pretrained')
+          or not any(side % patch for side in size)
       ),
   )
   yield rules.CrossRule(
@@ -240,6 +206,38 @@ def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
       (f'{part}.width', f'{part}.position'),
       "a width that is a multiple of 4 with position 'sincos'",
       lambda width, position: position != 'sincos' or width % 4 == 0,
+  )
+
+
+def _conv_rules(part: str, projector: str) -> Iterator[rules.CrossRule]:
+  multipliers = f'model.{part}.conv.channel_multipliers'
+  yield rules.CrossRule(
+      ('data.image_size', multipliers, f'model.{part}.name'),
+      'an image_size whose sides halve once less than there are'
+      ' channel_multipliers',
+      lambda size, levels, name: (
+          name != 'conv'
+          or not any(side % 2 ** (len(levels) - 1) for side in size)
+      ),
+  )
+  yield rules.CrossRule(
+      (f'model.{part}.conv.filters', multipliers),
+      'filters that times each of channel_multipliers are a multiple of'
+      f' {_NUM_GROUPS}, the groups of GroupNorm',
+      lambda filters, levels: not any(
+          filters * level % _NUM_GROUPS for level in levels
+      ),
+  )
+  yield rules.CrossRule(
+      (
+          f'model.{part}.name',
+          f'model.{part}.conv.latent_width',
+          f'model.{projector}.name',
+      ),
+      f"with 'conv' a latent_width >= 1, unless {projector} is 'none'",
+      lambda name, width, projector: (
+          name != 'conv' or width or projector == 'none'
+      ),
   )
 
 
@@ -263,52 +261,14 @@ def _projector_rules() -> Iterator[rules.CrossRule]:
   )
 
 
-def _network_rules() -> Iterator[rules.CrossRule]:
-  """Rules between losses and networks that training compares images by."""
-  made = 'experiments/weights says how to get one'
-  yield rules.CrossRule(
-      ('losses.perceptual.name', 'losses.perceptual.checkpoint'),
-      f"'none', or a file of the network's weights ({made}); set"
-      ' --config.losses.perceptual.checkpoint',
-      lambda name, path: name == 'none' or path != '',
-  )
-  yield rules.CrossRule(
-      ('discriminator.name', 'discriminator.dino.checkpoint'),
-      "with 'dino' the directory of a DINO ViT-S/8; set"
-      ' --config.discriminator.dino.checkpoint',
-      lambda name, path: name != 'dino' or path != '',
-  )
-  yield rules.CrossRule(
-      (
-          'discriminator.name',
-          'discriminator.start_step',
-          'losses.adversarial.start_step',
-      ),
-      'an adversarial loss that starts no sooner than the discriminator',
-      lambda name, discriminator, decoder: (
-          name == 'none' or discriminator <= decoder
-      ),
-  )
-  yield rules.CrossRule(
-      (
-          'discriminator.name',
-          'discriminator.start_step',
-          'discriminator.optim.warmup_steps',
-          'train.num_steps',
-      ),
-      'start_step + warmup_steps < num_steps',
-      lambda name, start, warmup_steps, num_steps: (
-          name == 'none' or start + warmup_steps < num_steps
-      ),
-  )
-
-
 def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   """Yields the rules between fields, those on devices if these are known."""
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
+  yield from _conv_rules('encoder', 'projector_in')
+  yield from _conv_rules('decoder', 'projector_out')
   yield from _projector_rules()
-  yield from _network_rules()
+  yield from network_rules.cross_rules()
   yield rules.CrossRule(
       (
           'losses.distillation_weight',

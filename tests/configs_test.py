@@ -1,6 +1,7 @@
 """Tests of the files in configs/: each one parses, is valid, and builds.
 
-Those with a pretrained encoder train too, reduced by overrides alone.
+Those with a pretrained or a convolutional encoder train too, reduced by
+overrides alone.
 """
 
 import functools
@@ -18,6 +19,7 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import quantizers
 from fsq_jax import train_state
 from fsq_jax import train_step
 
@@ -34,6 +36,14 @@ _PRETRAINED = [
 ]
 _each_pretrained = pytest.mark.parametrize(
     'path', _PRETRAINED, ids=[path.stem for path in _PRETRAINED]
+)
+_CONV = [
+    path
+    for path in _CONFIGS
+    if configuration.load_config(path).model.encoder.name == 'conv'
+]
+_each_conv = pytest.mark.parametrize(
+    'path', _CONV, ids=[path.stem for path in _CONV]
 )
 
 # Parameters of the XL decoder by the channels of its latents.
@@ -92,6 +102,8 @@ def test_config_builds_a_model_that_keeps_the_shape(path):
   if encoder.name == 'pretrained':
     size = encoder.image_size or size
     patch = models.parse_architecture(encoder.architecture).patch_size
+  elif encoder.name == 'conv':
+    patch = 16
   assert 'params' in variables
   assert output.reconstructions.shape == (1, *config.data.image_size, 3)
   assert output.indices.shape[:3] == (1, size[0] // patch, size[1] // patch)
@@ -115,9 +127,12 @@ def test_names_of_configs_tell_their_levels():
   for path in _CONFIGS:
     if match := re.search(r'fsq_(?:.*_)?(\d+)$', path.stem):
       levels = configuration.load_config(path).model.quantizer.fsq.levels
-      assert ''.join(map(str, levels)) == match[1]
+      if match[1] == '1024':  # The codes that the paper's levels come close to.
+        assert levels == quantizers.recommended_levels(10)
+      else:
+        assert ''.join(map(str, levels)) == match[1]
       named += 1
-  assert named >= 7
+  assert named >= 11
 
 
 def test_config_loads_from_any_folder(tmp_path, monkeypatch):
@@ -237,6 +252,24 @@ def _two_steps(text):
   return jax.device_get(first), jax.device_get(state), losses
 
 
+def _two_good_steps(config):
+  first, last, losses = _two_steps(configuration.config_to_json(config))
+  assert np.all(np.isfinite(losses))
+  assert last.skipped_steps == 0
+  return first, last
+
+
+def _assert_that_all_moves(first, last):
+  moments = _leaves(optax.tree.get(last.opt_state, 'mu'))
+  after = _leaves(last.params)
+  for name, before in _leaves(first.params).items():
+    # Blocks are stacked: each of them counts.
+    axes = tuple(range(1, before.ndim)) if '/blocks/' in name else None
+    assert np.all(np.any(after[name] != before, axis=axes)), name
+    # Weight decay alone moves kernels too, but leaves no moment.
+    assert np.all(np.any(moments[name] != 0, axis=axes)), name
+
+
 def _leaves(tree):
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
@@ -258,9 +291,7 @@ def _leaves(tree):
 )
 def test_a_reduced_copy_trains_what_it_should(path):
   config = _shrink(configuration.load_config(path))
-  first, last, losses = _two_steps(configuration.config_to_json(config))
-  assert np.all(np.isfinite(losses))
-  assert last.skipped_steps == 0
+  first, last = _two_good_steps(config)
   names = {'projector_in': config.model.projector_in.name,
            'projector_out': config.model.projector_out.name}
   trained = {'decoder'} | {x for x, name in names.items() if name != 'none'}
@@ -272,16 +303,58 @@ def test_a_reduced_copy_trains_what_it_should(path):
   else:
     assert set(first.frozen_params) == {'encoder'}
   assert set(first.params) == trained
-  moments = _leaves(optax.tree.get(last.opt_state, 'mu'))
-  after = _leaves(last.params)
-  for name, before in _leaves(first.params).items():
-    # Blocks are stacked: each of them counts.
-    axes = tuple(range(1, before.ndim)) if '/blocks/' in name else None
-    assert np.all(np.any(after[name] != before, axis=axes)), name
-    # Weight decay alone moves kernels too, but leaves no moment.
-    assert np.all(np.any(moments[name] != 0, axis=axes)), name
+  _assert_that_all_moves(first, last)
   fixed = _leaves((last.frozen_params, last.teacher_params))
   for name, before in _leaves(
       (first.frozen_params, first.teacher_params)
   ).items():
     assert fixed[name].tobytes() == before.tobytes(), name
+
+
+# Configs with the convolutional autoencoder of the FSQ paper.
+
+
+@_each_conv
+def test_sizes_are_those_of_the_paper(path):
+  config, output, variables = _trace(path)
+  params = variables['params']
+  assert params.keys() == {'encoder', 'decoder'}
+  if config.model.quantizer.fsq.levels == (8, 5, 5, 5):
+    assert _count(params['encoder']) == 23_645_828
+    assert _count(params['decoder']) == 29_317_123
+  pixels = config.data.image_size[0]
+  tokens = {128: 64, 256: 256}[pixels]
+  assert output.indices.size == tokens
+  # 100 epochs at 128 pixels, 400 at 256.
+  images = config.train.num_steps * config.data.batch_size
+  epochs = {128: 100, 256: 400}[pixels]
+  assert images / 1_281_167 == pytest.approx(epochs, rel=2e-3)
+  schedule = optim.build_schedule(config.optim, config.train.num_steps)
+  for step in (0, 1, config.train.num_steps // 2, config.train.num_steps):
+    assert float(schedule(step)) == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            # The others differ in levels and sizes.
+            marks=[] if '256' in path.stem else pytest.mark.slow,
+        )
+        for path in _CONV
+    ],
+)
+def test_a_reduced_conv_autoencoder_trains(path):
+  config = configuration.load_config(path)
+  config.model.encoder.conv.update(
+      filters=32, channel_multipliers=(1, 2), num_res_blocks=1
+  )
+  config.data.source = 'synthetic'
+  config.data.resize_shorter = 0
+  config.data.image_size = (8, 8)
+  config.data.batch_size = 8
+  first, last = _two_good_steps(config)
+  assert set(first.params) == {'encoder', 'decoder'}
+  _assert_that_all_moves(first, last)

@@ -341,8 +341,9 @@ def test_every_allowed_name_is_known_to_its_builder(field):
       # Codes as wide as encoder and decoder; projectors have no say in it.
       config.model.quantizer.name = 'vq'
       config.model.quantizer.vq.code_dim = config.model.encoder.width
-    if field == 'model.encoder.name':
-      # The patches of the pretrained encoder that default.py names.
+    if field in ('model.encoder.name', 'model.decoder.name'):
+      # The patches of the pretrained encoder that default.py names, and the
+      # stride of its conv parts.
       config.model.encoder.patch_size = config.model.decoder.patch_size = 16
     if field.startswith('model.'):
       models.build_autoencoder(config.model, config.data.image_size)

@@ -602,7 +602,7 @@ def test_images_that_cannot_be_cut_into_patches_are_refused(size):
         ({'encoder.num_heads': 3}, 'encoder.width 8 is no multiple of num_he'),
         ({'decoder.num_heads': 5}, 'decoder.width 12 is no multiple of num_h'),
         ({'encoder.position': 'rope'}, r"'rope'; known: \['learned', 'sinco"),
-        ({'encoder.name': 'mlp'}, r"'mlp'; known: \['pretrained', 'vit'\]"),
+        ({'encoder.name': 'mlp'}, r"'mlp'; known: \['conv', 'pretrained', 'v"),
         ({'decoder.name': 'mlp'}, r"decoder.name is 'mlp'; known: .*'mae', 'v"),
         ({'projector_in.name': 'rope'}, r"known: \['attention', 'linear', 'm"),
         ({'projector_out.name': 'rope'}, r"'rope'; known: \['fourier', 'lev"),

@@ -10,7 +10,12 @@ from jax import numpy as jnp
 
 from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
+from fsq_jax.models import conv
+from fsq_jax.models import dino_discriminator
 from fsq_jax.models import discriminator
+from fsq_jax.models import frozen_network
+from fsq_jax.models import inception
+from fsq_jax.models import lpips
 from fsq_jax.models import mae_decoder
 from fsq_jax.models import pretrained
 from fsq_jax.models import pretrained_vit
@@ -19,6 +24,7 @@ from fsq_jax.models import projector_out as projectors_out
 from fsq_jax.models import resampling
 from fsq_jax.models import vit
 from fsq_jax.models import vit_families
+from fsq_jax.models import weight_files
 
 Autoencoder = autoencoder.Autoencoder
 AutoencoderOutput = autoencoder.AutoencoderOutput
@@ -27,17 +33,28 @@ ARCHITECTURES = vit_families.ARCHITECTURES
 DECODER_PRESETS = mae_decoder.PRESETS
 build_decoder = pretrained.build_decoder
 build_encoder = pretrained.build_encoder
+FrozenNetwork = frozen_network.FrozenNetwork
+hash_weights = weight_files.hash_weights
 load_decoder = pretrained.load_decoder
+load_discriminator_backbone = dino_discriminator.load_discriminator_backbone
+load_inception = inception.load_inception
+load_lpips = lpips.load_lpips
 load_encoder = pretrained.load_encoder
 parse_architecture = vit_families.parse_architecture
 describe_architecture = vit_families.describe_architecture
 
 _ENCODERS = {
+    'conv': conv.ConvEncoder,
     'pretrained': pretrained_vit.PretrainedVit,
     'vit': vit.VitEncoder,
 }
-_DECODERS = {'mae': mae_decoder.MaeDecoder, 'vit': vit.VitDecoder}
+_DECODERS = {
+    'conv': conv.ConvDecoder,
+    'mae': mae_decoder.MaeDecoder,
+    'vit': vit.VitDecoder,
+}
 _DISCRIMINATORS = {
+    'dino': dino_discriminator.DinoDiscriminator,
     'patch': discriminator.PatchDiscriminator,
     'stylegan': discriminator.StyleGanDiscriminator,
 }
@@ -83,24 +100,9 @@ def build_autoencoder(
       'remat': config['remat'],
       'scan_unroll': config['scan_unroll'],
   }
-  if _lookup('encoder', _ENCODERS, config) is pretrained_vit.PretrainedVit:
-    encoder = _build_pretrained(config['encoder'], image_size, compute)
-  else:
-    encoder = _build_vit('encoder', _ENCODERS, config, image_size, compute)
-  if _lookup('decoder', _DECODERS, config) is mae_decoder.MaeDecoder:
-    decoder = mae_decoder.build_mae_decoder(
-        config['decoder'], latent_grid=encoder.grid_size,
-        image_size=image_size, compute=compute,
-    )
-  else:
-    decoder = _build_vit('decoder', _DECODERS, config, image_size, compute)
-    if decoder.grid_size != encoder.grid_size:
-      raise ValueError(
-          f'model.encoder makes {encoder.grid_size} latents and model.decoder'
-          f" 'vit' takes {decoder.grid_size}, which its patch_size"
-          f' {decoder.patch_size} makes of data.image_size {tuple(image_size)}.'
-          " Change one patch_size, or use the decoder 'mae', which resizes."
-      )
+  code_dim = quantizer.code_dim
+  encoder = _build_encoder(config, image_size, compute, code_dim)
+  decoder = _build_decoder(config, image_size, compute, code_dim, encoder)
   return Autoencoder(
       encoder=encoder,
       projector_in=_build_projector_in(config, encoder, quantizer, compute),
@@ -112,17 +114,54 @@ def build_autoencoder(
   )
 
 
+def _build_encoder(config, image_size, compute, code_dim) -> nn.Module:
+  cls = _lookup('encoder', _ENCODERS, config)
+  if cls is pretrained_vit.PretrainedVit:
+    return _build_pretrained(config['encoder'], image_size, compute)
+  if cls is conv.ConvEncoder:
+    return _build_conv('encoder', cls, config, image_size, compute, code_dim)
+  return _build_vit('encoder', cls, config, image_size, compute)
+
+
+def _build_decoder(
+    config, image_size, compute, code_dim, encoder
+) -> nn.Module:
+  """Builds a decoder of the encoder's grid."""
+  cls = _lookup('decoder', _DECODERS, config)
+  if cls is mae_decoder.MaeDecoder:
+    return mae_decoder.build_mae_decoder(
+        config['decoder'], latent_grid=encoder.grid_size,
+        image_size=image_size, compute=compute,
+    )
+  if cls is conv.ConvDecoder:
+    decoder = _build_conv('decoder', cls, config, image_size, compute, code_dim)
+    name, stride, field = 'conv', decoder.stride, 'conv.channel_multipliers'
+  else:
+    decoder = _build_vit('decoder', cls, config, image_size, compute)
+    name, stride, field = 'vit', decoder.patch_size, 'patch_size'
+  if decoder.grid_size != encoder.grid_size:
+    raise ValueError(
+        f'model.encoder makes {encoder.grid_size} latents and model.decoder'
+        f' {name!r} takes {decoder.grid_size}, one for {stride} x {stride}'
+        f' pixels of data.image_size {tuple(image_size)}. Change'
+        f" model.decoder.{field} or the encoder's, or use the decoder 'mae',"
+        ' which resizes.'
+    )
+  return decoder
+
+
 def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
   """Builds the discriminator that the section of that name describes.
 
   Args:
-    config: the `discriminator` section; see configs/default.py.
+    config: the `discriminator` section; see configs/default.py. No file is
+      read: see `load_discriminator_backbone`.
 
   Returns:
     The unbound module, of images to [B, N] logits.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name or architecture.
   """
   name = config['name']
   if name not in _DISCRIMINATORS:
@@ -134,6 +173,15 @@ def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
       for field, value in config[name].items()
       if field != 'checkpoint'
   }
+  if name == 'dino':
+    try:
+      architecture = parse_architecture(fields['architecture'])
+    except ValueError as error:
+      raise ValueError(f'discriminator.dino: {error}') from error
+    # As in the discriminators that it is known from.
+    fields['architecture'] = dataclasses.replace(
+        architecture, activation='gelu_tanh'
+    )
   return _DISCRIMINATORS[name](**fields)
 
 
@@ -196,7 +244,8 @@ def _build_projector_in(config, encoder, quantizer, compute) -> nn.Module:
     raise ValueError(
         f"model.projector_in.name is 'none' with {encoder.width} channels of"
         f' the encoder (model.encoder.width) and {quantizer.code_dim} of a code'
-        " (model.quantizer); make them equal, or use 'linear'."
+        " (model.quantizer); make them equal, with 'conv' by latent_width=0, or"
+        " use 'linear'."
     )
   return _build_projector(
       'projector_in',
@@ -212,7 +261,8 @@ def _build_projector_out(config, decoder, quantizer, compute) -> nn.Module:
     raise ValueError(
         f"model.projector_out.name is 'none' with {quantizer.code_dim} channels"
         f' of a code (model.quantizer) and {decoder.input_width} of the decoder'
-        " (model.decoder.width); make them equal, or use 'linear'."
+        " (model.decoder.width); make them equal, with 'conv' by"
+        " latent_width=0, or use 'linear'."
     )
   return _build_projector(
       'projector_out',
@@ -251,9 +301,39 @@ def _code_scales(quantizer: quantizers.Quantizer) -> tuple[float, ...]:
   )
 
 
-def _build_vit(part, table, config, image_size, compute) -> nn.Module:
+def _build_conv(
+    part, cls, config, image_size, compute, code_dim
+) -> conv.ConvEncoder | conv.ConvDecoder:
+  """Builds a convolutional part; there is no loop for scan_unroll to unroll."""
+  options = config[part]['conv']
+  multipliers = tuple(options['channel_multipliers'])
+  stride = conv.stride_of(multipliers)
+  if any(side % stride for side in image_size):
+    raise ValueError(
+        f'data.image_size is {tuple(image_size)}, which does not halve'
+        f' {len(multipliers) - 1} times, as the {len(multipliers)} levels of'
+        f' model.{part}.conv.channel_multipliers do; use multiples of {stride}.'
+    )
+  channels = [options['filters'] * multiplier for multiplier in multipliers]
+  if any(number % conv.NUM_GROUPS for number in channels):
+    raise ValueError(
+        f'model.{part}.conv has levels of {channels} channels (filters times'
+        ' channel_multipliers), which GroupNorm does not divide into'
+        f' {conv.NUM_GROUPS}; use multiples of {conv.NUM_GROUPS}.'
+    )
+  return cls(
+      filters=options['filters'],
+      channel_multipliers=multipliers,
+      num_res_blocks=options['num_res_blocks'],
+      latent_width=options['latent_width'] or code_dim,
+      grid_size=tuple(side // stride for side in image_size),
+      dtype=compute['dtype'],
+      remat=compute['remat'],
+  )
+
+
+def _build_vit(part, cls, config, image_size, compute) -> nn.Module:
   fields = dict(config[part])
-  cls = _lookup(part, table, config)
   names = {field.name for field in dataclasses.fields(cls)} - {'name'}
   fields = {name: fields[name] for name in fields if name in names}
   patch = fields['patch_size']
