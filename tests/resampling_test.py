@@ -33,20 +33,28 @@ def _bicubic(values, size):
   return resized
 
 
-def _bicubic_antialias(values, size):
-  """PyTorch's kernel, value by value: _upsample_bicubic2d_aa."""
+def _antialias(values, size, kernel, radius):
+  """PyTorch's kernels with antialias, value by value."""
   resized = np.zeros(size)
   scale = len(values) / size
   stretch = max(scale, 1.0)
   for i in range(size):
     center = scale * (i + 0.5)
-    low = max(int(center - 2 * stretch + 0.5), 0)
-    high = min(int(center + 2 * stretch + 0.5), len(values))
-    weights = [
-        _cubic((n + 0.5 - center) / stretch, -0.5) for n in range(low, high)
-    ]
+    low = max(int(center - radius * stretch + 0.5), 0)
+    high = min(int(center + radius * stretch + 0.5), len(values))
+    weights = [kernel((n + 0.5 - center) / stretch) for n in range(low, high)]
     resized[i] = np.dot(weights, values[low:high]) / sum(weights)
   return resized
+
+
+def _bicubic_antialias(values, size):
+  """_upsample_bicubic2d_aa."""
+  return _antialias(values, size, lambda x: _cubic(x, -0.5), 2)
+
+
+def _bilinear_antialias(values, size):
+  """_upsample_bilinear2d_aa."""
+  return _antialias(values, size, lambda x: max(1 - abs(x), 0), 1)
 
 
 def _bilinear(values, size):
@@ -87,6 +95,7 @@ _SLOW = {
     'bicubic_antialias': _bicubic_antialias,
     'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
+    'bilinear_antialias': _bilinear_antialias,
     'bilinear_tf1': _bilinear_tf1,
 }
 
@@ -127,11 +136,15 @@ def test_corners_stay_as_in_the_zoom_of_scipy(size):
 
 
 @pytest.mark.parametrize('size', [(7, 9), (3, 2), (4, 10)])
-def test_antialias_is_that_of_jax(size):
+@pytest.mark.parametrize(
+    ('kernel', 'method'),
+    [('bicubic_antialias', 'cubic'), ('bilinear_antialias', 'bilinear')],
+)
+def test_antialias_is_that_of_jax(size, kernel, method):
   grid = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(np.float32)
   np.testing.assert_allclose(
-      resampling.resize_grid(grid, size, 'bicubic_antialias'),
-      jax.image.resize(grid, (*size, 3), 'cubic', antialias=True),
+      resampling.resize_grid(grid, size, kernel),
+      jax.image.resize(grid, (*size, 3), method, antialias=True),
       atol=2e-6,
   )
 

@@ -40,8 +40,8 @@ class Place(NamedTuple):
 
   Attributes:
     key: of the array.
-    pattern: of einops, from the axes in the file to ours, both sides in single
-      letters; None if they are the same.
+    pattern: of einops, from the axes in the file to ours; names, and 1 for axes
+      that we do not have. None if they are the same.
   """
 
   key: str
@@ -171,5 +171,5 @@ def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
   if place.pattern is None:
     return shape
   stored, ours = (side.split() for side in place.pattern.split('->'))
-  sizes = dict(zip(ours, shape, strict=True))
+  sizes = {'1': 1, **dict(zip(ours, shape, strict=True))}
   return tuple(sizes[axis] for axis in stored)

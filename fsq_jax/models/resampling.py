@@ -39,6 +39,16 @@ def _bilinear(size_in: int, size_out: int) -> np.ndarray:
   return np.maximum(1 - distances, 0)
 
 
+def _bilinear_antialias(size_in: int, size_out: int) -> np.ndarray:
+  """Bilinear with antialias, of PyTorch, Pillow and JAX."""
+  # Shrinking widens the kernel; beyond the edges there is nothing.
+  scale = size_in / size_out
+  centers = (np.arange(size_out) + 0.5) * scale - 0.5
+  distances = np.abs(np.arange(size_in) - centers[:, None])
+  matrix = np.maximum(1 - distances / max(scale, 1.0), 0)
+  return matrix / matrix.sum(axis=1, keepdims=True)
+
+
 def _bilinear_tf1(size_in: int, size_out: int) -> np.ndarray:
   """Bilinear of TensorFlow 1: corners of pixels, not centres, are aligned."""
   positions = np.arange(size_out) * size_in / size_out
@@ -59,6 +69,7 @@ KERNELS: dict[str, Callable[[int, int], np.ndarray]] = {
     'bicubic_antialias': _bicubic_antialias,
     'bilinear': _bilinear,
     'bilinear_align_corners': _bilinear_align_corners,
+    'bilinear_antialias': _bilinear_antialias,
     'bilinear_tf1': _bilinear_tf1,
 }
 
