@@ -48,6 +48,7 @@ _ALLOWED_IMPORTS = {
     'config_rules': {'quantizer_rules', 'rules'},
     'quantizer_rules': {'rules'},
     'data': set(),
+    'frechet': {'workdir'},
     'losses': set(),
     'metrics': set(),
     'partitioning': set(),
