@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import functools
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
-from flax import linen as nn
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -23,9 +23,6 @@ from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import partitioning
 from fsq_jax import train_step
-
-# Images for each feature, below which a Frechet distance is too high.
-_IMAGES_PER_FEATURE = 10
 
 _FRECHET = (
     'Frechet distance between the features of all images and of all'
@@ -145,13 +142,9 @@ class NetworkMetrics:
   def _reference_path(self, name: str) -> pathlib.Path:
     return self._folder / f'{name}.safetensors'
 
-  def _facts(self, name: str) -> dict[str, str]:
+  def _origin(self, name: str) -> frechet.Origin:
     """What statistics of features are statistics of."""
-    return {
-        'network': name,
-        'weights_sha256': self._networks[name].sha256,
-        'images_sha256': self._list_hash,
-    }
+    return frechet.Origin(name, self._networks[name].sha256, self._list_hash)
 
   def _read_references(self) -> dict[str, frechet.FeatureStatistics]:
     """Reads what an earlier evaluation of the same images has kept."""
@@ -161,19 +154,20 @@ class NetworkMetrics:
         continue
       try:
         references[name] = frechet.read_statistics(
-            self._reference_path(name), self._facts(name)
+            self._reference_path(name), self._origin(name)
         )
       except ValueError as error:
         logging.warning('Features are computed anew: %s', error)
     return references
 
   def _keep(self, name: str, statistics: frechet.FeatureStatistics) -> None:
-    self._references[name] = statistics
     if self._folder is not None and jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      frechet.write_statistics(
-          self._reference_path(name), statistics, self._facts(name)
-      )
+      path = self._reference_path(name)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      frechet.write_statistics(path, statistics, self._origin(name))
+      # The next evaluation reads them, and must not differ in the last digit.
+      statistics = frechet.read_statistics(path, self._origin(name))
+    self._references[name] = statistics
 
 
 class _Run:
@@ -181,17 +175,13 @@ class _Run:
 
   def __init__(self, networks: NetworkMetrics):
     self._networks = networks
-    # Those that are not known yet, which does not change within a run.
+    # Of those that are not known yet, which does not change within a run.
     self._originals = {
-        name: frechet.FeatureStatistics()
+        name: None
         for name in networks._networks
         if name in _FRECHET_NAMES and name not in networks._references
     }
-    self._reconstructions = {
-        name: frechet.FeatureStatistics()
-        for name in networks._networks
-        if name in _FRECHET_NAMES
-    }
+    self._reconstructions = {}
     self._means = {}
 
   def update(
@@ -222,27 +212,29 @@ class _Run:
       values = np.where(finite, values, np.nan)
       self._means.setdefault(name, metrics.Mean()).update(values, mask)
     for name, features in scores.originals.items():
-      self._originals[name].update(features, mask)
+      _add(self._originals, name, features, mask)
     for name, features in scores.reconstructions.items():
-      self._reconstructions[name].update(features, mask & finite)
+      _add(self._reconstructions, name, features, mask & finite)
 
   def result(self) -> dict[str, float]:
-    """The metrics under their names."""
+    """The metrics under their names; NaN where no two images can be used."""
     values = {name: mean.result() for name, mean in self._means.items()}
     for name, statistics in self._originals.items():
       self._networks._keep(name, statistics)
     for name, statistics in self._reconstructions.items():
-      values[name] = frechet.frechet_distance(
-          self._networks._references[name], statistics
-      )
-      least = _IMAGES_PER_FEATURE * len(statistics.mean)
-      if statistics.count < least:
-        logging.warning(
-            '%s of %d images is too high: it has %d features, and needs about'
-            ' %d images.',
-            name, statistics.count, len(statistics.mean), least,
+      values[name] = math.nan
+      if statistics.num_images > 1:
+        values[name] = frechet.frechet_distance(
+            self._networks._references[name], statistics
         )
     return values
+
+
+def _add(statistics, name, features, mask) -> None:
+  """Adds [B, D] features to the statistics of a name."""
+  if statistics.get(name) is None:
+    statistics[name] = frechet.FeatureStatistics(features.shape[1])
+  statistics[name].update(features, mask)
 
 
 class _Metric(NamedTuple):
@@ -265,6 +257,18 @@ def _mean_latent(module, variables, images) -> jax.Array:
   return jnp.mean(latents.astype(jnp.float32), axis=(1, 2))
 
 
+def _load_encoder(path: str) -> models.FrozenNetwork:
+  """Loads an encoder for the size that its checkpoint was trained for."""
+  encoder = models.load_encoder(path, final_affine=False)
+  return models.FrozenNetwork(
+      encoder.module, encoder.variables, models.hash_weights(path)
+  )
+
+
+def _inception(module, variables, images) -> jax.Array:
+  return module.apply(variables, images)
+
+
 _METRICS = {
     'lpips_alexnet': _Metric(
         lambda path: models.load_lpips(path, 'alexnet'), _distance
@@ -272,7 +276,7 @@ _METRICS = {
     'lpips_vgg16': _Metric(
         lambda path: models.load_lpips(path, 'vgg16'), _distance
     ),
-    'rfid': _Metric(models.load_inception, nn.Module.apply),
+    'rfid': _Metric(models.load_inception, _inception),
     'fd_vgg16': _Metric(
         lambda path: models.load_lpips(path, 'vgg16'), _pooled
     ),

@@ -59,6 +59,7 @@ _ALLOWED_IMPORTS = {
     'adversarial_losses': set(),
     'data': set(),
     'diffaug': set(),
+    'frechet': {'workdir'},
     'losses': set(),
     'metrics': set(),
     'partitioning': set(),

@@ -1,0 +1,302 @@
+"""Frechet distances: closed forms, batches, files; against NumPy throughout."""
+
+import logging
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fsq_jax import frechet
+from fsq_jax import workdir
+
+_ORIGIN = frechet.Origin('toy pool3', 'ab12', 'cd34')
+
+
+def _statistics(features, **kwargs):
+  statistics = frechet.FeatureStatistics(features.shape[1])
+  statistics.update(features, **kwargs)
+  return statistics
+
+
+def _with_moments(mean, covariance, num_images=1000):
+  """Statistics that have exactly these moments."""
+  statistics = frechet.FeatureStatistics(len(mean))
+  statistics._add(num_images, mean, covariance * (num_images - 1))
+  return statistics
+
+
+def _assert_same(actual, expected, rtol=1e-12):
+  assert actual.num_images == expected.num_images
+  scale = np.abs(expected.covariance).max()
+  np.testing.assert_allclose(actual.mean, expected.mean, rtol=rtol, atol=rtol)
+  np.testing.assert_allclose(
+      actual.covariance, expected.covariance, rtol=rtol, atol=rtol * scale
+  )
+
+
+def _features(num_images, num_features, seed=0, mean=3.0):
+  rng = np.random.default_rng(seed)
+  mixing = rng.normal(size=(num_features, num_features))
+  return mean + rng.normal(size=(num_images, num_features)) @ mixing
+
+
+# Statistics.
+
+
+def test_moments_are_those_of_numpy():
+  features = _features(50, 7)
+  statistics = _statistics(features)
+  assert statistics.num_images == 50
+  assert statistics.images_per_feature == 50 / 7
+  assert statistics.covariance.dtype == np.float64
+  np.testing.assert_allclose(statistics.mean, features.mean(0), rtol=1e-13)
+  np.testing.assert_allclose(
+      statistics.covariance, np.cov(features, rowvar=False), rtol=1e-12
+  )
+
+
+@pytest.mark.parametrize('sizes', [(50,), (1,) * 50, (3, 0, 40, 7)])
+def test_batches_do_not_matter(sizes):
+  features = _features(50, 7)
+  statistics = frechet.FeatureStatistics(7)
+  for part in np.split(features, np.cumsum(sizes)[:-1]):
+    statistics.update(part)
+  _assert_same(statistics, _statistics(features))
+
+
+def test_parts_that_are_merged_are_the_whole():
+  features = _features(50, 7)
+  # Some of unlike means, and one without images.
+  features[:20] += 100
+  total = frechet.FeatureStatistics(7)
+  for part in (features[:20], features[20:21], features[:0], features[21:]):
+    statistics = _statistics(part)
+    total.merge(statistics)
+    assert statistics.num_images == len(part)
+  _assert_same(total, _statistics(features))
+  alone = _statistics(features[:20])
+  assert not np.allclose(total.covariance, alone.covariance)
+
+
+def test_only_rows_of_the_mask_count():
+  features = _features(50, 7)
+  mask = np.arange(50) % 3 > 0
+  padded = np.where(mask[:, None], features, np.nan)
+  _assert_same(_statistics(padded, mask=mask), _statistics(features[mask]))
+  empty = _statistics(padded, mask=np.zeros(50))
+  assert empty.num_images == 0
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+def test_a_large_mean_costs_no_digits(dtype):
+  # At 1000 a float32 has steps of 6e-5, a float16 of 0.5; the squares of the
+  # features less those of the mean would keep nothing of the variance.
+  noise = {np.float32: 1e-3, np.float16: 2.0}[dtype]
+  rng = np.random.default_rng(0)
+  features = (1000 + noise * rng.normal(size=(400, 3))).astype(dtype)
+  statistics = frechet.FeatureStatistics(3)
+  for part in np.split(features, 8):
+    statistics.update(part)
+  exact = features.astype(np.longdouble)
+  centred = exact - exact.mean(axis=0)
+  expected = (centred[:, :, None] * centred[:, None]).sum(0) / 399
+  np.testing.assert_allclose(
+      statistics.covariance, np.float64(expected), rtol=1e-8, atol=1e-16
+  )
+
+
+@pytest.mark.parametrize(
+    ('features', 'mask', 'message'),
+    [
+        (np.zeros((4, 6)), None, r'\[4, 6\]; these statistics are of \[B, 7\]'),
+        (np.zeros(7), None, r'Features are \[7\]'),
+        (np.zeros((4, 7)), np.ones(3), r'mask is \[3\] for 4 rows'),
+        (np.full((4, 7), np.nan), [1, 1, 1, 0], 'of 3 of 3 images hold NaN'),
+        (np.full((4, 7), np.inf), None, 'of 4 of 4 images hold NaN or inf'),
+    ],
+)
+def test_features_of_no_use_are_refused(features, mask, message):
+  statistics = _statistics(_features(20, 7))
+  with pytest.raises(ValueError, match=message):
+    statistics.update(features, mask)
+  assert statistics.num_images == 20
+
+
+def test_one_image_has_no_covariance():
+  with pytest.raises(ValueError, match='two images, not 1'):
+    _ = _statistics(np.ones((1, 3))).covariance
+  with pytest.raises(ValueError, match='num_features is 0'):
+    frechet.FeatureStatistics(0)
+
+
+# The distance.
+
+
+def test_distance_of_independent_features_is_a_sum():
+  rng = np.random.default_rng(0)
+  means = rng.normal(size=(2, 30))
+  variances = rng.uniform(0, 4, (2, 30))
+  variances[0, :3] = variances[1, 2:6] = 0
+  a, b = (_with_moments(m, np.diag(v)) for m, v in zip(means, variances,
+                                                       strict=True))
+  deviations = np.sqrt(variances)
+  expected = np.sum((means[0] - means[1]) ** 2) + np.sum(
+      (deviations[0] - deviations[1]) ** 2
+  )
+  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+  # Turned, features are not independent, and as far apart.
+  turn, _ = np.linalg.qr(rng.normal(size=(30, 30)))
+  a, b = (
+      _with_moments(turn @ m, turn @ np.diag(v) @ turn.T)
+      for m, v in zip(means, variances, strict=True)
+  )
+  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_of_two_features_has_a_closed_form():
+  # tr (S1 S2)^(1/2) = (tr S1 S2 + 2 (det S1 S2)^(1/2))^(1/2) of 2 x 2.
+  first = np.array([[2.0, 0.7], [0.7, 1.0]])
+  second = np.array([[1.0, -0.4], [-0.4, 3.0]])
+  product = first @ second
+  root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+  expected = 5.0 + np.trace(first + second) - 2 * root
+  a = _with_moments(np.array([1.0, 0.0]), first)
+  b = _with_moments(np.array([0.0, 2.0]), second)
+  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+  assert frechet.frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('num_images', [2, 60, 1000])
+def test_a_set_is_no_distance_from_itself(num_images):
+  # Features of scales from 10 to 1e-4, with more of them than images or fewer.
+  features = _features(num_images, 100) * np.logspace(1, -4, 100)
+  a = _statistics(features)
+  b = _statistics(features[::-1])
+  assert 0 <= frechet.frechet_distance(a, b) < 1e-6
+  # Moved, it is as far as it has moved.
+  moved = _statistics(features + 0.1)
+  assert frechet.frechet_distance(a, moved) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize('sizes', [(20, 30), (20, 500), (200, 500)])
+def test_distance_is_that_of_the_images_themselves(sizes):
+  # tr (S1 S2)^(1/2) is the nuclear norm of X1 X2^T, centred rows of features,
+  # and needs neither covariances nor their roots.
+  sets = [
+      _features(n, 100, seed=n) * np.logspace(1, -2, 100) + n for n in sizes
+  ]
+  x, y = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in sets)
+  expected = (
+      np.sum((sets[0].mean(0) - sets[1].mean(0)) ** 2)
+      + np.sum(x**2) + np.sum(y**2)
+      - 2 * np.linalg.svd(x @ y.T, compute_uv=False).sum()
+  )
+  a, b = map(_statistics, sets)
+  assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_few_images_are_warned_of(caplog):
+  caplog.set_level(logging.WARNING)
+  enough, few = (_statistics(_features(n, 4)) for n in (40, 39))
+  frechet.frechet_distance(enough, enough)
+  assert not caplog.messages
+  frechet.frechet_distance(enough, few)
+  (message,) = caplog.messages
+  assert 'of 4 features from 39 images' in message
+  assert 'take 40 or more' in message
+
+
+def test_other_numbers_of_features_are_refused():
+  a, b = (_statistics(_features(40, n)) for n in (4, 1))
+  with pytest.raises(ValueError, match='has 4 features, the other 1'):
+    frechet.frechet_distance(a, b)
+  with pytest.raises(ValueError, match='has 4 features, the other 1'):
+    a.merge(b)
+
+
+# Files.
+
+
+def test_statistics_survive_a_file(tmp_path):
+  features = _features(50, 7)
+  statistics = _statistics(features[:30])
+  frechet.write_statistics(tmp_path / 'x.safetensors', statistics, _ORIGIN)
+  read = frechet.read_statistics(tmp_path / 'x.safetensors', _ORIGIN)
+  _assert_same(read, statistics, rtol=1e-15)
+  read.update(features[30:])
+  _assert_same(read, _statistics(features))
+
+
+@pytest.mark.parametrize('field', frechet.Origin._fields)
+def test_statistics_of_something_else_are_refused(tmp_path, field):
+  path = tmp_path / 'x.safetensors'
+  frechet.write_statistics(path, _statistics(_features(50, 7)), _ORIGIN)
+  given = getattr(_ORIGIN, field)
+  with pytest.raises(ValueError, match=f"of {field} '{given}', not 'other'"):
+    frechet.read_statistics(path, _ORIGIN._replace(**{field: 'other'}))
+
+
+def _facts(**changes):
+  facts = {'format': frechet._FORMAT, 'num_images': '9', **_ORIGIN._asdict()}
+  return {**facts, **changes}
+
+
+def _asymmetric():
+  covariance = np.eye(3)
+  covariance[0, 2] = 1e-3
+  return covariance
+
+
+@pytest.mark.parametrize(
+    ('changes', 'facts', 'message'),
+    [
+        ({'mean': np.full(3, np.nan)}, {}, 'NaN or infinity'),
+        ({'covariance': np.full((3, 3), np.inf)}, {}, 'NaN or infinity'),
+        ({'covariance': _asymmetric()}, {}, 'not symmetric, by 0.001'),
+        ({'covariance': np.diag([1.0, -1, 1])}, {}, 'negative variances'),
+        ({'covariance': np.eye(4)}, {}, r"'covariance': \(4, 4\)"),
+        ({'mean': np.zeros((1, 3))}, {}, r"'mean': \(1, 3\)"),
+        ({'mean': np.zeros(3, np.float32)}, {}, 'dtype than float64'),
+        ({'more': np.zeros(3)}, {}, "'more'"),
+        ({}, {'num_images': '1'}, 'of 1 images'),
+        ({}, {'num_images': '-4'}, 'no feature statistics'),
+        ({}, {'format': 'other'}, "no feature statistics .*'other|other"),
+    ],
+)
+def test_files_with_something_else_are_refused(
+    tmp_path, changes, facts, message
+):
+  arrays = {'mean': np.zeros(3), 'covariance': np.eye(3)}
+  path = tmp_path / 'x.safetensors'
+  safetensors.numpy.save_file(arrays, path, metadata=_facts())
+  frechet.read_statistics(path, _ORIGIN)
+  safetensors.numpy.save_file(
+      {**arrays, **changes}, path, metadata=_facts(**facts)
+  )
+  with pytest.raises(ValueError, match=message) as error:
+    frechet.read_statistics(path, _ORIGIN)
+  assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize('content', [None, b'', b'{}', bytes(100)])
+def test_files_that_cannot_be_read_are_refused(tmp_path, content):
+  path = tmp_path / 'x.safetensors'
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(ValueError, match=r'x\.safetensors'):
+    frechet.read_statistics(path, _ORIGIN)
+
+
+def test_the_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / 'x.safetensors'
+  frechet.write_statistics(path, _statistics(_features(50, 7)), _ORIGIN)
+  before = path.read_bytes()
+
+  def fail(*args):
+    raise OSError('no space left')
+
+  monkeypatch.setattr(workdir.os, 'fsync', fail)
+  with pytest.raises(OSError, match='no space'):
+    frechet.write_statistics(path, _statistics(_features(60, 7)), _ORIGIN)
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
