@@ -54,7 +54,8 @@ def _logits(seed, shape=_SHAPE):
 
 
 def test_every_loss_of_the_builders_is_tested():
-  assert adversarial_losses._DISCRIMINATOR_LOSSES.keys() == _DISCRIMINATOR.keys()
+  known = adversarial_losses._DISCRIMINATOR_LOSSES
+  assert known.keys() == _DISCRIMINATOR.keys()
   assert adversarial_losses._GENERATOR_LOSSES.keys() == _GENERATOR.keys()
 
 
@@ -195,7 +196,9 @@ def test_averages_are_scalars(name):
 
 
 def test_averages_move_towards_the_mean():
-  update = jax.jit(functools.partial(adversarial_losses.update_average, decay=0.75))
+  update = jax.jit(
+      functools.partial(adversarial_losses.update_average, decay=0.75)
+  )
   average = update(2.0, jnp.asarray([[1.0, 3.0, 8.0]]))
   np.testing.assert_allclose(average, 0.75 * 2 + 0.25 * 4)
   assert average.dtype == jnp.float32
@@ -277,7 +280,9 @@ def test_gradient_of_rounded_images_is_that_of_the_identity():
   weights = jnp.arange(6.0)
   gradient = jax.jit(
       jax.grad(
-          lambda x: jnp.sum(adversarial_losses.straight_through_uint8(x) * weights)
+          lambda x: jnp.sum(
+              adversarial_losses.straight_through_uint8(x) * weights
+          )
       )
   )(images)
   np.testing.assert_array_equal(gradient, weights)
