@@ -50,6 +50,7 @@ _ALLOWED_IMPORTS = {
     'checkpoint': {'workdir'},
     'report': {'report_page', 'workdir'},
     'report_page': {'report_curves'},
+    'perceptual': {'models'},
     'optim': {'partitioning'},
     'models': {'quantizers'},
     'configuration': {'config_rules', 'models', 'quantizers'},

@@ -99,21 +99,28 @@ def run_inception() -> dict[str, np.ndarray]:
     }
 
 
-def run_classifier(name: str) -> dict[str, np.ndarray]:
-  """Runs a classifier of torchvision as the losses of TiTok do.
-
-  Args:
-    name: 'convnext_small' or 'resnet50'.
+def run_classifiers() -> dict[str, dict[str, np.ndarray]]:
+  """Runs small classifiers of torchvision, as the loss of TiTok does.
 
   Returns:
-    The logits [2, 1000] of images resampled to 224 x 224.
+    By the name of the full-size one: logits [2, 10] of a network with fewer
+    blocks, and narrower where the class can be; and `full_shapes`, JSON of the
+    state dict of the full-size one.
   """
   import torch
   import torchvision
+  from torchvision.models import convnext
+  from torchvision.models import resnet
 
-  network = getattr(torchvision.models, name)(weights=None).eval()
-  tensors, shapes = _tensors(network)
-  network.load_state_dict(tensors)
+  stages = [(8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 1)]
+  small = {
+      'convnext_small': convnext.ConvNeXt(
+          [convnext.CNBlockConfig(*stage) for stage in stages], num_classes=10
+      ),
+      'resnet50': resnet.ResNet(
+          resnet.Bottleneck, [1, 2, 1, 1], num_classes=10
+      ),
+  }  # fmt: skip
   images = torch.tensor(make_images()).permute(0, 3, 1, 2) / 255
   images = torch.nn.functional.interpolate(
       images, size=224, mode='bilinear', align_corners=False, antialias=True
@@ -122,9 +129,20 @@ def run_classifier(name: str) -> dict[str, np.ndarray]:
       torch.tensor(x)[None, :, None, None]
       for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
   )
-  with torch.no_grad():
-    logits = network((images - mean) / std).numpy()
-  return {'shapes': np.array(shapes), 'logits': logits}
+  results = {}
+  for name, network in small.items():
+    tensors, shapes = _tensors(network.eval())
+    network.load_state_dict(tensors)
+    with torch.no_grad():
+      logits = network((images - mean) / std).numpy()
+    full = getattr(torchvision.models, name)(weights=None)
+    full_shapes = {k: tuple(v.shape) for k, v in full.state_dict().items()}
+    results[name] = {
+        'shapes': np.array(shapes),
+        'full_shapes': np.array(json.dumps(full_shapes)),
+        'logits': logits,
+    }
+  return results
 
 
 def main() -> None:
@@ -137,8 +155,8 @@ def main() -> None:
   directory = parser.parse_args().directory
   directory.mkdir(parents=True, exist_ok=True)
   np.savez_compressed(directory / 'inception.npz', **run_inception())
-  for name in ('convnext_small', 'resnet50'):
-    np.savez_compressed(directory / f'{name}.npz', **run_classifier(name))
+  for name, result in run_classifiers().items():
+    np.savez_compressed(directory / f'{name}.npz', **result)
 
 
 if __name__ == '__main__':
