@@ -27,6 +27,7 @@ _ALLOWED_IMPORTS = {
         'configuration', 'data', 'metrics', 'network_metrics', 'partitioning',
         'quantizers', 'report', 'runtime', 'train_step', 'trained', 'workdir',
     },
+    'native_size': {'metrics', 'models', 'partitioning', 'train_step'},
     'latent_statistics': {
         'configuration', 'data', 'initialization', 'models', 'optim',
         'partitioning', 'runtime', 'train_state', 'train_step', 'trained',

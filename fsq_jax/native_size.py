@@ -1,0 +1,186 @@
+"""Reconstructions of images at their own size, whatever that is.
+
+A model takes images of one size, or of sides that its stride divides. Any other
+image is padded at its bottom and right, reconstructed, and cropped to what it
+was.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from einops import rearrange
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from fsq_jax import metrics
+from fsq_jax import models
+from fsq_jax import partitioning
+from fsq_jax import train_step
+
+# Tiles in one call of the model, a power of 2.
+_MAX_TILES = 32
+
+
+class Reconstruction(NamedTuple):
+  """What becomes of an image.
+
+  Attributes:
+    image: [H, W, 3] uint8.
+    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid
+      of all tiles; the last rows and columns may be of padding alone.
+    finite: whether what the decoder made, padding included, is free of NaN and
+      infinity, for which the image has no value.
+  """
+
+  image: np.ndarray
+  indices: np.ndarray
+  finite: bool
+
+
+def stride_of(model: models.Autoencoder) -> int | None:
+  """What the sides of images have to be multiples of, or None.
+
+  None are models that are tied to one grid of latents: by their positions, or
+  by statistics of latents. Parts that are not have a `stride`.
+  """
+  strides = [getattr(x, 'stride', None) for x in (model.encoder, model.decoder)]
+  if None in strides or model.statistics is not None:
+    return None
+  return max(strides)
+
+
+def pad(image: np.ndarray, multiples: tuple[int, int]) -> np.ndarray:
+  """Pads an image to sides that are multiples.
+
+  It is mirrored at its bottom and right, over and over where it is small. A
+  mirror image has the colours and the texture that GroupNorm's statistics, over
+  the whole image, had without it, where repeated edges would be stripes; and
+  it is defined for a single pixel.
+
+  Args:
+    image: [H, W, 3], both sides at least 1.
+    multiples: of the height and of the width, pixels.
+
+  Returns:
+    [H', W', 3] of the same dtype, with the image at its top left.
+  """
+  added = [
+      (0, -side % multiple)
+      for side, multiple in zip(image.shape[:2], multiples, strict=True)
+  ]
+  return np.pad(image, (*added, (0, 0)), mode='symmetric')
+
+
+def reconstruct(
+    model: models.Autoencoder, variables: Mapping[str, Any], images: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Codes and decodes images of a size that the model takes.
+
+  Args:
+    model: the autoencoder.
+    variables: params and the model's other collections.
+    images: [B, H, W, 3] uint8.
+
+  Returns:
+    Reconstructions, the same shape, uint8; indices, int32; and one bool,
+    whether all reconstructions are finite.
+  """
+  output = model.apply(variables, train_step.to_float(images))
+  return (
+      metrics.to_uint8(output.reconstructions),
+      output.indices,
+      jnp.all(jnp.isfinite(output.reconstructions)),
+  )
+
+
+class Reconstructor:
+  """Reconstructs images of any size with one model.
+
+  A model with a stride, a convolutional one, takes the whole padded image; a
+  program is compiled for each padded size. Its GroupNorm sees the padding, so
+  that every pixel may differ a little from what it would be without. Other
+  models take tiles of the size that they were trained with, each by itself,
+  and edges of tiles may show.
+  """
+
+  def __init__(
+      self,
+      model: models.Autoencoder,
+      image_size: tuple[int, int],
+      mesh: jax.sharding.Mesh,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: an autoencoder.
+      image_size: (height, width) in pixels that it was built for.
+      mesh: from `partitioning.create_mesh`. All devices do the same.
+    """
+    stride = stride_of(model)
+    self._whole = stride is not None
+    self._multiples = (stride, stride) if self._whole else tuple(image_size)
+    self._reconstruct = jax.jit(
+        lambda variables, images: reconstruct(model, variables, images),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+  def __call__(
+      self, variables: Mapping[str, Any], image: np.ndarray
+  ) -> Reconstruction:
+    """Reconstructs one image.
+
+    Args:
+      variables: params and the model's other collections.
+      image: [H, W, 3] uint8, both sides at least 1.
+
+    Returns:
+      The reconstruction, of the same size.
+
+    Raises:
+      ValueError: an array of another shape or dtype.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+      raise ValueError(
+          f'An image is [H, W, 3] uint8, not {list(image.shape)}'
+          f' {image.dtype}.'
+      )
+    if not image.size:
+      raise ValueError(f'An image of {list(image.shape)} has no pixel.')
+    padded = pad(image, self._multiples)
+    if self._whole:
+      images, indices, finite = jax.device_get(
+          self._reconstruct(variables, padded[None])
+      )
+      padded, indices = images[0], indices[0]
+    else:
+      padded, indices, finite = self._run_on_tiles(variables, padded)
+    height, width = image.shape[:2]
+    return Reconstruction(padded[:height, :width], indices, bool(finite))
+
+  def _run_on_tiles(
+      self, variables, image: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns the image and the indices put together out of tiles."""
+    height, width = self._multiples
+    tiles = rearrange(
+        image, '(r h) (c w) rgb -> (r c) h w rgb', h=height, w=width
+    )
+    parts = []
+    while len(tiles):
+      # Powers of 2, for which there are few programs, and no tile too much.
+      size = min(_MAX_TILES, 2 ** (len(tiles).bit_length() - 1))
+      parts.append(
+          jax.device_get(self._reconstruct(variables, tiles[:size]))
+      )
+      tiles = tiles[size:]
+    images, indices, finite = zip(*parts, strict=True)
+    images, indices = (
+        rearrange(
+            np.concatenate(x), '(r c) h w ... -> (r h) (c w) ...',
+            r=image.shape[0] // height,
+        )
+        for x in (images, indices)
+    )
+    return images, indices, all(finite)
