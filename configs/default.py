@@ -330,8 +330,8 @@ def _losses() -> ml_collections.ConfigDict:
 
   perceptual = losses.perceptual = ml_collections.ConfigDict()
   # 'none', or a frozen network by which reconstructions are compared with
-  # images: 'lpips_vgg16', 'lpips_alexnet'; 'convnext', logits of ConvNeXt-S; or
-  # 'vit', latents of a pretrained encoder.
+  # images: 'lpips_vgg16', 'lpips_alexnet'; 'convnext' or 'resnet50', logits of
+  # ConvNeXt-S or ResNet-50; or 'vit', latents of a pretrained encoder.
   perceptual.name = 'none'
   perceptual.weight = 1.0
   # File of its weights, see experiments/weights; vit: directory of an encoder.

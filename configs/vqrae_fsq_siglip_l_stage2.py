@@ -11,8 +11,9 @@ Numbers: none of its own yet; the paper's are in vqrae_fsq_siglip_l.
 Networks: --config.losses.perceptual.checkpoint=FILE of ConvNeXt-S, made by
 experiments/weights, and --config.discriminator.dino.checkpoint=DIR, as there.
 The paper names neither a discriminator nor a batch size; stage 1's, and its
-EMA, stay. The stage 2 of hugoycj/RAE encodes under no_grad and compares quantized latents with their own
-continuous ones: nothing trains the encoder there.
+EMA, stay. The stage 2 of hugoycj/RAE encodes under no_grad and compares
+quantized latents with their own continuous ones: nothing trains the encoder
+there.
 """
 
 import ml_collections

@@ -57,7 +57,8 @@ _EVAL_NETWORKS = (
 # Every field of those sections of configs/default.py.
 FIELDS: Mapping[str, rules.Rule] = {
     'losses.perceptual.name': rules.name(
-        'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'vit'
+        'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'resnet50',
+        'vit',
     ),
     'losses.perceptual.weight': rules.NOT_NEGATIVE,
     'losses.perceptual.checkpoint': rules.TEXT,

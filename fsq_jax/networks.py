@@ -74,9 +74,8 @@ def load_networks(
   options = config.losses.perceptual
   if options.name != 'none':
     field = 'losses.perceptual.checkpoint'
-    network = _load(
-        field, perceptual.load_perceptual, options.name, options.checkpoint
-    )
+    load = perceptual.build_perceptual_loss
+    network = _load(field, load, options.name, options.checkpoint)
     variables['perceptual'] = network.variables
     hashes[field] = network.sha256
   if config.discriminator.name == 'dino':
