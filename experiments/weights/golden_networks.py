@@ -21,7 +21,8 @@ import tempfile
 
 import numpy as np
 
-IMAGE_SIZE = (57, 83)
+# Rows are more after the resampling of every network, columns are fewer.
+IMAGE_SIZE = (57, 340)
 
 
 def make_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
