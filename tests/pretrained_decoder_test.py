@@ -122,7 +122,7 @@ def test_normalizations_are_those_of_the_encoders():
   encoder = pretrained.load_encoder(_ENCODER).module.architecture
   decoder = pretrained.load_decoder(_RAE, 'mae').module.architecture
   assert (decoder.mean, decoder.std) == (encoder.mean, encoder.std)
-  with pytest.raises(ValueError, match=r"'vgg'; known: \['dinov2'"):
+  with pytest.raises(ValueError, match=r"'vgg'; known: \['dino', 'dinov2'"):
     pretrained.load_decoder(_RAE, 'vgg')
 
 
