@@ -68,7 +68,7 @@ _MAE = {
         '() or (rows, columns), integers >= 1', _COUNT, (0, 2)
     ),
     'normalization': rules.name(
-        'none', 'siglip', 'siglip_big_vision', 'dinov2',
+        'none', 'siglip', 'siglip_big_vision', 'dino', 'dinov2',
         'dinov2_with_registers', 'dinov3', 'mae',
     ),
 }
