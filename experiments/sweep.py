@@ -18,6 +18,14 @@ Overrides = Mapping[str, Any]
 
 _INTERRUPTED = 75  # As launch.py: run the same command again.
 
+# Fields that say where the same data set, network or run is; it may have moved.
+_PLACES = {
+    'data.data_dir', 'discriminator.dino.checkpoint',
+    'eval.networks.fd_vgg16', 'eval.networks.lpips_alexnet',
+    'losses.perceptual.checkpoint', 'model.encoder.checkpoint',
+    'train.init_from',
+}  # fmt: skip
+
 # What is kept of an evaluation.
 _NUMBERS = (
     'psnr', 'ssim', 'codebook_size', 'num_used_codes', 'usage', 'perplexity',
@@ -204,12 +212,12 @@ def _is_finished(
     return False
   config = make_config(config_path, overrides)
   saved, evaluation = map(_read_json, files)
-  # The same data set and the same encoder may have moved.
-  saved['data']['data_dir'] = config.data.data_dir
-  saved['model']['encoder']['checkpoint'] = config.model.encoder.checkpoint
-  saved['train']['init_from'] = config.train.init_from
+  changed = {
+      line.partition(':')[0]
+      for line in configuration.diff_configs(saved, config)
+  }
   return (
-      not configuration.diff_configs(saved, config)
+      not changed - _PLACES
       and evaluation['step'] == config.train.num_steps
   )
 

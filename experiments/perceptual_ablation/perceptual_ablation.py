@@ -1,0 +1,217 @@
+"""What do LPIPS and a discriminator change, and what do they cost?
+
+  python -m experiments.perceptual_ablation.perceptual_ablation --run
+      --data_dir=DIR --vgg16=FILE --alexnet=FILE
+
+Trains what is not trained yet, each run in a folder of its own under --workdir,
+where it goes on if it was stopped; writes results.json, plot.png and
+reconstructions.png beside this script and prints the table. Without --run plot
+and table are made from results.json.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from experiments import sweep
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import partitioning
+from fsq_jax import report
+from fsq_jax import trained
+from fsq_jax import workdir as workdirs
+
+HERE = pathlib.Path(__file__).resolve().parent
+CONFIG = 'configs/folder_fsq_8555.py'
+START = 'start'
+LABELS = {
+    'l2': 'L2',
+    'lpips': 'L2 + LPIPS',
+    'gan': 'L2 + LPIPS + GAN',
+}
+_METRICS = ('psnr', 'ssim', 'lpips_alexnet', 'fd_vgg16', 'usage')
+# Drawn over the steps, where a run has them.
+_LOSSES = (
+    'reconstruction_loss', 'perceptual_loss', 'adversarial_loss',
+    'discriminator_loss', 'real_logits', 'fake_logits',
+)  # fmt: skip
+_NUM_GRID_IMAGES = 10
+_ENLARGEMENT = 2
+
+
+def settings(
+    workdir: pathlib.Path, data_dir: str, vgg16: str, alexnet: str
+) -> dict[str, dict[str, Any]]:
+  """Returns the fields of the config that each run changes, by its name.
+
+  Args:
+    workdir: folder of the runs.
+    data_dir: holds train/ and val/.
+    vgg16: weights of LPIPS and of fd_vgg16.
+    alexnet: weights of LPIPS.
+  """
+  shared = {
+      'data.data_dir': data_dir,
+      'data.eval_split': 'val',
+      # 64 tokens an image: few enough that it matters where they go.
+      'model.encoder.patch_size': 8,
+      'eval.networks.lpips_alexnet': alexnet,
+      'eval.networks.fd_vgg16': vgg16,
+  }
+  more = shared | {
+      'train.init_from': str(workdir / START),
+      'train.num_steps': 1500,
+      'train.eval_every_steps': 500,
+      'train.log_every_steps': 10,
+      'optim.learning_rate': 1e-3,
+      'optim.warmup_steps': 50,
+  }
+  lpips = more | {
+      'losses.perceptual.name': 'lpips_vgg16',
+      'losses.perceptual.checkpoint': vgg16,
+  }
+  return {
+      START: shared | {
+          'train.num_steps': 4000,
+          'train.eval_every_steps': 2000,
+      },
+      'l2': more,
+      'lpips': lpips,
+      'gan': lpips | {
+          'discriminator.name': 'patch',
+          'discriminator.patch.channels': 64,
+          'losses.adversarial.weighting': 'adaptive',
+          'losses.adversarial.weight': 0.5,
+          'losses.adversarial.start_step': 100,
+          'losses.adversarial.ramp_steps': 200,
+      },
+  }
+
+
+def run(
+    workdir: pathlib.Path, data_dir: str, vgg16: str, alexnet: str
+) -> dict[str, Any]:
+  """Trains, draws the reconstructions; returns what is stored."""
+  runs = settings(workdir, data_dir, vgg16, alexnet)
+  sweep.train(CONFIG, runs, workdir)
+  results = sweep.collect(workdir, runs)
+  for name, numbers in results['runs'].items():
+    numbers |= _read_evaluation(workdir / name)
+    rows = workdirs.read_metrics(workdir / name)
+    numbers['num_steps'] = rows[-1]['step']
+    numbers['curves'] = {
+        loss: [
+            [row['step'], float(f'{row[loss]:.5g}')]
+            for row in rows
+            if row['split'] == 'train' and loss in row
+        ]
+        for loss in _LOSSES
+        if any(loss in row for row in rows)
+    }
+  draw_reconstructions(workdir, [*LABELS], HERE / 'reconstructions.png')
+  command = (
+      'python -m experiments.perceptual_ablation.perceptual_ablation --run'
+      ' --data_dir=DIR --vgg16=FILE --alexnet=FILE'
+  )
+  return {'command': command, **results}
+
+
+def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what networks measured, the weights by which, and of how much."""
+  text = (folder / workdirs.EVALUATION).read_text('utf-8')
+  evaluation = json.loads(text)
+  protocol = evaluation['protocol']
+  return {
+      **{name: evaluation['metrics'][name] for name in protocol['networks']},
+      'networks': protocol['networks'],
+      'num_images': protocol['num_images'],
+  }
+
+
+def draw_reconstructions(
+    workdir: pathlib.Path, names: list[str], path: pathlib.Path
+) -> None:
+  """Draws held-out images over what each run makes of them.
+
+  Args:
+    workdir: holds a folder for each run.
+    names: of the runs.
+    path: of the PNG.
+  """
+  rows = []
+  for name in names:
+    found = trained.find(workdir / name)
+    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+    model, variables = trained.restore(found, mesh)
+    evaluator = evaluate.Evaluator(
+        model,
+        data.build_dataset(found.config.data, split='eval', seed=0),
+        mesh,
+        num_grid_images=_NUM_GRID_IMAGES,
+    )
+    evaluation = evaluator.run(variables)
+    rows = rows or [evaluation.originals]
+    rows.append(evaluation.reconstructions)
+    jax.clear_caches()
+  bands = [np.concatenate(list(images), axis=1) for images in rows]
+  grid = np.concatenate(bands, axis=0)
+  grid = grid.repeat(_ENLARGEMENT, axis=0).repeat(_ENLARGEMENT, axis=1)
+  report.save_png(path, grid)
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+  """Prints a Markdown table of the runs."""
+  sys.stdout.write(
+      '| losses | PSNR, dB | SSIM | LPIPS, AlexNet | fd_vgg16 |'
+      ' used codes |\n' + '|---' * 6 + '|\n'
+  )
+  for name, label in LABELS.items():
+    row = results['runs'][name]
+    psnr, ssim, lpips, distance, usage = (row[metric] for metric in _METRICS)
+    sys.stdout.write(
+        f'| {label} | {psnr:.2f} | {ssim:.3f} | {lpips:.3f} | {distance:.1f} |'
+        f' {usage:.1%} |\n'
+    )
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws the losses of all runs over their steps, one panel a loss."""
+  matplotlib.use('agg')
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout='constrained')
+  for axis, loss in zip(axes.ravel(), _LOSSES, strict=True):
+    for number, (name, label) in enumerate(LABELS.items()):
+      points = results['runs'][name]['curves'].get(loss)
+      if points:
+        steps, values = np.array(points).T
+        # Means over five logged steps: single batches scatter.
+        count = len(values) // 5 * 5
+        values = values[:count].reshape(-1, 5).mean(axis=1)
+        axis.plot(steps[4:count:5], values, color=f'C{number}', label=label)
+    axis.set(title=loss.replace('_', ' '), xlabel='step')
+    axis.grid(alpha=0.3)
+  axes[0, 0].legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+if __name__ == '__main__':
+  sweep.main(
+      __doc__,
+      HERE,
+      run,
+      print_tables=print_tables,
+      plot=plot,
+      runs='perceptual_ablation',
+      paths={
+          'vgg16': "weights of LPIPS' VGG16, from experiments/weights",
+          'alexnet': "weights of LPIPS' AlexNet, from experiments/weights",
+      },
+  )
