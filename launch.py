@@ -173,8 +173,8 @@ def _run(config: ml_collections.ConfigDict) -> int:
     evaluation = evaluate.evaluate_workdir(
         config, workdir, which=_CHECKPOINT.value
     )
-    for name, value in evaluation.scalars().items():
-      sys.stdout.write(f'{name}: {value:.6g}\n')
+    for line in evaluation.lines():
+      sys.stdout.write(f'{line}\n')
   elif _MODE.value == 'latent_statistics':
     from fsq_jax import latent_statistics
 

@@ -482,6 +482,9 @@ def _eval() -> ml_collections.ConfigDict:
   evaluation = ml_collections.ConfigDict()
   # Images in the reconstruction grid.
   evaluation.num_grid_images = 24
+  # --mode=eval alone: take images of a folder or tfds whole, at the size that
+  # data.resize_shorter gives them, in place of crops of data.image_size.
+  evaluation.native_size = False
   # Files of weights by which reconstructions are measured too, each under its
   # name; '' measures nothing. LPIPS and fd_vgg16: experiments/weights. rfid:
   # Inception-v3 of pytorch-fid as safetensors. fd_encoder: a directory as for

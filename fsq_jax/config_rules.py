@@ -184,6 +184,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'train.compilation_cache': _TEXT,
     'eval.num_grid_images': _COUNT,
+    'eval.native_size': _BOOL,
 }
 
 
@@ -294,6 +295,11 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
       lambda source, folder: (
           source != 'folder' or os.path.isdir(os.path.expanduser(folder))
       ),
+  )
+  yield rules.CrossRule(
+      ('eval.native_size', 'data.source'),
+      "with native_size 'folder' or 'tfds', whose images have a size",
+      lambda native, source: not native or source in ('folder', 'tfds'),
   )
   yield rules.CrossRule(
       ('optim.warmup_steps', 'train.num_steps'),

@@ -1,24 +1,21 @@
 """Evaluation over a whole split: image metrics and codebook statistics."""
 
-import collections
 from collections.abc import Mapping
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-from absl import logging
 from flax import linen as nn
 import jax
 import ml_collections
-import numpy as np
 
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import metrics
+from fsq_jax import evaluation
+from fsq_jax import native_evaluation
 from fsq_jax import network_metrics
 from fsq_jax import partitioning
-from fsq_jax import quantizers
 from fsq_jax import report
 from fsq_jax import runtime
 from fsq_jax import train_step
@@ -29,45 +26,6 @@ from fsq_jax import workdir as workdirs
 _EVALUATION_IMAGES = (
     'source', 'name', 'data_dir', 'eval_split', 'resize_shorter',
 )  # fmt: skip
-# The codebook numbers that stand beside the image metrics in curves and bars.
-_CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
-
-
-class Evaluation(NamedTuple):
-  """What an evaluation gives.
-
-  Attributes:
-    metrics: mean over all images of each image metric.
-    codebook: `metrics.CodebookStatistics.result()`; {} without tokens.
-    protocol: how the images were made and the numbers computed.
-    originals: [n, H, W, 3] uint8, images spread evenly over the split.
-    reconstructions: [n, H, W, 3] uint8, of the same images.
-  """
-
-  metrics: dict[str, float]
-  codebook: dict[str, Any]
-  protocol: dict[str, Any]
-  originals: np.ndarray
-  reconstructions: np.ndarray
-
-  def scalars(self) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl."""
-    names = _CODEBOOK_SCALARS if self.codebook else ()
-    return {**self.metrics, **{name: self.codebook[name] for name in names}}
-
-  def summary(self) -> str:
-    """The numbers that matter most, in one line."""
-    scalars = self.scalars()
-    text = f'PSNR {scalars["psnr"]:.2f} dB, SSIM {scalars["ssim"]:.3f}'
-    for name in network_metrics.DEFINITIONS:
-      if name in scalars:
-        text += f', {name} {scalars[name]:.3f}'
-    if self.codebook:
-      text += (
-          f', codebook usage {scalars["usage"]:.1%}, perplexity'
-          f' {scalars["perplexity"]:.1f}'
-      )
-    return text
 
 
 class Evaluator:
@@ -98,16 +56,9 @@ class Evaluator:
       networks = network_metrics.NetworkMetrics({}, mesh, images={})
     self._networks = networks
     self._quantizer = model.quantizer
-    self._digits = {}
-    if isinstance(model.quantizer, quantizers.DigitQuantizer):
-      self._digits = {
-          'levels': model.quantizer.levels,
-          'digits_of': lambda indices: np.asarray(
-              model.quantizer.indices_to_digits(indices)
-          ),
-      }
     self._dataset = dataset
     self._mesh = mesh
+    self._num_grid_images = num_grid_images
     # Every process gets the results of the whole batch.
     self._eval_step = jax.jit(
         train_step.build_eval_step(model),
@@ -116,12 +67,8 @@ class Evaluator:
     self._gather = jax.jit(
         lambda batch: batch, out_shardings=partitioning.replicated(mesh)
     )
-    positions = np.linspace(
-        0, dataset.num_examples, num_grid_images, endpoint=False
-    )
-    self._grid = sorted(set(positions.astype(int).tolist()))
 
-  def run(self, variables: Mapping[str, Any]) -> Evaluation:
+  def run(self, variables: Mapping[str, Any]) -> evaluation.Evaluation:
     """Evaluates the variables of the model.
 
     Args:
@@ -133,56 +80,15 @@ class Evaluator:
     Raises:
       ValueError: the split holds no readable image.
     """
-    means: dict[str, metrics.Mean] = {}
-    codebook = None
-    if self._quantizer.codebook_size:
-      codebook = metrics.CodebookStatistics(
-          self._quantizer.codebook_size, **self._digits
-      )
-    scores = self._networks.start()
-    originals, reconstructions = [], []
-    waiting = collections.deque(self._grid)
+    tally = evaluation.Tally(
+        self._quantizer, self._networks, self._dataset, self._num_grid_images
+    )
     for local_batch in self._dataset:
       batch = partitioning.shard_batch(local_batch, self._mesh)
       output = self._eval_step(variables, batch['image'])
       pairs = batch['image'], output.reconstructions
-      batch, output = jax.device_get((self._gather(batch), output))
-      mask = batch['mask']
-      scores.update(*pairs, mask, np.isfinite(output.metrics['psnr']))
-      for name, values in output.metrics.items():
-        means.setdefault(name, metrics.Mean()).update(values, mask)
-      if codebook is not None:
-        codebook.update(output.indices, mask)
-      shown = _select(batch, waiting)
-      originals.extend(batch['image'][shown])
-      reconstructions.extend(output.reconstructions[shown])
-    if not originals:
-      raise ValueError('No image of the evaluation split can be read.')
-    return self._summarise(means, scores, codebook, originals, reconstructions)
-
-  def _summarise(self, means, scores, codebook, originals, reconstructions):
-    nonfinite = means['psnr'].num_nonfinite
-    if nonfinite:
-      logging.error('%d reconstructions are not finite.', nonfinite)
-    return Evaluation(
-        metrics={
-            **{name: mean.result() for name, mean in means.items()},
-            **scores.result(),
-        },
-        codebook={} if codebook is None else codebook.result(),
-        protocol={
-            **self._dataset.protocol,
-            'num_images': means['psnr'].num_values,
-            'num_damaged_images': self._dataset.damaged,
-            'num_nonfinite_reconstructions': nonfinite,
-            'rounding': 'clipped to [-1, 1], rounded to the nearest of 256',
-            'quantizer': self._quantizer.spec(),
-            'networks': self._networks.protocol,
-            'definitions': metrics.DEFINITIONS | self._networks.definitions,
-        },
-        originals=np.stack(originals),
-        reconstructions=np.stack(reconstructions),
-    )
+      tally.update(*jax.device_get((self._gather(batch), output)), *pairs)
+    return tally.result()
 
 
 def build_evaluator(
@@ -205,8 +111,29 @@ def build_evaluator(
     The evaluator.
 
   Raises:
-    ValueError: weights of networks that are missing or damaged.
+    ValueError: weights of networks that are missing or damaged, images that
+      are too small for a network, or native_size, which training has not.
   """
+  if config.eval.native_size:
+    raise ValueError(
+        'eval.native_size is True; allowed in training: False, since it'
+        ' evaluates the crops that it trains on. Set it with --mode=eval.'
+    )
+  return Evaluator(
+      model,
+      dataset,
+      mesh,
+      num_grid_images=config.eval.num_grid_images,
+      networks=_build_networks(config, dataset, mesh, folder),
+  )
+
+
+def _build_networks(
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> network_metrics.NetworkMetrics:
   networks = network_metrics.NetworkMetrics(
       config.eval.networks,
       mesh,
@@ -217,60 +144,38 @@ def build_evaluator(
       },
       folder=folder / workdirs.REFERENCES,
   )
-  return Evaluator(
-      model,
-      dataset,
-      mesh,
-      num_grid_images=config.eval.num_grid_images,
-      networks=networks,
-  )
-
-
-def _select(
-    batch: Mapping[str, np.ndarray], waiting: collections.deque[int]
-) -> list[int]:
-  """Takes the numbers of a batch's images from those that wait to be shown.
-
-  Args:
-    batch: of an evaluation data set.
-    waiting: ascending numbers; in place of an image that cannot be read the
-      next one is taken.
-
-  Returns:
-    Positions in the batch.
-  """
-  shown = []
-  for row in np.argsort(batch['index']):
-    if batch['mask'][row] and waiting and batch['index'][row] >= waiting[0]:
-      waiting.popleft()
-      shown.append(row)
-  return shown
+  if not config.eval.native_size:
+    networks.check_size(config.data.image_size)
+  return networks
 
 
 def write_evaluation(
-    folder: pathlib.Path, step: int, evaluation: Evaluation, label: str = ''
+    folder: pathlib.Path,
+    step: int,
+    result: evaluation.Evaluation,
+    label: str = '',
 ) -> None:
   """Writes evaluation.json and the grid of reconstructions of one step.
 
   Args:
     folder: the run's folder.
     step: steps taken.
-    evaluation: what to write.
+    result: what to write.
     label: added to the names of the files, for what is not the run's own
       evaluation: another split or the best checkpoint.
   """
   record = {
       'step': step,
-      'metrics': evaluation.metrics,
-      'codebook': evaluation.codebook,
-      'protocol': evaluation.protocol,
+      'metrics': result.metrics,
+      'codebook': result.codebook,
+      'protocol': result.protocol,
   }
   name = f'evaluation_{label}.json' if label else workdirs.EVALUATION
   workdirs.write_json(folder / name, record)
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
   grid = report.reconstruction_grid(
-      evaluation.originals, evaluation.reconstructions
+      result.originals, result.reconstructions
   )
   name = f'{label}_step_{step:08d}.png' if label else f'step_{step:08d}.png'
   report.save_png(grids / name, grid)
@@ -281,12 +186,13 @@ def evaluate_workdir(
     workdir: str | os.PathLike[str],
     *,
     which: str = 'newest',
-) -> Evaluation:
+) -> evaluation.Evaluation:
   """Evaluates a checkpoint of a run.
 
   The newest checkpoint on the run's own split rewrites evaluation.json and the
   report. Anything else gets files of its own, such as
-  evaluation_test_0_2000.json, and leaves the run's numbers alone.
+  evaluation_test_0_2000.json, and leaves the run's numbers alone. So do images
+  at their own size (eval.native_size): evaluation_native.json.
 
   Args:
     config: of the run; its data section may name other evaluation images.
@@ -305,25 +211,51 @@ def evaluate_workdir(
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
   _check_same_model(found.config, configuration.resolve(config))
-  model, variables = trained.restore(found, mesh)
+  native = config.eval.native_size
+  # All native images pass every process, whose devices do the same.
+  processes = {} if native else {
+      'process_index': jax.process_index(),
+      'process_count': jax.process_count(),
+  }
   dataset = data.build_dataset(
       config.data,
-      split='eval',
+      split='eval_native' if native else 'eval',
       seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **processes,
   )
-  evaluator = build_evaluator(config, model, dataset, mesh, found.folder)
-  evaluation = evaluator.run(variables)
+  # Before anything that takes long: files may be missing.
+  networks = _build_networks(config, dataset, mesh, found.folder)
+  model, variables = trained.restore(found, mesh)
+  kwargs = {
+      'num_grid_images': config.eval.num_grid_images, 'networks': networks
+  }
+  if native:
+    evaluator = native_evaluation.NativeEvaluator(
+        model, dataset, mesh, tuple(config.data.image_size), **kwargs
+    )
+  else:
+    evaluator = Evaluator(model, dataset, mesh, **kwargs)
+  result = evaluator.run(variables)
   if jax.process_index() == 0:
-    label = '' if which == 'newest' else which
-    if any(found.config.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
-      words = [label, config.data.name, config.data.eval_split]
-      label = '_'.join(re.findall(r'\w+', ' '.join(words)))
-    write_evaluation(found.folder, found.step, evaluation, label)
+    label = _label(config, found.config, which)
+    write_evaluation(found.folder, found.step, result, label)
     if not label:
       report.write_report(found.folder)
-  return evaluation
+  return result
+
+
+def _label(
+    config: ml_collections.ConfigDict,
+    own: ml_collections.ConfigDict,
+    which: str,
+) -> str:
+  """Names what is not the run's own evaluation; '' for what is."""
+  words = [] if which == 'newest' else [which]
+  if config.eval.native_size:
+    words.append('native')
+  if any(own.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
+    words += [config.data.name, config.data.eval_split]
+  return '_'.join(re.findall(r'\w+', ' '.join(words)))
 
 
 def _check_same_model(

@@ -169,15 +169,15 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     ValueError: the sets have different numbers of features, or one image.
   """
   _check_same_features(a, b)
-  for statistics in (a, b):
-    if statistics.images_per_feature < MIN_IMAGES_PER_FEATURE:
-      logging.warning(
-          'A Frechet distance of %d features from %d images is too large; take'
-          ' %d or more.',
-          len(statistics.mean),
-          statistics.num_images,
-          MIN_IMAGES_PER_FEATURE * len(statistics.mean),
-      )
+  smaller = min(a, b, key=lambda x: x.num_images)
+  if smaller.images_per_feature < MIN_IMAGES_PER_FEATURE:
+    logging.warning(
+        'A Frechet distance of %d features from %d images is too large; take'
+        ' %d or more.',
+        len(smaller.mean),
+        smaller.num_images,
+        MIN_IMAGES_PER_FEATURE * len(smaller.mean),
+    )
   first, second = a.covariance, b.covariance
   overlap = np.einsum(
       'di,dj->ij', _factor(first), _factor(second), optimize=True

@@ -89,22 +89,17 @@ def image_metrics(
     reconstructions: [B, H, W, 3] floats in [-1, 1], before any rounding.
 
   Returns:
-    name -> [B] float32. All values of an image whose reconstruction holds a
-    NaN or an infinity are NaN, which `Mean` counts.
+    name -> [B] float32, for the names of `IMAGE_METRICS` that images of this
+    size have. All values of an image whose reconstruction holds a NaN or an
+    infinity are NaN, which `Mean` counts.
   """
   rounded = to_uint8(reconstructions)
-  values = {
-      'psnr': psnr(originals, rounded),
-      'ssim': ssim(originals, rounded),
-      'ssim_uniform': ssim_uniform(originals, rounded),
-      'l1': l1(originals, rounded),
-      'mse': mse(originals, rounded),
-      'identical': jnp.all(originals == rounded, axis=(1, 2, 3)),
-  }
   finite = jnp.all(jnp.isfinite(reconstructions), axis=(1, 2, 3))
+  nan = jnp.float32(jnp.nan)
   return {
-      name: jnp.where(finite, value, jnp.nan).astype(jnp.float32)
-      for name, value in values.items()
+      name: jnp.where(finite, metric(originals, rounded), nan)
+      for name, (metric, min_side) in IMAGE_METRICS.items()
+      if min(rounded.shape[1:3]) >= min_side
   }
 
 
@@ -217,6 +212,14 @@ def _difference(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 def _image_mean(values: jax.Array) -> jax.Array:
   """[B, H, W, C] -> [B], axis by axis: rounding grows with sides, not area."""
   return values.mean(axis=3).mean(axis=2).mean(axis=1)
+
+
+# Name: the metric, and the least side in pixels of images that have it.
+IMAGE_METRICS = {
+    'psnr': (psnr, 1), 'ssim': (ssim, 11), 'ssim_uniform': (ssim_uniform, 7),
+    'l1': (l1, 1), 'mse': (mse, 1),
+    'identical': (lambda x, y: jnp.all(x == y, axis=(1, 2, 3)), 1),
+}  # fmt: skip
 
 
 class Mean:

@@ -6,6 +6,7 @@ was.
 """
 
 from collections.abc import Mapping
+import math
 from typing import Any, NamedTuple
 
 from einops import rearrange
@@ -28,13 +29,16 @@ class Reconstruction(NamedTuple):
   Attributes:
     image: [H, W, 3] uint8.
     indices: [h, w, *index_shape] int32 tokens of the padded image, one grid
-      of all tiles; the last rows and columns may be of padding alone.
+      of all tiles.
+    num_seen: (rows, columns) of indices that see the image; those behind them
+      are of padding alone.
     finite: whether what the decoder made, padding included, is free of NaN and
       infinity, for which the image has no value.
   """
 
   image: np.ndarray
   indices: np.ndarray
+  num_seen: tuple[int, int]
   finite: bool
 
 
@@ -125,6 +129,18 @@ class Reconstructor:
         out_shardings=partitioning.replicated(mesh),
     )
 
+  @property
+  def protocol(self) -> str:
+    """What is done to images, in words."""
+    height, width = self._multiples
+    text = (
+        f'sides padded to multiples of {height} x {width} pixels by mirroring'
+        ' at the bottom and the right, cropped back'
+    )
+    if not self._whole:
+      text += f'; in tiles of {height} x {width}, each by itself'
+    return text
+
   def __call__(
       self, variables: Mapping[str, Any], image: np.ndarray
   ) -> Reconstruction:
@@ -149,6 +165,7 @@ class Reconstructor:
     if not image.size:
       raise ValueError(f'An image of {list(image.shape)} has no pixel.')
     padded = pad(image, self._multiples)
+    padded_size = padded.shape[:2]
     if self._whole:
       images, indices, finite = jax.device_get(
           self._reconstruct(variables, padded[None])
@@ -157,7 +174,15 @@ class Reconstructor:
     else:
       padded, indices, finite = self._run_on_tiles(variables, padded)
     height, width = image.shape[:2]
-    return Reconstruction(padded[:height, :width], indices, bool(finite))
+    rows, columns = (
+        math.ceil(side * num / padded_side)
+        for side, num, padded_side in zip(
+            (height, width), indices.shape[:2], padded_size, strict=True
+        )
+    )
+    return Reconstruction(
+        padded[:height, :width], indices, (rows, columns), bool(finite)
+    )
 
   def _run_on_tiles(
       self, variables, image: np.ndarray

@@ -44,20 +44,6 @@ DEFINITIONS = {
 }
 
 
-class Scores(NamedTuple):
-  """What the networks give for one batch.
-
-  Attributes:
-    distances: name to [B] float32.
-    originals: name to [B, D] float32 features; {} where they are known.
-    reconstructions: name to [B, D] float32 features.
-  """
-
-  distances: dict[str, jax.Array]
-  originals: dict[str, jax.Array]
-  reconstructions: dict[str, jax.Array]
-
-
 class NetworkMetrics:
   """Scores reconstructions by the networks of a config, batch by batch."""
 
@@ -90,21 +76,24 @@ class NetworkMetrics:
           self._networks[name] = _METRICS[name].load(path)
         except ValueError as error:
           raise ValueError(f'eval.networks.{name}: {error}') from error
-    self._mesh = mesh
     # Small beside what is measured, and whole on every device.
     self._variables = jax.device_put(
         {name: x.variables for name, x in self._networks.items()},
         partitioning.replicated(mesh),
     )
+    # One program for originals and for reconstructions: equal images have equal
+    # features, and numbers are the same whether originals are known or not.
+    self._apply = {
+        name: jax.jit(
+            functools.partial(_measure, name, x.module),
+            out_shardings=partitioning.replicated(mesh),
+        )
+        for name, x in self._networks.items()
+    }
     text = json.dumps(images, sort_keys=True)
     self._list_hash = hashlib.sha256(text.encode()).hexdigest()
     self._folder = folder
     self._references = self._read_references()
-    self._score = jax.jit(
-        self._compute,
-        static_argnames='originals_of',
-        out_shardings=partitioning.replicated(mesh),
-    )
 
   @property
   def definitions(self) -> dict[str, str]:
@@ -116,31 +105,29 @@ class NetworkMetrics:
     """sha256 of the weights of each metric."""
     return {name: x.sha256 for name, x in self._networks.items()}
 
+  def check_size(self, image_size: tuple[int, int]) -> None:
+    """Refuses networks that images are too small for.
+
+    Args:
+      image_size: (height, width) in pixels of all images.
+
+    Raises:
+      ValueError: a side below the least that a network takes.
+    """
+    for name, network in self._networks.items():
+      if min(image_size) < _min_side(network):
+        raise ValueError(
+            f'eval.networks.{name} needs images of {_min_side(network)} pixels'
+            f' a side, and data.image_size is {tuple(image_size)}; use larger'
+            f" images, or --config.eval.networks.{name}=''."
+        )
+
   def start(self) -> '_Run':
     """Starts to score a split anew."""
     return _Run(self)
 
-  def _compute(
-      self, variables, images, reconstructions, *, originals_of
-  ) -> Scores:
-    images, reconstructions = (
-        train_step.to_float(x) for x in (images, reconstructions)
-    )
-    scores = Scores({}, {}, {})
-    for name, network in self._networks.items():
-      apply = functools.partial(
-          _METRICS[name].apply, network.module, variables[name]
-      )
-      if name in _FRECHET_NAMES:
-        scores.reconstructions[name] = apply(reconstructions)
-        if name in originals_of:
-          scores.originals[name] = apply(images)
-      else:
-        scores.distances[name] = apply(images, reconstructions)
-    return scores
-
   def _reference_path(self, name: str) -> pathlib.Path:
-    return self._folder / f'{name}.safetensors'
+    return self._folder / f'{name}_{self._list_hash[:12]}.safetensors'
 
   def _origin(self, name: str) -> frechet.Origin:
     """What statistics of features are statistics of."""
@@ -175,14 +162,17 @@ class _Run:
 
   def __init__(self, networks: NetworkMetrics):
     self._networks = networks
-    # Of those that are not known yet, which does not change within a run.
-    self._originals = {
-        name: None
-        for name in networks._networks
-        if name in _FRECHET_NAMES and name not in networks._references
-    }
-    self._reconstructions = {}
-    self._means = {}
+    self._means, self._reconstructions, self._originals = {}, {}, {}
+    for name in networks._networks:
+      if name not in _FRECHET_NAMES:
+        self._means[name] = metrics.Mean()
+        continue
+      # None until there are features, which say how many they are.
+      self._reconstructions[name] = None
+      # Of those that are not known yet, which does not change within a run.
+      if name not in networks._references:
+        self._originals[name] = None
+    self._finite = True
 
   def update(
       self,
@@ -191,7 +181,7 @@ class _Run:
       mask: np.ndarray,
       finite: np.ndarray,
   ) -> None:
-    """Adds a batch.
+    """Adds a batch, to the metrics that take images of its size.
 
     Args:
       images: [B, H, W, 3] uint8 on devices.
@@ -199,35 +189,70 @@ class _Run:
       mask: [B] bool, False where there is no image.
       finite: [B] bool, False where a reconstruction was not finite.
     """
-    networks = self._networks
-    scores = jax.device_get(
-        networks._score(
-            networks._variables,
-            images,
-            reconstructions,
-            originals_of=tuple(self._originals),
-        )
+    distances, originals, features = {}, {}, {}
+    for name, network in self._networks._networks.items():
+      if min(images.shape[1:3]) < _min_side(network):
+        continue
+      apply = functools.partial(
+          self._networks._apply[name], self._networks._variables[name]
+      )
+      if name in self._means:
+        distances[name] = apply(images, reconstructions)
+      else:
+        features[name] = apply(reconstructions)
+        if name in self._originals:
+          originals[name] = apply(images)
+    distances, originals, features = jax.device_get(
+        (distances, originals, features)
     )
-    for name, values in scores.distances.items():
-      values = np.where(finite, values, np.nan)
-      self._means.setdefault(name, metrics.Mean()).update(values, mask)
-    for name, features in scores.originals.items():
-      _add(self._originals, name, features, mask)
-    for name, features in scores.reconstructions.items():
-      _add(self._reconstructions, name, features, mask & finite)
+    for name, values in distances.items():
+      self._means[name].update(np.where(finite, values, np.nan), mask)
+    for name, values in originals.items():
+      _add(self._originals, name, values, mask)
+    for name, values in features.items():
+      _add(self._reconstructions, name, values, mask)
+    self._finite = self._finite and bool(np.all(finite[mask]))
+
+  @property
+  def num_images(self) -> dict[str, int]:
+    """How many images each metric has been given."""
+    return {
+        name: mean.num_values for name, mean in self._means.items()
+    } | {
+        name: 0 if x is None else x.num_images
+        for name, x in self._reconstructions.items()
+    }
 
   def result(self) -> dict[str, float]:
-    """The metrics under their names; NaN where no two images can be used."""
+    """The metrics under their names.
+
+    NaN where any reconstruction was not finite; distances of sets also where
+    there are no two images.
+    """
     values = {name: mean.result() for name, mean in self._means.items()}
     for name, statistics in self._originals.items():
-      self._networks._keep(name, statistics)
-    for name, statistics in self._reconstructions.items():
-      values[name] = math.nan
-      if statistics.num_images > 1:
-        values[name] = frechet.frechet_distance(
-            self._networks._references[name], statistics
-        )
+      if statistics is not None and statistics.num_images > 1:
+        self._networks._keep(name, statistics)
+    for name in self._reconstructions:
+      values[name] = self._distance(name)
     return values
+
+  def _distance(self, name: str) -> float:
+    reference = self._networks._references.get(name)
+    statistics = self._reconstructions[name]
+    if reference is None or statistics is None or not self._finite:
+      return math.nan
+    if reference.num_images != statistics.num_images:
+      logging.error(
+          'No %s: %s is of %d images, and %d could be read. Remove that file,'
+          ' and evaluate again.',
+          name,
+          self._networks._reference_path(name),
+          reference.num_images,
+          statistics.num_images,
+      )
+      return math.nan
+    return frechet.frechet_distance(reference, statistics)
 
 
 def _add(statistics, name, features, mask) -> None:
@@ -242,6 +267,16 @@ class _Metric(NamedTuple):
 
   load: Callable[[str], models.FrozenNetwork]
   apply: Callable[..., jax.Array]
+
+
+def _measure(name, module, variables, *images) -> jax.Array:
+  """Applies a network to uint8 images."""
+  floats = [train_step.to_float(x) for x in images]
+  return _METRICS[name].apply(module, variables, *floats)
+
+
+def _min_side(network: models.FrozenNetwork) -> int:
+  return getattr(network.module, 'min_side', 1)
 
 
 def _distance(module, variables, images, others) -> jax.Array:

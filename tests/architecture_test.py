@@ -24,8 +24,16 @@ _ALLOWED_IMPORTS = {
         'train_step', 'workdir',
     },
     'evaluate': {
-        'configuration', 'data', 'metrics', 'network_metrics', 'partitioning',
-        'quantizers', 'report', 'runtime', 'train_step', 'trained', 'workdir',
+        'configuration', 'data', 'evaluation', 'native_evaluation',
+        'network_metrics', 'partitioning', 'report', 'runtime', 'train_step',
+        'trained', 'workdir',
+    },
+    'native_evaluation': {
+        'data', 'evaluation', 'metrics', 'models', 'native_size',
+        'network_metrics', 'partitioning', 'train_step',
+    },
+    'evaluation': {
+        'data', 'metrics', 'network_metrics', 'quantizers', 'train_step',
     },
     'native_size': {'metrics', 'models', 'partitioning', 'train_step'},
     'latent_statistics': {

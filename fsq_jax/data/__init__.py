@@ -24,6 +24,7 @@ prepare = sources.prepare
 _PIPELINES = {
     'train': ('train', pipelines.build_train),
     'eval': ('eval', pipelines.build_eval),
+    'eval_native': ('eval', pipelines.build_native),
     'train_once': ('train', pipelines.build_eval),
 }
 
@@ -41,7 +42,8 @@ def build_dataset(
   Args:
     config: the `data` section; see configs/default.py.
     split: 'train': shuffled, augmented, endless; 'eval': every example once,
-      in fixed order, centre crops; 'train_once': those of 'train', likewise.
+      in fixed order, centre crops; 'eval_native': the same, one by one at
+      their own size; 'train_once': those of 'train', as 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
     process_index: this process, in [0, process_count).
     process_count: processes that share each batch.

@@ -144,7 +144,6 @@ def build_eval(
 
   padded_length = num_batches * config.eval_batch_size
   examples = grain.MapDataset.range(padded_length).map(load)
-  resize = config.resize_shorter
   return Dataset(
       num_examples=len(source),
       num_batches=num_batches,
@@ -155,15 +154,56 @@ def build_eval(
           process_count=share.step,
           crop='centre',
       ),
-      protocol={
-          'source': f"{config.source} {source.identity['name']}".strip(),
-          'split': source.identity['split'],
-          'count': len(source),
-          'crop': f'{size[0]}x{size[1]}, {source.evaluation_crop}',
-          'resize': f'shorter side to {resize}' if resize else 'none',
-          'kernel': transforms.KERNEL,
-      },
+      protocol=_protocol(
+          config,
+          source,
+          crop=f'{size[0]}x{size[1]}, {source.evaluation_crop}',
+      ),
       _batches=_batch(examples, config, config.eval_batch_size, share),
+      _source=source,
+  )
+
+
+def build_native(
+    config: ml_collections.ConfigDict,
+    source: image_source.ImageSource,
+    seed: int,
+    share: slice,
+) -> Dataset:
+  """As `build_eval`, in batches of one image at its own size."""
+  del seed  # nothing is random
+  blank = np.zeros((1, 1, 3), np.uint8)
+
+  def load(index: int) -> dict[str, Any]:
+    try:
+      image, readable = source.load(index), True
+    except decoding.DamagedImageError:
+      image, readable = blank, False
+    return {
+        'image': image[None],
+        'index': np.array([index]),
+        'mask': np.array([readable]),
+    }
+
+  fingerprint = _fingerprint(
+      config, source, batch_size=1, process_count=share.step, crop='none'
+  )
+  # Of the model alone, here.
+  del fingerprint['image_size']
+  return Dataset(
+      num_examples=len(source),
+      num_batches=len(source),
+      fingerprint=fingerprint,
+      protocol=_protocol(config, source, crop='none'),
+      # Images may be large: no more of them ahead than threads.
+      _batches=grain.MapDataset.range(len(source)).map(load)[
+          share
+      ].to_iter_dataset(
+          grain.ReadOptions(
+              num_threads=config.num_threads,
+              prefetch_buffer_size=config.num_threads,
+          )
+      ),
       _source=source,
   )
 
@@ -204,6 +244,23 @@ def _batch(
           )
       )
   )
+
+
+def _protocol(
+    config: ml_collections.ConfigDict,
+    source: image_source.ImageSource,
+    *,
+    crop: str,
+) -> dict[str, Any]:
+  resize = config.resize_shorter
+  return {
+      'source': f"{config.source} {source.identity['name']}".strip(),
+      'split': source.identity['split'],
+      'count': len(source),
+      'crop': crop,
+      'resize': f'shorter side to {resize}' if resize else 'none',
+      'kernel': transforms.KERNEL,
+  }
 
 
 def _fingerprint(

@@ -119,6 +119,11 @@ class Lpips(nn.Module):
         for i, stage in enumerate(stages, start=1)
     ]
 
+  @property
+  def min_side(self) -> int:
+    """Least pixels a side of images."""
+    return NETWORKS[self.network].min_side
+
   def __call__(self, images: jax.Array, others: jax.Array) -> jax.Array:
     """Compares images pair by pair; the order of the two does not matter.
 
@@ -161,11 +166,10 @@ class Lpips(nn.Module):
       ValueError: a side too small for the network.
     """
     frozen_network.check_images(images)
-    min_side = NETWORKS[self.network].min_side
-    if min(images.shape[1:3]) < min_side:
+    if min(images.shape[1:3]) < self.min_side:
       raise ValueError(
           f'images are {images.shape[1]} x {images.shape[2]} pixels, less than'
-          f' the {min_side} that {self.network} needs; use larger images'
+          f' the {self.min_side} that {self.network} needs; use larger images'
           + (", or 'vgg16'." if self.network != 'vgg16' else '.')
       )
     images = images.astype(jnp.float32)

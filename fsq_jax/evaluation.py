@@ -1,0 +1,205 @@
+"""What an evaluation gives, and how it adds up over batches."""
+
+import collections
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+import numpy as np
+
+from fsq_jax import data
+from fsq_jax import metrics
+from fsq_jax import network_metrics
+from fsq_jax import quantizers
+from fsq_jax import train_step
+
+# The codebook numbers that stand beside the image metrics in curves and bars.
+_CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
+# Digits of a hash in a line that has room for no more.
+_SHORT_HASH = 12
+
+
+class Evaluation(NamedTuple):
+  """What an evaluation gives.
+
+  Attributes:
+    metrics: mean over all images of each image metric.
+    codebook: `metrics.CodebookStatistics.result()`; {} without tokens.
+    protocol: how the images were made and the numbers computed.
+    originals: [n, H, W, 3] uint8, images spread evenly over the split.
+    reconstructions: [n, H, W, 3] uint8, of the same images.
+  """
+
+  metrics: dict[str, float]
+  codebook: dict[str, Any]
+  protocol: dict[str, Any]
+  originals: np.ndarray
+  reconstructions: np.ndarray
+
+  def scalars(self) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl."""
+    names = _CODEBOOK_SCALARS if self.codebook else ()
+    return {**self.metrics, **{name: self.codebook[name] for name in names}}
+
+  def lines(self) -> list[str]:
+    """All numbers, those of networks with the sha256 of the weights."""
+    hashes = self.protocol['networks']
+    return [
+        f'{name}: {value:.6g}'
+        + (f' (weights sha256 {hashes[name]})' if name in hashes else '')
+        for name, value in self.scalars().items()
+    ]
+
+  def summary(self) -> str:
+    """The numbers that matter most, in one line."""
+    scalars = self.scalars()
+    text = f'PSNR {scalars["psnr"]:.2f} dB, SSIM {scalars["ssim"]:.3f}'
+    for name, digest in self.protocol['networks'].items():
+      text += f', {name} {scalars[name]:.3f} (weights {digest[:_SHORT_HASH]})'
+    if self.codebook:
+      text += (
+          f', codebook usage {scalars["usage"]:.1%}, perplexity'
+          f' {scalars["perplexity"]:.1f}'
+      )
+    return text
+
+
+class Tally:
+  """Adds up what is measured of the images of one split."""
+
+  def __init__(
+      self,
+      quantizer: quantizers.Quantizer,
+      networks: network_metrics.NetworkMetrics,
+      dataset: data.Dataset,
+      num_grid_images: int,
+  ):
+    """Counts nothing yet.
+
+    Args:
+      quantizer: of the model, whose indices are counted.
+      networks: what networks measure.
+      dataset: that the batches are of.
+      num_grid_images: originals and reconstructions to keep.
+    """
+    self._quantizer = quantizer
+    self._networks = networks
+    self._scores = networks.start()
+    self._dataset = dataset
+    self._num_images = 0
+    self._num_nonfinite = 0
+    self._means = {name: metrics.Mean() for name in metrics.IMAGE_METRICS}
+    self._codebook = _count_codes(quantizer)
+    positions = np.linspace(
+        0, dataset.num_examples, num_grid_images, endpoint=False
+    )
+    self._waiting = collections.deque(sorted(set(positions.astype(int))))
+    self._originals, self._reconstructions = [], []
+
+  def update(
+      self,
+      batch: Mapping[str, np.ndarray],
+      output: train_step.EvalOutput,
+      images: jax.Array,
+      reconstructions: jax.Array,
+  ) -> None:
+    """Adds a batch.
+
+    Args:
+      batch: of the data set, from all processes, on the host.
+      output: what became of it, on the host. Metrics that images of this size
+        do not have are missing.
+      images: those of the batch, on devices.
+      reconstructions: those of the output, on devices.
+    """
+    mask = batch['mask']
+    finite = np.isfinite(output.metrics['psnr'])
+    self._num_images += int(np.sum(mask))
+    self._num_nonfinite += int(np.sum(mask & ~finite))
+    self._scores.update(images, reconstructions, mask, finite)
+    for name, values in output.metrics.items():
+      self._means[name].update(values, mask)
+    if self._codebook is not None:
+      self._codebook.update(output.indices, mask)
+    shown = _select(batch, self._waiting)
+    self._originals.extend(batch['image'][shown])
+    self._reconstructions.extend(output.reconstructions[shown])
+
+  def num_unmeasured(self) -> dict[str, int]:
+    """Images without a metric, where there are any, by its name."""
+    counts = {name: mean.num_values for name, mean in self._means.items()}
+    counts |= self._scores.num_images
+    return {
+        name: self._num_images - count
+        for name, count in counts.items()
+        if count != self._num_images
+    }
+
+  def result(self, **protocol: Any) -> Evaluation:
+    """Returns the evaluation; `protocol` is added to its protocol.
+
+    Raises:
+      ValueError: the split holds no readable image.
+    """
+    if not self._originals:
+      raise ValueError('No image of the evaluation split can be read.')
+    if self._num_nonfinite:
+      logging.error('%d reconstructions are not finite.', self._num_nonfinite)
+    return Evaluation(
+        metrics={
+            **{name: mean.result() for name, mean in self._means.items()},
+            **self._scores.result(),
+        },
+        codebook={} if self._codebook is None else self._codebook.result(),
+        protocol={
+            **self._dataset.protocol,
+            **protocol,
+            'num_images': self._num_images,
+            'num_damaged_images': self._dataset.damaged,
+            'num_nonfinite_reconstructions': self._num_nonfinite,
+            'rounding': 'clipped to [-1, 1], rounded to the nearest of 256',
+            'quantizer': self._quantizer.spec(),
+            'networks': self._networks.protocol,
+            'definitions': metrics.DEFINITIONS | self._networks.definitions,
+        },
+        originals=np.stack(self._originals),
+        reconstructions=np.stack(self._reconstructions),
+    )
+
+
+def _count_codes(
+    quantizer: quantizers.Quantizer,
+) -> metrics.CodebookStatistics | None:
+  if not quantizer.codebook_size:
+    return None
+  digits = {}
+  if isinstance(quantizer, quantizers.DigitQuantizer):
+    digits = {
+        'levels': quantizer.levels,
+        'digits_of': lambda indices: np.asarray(
+            quantizer.indices_to_digits(indices)
+        ),
+    }
+  return metrics.CodebookStatistics(quantizer.codebook_size, **digits)
+
+
+def _select(
+    batch: Mapping[str, np.ndarray], waiting: collections.deque[int]
+) -> list[int]:
+  """Takes the numbers of a batch's images from those that wait to be shown.
+
+  Args:
+    batch: of an evaluation data set.
+    waiting: ascending numbers; in place of an image that cannot be read the
+      next one is taken.
+
+  Returns:
+    Positions in the batch.
+  """
+  shown = []
+  for row in np.argsort(batch['index']):
+    if batch['mask'][row] and waiting and batch['index'][row] >= waiting[0]:
+      waiting.popleft()
+      shown.append(row)
+  return shown
