@@ -335,7 +335,7 @@ def _losses() -> ml_collections.ConfigDict:
   perceptual.name = 'none'
   perceptual.weight = 1.0
   # File of its weights, see experiments/weights; vit: directory of an encoder.
-  # None, in configs that train with it, has to be set.
+  # '' is refused where there is a network: none has random weights.
   perceptual.checkpoint = ''
 
   adversarial = losses.adversarial = ml_collections.ConfigDict()

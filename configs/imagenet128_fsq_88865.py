@@ -2,6 +2,7 @@
 
 What: as imagenet128_fsq_8555 but for the quantizer's levels.
 Command: python launch.py --config=configs/imagenet128_fsq_88865.py
+  --config.losses.perceptual.checkpoint=FILE, as there.
 Hardware and time: as there; not run here at full size.
 Numbers: none of its own yet. Read off figure 3 of the paper: 2^13.8 codes used.
 """

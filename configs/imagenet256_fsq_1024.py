@@ -3,11 +3,14 @@
 What: as imagenet128_fsq_8555 at 256 x 256 pixels, 256 tokens an image, as in
   section 5.2 and appendix A.4.3 of arXiv 2309.15505: 1,000,000 steps of 512
   images. Its levels, 8 x 5 x 5 x 5, are those that the paper recommends in
-  place of a VQ of 1024 codes; they make 1000.
+  place of a VQ of 1024 codes; they make 1000. The discriminator has one more
+  block and half the filters, 4 x 4 pixels at its end again.
 Command: python launch.py --config=configs/imagenet256_fsq_1024.py
-  with ImageNet as TFDS prepares it.
+  --config.losses.perceptual.checkpoint=FILE, as there, with ImageNet as TFDS
+  prepares it.
 Hardware and time: meant for 8 accelerators, 64 images each, of which the
-  backward pass keeps 20 GiB (137 without remat); not run here at full size.
+  autoencoder's backward pass keeps 20 GiB (137 without remat); not run here at
+  full size.
 Numbers: none of its own yet, and no rFID of it in the paper, which has FID 4.53
   of images that MaskGIT samples, and all codes used. MaskGIT's own VQ of this
   size has rFID 2.28.
@@ -28,6 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.prefetch = 1024
 
   config.model.remat = True
+
+  config.discriminator.stylegan.filters = 64
+  config.discriminator.stylegan.multipliers = (2, 4, 8, 8, 8, 8)
 
   config.train.num_steps = 1_000_000
   return config

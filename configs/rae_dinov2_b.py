@@ -6,13 +6,12 @@ What: DINOv2-B_decXL.yaml of github.com/bytetriper/RAE (arXiv 2510.11690): as
   these latents, and model.latent_statistics, normalize them by.
 Command: python launch.py --config=configs/rae_dinov2_b.py
   --config.model.encoder.checkpoint=DIR, with
-  facebook/dinov2-with-registers-base.
+  facebook/dinov2-with-registers-base; the files of the losses as in
+  vqrae_fsq_siglip_l.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none of its own yet. VQRAE's paper has rFID 0.49, 19.23 dB PSNR and
   0.620 SSIM for RAE. Published decoders are read by
   --config.model.decoder.mae.checkpoint=DIR.
-
-LPIPS and the discriminator are those of vqrae_fsq_siglip_l.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ What: as vqrae_fsq_siglip_l but for the encoder, 768 channels. As in RAE it sees
   make 256 tokens of, the decoder's grid.
 Command: python launch.py --config=configs/vqrae_fsq_dinov2_b.py
   --config.model.encoder.checkpoint=DIR, with
-  facebook/dinov2-with-registers-base.
+  facebook/dinov2-with-registers-base; the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

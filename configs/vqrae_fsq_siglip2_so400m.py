@@ -5,7 +5,8 @@ What: as vqrae_fsq_siglip_l but for the encoder, 1152 channels. Its patches of
   So400m/14 would cut 4 pixels off. The SigLIP 2 file of hugoycj/RAE runs 160
   epochs with a schedule that ends at 16; here are 16.
 Command: python launch.py --config=configs/vqrae_fsq_siglip2_so400m.py
-  --config.model.encoder.checkpoint=DIR, with google/siglip2-so400m-patch16-256.
+  --config.model.encoder.checkpoint=DIR, with
+  google/siglip2-so400m-patch16-256; the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

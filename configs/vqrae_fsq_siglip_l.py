@@ -6,15 +6,14 @@ What: VQRAE-FSQ-SigLIP-L.yaml of github.com/hugoycj/RAE (after arXiv
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l.py
   --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256
   of Hugging Face or big_vision's .npz of it; ImageNet as TFDS prepares it.
+  --config.losses.perceptual.checkpoint=FILE, VGG16 of LPIPS as
+  experiments/weights makes it; --config.discriminator.dino.checkpoint=DIR,
+  with facebook/dino-vits8. --config.losses.perceptual.name=none and
+  --config.discriminator.name=none train without them.
 Hardware and time: meant for 8 accelerators of 80 GB, 64 images each; not run
   here at full size.
 Numbers: none of its own yet. The paper reaches rFID 1.31, 22.23 dB PSNR and
   0.762 SSIM, with a SigLIP 2, 16,384 learned codes and both stages.
-
-LPIPS and discriminator: --config.losses.perceptual.checkpoint=FILE, made by
-experiments/weights, and --config.discriminator.dino.checkpoint=DIR, with
-facebook/dino-vits8. --config.losses.perceptual.name=none and
---config.discriminator.name=none train without them.
 
 Different from the original, where these were mistakes:
 * Its "SigLIP-L" loads a base model; its XL decoder has not "the same depth".

@@ -2,7 +2,8 @@
 
 What: as vqrae_fsq_siglip_l but for the levels (arXiv 2309.15505, table 1).
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l_88865.py
-  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256.
+  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256;
+  the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

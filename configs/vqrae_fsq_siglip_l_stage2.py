@@ -5,11 +5,11 @@ What: goes on from a run of vqrae_fsq_siglip_l with the encoder trained too, ten
   and schedule are those of VQRAE (arXiv 2511.23386).
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l_stage2.py
   --config.train.init_from=runs/vqrae_fsq_siglip_l
+  --config.losses.perceptual.checkpoint=FILE, torchvision's convnext_small as
+  safetensors; --config.discriminator.dino.checkpoint=DIR, as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none of its own yet; the paper's are in vqrae_fsq_siglip_l.
 
-Networks: --config.losses.perceptual.checkpoint=FILE of ConvNeXt-S, made by
-experiments/weights, and --config.discriminator.dino.checkpoint=DIR, as there.
 The paper names neither a discriminator nor a batch size; stage 1's, and its
 EMA, stay. The stage 2 of hugoycj/RAE encodes under no_grad and compares
 quantized latents with their own continuous ones: nothing trains the encoder

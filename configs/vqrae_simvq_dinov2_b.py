@@ -4,7 +4,7 @@ What: as vqrae_simvq_siglip_l but for the encoder, that of vqrae_fsq_dinov2_b,
   and codes of its 768 dimensions.
 Command: python launch.py --config=configs/vqrae_simvq_dinov2_b.py
   --config.model.encoder.checkpoint=DIR, with
-  facebook/dinov2-with-registers-base.
+  facebook/dinov2-with-registers-base; the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

@@ -3,7 +3,8 @@
 What: as vqrae_vq_siglip_l but for the encoder and codes of 1536 dimensions, the
   width that VQRAE's ablation finds best (rFID 2.65; 3.51 with 1152).
 Command: python launch.py --config=configs/vqrae_vq_siglip2_so400m.py
-  --config.model.encoder.checkpoint=DIR, with google/siglip2-so400m-patch16-256.
+  --config.model.encoder.checkpoint=DIR, with
+  google/siglip2-so400m-patch16-256; the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

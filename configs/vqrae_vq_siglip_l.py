@@ -6,7 +6,8 @@ What: as vqrae_fsq_siglip_l but for the quantizer, which takes latents as they
   hugoycj/RAE; start and restarts as experiments/quantizer_comparison has them.
   While the encoder is frozen nothing feels the commitment loss.
 Command: python launch.py --config=configs/vqrae_vq_siglip_l.py
-  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256.
+  --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256;
+  the files of the losses as there.
 Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
 Numbers: none yet.
 """

@@ -7,7 +7,8 @@ import time
 import tqdm
 
 _SHOWN = (
-    'loss', 'reconstruction_loss', 'quantizer_loss', 'distillation_loss',
+    'loss', 'reconstruction_loss', 'perceptual_loss', 'quantizer_loss',
+    'distillation_loss', 'adversarial_loss', 'discriminator_loss',
     'gradient_norm',
 )  # fmt: skip
 

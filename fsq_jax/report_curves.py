@@ -17,21 +17,41 @@ _CURVES = (
         'Loss',
         'train',
         (
-            'loss', 'reconstruction_loss', 'quantizer_loss',
+            'loss', 'reconstruction_loss', 'perceptual_loss', 'quantizer_loss',
             'distillation_loss',
         ),
         'log',
     ),
+    # Some of these losses go below 0; before their start they are 0.
+    (
+        'Adversarial losses',
+        'train',
+        ('adversarial_loss', 'discriminator_loss', 'lecam_loss'),
+        'linear',
+    ),
+    ('Logits', 'train', ('real_logits', 'fake_logits'), 'linear'),
+    ('Adversarial weight', 'train', ('adversarial_weight',), 'linear'),
+    ('R1 penalty', 'train', ('r1_penalty',), 'log'),
     ('PSNR, dB', 'eval', ('psnr',), 'linear'),
     ('SSIM', 'eval', ('ssim',), 'linear'),
+    ('LPIPS', 'eval', ('lpips_alexnet', 'lpips_vgg16'), 'linear'),
+    # Each on its own, since their units differ.
+    ('rFID', 'eval', ('rfid',), 'linear'),
+    ('Frechet distance, VGG16', 'eval', ('fd_vgg16',), 'linear'),
+    ('Frechet distance, encoder', 'eval', ('fd_encoder',), 'linear'),
     ('Codebook usage', 'eval', ('usage',), 'linear'),
     ('Perplexity', 'eval', ('perplexity',), 'linear'),
     ('Learning rate', 'train', ('learning_rate',), 'linear'),
-    ('Gradient norm', 'train', ('gradient_norm',), 'log'),
+    (
+        'Gradient norm',
+        'train',
+        ('gradient_norm', 'discriminator_gradient_norm'),
+        'log',
+    ),
     ('Images per second', 'train', ('images_per_second',), 'linear'),
 )
 # One for each key of the longest.
-_COLORS = ('#3f7fd6', '#e0862c', '#3fa377', '#a35fc0')
+_COLORS = ('#3f7fd6', '#e0862c', '#3fa377', '#a35fc0', '#c8506b')
 # Drawn in this color by matplotlib, then in the page's text color.
 _TEXT_COLOR = '#010203'
 

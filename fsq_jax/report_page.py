@@ -83,6 +83,15 @@ if (slider) {
 }
 """
 
+# Metric by a frozen network to label and note of its tile.
+_NETWORK_TILES = {
+    'lpips_alexnet': ('LPIPS', 'AlexNet'),
+    'lpips_vgg16': ('LPIPS', 'VGG16'),
+    'rfid': ('rFID', 'Inception-v3'),
+    'fd_vgg16': ('Frechet distance', 'VGG16'),
+    'fd_encoder': ('Frechet distance', 'latents of an encoder'),
+}
+
 
 class Frame(NamedTuple):
   """A PNG of reconstructions: its step, size in pixels and bytes."""
@@ -215,6 +224,9 @@ def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     tiles.append(('PSNR', f'{values["psnr"]:.2f} dB', 'mean over images'))
   if 'ssim' in values:
     tiles.append(('SSIM', f'{values["ssim"]:.3f}', 'Gaussian window'))
+  for name, (label, note) in _NETWORK_TILES.items():
+    if name in values:
+      tiles.append((label, f'{values[name]:.4g}', note))
   if 'usage' in values:
     used = values.get('num_used_codes')
     note = f'{used:,} of {size:,} codes' if used and size else 'of the codes'

@@ -96,6 +96,23 @@ def test_lines_without_a_terminal(clock, monkeypatch):
   )
 
 
+def test_losses_by_networks_are_in_the_line(clock, monkeypatch):
+  stream = _stream(monkeypatch, terminal=False)
+  shown = _start()
+  clock.now += 10
+  adversarial = {
+      'discriminator_loss': 0.125, 'adversarial_loss': -0.5,
+      'perceptual_loss': 0.0625, 'real_logits': 3.0,
+  }
+  shown.update(10, _SCALARS | adversarial)
+  shown.log(10, _SCALARS | adversarial)
+  assert (
+      'loss 0.7500, reconstruction_loss 0.5000, perceptual_loss 0.0625,'
+      ' quantizer_loss 0.2500, adversarial_loss -0.5000, discriminator_loss'
+      ' 0.1250, gradient_norm 12.0000, 8 images/s'
+  ) in stream.getvalue()
+
+
 def test_bar_on_a_terminal(clock, monkeypatch):
   stream = _stream(monkeypatch, terminal=True)
   shown = _start(40)

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from fsq_jax import network_metrics
 from fsq_jax import report
 from fsq_jax import report_curves
 
@@ -260,17 +261,76 @@ def test_curve_passes_through_its_points():
   np.testing.assert_allclose(y[0] - y[1], 2 * (y[2] - y[1]), rtol=1e-4)
 
 
-def test_every_loss_has_a_curve_of_its_own_color():
-  losses = (
-      'loss', 'reconstruction_loss', 'quantizer_loss', 'distillation_loss'
-  )
-  rows = [{'step': i, **dict.fromkeys(losses, 2.0 + i)} for i in range(3)]
-  svg = report_curves.render({'train': rows, 'eval': []})
-  for loss in losses:
-    assert f'>{loss.replace("_", " ")}</text>' in svg
+@pytest.mark.parametrize(
+    ('split', 'names'),
+    [
+        (
+            'train',
+            (
+                'loss', 'reconstruction_loss', 'perceptual_loss',
+                'quantizer_loss', 'distillation_loss',
+            ),
+        ),
+        ('train', ('adversarial_loss', 'discriminator_loss', 'lecam_loss')),
+        ('train', ('real_logits', 'fake_logits')),
+        ('train', ('gradient_norm', 'discriminator_gradient_norm')),
+        ('eval', ('lpips_alexnet', 'lpips_vgg16')),
+    ],
+)
+def test_curves_of_one_plot_have_colors_of_their_own(split, names):
+  rows = [{'step': i, **dict.fromkeys(names, 2.0 + i)} for i in range(3)]
+  svg = report_curves.render({'train': [], 'eval': []} | {split: rows})
+  assert svg.count('<figure>') == 1
+  for name in names:
+    assert f'>{name.replace("_", " ")}</text>' in svg
   # Points, and one in the legend.
   colors = re.findall(r'<use [^>]*fill: (#\w+)', svg)
-  assert sorted(map(colors.count, set(colors))) == [4, 4, 4, 4]
+  assert sorted(map(colors.count, set(colors))) == [4] * len(names)
+
+
+def test_losses_below_zero_are_drawn():
+  values = [0.0, -1.0, -3.0]  # 0 before their start.
+  rows = [{'step': i, 'adversarial_loss': x} for i, x in enumerate(values)]
+  svg = report_curves.render({'train': rows, 'eval': []})
+  marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*#3f7fd6', svg)
+  y = np.array(marks, float)[:, 1]
+  np.testing.assert_allclose(y[2] - y[1], 2 * (y[1] - y[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('split', 'name', 'title'),
+    [
+        ('train', 'adversarial_weight', 'Adversarial weight'),
+        ('train', 'r1_penalty', 'R1 penalty'),
+        ('eval', 'rfid', 'rFID'),
+        ('eval', 'fd_vgg16', 'Frechet distance, VGG16'),
+        ('eval', 'fd_encoder', 'Frechet distance, encoder'),
+    ],
+)
+def test_numbers_of_other_units_have_plots_of_their_own(split, name, title):
+  rows = [{'step': i, name: 2.0 + i} for i in range(3)]
+  svg = report_curves.render({'train': [], 'eval': []} | {split: rows})
+  assert re.findall('<figcaption>(.*?)</figcaption>', svg) == [title]
+
+
+def test_every_metric_by_a_network_has_a_curve_and_a_tile(workdir):
+  names = list(network_metrics.DEFINITIONS)
+  drawn = {key for _, _, keys, _ in report_curves._CURVES for key in keys}
+  assert drawn.issuperset(names)
+  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  # What would round to the same is told apart.
+  values = {name: 0.12344 + i for i, name in enumerate(names)}
+  evaluation['metrics'] |= values
+  _write(workdir, evaluation=evaluation)
+  text = _Page(_read(workdir)).text
+  for tile in (
+      '0.1234LPIPSAlexNet',
+      '1.123LPIPSVGG16',
+      '2.123rFIDInception-v3',
+      '3.123Frechet distanceVGG16',
+      '4.123Frechet distancelatents of an encoder',
+  ):
+    assert tile in text
 
 
 def test_long_curves_stay_small():
