@@ -61,12 +61,18 @@ def settings(
       'data.eval_split': 'val',
       # 64 tokens an image: few enough that it matters where they go.
       'model.encoder.patch_size': 8,
+      'model.encoder.width': 192,
+      'model.encoder.num_heads': 6,
+      'model.encoder.mlp_dim': 768,
+      'model.encoder.depth': 2,
+      'model.decoder.depth': 6,
+      'model.scan_unroll': 6,
       'eval.networks.lpips_alexnet': alexnet,
       'eval.networks.fd_vgg16': vgg16,
   }
   more = shared | {
       'train.init_from': str(workdir / START),
-      'train.num_steps': 1500,
+      'train.num_steps': 1000,
       'train.eval_every_steps': 500,
       'train.log_every_steps': 10,
       'optim.learning_rate': 1e-3,
@@ -78,16 +84,17 @@ def settings(
   }
   return {
       START: shared | {
-          'train.num_steps': 4000,
-          'train.eval_every_steps': 2000,
+          'train.num_steps': 2000,
+          'train.eval_every_steps': 1000,
       },
       'l2': more,
       'lpips': lpips,
       'gan': lpips | {
           'discriminator.name': 'patch',
           'discriminator.patch.channels': 64,
+          'discriminator.optim.learning_rate': 4e-4,
           'losses.adversarial.weighting': 'adaptive',
-          'losses.adversarial.weight': 0.5,
+          'losses.adversarial.weight': 0.2,
           'losses.adversarial.start_step': 100,
           'losses.adversarial.ramp_steps': 200,
       },
