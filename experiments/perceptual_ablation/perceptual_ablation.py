@@ -75,7 +75,7 @@ def settings(
       'train.num_steps': 1000,
       'train.eval_every_steps': 500,
       'train.log_every_steps': 10,
-      'optim.learning_rate': 1e-3,
+      'optim.learning_rate': 5e-4,
       'optim.warmup_steps': 50,
   }
   lpips = more | {
