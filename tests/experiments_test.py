@@ -12,6 +12,7 @@ import pytest
 
 from experiments import sweep
 from experiments.codebook_size import codebook_size
+from experiments.perceptual_ablation import perceptual_ablation
 from experiments.quantizer_comparison import compare
 from experiments.quantizer_comparison import settings
 from experiments.vqrae_frozen_vit import vqrae_frozen_vit
@@ -21,6 +22,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = 'configs/debug.py'
 _SCRIPTS = {
     'codebook_size': codebook_size,
+    'perceptual_ablation': perceptual_ablation,
     'quantizer_comparison': compare,
     'vqrae_frozen_vit': vqrae_frozen_vit,
 }
@@ -113,6 +115,34 @@ def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
   for fields in runs.values():
     config = sweep.make_config(vqrae_frozen_vit.CONFIG, fields)
     configuration.check_config(config)
+
+
+def test_runs_with_networks_have_configs_that_can_be_used(tmp_path):
+  runs = perceptual_ablation.settings(tmp_path, str(tmp_path), 'a', 'b')
+  assert runs.keys() - {perceptual_ablation.START} == (
+      perceptual_ablation.LABELS.keys()
+  )
+  for fields in runs.values():
+    config = sweep.make_config(perceptual_ablation.CONFIG, fields)
+    configuration.check_config(config)
+
+
+def test_a_finished_run_may_be_found_elsewhere(tmp_path, monkeypatch):
+  fields = {'train.num_steps': 2, 'eval.networks.fd_vgg16': 'here'}
+  config = sweep.make_config(_DEBUG, fields)
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text(
+      configuration.config_to_json(config)
+  )
+  (tmp_path / 'run' / 'evaluation.json').write_text('{"step": 2}')
+  started = []
+  monkeypatch.setattr(sweep, '_run', lambda command: started.append(command))
+  sweep.train(
+      _DEBUG, {'run': fields | {'eval.networks.fd_vgg16': 'there'}}, tmp_path
+  )
+  assert not started
+  sweep.train(_DEBUG, {'run': fields | {'optim.b1': 0.8}}, tmp_path)
+  assert len(started) == 1
 
 
 def test_the_settings_are_those_that_tuning_chose():
