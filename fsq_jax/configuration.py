@@ -43,7 +43,8 @@ _RESUMABLE = frozenset({
 _OF_MODEL = ('model.', 'data.image_size')
 _OF_TRAINING = (
     'optim.name', 'optim.frozen', 'losses.distillation_weight',
-    'discriminator.name', 'discriminator.patch', 'discriminator.stylegan',
+    'discriminator.name', 'discriminator.dino', 'discriminator.patch',
+    'discriminator.stylegan',
 )
 # Sections of which one is built, the one that `name` says.
 _ALTERNATIVES = (
@@ -51,6 +52,7 @@ _ALTERNATIVES = (
     'model.quantizer',
 )
 _NOT_OF_STATE = frozenset({
+    'discriminator.dino.checkpoint',
     'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })

@@ -557,3 +557,43 @@ def test_config_file_that_fails_is_named(tmp_path, text, problem):
 def test_missing_config_file_is_named(tmp_path):
   with pytest.raises(ValueError, match=r'no config file .*none\.py'):
     configuration.load_config(tmp_path / 'none.py')
+
+
+def test_of_sections_to_choose_from_only_the_chosen_one_makes_a_state():
+  saved = _DEFAULT.copy_and_resolve_references()
+  for fields, expected in (
+      ({'model.quantizer.vq.codebook_size': 99}, []),
+      ({'discriminator.patch.channels': 64}, []),
+      ({'discriminator.name': 'patch'}, ['discriminator.name']),
+      ({'model.projector_in.mlp.width': 9}, []),
+      ({'model.quantizer.fsq.levels': (5, 5)}, ['model.quantizer.fsq.levels']),
+  ):
+    current = saved.copy_and_resolve_references()
+    current.update_from_flattened_dict(fields)
+    lines = configuration.diff_models(saved, current, and_of=('discriminator',))
+    assert [line.partition(':')[0] for line in lines] == expected
+
+
+def test_a_run_cannot_go_on_with_another_discriminator():
+  saved = _DEFAULT.copy_and_resolve_references()
+  saved.discriminator.name = 'patch'
+  for field, value in (
+      ('discriminator.name', 'none'),
+      ('discriminator.name', 'stylegan'),
+      ('discriminator.patch.channels', 64),
+  ):
+    current = saved.copy_and_resolve_references()
+    current.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match='cannot be continued') as error:
+      configuration.check_resumable(saved, current, allow_config_change=True)
+    assert field in str(error.value)
+  # Its losses may change, where that is meant.
+  current = saved.copy_and_resolve_references()
+  current.discriminator.r1_weight = 1.0
+  with pytest.raises(ValueError, match='allow_config_change'):
+    configuration.check_resumable(saved, current)
+  configuration.check_resumable(saved, current, allow_config_change=True)
+  # Its frozen weights may lie elsewhere.
+  current = saved.copy_and_resolve_references()
+  current.losses.perceptual.checkpoint = 'elsewhere'
+  configuration.check_resumable(saved, current)

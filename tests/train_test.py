@@ -56,6 +56,31 @@ def _load_config(variant='plain'):
     config.model.quantizer.vq.decay = 0.5
   if variant == 'none':
     config.model.quantizer.name = 'none'
+  if variant in ('patch', 'dino'):
+    # From step 5 on, in the middle of what crashes and is trained again.
+    config.discriminator.name = variant
+    config.discriminator.start_step = 4
+    config.discriminator.lecam_weight = 0.1
+    config.discriminator.r1_weight = 0.1
+    config.discriminator.r1_every_steps = 3
+    config.losses.adversarial.start_step = 5
+    config.losses.adversarial.ramp_steps = 3
+    config.losses.adversarial.weighting = 'adaptive'
+  if variant == 'patch':
+    config.discriminator.patch.channels = 32
+    config.discriminator.patch.num_stages = 1
+    config.discriminator.augment_probability = 0.7
+    config.data.batch_size = 16
+    config.optim.accumulation_steps = 2
+  if variant == 'dino':
+    dino = config.discriminator.dino
+    dino.checkpoint = str(_ROOT / 'tests/testdata/encoders/dino')
+    dino.architecture = (
+        'dino(width=12, depth=2, num_heads=3, mlp_dim=20, patch_size=4)'
+    )
+    dino.image_size = (12, 12)
+    dino.blocks = (0,)
+    dino.kernel_size = 3
   if variant == 'noise':
     config.model.quantizer.fsq.noise = 0.5
     config.model.quantizer.fsq.noise_per = 'example'
@@ -150,7 +175,8 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'variant', ['plain', 'accumulation', 'vq', 'noise', 'none']
+    'variant',
+    ['plain', 'accumulation', 'vq', 'noise', 'none', 'patch', 'dino'],
 )
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
     straight, journal, tmp_path, variant
