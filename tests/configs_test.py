@@ -1,7 +1,7 @@
 """Tests of the files in configs/: each one parses, is valid, and builds.
 
 Those with a pretrained or a convolutional encoder train too, reduced by
-overrides alone.
+overrides alone; the networks of their losses are small as well.
 """
 
 import functools
@@ -17,11 +17,16 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
+from fsq_jax import networks
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import perceptual
 from fsq_jax import quantizers
 from fsq_jax import train_state
 from fsq_jax import train_step
+from fsq_jax.models import classifiers
+from fsq_jax.models import lpips
+from tests import small_networks
 
 _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
@@ -67,6 +72,10 @@ def _load(path, tmp_path):
     config.model.encoder.checkpoint = ''
   if config.train.init_from is None:
     config.train.init_from = str(tmp_path)
+  if config.losses.perceptual.name != 'none':
+    config.losses.perceptual.checkpoint = str(tmp_path / 'weights')
+  if config.discriminator.name == 'dino':
+    config.discriminator.dino.checkpoint = str(tmp_path)
   return config
 
 
@@ -79,6 +88,36 @@ def _trace(path):
   return config, *jax.eval_shape(
       lambda x: model.init_with_output(jax.random.key(0), x), images
   )
+
+
+def _classifier(name):
+  return perceptual.OutputDistance(
+      classifiers.CLASSIFIERS[name](precision='default')
+  )
+
+
+def _abstract_networks(config):
+  """The module of the perceptual loss, and all frozen variables as shapes."""
+  modules = {
+      'none': lambda: None,
+      'lpips_vgg16': lambda: lpips.Lpips('vgg16'),
+      'convnext': lambda: _classifier('convnext_small'),
+      'resnet50': lambda: _classifier('resnet50'),
+  }
+  module = modules[config.losses.perceptual.name]()
+  images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), jnp.float32)
+  variables = {}
+  if module is not None:
+    variables['perceptual'] = jax.eval_shape(
+        module.init, jax.random.key(0), images, images
+    )
+  if config.discriminator.name == 'dino':
+    params = jax.eval_shape(
+        models.build_discriminator(config.discriminator).init,
+        jax.random.key(0), images,
+    )['params']
+    variables['discriminator'] = {'backbone': params['backbone']}
+  return module, variables
 
 
 def _count(tree):
@@ -109,10 +148,77 @@ def test_config_builds_a_model_that_keeps_the_shape(path):
   assert output.indices.shape[:3] == (1, size[0] // patch, size[1] // patch)
 
 
+# Others train with the same losses, on images of the same size.
+_WITH_NETWORKS = {
+    'imagenet128_fsq_8555': ('resnet50', 'stylegan', 7_901_505),
+    'imagenet256_fsq_1024': ('resnet50', 'stylegan', 0),
+    'vqrae_fsq_siglip_l': ('lpips_vgg16', 'dino', 5 * 1_477_249),
+    'vqrae_fsq_siglip_l_stage2': ('convnext', 'dino', 5 * 1_477_249),
+}
+
+
+@pytest.mark.parametrize('name', sorted(_WITH_NETWORKS))
+def test_the_whole_training_step_fits_together_at_full_size(name):
+  config = configuration.load_config(_CONFIGS[0].parent / f'{name}.py')
+  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  module, variables = _abstract_networks(config)
+  images = jax.ShapeDtypeStruct((2, *config.data.image_size, 3), jnp.uint8)
+  step = train_step.build_train_step(model, optimizer, config, module)
+  state, scalars = jax.eval_shape(step, builder.abstract, images, variables)
+  # What comes out goes in again.
+  assert jax.tree.structure(state) == jax.tree.structure(builder.abstract)
+  for after, before in zip(
+      jax.tree.leaves(state), jax.tree.leaves(builder.abstract), strict=True
+  ):
+    assert (after.shape, after.dtype) == (before.shape, before.dtype)
+  assert {'perceptual_loss', 'adversarial_loss'} <= scalars.keys()
+  perceptual_name, discriminator, size = _WITH_NETWORKS[name]
+  assert config.losses.perceptual.name == perceptual_name
+  assert config.discriminator.name == discriminator
+  assert _count(state.adversary.params) == size
+
+
+def test_which_configs_have_networks():
+  by_losses = {}
+  for path in _CONFIGS:
+    config = configuration.load_config(path)
+    losses = config.losses.perceptual.name, config.discriminator.name
+    by_losses.setdefault(losses, set()).add(path.stem)
+  assert by_losses.keys() == {
+      ('none', 'none'), *(x[:2] for x in _WITH_NETWORKS.values())
+  }
+  large = {x.stem for x in _PRETRAINED + _CONV} - {_SMALL}
+  assert by_losses['none', 'none'].isdisjoint(large)
+
+
 @_each_config
-def test_header_gives_the_command(path):
+def test_header_gives_the_command_and_names_files(path):
+  text = path.read_text()
   if path.stem != 'default':
-    assert f'python launch.py --config=configs/{path.name}' in path.read_text()
+    assert f'python launch.py --config=configs/{path.name}' in text
+  config = configuration.load_config(path)
+  if config.losses.perceptual.name != 'none' and path.stem != 'default':
+    assert (
+        '--config.losses.perceptual.checkpoint=FILE' in text
+        or re.search(r'files\s+of\s+the\s+losses', text)
+    )
+
+
+@pytest.mark.parametrize('name', sorted(_WITH_NETWORKS))
+def test_networks_are_never_random_by_oversight(name, tmp_path):
+  path = _CONFIGS[0].parent / f'{name}.py'
+  fields = ['losses.perceptual.checkpoint']
+  if _WITH_NETWORKS[name][1] == 'dino':
+    fields.append('discriminator.dino.checkpoint')
+  for field in fields:
+    config = _load(path, tmp_path)
+    config.update_from_flattened_dict({field: ''})
+    with pytest.raises(ValueError, match=f'set --config.{field}') as error:
+      configuration.check_config(config)
+    assert f"{field} is ''" in str(error.value)
 
 
 @_each_config
@@ -195,6 +301,36 @@ def test_codebooks_to_compare_are_of_one_size():
   assert set(sizes.values()) == {16_384}
 
 
+@pytest.fixture(scope='module')
+def _folder(tmp_path_factory):
+  """Of weights: one, so that the same config is the same JSON."""
+  return tmp_path_factory.mktemp('networks')
+
+
+@pytest.fixture
+def weights(_folder, monkeypatch):
+  small_networks.shrink(monkeypatch)
+  return _folder
+
+
+def _shrink_networks(config, folder):
+  """Small frozen networks, discriminators that start at once."""
+  if config.losses.perceptual.name == 'none':
+    return
+  config.losses.perceptual.checkpoint = small_networks.write(
+      folder, config.losses.perceptual.name
+  )
+  config.losses.adversarial.start_step = 0
+  config.discriminator.start_step = 0
+  config.discriminator.optim.warmup_steps = 0
+  if config.discriminator.name == 'dino':
+    config.update_from_flattened_dict(
+        small_networks.write_dino(folder / 'dino')
+    )
+  config.discriminator.stylegan.filters = 8
+  config.discriminator.stylegan.multipliers = (2, 4)
+
+
 def _shrink(config):
   """Overrides that leave the parts and their order, and make them tiny."""
   family = config.model.encoder.architecture.rpartition('_')[0]
@@ -227,7 +363,7 @@ def _shrink(config):
 
 @functools.cache
 def _two_steps(text):
-  """Returns the states before and after, and the losses, of JSON of a config.
+  """Returns the states before and after, and the scalars, of JSON of a config.
 
   Reduced, some configs are the same.
   """
@@ -236,30 +372,55 @@ def _two_steps(text):
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  frozen = networks.load_networks(config, mesh)
+  before = jax.device_get(frozen.variables)
   step = jax.jit(
-      train_step.build_train_step(model, optimizer, config),
-      in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
+      train_step.build_train_step(
+          model, optimizer, config, frozen.perceptual
+      ),
+      in_shardings=(
+          builder.shardings,
+          partitioning.batch_sharding(mesh),
+          jax.tree.map(lambda x: x.sharding, frozen.variables),
+      ),
       out_shardings=(builder.shardings, partitioning.replicated(mesh)),
+      donate_argnums=0,
   )
   dataset = data.build_dataset(config.data, split='train', seed=0)
   iterator = dataset.iterator()
-  first = state = builder.create()
-  losses = []
+  state = builder.create()
+  first = jax.device_get(state)
+  rows = []
   for _ in range(2):
     images = partitioning.shard_batch(next(iterator)['image'], mesh)
-    state, scalars = step(state, images)
-    losses.append(float(scalars['loss']))
-  return jax.device_get(first), jax.device_get(state), losses
+    state, scalars = step(state, images, frozen.variables)
+    rows.append({name: float(x) for name, x in scalars.items()})
+  _assert_same(before, jax.device_get(frozen.variables))
+  return first, jax.device_get(state), rows
 
 
 def _two_good_steps(config):
-  first, last, losses = _two_steps(configuration.config_to_json(config))
-  assert np.all(np.isfinite(losses))
+  first, last, rows = _two_steps(configuration.config_to_json(config))
+  for row in rows:
+    assert np.all(np.isfinite(list(row.values())))
+    if config.losses.perceptual.name != 'none':
+      assert row['perceptual_loss'] > 0
+      assert row['adversarial_weight'] > 0
   assert last.skipped_steps == 0
+  # No part of a frozen network is part of the state.
+  assert not any('backbone' in name for name in _leaves(last))
   return first, last
 
 
+def _assert_same(tree, expected):
+  tree, expected = _leaves(tree), _leaves(expected)
+  assert tree.keys() == expected.keys()
+  for name, x in expected.items():
+    assert tree[name].tobytes() == x.tobytes(), name
+
+
 def _assert_that_all_moves(first, last):
+  """Of an autoencoder's state or of a discriminator's."""
   moments = _leaves(optax.tree.get(last.opt_state, 'mu'))
   after = _leaves(last.params)
   for name, before in _leaves(first.params).items():
@@ -289,8 +450,9 @@ def _leaves(tree):
         for path in _PRETRAINED
     ],
 )
-def test_a_reduced_copy_trains_what_it_should(path):
+def test_a_reduced_copy_trains_what_it_should(path, weights):
   config = _shrink(configuration.load_config(path))
+  _shrink_networks(config, weights)
   first, last = _two_good_steps(config)
   names = {'projector_in': config.model.projector_in.name,
            'projector_out': config.model.projector_out.name}
@@ -304,11 +466,12 @@ def test_a_reduced_copy_trains_what_it_should(path):
     assert set(first.frozen_params) == {'encoder'}
   assert set(first.params) == trained
   _assert_that_all_moves(first, last)
-  fixed = _leaves((last.frozen_params, last.teacher_params))
-  for name, before in _leaves(
-      (first.frozen_params, first.teacher_params)
-  ).items():
-    assert fixed[name].tobytes() == before.tobytes(), name
+  if path.stem != _SMALL:
+    _assert_that_all_moves(first.adversary, last.adversary)
+  _assert_same(
+      (last.frozen_params, last.teacher_params),
+      (first.frozen_params, first.teacher_params),
+  )
 
 
 # Configs with the convolutional autoencoder of the FSQ paper.
@@ -346,8 +509,9 @@ def test_sizes_are_those_of_the_paper(path):
         for path in _CONV
     ],
 )
-def test_a_reduced_conv_autoencoder_trains(path):
+def test_a_reduced_conv_autoencoder_trains(path, weights):
   config = configuration.load_config(path)
+  _shrink_networks(config, weights)
   config.model.encoder.conv.update(
       filters=32, channel_multipliers=(1, 2), num_res_blocks=1
   )
@@ -358,3 +522,4 @@ def test_a_reduced_conv_autoencoder_trains(path):
   first, last = _two_good_steps(config)
   assert set(first.params) == {'encoder', 'decoder'}
   _assert_that_all_moves(first, last)
+  _assert_that_all_moves(first.adversary, last.adversary)
