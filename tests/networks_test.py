@@ -18,6 +18,7 @@ from fsq_jax.models import lpips
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _FIELD = 'losses.perceptual.checkpoint'
+_TWO_STEPS = {'train.num_steps': 2, 'optim.warmup_steps': 0}
 
 
 def _write_weights(path, seed):
@@ -112,7 +113,7 @@ def test_large_weights_are_spread_over_devices(weights):
 
 
 def test_a_run_is_held_to_its_weights(weights, tmp_path):
-  config = _load_config(weights[0], **{'train.num_steps': 2})
+  config = _load_config(weights[0], **_TWO_STEPS)
   state = train.train_and_evaluate(config, tmp_path)
   run = json.loads((tmp_path / 'run.json').read_text())
   assert run['networks'] == {_FIELD: models.hash_weights(weights[0])}
@@ -122,10 +123,9 @@ def test_a_run_is_held_to_its_weights(weights, tmp_path):
   sizes = [x.size for x in jax.tree.leaves(state)]
   assert max(sizes) < 3 * 3 * 64 * 128
   with pytest.raises(ValueError, match='other weights') as error:
-    train.train_and_evaluate(_load_config(weights[1]), tmp_path,
-                             allow_config_change=True)
+    train.train_and_evaluate(_load_config(weights[1], **_TWO_STEPS), tmp_path)
   assert models.hash_weights(weights[1]) in str(error.value)
   moved = tmp_path / 'moved.safetensors'
   moved.write_bytes(pathlib.Path(weights[0]).read_bytes())
-  config = _load_config(str(moved), **{'train.num_steps': 2})
+  config = _load_config(str(moved), **_TWO_STEPS)
   assert int(train.train_and_evaluate(config, tmp_path).step) == 2
