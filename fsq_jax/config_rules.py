@@ -23,9 +23,6 @@ _SHARE = rules.SHARE
 _DECAY = rules.DECAY
 _BOOL = rules.BOOL
 _TEXT = rules.TEXT
-_NON_EMPTY = rules.Rule(
-    'a string that is not empty', lambda x: isinstance(x, str) and x != ''
-)
 # Config files that cannot do without them have None there.
 _PRETRAINED_PATH = rules.Rule(
     "a path, or '' for random weights; set --config.model.encoder.checkpoint",
@@ -50,7 +47,7 @@ _VIT = {
     'position': rules.name('learned', 'sincos'),
 }
 _PRETRAINED = {
-    'architecture': _NON_EMPTY,
+    'architecture': rules.NON_EMPTY,
     'checkpoint': _PRETRAINED_PATH,
     'image_size': rules.tuple_of(
         '() or (height, width) in pixels, integers >= 1', _COUNT, (0, 2)
@@ -103,8 +100,8 @@ FIELDS: Mapping[str, rules.Rule] = {
     'data.source': rules.name('photos', 'tfds', 'folder', 'synthetic'),
     'data.name': _TEXT,
     'data.data_dir': _TEXT,
-    'data.train_split': _NON_EMPTY,
-    'data.eval_split': _NON_EMPTY,
+    'data.train_split': rules.NON_EMPTY,
+    'data.eval_split': rules.NON_EMPTY,
     'data.image_size': rules.tuple_of(
         f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window of'
         ' SSIM',

@@ -39,7 +39,7 @@ _DISCRIMINATOR = {
     ),
     'stylegan.downsampling': rules.name('average', 'blur'),
     'dino.checkpoint': rules.TEXT,
-    'dino.architecture': rules.TEXT,
+    'dino.architecture': rules.NON_EMPTY,
     'dino.image_size': rules.tuple_of(
         '(height, width) in pixels, integers >= 1', rules.COUNT, (2,)
     ),

@@ -116,3 +116,6 @@ DECAY = number('in [0, 1)', lambda x: 0 <= x < 1)
 ANY_LENGTH = range(MAX_INT32)
 BOOL = Rule('True or False', lambda x: isinstance(x, bool))
 TEXT = Rule('a string', lambda x: isinstance(x, str))
+NON_EMPTY = Rule(
+    'a string that is not empty', lambda x: isinstance(x, str) and x != ''
+)

@@ -84,6 +84,10 @@ def _wrong_values(name, value):
         'data.name', 'data.data_dir', 'train.compilation_cache',
         'train.init_from', 'model.encoder.checkpoint',
         'model.decoder.mae.checkpoint', 'model.latent_statistics',
+        'losses.perceptual.checkpoint', 'discriminator.dino.checkpoint',
+        'eval.networks.lpips_alexnet', 'eval.networks.lpips_vgg16',
+        'eval.networks.rfid', 'eval.networks.fd_vgg16',
+        'eval.networks.fd_encoder',
     }  # fmt: skip
     return [3, None, ('a',)] + ([] if name in texts else [''])
   return [math.nan, math.inf, True, '0.1', (0.1,)]  # Optional floats.
@@ -519,7 +523,7 @@ def test_projectors_that_are_not_chosen_are_not_checked():
     ('name', 'value'),
     [
         ('model.encoder.width', 8),
-        ('model.projector_out.fourier.sigma', 1.0),
+        ('model.projector_out.name', 'fourier'),
         ('model.quantizer.fsq.levels', (5, 5)),
         ('data.image_size', (16, 16)),
         ('optim.name', 'muon'),

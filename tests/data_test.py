@@ -287,7 +287,7 @@ def test_train_once_is_every_training_image_as_evaluation_takes_it():
 
 
 def test_unknown_splits_and_processes_are_refused():
-  known = r"'test'; known: \['eval', 'train', 'train_once'\]"
+  known = r"'test'; known: \['eval', 'eval_native', 'train', 'train_once'\]"
   with pytest.raises(ValueError, match=known):
     data.build_dataset(_config(), split='test', seed=0)
   with pytest.raises(ValueError, match='process_index is 2 of 2'):

@@ -177,6 +177,8 @@ def test_unknown_field_is_refused_without_jax():
             [
                 '--config=configs/vqrae_fsq_siglip_l.py',
                 '--config.model.encoder.checkpoint=x',
+                '--config.losses.perceptual.checkpoint=x',
+                '--config.discriminator.dino.checkpoint=x',
             ],
             'train 40032 runs/vqrae_fsq_siglip_l False',
         ),
