@@ -34,7 +34,7 @@ DEFINITIONS = {
     'lpips_vgg16': 'LPIPS v0.1, VGG16, inputs in [-1, 1]; lower is better',
     'rfid': (
         f'{_FRECHET}FID\'s Inception-v3, 2048 pooled features, images resized'
-        ' to 299 x 299 bilinearly without antialiasing'
+        ' as by pytorch-fid: to 299 x 299, bilinearly, without antialiasing'
     ),
     'fd_vgg16': f'{_FRECHET}VGG16, 512 means of relu5_3; not to be called FID',
     'fd_encoder': (

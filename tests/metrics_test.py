@@ -74,6 +74,21 @@ def test_metric_equals_reference(name, pairs):
   np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('size', [(11, 11), (12, 97), (61, 33)])
+@pytest.mark.parametrize('name', _IMAGE_METRICS)
+def test_metric_equals_reference_at_any_size(name, size):
+  rng = np.random.default_rng(size)
+  originals = rng.integers(0, 256, (3, *size, 3), np.uint8)
+  noise = rng.normal(0, (2, 20, 90), (*size, 3, 3))
+  noise = np.moveaxis(noise, -1, 0)  # One strength an image.
+  others = np.uint8(np.clip(originals + noise, 0, 255))
+  values = jax.jit(getattr(metrics, name))(originals, others)
+  expected = [
+      _expected(name, x, y) for x, y in zip(originals, others, strict=True)
+  ]
+  np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
+
+
 def test_metrics_of_identical_images(pairs):
   originals = pairs[0][:2]
   reconstructions = originals.astype(np.float32) / 127.5 - 1
