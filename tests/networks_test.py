@@ -10,11 +10,13 @@ import pytest
 import safetensors.numpy
 
 from fsq_jax import configuration
+from fsq_jax import evaluate
 from fsq_jax import models
 from fsq_jax import networks
 from fsq_jax import partitioning
 from fsq_jax import train
 from fsq_jax.models import lpips
+from tests import small_networks
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _FIELD = 'losses.perceptual.checkpoint'
@@ -112,16 +114,24 @@ def test_large_weights_are_spread_over_devices(weights):
   assert loaded.hashes == {_FIELD: models.hash_weights(weights[0])}
 
 
-def test_a_run_is_held_to_its_weights(weights, tmp_path):
+@pytest.fixture
+def small_weights(tmp_path, monkeypatch):
+  """Two files of a small VGG16."""
+  small_networks.shrink(monkeypatch)
+  return [small_networks.write(tmp_path, 'lpips_vgg16', i) for i in range(2)]
+
+
+def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
+  weights, tmp_path = small_weights, tmp_path / 'run'
   config = _load_config(weights[0], **_TWO_STEPS)
   state = train.train_and_evaluate(config, tmp_path)
   run = json.loads((tmp_path / 'run.json').read_text())
   assert run['networks'] == {_FIELD: models.hash_weights(weights[0])}
   rows = (tmp_path / 'metrics.jsonl').read_text()
   assert json.loads(rows.splitlines()[0])['perceptual_loss'] > 0
-  # No array is as large as the smallest of the network's large ones.
-  sizes = [x.size for x in jax.tree.leaves(state)]
-  assert max(sizes) < 3 * 3 * 64 * 128
+  # The network is no part of what is saved.
+  kernel = safetensors.numpy.load_file(weights[0])['backbone/conv1_2/kernel']
+  assert all(x.shape != kernel.shape for x in jax.tree.leaves(state))
   with pytest.raises(ValueError, match='other weights') as error:
     train.train_and_evaluate(_load_config(weights[1], **_TWO_STEPS), tmp_path)
   assert models.hash_weights(weights[1]) in str(error.value)
@@ -129,3 +139,26 @@ def test_a_run_is_held_to_its_weights(weights, tmp_path):
   moved.write_bytes(pathlib.Path(weights[0]).read_bytes())
   config = _load_config(str(moved), **_TWO_STEPS)
   assert int(train.train_and_evaluate(config, tmp_path).step) == 2
+  # What the run has learned is evaluated without them.
+  moved.unlink()
+  assert evaluate.evaluate_workdir(config, tmp_path).metrics['psnr'] > 0
+
+
+def test_a_run_may_start_from_one_without_a_discriminator(tmp_path):
+  config = configuration.load_config(_DEBUG)
+  config.update_from_flattened_dict(_TWO_STEPS)
+  first = train.train_and_evaluate(config, tmp_path / 'first')
+  config.update_from_flattened_dict({
+      'train.init_from': str(tmp_path / 'first'),
+      'discriminator.name': 'patch',
+      'discriminator.patch.channels': 32,
+      'discriminator.patch.num_stages': 1,
+  })
+  second = train.train_and_evaluate(config, tmp_path / 'second')
+  assert first.adversary == {}
+  assert int(second.skipped_steps) == 0
+  assert all(
+      np.all(np.isfinite(x)) for x in jax.tree.leaves(second.adversary.params)
+  )
+  evaluation = evaluate.evaluate_workdir(config, tmp_path / 'second')
+  assert evaluation.metrics['psnr'] > 0
