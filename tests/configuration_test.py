@@ -248,6 +248,7 @@ def test_wrong_value_is_refused_by_name(name, value):
         ({'data__source': 'tfds'}, "with 'tfds' a name"),
         ({'data__source': 'folder'}, '--config.data.data_dir'),
         ({'data__source': 'folder', 'data__data_dir': '/none'}, "'/none'"),
+        ({'eval__native_size': True}, "with native_size 'folder' or 'tfds'"),
         ({'data__crop_scale': (2.0, 1.0)}, 'lowest <= highest'),
         ({'data__batch_size': 64, 'optim__accumulation_steps': 3},
          'multiple of accumulation_steps'),

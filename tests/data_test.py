@@ -190,6 +190,39 @@ def test_eval_covers_every_example_once(
   assert dataset.num_examples == dataset.protocol['count'] == num_images
 
 
+def test_native_images_come_one_by_one_as_they_are(tmp_path):
+  folder = tmp_path / 'validation'
+  folder.mkdir()
+  images = [_noise(5, 9), _noise(1, 1), None, _noise(12, 8)]
+  for i, image in enumerate(images):
+    if image is None:
+      (folder / f'{i}.png').write_bytes(b'no image')
+    else:
+      Image.fromarray(image).save(folder / f'{i}.png')
+  dataset = data.build_dataset(
+      _folder_config(tmp_path), split='eval_native', seed=0
+  )
+  batches = list(dataset)
+  assert len(batches) == dataset.num_batches == dataset.num_examples == 4
+  for i, (image, batch) in enumerate(zip(images, batches, strict=True)):
+    assert batch['index'].tolist() == [i]
+    assert batch['mask'].tolist() == [image is not None]
+    assert batch['image'].dtype == np.uint8
+    if image is not None:
+      np.testing.assert_array_equal(batch['image'], image[None])
+  assert dataset.damaged == 1
+  assert dataset.protocol['crop'] == 'none'
+  small = _folder_config(tmp_path, image_size=(4, 4), resize_shorter=6)
+  resized = data.build_dataset(small, split='eval_native', seed=0)
+  shapes = [batch['image'].shape for batch in resized]
+  assert shapes == [(1, 6, 11, 3), (1, 6, 6, 3), (1, 1, 1, 3), (1, 9, 6, 3)]
+  # What statistics of the originals are kept under.
+  assert resized.fingerprint != dataset.fingerprint
+  crops = data.build_dataset(_folder_config(tmp_path), split='eval', seed=0)
+  assert crops.fingerprint['content'] == dataset.fingerprint['content']
+  assert crops.fingerprint['crop'] != dataset.fingerprint['crop']
+
+
 def test_protocol_names_what_numbers_depend_on(tmp_path):
   config = _folder_config(_folder(tmp_path, 3, 'validation'), resize_shorter=9)
   protocol = data.build_dataset(config, split='eval', seed=0).protocol
