@@ -16,7 +16,6 @@ from fsq_jax import networks
 from fsq_jax import partitioning
 from fsq_jax import train
 from fsq_jax.models import lpips
-from tests import small_networks
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _FIELD = 'losses.perceptual.checkpoint'
@@ -116,9 +115,14 @@ def test_large_weights_are_spread_over_devices(weights):
 
 @pytest.fixture
 def small_weights(tmp_path, monkeypatch):
-  """Two files of a small VGG16."""
-  small_networks.shrink(monkeypatch)
-  return [small_networks.write(tmp_path, 'lpips_vgg16', i) for i in range(2)]
+  """Two files of a VGG16 of few channels."""
+  vgg16 = lpips.NETWORKS['vgg16']
+  stages = tuple(
+      stage._replace(channels=(8,) * len(stage.channels))
+      for stage in vgg16.stages
+  )
+  monkeypatch.setitem(lpips.NETWORKS, 'vgg16', vgg16._replace(stages=stages))
+  return [_write_weights(tmp_path / f'{i}.safetensors', i) for i in range(2)]
 
 
 def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
