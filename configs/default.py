@@ -366,12 +366,16 @@ def _discriminator() -> ml_collections.ConfigDict:
   # images, and the steps between two of which one has it, that many times.
   discriminator.r1_weight = 0.0
   discriminator.r1_every_steps = 16
-  # Weight of LeCam (arXiv 2104.03310), decay of the logits' averages in it.
+  # Weight of LeCam (arXiv 2104.03310), decay of the logits' averages in it,
+  # once for each of optim.accumulation_steps.
   discriminator.lecam_weight = 0.0
   discriminator.lecam_decay = 0.999
   # Probability in [0, 1] of each differentiable augmentation (arXiv
   # 2006.10738) of what it sees: translation, then color.
   discriminator.augment_probability = 0.0
+  # Side of a square that is cut out with that probability, as a share of the
+  # image's; 0 cuts nothing.
+  discriminator.augment_cutout = 0.0
   # Show it reconstructions as they are stored: clipped, rounded to 256 levels.
   discriminator.uint8_fakes = False
   patch = discriminator.patch = ml_collections.ConfigDict()
@@ -398,6 +402,8 @@ def _discriminator() -> ml_collections.ConfigDict:
   dino.image_size = (224, 224)
   dino.blocks = (2, 5, 8, 11)
   dino.kernel_size = 9
+  # Recompute the activations of each block in the backward pass.
+  dino.remat = False
   # Its own AdamW, whose fields are those of `optim`; the schedule ends with the
   # run.
   adamw = discriminator.optim = ml_collections.ConfigDict()
@@ -487,12 +493,14 @@ def _eval() -> ml_collections.ConfigDict:
   evaluation.native_size = False
   # Files of weights by which reconstructions are measured too, each under its
   # name; '' measures nothing. LPIPS and fd_vgg16: experiments/weights. rfid:
-  # Inception-v3 of pytorch-fid as safetensors. fd_encoder: a directory as for
-  # a pretrained encoder.
+  # Inception-v3 of pytorch-fid as safetensors; rfid_tf1: the same file, images
+  # resized as by torch-fidelity and the ADM suite. fd_encoder: a directory as
+  # for a pretrained encoder.
   networks = evaluation.networks = ml_collections.ConfigDict()
   networks.lpips_alexnet = ''
   networks.lpips_vgg16 = ''
   networks.rfid = ''
+  networks.rfid_tf1 = ''
   networks.fd_vgg16 = ''
   networks.fd_encoder = ''
   return evaluation

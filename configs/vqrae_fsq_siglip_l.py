@@ -73,6 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.losses.adversarial.start_step = 8 * _STEPS_PER_EPOCH
 
   config.discriminator.name = 'dino'
+  config.discriminator.dino.remat = True
   config.discriminator.start_step = 6 * _STEPS_PER_EPOCH
   config.discriminator.augment_probability = 1.0
   config.discriminator.uint8_fakes = True

@@ -226,7 +226,12 @@ class Adversary:
     probability = self._options['augment_probability']
     if not probability:
       return images
-    return diffaug.augment(key, images, probability=probability)
+    return diffaug.augment(
+        key,
+        images,
+        probability=probability,
+        cutout=self._options['augment_cutout'],
+    )
 
 
 def build_adversary(config: Mapping[str, Any]) -> Adversary | None:

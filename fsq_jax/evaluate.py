@@ -254,7 +254,10 @@ def _label(
   if config.eval.native_size:
     words.append('native')
   if any(own.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
-    words += [config.data.name, config.data.eval_split]
+    words.append(config.data.name)
+    if own.data.data_dir != config.data.data_dir:
+      words.append(pathlib.Path(config.data.data_dir).name)
+    words.append(config.data.eval_split)
   return '_'.join(re.findall(r'\w+', ' '.join(words)))
 
 

@@ -117,7 +117,9 @@ class Tally:
     finite = np.isfinite(output.metrics['psnr'])
     self._num_images += int(np.sum(mask))
     self._num_nonfinite += int(np.sum(mask & ~finite))
-    self._scores.update(images, reconstructions, mask, finite)
+    self._scores.update(
+        images, reconstructions, mask, finite, pixels=batch['image']
+    )
     for name, values in output.metrics.items():
       self._means[name].update(values, mask)
     if self._codebook is not None:

@@ -53,6 +53,8 @@ class FeatureStatistics:
   Attributes:
     num_images: images so far.
     mean: [D] float64, their mean.
+    pixels: a hash of the images' pixels, '' where nobody has set it; it is
+      kept in files.
   """
 
   def __init__(self, num_features: int):
@@ -64,6 +66,7 @@ class FeatureStatistics:
     if num_features < 1:
       raise ValueError(f'num_features is {num_features}; use at least 1.')
     self.num_images = 0
+    self.pixels = ''
     self.mean = np.zeros(num_features)
     self._scatter = np.zeros((num_features, num_features))
 
@@ -207,6 +210,7 @@ def write_statistics(
       **origin._asdict(),
       'format': _FORMAT,
       'num_images': str(statistics.num_images),
+      'pixels': statistics.pixels,
   }
   workdirs.write_bytes(path, safetensors.numpy.save(arrays, metadata=facts))
 
@@ -255,6 +259,7 @@ def read_statistics(
   num_images = int(num_images)
   _check_arrays(path, arrays, num_images)
   statistics = FeatureStatistics(len(arrays['mean']))
+  statistics.pixels = facts.get('pixels', '')
   statistics._add(
       num_images, arrays['mean'], arrays['covariance'] * (num_images - 1)
   )

@@ -36,6 +36,10 @@ DEFINITIONS = {
         f'{_FRECHET}FID\'s Inception-v3, 2048 pooled features, images resized'
         ' as by pytorch-fid: to 299 x 299, bilinearly, without antialiasing'
     ),
+    'rfid_tf1': (
+        f"{_FRECHET}the same network, images resized on the grid of TensorFlow"
+        ' 1, as by torch-fidelity and the ADM suite'
+    ),
     'fd_vgg16': f'{_FRECHET}VGG16, 512 means of relu5_3; not to be called FID',
     'fd_encoder': (
         f'{_FRECHET}mean over all latents of a pretrained encoder, last'
@@ -173,6 +177,8 @@ class _Run:
       if name not in networks._references:
         self._originals[name] = None
     self._finite = True
+    # A sum, which does not depend on the order of images.
+    self._pixels = 0
 
   def update(
       self,
@@ -180,6 +186,8 @@ class _Run:
       reconstructions: jax.Array,
       mask: np.ndarray,
       finite: np.ndarray,
+      *,
+      pixels: np.ndarray,
   ) -> None:
     """Adds a batch, to the metrics that take images of its size.
 
@@ -188,7 +196,14 @@ class _Run:
       reconstructions: the same, rounded.
       mask: [B] bool, False where there is no image.
       finite: [B] bool, False where a reconstruction was not finite.
+      pixels: [B, ...] uint8 on the host, by which images that are the same are
+        known again.
     """
+    if self._reconstructions:
+      self._pixels += sum(
+          int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], 'big')
+          for image in pixels[mask]
+      )
     distances, originals, features = {}, {}, {}
     for name, network in self._networks._networks.items():
       if min(images.shape[1:3]) < _min_side(network):
@@ -232,6 +247,7 @@ class _Run:
     values = {name: mean.result() for name, mean in self._means.items()}
     for name, statistics in self._originals.items():
       if statistics is not None and statistics.num_images > 1:
+        statistics.pixels = f'{self._pixels:x}'
         self._networks._keep(name, statistics)
     for name in self._reconstructions:
       values[name] = self._distance(name)
@@ -242,10 +258,10 @@ class _Run:
     statistics = self._reconstructions[name]
     if reference is None or statistics is None or not self._finite:
       return math.nan
-    if reference.num_images != statistics.num_images:
+    if reference.pixels != f'{self._pixels:x}':
       logging.error(
-          'No %s: %s is of %d images, and %d could be read. Remove that file,'
-          ' and evaluate again.',
+          'No %s: %s is of %d other images than the %d that were read. Remove'
+          ' that file, and evaluate again.',
           name,
           self._networks._reference_path(name),
           reference.num_images,
@@ -312,9 +328,12 @@ _METRICS = {
         lambda path: models.load_lpips(path, 'vgg16'), _distance
     ),
     'rfid': _Metric(models.load_inception, _inception),
+    'rfid_tf1': _Metric(
+        lambda path: models.load_inception(path, 'tf1'), _inception
+    ),
     'fd_vgg16': _Metric(
         lambda path: models.load_lpips(path, 'vgg16'), _pooled
     ),
     'fd_encoder': _Metric(_load_encoder, _mean_latent),
 }
-_FRECHET_NAMES = frozenset({'rfid', 'fd_vgg16', 'fd_encoder'})
+_FRECHET_NAMES = frozenset({'rfid', 'rfid_tf1', 'fd_vgg16', 'fd_encoder'})

@@ -24,6 +24,7 @@ _DISCRIMINATOR = {
     'lecam_weight': rules.NOT_NEGATIVE,
     'lecam_decay': rules.DECAY,
     'augment_probability': rules.SHARE,
+    'augment_cutout': rules.SHARE,
     'uint8_fakes': rules.BOOL,
     'patch.channels': rules.Rule(
         'a multiple of 32', lambda x: rules.COUNT.fits(x) and x % 32 == 0
@@ -46,13 +47,15 @@ _DISCRIMINATOR = {
     'dino.blocks': rules.tuple_of(
         'a tuple of integers >= 0', rules.COUNT_OR_ZERO, rules.ANY_LENGTH
     ),
+    'dino.remat': rules.BOOL,
     'dino.kernel_size': rules.Rule(
         'an odd integer >= 1', lambda x: rules.COUNT.fits(x) and x % 2 == 1
     ),
     **{f'optim.{name}': rule for name, rule in ADAMW.items()},
 }
 _EVAL_NETWORKS = (
-    'lpips_alexnet', 'lpips_vgg16', 'rfid', 'fd_vgg16', 'fd_encoder',
+    'lpips_alexnet', 'lpips_vgg16', 'rfid', 'rfid_tf1', 'fd_vgg16',
+    'fd_encoder',
 )  # fmt: skip
 # Every field of those sections of configs/default.py.
 FIELDS: Mapping[str, rules.Rule] = {
@@ -94,10 +97,12 @@ def cross_rules() -> Iterator[rules.CrossRule]:
           'discriminator.name',
           'discriminator.start_step',
           'losses.adversarial.start_step',
+          'train.num_steps',
       ),
-      'an adversarial loss that starts no sooner than the discriminator',
-      lambda name, discriminator, decoder: (
-          name == 'none' or discriminator <= decoder
+      'an adversarial loss that starts no sooner than the discriminator, and'
+      ' before num_steps',
+      lambda name, discriminator, decoder, num_steps: (
+          name == 'none' or discriminator <= decoder < num_steps
       ),
   )
   yield rules.CrossRule(

@@ -22,7 +22,8 @@ class Networks(NamedTuple):
     perceptual: the module of losses.perceptual, None without.
     variables: 'perceptual': its variables; 'discriminator': parameters of the
       backbone. Each is there if the config has it.
-    hashes: field of the config to the sha256 of the weights that it names.
+    hashes: section and name of a network, such as
+      'losses.perceptual.lpips_vgg16', to the sha256 of its weights.
   """
 
   perceptual: nn.Module | None
@@ -77,7 +78,7 @@ def load_networks(
     load = perceptual.build_perceptual_loss
     network = _load(field, load, options.name, options.checkpoint)
     variables['perceptual'] = network.variables
-    hashes[field] = network.sha256
+    hashes[f'losses.perceptual.{options.name}'] = network.sha256
   if config.discriminator.name == 'dino':
     field = 'discriminator.dino.checkpoint'
     path = config.discriminator.dino.checkpoint
@@ -86,7 +87,7 @@ def load_networks(
         field, models.load_discriminator_backbone, path, discriminator
     )
     variables['discriminator'] = {'backbone': backbone}
-    hashes[field] = models.hash_weights(path)
+    hashes['discriminator.dino'] = models.hash_weights(path)
   shardings = partitioning.state_shardings(
       variables, mesh, (('.*', 'fsdp'),), config.partitioning.fsdp_min_size
   )

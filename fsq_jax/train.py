@@ -126,7 +126,7 @@ class _Trainer:
       for name, value in self.started_from.items():
         self.progress.say(f'Starts from {name} {value}')
       self.state = builder.create(start.load(builder, self.mesh))
-    self.step = int(self.state.step)
+    self.step = self.first_step = int(self.state.step)
     self.evaluator = evaluate.build_evaluator(
         config, self.model, self._build_dataset('eval'), self.mesh, folder
     )
@@ -259,7 +259,7 @@ class _Trainer:
         'num_parameters': num_trained + num_frozen,
         'num_frozen_parameters': num_frozen,
         'num_train_examples': self.dataset.num_examples,
-        'first_step': self.step,
+        'first_step': self.first_step,
         'started_from': self.started_from,
         'networks': self.networks.hashes,
         'compile_seconds': round(compile_seconds, 2),
@@ -299,7 +299,7 @@ class _Trainer:
 
   def _take_step(self) -> None:
     local_batch = next(self.iterator)
-    if self.pending is None:
+    if self.step == self.first_step:
       train_step.check_images(local_batch['image'])
     images = partitioning.shard_batch(local_batch['image'], self.mesh)
     self.state, scalars = self.train_step(

@@ -19,6 +19,7 @@ from fsq_jax.models import lpips
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _FIELD = 'losses.perceptual.checkpoint'
+_NAME = 'losses.perceptual.lpips_vgg16'
 _TWO_STEPS = {'train.num_steps': 2, 'optim.warmup_steps': 0}
 
 
@@ -110,7 +111,7 @@ def test_large_weights_are_spread_over_devices(weights):
       None, None, None, 'fsdp'
   )
   assert kernel.addressable_shards[0].data.size * 8 == kernel.size
-  assert loaded.hashes == {_FIELD: models.hash_weights(weights[0])}
+  assert loaded.hashes == {_NAME: models.hash_weights(weights[0])}
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
   config = _load_config(weights[0], **_TWO_STEPS)
   state = train.train_and_evaluate(config, tmp_path)
   run = json.loads((tmp_path / 'run.json').read_text())
-  assert run['networks'] == {_FIELD: models.hash_weights(weights[0])}
+  assert run['networks'] == {_NAME: models.hash_weights(weights[0])}
   rows = (tmp_path / 'metrics.jsonl').read_text()
   assert json.loads(rows.splitlines()[0])['perceptual_loss'] > 0
   # The network is no part of what is saved.
