@@ -220,7 +220,10 @@ class Adversary:
     def skip(params):
       return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
 
-    return jax.lax.cond(step % every == 0, compute, skip, state.params)
+    # A step is logged by the number of steps taken: those that have it are
+    # multiples of `every`.
+    due = (step + 1) % every == 0
+    return jax.lax.cond(due, compute, skip, state.params)
 
   def _augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
     probability = self._options['augment_probability']

@@ -5,6 +5,7 @@ overrides alone; the networks of their losses are small as well.
 """
 
 import functools
+import json
 import pathlib
 import re
 
@@ -13,7 +14,9 @@ from jax import numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors import numpy as safetensors_numpy
 
+from experiments.weights import golden_networks
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
@@ -26,7 +29,6 @@ from fsq_jax import train_state
 from fsq_jax import train_step
 from fsq_jax.models import classifiers
 from fsq_jax.models import lpips
-from tests import small_networks
 
 _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
@@ -51,6 +53,27 @@ _each_conv = pytest.mark.parametrize(
     'path', _CONV, ids=[path.stem for path in _CONV]
 )
 
+_TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+_FROZEN = _TESTDATA / 'frozen'
+# With the shapes of the files there.
+_CLASSIFIERS = {
+    'convnext_small': functools.partial(
+        classifiers.ConvNext, widths=(8, 16, 24, 32), depths=(1, 1, 2, 1),
+        num_classes=10,
+    ),
+    'resnet50': functools.partial(
+        classifiers.ResNet, depths=(1, 2, 1, 1), num_classes=10
+    ),
+}  # fmt: skip
+_DINO = {
+    'checkpoint': str(_TESTDATA / 'encoders' / 'dino'),
+    'architecture': (
+        'dino(width=12, depth=2, num_heads=3, mlp_dim=20, patch_size=4)'
+    ),
+    'image_size': (12, 12),
+    'blocks': (0,),
+    'kernel_size': 3,
+}
 # Parameters of the XL decoder by the channels of its latents.
 _DECODER_SIZES = {768: 415_056_640, 1024: 415_351_552, 1152: 415_499_008}
 _STAGE_2 = 'vqrae_fsq_siglip_l_stage2'
@@ -150,8 +173,8 @@ def test_config_builds_a_model_that_keeps_the_shape(path):
 
 # Others train with the same losses, on images of the same size.
 _WITH_NETWORKS = {
-    'imagenet128_fsq_8555': ('resnet50', 'stylegan', 7_901_505),
-    'imagenet256_fsq_1024': ('resnet50', 'stylegan', 0),
+    'imagenet128_fsq_8555': ('resnet50', 'stylegan', 23_880_833),
+    'imagenet256_fsq_1024': ('resnet50', 'stylegan', 23_998_017),
     'vqrae_fsq_siglip_l': ('lpips_vgg16', 'dino', 5 * 1_477_249),
     'vqrae_fsq_siglip_l_stage2': ('convnext', 'dino', 5 * 1_477_249),
 }
@@ -302,33 +325,64 @@ def test_codebooks_to_compare_are_of_one_size():
 
 
 @pytest.fixture(scope='module')
-def _folder(tmp_path_factory):
-  """Of weights: one, so that the same config is the same JSON."""
-  return tmp_path_factory.mktemp('networks')
+def weights(tmp_path_factory):
+  """Random weights of small perceptual networks, by the name of the loss."""
+  folder = tmp_path_factory.mktemp('weights')
+  files = {'lpips_vgg16': _draw_lpips('vgg16')}
+  for loss, name in (('convnext', 'convnext_small'), ('resnet50', 'resnet50')):
+    shapes = json.loads(str(np.load(_FROZEN / f'{name}.npz')['shapes']))
+    files[loss] = golden_networks.make_arrays(shapes)
+  paths = {name: str(folder / f'{name}.safetensors') for name in files}
+  for name, arrays in files.items():
+    safetensors_numpy.save_file(arrays, paths[name])
+  return paths
+
+
+def _draw_lpips(network):
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  with pytest.MonkeyPatch.context() as patch:
+    _shrink_networks(patch)
+    params = jax.eval_shape(
+        lpips.Lpips(network).init, jax.random.key(0), images, images
+    )['params']
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for name, x in _leaves(params).items():
+    deviation = np.prod((1, *x.shape[:-1])) ** -0.5
+    # Heads are positive, as the true ones.
+    arrays[name] = np.float32(np.abs(rng.normal(0, deviation, x.shape)))
+  return arrays
+
+
+def _shrink_networks(patch):
+  """Perceptual networks of the same parts with fewer channels and blocks."""
+  for name, build in _CLASSIFIERS.items():
+    patch.setitem(classifiers.CLASSIFIERS, name, build)
+  vgg16 = lpips.NETWORKS['vgg16']
+  stages = tuple(
+      stage._replace(channels=(8,) * len(stage.channels))
+      for stage in vgg16.stages
+  )
+  patch.setitem(lpips.NETWORKS, 'vgg16', vgg16._replace(stages=stages))
 
 
 @pytest.fixture
-def weights(_folder, monkeypatch):
-  small_networks.shrink(monkeypatch)
-  return _folder
+def shrink_losses(monkeypatch, weights):
+  """Overrides for small networks and for losses that start at once."""
+  _shrink_networks(monkeypatch)
 
-
-def _shrink_networks(config, folder):
-  """Small frozen networks, discriminators that start at once."""
-  if config.losses.perceptual.name == 'none':
-    return
-  config.losses.perceptual.checkpoint = small_networks.write(
-      folder, config.losses.perceptual.name
-  )
-  config.losses.adversarial.start_step = 0
-  config.discriminator.start_step = 0
-  config.discriminator.optim.warmup_steps = 0
-  if config.discriminator.name == 'dino':
-    config.update_from_flattened_dict(
-        small_networks.write_dino(folder / 'dino')
+  def shrink(config):
+    config.losses.perceptual.checkpoint = weights.get(
+        config.losses.perceptual.name, ''
     )
-  config.discriminator.stylegan.filters = 8
-  config.discriminator.stylegan.multipliers = (2, 4)
+    config.losses.adversarial.start_step = 0
+    config.discriminator.start_step = 0
+    config.discriminator.optim.warmup_steps = 0
+    config.discriminator.dino.update(_DINO)
+    config.discriminator.stylegan.filters = 8
+    config.discriminator.stylegan.multipliers = (2, 4)
+
+  return shrink
 
 
 def _shrink(config):
@@ -450,9 +504,9 @@ def _leaves(tree):
         for path in _PRETRAINED
     ],
 )
-def test_a_reduced_copy_trains_what_it_should(path, weights):
+def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
   config = _shrink(configuration.load_config(path))
-  _shrink_networks(config, weights)
+  shrink_losses(config)
   first, last = _two_good_steps(config)
   names = {'projector_in': config.model.projector_in.name,
            'projector_out': config.model.projector_out.name}
@@ -509,9 +563,9 @@ def test_sizes_are_those_of_the_paper(path):
         for path in _CONV
     ],
 )
-def test_a_reduced_conv_autoencoder_trains(path, weights):
+def test_a_reduced_conv_autoencoder_trains(path, shrink_losses):
   config = configuration.load_config(path)
-  _shrink_networks(config, weights)
+  shrink_losses(config)
   config.model.encoder.conv.update(
       filters=32, channel_multipliers=(1, 2), num_res_blocks=1
   )
