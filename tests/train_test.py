@@ -199,6 +199,26 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('variant', ['patch', 'dino'])
+def test_a_discriminator_starts_on_the_way(straight, variant):
+  folder, state = straight(variant)
+  rows = [row for row in _rows(folder) if row['split'] == 'train']
+  assert [row['discriminator_gradient_norm'] > 0 for row in rows] == (
+      [False] * 4 + [True] * 8
+  )
+  # The ramp is 0 in its first step.
+  assert [row['adversarial_weight'] > 0 for row in rows] == (
+      [False] * 6 + [True] * 6
+  )
+  assert {row['skipped_steps'] for row in rows} == {0}
+  # Of both sides; 0 before.
+  assert all(x != 0 for x in state.adversary.average_logits.values())
+  # Two vectors of three convolutions of two heads.
+  vectors = jax.tree.leaves(state.adversary.model_state)
+  assert len(vectors) == {'patch': 0, 'dino': 2 * 3 * 2}[variant]
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
     straight, journal, tmp_path
 ):
