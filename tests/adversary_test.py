@@ -446,6 +446,22 @@ def test_the_adaptive_weight_is_the_ratio_at_the_last_layer():
   )
 
 
+def test_the_adaptive_weight_costs_no_second_backward_pass():
+  flops = []
+  for weighting in ('fixed', 'adaptive'):
+    training = _build_once(
+        configuration.config_to_json(
+            _load_config(**{'losses.adversarial.weighting': weighting})
+        )
+    )
+    images = jax.ShapeDtypeStruct(_images(1)[0].shape, np.uint8)
+    compiled = training.step.lower(
+        training.builder.abstract, images, _NETWORKS
+    ).compile()
+    flops.append(compiled.cost_analysis()['flops'])
+  assert 1 < flops[1] / flops[0] < 1.05
+
+
 def test_the_adaptive_weight_needs_a_last_layer_that_trains():
   config = _load_config(**{
       'losses.adversarial.weighting': 'adaptive',
