@@ -86,7 +86,8 @@ def _wrong_values(name, value):
         'model.decoder.mae.checkpoint', 'model.latent_statistics',
         'losses.perceptual.checkpoint', 'discriminator.dino.checkpoint',
         'eval.networks.lpips_alexnet', 'eval.networks.lpips_vgg16',
-        'eval.networks.rfid', 'eval.networks.fd_vgg16',
+        'eval.networks.rfid', 'eval.networks.rfid_tf1',
+        'eval.networks.fd_vgg16',
         'eval.networks.fd_encoder',
     }  # fmt: skip
     return [3, None, ('a',)] + ([] if name in texts else [''])
