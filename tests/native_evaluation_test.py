@@ -317,4 +317,5 @@ def test_training_refuses_it_and_other_images_have_their_name(root, built):
   own = config.copy_and_resolve_references()
   own.data.data_dir = '/other'
   label = evaluate._label(config, own, 'best')
-  assert label == 'best_native_validation'
+  folder = pathlib.Path(config.data.data_dir).name
+  assert label == f'best_native_{folder}_validation'

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from fsq_jax import configuration
 from fsq_jax import evaluate
+from fsq_jax import evaluation as evaluation_module
 from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import network_metrics
@@ -326,7 +327,28 @@ def test_kept_statistics_of_images_since_damaged_give_no_number(
   ).run(variables)
   assert np.isnan(evaluation.metrics['fd_encoder'])
   (message,) = caplog.messages
-  assert 'is of 8 images, and 5 could be read. Remove that file' in message
+  assert 'is of 8 other images than the 5 that were read. Remove' in message
+
+
+def test_kept_statistics_of_pixels_that_have_changed_give_no_number(
+    config, model, variables, one_kept, monkeypatch, caplog
+):
+  folder, _ = one_kept
+  evaluator = _evaluator(
+      config, model, {'fd_encoder': str(_ENCODER)}, folder
+  )
+  # Under the same names, of the same sizes.
+  tally = evaluation_module.Tally.update
+
+  def update(self, batch, *args):
+    image = batch['image'].copy()
+    image[0, 0, 0, 0] ^= 1
+    tally(self, {**batch, 'image': image}, *args)
+
+  monkeypatch.setattr(evaluation_module.Tally, 'update', update)
+  caplog.set_level(logging.ERROR)
+  assert np.isnan(evaluator.run(variables).metrics['fd_encoder'])
+  assert 'other images' in caplog.text
 
 
 class _Poisoned:

@@ -147,23 +147,3 @@ def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
   # What the run has learned is evaluated without them.
   moved.unlink()
   assert evaluate.evaluate_workdir(config, tmp_path).metrics['psnr'] > 0
-
-
-def test_a_run_may_start_from_one_without_a_discriminator(tmp_path):
-  config = configuration.load_config(_DEBUG)
-  config.update_from_flattened_dict(_TWO_STEPS)
-  first = train.train_and_evaluate(config, tmp_path / 'first')
-  config.update_from_flattened_dict({
-      'train.init_from': str(tmp_path / 'first'),
-      'discriminator.name': 'patch',
-      'discriminator.patch.channels': 32,
-      'discriminator.patch.num_stages': 1,
-  })
-  second = train.train_and_evaluate(config, tmp_path / 'second')
-  assert first.adversary == {}
-  assert int(second.skipped_steps) == 0
-  assert all(
-      np.all(np.isfinite(x)) for x in jax.tree.leaves(second.adversary.params)
-  )
-  evaluation = evaluate.evaluate_workdir(config, tmp_path / 'second')
-  assert evaluation.metrics['psnr'] > 0

@@ -204,7 +204,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         axis.plot(steps[4:count:5], values, color=f'C{number}', label=label)
     axis.set(title=loss.replace('_', ' '), xlabel='step')
     axis.grid(alpha=0.3)
-  axes[0, 0].legend(fontsize=8)
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside upper center', ncols=len(labels))
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
