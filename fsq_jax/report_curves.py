@@ -36,7 +36,7 @@ _CURVES = (
     ('SSIM', 'eval', ('ssim',), 'linear'),
     ('LPIPS', 'eval', ('lpips_alexnet', 'lpips_vgg16'), 'linear'),
     # Each on its own, since their units differ.
-    ('rFID', 'eval', ('rfid',), 'linear'),
+    ('rFID', 'eval', ('rfid', 'rfid_tf1'), 'linear'),
     ('Frechet distance, VGG16', 'eval', ('fd_vgg16',), 'linear'),
     ('Frechet distance, encoder', 'eval', ('fd_encoder',), 'linear'),
     ('Codebook usage', 'eval', ('usage',), 'linear'),

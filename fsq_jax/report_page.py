@@ -88,6 +88,7 @@ _NETWORK_TILES = {
     'lpips_alexnet': ('LPIPS', 'AlexNet'),
     'lpips_vgg16': ('LPIPS', 'VGG16'),
     'rfid': ('rFID', 'Inception-v3'),
+    'rfid_tf1': ('rFID', 'Inception-v3, grid of TF 1'),
     'fd_vgg16': ('Frechet distance', 'VGG16'),
     'fd_encoder': ('Frechet distance', 'latents of an encoder'),
 }
