@@ -327,8 +327,9 @@ def test_every_metric_by_a_network_has_a_curve_and_a_tile(workdir):
       '0.1234LPIPSAlexNet',
       '1.123LPIPSVGG16',
       '2.123rFIDInception-v3',
-      '3.123Frechet distanceVGG16',
-      '4.123Frechet distancelatents of an encoder',
+      '3.123rFIDInception-v3, grid of TF 1',
+      '4.123Frechet distanceVGG16',
+      '5.123Frechet distancelatents of an encoder',
   ):
     assert tile in text
 
