@@ -507,6 +507,10 @@ def _leaves(tree):
 def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
   config = _shrink(configuration.load_config(path))
   shrink_losses(config)
+  if path.stem not in _VARIED:
+    # Their losses are those of others, and take most of the time.
+    config.losses.perceptual.name = 'none'
+    config.discriminator.name = 'none'
   first, last = _two_good_steps(config)
   names = {'projector_in': config.model.projector_in.name,
            'projector_out': config.model.projector_out.name}
@@ -520,7 +524,7 @@ def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
     assert set(first.frozen_params) == {'encoder'}
   assert set(first.params) == trained
   _assert_that_all_moves(first, last)
-  if path.stem != _SMALL:
+  if config.discriminator.name != 'none':
     _assert_that_all_moves(first.adversary, last.adversary)
   _assert_same(
       (last.frozen_params, last.teacher_params),
