@@ -4,12 +4,20 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+
 from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import partitioning
+from fsq_jax import report
+from fsq_jax import trained
 from fsq_jax import workdir as workdirs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -19,12 +27,9 @@ Overrides = Mapping[str, Any]
 _INTERRUPTED = 75  # As launch.py: run the same command again.
 
 # Fields that say where the same data set, network or run is; it may have moved.
-_PLACES = {
-    'data.data_dir', 'discriminator.dino.checkpoint',
-    'eval.networks.fd_vgg16', 'eval.networks.lpips_alexnet',
-    'losses.perceptual.checkpoint', 'model.encoder.checkpoint',
-    'train.init_from',
-}  # fmt: skip
+_PLACES = re.compile(
+    r'data\.data_dir|train\.init_from|eval\.networks\..*|.*\.checkpoint'
+)
 
 # What is kept of an evaluation.
 _NUMBERS = (
@@ -186,6 +191,42 @@ def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
   }
 
 
+def draw_reconstructions(
+    workdir: pathlib.Path,
+    names: Iterable[str],
+    path: pathlib.Path,
+    *,
+    num_images: int,
+    enlargement: int = 1,
+) -> None:
+  """Draws held-out images over what each run makes of them.
+
+  Args:
+    workdir: holds a folder for each run; all evaluate the same images.
+    names: of the runs, one row each.
+    path: of the PNG.
+    num_images: images in a row, spread over the split.
+    enlargement: pixels a side of the square that a pixel becomes.
+  """
+  rows = []
+  for name in names:
+    found = trained.find(workdir / name)
+    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+    model, variables = trained.restore(found, mesh)
+    dataset = data.build_dataset(found.config.data, split='eval', seed=0)
+    evaluator = evaluate.Evaluator(
+        model, dataset, mesh, num_grid_images=num_images
+    )
+    evaluation = evaluator.run(variables)
+    rows = rows or [evaluation.originals]
+    rows.append(evaluation.reconstructions)
+  bands = [np.concatenate(list(images), axis=1) for images in rows]
+  grid = np.concatenate(bands, axis=0)
+  for axis in (0, 1):
+    grid = grid.repeat(enlargement, axis=axis)
+  report.save_png(path, grid)
+
+
 def make_config(
     config_path: str, overrides: Overrides
 ) -> configuration.Config:
@@ -212,12 +253,13 @@ def _is_finished(
     return False
   config = make_config(config_path, overrides)
   saved, evaluation = map(_read_json, files)
-  changed = {
-      line.partition(':')[0]
+  changed = [
+      name
       for line in configuration.diff_configs(saved, config)
-  }
+      if not _PLACES.fullmatch(name := line.partition(':')[0])
+  ]
   return (
-      not changed - _PLACES
+      not changed
       and evaluation['step'] == config.train.num_steps
   )
 

@@ -1,6 +1,6 @@
 """The discriminator's side of training: its state, gradients and update."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
 
   Attributes:
     at_images: [B, H, W, 3] gradient of the decoder's loss at its images,
-      without its weight.
+      without its weight; zeros before losses.adversarial.start_step.
     gradients: of the discriminator's loss at its parameters.
     state: with model_state and average_logits after the batch.
     scalars: float32; adversarial_loss is the decoder's.
@@ -58,13 +58,14 @@ class Adversary:
         train.num_steps are read.
     """
     self._options = options = config['discriminator']
+    self._generator = config['losses']['adversarial']
     self._module = models.build_discriminator(options)
     self._image_size = tuple(config['data']['image_size'])
     self._discriminator_loss = adversarial_losses.build_discriminator_loss(
         options['loss']
     )
     self._generator_loss = adversarial_losses.build_generator_loss(
-        config['losses']['adversarial']['loss']
+        self._generator['loss']
     )
     self._optimizer = optim.build_adamw(
         options['optim'],
@@ -121,6 +122,35 @@ class Adversary:
     return jax.lax.cond(
         step >= start, judge, lambda state: zeros._replace(state=state), state
     )
+
+  def weigh(
+      self,
+      step: jax.Array,
+      others_at_images: jax.Array,
+      at_images: jax.Array,
+      *,
+      to_layer: Callable[[jax.Array], jax.Array],
+  ) -> jax.Array:
+    """Weighs the decoder's loss against the other losses on images.
+
+    Args:
+      step: int32 scalar, training steps taken.
+      others_at_images: [B, H, W, 3] gradient of the other losses.
+      at_images: of this one, from `judge`.
+      to_layer: from such a gradient to that at the decoder's last kernel.
+
+    Returns:
+      float32 scalar, 0 before losses.adversarial.start_step.
+    """
+    options = self._generator
+    weight = options['weight'] * adversarial_losses.ramp(
+        step, options['start_step'], options['ramp_steps']
+    )
+    if options['weighting'] == 'adaptive':
+      weight *= adversarial_losses.adaptive_weight(
+          to_layer(others_at_images), to_layer(at_images)
+      )
+    return weight
 
   def update(
       self, state: AdversaryState, gradients: Any, step: jax.Array
@@ -185,8 +215,21 @@ class Adversary:
         both_losses, state.params, reconstructions, has_aux=True
     )
     one, zero = jnp.ones(()), jnp.zeros(())
-    _, at_images = pull_back((one, zero))
     gradients, _ = pull_back((zero, one))
+
+    def pull_back_to_images():
+      return pull_back((one, zero))[1]
+
+    start = self._generator['start_step']
+    if start <= options['start_step']:
+      at_images = pull_back_to_images()
+    else:
+      # The discriminator learns alone for a while.
+      at_images = jax.lax.cond(
+          step >= start,
+          pull_back_to_images,
+          lambda: jnp.zeros_like(reconstructions),
+      )
     if options['r1_weight']:
       penalty, more = self._penalize(apply, state, model_state, real, step)
       gradients = jax.tree.map(jnp.add, gradients, more)

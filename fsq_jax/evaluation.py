@@ -1,7 +1,7 @@
 """What an evaluation gives, and how it adds up over batches."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -74,6 +74,8 @@ class Tally:
       networks: network_metrics.NetworkMetrics,
       dataset: data.Dataset,
       num_grid_images: int,
+      *,
+      lay_out: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack,
   ):
     """Counts nothing yet.
 
@@ -82,7 +84,9 @@ class Tally:
       networks: what networks measure.
       dataset: that the batches are of.
       num_grid_images: originals and reconstructions to keep.
+      lay_out: makes one array of those, where they differ in size.
     """
+    self._lay_out = lay_out
     self._quantizer = quantizer
     self._networks = networks
     self._scores = networks.start()
@@ -165,8 +169,8 @@ class Tally:
             'networks': self._networks.protocol,
             'definitions': metrics.DEFINITIONS | self._networks.definitions,
         },
-        originals=np.stack(self._originals),
-        reconstructions=np.stack(self._reconstructions),
+        originals=self._lay_out(self._originals),
+        reconstructions=self._lay_out(self._reconstructions),
     )
 
 

@@ -127,16 +127,6 @@ class FeatureStatistics:
       scatter = np.einsum('bd,be->de', centred, centred, optimize=True)
       self._add(len(features), mean, scatter)
 
-  def merge(self, other: 'FeatureStatistics') -> None:
-    """Adds the images of other statistics.
-
-    Raises:
-      ValueError: they are of another number of features.
-    """
-    _check_same_features(self, other)
-    if other.num_images:
-      self._add(other.num_images, other.mean, other._scatter)
-
   def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
     """Adds images by their moments (Chan, Golub, LeVeque 1979)."""
     total = self.num_images + count

@@ -1,6 +1,6 @@
 """Evaluation of images at their own size, one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,11 @@ class NativeEvaluator:
       ValueError: the split holds no readable image.
     """
     tally = evaluation.Tally(
-        self._quantizer, self._networks, self._dataset, self._num_grid_images
+        self._quantizer,
+        self._networks,
+        self._dataset,
+        self._num_grid_images,
+        lay_out=_lay_on_white,
     )
     sizes = set()
     for batch in self._dataset:
@@ -89,13 +93,7 @@ class NativeEvaluator:
         sizes.clear()
       sizes.add(images.shape)
       output = self._reconstruct(variables, images)
-      shown = output._replace(
-          reconstructions=_lay_on_white(output.reconstructions)
-      )
-      tally.update(
-          batch | {'image': _lay_on_white(images)}, shown,
-          images, output.reconstructions,
-      )
+      tally.update(batch, output, images, output.reconstructions)
     return tally.result(
         native_size=self._reconstructor.protocol,
         tokens='those that see the image; of padding alone are not counted',
@@ -117,14 +115,21 @@ class NativeEvaluator:
     )
 
 
-def _lay_on_white(images: np.ndarray) -> np.ndarray:
-  """Returns the middle of [1, H, W, 3] uint8 in a white square for the grid."""
-  square = np.full((1, _GRID_SIDE, _GRID_SIDE, 3), 255, np.uint8)
-  inside, outside = [], []
-  for side in images.shape[1:3]:
-    length = min(side, _GRID_SIDE)
-    inside.append(slice((side - length) // 2, (side + length) // 2))
-    start = (_GRID_SIDE - length) // 2
-    outside.append(slice(start, start + length))
-  square[:, *outside] = images[:, *inside]
-  return square
+def _lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
+  """Lays [H, W, 3] uint8 images, or the middle of large ones, on white.
+
+  Returns:
+    [n, height, width, 3] uint8, no larger than the largest of them needs.
+  """
+  sides = np.array([image.shape[:2] for image in images])
+  height, width = np.minimum(sides.max(axis=0), _GRID_SIDE).tolist()
+  laid = np.full((len(images), height, width, 3), 255, np.uint8)
+  for target, image in zip(laid, images, strict=True):
+    inside, outside = [], []
+    for side, room in zip(image.shape[:2], (height, width), strict=True):
+      length = min(side, room)
+      first, start = (side - length) // 2, (room - length) // 2
+      inside.append(slice(first, first + length))
+      outside.append(slice(start, start + length))
+    target[tuple(outside)] = image[tuple(inside)]
+  return laid

@@ -54,29 +54,6 @@ class OutputDistance(nn.Module):
     return jnp.mean(squares, axis=tuple(range(1, squares.ndim)))
 
 
-def distance(
-    module: nn.Module,
-    variables: Mapping[str, Any],
-    images: jax.Array,
-    others: jax.Array,
-) -> jax.Array:
-  """Mean distance of two batches; a loss to be differentiated by one of them.
-
-  Args:
-    module: of a network from `build_perceptual_loss`.
-    variables: of the same.
-    images: [B, H, W, 3] floats in [-1, 1].
-    others: the same.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    ValueError: shapes that differ, or a side too small for the network.
-  """
-  return jnp.mean(module.apply(variables, images, others))
-
-
 def build_perceptual_loss(
     name: str, path: str | os.PathLike[str]
 ) -> frozen_network.FrozenNetwork:

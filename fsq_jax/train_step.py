@@ -10,7 +10,6 @@ from jax import numpy as jnp
 import numpy as np
 import optax
 
-from fsq_jax import adversarial_losses
 from fsq_jax import adversary as adversaries
 from fsq_jax import losses
 from fsq_jax import metrics
@@ -211,23 +210,9 @@ def _build_gradient(
     A function of state, uint8 images, variables of networks and key to
     `_Gradients`, scalars, model_state and the adversary's state.
   """
-  reconstruction_loss = losses.build_reconstruction_loss(
-      options['reconstruction']
+  compare = jax.value_and_grad(
+      _build_comparison(options, perceptual), has_aux=True
   )
-  adversarial = options['adversarial']
-
-  def compare(reconstructions, images, networks):
-    """Losses on images without the adversarial one."""
-    value = reconstruction_loss(reconstructions, images)
-    scalars = {'reconstruction_loss': value}
-    loss = options['reconstruction_weight'] * value
-    if perceptual is not None:
-      distances = perceptual.apply(
-          networks['perceptual'], reconstructions, images
-      )
-      scalars['perceptual_loss'] = jnp.mean(distances)
-      loss += options['perceptual']['weight'] * scalars['perceptual_loss']
-    return loss, scalars
 
   def gradient_fn(state, images, networks, key):
     images = to_float(images)
@@ -262,9 +247,9 @@ def _build_gradient(
     (reconstructions, loss), pull_back, (scalars, model_state) = jax.vjp(
         forward, state.params, has_aux=True
     )
-    (image_loss, image_scalars), at_images = jax.value_and_grad(
-        compare, has_aux=True
-    )(reconstructions, images, networks)
+    (image_loss, image_scalars), at_images = compare(
+        reconstructions, images, networks
+    )
     scalars |= image_scalars
     loss += image_loss
     adversary_state, adversary_gradients = state.adversary, {}
@@ -277,20 +262,14 @@ def _build_gradient(
           key=jax.random.fold_in(key, 1),
           step=state.step,
       )
-      ramp = adversarial_losses.ramp(
-          state.step, adversarial['start_step'], adversarial['ramp_steps']
+      weight = adversary.weigh(
+          state.step,
+          at_images,
+          verdict.at_images,
+          # Nothing but the last layer is pulled back through then.
+          to_layer=lambda x: _last_layer(pull_back((x, jnp.zeros(())))[0]),
       )
-      weight = adversarial['weight'] * ramp
-      if adversarial['weighting'] == 'adaptive':
-        # Only the last layer is pulled back through: the rest is not used.
-        at_layer = [
-            _last_layer(pull_back((x, jnp.zeros_like(loss)))[0])
-            for x in (at_images, verdict.at_images)
-        ]
-        weight *= adversarial_losses.adaptive_weight(*at_layer)
-      at_images = jnp.where(
-          ramp > 0, at_images + weight * verdict.at_images, at_images
-      )
+      at_images += weight * verdict.at_images
       loss += weight * verdict.scalars['adversarial_loss']
       scalars |= verdict.scalars | {'adversarial_weight': weight}
       adversary_state = verdict.state
@@ -301,6 +280,29 @@ def _build_gradient(
     return gradients, scalars, model_state, adversary_state
 
   return gradient_fn
+
+
+def _build_comparison(
+    options: Mapping[str, Any], perceptual: nn.Module | None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Builds the losses on images that need no discriminator."""
+  reconstruction_loss = losses.build_reconstruction_loss(
+      options['reconstruction']
+  )
+
+  def compare(reconstructions, images, networks):
+    value = reconstruction_loss(reconstructions, images)
+    scalars = {'reconstruction_loss': value}
+    loss = options['reconstruction_weight'] * value
+    if perceptual is not None:
+      distances = perceptual.apply(
+          networks['perceptual'], reconstructions, images
+      )
+      scalars['perceptual_loss'] = jnp.mean(distances)
+      loss += options['perceptual']['weight'] * scalars['perceptual_loss']
+    return loss, scalars
+
+  return compare
 
 
 def _last_layer(gradients: Any) -> jax.Array:

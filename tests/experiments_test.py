@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import sweep
@@ -41,6 +43,16 @@ def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, monkeypatch):
   }
   sweep.train(_DEBUG, {'levels': runs['levels']}, tmp_path)
   assert sweep.read_numbers(tmp_path / 'levels')['codebook_size'] == 25
+  grid = tmp_path / 'grid.png'
+  sweep.draw_reconstructions(
+      tmp_path, ['levels', 'levels'], grid, num_images=5, enlargement=2
+  )
+  pixels = np.asarray(PIL.Image.open(grid))
+  # Originals over both runs, 16 x 16 pixels each.
+  assert pixels.shape == (2 * 3 * 16, 2 * 5 * 16, 3)
+  originals, first, second = np.split(pixels, 3)
+  np.testing.assert_array_equal(first, second)
+  assert np.any(originals != first)
   started = []
 
   def run(command):

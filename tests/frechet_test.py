@@ -64,20 +64,6 @@ def test_batches_do_not_matter(sizes):
   _assert_same(statistics, _statistics(features))
 
 
-def test_parts_that_are_merged_are_the_whole():
-  features = _features(50, 7)
-  # Some of unlike means, and one without images.
-  features[:20] += 100
-  total = frechet.FeatureStatistics(7)
-  for part in (features[:20], features[20:21], features[:0], features[21:]):
-    statistics = _statistics(part)
-    total.merge(statistics)
-    assert statistics.num_images == len(part)
-  _assert_same(total, _statistics(features))
-  alone = _statistics(features[:20])
-  assert not np.allclose(total.covariance, alone.covariance)
-
-
 def test_only_rows_of_the_mask_count():
   features = _features(50, 7)
   mask = np.arange(50) % 3 > 0
@@ -210,8 +196,6 @@ def test_other_numbers_of_features_are_refused():
   a, b = (_statistics(_features(40, n)) for n in (4, 1))
   with pytest.raises(ValueError, match='has 4 features, the other 1'):
     frechet.frechet_distance(a, b)
-  with pytest.raises(ValueError, match='has 4 features, the other 1'):
-    a.merge(b)
 
 
 # Files.

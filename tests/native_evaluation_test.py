@@ -319,3 +319,18 @@ def test_training_refuses_it_and_other_images_have_their_name(root, built):
   label = evaluate._label(config, own, 'best')
   folder = pathlib.Path(config.data.data_dir).name
   assert label == f'best_native_{folder}_validation'
+
+
+def test_a_grid_has_no_more_white_than_its_images_need():
+  images = [
+      np.full((height, width, 3), i, np.uint8)
+      for i, (height, width) in enumerate([(4, 10), (6, 3), (300, 2)])
+  ]
+  laid = native_evaluation._lay_on_white(images[:2])
+  assert laid.shape == (2, 6, 10, 3)
+  np.testing.assert_array_equal(laid[0, 1:5], 0)
+  assert np.all(laid[0, [0, 5]] == 255)
+  np.testing.assert_array_equal(laid[1, :, 3:6], 1)
+  assert np.sum(laid[1] == 1) == 6 * 3 * 3
+  # Of large ones the middle is shown.
+  assert native_evaluation._lay_on_white(images).shape == (3, 256, 10, 3)

@@ -15,16 +15,10 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 
 from experiments import sweep
-from fsq_jax import data
-from fsq_jax import evaluate
-from fsq_jax import partitioning
-from fsq_jax import report
-from fsq_jax import trained
 from fsq_jax import workdir as workdirs
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -121,7 +115,13 @@ def run(
         for loss in _LOSSES
         if any(loss in row for row in rows)
     }
-  draw_reconstructions(workdir, [*LABELS], HERE / 'reconstructions.png')
+  sweep.draw_reconstructions(
+      workdir,
+      LABELS,
+      HERE / 'reconstructions.png',
+      num_images=_NUM_GRID_IMAGES,
+      enlargement=_ENLARGEMENT,
+  )
   command = (
       'python -m experiments.perceptual_ablation.perceptual_ablation --run'
       ' --data_dir=DIR --vgg16=FILE --alexnet=FILE'
@@ -139,37 +139,6 @@ def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
       'networks': protocol['networks'],
       'num_images': protocol['num_images'],
   }
-
-
-def draw_reconstructions(
-    workdir: pathlib.Path, names: list[str], path: pathlib.Path
-) -> None:
-  """Draws held-out images over what each run makes of them.
-
-  Args:
-    workdir: holds a folder for each run.
-    names: of the runs.
-    path: of the PNG.
-  """
-  rows = []
-  for name in names:
-    found = trained.find(workdir / name)
-    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
-    model, variables = trained.restore(found, mesh)
-    evaluator = evaluate.Evaluator(
-        model,
-        data.build_dataset(found.config.data, split='eval', seed=0),
-        mesh,
-        num_grid_images=_NUM_GRID_IMAGES,
-    )
-    evaluation = evaluator.run(variables)
-    rows = rows or [evaluation.originals]
-    rows.append(evaluation.reconstructions)
-    jax.clear_caches()
-  bands = [np.concatenate(list(images), axis=1) for images in rows]
-  grid = np.concatenate(bands, axis=0)
-  grid = grid.repeat(_ENLARGEMENT, axis=0).repeat(_ENLARGEMENT, axis=1)
-  report.save_png(path, grid)
 
 
 def print_tables(results: Mapping[str, Any]) -> None:

@@ -22,9 +22,7 @@ import numpy as np
 
 from experiments import sweep
 from fsq_jax import data
-from fsq_jax import evaluate
 from fsq_jax import partitioning
-from fsq_jax import report
 from fsq_jax import train_step
 from fsq_jax import trained
 from fsq_jax import workdir as workdirs
@@ -96,7 +94,9 @@ def run(
     numbers['num_frozen_parameters'] = facts['num_frozen_parameters']
   for name, psnr in probe_encoders(workdir, list(runs)).items():
     results['runs'][name]['linear_psnr'] = psnr
-  draw_reconstructions(workdir, list(runs), HERE / 'reconstructions.png')
+  sweep.draw_reconstructions(
+      workdir, runs, HERE / 'reconstructions.png', num_images=_NUM_GRID_IMAGES
+  )
   command = (
       'python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run'
       ' --data_dir=DIR --encoder=ENCODER'
@@ -152,34 +152,6 @@ def _pairs(
         images, 'b (h p) (w q) c -> b h w (p q c)', p=patch, q=patch
     )
     yield np.concatenate([latents, constant], axis=-1), pixels
-
-
-def draw_reconstructions(
-    workdir: pathlib.Path, names: list[str], path: pathlib.Path
-) -> None:
-  """Draws held-out images over what each run makes of them.
-
-  Args:
-    workdir: holds a folder for each run.
-    names: of the runs.
-    path: of the PNG.
-  """
-  rows = []
-  for name in names:
-    found = trained.find(workdir / name)
-    mesh = partitioning.create_mesh(found.config.partitioning.mesh)
-    model, variables = trained.restore(found, mesh)
-    evaluator = evaluate.Evaluator(
-        model,
-        data.build_dataset(found.config.data, split='eval', seed=0),
-        mesh,
-        num_grid_images=_NUM_GRID_IMAGES,
-    )
-    evaluation = evaluator.run(variables)
-    rows = rows or [evaluation.originals]
-    rows.append(evaluation.reconstructions)
-  bands = [np.concatenate(list(images), axis=1) for images in rows]
-  report.save_png(path, np.concatenate(bands, axis=0))
 
 
 def print_tables(results: Mapping[str, Any]) -> None:
