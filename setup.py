@@ -39,6 +39,6 @@ setuptools.setup(
         # Conversion of data sets that TFDS cannot prepare without TensorFlow.
         'prepare': ['tensorflow-cpu'],
         'tensorboard': ['tensorboardX'],
-        'test': ['chex', 'hypothesis', 'pytest', 'ruff'],
+        'test': ['chex', 'hypothesis', 'pytest', 'pytest-xdist', 'ruff'],
     },
 )

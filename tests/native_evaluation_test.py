@@ -213,17 +213,18 @@ def test_the_same_again_is_identical_and_leaves_the_runs_own_alone(runs):
 
 def test_the_grid_has_the_middle_of_images_on_white(runs, root):
   images = list(_originals(root))
-  assert runs.result.originals.shape == (6, 256, 256, 3)
-  # 20 x 24 of 256 x 256, and 300 x 17 cut to 256 x 17.
+  # The tallest is cut to 256 rows; the widest has 40 columns.
+  assert runs.result.originals.shape == (6, 256, 40, 3)
+  # 20 x 24 of 256 x 40, and 300 x 17 cut to 256 x 17.
   small = runs.result.originals[-1]
-  np.testing.assert_array_equal(small[118:138, 116:140], images[-1])
+  np.testing.assert_array_equal(small[118:138, 8:32], images[-1])
   assert (small[:118] == 255).all()
   assert (small[138:] == 255).all()
   np.testing.assert_array_equal(
-      runs.result.originals[-2][:, 119:136], images[-2][22:278]
+      runs.result.originals[-2][:, 11:28], images[-2][22:278]
   )
   np.testing.assert_array_equal(
-      runs.result.reconstructions[-1][118:138, 116:140],
+      runs.result.reconstructions[-1][118:138, 8:32],
       runs.reconstructions[-1][1].image,
   )
 
