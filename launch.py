@@ -45,21 +45,38 @@ _MODE = flags.DEFINE_enum(
     ' download and convert the data set; latent_statistics: write mean and'
     ' variance of the latents, for model.latent_statistics, to the workdir.',
 )
-_CHECKPOINT = flags.DEFINE_enum(
+_CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    ['newest', 'best'],
-    'What mode eval evaluates; the best is that of the highest PSNR.',
+    'What mode eval evaluates: newest, best (of the highest PSNR), or the'
+    ' number of a step.',
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
     False,
     'Continue a run although its config has changed.',
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed',
+    False,
+    'This is one of several processes, which JAX finds in the environment of'
+    ' Cloud TPU, SLURM, Open MPI or Kubernetes; elsewhere, give the next three'
+    ' flags.',
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address', None, 'host:port of process 0, to all processes.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'How many processes there are.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, "This process's number, from 0.", lower_bound=0
+)
 _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
+_FAILED = 1
 _BAD_INPUT = 2
 _INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again.
 
@@ -163,6 +180,11 @@ def _run(config: ml_collections.ConfigDict) -> int:
   workdir = _WORKDIR.value
   if workdir is None:
     workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
+  processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if _DISTRIBUTED.value or any(x is not None for x in processes):
+    from fsq_jax import runtime
+
+    runtime.join_processes(*processes)
   if _MODE.value == 'prepare':
     from fsq_jax import data
 
@@ -193,6 +215,11 @@ def _run(config: ml_collections.ConfigDict) -> int:
           ' again to continue.\n'
       )
       return _INTERRUPTED
+    except train.RunError as error:
+      if _DEBUG.value:
+        traceback.print_exc()
+      sys.stderr.write(f'launch.py: {error}\n')
+      return _FAILED
   return 0
 
 

@@ -1,13 +1,46 @@
-"""Checkpoints of a run: state, input position and config in one step."""
+"""Checkpoints of a run: state, input position and config in one step.
 
-from collections.abc import Mapping
-import math
+Orbax keeps no checksums: a bit that flips on disk comes back as another number.
+So each step has a manifest with a hash of every array and of the record, which
+is compared with what is read before anybody gets it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
+from fsq_jax import integrity
 from fsq_jax import workdir
+
+_FORMAT = 1
+
+
+class DamagedError(ValueError):
+  """A step that cannot be read, or is not what was saved."""
+
+
+class SaveError(ValueError):
+  """A step that could not be written."""
+
+
+class Restored(NamedTuple):
+  """A step that was read whole and checked.
+
+  Attributes:
+    step: steps taken.
+    record: JSON values.
+    state: tree of arrays.
+  """
+
+  step: int
+  record: dict[str, Any]
+  state: Any
 
 
 class Checkpointer:
@@ -17,46 +50,59 @@ class Checkpointer:
   another name and then renamed. The newest ones and the best one are kept.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int = 1):
+  def __init__(
+      self, folder: pathlib.Path, *, keep: int = 1, read_only: bool = False
+  ):
     """Opens the folder.
 
     Args:
       folder: the run's folder.
       keep: newest steps to keep, >= 1, beside the one of the highest PSNR.
+      read_only: only look; else what an interrupted save has left is removed.
     """
-    policies = ocp.checkpoint_managers
-    keep_newest = policies.LatestN(n=keep)
-    keep_best = policies.BestN(
-        get_metric_fn=_psnr, n=1, keep_checkpoints_without_metrics=False
-    )
+    self._folder = folder
+    self._metrics: dict[int, Mapping[str, float | None]] = {}
+    keep_newest = ocp.checkpoint_managers.LatestN(n=keep)
     self._manager = ocp.CheckpointManager(
         folder / workdir.CHECKPOINTS,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [keep_newest, keep_best]
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+                [keep_newest, _KeepBest(lambda: self.best_step)]
             ),
-            best_fn=_psnr,  # Orbax writes no metrics without it.
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         ),
     )
+    for step in self.steps:
+      try:
+        self._metrics[step] = self._read_manifest(step)['metrics']
+      except DamagedError as error:
+        logging.warning('%s', error)
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps that are there, whole or not, ascending."""
+    return sorted(self._manager.all_steps())
 
   @property
   def latest_step(self) -> int | None:
     """The newest step, None without any."""
-    return self._manager.latest_step()
+    return max(self.steps, default=None)
 
   @property
   def best_step(self) -> int | None:
     """The step of the highest evaluated PSNR, None without any."""
     values = {
-        step: _psnr(self._manager.metrics(step) or {})
-        for step in self._manager.all_steps()
+        step: psnr
+        for step in self.steps
+        # Those not finite are null.
+        if (psnr := self._metrics.get(step, {}).get('psnr')) is not None
     }
-    best = max(values, key=values.get, default=None)
-    return None if values.get(best, -math.inf) == -math.inf else best
+    return max(values, key=values.get, default=None)
 
   def is_evaluated(self, step: int) -> bool:
     """Whether the step was saved with the numbers of an evaluation."""
-    return bool(self._manager.metrics(step))
+    return bool(self._metrics.get(step))
 
   def save(
       self,
@@ -76,20 +122,48 @@ class Checkpointer:
         input.
       metrics: of an evaluation at this step, with the key 'psnr'; one that is
         not finite ranks last.
+
+    Raises:
+      SaveError: this step, or the one before it, cannot be written.
     """
-    self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(dict(record)),
-        ),
-        metrics=workdir.finite_or_null(metrics or {}),
-    )
+    if step in self.steps:
+      return
+    metrics = workdir.finite_or_null(metrics or {})
+    arrays = integrity.describe_arrays(state)
+    for path, digest in integrity.hash_arrays(state).items():
+      arrays[path]['hash'] = digest
+    manifest = {
+        'format': _FORMAT,
+        'step': step,
+        'arrays': arrays,
+        'record': integrity.hash_json(record),
+        'metrics': metrics,
+    }
+    self._metrics[step] = metrics
+    with self._saving(f'Step {step}'):
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state),
+              record=ocp.args.JsonSave(dict(record)),
+              manifest=ocp.args.JsonSave(
+                  {**manifest, 'sha256': integrity.hash_json(manifest)}
+              ),
+          ),
+      )
 
   def restore_record(self, step: int) -> dict[str, Any]:
-    """Reads the JSON values of one step, without its arrays."""
+    """Reads the JSON values of one step, without its arrays.
+
+    Raises:
+      DamagedError: they are not what was saved.
+    """
+    manifest = self._read_manifest(step)
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)['record']
+    record = self._read(step, 'the record', args)['record']
+    if integrity.hash_json(record) != manifest['record']:
+      raise DamagedError(f'Step {step}: the record is not what was saved.')
+    return record
 
   def restore(self, step: int, abstract: Any) -> Any:
     """Reads the state of one step.
@@ -101,20 +175,156 @@ class Checkpointer:
 
     Returns:
       The state.
+
+    Raises:
+      DamagedError: arrays are not what was saved.
+      ValueError: the step has other arrays than `abstract`; nothing is cast.
     """
+    saved = self._read_manifest(step)['arrays']
+    hashes = {path: x.pop('hash') for path, x in saved.items()}
+    if lines := integrity.compare(saved, integrity.describe_arrays(abstract)):
+      raise ValueError(
+          '\n  '.join([
+              f'Step {step} of {self._folder} has other arrays than this model'
+              ' and optimizer (saved -> wanted):',
+              *lines,
+          ])
+      )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return self._manager.restore(step, args=args)['state']
+    state = self._read(step, 'the state', args)['state']
+    if lines := integrity.compare(hashes, integrity.hash_arrays(state)):
+      raise DamagedError(
+          '\n  '.join([
+              f'Step {step}: arrays are not what was saved (hash then -> now):',
+              *lines,
+          ])
+      )
+    return state
+
+  def restore_newest(
+      self, abstract_of: Callable[[Mapping[str, Any]], Any]
+  ) -> Restored | None:
+    """Reads the newest step that is undamaged.
+
+    Damaged ones that are newer are moved to `damaged/` in the run's folder, so
+    that their numbers are free again.
+
+    Args:
+      abstract_of: the tree for `restore`, of the step's record; it may refuse
+        the record with a ValueError.
+
+    Returns:
+      The step; None if there are none.
+
+    Raises:
+      ValueError: all steps are damaged (they stay where they are), or as
+        raised by `abstract_of`.
+    """
+    refused = {}
+    for step in reversed(self.steps):
+      try:
+        record = self.restore_record(step)
+        state = self.restore(step, abstract_of(record))
+      except DamagedError as error:
+        logging.error('%s is passed over. %s', step, error)
+        refused[step] = str(error)
+        continue
+      self._set_aside(refused)
+      return Restored(step, record, state)
+    if not refused:
+      return None
+    raise ValueError(
+        '\n'.join([
+            f'No step of {self._folder} can be restored; nothing was changed'
+            ' there. Take another --workdir to start anew.',
+            *refused.values(),
+        ])
+    )
 
   def wait(self) -> None:
-    """Returns when everything that was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything that was saved is on disk.
+
+    Raises:
+      SaveError: it cannot be written.
+    """
+    with self._saving('The last step'):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and closes."""
-    self._manager.close()
+    """Waits and closes; `wait` first, to know that all is on disk."""
+    try:
+      self._manager.close()
+    except Exception as error:
+      logging.error('The last step is not on disk. %s', error)
+
+  def _read_manifest(self, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+    manifest = self._read(step, 'the manifest', args)['manifest']
+    try:
+      sha256 = manifest.pop('sha256')
+      if sha256 != integrity.hash_json(manifest) or manifest['step'] != step:
+        raise ValueError('it is not what was saved')
+      if manifest['format'] != _FORMAT:
+        raise ValueError(f'format {manifest["format"]}, not {_FORMAT}')
+    except (AttributeError, KeyError, ValueError) as error:
+      raise DamagedError(
+          f'Step {step}: the manifest cannot be used ({error}).'
+      ) from error
+    return manifest
+
+  def _read(self, step: int, what: str, args: ocp.args.Composite) -> Any:
+    try:
+      return self._manager.restore(step, args=args)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise  # Says nothing about the files.
+    except Exception as error:  # Whatever a reader makes of damaged bytes.
+      reason = str(error).strip().partition('\n')[0]
+      raise DamagedError(
+          f'Step {step}: {what} cannot be read ({type(error).__name__}:'
+          f' {reason[:200]}).'
+      ) from error
+
+  def _set_aside(self, refused: Mapping[int, str]) -> None:
+    """Moves steps out of the way, whose numbers will come again."""
+    if not refused:
+      return
+    if jax.process_index() == 0:
+      folder = self._folder / workdir.DAMAGED
+      folder.mkdir(exist_ok=True)
+      for step, reason in refused.items():
+        target = workdir.unused(folder / str(step))
+        (self._folder / workdir.CHECKPOINTS / str(step)).rename(target)
+        logging.error('Moved to %s: %s', target, reason)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('damaged steps are set aside')
+    for step in refused:
+      self._metrics.pop(step, None)
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _saving(self, what: str) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      reason = str(error).strip().partition('\n')[0]
+      raise SaveError(
+          f'{what} of {self._folder} cannot be written ({reason[:200]}). Steps'
+          f' on disk are {self.steps}; make room, or the folder writable, and'
+          ' run the same command again.'
+      ) from error
 
 
-def _psnr(metrics: Mapping[str, float | None]) -> float:
-  """What ranks the steps; those without a finite number come last."""
-  value = metrics.get('psnr')
-  return -math.inf if value is None else value
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+  """Preserves the step that a function names.
+
+  Orbax has a policy of that kind for metrics that it keeps itself, in files of
+  which one that is damaged would keep the folder from being opened.
+  """
+
+  def __init__(self, best_step: Callable[[], int | None]):
+    self._best_step = best_step
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    best = self._best_step()
+    return [checkpoint.step == best for checkpoint in checkpoints]

@@ -197,7 +197,8 @@ def evaluate_workdir(
   Args:
     config: of the run; its data section may name other evaluation images.
     workdir: the run's folder.
-    which: 'newest' checkpoint, or the 'best', of the highest PSNR.
+    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
+      of a step.
 
   Returns:
     The evaluation, also written to the folder.
@@ -251,6 +252,8 @@ def _label(
 ) -> str:
   """Names what is not the run's own evaluation; '' for what is."""
   words = [] if which == 'newest' else [which]
+  if which.isdecimal():
+    words = [f'checkpoint_{which}']
   if config.eval.native_size:
     words.append('native')
   if any(own.data[x] != config.data[x] for x in _EVALUATION_IMAGES):

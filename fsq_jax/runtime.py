@@ -1,14 +1,17 @@
 """Settings of the process that trains: memory, compiled programs, signals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import ctypes
+import os
 import pathlib
 import signal
 import threading
+from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 
 # Of malloc.h.
 _M_TOP_PAD = -2
@@ -39,28 +42,134 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def join_processes(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+  """Makes this one of several processes that train together.
+
+  Call it before anything asks for devices. Without arguments, JAX finds them
+  where it knows the environment: Cloud TPU, SLURM, Open MPI, Kubernetes.
+
+  Args:
+    coordinator_address: host:port of process 0.
+    num_processes: how many there are.
+    process_id: this one's number, in [0, num_processes).
+
+  Raises:
+    ValueError: the environment does not say, or the others do not answer.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if any(x is not None for x in given) and None in given:
+    raise ValueError(
+        'Of coordinator_address, num_processes and process_id, given as'
+        f' {given}, all are needed, or none where JAX can find them.'
+    )
+  if jax.config.jax_platforms in (None, '', 'cpu'):
+    # Read by the CPU backend alone, which has no other between processes.
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+        f'The processes cannot be joined ({str(error).strip()}); give the same'
+        ' --coordinator_address=HOST:PORT and --num_processes to each, and to'
+        ' each its --process_id.'
+    ) from error
+
+
+class Profiler:
+  """Traces the steps that are to be traced, into a folder for xprof."""
+
+  def __init__(self, folder: pathlib.Path, steps: Sequence[int]):
+    """Traces nothing yet.
+
+    Args:
+      folder: for the trace.
+      steps: (first, last), or () for none.
+    """
+    self._folder = folder
+    self._steps = steps
+    self._is_tracing = False
+
+  def start(self, step: int) -> None:
+    """Starts if the step that comes is one of them."""
+    if self._is_tracing or not self._steps:
+      return
+    if self._steps[0] <= step <= self._steps[1]:
+      jax.profiler.start_trace(self._folder)
+      self._is_tracing = True
+
+  def stop(self, step: int, results: Any) -> None:
+    """Stops after the last of them, when its results are there."""
+    if self._is_tracing and step == self._steps[1]:
+      jax.block_until_ready(results)
+      self.close()
+
+  def close(self) -> None:
+    """Stops in any case."""
+    if self._is_tracing:
+      jax.profiler.stop_trace()
+      self._is_tracing = False
+
+
+class StopRequest:
+  """Whether a signal has asked the run to stop.
+
+  Of several processes, one that is asked stops them all, after the same step.
+  """
+
+  def __init__(self):
+    self._asked = threading.Event()
+
+  def ask(self) -> None:
+    """Asks this process, or with others all of them, to stop."""
+    self._asked.set()
+    if jax.process_count() > 1:
+      # JAX passes this signal on to the other processes.
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def is_due(self, step: int) -> bool:
+    """Whether to stop now.
+
+    Args:
+      step: steps taken. Several processes have to call this after every step.
+    """
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked.is_set()
+
+
 @contextlib.contextmanager
-def catch_signals() -> Iterator[threading.Event]:
-  """Turns the first SIGTERM or SIGINT into an event; a second one kills."""
-  stop_requested = threading.Event()
+def catch_signals() -> Iterator[StopRequest]:
+  """Turns the first SIGTERM or SIGINT into a request; a second one kills.
+
+  Among several processes SIGTERM is caught by JAX, and a second one does
+  nothing.
+  """
+  request = StopRequest()
   if threading.current_thread() is not threading.main_thread():
-    yield stop_requested  # Python delivers signals to the main thread only.
+    yield request  # Python delivers signals to the main thread only.
     return
   previous = {}
 
-  def request_stop(number: int, _) -> None:
-    stop_requested.set()
+  def stop(number: int, _) -> None:
     logging.warning(
         '%s: saving after this step, then stopping. Once more stops at once.',
         signal.Signals(number).name,
     )
     for caught in previous:
       signal.signal(caught, signal.SIG_DFL)
+    request.ask()
 
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, request_stop)
+  caught = [signal.SIGINT]
+  if jax.process_count() == 1:
+    caught.append(signal.SIGTERM)
+  for number in caught:
+    previous[number] = signal.signal(number, stop)
   try:
-    yield stop_requested
+    yield request
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

@@ -1,10 +1,10 @@
 """The training loop: build, restore, step, log, evaluate, save."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-import threading
 import time
 from typing import Any
 
@@ -44,7 +44,11 @@ class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
     self.step = step
 
 
-class DivergedError(Exception):
+class RunError(Exception):
+  """A run that cannot go on; what it has saved is intact."""
+
+
+class DivergedError(RunError):
   """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
@@ -73,6 +77,7 @@ def train_and_evaluate(
     ValueError: a config, data set or workdir that cannot be used.
     Preempted: SIGTERM or SIGINT arrived; the last step is saved.
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
+    RunError: something cannot be written, as on a full disk.
   """
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
@@ -81,12 +86,18 @@ def train_and_evaluate(
   runtime.use_compilation_cache(config.train.compilation_cache)
   # From here on, since building and compiling take a while too: a signal then
   # stops the run after its first step.
-  with (
-      runtime.catch_signals() as stop_requested,
-      _Trainer(config, folder, allow_config_change) as trainer,
-  ):
-    trainer.train(stop_requested)
-    trainer.finish()
+  with contextlib.ExitStack() as stack:
+    stop_request = stack.enter_context(runtime.catch_signals())
+    if jax.process_index() == 0:
+      stack.enter_context(workdirs.lock(folder))
+    trainer = stack.enter_context(
+        _Trainer(config, folder, allow_config_change)
+    )
+    try:
+      trainer.train(stop_request)
+      trainer.finish()
+    except (checkpoint.SaveError, OSError) as error:
+      raise RunError(f'{error}') from error
     return trainer.state
 
 
@@ -132,7 +143,9 @@ class _Trainer:
     )
     self.train_step, compile_seconds = self._compile(optimizer, builder)
     self.evaluated_step = None
-    self.profiling = False
+    self.profiler = runtime.Profiler(
+        folder / workdirs.PROFILE, config.train.profile_steps
+    )
     self.pending = None
     self.writer = None
     if self.is_writer:
@@ -144,24 +157,23 @@ class _Trainer:
     return self
 
   def __exit__(self, *exception) -> None:
-    if self.profiling:
-      jax.profiler.stop_trace()
+    self.profiler.close()
     self.progress.close()
     self.checkpointer.close()
     if self.writer is not None:
       self.writer.close()
 
-  def train(self, stop_requested: threading.Event) -> None:
+  def train(self, stop_request: runtime.StopRequest) -> None:
     """Takes the steps that are left; saves and raises Preempted on a stop."""
     train = self.config.train
     if self._owes_evaluation():
       self._evaluate()
     while self.step < train.num_steps:
-      self._start_profile()
+      self.profiler.start(self.step + 1)
       self._take_step()
-      self._stop_profile()
+      self.profiler.stop(self.step, self.state)
       last = self.step == train.num_steps
-      stopping = stop_requested.is_set()
+      stopping = stop_request.is_due(self.step)
       evaluating = last or self._is_due(train.eval_every_steps)
       if evaluating and not stopping:
         self._save(self._evaluate())
@@ -192,32 +204,38 @@ class _Trainer:
 
   def _restore(self, builder, allow_config_change: bool):
     """Returns the newest saved state and moves the input there, or None."""
-    step = self.checkpointer.latest_step
-    if step is None:
+
+    def check(record) -> Any:
+      configuration.check_resumable(
+          configuration.config_from_json(json.dumps(record['config'])),
+          self.config,
+          allow_config_change=allow_config_change,
+      )
+      convert.check_same_dialect(
+          record['quantizer'], self.model.quantizer.spec()
+      )
+      self.networks.check_same(record['networks'])
+      if not allow_config_change:
+        data.check_fingerprint(
+            record['fingerprint'], self.dataset.fingerprint
+        )
+      return builder.abstract
+
+    restored = self.checkpointer.restore_newest(check)
+    if restored is None:
       return None
-    record = self.checkpointer.restore_record(step)
-    configuration.check_resumable(
-        configuration.config_from_json(json.dumps(record['config'])),
-        self.config,
-        allow_config_change=allow_config_change,
-    )
-    convert.check_same_dialect(
-        record['quantizer'], self.model.quantizer.spec()
-    )
-    self.networks.check_same(record['networks'])
+    record = restored.record
     try:
       data.check_fingerprint(record['fingerprint'], self.dataset.fingerprint)
     except ValueError as error:
-      if not allow_config_change:
-        raise
       logging.warning('The input starts anew. %s', error)
     else:
       self.iterator.set_state(record['iterator'])
     if (self.folder / workdirs.RUN).is_file():
       facts = json.loads((self.folder / workdirs.RUN).read_text('utf-8'))
       self.started_from = facts.get('started_from', {})
-    self.progress.say(f'Continuing {self.folder} from step {step}.')
-    return self.checkpointer.restore(step, builder.abstract)
+    self.progress.say(f'Continuing {self.folder} from step {restored.step}.')
+    return restored.state
 
   def _compile(self, optimizer, builder):
     """Compiles the training step; returns it and the seconds it took."""
@@ -376,17 +394,3 @@ class _Trainer:
   def _flush_pending(self) -> None:
     self._report(self.pending)
     self.pending = None
-
-  def _start_profile(self) -> None:
-    """Starts the profiler if the next step is one of those to be traced."""
-    steps = self.config.train.profile_steps
-    if steps and not self.profiling and steps[0] <= self.step + 1 <= steps[1]:
-      jax.profiler.start_trace(self.folder / workdirs.PROFILE)
-      self.profiling = True
-
-  def _stop_profile(self) -> None:
-    """Stops the profiler after the last step to be traced."""
-    if self.profiling and self.step == self.config.train.profile_steps[1]:
-      jax.block_until_ready(self.state)
-      jax.profiler.stop_trace()
-      self.profiling = False

@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import ml_collections
 
@@ -42,35 +43,56 @@ def find(
 
   Args:
     workdir: the run's folder.
-    which: 'newest', or the 'best', of the highest PSNR.
+    which: 'newest', 'best' (of the highest PSNR), or the number of a step.
 
   Returns:
-    The checkpoint.
+    The checkpoint. The newest is the newest whose record is undamaged.
 
   Raises:
-    ValueError: a folder without checkpoints, or an unknown choice.
+    ValueError: no such checkpoint, or it is damaged.
   """
   folder = pathlib.Path(workdir).expanduser().absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(f'{folder} has no checkpoints; train there first.')
-  with contextlib.closing(checkpoint.Checkpointer(folder)) as checkpointer:
-    steps = {
-        'newest': checkpointer.latest_step,
-        'best': checkpointer.best_step,
-    }
-    if which not in steps:
-      raise ValueError(f'checkpoint is {which!r}; known: {sorted(steps)}.')
-    step = steps[which]
-    if step is None:
-      raise ValueError(
-          f'{folder} has no finished checkpoint; train there first.'
+  with contextlib.closing(
+      checkpoint.Checkpointer(folder, read_only=True)
+  ) as checkpointer:
+    reasons = []
+    for step in _candidates(checkpointer, which):
+      try:
+        record = checkpointer.restore_record(step)
+      except checkpoint.DamagedError as error:
+        logging.warning('Passed over. %s', error)
+        reasons.append(str(error))
+        continue
+      return Checkpoint(
+          folder=folder,
+          step=step,
+          config=configuration.config_from_json(json.dumps(record['config'])),
+          quantizer=record['quantizer'],
       )
-    record = checkpointer.restore_record(step)
-  return Checkpoint(
-      folder=folder,
-      step=step,
-      config=configuration.config_from_json(json.dumps(record['config'])),
-      quantizer=record['quantizer'],
+    steps = checkpointer.steps
+  raise ValueError(
+      '\n  '.join([
+          f'{folder} has no undamaged checkpoint {which!r}; there are the steps'
+          f' {steps}.',
+          *reasons,
+      ])
+  )
+
+
+def _candidates(
+    checkpointer: checkpoint.Checkpointer, which: str
+) -> list[int]:
+  if which == 'newest':
+    return checkpointer.steps[::-1]
+  if which == 'best':
+    best = checkpointer.best_step
+    return [] if best is None else [best]
+  if which.isdecimal():
+    return [x for x in checkpointer.steps if x == int(which)]
+  raise ValueError(
+      f"checkpoint is {which!r}; known: 'newest', 'best' and numbers of steps."
   )
 
 
@@ -96,7 +118,13 @@ def restore(
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   with contextlib.closing(
-      checkpoint.Checkpointer(found.folder)
+      checkpoint.Checkpointer(found.folder, read_only=True)
   ) as checkpointer:
-    state = checkpointer.restore(found.step, builder.abstract)
+    try:
+      state = checkpointer.restore(found.step, builder.abstract)
+    except checkpoint.DamagedError as error:
+      raise ValueError(
+          f'{found.folder}: {error} --checkpoint=STEP takes another of'
+          f' {checkpointer.steps}.'
+      ) from error
   return model, state.eval_variables

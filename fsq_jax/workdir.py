@@ -1,10 +1,14 @@
 """The folder of a run: names of its files, atomic writing, metric rows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
+import itertools
 import json
 import math
 import os
 import pathlib
+import socket
 from typing import Any
 
 from absl import logging
@@ -16,6 +20,8 @@ METRICS = 'metrics.jsonl'
 EVALUATION = 'evaluation.json'
 REPORT = 'report.html'
 CHECKPOINTS = 'checkpoints'
+DAMAGED = 'damaged'
+LOCK = '.lock'
 RECONSTRUCTIONS = 'reconstructions'
 REFERENCES = 'reference_statistics'
 TENSORBOARD = 'tensorboard'
@@ -51,6 +57,49 @@ def create(path: str | os.PathLike[str]) -> pathlib.Path:
         ' folder with --workdir.'
     ) from error
   return folder
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps a second run from writing into the folder of a run.
+
+  The lock goes when the process ends, however it ends. It holds between hosts
+  where the file system says so (NFS 4 and Lustre with flock do).
+
+  Args:
+    folder: the run's folder.
+
+  Raises:
+    ValueError: another process writes there.
+  """
+  with open(folder / LOCK, 'a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise ValueError(
+          f'workdir {folder} is being written by {file.read().strip()}; wait'
+          ' until that run has ended, or give another --workdir.'
+      ) from error
+    except OSError as error:
+      logging.warning(
+          'No lock of %s (%s): nothing keeps another run from writing there.',
+          folder, error.strerror,
+      )
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
+    file.truncate(0)
+
+
+def unused(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path, or the path with a number that makes it a new one."""
+  numbers = itertools.count(2)
+  candidate = path
+  while candidate.exists():
+    candidate = path.with_name(f'{path.name}_{next(numbers)}')
+  return candidate
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -15,7 +15,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {
-        'configuration', 'data', 'evaluate', 'latent_statistics', 'train',
+        'configuration', 'data', 'evaluate', 'latent_statistics', 'runtime',
+        'train',
     },
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
@@ -56,7 +57,8 @@ _ALLOWED_IMPORTS = {
         'frechet', 'metrics', 'models', 'partitioning', 'train_step', 'workdir',
     },
     'networks': {'models', 'partitioning', 'perceptual'},
-    'checkpoint': {'workdir'},
+    'checkpoint': {'integrity', 'workdir'},
+    'integrity': {'partitioning'},
     'report': {'report_page', 'workdir'},
     'report_page': {'report_curves'},
     'perceptual': {'models'},

@@ -366,6 +366,30 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
 
 
 @pytest.mark.slow
+def test_damaged_checkpoints_are_never_evaluated(config, run, tmp_path):
+  folder = shutil.copytree(run, tmp_path / 'copy')
+  newest = folder / workdir.CHECKPOINTS / '8'
+  for path in (newest / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'')
+  # The numbers of another step are not what was asked for.
+  with pytest.raises(ValueError, match=r'Step 8: .*STEP takes .* \[4, 8'):
+    evaluate.evaluate_workdir(config, folder)
+  evaluate.evaluate_workdir(config, folder, which='4')
+  record = json.loads((folder / 'evaluation_checkpoint_4.json').read_text())
+  assert record['step'] == 4
+  # Without a record it is no step at all.
+  (newest / 'record' / 'metadata').unlink()
+  evaluate.evaluate_workdir(config, folder)
+  record = json.loads((folder / workdir.EVALUATION).read_text())
+  assert record['step'] == 4
+  with pytest.raises(ValueError, match=r"no undamaged checkpoint '8'"):
+    evaluate.evaluate_workdir(config, folder, which='8')
+  with pytest.raises(ValueError, match=r"is 'last'; known: 'newest', 'best'"):
+    evaluate.evaluate_workdir(config, folder, which='last')
+
+
+@pytest.mark.slow
 def test_another_model_is_refused(config, run):
   config = config.copy_and_resolve_references()
   config.model.quantizer.fsq.levels = (8, 5, 5)
@@ -385,7 +409,7 @@ def test_a_folder_without_checkpoints_is_refused(config, tmp_path):
     evaluate.evaluate_workdir(config, folder)
   assert not folder.exists()
   (folder / workdir.CHECKPOINTS).mkdir(parents=True)
-  with pytest.raises(ValueError, match='no finished checkpoint; train'):
+  with pytest.raises(ValueError, match="no undamaged checkpoint 'newest'"):
     evaluate.evaluate_workdir(config, folder)
 
 

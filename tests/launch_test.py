@@ -21,6 +21,9 @@ import fsq_jax.configuration
 class Preempted(Exception):
   step = 5
 
+class RunError(Exception):
+  pass
+
 def train_and_evaluate(config, workdir, *, allow_config_change):
   if config.seed == 13:
     raise Preempted()
@@ -28,11 +31,19 @@ def train_and_evaluate(config, workdir, *, allow_config_change):
     fsq_jax.configuration.config_from_json('none')
   if config.seed == 15:
     raise ValueError('raised in a library')
+  if config.seed == 16:
+    raise RunError('the disk is full')
   print('train', config.train.num_steps, workdir, allow_config_change)
 
 fsq_jax.train = types.SimpleNamespace(
-    train_and_evaluate=train_and_evaluate, Preempted=Preempted
+    train_and_evaluate=train_and_evaluate,
+    Preempted=Preempted,
+    RunError=RunError,
 )
+def join_processes(*args):
+  print('join', *args)
+
+fsq_jax.runtime = types.SimpleNamespace(join_processes=join_processes)
 def evaluate_workdir(config, workdir, *, which):
   print('eval', config.seed, workdir, which)
   return types.SimpleNamespace(lines=lambda: ['psnr: 27.5'])
@@ -173,6 +184,14 @@ def test_unknown_field_is_refused_without_jax():
             'eval 16 runs/debug best\npsnr: 27.5',
         ),
         (['--mode=prepare'], 'prepare synthetic'),
+        (['--distributed'], 'join None None None\ntrain 8 runs/debug False'),
+        (
+            [
+                '--coordinator_address=a:1', '--num_processes=4',
+                '--process_id=3',
+            ],
+            'join a:1 4 3\ntrain 8 runs/debug False',
+        ),
         (
             [
                 '--config=configs/vqrae_fsq_siglip_l.py',
@@ -196,13 +215,14 @@ def test_mode_is_called_with_config_and_workdir(args, call):
         (13, 75, 'step 5 is saved'),
         (14, 2, 'The saved config is not JSON'),
         (15, 1, 'raised in a library'),
+        (16, 1, 'launch.py: the disk is full'),
     ],
 )
 def test_exit_code_tells_how_training_ended(seed, code, message):
   result = _launch(_DEBUG, f'--config.seed={seed}', stubs=True)
   assert result.returncode == code
   assert message in result.stderr
-  assert ('Traceback' in result.stderr) == (code == 1)
+  assert ('Traceback' in result.stderr) == (seed == 15)
 
 
 def test_eval_finds_the_config_in_the_workdir(tmp_path):

@@ -240,11 +240,65 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
   _assert_same_run(tmp_path, state, *straight('plain'))
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_no_more_than_its_steps(
+    straight, finished, journal
+):
+  taken, _ = journal
+  for path in (finished / workdir.CHECKPOINTS / '12' / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[::-1])
+  state = train.train_and_evaluate(_load_config(), finished)
+  assert sorted(taken) == [10, 11, 12]
+  _assert_same_run(finished, state, *straight('plain'))
+  assert (finished / workdir.DAMAGED / '12').is_dir()
+  assert train.train_and_evaluate(_load_config(), finished).step == _NUM_STEPS
+
+
+@pytest.mark.slow
+def test_one_run_writes_into_a_folder(finished):
+  before = {x: x.stat() for x in finished.rglob('*') if x.name != workdir.LOCK}
+  with (
+      workdir.lock(finished),
+      pytest.raises(ValueError, match=rf'process {os.getpid()} on \S+; wait'),
+  ):
+    train.train_and_evaluate(_load_config(), finished)
+  after = {x: x.stat() for x in finished.rglob('*') if x.name != workdir.LOCK}
+  assert {x: y.st_mtime_ns for x, y in after.items() if x.is_file()} == {
+      x: y.st_mtime_ns for x, y in before.items() if x.is_file()
+  }
+  with workdir.lock(finished):
+    pass  # Free again.
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_whose_steps_are_intact(
+    tmp_path, journal, monkeypatch
+):
+  save = checkpoint.Checkpointer.save
+
+  def fill(self, step, *args):
+    if step == 6:
+      monkeypatch.setattr(self._manager, 'save', _raise_full)
+    save(self, step, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, 'save', fill)
+  with pytest.raises(train.RunError, match=r'No space .* disk are \[3\]'):
+    train.train_and_evaluate(_load_config(), tmp_path)
+  assert {'3'} == _names(tmp_path / workdir.CHECKPOINTS)
+
+
+def _raise_full(*args, **kwargs):
+  raise OSError(28, 'No space left on device')
+
+
 def test_a_second_signal_is_not_caught():
-  with runtime.catch_signals() as stop_requested:
-    assert not stop_requested.is_set()
+  with runtime.catch_signals() as stop_request:
+    assert not stop_request.is_due(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop_requested.wait(5)
+    deadline = time.monotonic() + 5
+    while not stop_request.is_due(1):
+      assert time.monotonic() < deadline
     for number in (signal.SIGTERM, signal.SIGINT):
       assert signal.getsignal(number) == signal.SIG_DFL
   assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
@@ -447,7 +501,7 @@ def test_a_workdir_describes_its_run(straight):
   folder, _ = straight('plain')
   config = _load_config()
   assert _names(folder) - {workdir.TENSORBOARD} == {
-      'checkpoints', 'config.json', 'evaluation.json', 'metrics.jsonl',
+      '.lock', 'checkpoints', 'config.json', 'evaluation.json', 'metrics.jsonl',
       'quantizer.json', 'reconstructions', 'report.html', 'run.json',
   }
   saved = configuration.config_from_json((folder / workdir.CONFIG).read_text())

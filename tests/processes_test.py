@@ -1,0 +1,168 @@
+"""Tests of runs by several processes, joined on the loopback interface."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fsq_jax import configuration
+from fsq_jax import runtime
+from fsq_jax import train
+from fsq_jax import workdir
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_TRAIN = {
+    'num_steps': 24,
+    'log_every_steps': 1,
+    'checkpoint_every_steps': 10,
+    'eval_every_steps': 24,
+}
+
+pytestmark = pytest.mark.usefixtures('compiled_programs')
+
+
+def _config():
+  config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
+  config.train.update(_TRAIN)
+  return config
+
+
+def _free_port():
+  with socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    return listener.getsockname()[1]
+
+
+def _launch(folder, num_processes, programs):
+  """Starts launch.py several times, with two devices each."""
+  port = _free_port()
+  env = dict(
+      os.environ,
+      XLA_FLAGS='--xla_force_host_platform_device_count=2',
+      JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+      JAX_COMPILATION_CACHE_DIR=programs,
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+  )
+  processes = []
+  for i in range(num_processes):
+    with open(folder.with_suffix(f'.log{i}'), 'wb') as log:
+      processes.append(
+          subprocess.Popen(
+              [
+                  sys.executable, 'launch.py', '--config=configs/debug.py',
+                  f'--workdir={folder}', f'--process_id={i}',
+                  f'--num_processes={num_processes}',
+                  f'--coordinator_address=127.0.0.1:{port}',
+                  *(f'--config.train.{k}={v}' for k, v in _TRAIN.items()),
+              ],
+              cwd=_ROOT, env=env, stdout=log, stderr=log,
+          )
+      )
+  return processes
+
+
+def _wait(processes, folder):
+  """Returns the exit codes."""
+  try:
+    return [process.wait(timeout=300) for process in processes]
+  except subprocess.TimeoutExpired:
+    for i, process in enumerate(processes):
+      process.kill()
+      sys.stderr.write(folder.with_suffix(f'.log{i}').read_text())
+    raise
+
+
+def _steps(folder):
+  names = (path.name for path in (folder / workdir.CHECKPOINTS).iterdir())
+  return {int(name) for name in names if name.isdigit()}
+
+
+def _assert_same_numbers(folder, expected):
+  rows, wanted = (workdir.read_metrics(x) for x in (folder, expected))
+  assert len(rows) == len(wanted) == _TRAIN['num_steps'] + 1
+  for row, want in zip(rows, wanted, strict=True):
+    for values in (row, want):
+      values.pop('images_per_second', None)
+    # Other matrices on each device: float32 sums of other parts.
+    norms = [values.pop('gradient_norm', 0) for values in (row, want)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert row.pop('split') == want.pop('split')
+    assert row == pytest.approx(want, rel=1e-5)
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """Folder of a run by this process, with eight devices."""
+  folder = tmp_path_factory.mktemp('straight')
+  train.train_and_evaluate(_config(), folder)
+  return folder
+
+
+@pytest.mark.slow
+def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
+    tmp_path, straight, compiled_programs
+):
+  folder = tmp_path / 'run'
+  processes = _launch(folder, 2, compiled_programs)
+  deadline = time.monotonic() + 300
+  while not (folder.exists() and len(workdir.read_metrics(folder)) >= 3):
+    assert all(process.poll() is None for process in processes), (
+        folder.with_suffix('.log0').read_text()
+    )
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  processes[1].send_signal(signal.SIGTERM)  # Not the one that writes.
+  assert _wait(processes, folder) == [75, 75]
+  logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  saved = max(_steps(folder))
+  assert 3 <= saved < _TRAIN['num_steps']
+  for log in logs:
+    assert f'Interrupted; step {saved} is saved.' in log
+  # Only one of them writes and speaks.
+  assert 'step 2/24' in logs[0]
+  assert 'step 2/24' not in logs[1]
+
+  train.train_and_evaluate(_config(), folder)
+  _assert_same_numbers(folder, straight)
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_from_what_one_has_saved(
+    tmp_path, straight, compiled_programs, monkeypatch
+):
+  folder = tmp_path / 'run'
+  config = _config()
+  monkeypatch.setattr(
+      runtime.StopRequest, 'is_due', lambda self, step: step == 17
+  )
+  with pytest.raises(train.Preempted):
+    train.train_and_evaluate(config, folder)
+  assert _wait(_launch(folder, 4, compiled_programs), folder) == [0] * 4
+  log = folder.with_suffix('.log0').read_text()
+  assert 'from step 17' in log
+  assert "8 x cpu, mesh {'data': 8" in log
+  _assert_same_numbers(folder, straight)
+
+
+def test_flags_of_processes_belong_together():
+  with pytest.raises(ValueError, match='all are needed'):
+    runtime.join_processes('127.0.0.1:1', 2)
+
+
+@pytest.mark.slow
+def test_an_environment_that_says_nothing_is_refused():
+  result = subprocess.run(
+      [
+          sys.executable, 'launch.py', '--config=configs/debug.py',
+          '--distributed',
+      ],
+      cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False,
+  )
+  assert result.returncode == 2
+  assert 'cannot be joined' in result.stderr
+  assert '--coordinator_address=HOST:PORT' in result.stderr
