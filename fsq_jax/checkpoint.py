@@ -58,7 +58,7 @@ class Checkpointer:
     Args:
       folder: the run's folder.
       keep: newest steps to keep, >= 1, beside the one of the highest PSNR.
-      read_only: only look; else what an interrupted save has left is removed.
+      read_only: for looking; else what an interrupted save has left is removed.
     """
     self._folder = folder
     self._metrics: dict[int, Mapping[str, float | None]] = {}
@@ -70,7 +70,7 @@ class Checkpointer:
                 [keep_newest, _KeepBest(lambda: self.best_step)]
             ),
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            create=not read_only,
         ),
     )
     for step in self.steps:
