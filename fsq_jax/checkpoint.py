@@ -140,7 +140,8 @@ class Checkpointer:
         'metrics': metrics,
     }
     self._metrics[step] = metrics
-    with self._saving(f'Step {step}'):
+    # It waits for the one before, whose error comes up here.
+    with self._saving(f'Step {step}, or the one before it,'):
       self._manager.save(
           step,
           args=ocp.args.Composite(
@@ -278,10 +279,9 @@ class Checkpointer:
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise  # Says nothing about the files.
     except Exception as error:  # Whatever a reader makes of damaged bytes.
-      reason = str(error).strip().partition('\n')[0]
       raise DamagedError(
           f'Step {step}: {what} cannot be read ({type(error).__name__}:'
-          f' {reason[:200]}).'
+          f' {_reason(error)}).'
       ) from error
 
   def _set_aside(self, refused: Mapping[int, str]) -> None:
@@ -306,12 +306,17 @@ class Checkpointer:
     try:
       yield
     except Exception as error:
-      reason = str(error).strip().partition('\n')[0]
       raise SaveError(
-          f'{what} of {self._folder} cannot be written ({reason[:200]}). Steps'
+          f'{what} of {self._folder} cannot be written ({_reason(error)}). Steps'
           f' on disk are {self.steps}; make room, or the folder writable, and'
           ' run the same command again.'
       ) from error
+
+
+def _reason(error: Exception) -> str:
+  """Returns the two ends of an error's text, which may fill pages."""
+  text = ' '.join(str(error).split())
+  return text if len(text) < 300 else f'{text[:120]} ... {text[-160:]}'
 
 
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):

@@ -217,7 +217,7 @@ def test_a_step_that_cannot_be_written_says_so(folder, monkeypatch):
   monkeypatch.setattr(checkpointer._manager, 'save', full)
   with pytest.raises(
       checkpoint.SaveError,
-      match=r'Step 3 of .*No space left on device.*on disk are \[1, 2\]',
+      match=r'Step 3, or .*No space left on device.*on disk are \[1, 2\]',
   ):
     checkpointer.save(3, _state(3), _record(3))
   checkpointer.close()

@@ -193,6 +193,8 @@ def _overrides(**fields) -> list[str]:
 
 
 def _start(folder: pathlib.Path, **fields) -> subprocess.Popen:
+  # Compiled once for all starts.
+  fields['train__compilation_cache'] = folder.with_suffix('.programs')
   with open(folder.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
         [
@@ -260,15 +262,15 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     fields = {'train__num_steps': 40, 'train__checkpoint_every_steps': 2,
               'train__eval_every_steps': 0}
     # Leaves room for some steps and not for the next.
-    ballast.write_bytes(bytes(2_900_000))
-    process = _start(run, **fields, train__keep_checkpoints=9)
+    ballast.write_bytes(bytes(3_200_000))
+    process = _start(run, **fields)
     code = process.wait(timeout=300)
     log = run.with_suffix('.log')
     said = log.read_text()
     names = {x.name for x in (run / workdirs.CHECKPOINTS).iterdir()}
     steps = sorted(int(x) for x in names if x.isdigit())
     ballast.unlink()
-    again = _start(run, **fields, train__keep_checkpoints=9)
+    again = _start(run, **fields)
     continued = again.wait(timeout=300)
     after = log.read_text()[len(said):]
     left = {x.name for x in (run / workdirs.CHECKPOINTS).iterdir()}
@@ -277,12 +279,13 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     equal = _hash_newest(run) == _hash_newest(straight)
   finally:
     subprocess.run(['umount', disk], check=True)
-  clear = 'No space left' in said and 'Traceback' not in said
+  last = said.strip().splitlines()[-1]
+  clear = last.startswith('launch.py: Step ') and 'No space left' in last
   resumed = bool(steps) and f'from step {steps[-1]}.' in after
   clean = not any('tmp' in x for x in left)
   return fault.Outcome(
       code == 1 and clear and resumed and continued == 0 and clean and equal,
-      f'exit code {code}, "{said.strip().splitlines()[-1][:90]} ...";'
+      f'exit code {code} and a last line that says so: {clear};'
       f' {len(steps)} steps intact; with room again it went on from the last of'
       f' them: {resumed}, to the state of a straight run: {equal}; temporary'
       f' folders removed: {clean}',
@@ -310,7 +313,7 @@ def _bad_folders(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     started = time.monotonic()
     result = fault.launch(
         '--config=configs/debug.py', f'--workdir={path}',
-        *_overrides(train__num_steps=1, train__eval_every_steps=0),
+        *_overrides(train__num_steps=4, train__eval_every_steps=0),
     )
     if code:
       seconds.append(time.monotonic() - started)
