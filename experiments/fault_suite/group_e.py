@@ -130,7 +130,8 @@ def _bad_steps(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       not touched and not silent and not infinite,
       f'{injected - silent} of {injected} steps with NaN or infinity in an'
       f' image or gradient skipped and counted; {len(touched)} touched'
-      f' parameters, averages, codebook or optimizer; {infinite} states not finite',
+      ' parameters, averages, codebook or optimizer; states not finite:'
+      f' {infinite}',
       {'injected': injected, 'silent': silent, 'touched': touched},
   )
 
