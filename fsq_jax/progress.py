@@ -1,9 +1,13 @@
 """Progress of a run: a bar on a terminal, plain lines anywhere else."""
 
+import collections
 from collections.abc import Mapping
+import math
+import statistics
 import sys
 import time
 
+from absl import logging
 import tqdm
 
 _SHOWN = (
@@ -11,6 +15,40 @@ _SHOWN = (
     'distillation_loss', 'adversarial_loss', 'discriminator_loss',
     'gradient_norm',
 )  # fmt: skip
+
+# Of a loss, over the median of so many before it, to be called an explosion.
+_EXPLOSION = 100
+_NUM_MEDIAN = 101
+_MIN_MEDIAN = 10
+
+
+class LossAlarm:
+  """Tells explosions of a loss: far above what it was, though finite."""
+
+  def __init__(self):
+    """Knows no loss yet."""
+    self._sizes = collections.deque(maxlen=_NUM_MEDIAN)
+    self._exploded = False
+
+  def check(self, loss: float) -> float | None:
+    """Takes the loss of a step; adversarial ones may be negative.
+
+    Args:
+      loss: any number. What is not finite is passed over: such steps are
+        skipped anyhow.
+
+    Returns:
+      The median size of the losses before, where an explosion begins: where the
+      loss is 100 times as large, and the one before was not. Otherwise None.
+    """
+    if not math.isfinite(loss):
+      return None
+    median = math.inf
+    if len(self._sizes) >= _MIN_MEDIAN:
+      median = statistics.median(self._sizes)
+    self._sizes.append(abs(loss))
+    before, self._exploded = self._exploded, abs(loss) > _EXPLOSION * median
+    return median if self._exploded and not before else None
 
 
 class Progress:
@@ -30,6 +68,7 @@ class Progress:
     self._bar = None
     self._rate = 0.0
     self._step = 0
+    self._alarm = LossAlarm()
 
   def start(self, step: int) -> None:
     """Starts the bar and the clock at a step."""
@@ -41,7 +80,7 @@ class Progress:
     self.restart_clock()
 
   def update(self, step: int, scalars: Mapping[str, float]) -> float:
-    """Counts a finished step.
+    """Counts a finished step, and warns where its loss explodes.
 
     Args:
       step: steps taken.
@@ -51,6 +90,14 @@ class Progress:
       Images a second since the last `log` or `restart_clock`.
     """
     self._step = step
+    median = self._alarm.check(scalars['loss'])
+    if median is not None and self._enabled:
+      logging.warning(
+          'Step %d: loss %.4g is over %d times the median %.4g of the steps'
+          ' before. Earlier checkpoints are in the workdir; lower'
+          ' optim.learning_rate or optim.clip_norm if it does not fall again.',
+          step, scalars['loss'], _EXPLOSION, median,
+      )
     first, started = self._since
     seconds = time.perf_counter() - started
     self._rate = (step - first) * self._batch_size / max(seconds, 1e-9)

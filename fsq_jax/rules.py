@@ -115,7 +115,11 @@ DECAY = number('in [0, 1)', lambda x: 0 <= x < 1)
 # Lengths of a tuple that may have any.
 ANY_LENGTH = range(MAX_INT32)
 BOOL = Rule('True or False', lambda x: isinstance(x, bool))
-TEXT = Rule('a string', lambda x: isinstance(x, str))
+# Most are names of files, which cannot hold NUL.
+TEXT = Rule(
+    'a string without NUL', lambda x: isinstance(x, str) and '\0' not in x
+)
 NON_EMPTY = Rule(
-    'a string that is not empty', lambda x: isinstance(x, str) and x != ''
+    'a string that is not empty, without NUL',
+    lambda x: TEXT.fits(x) and x != '',
 )

@@ -90,7 +90,7 @@ def _wrong_values(name, value):
         'eval.networks.fd_vgg16',
         'eval.networks.fd_encoder',
     }  # fmt: skip
-    return [3, None, ('a',)] + ([] if name in texts else [''])
+    return [3, None, ('a',), 'a\0b'] + ([] if name in texts else [''])
   return [math.nan, math.inf, True, '0.1', (0.1,)]  # Optional floats.
 
 

@@ -1,6 +1,7 @@
 """Where images come from: folders, prepared data, photographs, synthetic."""
 
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -118,6 +119,18 @@ def test_damage_is_counted_once_and_unreadable_storage_is_fatal(tmp_path):
     source.load(2)
 
 
+def test_pipes_are_passed_over_and_endless_files_are_damaged(tmp_path):
+  _write(tmp_path / 'train' / '0.png')
+  os.mkfifo(tmp_path / 'train' / '1.png')  # Reading would wait for a writer.
+  with open(tmp_path / 'train' / '2.png', 'wb') as file:
+    file.truncate(2**40)  # A hole, which takes no place.
+  source = folder.FolderSource(str(tmp_path), 'train')
+  assert len(source) == 2
+  with pytest.raises(decoding.DamagedImageError, match='1099511627776 bytes'):
+    source.load(1)
+  assert list(source.damaged) == [1]
+
+
 def test_decoded_images_are_kept_up_to_a_limit(tmp_path):
   for number in range(3):
     _write(tmp_path / 'train' / f'{number}.png', size=(400, 400))
@@ -213,6 +226,8 @@ def test_unprepared_data_are_an_error_that_says_where_and_how(
     prepared.PreparedSource('', prepared_root, 'train')
   with pytest.raises(ValueError, match="write 'name'"):
     prepared.PreparedSource('../tiny', prepared_root, 'train')
+  with pytest.raises(ValueError, match="write 'name'"):
+    prepared.PreparedSource('tiny/..', f'{prepared_root}/tiny', 'train')
 
 
 def test_the_default_folder_is_that_of_tfds(monkeypatch, prepared_root):

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import sweep
 from experiments.codebook_size import codebook_size
+from experiments.fault_suite import run as fault_suite
 from experiments.perceptual_ablation import perceptual_ablation
 from experiments.quantizer_comparison import compare
 from experiments.quantizer_comparison import settings
@@ -171,6 +172,16 @@ def test_readmes_show_the_tables_of_the_results(name, capsys):
   for table in tables:
     assert table in readme
   assert tables[0] in (_ROOT / 'README.md').read_text()
+
+
+def test_every_fault_has_been_tested():
+  results = _results('fault_suite')
+  assert results.keys() == fault_suite.FAULTS.keys()
+  readme = (_ROOT / 'experiments/fault_suite/README.md').read_text()
+  assert fault_suite.table(results) in readme
+  for name, fault in fault_suite.FAULTS.items():
+    assert results[name]['injected'] == fault.injected
+    assert results[name]['required'] == fault.required
 
 
 @pytest.mark.parametrize('name', _SCRIPTS)

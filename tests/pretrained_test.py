@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import shutil
+import struct
 import zipfile
 
 from flax import traverse_util
@@ -793,6 +794,26 @@ def test_arrays_that_claim_more_than_they_hold_are_refused(tmp_path):
   message = f'{key} claims 40000000000000 bytes and holds 192'
   with pytest.raises(ValueError, match=message):
     pretrained.load_encoder(tmp_path / 'encoder.npz')
+
+
+def test_small_files_with_large_headers_or_other_compression_are_refused(
+    tmp_path,
+):
+  path = tmp_path / 'encoder.npz'
+  header = b'\x93NUMPY\x02\x00' + struct.pack('<I', 2 * 10**9)
+  with (
+      zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive,
+      archive.open('a.npy', 'w') as file,
+  ):
+    file.write(header)
+  # Before the header, which the file would be read to its end for.
+  with pytest.raises(ValueError, match=r'npy format \(2, 0\)'):
+    pretrained.load_encoder(path)
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as archive:
+    archive.writestr('a.npy', bytes(100))
+  # Damage there raises errors of its own, with memory of its choice.
+  with pytest.raises(ValueError, match='compressed otherwise than by NumPy'):
+    pretrained.load_encoder(path)
 
 
 def test_checkpoints_of_other_models_are_refused(tmp_path):

@@ -1,9 +1,11 @@
 """What a run shows: a bar on a terminal, lines elsewhere, true speeds."""
 
 import io
+import logging
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from fsq_jax import progress
@@ -141,3 +143,31 @@ def test_nothing_is_shown_if_not_enabled(clock, monkeypatch, terminal):
   shown.say('Evaluated.')
   shown.close()
   assert stream.getvalue() == ''
+
+
+def test_an_exploding_loss_is_warned_of_once(caplog):
+  shown = _start()
+  losses = [1.0] * 8 + [200.0]  # Too few for a median.
+  losses += [-1.0, 1.0, 99.0, 120.0, np.nan, 500.0, 1.0, -120.0]
+  with caplog.at_level(logging.WARNING):
+    for step, loss in enumerate(losses, start=1):
+      shown.update(step, {'loss': loss})
+  warned = [x.getMessage() for x in caplog.records]
+  middle = ' is over 100 times the median 1 '
+  assert [x.partition(middle)[0] for x in warned] == [
+      'Step 13: loss 120', 'Step 17: loss -120'
+  ]
+  caplog.clear()
+  hidden = _start(enabled=False)
+  for step, loss in enumerate(losses, start=1):
+    hidden.update(step, {'loss': loss})
+  assert not caplog.records
+
+
+def test_the_median_follows_the_losses():
+  alarm = progress.LossAlarm()
+  for loss in np.geomspace(1, 1e4, 1000):
+    assert alarm.check(loss) is None
+  assert alarm.check(2e5) is None
+  median = alarm.check(2e6)
+  assert median == pytest.approx(np.geomspace(1, 1e4, 1000)[-50], rel=0.05)

@@ -19,6 +19,8 @@ from PIL import Image
 from PIL import UnidentifiedImageError
 
 MAX_PIXELS = 10**8
+# More than any format needs for them, at four channels of 16 bits.
+MAX_BYTES = 2**30
 
 # Pillow also knows formats that start other programs (EPS); none of those.
 _FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
@@ -78,6 +80,14 @@ def check_num_pixels(width: int, height: int) -> None:
   if width * height > MAX_PIXELS:
     raise DamagedImageError(
         f'{width} x {height} pixels are more than the {MAX_PIXELS} allowed'
+    )
+
+
+def check_num_bytes(size: int) -> None:
+  """Raises DamagedImageError for a file of more than MAX_BYTES bytes."""
+  if size > MAX_BYTES:
+    raise DamagedImageError(
+        f'{size} bytes are more than the {MAX_BYTES} allowed'
     )
 
 

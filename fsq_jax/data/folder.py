@@ -3,6 +3,7 @@
 import hashlib
 import os
 
+from fsq_jax.data import decoding
 from fsq_jax.data import image_source
 
 EXTENSIONS = (
@@ -14,7 +15,8 @@ class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
 
   Extensions count in any case. Names that begin with a dot are passed over, as
-  are other files. Links are followed as long as they stay inside the root.
+  are other files, and pipes and sockets, of which reading might never end.
+  Links are followed as long as they stay inside the root.
   """
 
   def __init__(
@@ -54,6 +56,7 @@ class FolderSource(image_source.EncodedSource):
 
   def read(self, index: int) -> bytes:
     with open(self.describe(index), 'rb') as file:
+      decoding.check_num_bytes(os.fstat(file.fileno()).st_size)
       return file.read()
 
 
@@ -91,7 +94,8 @@ def _list_images(root: str, split: str) -> dict[str, int]:
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
           if entry.is_symlink():
             _resolve(entry.path, real_root)
-          sizes[path] = entry.stat().st_size
+          if entry.is_file():
+            sizes[path] = entry.stat().st_size
   return sizes
 
 

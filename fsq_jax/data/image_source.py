@@ -76,16 +76,19 @@ class EncodedSource(ImageSource):
 
   @abc.abstractmethod
   def read(self, index: int) -> bytes:
-    """Returns an encoded image; a failure to read is fatal, not damage."""
+    """Returns an encoded image; a failure to read is fatal, not damage.
+
+    Raises:
+      DamagedImageError: a file that is too large to be an image.
+    """
 
   def load(self, index: int) -> np.ndarray:
     if index in self.damaged:
       raise decoding.DamagedImageError(self.damaged[index])
     if (cached := self._cache.get(index)) is not None:
       return cached
-    data = self.read(index)
     try:
-      image = decoding.decode_image(data)
+      image = decoding.decode_image(self.read(index))
       image = transforms.resize_shorter(image, self._resize_shorter)
     except decoding.DamagedImageError as error:
       self._record_damage(index, str(error))

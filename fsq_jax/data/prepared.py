@@ -18,7 +18,9 @@ import numpy as np
 from fsq_jax.data import image_source
 
 # 'name', 'name/config', either with ':1.2.3'.
-_NAME = re.compile(r'(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?')
+_NAME = re.compile(
+    r'(?P<path>\w+(/[\w-][\w.-]*)?)(:(?P<version>\d+\.\d+\.\d+))?'
+)
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 
 

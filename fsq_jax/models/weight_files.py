@@ -23,6 +23,8 @@ _NUMPY_DTYPES = {
     'float32': 'float32', 'float16': 'float16', 'void16': 'bfloat16'
 }
 _MAX_LISTED = 20
+# What np.savez and np.savez_compressed use; others may ask for any memory.
+_NPZ_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What zipfile, zlib, NumPy and safetensors raise over damaged files.
 _DAMAGE = (
     EOFError, KeyError, MemoryError, NotImplementedError, OSError,
@@ -283,9 +285,11 @@ def _open_npz(path, stack):
     }
     headers = {}
     for key, name in members.items():
+      info = archive.getinfo(name)
+      if info.compress_type not in _NPZ_COMPRESSION:
+        raise ValueError(f'{key} is compressed otherwise than by NumPy')
       with archive.open(name) as file:
-        size = archive.getinfo(name).file_size
-        headers[key] = _read_npy_header(file, key, size)
+        headers[key] = _read_npy_header(file, key, info.file_size)
 
   def read(key):
     with archive.open(members[key]) as file:
@@ -296,14 +300,11 @@ def _open_npz(path, stack):
 
 def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
   """Reads shape and dtype, and compares them with the bytes that follow."""
-  read = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-  }
   version = np.lib.format.read_magic(file)
-  if version not in read:
+  # Later ones are for structured arrays, and may have headers of 4 GiB.
+  if version != (1, 0):
     raise ValueError(f'{key} has the .npy format {version}')
-  shape, _, dtype = read[version](file)
+  shape, _, dtype = np.lib.format.read_array_header_1_0(file)
   # Pickled objects have no size of their own; they are refused by dtype.
   if not dtype.hasobject:
     claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()

@@ -1,0 +1,266 @@
+"""Faults of what runs are on and beside: devices, repeats, readers, clocks."""
+
+import hashlib
+import os
+import pathlib
+import re
+import subprocess
+import time
+
+import jax
+import numpy as np
+
+from experiments.fault_suite import fault
+from experiments.fault_suite import group_c
+from fsq_jax import checkpoint
+from fsq_jax import data
+from fsq_jax import partitioning
+from fsq_jax import train
+from fsq_jax import train_step
+from fsq_jax import workdir as workdirs
+
+
+def _hash(tree) -> str:
+  """A hash of all bytes of a tree of arrays."""
+  digest = hashlib.sha256()
+  for x in jax.tree.leaves(jax.device_get(tree)):
+    digest.update(np.asarray(x).tobytes())
+  return digest.hexdigest()
+
+
+def _train_on(config, num_devices: int, batches) -> tuple:
+  """Trains on the first devices; returns losses, state and tokens."""
+  training = fault.build_training(config, num_devices)
+  sharding = partitioning.batch_sharding(training.mesh)
+  step = jax.jit(
+      train_step.build_train_step(
+          training.model, training.optimizer, config
+      ),
+      in_shardings=(training.builder.shardings, sharding),
+      out_shardings=(
+          training.builder.shardings, partitioning.replicated(training.mesh)
+      ),
+      donate_argnums=0,
+  )
+  state, losses = training.builder.create(), []
+  for batch in batches:
+    images = partitioning.shard_batch(batch['image'], training.mesh)
+    state, scalars = step(state, images)
+    losses.append(float(scalars['loss']))
+  evaluate = jax.jit(train_step.build_eval_step(training.model))
+  images = partitioning.shard_batch(batches[0]['image'], training.mesh)
+  tokens = np.asarray(evaluate(state.eval_variables, images).indices)
+  return np.array(losses), jax.device_get(state), tokens
+
+
+def _devices(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  config = fault.toy_config(
+      data__batch_size=64, train__num_steps=20,
+      partitioning__fsdp_min_size=0,
+  )
+  dataset = data.build_dataset(config.data, split='train', seed=config.seed)
+  batches = [b for b, _ in zip(dataset, range(20), strict=False)]
+  losses, state, tokens = _train_on(config, 1, batches)
+  worst = {'first': 0.0, 'loss': 0.0, 'params': 0.0, 'tokens': 1.0}
+  layouts = ((2, 1), (4, 1), (8, 1), (1, 4), (2, 4))
+  for sizes in layouts[:2] if quick else layouts:
+    config.partitioning.mesh.data, config.partitioning.mesh.fsdp = sizes
+    other = _train_on(config, int(np.prod(sizes)), batches)
+    relative = np.abs(other[0] / losses - 1)
+    difference = max(
+        np.abs(a - b).max()
+        for a, b in zip(
+            *(jax.tree.leaves(x.params) for x in (state, other[1])),
+            strict=True,
+        )
+    )
+    worst['first'] = max(worst['first'], relative[0])
+    worst['loss'] = max(worst['loss'], relative.max())
+    worst['params'] = max(worst['params'], difference)
+    worst['tokens'] = min(worst['tokens'], np.mean(other[2] == tokens))
+  worst = {name: float(x) for name, x in worst.items()}
+  return fault.Outcome(
+      # Sums over devices have another order: the last bit of a mean.
+      worst['first'] <= 2**-23
+      and worst['loss'] <= 1e-6
+      and worst['params'] <= 1e-5
+      and worst['tokens'] >= 0.9999,
+      f'first loss within {worst["first"]:.1e}, 20 losses within'
+      f' {worst["loss"]:.1e}, parameters within {worst["params"]:.1e}, tokens'
+      f' equal: {worst["tokens"]:.2%}',
+      worst,
+  )
+
+
+def _moved_checkpoint(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  config = fault.toy_config(
+      data__batch_size=64, partitioning__fsdp_min_size=0
+  )
+  config.partitioning.mesh.data, config.partitioning.mesh.fsdp = 1, 4
+  state = fault.build_training(config, 4).builder.create()
+  expected, equal = _hash(state), []
+  for number, (count, sizes) in enumerate(
+      ((1, (1, 1)), (8, (2, 4)), (8, (1, 8)), (2, (2, 1)))
+  ):
+    run = workdirs.create(folder / str(number))
+    checkpointer = checkpoint.Checkpointer(run)
+    checkpointer.save(1, state, {})
+    checkpointer.wait()
+    config.partitioning.mesh.data, config.partitioning.mesh.fsdp = sizes
+    builder = fault.build_training(config, count).builder
+    # Saved anew from there: 4, 1, 8, 8, 2 devices.
+    state = checkpointer.restore(1, builder.abstract)
+    checkpointer.close()
+    equal.append(_hash(state) == expected)
+  return fault.Outcome(
+      all(equal),
+      f'{sum(equal)} of {len(equal)} moves along 4, 1, 8, 8 and 2 devices equal'
+      ' to the bit',
+      {'equal': equal},
+  )
+
+
+def _twice(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  equal = {}
+  variants = {'FSQ': group_c.RUN, 'VQ, GAN': group_c.EVERYTHING}
+  for name, fields in variants.items():
+    config = fault.toy_config(**fields)
+    hashes = {
+        _hash(train.train_and_evaluate(config, folder / f'{name} {i}'))
+        for i in range(2)
+    }
+    equal[name] = len(hashes) == 1
+  return fault.Outcome(
+      all(equal.values()),
+      f'final states equal to the bit in {sum(equal.values())} of {len(equal)}'
+      ' pairs of runs',
+      equal,
+  )
+
+
+def _dying_readers(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  kinds = (
+      'OSError("gone")', 'MemoryError()', 'SystemExit(3)',
+      'KeyboardInterrupt()', 'RuntimeError("lost")', 'BaseException("dead")',
+  )
+  code = """if True:
+    import sys, time
+    from experiments.fault_suite import fault
+    from fsq_jax import train
+    from fsq_jax.data import synthetic
+    load = synthetic.SyntheticSource.load
+    count = [0]
+    def dying(source, index):
+      count[0] += 1
+      if count[0] > 60:
+        if count[0] == 61:
+          print('dies at', time.monotonic(), file=sys.stderr, flush=True)
+        raise {kind}
+      return load(source, index)
+    synthetic.SyntheticSource.load = dying
+    config = fault.toy_config(train__num_steps=100, data__num_threads=2,
+                              train__eval_every_steps=0)
+    train.train_and_evaluate(config, sys.argv[1])
+  """
+  seconds = {}
+  for i, kind in enumerate(kinds[:2] if quick else kinds):
+    try:
+      done = fault.run_python(
+          code.format(kind=kind), folder / str(i), timeout=150
+      )
+    except subprocess.TimeoutExpired:
+      seconds[kind] = None
+      continue
+    ended = time.monotonic()
+    died = re.search(r'dies at ([\d.]+)', done.stderr)
+    steps = re.findall(r'step (\d+)/100', done.stderr)
+    # Python leaves by SystemExit without a word, with its code.
+    named = kind.split('(')[0] in done.stderr or (
+        kind, done.returncode
+    ) == ('SystemExit(3)', 3)
+    if died and steps and done.returncode and named:
+      seconds[kind] = round(ended - float(died[1]), 1)
+    else:
+      seconds[kind] = None
+  good = [x for x in seconds.values() if x is not None and x <= 60]
+  return fault.Outcome(
+      len(good) == len(seconds),
+      f'{len(good)} of {len(seconds)} kinds of errors in a reading thread end'
+      f' the run with that error, after {max(good, default=0):.1f} s at most'
+      + ('' if len(good) == len(seconds) else f'; {seconds}'),
+      {'seconds': seconds},
+  )
+
+
+def _clocks(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  fields = {
+      **group_c.RUN,
+      'train__keep_checkpoints': 2,
+      'train__eval_every_steps': 0,
+  }
+  lines, kept, offset, stops = {}, {}, [0.0], {}
+  clock, trainers = time.time, []
+  time.time = lambda: clock() + offset[0]
+  group_c.record(stops)
+  take_step = train._Trainer._take_step
+
+  def take(trainer):
+    trainers[:] = [trainer]
+    take_step(trainer)
+
+  train._Trainer._take_step = take
+
+  def jump(seconds):
+    # Orbax counts its patience by the clock: not while it writes.
+    trainers[0].checkpointer.wait()
+    offset[0] = seconds
+    os.environ['TZ'] = 'Asia/Tokyo' if seconds < 0 else 'America/Denver'
+    time.tzset()
+
+  for name, seconds in {'still': 0.0, 'back': -1e6, 'forth': 1e6}.items():
+    said = lines.setdefault(name, [])
+    train.progress.tqdm.tqdm.write = lambda text, said=said, **_: (
+        said.append(text)
+    )
+    stops[10] = lambda seconds=seconds: jump(seconds)
+    offset[0] = 0.0
+    train.train_and_evaluate(fault.toy_config(**fields), folder / name)
+    kept[name] = sorted(group_c.steps(folder / name))
+  lefts = [
+      re.fullmatch(r'.* 00:\d\d left', line) is not None
+      for said in lines.values() for line in said if line.startswith('step ')
+  ]
+  speeds = [
+      row['images_per_second'] for name in kept
+      for row in workdirs.read_metrics(folder / name) if row['split'] == 'train'
+  ]
+  return fault.Outcome(
+      all(lefts) and len(lefts) == 72 and min(speeds) > 0
+      and set(map(tuple, kept.values())) == {(20, 24)},
+      f'jumps of 12 days back and forth, other time zones: {sum(lefts)} of'
+      f' {len(lefts)} times left below a minute, all speeds above 0, the newest'
+      f' two steps kept',
+      {'kept': kept, 'lowest_speed': min(speeds)},
+  )
+
+
+FAULTS = {
+    'C5': fault.Fault(
+        '1, 2, 4 and 8 devices, data and parameters sharded',
+        'first loss to the last bit; 20 losses 1e-6, parameters 1e-5, tokens'
+        ' 99.99 %', _devices, num_devices=8,
+    ),
+    'C6': fault.Fault(
+        'a checkpoint of 4 devices on 1, 8 and 2', 'bitwise',
+        _moved_checkpoint, num_devices=8,
+    ),
+    'C7': fault.Fault('the same run twice', 'bitwise on CPU', _twice),
+    'C9': fault.Fault(
+        'a reading thread that dies', 'an error within 60 s, no hang',
+        _dying_readers,
+    ),
+    'C10': fault.Fault(
+        'jumps of the clock, another time zone',
+        'time left and kept checkpoints as without', _clocks,
+    ),
+}

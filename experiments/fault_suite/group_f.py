@@ -1,0 +1,278 @@
+"""Faults of configs and commands; what is installed; long runs."""
+
+import json
+import pathlib
+import random
+import re
+import time
+
+import numpy as np
+
+from experiments.fault_suite import fault
+from fsq_jax import config_rules
+from fsq_jax import configuration
+from fsq_jax import quantizers
+from fsq_jax import train
+from fsq_jax.quantizers import convert
+
+_PATHS = re.compile(
+    r'data\.(name|data_dir|train_split|eval_split)|eval\.networks\..*'
+    r'|.*\.(checkpoint|latent_statistics|compilation_cache|init_from)'
+)
+
+# Runs launch.py on each line of arguments in a process of its own, which has
+# imported what it needs before: prints the exit code, whether a device was
+# asked for, the seconds, and what was said.
+_REFUSE_ALL = """if True:
+  import contextlib, io, json, os, sys, time
+  import launch
+  from absl import flags
+  from fsq_jax import models, quantizers
+  from jax._src import xla_bridge
+  for line in sys.stdin:
+    read, write = os.pipe()
+    if not os.fork():
+      started, said = time.perf_counter(), io.StringIO()
+      with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+          code = launch.main(launch._parse_flags(json.loads(line)))
+        except SystemExit as left:
+          code = left.code
+        except BaseException as error:
+          code = repr(error)
+      row = [code, bool(xla_bridge._backends),
+             time.perf_counter() - started, said.getvalue()]
+      os.write(write, json.dumps(row).encode() + b'\\n')
+      os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+      print(file.read().strip() or 'null', flush=True)
+    os.wait()
+"""
+
+
+def _typo(name: str, rng: random.Random) -> str:
+  """Misspells the last part of a dotted name by one letter."""
+  section, dot, key = name.rpartition('.')
+  at = rng.randrange(1, len(key)) if len(key) > 1 else 0
+  kinds = [key[:at] + key[at] + key[at:]]
+  if len(key) > 3:
+    kinds.append(key[:at] + key[at + 1 :])
+    if key[at - 1] != key[at]:
+      kinds.append(key[: at - 1] + key[at] + key[at - 1] + key[at + 1 :])
+  return section + dot + rng.choice(kinds)
+
+
+def _mutations(num: int) -> list[tuple[str, str, str]]:
+  """Returns arguments, what has to be in the message, and their kind."""
+  rng = random.Random(0)
+  config = configuration.load_config(fault.ROOT / 'configs/default.py')
+  wrong = {
+      bool: ('maybe', '2', '-1'),
+      int: ('-7', '1.5', 'many', 'nan', '1e12', ''),
+      float: ('nan', 'inf', '-0.5', 'x', '1e300', ''),
+      tuple: ('x', '(-1,-1,-1)', '(nan,1)', '('),
+      str: ('no such name',),
+      type(None): ('nan', 'inf', 'x'),
+  }
+  made = []
+  names = [x for x in config_rules.FIELDS]
+  while len(made) < num:
+    name = rng.choice(names)
+    if rng.random() < 0.4:
+      typo = _typo(name, rng)
+      if typo not in config_rules.FIELDS:
+        made.append((f'--config.{typo}=1', f'nearest: {name}', 'typo'))
+      continue
+    value = config
+    for key in name.split('.'):
+      value = value[key]
+    if _PATHS.fullmatch(name) or name == 'optim.frozen':
+      continue  # Any text, or any expression, may be right.
+    if name.startswith('model.encoder.arch'):
+      continue
+    text = rng.choice(wrong[type(value)])
+    made.append((f'--config.{name}={text}', name, 'value'))
+  return made
+
+
+def _overrides(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  mutations = _mutations(40 if quick else 240)
+  lines = '\n'.join(
+      json.dumps(['launch.py', '--config=configs/debug.py', argument])
+      for argument, _, _ in mutations
+  )
+  done = fault.run_python(_REFUSE_ALL, timeout=900, input=lines)
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  bad = []
+  for (argument, expected, _), row in zip(mutations, rows, strict=True):
+    if row is None or row[0] != 2 or row[1] or expected not in row[3]:
+      bad.append([argument, row])
+  cold = []
+  for argument, _, _ in mutations[:: len(mutations) // 10]:
+    started = time.monotonic()
+    fault.launch('--config=configs/debug.py', argument)
+    cold.append(time.monotonic() - started)
+  num_typos = sum(kind == 'typo' for _, _, kind in mutations)
+  median = sorted(cold)[len(cold) // 2]
+  return fault.Outcome(
+      not bad and max(cold) < 3,
+      f'{len(mutations) - len(bad)} of {len(mutations)} ({num_typos} typos)'
+      ' refused by name with code 2, before a device; a command takes'
+      f' {median:.1f} s (at most {max(cold):.1f} s)'
+      + (f'; not: {bad[:3]}' if bad else ''),
+      {'mutations': len(mutations), 'bad': bad, 'seconds': cold},
+  )
+
+
+def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  ran, failed, others = [], [], []
+  for path in sorted((fault.ROOT / 'configs').glob('*.py')):
+    if path.stem == 'default':
+      continue
+    config = configuration.load_config(path)
+    encoder = config.model.encoder.name
+    if encoder != 'vit':
+      others.append(path.stem)
+      continue
+    if quick and ran:
+      continue
+    config.data.source = 'synthetic'
+    config.data.batch_size = config.data.eval_batch_size = 16
+    config.optim.accumulation_steps = 1
+    config.optim.warmup_steps = 1
+    config.train.num_steps = 2
+    config.train.compilation_cache = ''
+    state = train.train_and_evaluate(config, folder / path.stem)
+    good = int(state.step) == 2 and fault.all_finite(state)
+    (ran if good else failed).append(path.stem)
+  done = fault.run_python(
+      'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))',
+      '-n', '0', '-q', '-p', 'no:cacheprovider', 'tests/configs_test.py',
+      '-k', 'reduced and siglip_l' if quick else 'reduced', timeout=1100,
+  )
+  counts = re.search(r'(\d+) passed', done.stdout)
+  passed = int(counts[1]) if counts else 0
+  return fault.Outcome(
+      not failed and not done.returncode and (quick or passed == len(others)),
+      f'{len(ran)} of {len(ran) + len(failed)} configs as they are, {passed} of'
+      f' {len(others)} with pretrained or large networks reduced, ran 2 steps',
+      {'ran': ran, 'failed': failed, 'reduced': others, 'passed': passed},
+  )
+
+
+def _tokens(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  rng = np.random.default_rng(0)
+  fsq = quantizers.FSQ((8, 5, 5))
+  other = quantizers.FSQ((8, 5, 5), convention='paper')
+  grouped = quantizers.GroupedFSQ((8, 5), num_groups=2)
+  good = rng.integers(0, 200, (4, 8))
+  refused, cases = 0, 300 if quick else 3000
+  for i in range(cases):
+    tokens, source, target = good.copy(), fsq.spec(), other.spec()
+    kind = i % 8
+    where = rng.integers(4), rng.integers(8)
+    if kind == 0:
+      tokens[where] = rng.choice([200, -2, 2**31, 2**40, -(2**62)])
+    elif kind == 1:
+      tokens = tokens.astype(rng.choice(['float32', 'float64', 'complex64']))
+    elif kind == 2:
+      source = grouped.spec()
+      target = {**source, 'index_order': 'x'}
+    elif kind == 3:
+      source = {**source, rng.choice(['levels', 'code', 'eps']): 'x'}
+    elif kind == 4:
+      del source[rng.choice(sorted(source))]
+    elif kind == 5:
+      target = quantizers.FSQ((8, 5, 4)).spec()
+    elif kind == 6:
+      tokens, source = tokens[..., :3, None], grouped.spec()
+      target = source
+    else:
+      source = {'name': 'vq', 'codebook_size': 200}
+    refused += (
+        fault.refusal(convert.convert_indices, tokens, source, target)
+        is not None
+    )
+  unnoticed = 0
+  for wrong in (-1, 200, 2**31 - 1, -(2**31)):
+    codes = fsq.indices_to_codes(np.array([wrong]))
+    unnoticed += not np.isnan(np.asarray(codes)).all()
+  return fault.Outcome(
+      refused == cases and not unnoticed,
+      f'{refused} of {cases} arrays of tokens and specs refused, {unnoticed} of'
+      ' 4 tokens out of range decoded; there are no token files yet',
+      {'refused': refused, 'cases': cases},
+  )
+
+
+def _commands(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  debug = '--config=configs/debug.py'
+  (folder / 'file').write_text('x')
+  (folder / 'broken.py').write_text('def get_config(:')
+  (folder / 'fails.py').write_text('def get_config(): return 1 / 0')
+  (folder / 'empty').mkdir()
+  cases = [
+      (('--help',), 0, '--workdir'),
+      ((), 2, '--config is missing'),
+      (('--config=none.py',), 2, 'none.py'),
+      (('train',), 2, 'config'),
+      ((debug, '--mode=serve'), 2, 'serve'),
+      ((debug, '--nonsense'), 2, 'nonsense'),
+      ((debug, f'--workdir={folder / "file"}'), 2, 'is a file'),
+      ((f'--config={folder / "broken.py"}',), 2, 'SyntaxError'),
+      ((f'--config={folder / "fails.py"}',), 2, 'ZeroDivisionError'),
+      (('--mode=eval', f'--workdir={folder / "empty"}'), 2, 'config.json'),
+      ((debug, '--mode=eval', f'--workdir={folder / "empty"}'), 2, 'no check'),
+      (
+          (debug, '--config.data.source=folder',
+           f'--config.data.data_dir={folder}', '--config.data.train_split=x'),
+          2, "'empty'",
+      ),
+      (
+          (debug, '--config.losses.perceptual.name=lpips_vgg16',
+           f'--config.losses.perceptual.checkpoint={folder / "none"}',
+           f'--workdir={folder / "run"}'),
+          2, str(folder / 'none'),
+      ),
+      (
+          (debug, '--config.train.init_from=/nowhere',
+           f'--workdir={folder / "run"}'),
+          2, '/nowhere',
+      ),
+  ]
+  bad = []
+  for arguments, code, message in (cases := cases[:6] if quick else cases):
+    done = fault.launch(*arguments)
+    text = done.stderr + done.stdout
+    if done.returncode != code or message not in text or 'Traceback' in text:
+      bad.append([list(arguments), done.returncode, text[-300:]])
+  done = fault.launch('--config=none.py', '--debug')
+  traced = done.returncode == 2 and 'Traceback' in done.stderr
+  return fault.Outcome(
+      not bad and traced,
+      f'{len(cases) - len(bad)} of {len(cases)} with the right code and'
+      ' message, a traceback with --debug alone'
+      + (f'; not: {bad}' if bad else ''),
+      {'cases': len(cases), 'bad': bad},
+  )
+
+
+FAULTS = {
+    'F1': fault.Fault(
+        '240 overrides: typos, other types, NaN, negative numbers',
+        '100 % refused before a device, nearest key for typos, < 3 s',
+        _overrides,
+    ),
+    'F2': fault.Fault(
+        '2 steps of every config', '100 % run', _every_config,
+    ),
+    'F6': fault.Fault(
+        'tokens of wrong range, shape, type or dialect', '100 % refused',
+        _tokens,
+    ),
+    'F7': fault.Fault(
+        '--help, unknown flags and modes, missing and broken files',
+        'exit code and message, traceback with --debug alone', _commands,
+    ),
+}
