@@ -16,6 +16,7 @@ from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import train_state
+from fsq_jax import train_step
 
 P = jax.sharding.PartitionSpec
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -250,9 +251,12 @@ def test_large_kernels_of_a_state_are_sharded_and_the_rest_is_whole(builder):
   assert set(_specs(builder.shardings.model_state).values()) == {P()}
 
 
-@pytest.mark.parametrize('sizes', [(2, 4), (2, 2, 2)])
-def test_optimizer_state_and_averages_follow_their_parameters(sizes):
-  builder = _builder(_mesh(*sizes))
+@pytest.mark.parametrize(
+    ('name', 'sizes'),
+    [('adamw', (2, 4)), ('adamw', (2, 2, 2)), ('muon', (2, 2, 2))],
+)
+def test_optimizer_state_and_averages_follow_their_parameters(name, sizes):
+  builder = _builder(_mesh(*sizes), 'optim.name', name)
   specs = _specs(builder.shardings.params)
   assert _specs(builder.shardings.ema_params) == specs
   found = {'mu': set(), 'nu': set()}
@@ -262,7 +266,71 @@ def test_optimizer_state_and_averages_follow_their_parameters(sizes):
       if separator:
         assert spec == specs[parameter], path
         parameters.add(parameter)
-  assert found == {'mu': set(specs), 'nu': set(specs)}
+  # Muon keeps no second moment of the kernels that it is for.
+  rest = {
+      path for path in specs if name != 'muon' or not _is_of_muon(path)
+  }
+  assert found == {'mu': set(specs), 'nu': rest}
+  assert (rest != set(specs)) == (name == 'muon')
+
+
+def _is_of_muon(path):
+  return 'blocks/' in path and path.endswith('kernel')
+
+
+def test_teacher_and_adversary_follow_their_parameters():
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py')
+  config.losses.distillation_weight = 1.0
+  config.discriminator.name = 'patch'
+  config.discriminator.patch.channels = 32
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(
+      config, model, optimizer, _mesh(2, 2, 2)
+  )
+  specs = _specs(builder.shardings.params)
+  teacher = _specs(builder.shardings.teacher_params)
+  assert teacher == {x: specs[x] for x in specs if x.startswith('encoder/')}
+  adversary = _specs(builder.shardings.adversary.params)
+  assert P(None, None, None, 'fsdp') in adversary.values()
+  moments = _specs(builder.shardings.adversary.opt_state)
+  for path, spec in adversary.items():
+    assert [
+        x for y, x in moments.items() if y.endswith(f'/{path}')
+    ] == [spec, spec]
+
+
+@pytest.mark.parametrize('optimizer_name', ['adamw', 'muon'])
+def test_steps_on_a_tensor_mesh_are_those_of_one_device(optimizer_name):
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py')
+  config.model.encoder.update(width=16, num_heads=2, mlp_dim=32, patch_size=8)
+  config.optim.update(name=optimizer_name, warmup_steps=0)
+  config.partitioning.fsdp_min_size = 0
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  step = train_step.build_train_step(model, optimizer, config)
+  images = np.random.default_rng(0).integers(
+      0, 256, (8, *config.data.image_size, 3), np.uint8
+  )
+  losses = []
+  for mesh in (
+      _mesh(2, 2, 2),
+      partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1]),
+  ):
+    builder = train_state.StateBuilder(config, model, optimizer, mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
+        out_shardings=(builder.shardings, partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+    state, rows = builder.create(), []
+    for _ in range(3):
+      state, scalars = jitted(state, partitioning.shard_batch(images, mesh))
+      rows.append((float(scalars['loss']), float(scalars['gradient_norm'])))
+    losses.append(rows)
+  assert losses[0][0][0] > 1.01 * losses[0][2][0]  # It learns.
+  np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.fixture(scope='module')
