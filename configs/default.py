@@ -451,12 +451,21 @@ def _optim() -> ml_collections.ConfigDict:
 def _partitioning() -> ml_collections.ConfigDict:
   partitioning = ml_collections.ConfigDict()
   # Devices along each axis; one of them may be -1 (all that are left). The
-  # batch is split over both; rules split parameters over 'fsdp'.
-  partitioning.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
+  # batch is split over 'data' and 'fsdp', the heads and the MLP channels of
+  # transformer blocks over 'tensor'; rules split parameters over the last two.
+  partitioning.mesh = ml_collections.ConfigDict(
+      {'data': -1, 'fsdp': 1, 'tensor': 1}
+  )
   # (regular expression, strategy), first match wins. A strategy is
-  # 'replicate', 'fsdp' (largest axis that divides), or a tuple with an axis
-  # name or None for each axis of the parameter.
-  partitioning.rules = (('.*', 'fsdp'),)
+  # 'replicate'; 'fsdp' (largest axis that divides); 'column' or 'row', the last
+  # axis or the one before over 'tensor' and another one as under 'fsdp'; or a
+  # tuple with an axis name or None for each axis of the parameter.
+  partitioning.rules = (
+      ('blocks/.*/(query|key|value|in|gate)/(kernel|bias)$', 'column'),
+      # A fused qkv is one of rows only where it is kept, see models/vit.py.
+      ('blocks/.*/(qkv|out)/kernel$', 'row'),
+      ('.*', 'fsdp'),
+  )
   # Parameters with fewer elements than this stay whole under 'fsdp'.
   partitioning.fsdp_min_size = 2**14
   return partitioning

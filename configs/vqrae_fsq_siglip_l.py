@@ -92,6 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.clip_norm = 0.0
   config.optim.ema_decay = 0.9978
 
+  # A device keeps its share of the parameters and of what follows them.
+  config.partitioning.mesh.update({'data': 1, 'fsdp': -1})
+
   config.train.num_steps = 16 * _STEPS_PER_EPOCH
   config.train.log_every_steps = 100
   config.train.eval_every_steps = 2 * _STEPS_PER_EPOCH

@@ -12,6 +12,7 @@ from fsq_jax import adversarial_losses
 from fsq_jax import diffaug
 from fsq_jax import models
 from fsq_jax import optim
+from fsq_jax import partitioning
 
 
 class AdversaryState(struct.PyTreeNode):
@@ -111,6 +112,7 @@ class Adversary:
     """
 
     def judge(state):
+      state = state.replace(params=partitioning.gather(state.params))
       return self._judge(state, backbone, images, reconstructions, key, step)
 
     start = self._options['start_step']

@@ -37,6 +37,9 @@ _MESH_SIZE = rules.Rule(
     'an integer >= 1, or -1 for all devices that are left',
     lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
 )
+_MESH = tuple(
+    f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
+)
 
 _VIT = {
     'patch_size': _COUNT,
@@ -162,9 +165,11 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'partitioning.mesh.data': _MESH_SIZE,
     'partitioning.mesh.fsdp': _MESH_SIZE,
+    'partitioning.mesh.tensor': _MESH_SIZE,
     'partitioning.rules': rules.tuple_of(
         "a tuple of at least one (regular expression, strategy); strategies are"
-        " 'fsdp', 'replicate' and tuples of 'data', 'fsdp' and None",
+        " 'column', 'fsdp', 'replicate', 'row' and tuples of 'data', 'fsdp',"
+        " 'tensor' and None",
         rules.Rule('', rules.is_partition_rule),
         range(1, rules.MAX_INT32),
     ),
@@ -317,9 +322,7 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
       ),
   )
   yield rules.CrossRule(
-      ('partitioning.mesh.data', 'partitioning.mesh.fsdp'),
-      'at most one -1',
-      lambda data, fsdp: (data, fsdp) != (-1, -1),
+      _MESH, 'at most one -1', lambda *sizes: sizes.count(-1) <= 1
   )
   if num_devices is not None:
     yield from _device_rules(num_devices)
@@ -332,23 +335,37 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
 
 
 def _device_rules(num_devices: int) -> Iterator[rules.CrossRule]:
+
+  def fills(*sizes: int) -> bool:
+    return (
+        num_devices % abs(math.prod(sizes)) == 0
+        if -1 in sizes
+        else num_devices == math.prod(sizes)
+    )
+
+  def divides(num_images: int, *sizes: int) -> bool:
+    if not fills(*sizes):
+      return True  # Which is said of the mesh.
+    *others, tensor = sizes
+    if tensor == -1:
+      tensor = num_devices // math.prod(others)
+    return num_images % (num_devices // tensor) == 0
+
   yield rules.CrossRule(
-      ('data.batch_size', 'optim.accumulation_steps'),
-      f'a batch_size that is a multiple of {num_devices} devices times'
-      ' accumulation_steps',
-      lambda size, parts: size % (num_devices * parts) == 0,
-  )
-  yield rules.CrossRule(
-      ('data.eval_batch_size',),
-      f'a multiple of {num_devices} devices',
-      lambda size: size % num_devices == 0,
-  )
-  yield rules.CrossRule(
-      ('partitioning.mesh.data', 'partitioning.mesh.fsdp'),
-      f'sizes that multiply to {num_devices} devices, -1 taking what is left',
-      lambda *sizes: (
-          num_devices % abs(math.prod(sizes)) == 0
-          if -1 in sizes
-          else num_devices == math.prod(sizes)
+      ('data.batch_size', 'optim.accumulation_steps', *_MESH),
+      f'a batch_size that is a multiple of {num_devices} devices, over tensor,'
+      ' times accumulation_steps',
+      lambda size, parts, *sizes: (
+          size % parts == 0 and divides(size // parts, *sizes)
       ),
+  )
+  yield rules.CrossRule(
+      ('data.eval_batch_size', *_MESH),
+      f'a multiple of {num_devices} devices, over tensor',
+      divides,
+  )
+  yield rules.CrossRule(
+      _MESH,
+      f'sizes that multiply to {num_devices} devices, -1 taking what is left',
+      fills,
   )

@@ -16,8 +16,9 @@ from fsq_jax import config_rules
 
 Config = ml_collections.ConfigDict
 
-# Fields, beside those of `eval`, that a run may change when it continues: they
-# do not change what is trained. train.num_steps does, through the schedule.
+# Fields, beside those of `eval` and `partitioning`, that a run may change when
+# it continues: they do not change what is trained, but for the rounding of sums
+# over other devices. train.num_steps does, through the schedule.
 _RESUMABLE = frozenset({
     'data.eval_batch_size',
     'data.cache_mib',
@@ -205,7 +206,11 @@ def config_from_json(text: str) -> Config:
         f'The saved config is JSON of a {type(values).__name__}; it must be an'
         ' object.'
     )
-  return Config(_with_tuples(values)).lock()
+  config = Config(_with_tuples(values))
+  if 'partitioning' in config and 'mesh' in config.partitioning:
+    # Saved by a run from before there was this axis.
+    config.partitioning.mesh.setdefault('tensor', 1)
+  return config.lock()
 
 
 def diff_configs(
@@ -322,15 +327,16 @@ def check_resumable(
       the state consists of, the model and the kind of optimizer.
 
   Raises:
-    ValueError: they differ in more than evaluation, logging, checkpointing
-      and the speed of the input.
+    ValueError: they differ in more than evaluation, partitioning, logging,
+      checkpointing and the speed of the input.
   """
   lines = diff_configs(saved, current)
   lines = {line.partition(':')[0]: line for line in lines}
   differences = [
       line
       for name, line in lines.items()
-      if not name.startswith('eval.') and name not in _RESUMABLE
+      if not name.startswith(('eval.', 'partitioning.'))
+      and name not in _RESUMABLE
   ]
   other_state = diff_models(saved, current, and_of=_OF_TRAINING)
   if other_state:

@@ -1,24 +1,28 @@
 """Device mesh, shardings of the batch, and rules that shard parameters."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
+import math
 import re
 from typing import Any
 
-from absl import logging
 import jax
-import numpy as np
 
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor')
+# Those that the batch is split over; along 'tensor' devices share its images.
+BATCH_AXES = ('data', 'fsdp')
+STRATEGIES = ('column', 'fsdp', 'replicate', 'row')
 Strategy = str | Sequence[str | None]
 
 
 def create_mesh(
     sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """Arranges devices in a mesh with the axes 'data' and 'fsdp'.
+  """Arranges devices in a mesh with the axes 'data', 'fsdp' and 'tensor'.
 
   Args:
     sizes: devices along each axis; at most one -1 takes all that are left.
+      'tensor' may be left out, for 1.
     devices: devices to use; all of them by default.
 
   Returns:
@@ -28,6 +32,7 @@ def create_mesh(
     ValueError: other axes, or sizes that do not multiply to the devices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  sizes = {'tensor': 1, **sizes}
   if set(sizes) != set(AXES):
     raise ValueError(
         f'partitioning.mesh has the axes {sorted(sizes)}; give sizes for'
@@ -35,9 +40,9 @@ def create_mesh(
     )
   shape = [sizes[axis] for axis in AXES]
   if shape.count(-1) == 1:
-    rest = int(np.prod([size for size in shape if size != -1]))
+    rest = math.prod(size for size in shape if size != -1)
     shape[shape.index(-1)] = len(devices) // max(rest, 1)
-  if min(shape) < 1 or np.prod(shape) != len(devices):
+  if min(shape) < 1 or math.prod(shape) != len(devices):
     raise ValueError(
         f'partitioning.mesh is {dict(sizes)}, which does not fill'
         f' {len(devices)} devices; sizes must multiply to the number of'
@@ -55,8 +60,10 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Sharding of a batch: its first axis over all axes of the mesh."""
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXES))
+  """Sharding of a batch: its first axis over 'data' and 'fsdp'."""
+  return jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(BATCH_AXES)
+  )
 
 
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -65,6 +72,61 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )
+
+
+def mesh_of(x: jax.Array) -> contextlib.AbstractContextManager[Any]:
+  """Makes the mesh of a traced argument that of `constrain`.
+
+  Args:
+    x: an argument of a function under jit.
+
+  Returns:
+    A context; it does nothing if x is on one device.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
+  """States how activations are spread over the devices.
+
+  Where parameters are split, the compiler would else be free to split channels
+  and to gather the batch, which takes more memory by the number of devices.
+
+  Args:
+    x: [B, ...] activations.
+    tensor_axis: the axis that 'tensor' splits, such as that of heads.
+
+  Returns:
+    x; nothing is stated outside of `mesh_of`, and of a batch that the devices
+    do not divide.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if x.shape[0] % math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES):
+    return x
+  return _constrain(x, {0: BATCH_AXES}, tensor_axis)
+
+
+def constrain_parameter(
+    x: jax.Array, tensor_axis: int | None = None
+) -> jax.Array:
+  """States how a parameter is spread where it is used: not over 'fsdp'.
+
+  Args:
+    x: of any shape.
+    tensor_axis: as in `constrain`.
+
+  Returns:
+    x; nothing is stated outside of `mesh_of`.
+  """
+  return _constrain(x, {}, tensor_axis)
+
+
+def gather(tree: Any) -> Any:
+  """Returns the parameters of a small network, whole on every device."""
+  return jax.tree.map(constrain_parameter, tree)
 
 
 def tree_paths(tree: Any) -> Any:
@@ -89,9 +151,11 @@ def state_shardings(
     rules: (regular expression, strategy); the first one whose expression is
       found in an array's path applies. The paths of optimizer state and
       averages end in those of their parameters, so they follow them. The
-      strategies are 'replicate', 'fsdp' (the largest axis that the fsdp axis
-      of the mesh divides) and a tuple with a mesh axis or None for each axis.
-    fsdp_min_size: arrays with fewer elements stay whole under 'fsdp'.
+      strategies are 'replicate'; 'fsdp', the largest axis that the fsdp axis
+      of the mesh divides; 'column' and 'row', the last axis and the one before
+      it over 'tensor', and the largest other one as under 'fsdp'; and a tuple
+      with a mesh axis or None for each axis.
+    fsdp_min_size: arrays with fewer elements are not split over 'fsdp'.
 
   Returns:
     A tree of NamedShardings.
@@ -99,18 +163,63 @@ def state_shardings(
   Raises:
     ValueError: an array that no rule matches, or a rule that does not fit it.
   """
+  return _place(state, mesh, rules, fsdp_min_size)[0]
+
+
+def list_whole(
+    state: Any,
+    mesh: jax.sharding.Mesh,
+    rules: Sequence[tuple[str, Strategy]],
+    fsdp_min_size: int,
+) -> dict[str, int]:
+  """Lists what stays whole although a rule would split it.
+
+  Args:
+    state: as in `state_shardings`, like all the others.
+    mesh: of these.
+    rules: of these.
+    fsdp_min_size: of these.
+
+  Returns:
+    Path and shape, such as 'quantizer/codebook (3, 5)', to bytes.
+  """
+  return _place(state, mesh, rules, fsdp_min_size)[1]
+
+
+def _constrain(
+    x: jax.Array, axes: dict[int, Any], tensor_axis: int | None
+) -> jax.Array:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.axis_names != AXES:
+    return x
+  num_shards = mesh.shape['tensor']
+  if tensor_axis is not None and not x.shape[tensor_axis] % num_shards:
+    axes |= {tensor_axis: 'tensor'}
+  spec = jax.sharding.PartitionSpec(*(axes.get(i) for i in range(x.ndim)))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _place(state, mesh, rules, min_size) -> tuple[Any, dict[str, int]]:
+  """Returns the shardings and what `list_whole` does."""
+  whole = {}
 
   def shard(path: str, array: Any) -> jax.sharding.NamedSharding:
     for pattern, strategy in rules:
       if re.search(pattern, path):
-        spec = _partition(path, array, strategy, mesh, fsdp_min_size)
+        axes, missed = _partition(path, array, strategy, mesh, min_size)
+        if missed:
+          size = array.size * array.dtype.itemsize
+          whole[f'{path} {array.shape}'] = size
+        while axes and axes[-1] is None:
+          axes = axes[:-1]
+        spec = jax.sharding.PartitionSpec(*axes)
         return jax.sharding.NamedSharding(mesh, spec)
     raise ValueError(
         f'partitioning.rules match nothing in {path!r}; end them with'
         " ('.*', 'replicate')."
     )
 
-  return jax.tree.map(shard, tree_paths(state), state)
+  return jax.tree.map(shard, tree_paths(state), state), whole
 
 
 def _partition(
@@ -118,17 +227,27 @@ def _partition(
     array: Any,
     strategy: Strategy,
     mesh: jax.sharding.Mesh,
-    fsdp_min_size: int,
-) -> jax.sharding.PartitionSpec:
+    min_size: int,
+) -> tuple[list[str | None], bool]:
+  """Returns a mesh axis for each axis, and whether one did not divide."""
+  axes: list[str | None] = [None] * array.ndim
   if strategy == 'replicate' or array.ndim == 0:
-    return jax.sharding.PartitionSpec()
-  if strategy == 'fsdp':
-    return _partition_fsdp(path, array, mesh.shape['fsdp'], fsdp_min_size)
+    return axes, False
   if isinstance(strategy, str):
-    raise ValueError(
-        f'partitioning.rules has the strategy {strategy!r}; known:'
-        " ['fsdp', 'replicate'] or a tuple of axis names."
-    )
+    if strategy not in STRATEGIES:
+      raise ValueError(
+          f'partitioning.rules has the strategy {strategy!r}; known:'
+          f' {list(STRATEGIES)} or a tuple of axis names.'
+      )
+    split = {'column': -1, 'row': -2}.get(strategy)
+    missed = False
+    if split is not None and mesh.shape['tensor'] > 1:
+      num_shards = mesh.shape['tensor']
+      missed = -split > array.ndim or array.shape[split] % num_shards > 0
+      if not missed:
+        axes[split] = 'tensor'
+    missed |= _split_fsdp(axes, array, mesh.shape['fsdp'], min_size)
+    return axes, missed
   if len(strategy) != array.ndim or any(
       axis is not None and size % mesh.shape.get(axis, size + 1)
       for axis, size in zip(strategy, array.shape, strict=False)
@@ -138,23 +257,22 @@ def _partition(
         f' {array.shape} on the mesh {dict(mesh.shape)}; give one axis name or'
         ' None for each axis, and only names that divide it.'
     )
-  return jax.sharding.PartitionSpec(*strategy)
+  return list(strategy), False
 
 
-def _partition_fsdp(
-    path: str, array: Any, num_shards: int, min_size: int
-) -> jax.sharding.PartitionSpec:
+def _split_fsdp(
+    axes: list[str | None], array: Any, num_shards: int, min_size: int
+) -> bool:
+  """Gives 'fsdp' one of the free axes; returns whether it divides none."""
   if num_shards == 1 or array.size < min_size:
-    return jax.sharding.PartitionSpec()
-  fitting = [n for n in array.shape if n % num_shards == 0]
+    return False
+  fitting = [
+      (size, i)
+      for i, size in enumerate(array.shape)
+      if axes[i] is None and size % num_shards == 0
+  ]
   if not fitting:
-    logging.warning(
-        '%s of shape %s stays whole: %d shards divide none of its axes.',
-        path, array.shape, num_shards,
-    )
-    return jax.sharding.PartitionSpec()
+    return True
   # The last of several equally large axes: the rows of memory stay whole.
-  axis = max(i for i, n in enumerate(array.shape) if n == max(fitting))
-  spec = [None] * array.ndim
-  spec[axis] = 'fsdp'
-  return jax.sharding.PartitionSpec(*spec)
+  axes[max(fitting)[1]] = 'fsdp'
+  return False

@@ -90,9 +90,9 @@ def is_partition_rule(value: Any) -> bool:
     return False
   pattern, strategy = value
   if isinstance(strategy, tuple):
-    known = all(axis in ('data', 'fsdp', None) for axis in strategy)
+    known = all(axis in ('data', 'fsdp', 'tensor', None) for axis in strategy)
   else:
-    known = strategy in ('replicate', 'fsdp')
+    known = strategy in ('column', 'fsdp', 'replicate', 'row')
   return known and is_expression(pattern)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from flax import linen as nn
 from flax import struct
 from flax import traverse_util
@@ -63,6 +64,8 @@ class StateBuilder:
     abstract_variables: the model's variables as shapes, types and shardings.
     abstract: the state as shapes, types and shardings.
     shardings: tree of the shardings.
+    whole: what of the state no axis of the mesh divides, and stays whole:
+      `partitioning.list_whole` of it.
   """
 
   def __init__(
@@ -117,11 +120,11 @@ class StateBuilder:
           skipped_steps=jnp.zeros((), jnp.int32),
       )
 
+    rules = config.partitioning.rules
+    min_size = config.partitioning.fsdp_min_size
+
     def place(tree: Any) -> tuple[Any, Any]:
-      shardings = partitioning.state_shardings(
-          tree, mesh, config.partitioning.rules,
-          config.partitioning.fsdp_min_size,
-      )
+      shardings = partitioning.state_shardings(tree, mesh, rules, min_size)
       abstract = jax.tree.map(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
           tree, shardings,
@@ -130,6 +133,16 @@ class StateBuilder:
 
     self.abstract_variables, _ = place(jax.eval_shape(init_variables))
     self.abstract, self.shardings = place(jax.eval_shape(init, {}))
+    self.whole = partitioning.list_whole(self.abstract, mesh, rules, min_size)
+    if self.whole:
+      logging.warning(
+          '%d arrays of together %.1f MiB stay whole, since the mesh %s divides'
+          ' no axis of theirs: %s.',
+          len(self.whole),
+          sum(self.whole.values()) / 2**20,
+          dict(mesh.shape),
+          ', '.join(self.whole),
+      )
     self._init = jax.jit(
         init, out_shardings=self.shardings, donate_argnums=0
     )

@@ -14,6 +14,7 @@ from fsq_jax import adversary as adversaries
 from fsq_jax import losses
 from fsq_jax import metrics
 from fsq_jax import optim
+from fsq_jax import partitioning
 from fsq_jax import train_state
 
 # The name of every decoder's last layer.
@@ -148,10 +149,14 @@ def build_train_step(
     return gradients, jax.tree.map(jnp.mean, scalars), *states
 
   def step_fn(state, images, networks=None):
+    with partitioning.mesh_of(images):
+      return take_step(state, images, partitioning.gather(networks or {}))
+
+  def take_step(state, images, networks):
     compute = gradient_fn if num_parts == 1 else accumulate
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     gradients, scalars, model_state, adversary_state = compute(
-        state, images, networks or {}, key
+        state, images, networks, key
     )
     updates, opt_state = optimizer.update(
         gradients.model, state.opt_state, state.params
@@ -353,7 +358,8 @@ def build_eval_step(
   """
 
   def step_fn(variables, images):
-    output = model.apply(variables, to_float(images))
+    with partitioning.mesh_of(images):
+      output = model.apply(variables, to_float(images))
     return EvalOutput(
         metrics=metrics.image_metrics(images, output.reconstructions),
         indices=output.indices,

@@ -49,10 +49,12 @@ _ALLOWED_IMPORTS = {
     },
     'train_step': {
         'adversarial_losses', 'adversary', 'losses', 'metrics', 'optim',
-        'train_state',
+        'partitioning', 'train_state',
     },
     'train_state': {'adversary', 'optim', 'partitioning'},
-    'adversary': {'adversarial_losses', 'diffaug', 'models', 'optim'},
+    'adversary': {
+        'adversarial_losses', 'diffaug', 'models', 'optim', 'partitioning',
+    },
     'network_metrics': {
         'frechet', 'metrics', 'models', 'partitioning', 'train_step', 'workdir',
     },
@@ -63,7 +65,7 @@ _ALLOWED_IMPORTS = {
     'report_page': {'report_curves'},
     'perceptual': {'models'},
     'optim': {'partitioning'},
-    'models': {'quantizers'},
+    'models': {'partitioning', 'quantizers'},
     'configuration': {'config_rules', 'models', 'quantizers'},
     'config_rules': {'network_rules', 'quantizer_rules', 'rules'},
     'network_rules': {'rules'},

@@ -16,14 +16,17 @@ from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import train_state
+from fsq_jax import train_step
 
 P = jax.sharding.PartitionSpec
 _ROOT = pathlib.Path(__file__).parents[1]
 _FSDP = (('.*', 'fsdp'),)
 
 
-def _mesh(data, fsdp):
-  return partitioning.create_mesh({'data': data, 'fsdp': fsdp})
+def _mesh(data, fsdp, tensor=1):
+  return partitioning.create_mesh(
+      {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  )
 
 
 def _specs(tree):
@@ -34,20 +37,21 @@ def _specs(tree):
   }
 
 
-def _spec(shape, rules, *, fsdp=4, min_size=0):
+def _spec(shape, rules, *, fsdp=4, tensor=1, min_size=0):
   """PartitionSpec that the rules give to an array of one path."""
   shardings = partitioning.state_shardings(
       {'block': {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}},
-      _mesh(-1, fsdp),
+      _mesh(-1, fsdp, tensor),
       rules,
       min_size,
   )
   return shardings['block']['kernel'].spec
 
 
-def _builder(mesh):
+def _builder(mesh, field='seed', value=0):
   config = configuration.load_config(_ROOT / 'configs' / 'default.py')
   config.model.projector_in.name = 'standardized'
+  config.update_from_flattened_dict({field: value})
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   return train_state.StateBuilder(config, model, optimizer, mesh)
@@ -62,16 +66,17 @@ def builder():
 @pytest.mark.parametrize(
     ('sizes', 'shape'),
     [
-        ({'data': 2, 'fsdp': 4}, (2, 4)),
-        ({'fsdp': 4, 'data': 2}, (2, 4)),
-        ({'data': -1, 'fsdp': 1}, (8, 1)),
-        ({'data': -1, 'fsdp': 8}, (1, 8)),
-        ({'data': 4, 'fsdp': -1}, (4, 2)),
+        ({'data': 2, 'fsdp': 4}, (2, 4, 1)),  # As of configs without tensor.
+        ({'fsdp': 4, 'data': 2, 'tensor': 1}, (2, 4, 1)),
+        ({'data': -1, 'fsdp': 1, 'tensor': 1}, (8, 1, 1)),
+        ({'data': -1, 'fsdp': 2, 'tensor': 2}, (2, 2, 2)),
+        ({'data': 4, 'fsdp': -1, 'tensor': 1}, (4, 2, 1)),
+        ({'data': 1, 'fsdp': 2, 'tensor': -1}, (1, 2, 4)),
     ],
 )
 def test_mesh_has_the_sizes_asked_for(sizes, shape):
   mesh = partitioning.create_mesh(sizes)
-  assert mesh.axis_names == ('data', 'fsdp')
+  assert mesh.axis_names == ('data', 'fsdp', 'tensor')
   assert mesh.devices.shape == shape
   assert set(mesh.devices.flat) == set(jax.devices())
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -90,14 +95,15 @@ def test_mesh_takes_the_devices_that_it_is_given():
 def test_mesh_that_does_not_fill_the_devices_is_refused(sizes):
   with pytest.raises(ValueError, match='does not fill 8 devices') as error:
     _mesh(*sizes)
-  assert str({'data': sizes[0], 'fsdp': sizes[1]}) in str(error.value)
+  for axis, size in zip(('data', 'fsdp'), sizes, strict=True):
+    assert f"'{axis}': {size}" in str(error.value)
 
 
 @pytest.mark.parametrize(
     'sizes', [{'data': 8}, {'data': 1, 'model': 8}, {}]
 )
 def test_mesh_of_other_axes_is_refused(sizes):
-  with pytest.raises(ValueError, match=r"sizes for \['data', 'fsdp'\]"):
+  with pytest.raises(ValueError, match=r"sizes for \['data', 'fsdp', 'tens"):
     partitioning.create_mesh(sizes)
 
 
@@ -107,14 +113,14 @@ def test_first_rule_that_is_found_in_the_path_wins():
       ('kernel$', ('fsdp', None)),
       ('block', 'replicate'),
   ]
-  assert _spec((8, 8), rules) == P('fsdp', None)
+  assert _spec((8, 8), rules) == P('fsdp')
   assert _spec((8, 8), rules[::-1]) == P()
 
 
 @pytest.mark.parametrize(
     ('shape', 'spec'),
     [
-        ((4, 16, 8), P(None, 'fsdp', None)),
+        ((4, 16, 8), P(None, 'fsdp')),
         ((8, 8), P(None, 'fsdp')),  # The last of equally large ones.
         ((10, 4), P(None, 'fsdp')),  # 4 devices do not divide 10.
         ((12,), P('fsdp')),
@@ -134,16 +140,62 @@ def test_fsdp_of_one_device_shards_nothing():
   assert _spec((16, 16), _FSDP, fsdp=1) == P()
 
 
-def test_fsdp_names_an_array_that_nothing_divides(monkeypatch):
+@pytest.mark.parametrize(
+    ('strategy', 'shape', 'spec'),
+    [
+        ('column', (4, 16, 8), P(None, 'fsdp', 'tensor')),
+        ('column', (8, 64), P('fsdp', 'tensor')),  # Not 'fsdp' on the largest.
+        ('column', (4, 8), P('fsdp', 'tensor')),  # A stack of biases.
+        ('column', (8,), P('tensor')),
+        ('row', (4, 16, 8), P(None, 'tensor', 'fsdp')),
+        ('row', (64, 8), P('tensor', 'fsdp')),
+        ('row', (64, 6), P('tensor')),
+        ('column', (64, 7), P('fsdp')),  # 2 devices do not divide 7.
+        ('fsdp', (64, 8), P('fsdp')),
+    ],
+)
+def test_tensor_takes_its_axis_and_fsdp_the_largest_other_one(
+    strategy, shape, spec
+):
+  assert _spec(shape, [('.*', strategy)], fsdp=4, tensor=2) == spec
+
+
+@pytest.mark.parametrize('strategy', ['column', 'row'])
+@pytest.mark.parametrize('shape', [(4, 16, 8), (8, 64), (16,), (10, 6)])
+def test_without_tensor_its_strategies_are_fsdp(strategy, shape):
+  assert _spec(shape, [('.*', strategy)]) == _spec(shape, _FSDP)
+
+
+def test_what_nothing_divides_is_listed():
+  state = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32)
+      for name, shape in {
+          'odd': (3, 5), 'even': (4, 4), 'small': (1,), 'column': (8, 7)
+      }.items()
+  }
+  rules = (('column', 'column'), ('.*', 'fsdp'))
+  assert partitioning.list_whole(state, _mesh(1, 4, 2), rules, 2) == {
+      'odd (3, 5)': 60, 'column (8, 7)': 224
+  }
+  assert not partitioning.list_whole(state, _mesh(8, 1), rules, 0)
+  assert not partitioning.list_whole(state, _mesh(1, 8), rules, 60)
+
+
+def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
   warnings = []
   monkeypatch.setattr(
-      partitioning.logging, 'warning', lambda *a: warnings.append(a[0] % a[1:])
+      train_state.logging, 'warning', lambda *a: warnings.append(a[0] % a[1:])
   )
-  assert _spec((3, 5), _FSDP) == P()
-  assert warnings == [
-      'block/kernel of shape (3, 5) stays whole: 4 shards divide none of its'
-      ' axes.'
-  ]
+  assert not _builder(_mesh(2, 4)).whole
+  assert not warnings
+  builder = _builder(_mesh(1, 8), 'partitioning.fsdp_min_size', 0)
+  # Of the 3 dimensions of codes.
+  standardize = 'model_state/batch_stats/projector_in/standardize'
+  assert builder.whole == {
+      f'{standardize}/mean (3,)': 12, f'{standardize}/var (3,)': 12
+  }
+  (warning,) = warnings
+  assert ', '.join(builder.whole) in warning
 
 
 def test_tuple_names_a_mesh_axis_for_each_axis():
@@ -164,12 +216,13 @@ def test_tuple_names_a_mesh_axis_for_each_axis():
 def test_tuple_that_does_not_fit_is_refused(shape, strategy):
   with pytest.raises(ValueError, match='only names that divide') as error:
     _spec(shape, [('.*', strategy)])
-  for part in (strategy, "'block/kernel'", shape, {'data': 2, 'fsdp': 4}):
+  mesh = {'data': 2, 'fsdp': 4, 'tensor': 1}
+  for part in (strategy, "'block/kernel'", shape, mesh):
     assert str(part) in str(error.value)
 
 
 def test_unknown_strategy_is_refused():
-  with pytest.raises(ValueError, match=r"'shard'; known: \['fsdp', 'repl"):
+  with pytest.raises(ValueError, match=r"'shard'; known: \['column', 'f"):
     _spec((8, 8), [('.*', 'shard')])
 
 
@@ -189,7 +242,7 @@ def test_large_kernels_of_a_state_are_sharded_and_the_rest_is_whole(builder):
   specs = _specs(builder.shardings.params)
   mlp = 'encoder/transformer/blocks/mlp'
   assert specs[f'{mlp}/in/kernel'] == P(None, None, 'fsdp')
-  assert specs[f'{mlp}/out/kernel'] == P(None, 'fsdp', None)
+  assert specs[f'{mlp}/out/kernel'] == P(None, 'fsdp')
   attention = 'decoder/transformer/blocks/attention'
   assert specs[f'{attention}/qkv/kernel'] == P(None, None, 'fsdp')
   assert specs[f'{attention}/out/kernel'] == P()  # 2 * 64 * 64 < 2^14.
@@ -198,7 +251,12 @@ def test_large_kernels_of_a_state_are_sharded_and_the_rest_is_whole(builder):
   assert set(_specs(builder.shardings.model_state).values()) == {P()}
 
 
-def test_optimizer_state_and_averages_follow_their_parameters(builder):
+@pytest.mark.parametrize(
+    ('name', 'sizes'),
+    [('adamw', (2, 4)), ('adamw', (2, 2, 2)), ('muon', (2, 2, 2))],
+)
+def test_optimizer_state_and_averages_follow_their_parameters(name, sizes):
+  builder = _builder(_mesh(*sizes), 'optim.name', name)
   specs = _specs(builder.shardings.params)
   assert _specs(builder.shardings.ema_params) == specs
   found = {'mu': set(), 'nu': set()}
@@ -208,7 +266,71 @@ def test_optimizer_state_and_averages_follow_their_parameters(builder):
       if separator:
         assert spec == specs[parameter], path
         parameters.add(parameter)
-  assert found == {'mu': set(specs), 'nu': set(specs)}
+  # Muon keeps no second moment of the kernels that it is for.
+  rest = {
+      path for path in specs if name != 'muon' or not _is_of_muon(path)
+  }
+  assert found == {'mu': set(specs), 'nu': rest}
+  assert (rest != set(specs)) == (name == 'muon')
+
+
+def _is_of_muon(path):
+  return 'blocks/' in path and path.endswith('kernel')
+
+
+def test_teacher_and_adversary_follow_their_parameters():
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py')
+  config.losses.distillation_weight = 1.0
+  config.discriminator.name = 'patch'
+  config.discriminator.patch.channels = 32
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(
+      config, model, optimizer, _mesh(2, 2, 2)
+  )
+  specs = _specs(builder.shardings.params)
+  teacher = _specs(builder.shardings.teacher_params)
+  assert teacher == {x: specs[x] for x in specs if x.startswith('encoder/')}
+  adversary = _specs(builder.shardings.adversary.params)
+  assert P(None, None, None, 'fsdp') in adversary.values()
+  moments = _specs(builder.shardings.adversary.opt_state)
+  for path, spec in adversary.items():
+    assert [
+        x for y, x in moments.items() if y.endswith(f'/{path}')
+    ] == [spec, spec]
+
+
+@pytest.mark.parametrize('optimizer_name', ['adamw', 'muon'])
+def test_steps_on_a_tensor_mesh_are_those_of_one_device(optimizer_name):
+  config = configuration.load_config(_ROOT / 'configs' / 'default.py')
+  config.model.encoder.update(width=16, num_heads=2, mlp_dim=32, patch_size=8)
+  config.optim.update(name=optimizer_name, warmup_steps=0)
+  config.partitioning.fsdp_min_size = 0
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  step = train_step.build_train_step(model, optimizer, config)
+  images = np.random.default_rng(0).integers(
+      0, 256, (8, *config.data.image_size, 3), np.uint8
+  )
+  losses = []
+  for mesh in (
+      _mesh(2, 2, 2),
+      partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1]),
+  ):
+    builder = train_state.StateBuilder(config, model, optimizer, mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
+        out_shardings=(builder.shardings, partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+    state, rows = builder.create(), []
+    for _ in range(3):
+      state, scalars = jitted(state, partitioning.shard_batch(images, mesh))
+      rows.append((float(scalars['loss']), float(scalars['gradient_norm'])))
+    losses.append(rows)
+  assert losses[0][0][0] > 1.01 * losses[0][2][0]  # It learns.
+  np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.fixture(scope='module')
@@ -251,9 +373,11 @@ def test_fsdp_shrinks_what_each_device_holds(states):
   assert split > total // 2
 
 
-@pytest.mark.parametrize(('data', 'fsdp'), [(8, 1), (2, 4), (1, 8)])
-def test_batch_is_split_over_all_devices(data, fsdp):
-  mesh = _mesh(data, fsdp)
+@pytest.mark.parametrize(
+    'sizes', [(8, 1), (2, 4), (1, 8), (2, 2, 2), (1, 2, 4)]
+)
+def test_batch_is_split_over_data_and_fsdp(sizes):
+  mesh = _mesh(*sizes)
   batch = {
       'image': np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3),
       'index': np.arange(16),
@@ -264,9 +388,9 @@ def test_batch_is_split_over_all_devices(data, fsdp):
     assert x.sharding == partitioning.batch_sharding(mesh)
     np.testing.assert_array_equal(x, batch[name])
   for shard in sharded['index'].addressable_shards:
-    assert shard.data.shape == (2,)
+    assert shard.data.shape == (16 // (sizes[0] * sizes[1]),)
     rows.extend(np.asarray(shard.data))
-  assert sorted(rows) == list(range(16))
+  assert sorted(rows) == sorted([*range(16)] * mesh.shape['tensor'])
 
 
 def test_replicated_arrays_are_whole_everywhere():
@@ -292,17 +416,20 @@ def _small_autoencoder(projector_in, projector_out, decoder):
 
 
 @pytest.mark.parametrize(
-    ('projector_in', 'projector_out', 'decoder'),
+    ('projector_in', 'projector_out', 'decoder', 'sizes'),
     [
-        ('mlp', 'fourier', 'vit'),
-        ('attention', 'mlp', 'vit'),
-        ('standardized', 'levels', 'vit'),
-        ('linear', 'linear', 'mae'),
-        ('standardized', 'fourier', 'mae'),
+        ('mlp', 'fourier', 'vit', (4, 2, 1)),
+        ('attention', 'mlp', 'vit', (4, 2, 1)),
+        ('standardized', 'levels', 'vit', (4, 2, 1)),
+        ('linear', 'linear', 'mae', (4, 2, 1)),
+        ('standardized', 'fourier', 'mae', (4, 2, 1)),
+        # The decoder's three heads are not split, all others are.
+        ('attention', 'mlp', 'vit', (2, 2, 2)),
+        ('linear', 'linear', 'mae', (1, 4, 2)),
     ],
 )
 def test_gradients_of_a_model_do_not_depend_on_the_mesh(
-    projector_in, projector_out, decoder
+    projector_in, projector_out, decoder, sizes
 ):
   model = _small_autoencoder(projector_in, projector_out, decoder)
   rng = np.random.default_rng(0)
@@ -319,17 +446,21 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
 
   def loss_and_gradients(variables, images):
     def loss(params):
-      output, state = model.apply(
-          {**variables, 'params': params}, images, train=True,
-          mutable=['batch_stats'],
-      )
+      with partitioning.mesh_of(images):
+        output, state = model.apply(
+            {**variables, 'params': params}, images, train=True,
+            mutable=['batch_stats'],
+        )
       error = jnp.mean(jnp.square(output.reconstructions - images))
       return error + output.quantizer_loss, (state, output.indices)
 
     return jax.value_and_grad(loss, has_aux=True)(variables['params'])
 
-  mesh = _mesh(4, 2)
-  shardings = partitioning.state_shardings(variables, mesh, _FSDP, 0)
+  mesh = _mesh(*sizes)
+  rules = configuration.load_config(
+      _ROOT / 'configs' / 'default.py'
+  ).partitioning.rules
+  shardings = partitioning.state_shardings(variables, mesh, rules, 0)
   function = jax.jit(
       loss_and_gradients,
       in_shardings=(shardings, partitioning.batch_sharding(mesh)),
@@ -341,8 +472,13 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
   )
   # Only odd axes, such as the 3 dimensions of a code, are not split in two.
   for path, x in jax.tree_util.tree_leaves_with_path(gradients):
-    split = any(n % 2 == 0 for n in x.shape)
-    assert x.sharding.is_fully_replicated != split, path
+    split = any(n % sizes[1] == 0 for n in x.shape)
+    if sizes[2] > 1 and x.ndim == 3 and path[-1].key == 'kernel':
+      assert 'tensor' in x.sharding.spec, path  # Of a stack of blocks.
+    elif split:
+      assert not x.sharding.is_fully_replicated, path
+    else:
+      assert x.sharding.is_fully_replicated or sizes[2] > 1, path
   (expected_loss, expected_aux), expected = jax.jit(loss_and_gradients)(
       variables, images
   )
@@ -371,7 +507,7 @@ mesh = partitioning.create_mesh({'data': 2, 'fsdp': -1})
 local = np.arange(4, dtype=np.int32) + 10 * process
 batch = partitioning.shard_batch(local, mesh)
 total = jax.jit(lambda x: (x * x).sum())(batch)
-print(batch.shape, jax.process_count(), dict(mesh.shape), int(total))
+print(batch.shape, jax.process_count(), mesh.devices.shape, int(total))
 """
 
 
@@ -403,4 +539,4 @@ def test_batches_of_two_processes_become_one():
   for stdout, stderr in outputs:
     # The transport has printed lines of its own before.
     last = stdout.splitlines()[-1:]
-    assert last == [f"(8,) 2 {{'data': 2, 'fsdp': 2}} {expected}"], stderr
+    assert last == [f'(8,) 2 (2, 2, 1) {expected}'], stderr

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax.quantizers import convert
 
@@ -98,7 +99,7 @@ class Autoencoder(nn.Module):
       self, images: jax.Array, *, train: bool = False
   ) -> AutoencoderOutput:
     """Reconstructs [B, H, W, 3] images in [-1, 1]."""
-    latents = self.encoder(images)
+    latents = partitioning.constrain(self.encoder(images))
     quantized = self._quantize(latents, train=train)
     return AutoencoderOutput(
         reconstructions=self.decode(quantized.z_q),
@@ -115,10 +116,10 @@ class Autoencoder(nn.Module):
 
   def decode(self, codes: jax.Array) -> jax.Array:
     """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images."""
-    latents = self.projector_out(codes)
+    latents = partitioning.constrain(self.projector_out(codes))
     if self.statistics is not None:
       latents = self.statistics.denormalize(latents)
-    return self.decoder(latents)
+    return partitioning.constrain(self.decoder(latents))
 
   def encode_to_indices(self, images: jax.Array) -> jax.Array:
     """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.

@@ -15,6 +15,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax import partitioning
+
 # Channels of every layer are a multiple.
 NUM_GROUPS = 32
 
@@ -43,10 +45,11 @@ class ResidualBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Transforms [B, h, w, C] to [B, h, w, filters]."""
-    y = x
+    y = x = partitioning.constrain(x)
     for i in range(2):
       y = _normalize(f'norm_{i}', y)
       y = _conv(self.filters, 3, f'conv_{i}', self.dtype, use_bias=False)(y)
+      y = partitioning.constrain(y)
     if x.shape[-1] == self.filters:
       return x + y
     return y + _conv(self.filters, 1, 'shortcut', self.dtype, use_bias=False)(y)

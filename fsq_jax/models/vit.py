@@ -6,6 +6,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from fsq_jax import partitioning
+
 POSITIONS = ('learned', 'sincos')
 
 
@@ -71,6 +73,43 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return mixed / jnp.sum(weights, axis=-1, keepdims=True)
 
 
+class QkvDense(nn.Module):
+  """Queries, keys and values of all heads by one product.
+
+  The kernel's columns are those of all queries, then keys, then values, heads
+  in each: the 'tensor' axis of a mesh would cut them elsewhere than between
+  heads. It splits the kernel's rows where it is kept, and its heads where it
+  is used. What then moves between devices is a share of one kernel, and no
+  activations.
+  """
+
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, N, C] tokens to [3, B, heads, N, d]."""
+    channels = x.shape[-1]
+    init = nn.linear.default_kernel_init
+    kernel = self.param('kernel', init, (channels, 3 * channels))
+    bias = self.param('bias', nn.initializers.zeros, (3 * channels,))
+    x, kernel, bias = nn.dtypes.promote_dtype(
+        x, kernel, bias, dtype=self.dtype
+    )
+    sizes = {'s': 3, 'h': self.num_heads}
+    kernel = partitioning.constrain_parameter(
+        rearrange(kernel, 'c (s h d) -> c s h d', **sizes), tensor_axis=2
+    )
+    qkv = jnp.einsum('bnc,cshd->bnshd', x, kernel)
+    # Heads before tokens: the products of attention are then plain batched
+    # matmuls, which XLA's CPU backend runs about a tenth faster than strided
+    # ones.
+    return rearrange(
+        qkv + rearrange(bias, '(s h d) -> s h d', **sizes),
+        'b n s h d -> s b h n d',
+    )
+
+
 class Attention(nn.Module):
   """Multi-head self-attention over all tokens, softmax in float32."""
 
@@ -80,16 +119,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Mixes [B, N, C] tokens; returns the same shape."""
-    channels = x.shape[-1]
-    qkv = nn.Dense(3 * channels, dtype=self.dtype, name='qkv')(x)
-    # Heads before tokens: the products below are then plain batched matmuls,
-    # which XLA's CPU backend runs about a tenth faster than strided ones.
-    q, k, v = rearrange(
-        qkv, 'b n (s h d) -> s b h n d', s=3, h=self.num_heads
+    q, k, v = (
+        partitioning.constrain(y, tensor_axis=1)
+        for y in QkvDense(self.num_heads, self.dtype, name='qkv')(x)
     )
-    mixed = attend(q, k, v)
-    mixed = rearrange(mixed, 'b h n d -> b n (h d)').astype(self.dtype)
-    return _branch_output(channels, self.dtype)(mixed)
+    mixed = rearrange(attend(q, k, v), 'b h n d -> b n (h d)')
+    return _branch_output(x.shape[-1], self.dtype)(mixed.astype(self.dtype))
 
 
 class Mlp(nn.Module):
@@ -101,8 +136,9 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Transforms each of the [B, N, C] tokens; returns the same shape."""
-    hidden = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name='in')(x))
-    return _branch_output(x.shape[-1], self.dtype)(hidden)
+    hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name='in')(x)
+    hidden = partitioning.constrain(hidden, tensor_axis=2)
+    return _branch_output(x.shape[-1], self.dtype)(nn.gelu(hidden))
 
 
 class Block(nn.Module):
@@ -117,9 +153,11 @@ class Block(nn.Module):
     """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
     attention = Attention(self.num_heads, self.dtype, name='attention')
     mlp = Mlp(self.mlp_dim, self.dtype, name='mlp')
+    x = partitioning.constrain(x)
     x = x + attention(_layer_norm('attention_norm')(x).astype(self.dtype))
+    x = partitioning.constrain(x)
     x = x + mlp(_layer_norm('mlp_norm')(x).astype(self.dtype))
-    return x, None
+    return partitioning.constrain(x), None
 
 
 class Transformer(nn.Module):

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax import partitioning
 from fsq_jax.models import vit
 from fsq_jax.models import vit_families
 
@@ -43,9 +44,10 @@ class RotaryAttention(nn.Module):
 
     def project(name: str) -> jax.Array:
       y = _dense(self, name, x.shape[-1])(x)
-      return rearrange(
+      y = rearrange(
           y, 'b n (h d) -> b h n d', h=self.architecture.num_heads
       )
+      return partitioning.constrain(y, tensor_axis=1)
 
     q, k = (_rotate(project(name), rotation) for name in ('query', 'key'))
     mixed = vit.attend(q, k, project('value'))
@@ -64,9 +66,14 @@ class GatedMlp(nn.Module):
     """Transforms each of the [B, N, C] tokens; returns the same shape."""
     arch = self.architecture
     activate = _ACTIVATIONS[arch.activation]
-    hidden = _dense(self, 'in', arch.mlp_dim, 'mlp')(x)
+
+    def widen(name: str) -> jax.Array:
+      y = _dense(self, name, arch.mlp_dim, 'mlp')(x)
+      return partitioning.constrain(y, tensor_axis=2)
+
+    hidden = widen('in')
     if arch.mlp == 'gated':
-      gate = _dense(self, 'gate', arch.mlp_dim, 'mlp')(x)
+      gate = widen('gate')
       hidden = activate(gate) * hidden
     else:
       hidden = activate(hidden)
@@ -92,12 +99,14 @@ class PretrainedBlock(nn.Module):
       init = nn.initializers.ones
       return y * self.param(name, init, (arch.width,)).astype(self.dtype)
 
+    x = partitioning.constrain(x)
     y = layer_norm(arch, 'attention_norm')(x).astype(self.dtype)
     attention = RotaryAttention(arch, self.dtype, name='attention')
     x = x + scale('attention_scale', attention(y, rotation))
+    x = partitioning.constrain(x)
     y = layer_norm(arch, 'mlp_norm')(x).astype(self.dtype)
     mlp = GatedMlp(arch, self.dtype, name='mlp')
-    return x + scale('mlp_scale', mlp(y)), None
+    return partitioning.constrain(x + scale('mlp_scale', mlp(y))), None
 
 
 class KeptBlock(PretrainedBlock):

@@ -1,0 +1,309 @@
+"""Compiles the full-size training steps for TPUs, on a machine without one.
+
+Each case is a config on a mesh of a TPU topology; what its compiled program
+takes of memory, computes, moves and sends is written to results.json. Cases
+that are there are not compiled again, unless --again is given.
+
+  python experiments/tpu_compile/tpu_compile.py
+
+It needs libtpu beside JAX; README.md says how to install both.
+"""
+
+import argparse
+import collections
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = pathlib.Path(__file__).with_name('results.json')
+sys.path.insert(0, str(ROOT))
+
+
+class Chip(NamedTuple):
+  """Figures of Google's documentation, cloud.google.com/tpu/docs/<name>.
+
+  Attributes:
+    flops: per second, bf16.
+    hbm: bytes.
+    hbm_bandwidth: bytes per second.
+    ici_bandwidth: bytes per second that a chip sends, half of the figure for
+      both directions.
+  """
+
+  flops: float
+  hbm: float
+  hbm_bandwidth: float
+  ici_bandwidth: float
+
+
+CHIPS = {
+    'v5e': Chip(197e12, 16e9, 819e9, 200e9),
+    'v5p': Chip(459e12, 95e9, 2765e9, 600e9),
+    'v6e': Chip(918e12, 32e9, 1638e9, 400e9),
+}
+# A plain ViT-H/16 autoencoder, 1.26 billion parameters.
+_VIT_H = {
+    'data.image_size': (256, 256),
+    'model.encoder.patch_size': 16,
+    'model.encoder.width': 1280,
+    'model.encoder.depth': 32,
+    'model.encoder.num_heads': 16,
+    'model.encoder.mlp_dim': 5120,
+    'model.decoder.depth': 32,
+    'model.dtype': 'bfloat16',
+    'model.remat': True,
+}
+
+
+class Case(NamedTuple):
+  """A training step to compile.
+
+  Attributes:
+    config: name of a file in configs.
+    topology: of `jax.experimental.topologies`.
+    batch_size: images, over all chips.
+    mesh: sizes of partitioning.mesh; None for the config's own.
+    fields: of the config that differ.
+    label: what the table calls the model.
+  """
+
+  config: str
+  topology: str
+  batch_size: int
+  mesh: Mapping[str, int] | None = None
+  fields: Mapping[str, Any] = {}
+  label: str = ''
+
+  @property
+  def name(self) -> str:
+    """A key for results.json."""
+    mesh = self.mesh or {}
+    sizes = ','.join(f'{axis}={size}' for axis, size in mesh.items())
+    label = self.label or self.config
+    return f'{label}/{self.topology}/{self.batch_size}/{sizes or "shipped"}'
+
+
+def list_cases() -> list[Case]:
+  """Returns all cases, those first whose answers matter most."""
+  stage_1, stage_2 = 'vqrae_fsq_siglip_l', 'vqrae_fsq_siglip_l_stage2'
+  data, fsdp = {'data': -1, 'fsdp': 1}, {'data': 1, 'fsdp': -1}
+  tensor = {'data': 1, 'fsdp': -1, 'tensor': 4}
+  cases = [
+      Case(stage_1, 'v5e:4x4', 1024),
+      Case(stage_2, 'v5e:4x4', 1024),
+      Case(stage_1, 'v5e:4x4', 1024, data),
+      Case(stage_1, 'v5e:4x4', 1024, tensor),
+  ]
+  for topology, num_images in (('v5e:8x8', 4096), ('v5e:16x16', 16384)):
+    for mesh in (data, {'data': -1, 'fsdp': 16},
+                 {'data': -1, 'fsdp': 16, 'tensor': 4}):
+      cases.append(Case(stage_1, topology, num_images, mesh))
+  for config, batch_size in (
+      ('imagenet128_fsq_8555', 256), ('imagenet256_fsq_1024', 256)
+  ):
+    for mesh in (data, fsdp):
+      cases.append(Case(config, 'v5e:4x4', batch_size, mesh))
+  for mesh in (fsdp, tensor):
+    cases.append(Case('default', 'v5e:4x4', 1024, mesh, _VIT_H, 'vit_h_16'))
+  for topology in ('v6e:4x4', 'v5p:2x2x4'):
+    cases.append(Case(stage_1, topology, 1024))
+  return cases
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+  """Compiles a case and returns its figures."""
+  # Here, so that tables are printed and tested without a TPU's compiler.
+  import jax
+  from jax.experimental import topologies
+
+  from experiments.tpu_compile import hlo_costs
+  from experiments.tpu_compile import steps
+  from fsq_jax import partitioning
+
+  config = steps.load_config(
+      ROOT, case.config, {'data.batch_size': case.batch_size, **case.fields}
+  )
+  sizes = dict(case.mesh or config.partitioning.mesh)
+  devices = topologies.get_topology_desc(
+      platform='tpu', topology_name=case.topology
+  ).devices
+  mesh = partitioning.create_mesh(sizes, list(devices))
+  step = steps.build_step(config, mesh)
+  figures = {
+      'config': case.config,
+      'topology': case.topology,
+      'batch_size': case.batch_size,
+      'mesh': dict(mesh.shape),
+      'state_gib': round(step.state_bytes / 2**30, 2),
+      'whole_mib': round(sum(step.whole.values()) / 2**20, 1),
+      'model_tflops': round(steps.count_model_flops(config) / 1e12, 2),
+  }
+  started = time.perf_counter()
+  try:
+    compiled = step.lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = re.search(r'\(([\d.]+)G\) exceeds available HBM', str(error))
+    if not needed:
+      raise
+    return {**figures, 'needs_gib': float(needed.group(1))}
+  figures['compile_seconds'] = round(time.perf_counter() - started, 1)
+  text = compiled.as_text()
+  if os.environ.get('FSQ_JAX_HLO'):
+    pathlib.Path(os.environ['FSQ_JAX_HLO']).write_text(text)
+  memory, (analysis, *_) = compiled.memory_analysis(), [
+      compiled.cost_analysis()
+  ]
+  figures['memory_gib'] = {
+      name: round(getattr(memory, f'{name}_size_in_bytes') / 2**30, 3)
+      for name in ('argument', 'temp', 'output', 'alias')
+  }
+  costs = hlo_costs.Program(text).costs()
+  chip = CHIPS[case.topology.partition(':')[0]]
+  return {
+      **figures,
+      'xla_loops_once': {
+          'tflops': round(analysis['flops'] / 1e12, 4),
+          'gbytes': round(analysis['bytes accessed'] / 1e9, 2),
+          'share_of_products': round(
+              sum(x.flops / x.count for x in costs.products)
+              / analysis['flops'], 4,
+          ),
+      },
+      **summarize(costs, chip, figures['model_tflops'] / len(devices)),
+  }
+
+
+def summarize(costs, chip: Chip, model_tflops: float) -> dict[str, Any]:
+  """Returns sums and the roofline of a program.
+
+  Args:
+    costs: `hlo_costs.Costs`.
+    chip: of `CHIPS`.
+    model_tflops: products of the model for one chip, nothing computed twice.
+  """
+  by_dtype, collectives = collections.Counter(), {}
+  for product in costs.products:
+    by_dtype[product.dtypes] += float(product.flops)
+  flops = sum(by_dtype.values())
+  for x in costs.collectives:
+    total = collectives.setdefault(
+        x.kind, {'count': 0, 'gbytes': 0.0, 'sent_gbytes': 0.0}
+    )
+    total['count'] += int(x.count)
+    total['gbytes'] += x.count * x.num_bytes / 1e9
+    total['sent_gbytes'] += x.sent_bytes / 1e9
+  sent = sum(x.sent_bytes for x in costs.collectives)
+  seconds = {
+      'products': flops / chip.flops,
+      'hbm': costs.hbm_bytes / chip.hbm_bandwidth,
+      'ici': sent / chip.ici_bandwidth,
+  }
+  step = max(seconds.values())
+  return {
+      'product_tflops': round(flops / 1e12, 3),
+      'products_by_dtype': {
+          name: round(x / flops, 4) for name, x in by_dtype.most_common()
+      },
+      'hbm_gbytes': round(costs.hbm_bytes / 1e9, 1),
+      'collectives': {
+          kind: {name: round(x, 3) for name, x in total.items()}
+          for kind, total in sorted(collectives.items())
+      },
+      'roofline_ms': {
+          name: round(1e3 * x, 1) for name, x in seconds.items()
+      },
+      'step_ms': round(1e3 * step, 1),
+      'mfu': round(model_tflops * 1e12 / step / chip.flops, 3),
+  }
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+  """Prints the tables of the READMEs."""
+  write = sys.stdout.write
+  header = (
+      'model', 'chips', 'images', 'data x fsdp x tensor', 'HBM GiB',
+      'products bf16', 'sent GB', 'products / HBM / ICI ms', 'MFU bound',
+  )
+  write(f'| {" | ".join(header)} |\n|{"---|" * len(header)}\n')
+  for name, x in results['cases'].items():
+    row = [
+        name.partition('/')[0],
+        x['topology'],
+        f'{x["batch_size"]:,}',
+        ' x '.join(str(n) for n in x['mesh'].values()),
+    ]
+    if 'needs_gib' in x:
+      row += [f'{x["needs_gib"]:.1f} of temporaries: too much', *['-'] * 4]
+    else:
+      sent = sum(y['sent_gbytes'] for y in x['collectives'].values())
+      times = ' / '.join(f'{t:.0f}' for t in x['roofline_ms'].values())
+      row += [
+          f'{hbm_gib(x):.1f}',
+          f'{x["products_by_dtype"].get("bf16 x bf16", 0):.1%}',
+          f'{sent:.1f}', times, f'{x["mfu"]:.0%}',
+      ]
+    write(f'| {" | ".join(row)} |\n')
+
+
+def hbm_gib(figures: Mapping[str, Any]) -> float:
+  """Returns the GiB of one chip's HBM that a step takes."""
+  memory = figures['memory_gib']
+  return (
+      memory['argument'] + memory['temp'] + memory['output'] - memory['alias']
+  )
+
+
+def _run_case(case: Case) -> dict[str, Any]:
+  """Compiles in a process of its own, which gives back its memory."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'figures.json'
+    environment = {
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+    }
+    command = [sys.executable, __file__, '--case', case.name, '--to', path]
+    subprocess.run(command, env=environment, check=True)
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def main() -> None:
+  """Compiles what results.json lacks and prints the tables."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--again', action='store_true', help='forget results')
+  parser.add_argument('--only', default='', help='part of the names of cases')
+  parser.add_argument('--case', help='compile one in this process')
+  parser.add_argument('--to', type=pathlib.Path, help='file for its figures')
+  arguments = parser.parse_args()
+  cases = {case.name: case for case in list_cases()}
+  if arguments.case:
+    figures = compile_case(cases[arguments.case])
+    arguments.to.write_text(json.dumps(figures), encoding='utf-8')
+    return
+  from fsq_jax import workdir
+
+  results = {'cases': {}}
+  if RESULTS.is_file():
+    results = json.loads(RESULTS.read_text(encoding='utf-8'))
+  for name, case in cases.items():
+    wanted = arguments.only in name
+    if wanted and (arguments.again or name not in results['cases']):
+      sys.stderr.write(f'{name}\n')
+      results['cases'][name] = _run_case(case)
+    known = results['cases']
+    results['cases'] = {x: known[x] for x in cases if x in known}
+    workdir.write_json(RESULTS, results)
+  print_tables(results)
+
+
+if __name__ == '__main__':
+  main()
