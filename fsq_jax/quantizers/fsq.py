@@ -125,12 +125,9 @@ class FSQ(digits_lib.DigitQuantizer):
     grid = self._grid
     unit = self._unit(self._channels_last(z, 'Latents').astype(jnp.float32))
     steps = _subtract(unit * grid.half, grid.offset)
-    halves_up = self._convention.rounding == 'half up'
-    rounded = (jnp.floor if halves_up else jnp.round)(
-        _subtract(steps, -grid.before)
-    )
-    top = np.asarray(self.levels, np.float32) - 1
-    digits = jnp.clip(_subtract(rounded, -grid.after), 0, top)
+    digits = self._whole(steps, jnp)
+    if self._leaves_levels:
+      digits = jnp.clip(digits, 0, np.asarray(self.levels, np.float32) - 1)
     codes = jax.lax.stop_gradient(self._codes_of_whole(digits))
     # Their sum with an exact zero is exact; y + sg(codes - y) loses codes much
     # smaller than y.
@@ -201,6 +198,26 @@ class FSQ(digits_lib.DigitQuantizer):
       return jnp.tanh(0.8 * z)  # 2 sigmoid(1.6 z) - 1 without cancellation
     # Infinite latents become the largest finite ones: inf - inf is NaN.
     return jnp.nan_to_num(z, nan=jnp.nan)
+
+  def _whole(self, steps: jax.Array, numpy: Any) -> jax.Array:
+    """Returns the whole float32 digits of steps, rounded by `numpy`."""
+    halves_up = self._convention.rounding == 'half up'
+    rounded = (numpy.floor if halves_up else numpy.round)(
+        _subtract(steps, -self._grid.before)
+    )
+    return _subtract(rounded, -self._grid.after)
+
+  @property
+  def _leaves_levels(self) -> bool:
+    """Whether a latent may round to a digit that is no level."""
+    if self.bound == 'clip':
+      return True
+    grid = self._grid
+    # tanh may be off by a rounding.
+    reach = grid.half * np.float32(1 + 1e-6)
+    lowest = self._whole(-reach - grid.offset, np)
+    highest = self._whole(reach - grid.offset, np)
+    return bool(np.any(lowest < 0) or np.any(highest >= self.levels))
 
   def _noise_steps(self, shape: Sequence[int], rank: int) -> jax.Array:
     """Returns float32 noise in steps; the same on any number of devices."""
