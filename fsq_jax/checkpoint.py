@@ -307,9 +307,9 @@ class Checkpointer:
       yield
     except Exception as error:
       raise SaveError(
-          f'{what} of {self._folder} cannot be written ({_reason(error)}). Steps'
-          f' on disk are {self.steps}; make room, or the folder writable, and'
-          ' run the same command again.'
+          f'{what} of {self._folder} cannot be written ({_reason(error)}).'
+          f' Steps on disk are {self.steps}; make room, or the folder writable,'
+          ' and run the same command again.'
       ) from error
 
 

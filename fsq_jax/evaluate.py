@@ -207,8 +207,8 @@ def evaluate_workdir(
     ValueError: a config that is not valid or not that of the checkpoint's
       model, or no checkpoint.
   """
+  runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, num_devices=jax.device_count())
-  runtime.keep_freed_memory()
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
   _check_same_model(found.config, configuration.resolve(config))

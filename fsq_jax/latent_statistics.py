@@ -52,6 +52,7 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   Raises:
     ValueError: a config that is not valid, or an encoder that would be random.
   """
+  runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
   config.model.decoder.mae.checkpoint = ''  # Of no use here.
@@ -66,7 +67,6 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
         " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
         ' train.init_from.'
     )
-  runtime.keep_freed_memory()
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   start = initialization.Start(config, model)

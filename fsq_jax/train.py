@@ -79,9 +79,9 @@ def train_and_evaluate(
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
     RunError: something cannot be written, as on a full disk.
   """
+  runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
-  runtime.keep_freed_memory()
   folder = workdirs.create(workdir)
   runtime.use_compilation_cache(config.train.compilation_cache)
   # From here on, since building and compiling take a while too: a signal then

@@ -1,11 +1,16 @@
 """Tests of the settings of the process."""
 
 import ctypes
+import pathlib
+import subprocess
+import sys
 import types
 
 import pytest
 
 from fsq_jax import runtime
+
+_ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_glibc_is_asked_to_keep_memory(monkeypatch):
@@ -13,7 +18,39 @@ def test_glibc_is_asked_to_keep_memory(monkeypatch):
   library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
   runtime.keep_freed_memory()
-  assert asked == [(-4, 0), (-2, 256 * 2**20)]
+  assert asked == [(-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20)]
+
+
+_ALLOCATE = """
+import ctypes, resource, threading
+from fsq_jax import runtime
+runtime.keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.malloc.argtypes = [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+def use(size=100 * 2**20):
+  buffer = library.malloc(size)
+  ctypes.memset(buffer, 1, size)
+  library.free(buffer)
+for _ in range(2):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  thread = threading.Thread(target=use)
+  thread.start()
+  thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone is asked')
+def test_large_buffers_of_threads_keep_their_pages():
+  # In a process of its own, whose threads have no heaps yet.
+  process = subprocess.run(
+      [sys.executable, '-c', _ALLOCATE],
+      capture_output=True, text=True, check=True, cwd=_ROOT,
+  )
+  # 100 MiB are 25,600 pages.
+  assert int(process.stdout) < 1000
 
 
 @pytest.mark.parametrize('error', [OSError, TypeError])

@@ -10,8 +10,8 @@ from fsq_jax import partitioning
 from fsq_jax import train_step
 from fsq_jax import trained
 
-# What launch.py --config=configs/debug.py wrote at version 0.1.0, and the tokens
-# of 64 images.
+# What launch.py --config=configs/debug.py wrote at version 0.1.0, and the
+# tokens of 64 images.
 _RUN = pathlib.Path(__file__).parent / 'testdata' / 'run'
 
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from experiments.fault_suite import fault as faults
 from experiments.fault_suite import group_a
+from experiments.fault_suite import group_b
+from experiments.fault_suite import group_b_runs
 from experiments.fault_suite import group_c
 from experiments.fault_suite import group_c_places
 from experiments.fault_suite import group_d
@@ -32,13 +34,15 @@ from experiments.fault_suite import group_e
 from experiments.fault_suite import group_f
 from experiments.fault_suite import group_f_files
 from experiments.fault_suite import group_f_runs
+from experiments.fault_suite import group_processes
 from fsq_jax import provenance
 from fsq_jax import workdir as workdirs
 
 _FOLDER = pathlib.Path(__file__).parent
 _GROUPS = (
-    group_a, group_c, group_c_places, group_d, group_d_files, group_e, group_f,
-    group_f_files, group_f_runs,
+    group_a, group_b, group_b_runs, group_c, group_c_places, group_d,
+    group_d_files, group_e, group_f, group_f_files, group_f_runs,
+    group_processes,
 )  # fmt: skip
 _HEADER = (
     '| id | injected | required | measured | verdict |\n|---|---|---|---|---|\n'

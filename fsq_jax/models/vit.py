@@ -1,5 +1,7 @@
 """Vision transformers: images to a grid of latents, and back to images."""
 
+from typing import Any
+
 from einops import rearrange
 from flax import linen as nn
 import jax
@@ -100,14 +102,39 @@ class QkvDense(nn.Module):
     kernel = partitioning.constrain_parameter(
         rearrange(kernel, 'c (s h d) -> c s h d', **sizes), tensor_axis=2
     )
-    qkv = jnp.einsum('bnc,cshd->bnshd', x, kernel)
+    # Tokens as rows: see `dot_rows`.
+    rows = rearrange(x, 'b n c -> (b n) c')
+    qkv = jnp.einsum('rc,cshd->rshd', rows, kernel)
     # Heads before tokens: the products of attention are then plain batched
     # matmuls, which XLA's CPU backend runs about a tenth faster than strided
     # ones.
     return rearrange(
         qkv + rearrange(bias, '(s h d) -> s h d', **sizes),
-        'b n s h d -> s b h n d',
+        '(b n) s h d -> s b h n d', n=x.shape[1],
     )
+
+
+def dot_rows(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs: Any
+) -> jax.Array:
+  """A `dot_general` for nn.Dense that sees [B, N, C] tokens as B * N rows.
+
+  The product is the same. The kernel's gradient then contracts one axis and not
+  two, for which XLA's CPU backend transposes activations in memory first.
+
+  Args:
+    x: [..., C].
+    kernel: [C, features].
+    dimension_numbers: those of nn.Dense, which are the only ones that fit.
+    **kwargs: of `jax.lax.dot_general`.
+
+  Returns:
+    [..., features].
+  """
+  del dimension_numbers
+  rows = rearrange(x, '... c -> (...) c')
+  y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **kwargs)
+  return jnp.reshape(y, (*x.shape[:-1], y.shape[-1]))
 
 
 class Attention(nn.Module):
@@ -136,7 +163,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Transforms each of the [B, N, C] tokens; returns the same shape."""
-    hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, name='in')(x)
+    hidden = _dense(self.mlp_dim, self.dtype, 'in')(x)
     hidden = partitioning.constrain(hidden, tensor_axis=2)
     return _branch_output(x.shape[-1], self.dtype)(nn.gelu(hidden))
 
@@ -319,7 +346,15 @@ class VitDecoder(nn.Module):
 def _branch_output(channels: int, dtype: jnp.dtype) -> nn.Dense:
   """The last layer of a residual branch; it starts at a tenth of its scale."""
   init = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')
-  return nn.Dense(channels, dtype=dtype, kernel_init=init, name='out')
+  return _dense(channels, dtype, 'out', kernel_init=init)
+
+
+def _dense(
+    features: int, dtype: jnp.dtype, name: str, **kwargs: Any
+) -> nn.Dense:
+  return nn.Dense(
+      features, dtype=dtype, dot_general=dot_rows, name=name, **kwargs
+  )
 
 
 def _layer_norm(name: str) -> nn.LayerNorm:

@@ -14,6 +14,9 @@ from fsq_jax.quantizers import base
 FIRST_FASTEST = 'first dimension fastest'
 LAST_FASTEST = 'last dimension fastest'
 
+# float32 holds all whole numbers up to here.
+_MOST_WHOLE = 2**24
+
 
 def check_number(name: str, value: Any, *, lowest: float = -math.inf) -> None:
   """Raises ValueError unless `value` is a finite number >= `lowest`."""
@@ -106,6 +109,23 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
       indices += digit.astype(jnp.int32) * self._bases[i]
       valid &= (digit >= 0) & (digit < level)
     return jnp.where(valid, indices, -1)
+
+  def _spell(self, digits: Sequence[jax.Array]) -> jax.Array:
+    """Returns int32 indices [...] of float32 digits [...] of each channel.
+
+    Args:
+      digits: whole numbers in [0, L), or NaN, which makes the index -1.
+    """
+    if self.codebook_size > _MOST_WHOLE:
+      digits = jnp.stack(digits, axis=-1)
+      digits = jnp.where(jnp.isnan(digits), -1, digits)
+      return self.digits_to_indices(digits.astype(jnp.int32))
+    # Added up as they are: one conversion a vector, not one a channel.
+    indices = sum(
+        digit * np.float32(basis)
+        for digit, basis in zip(digits, self._bases, strict=True)
+    )
+    return jnp.where(jnp.isnan(indices), -1, indices).astype(jnp.int32)
 
   def indices_to_digits(self, indices: jax.Array) -> jax.Array:
     """Returns int32 digits [..., d], channels last, of each index.

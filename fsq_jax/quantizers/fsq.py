@@ -124,25 +124,28 @@ class FSQ(digits_lib.DigitQuantizer):
     z = jnp.asarray(z)
     grid = self._grid
     unit = self._unit(self._channels_last(z, 'Latents').astype(jnp.float32))
-    steps = unit * grid.half - grid.offset
-    halves_up = self._convention.rounding == 'half up'
-    rounded = (jnp.floor if halves_up else jnp.round)(steps + grid.before)
-    digits = self._clipped(rounded + grid.after)
-    codes = self._codes(digits)
-    # Codes are made of integers and stop the gradient. Their sum with an exact
-    # zero is exact; y + sg(codes - y) loses codes much smaller than y.
+    steps = _subtract(unit * grid.half, grid.offset)
+    digits = self._whole(steps, jnp)
+    if self._leaves_levels:
+      digits = jnp.clip(digits, 0, np.asarray(self.levels, np.float32) - 1)
+    codes = jax.lax.stop_gradient(self._codes_of_whole(digits))
+    # Their sum with an exact zero is exact; y + sg(codes - y) loses codes much
+    # smaller than y.
     slope = grid.half / grid.scale
     z_q = codes + (unit - jax.lax.stop_gradient(unit)) * slope
+    # Of codes, which are written to memory anyway: indices of the digits would
+    # have XLA's CPU backend keep tanh too and round twice, in twice the time.
+    indices = self._spell(self._nearest(jax.lax.stop_gradient(z_q)))
     if train and self.noise:
       z_q += self._noise_steps(codes.shape, z.ndim) / grid.scale
     loss = jnp.zeros((), jnp.float32)
     if self._commitment_weight > 0:
-      error = codes - steps / grid.scale
+      error = codes - _divide(steps, grid.scale)
       loss = self._commitment_weight * jnp.mean(jnp.square(error))
     return base.QuantizerOutput(
         z_q=self._channels_back(z_q).astype(z.dtype),
         loss=loss,
-        indices=self.digits_to_indices(digits),
+        indices=indices,
     )
 
   @property
@@ -196,6 +199,26 @@ class FSQ(digits_lib.DigitQuantizer):
     # Infinite latents become the largest finite ones: inf - inf is NaN.
     return jnp.nan_to_num(z, nan=jnp.nan)
 
+  def _whole(self, steps: jax.Array, numpy: Any) -> jax.Array:
+    """Returns the whole float32 digits of steps, rounded by `numpy`."""
+    halves_up = self._convention.rounding == 'half up'
+    rounded = (numpy.floor if halves_up else numpy.round)(
+        _subtract(steps, -self._grid.before)
+    )
+    return _subtract(rounded, -self._grid.after)
+
+  @property
+  def _leaves_levels(self) -> bool:
+    """Whether a latent may round to a digit that is no level."""
+    if self.bound == 'clip':
+      return True
+    grid = self._grid
+    # tanh may be off by a rounding.
+    reach = grid.half * np.float32(1 + 1e-6)
+    lowest = self._whole(-reach - grid.offset, np)
+    highest = self._whole(reach - grid.offset, np)
+    return bool(np.any(lowest < 0) or np.any(highest >= self.levels))
+
   def _noise_steps(self, shape: Sequence[int], rank: int) -> jax.Array:
     """Returns float32 noise in steps; the same on any number of devices."""
     noise_key, amplitude_key = jax.random.split(self._random_key('noise'))
@@ -207,24 +230,39 @@ class FSQ(digits_lib.DigitQuantizer):
     return amplitude * jax.random.uniform(noise_key, shape, minval=-1)
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
-    return self._clipped(
-        jnp.round(codes * self._grid.scale + self._grid.origin)
-    )
-
-  def _clipped(self, digits: jax.Array) -> jax.Array:
-    """Returns int32 digits of whole float32 ones: in [0, L), or -1 for NaN."""
+    digits = jnp.stack(self._nearest(codes), axis=-1)
     top = np.asarray(self.levels, np.float32) - 1
     digits = jnp.clip(digits, 0, top)
     return jnp.where(jnp.isnan(digits), -1, digits).astype(jnp.int32)
 
-  def _codes(self, digits: jax.Array) -> jax.Array:
+  def _nearest(self, codes: jax.Array) -> list[jax.Array]:
+    """Returns the whole float32 digits [...] of each channel of codes."""
     grid = self._grid
-    steps = digits.astype(jnp.float32)
-    if self.convention == 'preserve_symmetry':
-      codes = _rounded_product(steps, 1 / grid.origin) - 1
-    else:
-      codes = (steps - grid.origin) / grid.scale
+    return [
+        jnp.round(codes[..., i] * grid.scale[i] + grid.origin[i])
+        for i in range(len(self.levels))
+    ]
+
+  def _codes(self, digits: jax.Array) -> jax.Array:
+    codes = self._codes_of_whole(digits.astype(jnp.float32))
     return jnp.where(self._is_valid(digits), codes, jnp.nan)
+
+  def _codes_of_whole(self, digits: jax.Array) -> jax.Array:
+    """Returns float32 codes of whole float32 digits in [0, L), or of NaN."""
+    grid = self._grid
+    if self.convention == 'preserve_symmetry':
+      return _rounded_product(digits, 1 / grid.origin) - 1
+    return _divide(digits - grid.origin, grid.scale)
+
+
+def _subtract(x: jax.Array, constant: np.ndarray) -> jax.Array:
+  """Returns x - constant; the compiler does not see that it is all zeros."""
+  return x - constant if np.any(constant) else x
+
+
+def _divide(x: jax.Array, constant: np.ndarray) -> jax.Array:
+  """Returns x / constant; the compiler does not see that it is all ones."""
+  return x / constant if np.any(constant != 1) else x
 
 
 def _rounded_product(digits: jax.Array, factor: np.ndarray) -> jax.Array:

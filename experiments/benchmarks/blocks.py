@@ -1,0 +1,100 @@
+"""Times alternatives in short alternating blocks, so that load hits them all.
+
+What is compared are medians of the ratios within one round: the machine's
+speed may drift from round to round.
+"""
+
+from collections.abc import Callable, Mapping
+import json
+import pathlib
+import statistics
+import subprocess
+import time
+from typing import Any
+
+# Takes a number of calls; returns their wall and processor seconds.
+Block = Callable[[int], tuple[float, float]]
+
+
+def block_of(function: Callable[[], Any]) -> Block:
+  """Makes a block of a function that returns when its work is done."""
+
+  def run(calls: int) -> tuple[float, float]:
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+      function()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+  return run
+
+
+def alternate(
+    blocks: Mapping[str, Block], *, baseline: str, calls: int, rounds: int
+) -> dict[str, dict[str, float]]:
+  """Runs each block once a round.
+
+  Args:
+    blocks: by name.
+    baseline: the one whose time is 1.
+    calls: in a block.
+    rounds: how often each block is run, after one that is not counted.
+
+  Returns:
+    For each name: ms, median wall time of a call; ratio, median over rounds of
+    its wall time by that of the baseline; cpu_ms and cpu_ratio, the same of the
+    seconds that all threads of the process computed.
+  """
+  for block in blocks.values():
+    block(1)
+  times = [
+      {name: block(calls) for name, block in blocks.items()}
+      for _ in range(rounds)
+  ]
+  figures = {}
+  for name in blocks:
+    figures[name] = {}
+    for clock, prefix in enumerate(('', 'cpu_')):
+      own = [t[name][clock] for t in times]
+      figures[name][f'{prefix}ms'] = statistics.median(own) / calls * 1e3
+      figures[name][f'{prefix}ratio'] = statistics.median(
+          t[name][clock] / t[baseline][clock] for t in times
+      )
+  return figures
+
+
+class TorchPeer:
+  """A process of another interpreter that times PyTorch on demand."""
+
+  def __init__(self, interpreter: str):
+    self._process = subprocess.Popen(
+        [interpreter, str(pathlib.Path(__file__).with_name('torch_peer.py'))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+  def build(self, name: str, **arguments: Any) -> dict[str, Any]:
+    """Builds and calls what `torch_peer` has by this name; says its version."""
+    return self._ask({'name': name, 'build': arguments})
+
+  def block(self, name: str) -> Block:
+    """Returns the block of what was built by this name."""
+
+    def run(calls: int) -> tuple[float, float]:
+      answer = self._ask({'name': name, 'calls': calls})
+      return answer['seconds'], answer['cpu_seconds']
+
+    return run
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    self._process.stdin.write(json.dumps(request) + '\n')
+    self._process.stdin.flush()
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError('The interpreter of --torch_python has failed.')
+    return json.loads(line)
