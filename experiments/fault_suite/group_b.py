@@ -99,7 +99,7 @@ def _flips(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   )
 
 
-def _lostlist_files(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+def _lost_files(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   saved = SavedRun(folder)
   outcomes = []
   for path in list_files(saved.newest):

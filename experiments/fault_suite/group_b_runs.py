@@ -108,7 +108,8 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     after = log.read_text()[len(said):]
     left = {x.name for x in (run / workdirs.CHECKPOINTS).iterdir()}
     straight = folder / 'straight'
-    train.train_and_evaluate(fault.toy_config(**{**group_b.RUN, **fields}), straight)
+    config = fault.toy_config(**{**group_b.RUN, **fields})
+    train.train_and_evaluate(config, straight)
     equal = _hash_newest(run) == _hash_newest(straight)
   finally:
     subprocess.run(['umount', disk], check=True)
