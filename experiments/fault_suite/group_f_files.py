@@ -1,5 +1,6 @@
 """Faults of files from elsewhere: pickles, mutations, bombs, paths."""
 
+import functools
 import io
 import json
 import pathlib
@@ -52,8 +53,13 @@ def _read_all(open_function, path, shapes):
       weights.read(key)
 
 
+@functools.cache
+def _config():
+  return fault.toy_config()
+
+
 def _read_latents(path):
-  config = fault.toy_config()
+  config = _config()
   config.model.latent_statistics = str(path)
   statistics = types.SimpleNamespace(grid_size=_GRID, width=_WIDTH)
   return initialization._read_statistics(
