@@ -207,9 +207,9 @@ def config_from_json(text: str) -> Config:
         ' object.'
     )
   config = Config(_with_tuples(values))
-  if 'partitioning' in config and 'mesh' in config.partitioning:
-    # Saved by a run from before there was this axis.
-    config.partitioning.mesh.setdefault('tensor', 1)
+  mesh = config.get('partitioning', {}).get('mesh')
+  if isinstance(mesh, Config) and 'tensor' not in mesh:
+    mesh.tensor = 1  # Of a run from before there was this axis.
   return config.lock()
 
 
