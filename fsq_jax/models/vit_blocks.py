@@ -58,7 +58,6 @@ class RotaryAttention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
     """Mixes [B, N, C] tokens; returns the same shape."""
-
     heads = self.architecture.num_heads
     q, k, v = (
         partitioning.constrain(
@@ -88,10 +87,7 @@ class GatedMlp(nn.Module):
         partitioning.constrain(y, tensor_axis=2)
         for y in _dense_together(self, names, x, arch.mlp_dim, 'mlp')
     )
-    if gate:
-      hidden = activate(gate[0]) * hidden
-    else:
-      hidden = activate(hidden)
+    hidden = activate(gate[0]) * hidden if gate else activate(hidden)
     return _dense(self, 'out', x.shape[-1], 'mlp')(hidden)
 
 
