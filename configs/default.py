@@ -337,6 +337,8 @@ def _losses() -> ml_collections.ConfigDict:
   # File of its weights, see experiments/weights; vit: directory of an encoder.
   # '' is refused where there is a network: none has random weights.
   perceptual.checkpoint = ''
+  # Type of its activations: 'float32' or 'bfloat16'. Distances are float32.
+  perceptual.dtype = 'float32'
 
   adversarial = losses.adversarial = ml_collections.ConfigDict()
   # What the decoder learns from the discriminator below: 'hinge', minus the
@@ -402,6 +404,8 @@ def _discriminator() -> ml_collections.ConfigDict:
   dino.image_size = (224, 224)
   dino.blocks = (2, 5, 8, 11)
   dino.kernel_size = 9
+  # Type of the transformer's activations: 'float32' or 'bfloat16'.
+  dino.dtype = 'float32'
   # Recompute the activations of each block in the backward pass.
   dino.remat = False
   # Its own AdamW, whose fields are those of `optim`; the schedule ends with the

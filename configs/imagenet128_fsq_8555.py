@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.losses.reconstruction = 'l2'
   config.losses.reconstruction_weight = 0.25
   config.losses.perceptual.name = 'resnet50'
+  config.losses.perceptual.dtype = 'bfloat16'
   config.losses.perceptual.weight = 0.1
   config.losses.adversarial.loss = 'non_saturating'
   config.losses.adversarial.weight = 0.1

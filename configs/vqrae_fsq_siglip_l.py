@@ -68,11 +68,13 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.losses.reconstruction = 'l1'
   config.losses.perceptual.name = 'lpips_vgg16'
+  config.losses.perceptual.dtype = 'bfloat16'
   config.losses.adversarial.weight = 0.75
   config.losses.adversarial.weighting = 'adaptive'
   config.losses.adversarial.start_step = 8 * _STEPS_PER_EPOCH
 
   config.discriminator.name = 'dino'
+  config.discriminator.dino.dtype = 'bfloat16'
   config.discriminator.dino.remat = True
   config.discriminator.start_step = 6 * _STEPS_PER_EPOCH
   config.discriminator.augment_probability = 1.0

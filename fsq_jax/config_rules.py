@@ -353,15 +353,15 @@ def _device_rules(num_devices: int) -> Iterator[rules.CrossRule]:
 
   yield rules.CrossRule(
       ('data.batch_size', 'optim.accumulation_steps', *_MESH),
-      f'a batch_size that is a multiple of {num_devices} devices, over tensor,'
-      ' times accumulation_steps',
+      f'a batch_size that is a multiple of {num_devices} devices times'
+      ' accumulation_steps, over partitioning.mesh.tensor',
       lambda size, parts, *sizes: (
           size % parts == 0 and divides(size // parts, *sizes)
       ),
   )
   yield rules.CrossRule(
       ('data.eval_batch_size', *_MESH),
-      f'a multiple of {num_devices} devices, over tensor',
+      f'a multiple of {num_devices} devices, over partitioning.mesh.tensor',
       divides,
   )
   yield rules.CrossRule(

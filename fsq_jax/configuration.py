@@ -53,10 +53,16 @@ _ALTERNATIVES = (
     'model.quantizer',
 )
 _NOT_OF_STATE = frozenset({
-    'discriminator.dino.checkpoint',
+    'discriminator.dino.checkpoint', 'discriminator.dino.dtype',
     'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })
+# Fields that earlier runs have saved no value of, and what they ran with.
+_ADDED = {
+    'discriminator.dino.dtype': 'float32',
+    'losses.perceptual.dtype': 'float32',
+    'partitioning.mesh.tensor': 1,
+}
 # Fields of quantizers that act on training only, as their specs say.
 _OF_QUANTIZER_TRAINING = (
     '.commitment_weight', '.dead_share', '.decay', '.diversity_weight',
@@ -207,9 +213,13 @@ def config_from_json(text: str) -> Config:
         ' object.'
     )
   config = Config(_with_tuples(values))
-  if 'partitioning' in config and 'mesh' in config.partitioning:
-    # Saved by a run from before there was this axis.
-    config.partitioning.mesh.setdefault('tensor', 1)
+  for name, value in _ADDED.items():
+    *sections, field = name.split('.')
+    section = config
+    for part in sections:
+      section = section.get(part) if isinstance(section, Config) else None
+    if isinstance(section, Config) and field not in section:
+      section[field] = value
   return config.lock()
 
 

@@ -47,6 +47,7 @@ _DISCRIMINATOR = {
     'dino.blocks': rules.tuple_of(
         'a tuple of integers >= 0', rules.COUNT_OR_ZERO, rules.ANY_LENGTH
     ),
+    'dino.dtype': rules.name('float32', 'bfloat16'),
     'dino.remat': rules.BOOL,
     'dino.kernel_size': rules.Rule(
         'an odd integer >= 1', lambda x: rules.COUNT.fits(x) and x % 2 == 1
@@ -65,6 +66,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     ),
     'losses.perceptual.weight': rules.NOT_NEGATIVE,
     'losses.perceptual.checkpoint': rules.TEXT,
+    'losses.perceptual.dtype': rules.name('float32', 'bfloat16'),
     'losses.adversarial.loss': rules.name(
         'hinge', 'non_saturating', 'vanilla'
     ),

@@ -1,10 +1,12 @@
 """Frozen networks that training looks at images through, loaded and placed."""
 
 from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax import numpy as jnp
 import ml_collections
 
 from fsq_jax import models
@@ -75,7 +77,9 @@ def load_networks(
   options = config.losses.perceptual
   if options.name != 'none':
     field = 'losses.perceptual.checkpoint'
-    load = perceptual.build_perceptual_loss
+    load = functools.partial(
+        perceptual.build_perceptual_loss, dtype=jnp.dtype(options.dtype)
+    )
     network = _load(field, load, options.name, options.checkpoint)
     variables['perceptual'] = network.variables
     hashes[f'losses.perceptual.{options.name}'] = network.sha256

@@ -55,7 +55,10 @@ class OutputDistance(nn.Module):
 
 
 def build_perceptual_loss(
-    name: str, path: str | os.PathLike[str]
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype = jnp.float32,
 ) -> frozen_network.FrozenNetwork:
   """Loads the network of a perceptual loss.
 
@@ -63,6 +66,7 @@ def build_perceptual_loss(
     name: 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'resnet50' or 'vit'.
     path: of its weights: for 'vit' what `models.load_encoder` takes, for the
       others a safetensors file.
+    dtype: of the network's activations; distances are float32.
 
   Returns:
     A module whose `__call__(images, others)` returns [B] distances, and its
@@ -76,23 +80,29 @@ def build_perceptual_loss(
     raise ValueError(
         f'The perceptual loss is {name!r}; known: {sorted(_LOSSES)}.'
     )
-  return _LOSSES[name](path)
+  return _LOSSES[name](path, dtype=dtype)
 
 
-def _load_lpips(path, network: str) -> frozen_network.FrozenNetwork:
-  return lpips.load_lpips(path, network, precision=_PRECISION)
+def _load_lpips(path, network: str, dtype) -> frozen_network.FrozenNetwork:
+  return lpips.load_lpips(path, network, precision=_PRECISION, dtype=dtype)
 
 
-def _load_classifier(path, classifier: str) -> frozen_network.FrozenNetwork:
+def _load_classifier(
+    path, classifier: str, dtype
+) -> frozen_network.FrozenNetwork:
   return _compare_outputs(
-      *classifiers.load_classifier(path, classifier, precision=_PRECISION)
+      *classifiers.load_classifier(
+          path, classifier, precision=_PRECISION, dtype=dtype
+      )
   )
 
 
-def _load_vit(path) -> frozen_network.FrozenNetwork:
+def _load_vit(path, dtype) -> frozen_network.FrozenNetwork:
   # Without the last scale and bias every channel counts the same.
   module, variables = pretrained.load_encoder(path, final_affine=False)
-  return _compare_outputs(module, variables, weight_files.hash_weights(path))
+  return _compare_outputs(
+      module.clone(dtype=dtype), variables, weight_files.hash_weights(path)
+  )
 
 
 def _compare_outputs(
@@ -105,7 +115,7 @@ def _compare_outputs(
   )
 
 
-_LOSSES: dict[str, Callable[[Any], frozen_network.FrozenNetwork]] = {
+_LOSSES: dict[str, Callable[..., frozen_network.FrozenNetwork]] = {
     'lpips_vgg16': functools.partial(_load_lpips, network='vgg16'),
     'lpips_alexnet': functools.partial(_load_lpips, network='alexnet'),
     'convnext': functools.partial(

@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import json
 import math
 import pathlib
 
@@ -400,6 +401,28 @@ def test_json_round_trip():
   configuration.check_config(loaded)
   with pytest.raises(AttributeError):
     loaded.data.batchsize = 3
+
+
+def test_runs_from_before_a_field_go_on_with_what_they_had():
+  current = ml_collections.ConfigDict(_changed())
+  saved = current.to_dict()
+  for name, value in configuration._ADDED.items():
+    *sections, field = name.split('.')
+    section = saved
+    for part in sections:
+      section = section[part]
+    assert section.pop(field) == value
+  loaded = configuration.config_from_json(json.dumps(saved))
+  assert configuration.diff_configs(loaded, current) == []
+  configuration.check_config(loaded)
+  configuration.check_resumable(loaded, current)
+
+
+def test_a_run_may_go_on_with_another_partitioning():
+  current = _changed(
+      partitioning__mesh__tensor=2, partitioning__fsdp_min_size=0
+  )
+  configuration.check_resumable(_changed(), current)
 
 
 def test_json_resolves_references():

@@ -225,6 +225,16 @@ def test_gradients_reach_heads_and_images_but_not_the_backbone():
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), backbone)
 
 
+def test_the_transformer_may_be_bfloat16_and_logits_remain_float32():
+  expected = _apply(_variables(), _images())
+  module = _module(dtype=jnp.bfloat16)
+  rounded = _apply(_variables(), _images(), module)
+  assert rounded.dtype == jnp.float32
+  assert np.any(rounded != expected)
+  scale = np.std(expected)
+  np.testing.assert_allclose(rounded, expected, atol=0.1 * scale)
+
+
 def test_remat_and_unrolling_change_no_logit():
   np.testing.assert_allclose(
       _apply(_variables(), _images()),

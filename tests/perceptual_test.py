@@ -99,6 +99,28 @@ def test_every_loss_keeps_the_contract(paths, name):
 
 
 @each_loss
+def test_activations_may_be_bfloat16_and_distances_remain_float32(
+    paths, name
+):
+  images, others = _images()
+
+  def compare(dtype):
+    module, variables, _ = perceptual.build_perceptual_loss(
+        name, paths[name], dtype=dtype
+    )
+    program = jax.jit(module.apply).lower(variables, images, others).as_text()
+    return jax.jit(module.apply)(variables, images, others), program
+
+  expected, program = compare(jnp.float32)
+  assert 'bf16' not in program
+  rounded, program = compare(jnp.bfloat16)
+  assert 'bf16' in program
+  assert rounded.dtype == jnp.float32
+  # 8 bits, through all layers.
+  np.testing.assert_allclose(rounded, expected, rtol=0.1)
+
+
+@each_loss
 def test_the_gradient_of_the_mean_reaches_every_image(paths, name):
   module, variables, _ = perceptual.build_perceptual_loss(name, paths[name])
   images, others = _images()

@@ -6,53 +6,23 @@ as it runs.
 """
 
 from collections.abc import Iterator, Sequence
-import dataclasses
 import math
 import re
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments.tpu_compile import hlo
+
 COLLECTIVES = (
     'all-gather', 'all-reduce', 'all-to-all', 'collective-permute',
     'reduce-scatter',
 )
-_BYTES = {'pred': 1, 'bf16': 2}
-_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$')
-_INSTRUCTION = re.compile(r'^  (ROOT )?%?([\w.\-]+) = (.*)$')
-_ARRAY = re.compile(r'([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?')
 # Which compute nothing and read nothing from memory by themselves.
 _FREE = frozenset({
     'after-all', 'bitcast', 'conditional', 'constant', 'get-tuple-element',
     'opt-barrier', 'parameter', 'partition-id', 'replica-id', 'tuple', 'while',
 })
-
-
-class Array(NamedTuple):
-  """One array of a type: dtype, sizes, and whether it is in HBM."""
-
-  dtype: str
-  shape: tuple[int, ...]
-  in_hbm: bool
-
-  @property
-  def num_bytes(self) -> int:
-    """Bytes without padding."""
-    bits = re.search(r'\d+', self.dtype)
-    size = _BYTES.get(self.dtype) or int(bits.group()) / 8 if bits else 1
-    return int(math.prod(self.shape) * size)
-
-
-@dataclasses.dataclass
-class Instruction:
-  """One line of a computation."""
-
-  name: str
-  arrays: list[Array]
-  opcode: str
-  operands: list[str]
-  rest: str
-  is_root: bool
 
 
 class Product(NamedTuple):
@@ -85,7 +55,7 @@ class Collective(NamedTuple):
   """
 
   kind: str
-  arrays: tuple[Array, ...]
+  arrays: tuple[hlo.Array, ...]
   num_bytes: int
   group_size: int
   count: float
@@ -116,22 +86,7 @@ class Program:
     Args:
       text: `jax.stages.Compiled.as_text()`.
     """
-    self._computations: dict[str, dict[str, Instruction]] = {}
-    self._entry = ''
-    current: dict[str, Instruction] = {}
-    for line in text.splitlines():
-      header = _HEADER.match(line)
-      if header:
-        current = self._computations.setdefault(header.group(2), {})
-        if header.group(1):
-          self._entry = header.group(2)
-        continue
-      match = _INSTRUCTION.match(line)
-      if match:
-        instruction = _parse(*match.groups())
-        current[instruction.name] = instruction
-    if not self._entry:
-      raise ValueError('The text has no ENTRY computation; give HLO text.')
+    self._computations, self._entry = hlo.parse(text)
 
   def costs(self) -> Costs:
     """Adds up everything, as often as it runs."""
@@ -160,7 +115,7 @@ class Program:
 
   def _walk(
       self, name: str, count: float, is_fused: bool
-  ) -> Iterator[tuple[dict[str, Instruction], Instruction, float, bool]]:
+  ) -> Iterator[tuple[hlo.Computation, hlo.Instruction, float, bool]]:
     """Yields every instruction with the number of its runs."""
     computation = self._computations[name]
     for instruction in computation.values():
@@ -174,7 +129,7 @@ class Program:
       for called in _called(instruction):
         yield from self._walk(called, count, fused)
 
-  def _trip_count(self, instruction: Instruction) -> int:
+  def _trip_count(self, instruction: hlo.Instruction) -> int:
     known = re.search(
         r'known_trip_count["\\:{ ]+n["\\: ]+(\d+)', instruction.rest
     )
@@ -203,13 +158,13 @@ class Program:
     index = int(re.search(r'index=(\d+)', counter.rest).group(1))
     (root,) = (x for x in body.values() if x.is_root)
     step = self._added(body, root.operands[index])
-    return -(-_constant(limit) // step)
+    return -(-hlo.read_constant(limit) // step)
 
-  def _added(self, body: dict[str, Instruction], name: str) -> int:
+  def _added(self, body: hlo.Computation, name: str) -> int:
     """Returns the constants that a value is the sum of, beside the counter."""
     instruction = body[name]
     if instruction.opcode == 'constant':
-      return _constant(instruction)
+      return hlo.read_constant(instruction)
     if instruction.opcode in ('add', 'bitcast', 'copy'):
       return sum(self._added(body, x) for x in instruction.operands)
     if instruction.opcode == 'get-tuple-element':
@@ -219,7 +174,7 @@ class Program:
         ' constants can be followed.'
     )
 
-  def _operands(self, computation, instruction) -> list[Array]:
+  def _operands(self, computation, instruction) -> list[hlo.Array]:
     return [
         array
         for name in instruction.operands
@@ -315,7 +270,7 @@ def convolution_flops(
     lhs: Sequence[int],
     rhs: Sequence[int],
     result: Sequence[int],
-    instruction: Instruction,
+    instruction: hlo.Instruction,
 ) -> float:
   """FLOPs of a convolution, without products with padding or dilation.
 
@@ -369,49 +324,7 @@ def _window(text: str) -> dict[str, list[int]]:
   }
 
 
-def _parse(root: str | None, name: str, text: str) -> Instruction:
-  """Splits what stands behind ' = ': type, opcode, operands, the rest."""
-  kind, _, text = _split_type(text)
-  opcode, _, text = text.partition('(')
-  depth, end = 1, 0
-  while depth and end < len(text):
-    depth += {'(': 1, ')': -1}.get(text[end], 0)
-    end += 1
-  inside, rest, opcode = text[:end - 1], text[end:], opcode.strip()
-  operands = [x.lstrip('%') for x in re.findall(r'%?[\w.\-]+(?=, |$)', inside)]
-  if opcode in ('constant', 'parameter'):
-    # Their value stands where others have operands.
-    operands, rest = [], f'{inside}){rest}'
-  return Instruction(name, _arrays(kind), opcode, operands, rest, bool(root))
-
-
-def _split_type(text: str) -> tuple[str, str, str]:
-  if not text.startswith('('):
-    return text.partition(' ')
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += {'(': 1, ')': -1}.get(letter, 0)
-    if not depth:
-      return text[:i + 1], ' ', text[i + 1:].lstrip()
-  raise ValueError(f'The type of {text[:80]!r} does not end.')
-
-
-def _constant(instruction: Instruction) -> int:
-  return int(re.match(r'(\d+)\)', instruction.rest).group(1))
-
-
-def _arrays(text: str) -> list[Array]:
-  return [
-      Array(
-          dtype,
-          tuple(int(n) for n in sizes.split(',') if n),
-          'S(' not in (layout or ''),
-      )
-      for dtype, sizes, layout in _ARRAY.findall(text)
-  ]
-
-
-def _called(instruction: Instruction) -> list[str]:
+def _called(instruction: hlo.Instruction) -> list[str]:
   """Names of the computations that an instruction runs once."""
   if instruction.opcode == 'conditional':
     branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.rest)
@@ -426,7 +339,7 @@ def _called(instruction: Instruction) -> list[str]:
   return []
 
 
-def _users(computation, name: str) -> Iterator[Instruction]:
+def _users(computation, name: str) -> Iterator[hlo.Instruction]:
   """Yields what reads a value, behind bitcasts too."""
   for instruction in computation.values():
     if name in instruction.operands:
@@ -436,7 +349,7 @@ def _users(computation, name: str) -> Iterator[Instruction]:
         yield instruction
 
 
-def _is_target(computation, update: Instruction, name: str) -> bool:
+def _is_target(computation, update: hlo.Instruction, name: str) -> bool:
   """Whether an update in place is of the value, or of a bitcast of it."""
   target = update.operands[0]
   while target != name and computation[target].opcode == 'bitcast':
@@ -444,7 +357,7 @@ def _is_target(computation, update: Instruction, name: str) -> bool:
   return target == name
 
 
-def _hbm_bytes(arrays: Sequence[Array]) -> float:
+def _hbm_bytes(arrays: Sequence[hlo.Array]) -> float:
   return float(sum(x.num_bytes for x in arrays if x.in_hbm))
 
 
@@ -467,6 +380,6 @@ def _group_size(text: str) -> int:
   return 2  # Pairs of a permutation.
 
 
-def _op_name(instruction: Instruction) -> str:
+def _op_name(instruction: hlo.Instruction) -> str:
   found = re.search(r'op_name="([^"]*)"', instruction.rest)
   return found.group(1) if found else ''

@@ -100,7 +100,8 @@ def _abstract_networks(
   """The module of the perceptual loss, and the shapes of frozen variables."""
   images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), jnp.float32)
   key = jax.random.key(0)
-  module, variables = _PERCEPTUAL[config.losses.perceptual.name](), {}
+  options, variables = config.losses.perceptual, {}
+  module = _PERCEPTUAL[options.name](jnp.dtype(options.dtype))
   if module is not None:
     variables['perceptual'] = jax.eval_shape(module.init, key, images, images)
   if config.discriminator.name == 'dino':
@@ -110,15 +111,15 @@ def _abstract_networks(
   return module, variables
 
 
-def _compare_logits(name: str) -> nn.Module:
-  classifier = classifiers.CLASSIFIERS[name](precision='default')
+def _compare_logits(name: str, dtype: jnp.dtype) -> nn.Module:
+  classifier = classifiers.CLASSIFIERS[name](precision='default', dtype=dtype)
   return perceptual.OutputDistance(classifier)
 
 
 # As `perceptual.build_perceptual_loss` builds them of files.
 _PERCEPTUAL = {
-    'none': lambda: None,
-    'lpips_vgg16': lambda: lpips.Lpips('vgg16', 'default'),
-    'convnext': lambda: _compare_logits('convnext_small'),
-    'resnet50': lambda: _compare_logits('resnet50'),
+    'none': lambda _: None,
+    'lpips_vgg16': lambda dtype: lpips.Lpips('vgg16', 'default', dtype),
+    'convnext': lambda dtype: _compare_logits('convnext_small', dtype),
+    'resnet50': lambda dtype: _compare_logits('resnet50', dtype),
 }

@@ -178,6 +178,7 @@ def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
       architecture = parse_architecture(fields['architecture'])
     except ValueError as error:
       raise ValueError(f'discriminator.dino: {error}') from error
+    fields['dtype'] = jnp.dtype(fields['dtype'])
     # As in the discriminators that it is known from.
     fields['architecture'] = dataclasses.replace(
         architecture, activation='gelu_tanh'

@@ -36,12 +36,14 @@ class ConvNext(nn.Module):
     depths: blocks of each stage.
     num_classes: how many logits there are.
     precision: of the products, as in `jax.lax.Precision`.
+    dtype: of the convolutions and blocks; norms and logits are in float32.
   """
 
   widths: tuple[int, ...]
   depths: tuple[int, ...]
   num_classes: int
   precision: str
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -57,7 +59,7 @@ class ConvNext(nn.Module):
     def shrink(x: jax.Array, name: str, width: int, factor: int) -> jax.Array:
       return nn.Conv(
           width, (factor, factor), strides=factor, padding='VALID',
-          precision=self.precision, name=name,
+          precision=self.precision, dtype=self.dtype, name=name,
       )(x)
 
     x = _layer_norm(name='stem_norm')(
@@ -70,7 +72,9 @@ class ConvNext(nn.Module):
         x = _layer_norm(name=f'shrink{i}_norm')(x)
         x = shrink(x, f'shrink{i}_conv', width, 2)
       for j in range(depth):
-        x = _ConvNextBlock(self.precision, name=f'stage{i}_block{j}')(x)
+        x = _ConvNextBlock(
+            self.precision, self.dtype, name=f'stage{i}_block{j}'
+        )(x)
     x = _layer_norm(name='head_norm')(jnp.mean(x, axis=(1, 2)))
     return nn.Dense(self.num_classes, precision=self.precision, name='head')(x)
 
@@ -105,11 +109,13 @@ class ResNet(nn.Module):
     depths: blocks of each stage.
     num_classes: how many logits there are.
     precision: of the products, as in `jax.lax.Precision`.
+    dtype: of the convolutions and blocks; norms and logits are in float32.
   """
 
   depths: tuple[int, ...]
   num_classes: int
   precision: str
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -123,7 +129,7 @@ class ResNet(nn.Module):
     """
     x = nn.Conv(
         64, (7, 7), strides=2, padding=3, use_bias=False,
-        precision=self.precision, name='conv1',
+        precision=self.precision, dtype=self.dtype, name='conv1',
     )(_preprocess(images))
     x = nn.relu(_batch_norm(name='bn1')(x))
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
@@ -131,7 +137,8 @@ class ResNet(nn.Module):
       for j in range(depth):
         stride = 2 if i > 1 and j == 0 else 1
         x = _Bottleneck(
-            32 * 2**i, stride, self.precision, name=f'layer{i}_{j}'
+            32 * 2**i, stride, self.precision, self.dtype,
+            name=f'layer{i}_{j}',
         )(x)
     x = jnp.mean(x, axis=(1, 2))
     return nn.Dense(self.num_classes, precision=self.precision, name='fc')(x)
@@ -159,7 +166,11 @@ CLASSIFIERS = {
 
 
 def load_classifier(
-    path: str | os.PathLike[str], name: str, *, precision: str = 'highest'
+    path: str | os.PathLike[str],
+    name: str,
+    *,
+    precision: str = 'highest',
+    dtype: jnp.dtype = jnp.float32,
 ) -> frozen_network.FrozenNetwork:
   """Loads a classifier of torchvision.
 
@@ -167,6 +178,7 @@ def load_classifier(
     path: its state dict as a safetensors file.
     name: a key of `CLASSIFIERS`.
     precision: of the products, as in `jax.lax.Precision`.
+    dtype: as in `ConvNext`.
 
   Raises:
     ValueError: an unknown name, or a file that is missing, damaged, or of
@@ -177,7 +189,7 @@ def load_classifier(
         f'The classifier is {name!r}; known: {sorted(CLASSIFIERS)}.'
     )
   return fill_classifier(
-      CLASSIFIERS[name](precision=precision),
+      CLASSIFIERS[name](precision=precision, dtype=dtype),
       path,
       "Where PyTorch is installed, save torchvision's"
       f" {name}(weights='IMAGENET1K_V1').state_dict() with"
@@ -199,18 +211,24 @@ class _ConvNextBlock(nn.Module):
   """Depthwise convolution, LayerNorm, MLP."""
 
   precision: str
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     y = nn.Conv(
         width, (7, 7), feature_group_count=width, precision=self.precision,
-        name='depthwise',
+        dtype=self.dtype, name='depthwise',
     )(x)
     y = _layer_norm(name='norm')(y)
-    y = nn.Dense(4 * width, precision=self.precision, name='expand')(y)
-    y = nn.gelu(y, approximate=False)
-    y = nn.Dense(width, precision=self.precision, name='contract')(y)
+
+    def dense(y: jax.Array, features: int, name: str) -> jax.Array:
+      return nn.Dense(
+          features, precision=self.precision, dtype=self.dtype, name=name
+      )(y)
+
+    y = nn.gelu(dense(y, 4 * width, 'expand'), approximate=False)
+    y = dense(y, width, 'contract')
     scale = self.param('layer_scale', nn.initializers.ones, (width,))
     return x + scale * y
 
@@ -221,6 +239,7 @@ class _Bottleneck(nn.Module):
   channels: int
   stride: int
   precision: str
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -231,7 +250,8 @@ class _Bottleneck(nn.Module):
     ) -> jax.Array:
       y = nn.Conv(
           channels, (side, side), strides=stride, padding=side // 2,
-          use_bias=False, precision=self.precision, name=names[0],
+          use_bias=False, precision=self.precision, dtype=self.dtype,
+          name=names[0],
       )(y)
       return _batch_norm(name=names[1])(y)
 

@@ -45,6 +45,7 @@ class DinoDiscriminator(nn.Module):
     image_size: (height, width) in pixels that images are resampled to.
     blocks: those judged next to the last one, such as `BLOCKS`.
     kernel_size: tokens that a head's residual convolution sees, 9 there.
+    dtype: of the products in the transformer; the heads are in float32.
     remat: whether the backward pass computes each block again.
     scan_unroll: blocks laid out in one iteration; changes speed, not results.
   """
@@ -53,6 +54,7 @@ class DinoDiscriminator(nn.Module):
   image_size: tuple[int, int]
   blocks: tuple[int, ...]
   kernel_size: int
+  dtype: jnp.dtype = jnp.float32
   remat: bool = False
   scan_unroll: int = 1
 
@@ -87,8 +89,8 @@ class DinoDiscriminator(nn.Module):
     # Not a submodule, so that its parameters can be cut off from gradients.
     backbone = pretrained_vit.PretrainedVit(
         architecture=self.architecture, image_size=self.image_size,
-        final_affine=False, resize='bilinear', remat=self.remat,
-        scan_unroll=self.scan_unroll, parent=None,
+        final_affine=False, resize='bilinear', dtype=self.dtype,
+        remat=self.remat, scan_unroll=self.scan_unroll, parent=None,
     )
     images = images.astype(jnp.float32)
     method = 'latents_of_blocks'

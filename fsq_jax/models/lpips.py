@@ -72,10 +72,12 @@ class Backbone(nn.Module):
   Attributes:
     network: a key of `NETWORKS`.
     precision: of the products, as in `jax.lax.Precision`.
+    dtype: of the convolutions.
   """
 
   network: str
   precision: str
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -90,7 +92,7 @@ class Backbone(nn.Module):
         x = nn.relu(
             nn.Conv(
                 channels, (stage.kernel,) * 2, strides=stage.stride,
-                padding=padding, precision=self.precision,
+                padding=padding, precision=self.precision, dtype=self.dtype,
                 name=f'conv{i}_{j}',
             )(x)
         )
@@ -106,14 +108,16 @@ class Lpips(nn.Module):
     network: a key of `NETWORKS`.
     precision: of the products, as in `jax.lax.Precision`: 'highest' for
       numbers that are quoted; 'default' is faster where float32 is not native.
+    dtype: of the convolutions; what they make is compared in float32.
   """
 
   network: str
   precision: str = 'highest'
+  dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     stages = NETWORKS[self.network].stages
-    self.backbone = Backbone(self.network, self.precision)
+    self.backbone = Backbone(self.network, self.precision, self.dtype)
     self.heads = [
         self.param(f'head{i}', nn.initializers.ones, (stage.channels[-1],))
         for i, stage in enumerate(stages, start=1)
@@ -173,7 +177,8 @@ class Lpips(nn.Module):
           + (", or 'vgg16'." if self.network != 'vgg16' else '.')
       )
     images = images.astype(jnp.float32)
-    return self.backbone((images - jnp.array(_SHIFT)) / jnp.array(_SCALE))
+    taps = self.backbone((images - jnp.array(_SHIFT)) / jnp.array(_SCALE))
+    return tuple(x.astype(jnp.float32) for x in taps)
 
   def pooled(self, images: jax.Array) -> jax.Array:
     """Computes one vector per image, for a Frechet distance.
@@ -189,7 +194,11 @@ class Lpips(nn.Module):
 
 
 def load_lpips(
-    path: str | os.PathLike[str], network: str, *, precision: str = 'highest'
+    path: str | os.PathLike[str],
+    network: str,
+    *,
+    precision: str = 'highest',
+    dtype: jnp.dtype = jnp.float32,
 ) -> frozen_network.FrozenNetwork:
   """Loads what experiments/weights/convert_lpips.py has written.
 
@@ -197,6 +206,7 @@ def load_lpips(
     path: a safetensors file whose keys are the paths of our parameters.
     network: a key of `NETWORKS`.
     precision: as in `Lpips`.
+    dtype: as there.
 
   Raises:
     ValueError: an unknown network, or a file that is missing, damaged, or of
@@ -207,7 +217,7 @@ def load_lpips(
         f'The LPIPS network is {network!r}; known: {sorted(NETWORKS)}.'
     )
   return frozen_network.load_network(
-      Lpips(network, precision),
+      Lpips(network, precision, dtype),
       path,
       num_images=2,
       find_place=lambda name, shape: frozen_network.Place(name),

@@ -32,6 +32,23 @@ def layer_norm(
   )
 
 
+class DenseParameters(nn.Module):
+  """The parameters of nn.Dense, under its names, to be used elsewhere."""
+
+  features: int
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+    """Returns a [channels, features] kernel and its bias, zeros without."""
+    init = nn.linear.default_kernel_init
+    kernel = self.param('kernel', init, (channels, self.features))
+    if not self.use_bias:
+      return kernel, jnp.zeros(self.features, kernel.dtype)
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return kernel, bias
+
+
 class RotaryAttention(nn.Module):
   """Multi-head self-attention that may turn queries and keys by position."""
 
@@ -41,16 +58,14 @@ class RotaryAttention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
     """Mixes [B, N, C] tokens; returns the same shape."""
-
-    def project(name: str) -> jax.Array:
-      y = _dense(self, name, x.shape[-1])(x)
-      y = rearrange(
-          y, 'b n (h d) -> b h n d', h=self.architecture.num_heads
-      )
-      return partitioning.constrain(y, tensor_axis=1)
-
-    q, k = (_rotate(project(name), rotation) for name in ('query', 'key'))
-    mixed = vit.attend(q, k, project('value'))
+    heads = self.architecture.num_heads
+    q, k, v = (
+        partitioning.constrain(
+            rearrange(y, 'b n (h d) -> b h n d', h=heads), tensor_axis=1
+        )
+        for y in _dense_together(self, ('query', 'key', 'value'), x)
+    )
+    mixed = vit.attend(_rotate(q, rotation), _rotate(k, rotation), v)
     mixed = rearrange(mixed, 'b h n d -> b n (h d)').astype(self.dtype)
     return _dense(self, 'out', x.shape[-1])(mixed)
 
@@ -67,16 +82,12 @@ class GatedMlp(nn.Module):
     arch = self.architecture
     activate = _ACTIVATIONS[arch.activation]
 
-    def widen(name: str) -> jax.Array:
-      y = _dense(self, name, arch.mlp_dim, 'mlp')(x)
-      return partitioning.constrain(y, tensor_axis=2)
-
-    hidden = widen('in')
-    if arch.mlp == 'gated':
-      gate = widen('gate')
-      hidden = activate(gate) * hidden
-    else:
-      hidden = activate(hidden)
+    names = ('in', 'gate') if arch.mlp == 'gated' else ('in',)
+    hidden, *gate = (
+        partitioning.constrain(y, tensor_axis=2)
+        for y in _dense_together(self, names, x, arch.mlp_dim, 'mlp')
+    )
+    hidden = activate(gate[0]) * hidden if gate else activate(hidden)
     return _dense(self, 'out', x.shape[-1], 'mlp')(hidden)
 
 
@@ -174,6 +185,45 @@ def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   return (x * cos + turned * sin).astype(x.dtype)
+
+
+def _dense_together(
+    module: nn.Module,
+    names: tuple[str, ...],
+    x: jax.Array,
+    features: int | None = None,
+    bias: str | None = None,
+) -> jax.Array:
+  """Applies dense layers of the module to the same tokens by one product.
+
+  Tokens are read once, and where 'tensor' splits the layers, the gradient at
+  the tokens is summed over the devices once and not for every layer.
+
+  Args:
+    module: with the fields architecture and dtype.
+    names: of the layers.
+    x: [B, N, C] tokens.
+    features: of each layer; C if it is not given.
+    bias: as in `_dense`.
+
+  Returns:
+    [layers, B, N, features].
+  """
+  parameters = [
+      DenseParameters(
+          features or x.shape[-1],
+          (bias or name) in module.architecture.biases,
+          name=name,
+      )(x.shape[-1])
+      for name in names
+  ]
+  kernels, biases = zip(*parameters, strict=True)
+  x, kernel, bias = nn.dtypes.promote_dtype(
+      x, jnp.stack(kernels, axis=1), jnp.stack(biases), dtype=module.dtype
+  )
+  kernel = partitioning.constrain_parameter(kernel, tensor_axis=2)
+  y = jnp.einsum('bnc,csf->sbnf', x, kernel)
+  return y + rearrange(bias, 's f -> s 1 1 f')
 
 
 def _dense(

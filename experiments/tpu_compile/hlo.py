@@ -1,0 +1,116 @@
+"""The text of a compiled program, taken apart."""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {'pred': 1, 'bf16': 2}
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$')
+_INSTRUCTION = re.compile(r'^  (ROOT )?%?([\w.\-]+) = (.*)$')
+_ARRAY = re.compile(r'([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?')
+
+
+class Array(NamedTuple):
+  """One array of a type: dtype, sizes, and whether it is in HBM."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  in_hbm: bool
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes without padding."""
+    bits = re.search(r'\d+', self.dtype)
+    size = _BYTES.get(self.dtype) or int(bits.group()) / 8 if bits else 1
+    return int(math.prod(self.shape) * size)
+
+
+@dataclasses.dataclass
+class Instruction:
+  """One line of a computation."""
+
+  name: str
+  arrays: list[Array]
+  opcode: str
+  operands: list[str]
+  rest: str
+  is_root: bool
+
+
+# Name to instruction, in order.
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+  """Takes the text of a program apart.
+
+  Args:
+    text: HLO, such as `jax.stages.Compiled.as_text()`.
+
+  Returns:
+    The computations by their names, and the name of the one that is run.
+
+  Raises:
+    ValueError: another text.
+  """
+  computations: dict[str, Computation] = {}
+  entry = ''
+  current: Computation = {}
+  for line in text.splitlines():
+    header = _HEADER.match(line)
+    if header:
+      current = computations.setdefault(header.group(2), {})
+      if header.group(1):
+        entry = header.group(2)
+      continue
+    match = _INSTRUCTION.match(line)
+    if match:
+      instruction = _parse_line(*match.groups())
+      current[instruction.name] = instruction
+  if not entry:
+    raise ValueError('The text has no ENTRY computation; give HLO text.')
+  return computations, entry
+
+
+def _parse_line(root: str | None, name: str, text: str) -> Instruction:
+  """Splits what stands behind ' = ': type, opcode, operands, the rest."""
+  kind, _, text = _split_type(text)
+  opcode, _, text = text.partition('(')
+  depth, end = 1, 0
+  while depth and end < len(text):
+    depth += {'(': 1, ')': -1}.get(text[end], 0)
+    end += 1
+  inside, rest, opcode = text[:end - 1], text[end:], opcode.strip()
+  operands = [x.lstrip('%') for x in re.findall(r'%?[\w.\-]+(?=, |$)', inside)]
+  if opcode in ('constant', 'parameter'):
+    # Their value stands where others have operands.
+    operands, rest = [], f'{inside}){rest}'
+  return Instruction(name, _arrays(kind), opcode, operands, rest, bool(root))
+
+
+def _split_type(text: str) -> tuple[str, str, str]:
+  if not text.startswith('('):
+    return text.partition(' ')
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += {'(': 1, ')': -1}.get(letter, 0)
+    if not depth:
+      return text[:i + 1], ' ', text[i + 1:].lstrip()
+  raise ValueError(f'The type of {text[:80]!r} does not end.')
+
+
+def read_constant(instruction: Instruction) -> int:
+  """Returns the value of an integer constant."""
+  return int(re.match(r'(\d+)\)', instruction.rest).group(1))
+
+
+def _arrays(text: str) -> list[Array]:
+  return [
+      Array(
+          dtype,
+          tuple(int(n) for n in sizes.split(',') if n),
+          'S(' not in (layout or ''),
+      )
+      for dtype, sizes, layout in _ARRAY.findall(text)
+  ]
