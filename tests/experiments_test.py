@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from experiments import sweep
+from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.perceptual_ablation import perceptual_ablation
 from experiments.quantizer_comparison import compare
@@ -171,6 +172,14 @@ def test_readmes_show_the_tables_of_the_results(name, capsys):
   for table in tables:
     assert table in readme
   assert tables[0] in (_ROOT / 'README.md').read_text()
+
+
+def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
+  benchmarks.print_tables(_results('benchmarks'))
+  tables = capsys.readouterr().out.strip().split('\n\n')
+  readme = (_ROOT / 'experiments' / 'benchmarks' / 'README.md').read_text()
+  for table in tables:
+    assert table in readme
 
 
 @pytest.mark.parametrize('name', _SCRIPTS)
