@@ -83,12 +83,23 @@ class Evaluator:
     tally = evaluation.Tally(
         self._quantizer, self._networks, self._dataset, self._num_grid_images
     )
+    pending = None
     for local_batch in self._dataset:
       batch = partitioning.shard_batch(local_batch, self._mesh)
       output = self._eval_step(variables, batch['image'])
-      pairs = batch['image'], output.reconstructions
-      tally.update(*jax.device_get((self._gather(batch), output)), *pairs)
+      # Adds a batch up while devices work on the next one.
+      previous, pending = pending, (self._gather(batch), output, batch['image'])
+      _add(previous, tally)
+    _add(pending, tally)
     return tally.result()
+
+
+def _add(pending: tuple[Any, ...] | None, tally: evaluation.Tally) -> None:
+  """Adds a batch whose results may still be under way, if there is one."""
+  if pending is not None:
+    batch, output, images = pending
+    results = jax.device_get((batch, output))
+    tally.update(*results, images, output.reconstructions)
 
 
 def build_evaluator(

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from experiments import sweep
+from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.fault_suite import run as fault_suite
 from experiments.perceptual_ablation import perceptual_ablation
@@ -182,6 +183,14 @@ def test_every_fault_has_been_tested():
   for name, fault in fault_suite.FAULTS.items():
     assert results[name]['injected'] == fault.injected
     assert results[name]['required'] == fault.required
+
+
+def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
+  benchmarks.print_tables(_results('benchmarks'))
+  tables = capsys.readouterr().out.strip().split('\n\n')
+  readme = (_ROOT / 'experiments' / 'benchmarks' / 'README.md').read_text()
+  for table in tables:
+    assert table in readme
 
 
 @pytest.mark.parametrize('name', _SCRIPTS)

@@ -33,12 +33,14 @@ def use(size=100 * 2**20):
   buffer = library.malloc(size)
   ctypes.memset(buffer, 1, size)
   library.free(buffer)
-for _ in range(2):
+counts = []
+for _ in range(11):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   thread = threading.Thread(target=use)
   thread.start()
   thread.join()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+  counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(counts)[5])
 """
 
 
@@ -49,7 +51,8 @@ def test_large_buffers_of_threads_keep_their_pages():
       [sys.executable, '-c', _ALLOCATE],
       capture_output=True, text=True, check=True, cwd=_ROOT,
   )
-  # 100 MiB are 25,600 pages.
+  # 100 MiB are 25,600 pages. The median: a buffer moves, and fetches pages
+  # once, where another thread has taken a piece of the one before.
   assert int(process.stdout) < 1000
 
 

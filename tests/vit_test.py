@@ -177,3 +177,27 @@ def test_sincos_positions_tell_every_place_of_a_grid_apart():
 def test_sincos_positions_need_a_multiple_of_four_channels():
   with pytest.raises(ValueError, match='that 4 divides, not 6'):
     vit.sincos_positions(2, 2, 6)
+
+
+def _dots(jaxpr):
+  """Yields the contracted axes of all products, those of inner jaxprs too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      yield equation.params['dimension_numbers'][0]
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from _dots(inner)
+
+
+def test_gradients_of_kernels_contract_one_axis():
+  # With two, XLA's CPU backend transposes the activations in memory.
+  mlp = vit.Mlp(mlp_dim=16, dtype=jnp.float32)
+  x = jnp.ones((2, 4, 8))
+  variables = mlp.init(jax.random.key(0), x)
+  jaxpr = jax.make_jaxpr(
+      jax.grad(lambda variables: jnp.sum(mlp.apply(variables, x)))
+  )(variables)
+  contracted = list(_dots(jaxpr.jaxpr))
+  assert len(contracted) >= 5
+  assert all(len(left) == len(right) == 1 for left, right in contracted)

@@ -231,4 +231,7 @@ def _dense(
 ) -> nn.Dense:
   """A dense layer of the module, with a bias where the family has one."""
   use_bias = (bias or name) in module.architecture.biases
-  return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, name=name)
+  return nn.Dense(
+      features, use_bias=use_bias, dtype=module.dtype,
+      dot_general=vit.dot_rows, name=name,
+  )

@@ -1,0 +1,146 @@
+"""Whole runs: real input, evaluation, and from process start to first step."""
+
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from experiments.benchmarks import blocks
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import evaluate
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import train_state
+from fsq_jax import train_step
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = 'configs/fsq_888.py'
+
+# Runs launch.py until its first step is on the device, then leaves.
+_FIRST_STEP = """
+import os, runpy, sys, time
+import jax
+from fsq_jax import train
+take_step = train._Trainer._take_step
+def take_one(trainer):
+  take_step(trainer)
+  jax.block_until_ready(trainer.state)
+  times = os.times()
+  print('first step', time.time(), times.user + times.system, flush=True)
+  os._exit(0)
+train._Trainer._take_step = take_one
+sys.argv = ['launch.py', *sys.argv[1:]]
+runpy.run_path('launch.py', run_name='__main__')
+"""
+
+
+def input_figures(rounds: int) -> dict[str, Any]:
+  """Steps on images that are read meanwhile by steps on one fixed batch."""
+  config = configuration.load_config(ROOT / CONFIG)
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  state = train_state.StateBuilder(config, model, optimizer, mesh).create()
+  step = jax.jit(
+      train_step.build_train_step(model, optimizer, config), donate_argnums=0
+  )
+  iterator = data.build_dataset(
+      config.data, split='train', seed=config.seed
+  ).iterator()
+  fixed = partitioning.shard_batch(next(iterator)['image'], mesh)
+
+  def block(read: bool) -> blocks.Block:
+    def run(calls: int) -> tuple[float, float]:
+      nonlocal state
+      started = time.perf_counter(), time.process_time()
+      for _ in range(calls):
+        images = fixed
+        if read:
+          images = partitioning.shard_batch(next(iterator)['image'], mesh)
+        state, _ = step(state, images)
+      jax.block_until_ready(state)
+      ended = time.perf_counter(), time.process_time()
+      return ended[0] - started[0], ended[1] - started[1]
+
+    return run
+
+  return blocks.alternate(
+      {'real_input': block(True), 'fixed_batch': block(False)},
+      baseline='fixed_batch', calls=20, rounds=rounds,
+  )
+
+
+def evaluation_figures(rounds: int) -> dict[str, Any]:
+  """The evaluation of a split by the jitted forward pass on fixed batches."""
+  config = configuration.load_config(ROOT / CONFIG)
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  variables = builder.create().eval_variables
+  dataset = data.build_dataset(config.data, split='eval', seed=config.seed)
+  evaluator = evaluate.Evaluator(
+      model, dataset, mesh, num_grid_images=config.eval.num_grid_images
+  )
+  images = partitioning.shard_batch(next(iter(dataset))['image'], mesh)
+  forward = jax.jit(
+      lambda variables, images: model.apply(
+          variables, train_step.to_float(images)
+      )
+  )
+  scored = jax.jit(train_step.build_eval_step(model))
+
+  def over_batches(function) -> blocks.Block:
+    def run() -> None:
+      for _ in range(dataset.num_batches):
+        output = function(variables, images)
+      jax.block_until_ready(output)
+
+    return blocks.block_of(run)
+
+  figures = blocks.alternate(
+      {
+          'evaluation': blocks.block_of(lambda: evaluator.run(variables)),
+          'forward_and_metrics': over_batches(scored),
+          'forward': over_batches(forward),
+      },
+      baseline='forward_and_metrics', calls=1, rounds=rounds,
+  )
+  return figures | {'num_images': dataset.num_examples}
+
+
+def start_figures(rounds: int) -> dict[str, Any]:
+  """Seconds from the start of a process to its first step, programs cached."""
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  walls, processors = [], []
+  with tempfile.TemporaryDirectory() as folder:
+    for i in range(rounds + 1):
+      started = time.time()
+      output = subprocess.run(
+          [
+              sys.executable, '-c', _FIRST_STEP, f'--config={CONFIG}',
+              f'--workdir={folder}/run_{i}',
+              f'--config.train.compilation_cache={folder}/cache',
+          ],
+          cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
+      ).stdout
+      ended, processor = map(float, output.split('first step')[1].split())
+      walls.append(ended - started)
+      processors.append(processor)
+  # The first one has compiled.
+  return {
+      'seconds': statistics.median(walls[1:]),
+      'cpu_seconds': statistics.median(processors[1:]),
+      'cold_seconds': walls[0],
+      'cold_cpu_seconds': processors[0],
+  }
+
+

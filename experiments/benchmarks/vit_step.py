@@ -1,0 +1,150 @@
+"""A training step of a ViT autoencoder: by PyTorch, by depth, by memory."""
+
+from collections.abc import Callable, Mapping
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import sweep
+from experiments.benchmarks import blocks
+from fsq_jax import models
+from fsq_jax import optim
+from fsq_jax import partitioning
+from fsq_jax import train_state
+from fsq_jax import train_step
+
+CONFIG = 'configs/default.py'
+BATCH_SIZE = 64
+SIDE = 32
+PATCH = 4
+WIDTH = 192
+NUM_HEADS = 3
+MLP_DIM = 768
+NUM_BLOCKS = 4
+
+
+class Step:
+  """A compiled training step with the state that it moves on.
+
+  Attributes:
+    compiled: the step.
+    trace_seconds: of tracing and lowering, processor time.
+    compile_seconds: of the compiler, processor time.
+  """
+
+  def __init__(self, *, num_blocks: int, **fields: Any):
+    """Builds one.
+
+    Args:
+      num_blocks: of encoder and decoder together.
+      **fields: of the `model` section.
+    """
+    config = sweep.make_config(CONFIG, _settings(num_blocks) | fields)
+    mesh = partitioning.create_mesh(config.partitioning.mesh)
+    model = models.build_autoencoder(config.model, config.data.image_size)
+    optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+    self._builder = train_state.StateBuilder(config, model, optimizer, mesh)
+    shape = (BATCH_SIZE, SIDE, SIDE, 3)
+    self._images = np.random.default_rng(0).integers(
+        256, size=shape, dtype=np.uint8
+    )
+    step = jax.jit(
+        train_step.build_train_step(model, optimizer, config), donate_argnums=0
+    )
+    started = time.process_time()
+    lowered = step.lower(self._builder.abstract, self._images)
+    traced = time.process_time()
+    self.compiled = lowered.compile()
+    self.trace_seconds = traced - started
+    self.compile_seconds = time.process_time() - traced
+    self._state = None
+
+  def __call__(self) -> None:
+    """Takes one step and waits for it."""
+    if self._state is None:
+      self._state = self._builder.create()
+      self._images = jax.device_put(self._images)
+    self._state, _ = self.compiled(self._state, self._images)
+    jax.block_until_ready(self._state)
+
+
+def torch_figures(
+    rounds: int, peer: blocks.TorchPeer | None
+) -> dict[str, Any]:
+  """One step with blocks under scan, laid out, and by PyTorch's eager mode."""
+  alternatives = {
+      'laid_out': blocks.block_of(
+          Step(num_blocks=NUM_BLOCKS, **{'model.scan_unroll': NUM_BLOCKS})
+      ),
+      'scan': blocks.block_of(Step(num_blocks=NUM_BLOCKS)),
+  }
+  if peer is not None:
+    peer.build(
+        'vit_step', batch_size=BATCH_SIZE, image_side=SIDE, patch_size=PATCH,
+        width=WIDTH, num_heads=NUM_HEADS, mlp_dim=MLP_DIM,
+        num_blocks=NUM_BLOCKS,
+    )
+    alternatives['pytorch'] = peer.block('vit_step')
+  return blocks.alternate(
+      alternatives, baseline='laid_out', calls=1, rounds=rounds
+  )
+
+
+def compile_figures() -> dict[str, Any]:
+  """Processor seconds from the model to the program, by depth."""
+  figures = {}
+  for num_blocks in (6, 24):
+    step = Step(num_blocks=num_blocks)
+    figures[f'blocks_{num_blocks}'] = {
+        'trace_seconds': step.trace_seconds,
+        'compile_seconds': step.compile_seconds,
+    }
+  deep, flat = figures['blocks_24'], figures['blocks_6']
+  return figures | {'ratio': sum(deep.values()) / sum(flat.values())}
+
+
+def memory_figures(rounds: int) -> dict[str, Any]:
+  """Bytes and time of a step with and without remat."""
+  variants: Mapping[str, Callable[..., Any]] = {
+      f'{layout}_{"remat" if remat else "kept"}': Step(
+          num_blocks=NUM_BLOCKS,
+          **{'model.scan_unroll': unroll, 'model.remat': remat},
+      )
+      for layout, unroll in (('laid_out', NUM_BLOCKS), ('scan', 1))
+      for remat in (False, True)
+  }
+  figures = blocks.alternate(
+      {name: blocks.block_of(step) for name, step in variants.items()},
+      baseline='laid_out_kept', calls=1, rounds=rounds,
+  )
+  for name, step in variants.items():
+    memory = step.compiled.memory_analysis()
+    figures[name]['temporary_mib'] = memory.temp_size_in_bytes / 2**20
+    figures[name]['arguments_mib'] = memory.argument_size_in_bytes / 2**20
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return figures | {'process_peak_mib': peak / 2**10}
+
+
+def _settings(num_blocks: int) -> sweep.Overrides:
+  fields = {
+      'data.batch_size': BATCH_SIZE,
+      'data.image_size': (SIDE, SIDE),
+      'model.quantizer.fsq.levels': (8, 8, 8),
+      'model.quantizer.fsq.commitment_weight': 0.0,
+      # PyTorch's step has neither.
+      'optim.clip_norm': 0.0,
+      'optim.ema_decay': 0.0,
+  }
+  for part in ('encoder', 'decoder'):
+    fields |= {
+        f'model.{part}.patch_size': PATCH,
+        f'model.{part}.width': WIDTH,
+        f'model.{part}.depth': num_blocks // 2,
+        f'model.{part}.num_heads': NUM_HEADS,
+        f'model.{part}.mlp_dim': MLP_DIM,
+        f'model.{part}.position': 'learned',
+    }
+  return fields
