@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
+from einops import rearrange
 import jax
 import numpy as np
 
@@ -18,6 +19,7 @@ from fsq_jax import train_step
 _CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
 # Digits of a hash in a line that has room for no more.
 _SHORT_HASH = 12
+_CODES_AT_ONCE = 4096
 
 
 class Evaluation(NamedTuple):
@@ -183,11 +185,28 @@ def _count_codes(
   if isinstance(quantizer, quantizers.DigitQuantizer):
     digits = {
         'levels': quantizer.levels,
-        'digits_of': lambda indices: np.asarray(
-            quantizer.indices_to_digits(indices)
-        ),
+        'digits_of': lambda indices: _digits(quantizer, indices),
     }
   return metrics.CodebookStatistics(quantizer.codebook_size, **digits)
+
+
+def _digits(
+    quantizer: quantizers.DigitQuantizer, indices: np.ndarray
+) -> np.ndarray:
+  """Returns the digits [U, d] of indices [U], in blocks of one shape.
+
+  No two evaluations find the same number of codes, and JAX would compile for
+  each.
+  """
+  num_blocks = -(-len(indices) // _CODES_AT_ONCE)
+  padded = np.zeros(num_blocks * _CODES_AT_ONCE, np.int32)
+  padded[: len(indices)] = indices
+  blocks = [
+      np.asarray(quantizer.indices_to_digits(block))
+      for block in rearrange(padded, '(n u) -> n u', u=_CODES_AT_ONCE)
+  ]
+  blocks.append(np.zeros((0, len(quantizer.levels)), np.int32))
+  return np.concatenate(blocks)[: len(indices)]
 
 
 def _select(

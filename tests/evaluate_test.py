@@ -12,8 +12,10 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import evaluate
+from fsq_jax import evaluation
 from fsq_jax import models
 from fsq_jax import partitioning
+from fsq_jax import quantizers
 from fsq_jax import train
 from fsq_jax import train_step
 from fsq_jax import workdir
@@ -138,6 +140,27 @@ def test_tokens_of_every_kind_are_counted(
   assert codebook['num_used_codes'] == len(np.unique(indices))
   # Levels are of quantizers whose indices have digits.
   assert len(codebook.get('level_histograms', ())) == num_dims
+
+
+def test_every_number_of_codes_has_its_digits_without_compiling(caplog):
+  quantizer = quantizers.FSQ((8, 8, 8, 5, 5))
+  rng = np.random.default_rng(0)
+  for num_codes in (1, 5, 17, 4096, 9999):
+    codes = rng.choice(12_800, num_codes, replace=False).astype(np.int32)
+    # The first one compiles for all.
+    caplog.clear()
+    with jax.log_compiles():
+      statistics = evaluation._count_codes(quantizer)
+      statistics.update(codes[None], np.array([True]))
+      histograms = statistics.result()['level_histograms']
+    compiled = [x for x in caplog.messages if 'XLA compilation' in x]
+    assert not compiled or num_codes == 1
+    digits = np.unravel_index(codes, quantizer.levels)
+    for digit, level, histogram in zip(
+        digits, quantizer.levels, histograms, strict=True
+    ):
+      expected = np.bincount(digit, minlength=level)
+      np.testing.assert_array_equal(histogram, expected)
 
 
 def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
