@@ -110,10 +110,14 @@ class Adversary:
     Returns:
       The verdict; all zeros before discriminator.start_step.
     """
-
     def judge(state):
-      state = state.replace(params=partitioning.gather(state.params))
-      return self._judge(state, backbone, images, reconstructions, key, step)
+      whole = state.replace(params=partitioning.gather(state.params))
+      with partitioning.no_mesh():
+        verdict = self._judge(
+            whole, backbone, images, reconstructions, key, step
+        )
+      # What is kept of the parameters remains spread.
+      return verdict._replace(state=verdict.state.replace(params=state.params))
 
     start = self._options['start_step']
     if not start:

@@ -129,6 +129,24 @@ def gather(tree: Any) -> Any:
   return jax.tree.map(constrain_parameter, tree)
 
 
+def spread(x: jax.Array) -> jax.Array:
+  """Spreads [B, ...] images over all devices, those along 'tensor' too.
+
+  For networks of which every device has all parameters: without, the devices
+  along 'tensor' would do the same work. In such a network `constrain` has to be
+  of no effect, see `no_mesh`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if x.shape[0] % math.prod(mesh.shape.values()):
+    return x
+  return _constrain(x, {0: AXES}, None)
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+  """A context in which `constrain` and the like state nothing."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def tree_paths(tree: Any) -> Any:
   """Replaces every leaf by its path, such as 'encoder/patches/kernel'."""
   return jax.tree_util.tree_map_with_path(

@@ -252,9 +252,13 @@ def _build_gradient(
     (reconstructions, loss), pull_back, (scalars, model_state) = jax.vjp(
         forward, state.params, has_aux=True
     )
-    (image_loss, image_scalars), at_images = compare(
-        reconstructions, images, networks
+    images, reconstructions = map(
+        partitioning.spread, (images, reconstructions)
     )
+    with partitioning.no_mesh():
+      (image_loss, image_scalars), at_images = compare(
+          reconstructions, images, networks
+      )
     scalars |= image_scalars
     loss += image_loss
     adversary_state, adversary_gradients = state.adversary, {}

@@ -300,11 +300,18 @@ def test_teacher_and_adversary_follow_their_parameters():
     ] == [spec, spec]
 
 
-@pytest.mark.parametrize('optimizer_name', ['adamw', 'muon'])
-def test_steps_on_a_tensor_mesh_are_those_of_one_device(optimizer_name):
+@pytest.mark.parametrize(
+    ('optimizer_name', 'discriminator'),
+    [('adamw', 'patch'), ('muon', 'none')],
+)
+def test_steps_on_a_tensor_mesh_are_those_of_one_device(
+    optimizer_name, discriminator
+):
   config = configuration.load_config(_ROOT / 'configs' / 'default.py')
   config.model.encoder.update(width=16, num_heads=2, mlp_dim=32, patch_size=8)
   config.optim.update(name=optimizer_name, warmup_steps=0)
+  config.discriminator.name = discriminator
+  config.discriminator.patch.update(channels=32, num_stages=2)
   config.partitioning.fsdp_min_size = 0
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
@@ -327,7 +334,10 @@ def test_steps_on_a_tensor_mesh_are_those_of_one_device(optimizer_name):
     state, rows = builder.create(), []
     for _ in range(3):
       state, scalars = jitted(state, partitioning.shard_batch(images, mesh))
-      rows.append((float(scalars['loss']), float(scalars['gradient_norm'])))
+      names = ['loss', 'gradient_norm']
+      if discriminator != 'none':
+        names += ['discriminator_loss', 'discriminator_gradient_norm']
+      rows.append([float(scalars[name]) for name in names])
     losses.append(rows)
   assert losses[0][0][0] > 1.01 * losses[0][2][0]  # It learns.
   np.testing.assert_allclose(*losses, rtol=1e-4)
