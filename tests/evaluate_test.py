@@ -440,7 +440,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
   config = config.copy_and_resolve_references()
   config.data.eval_batch_size = 7
   with pytest.raises(
-      ValueError, match='eval_batch_size is 7; allowed: a multiple of 8'
+      ValueError, match=r'eval_batch_size is 7, .*; allowed: a multiple of 8'
   ):
     evaluate.evaluate_workdir(config, tmp_path)
 

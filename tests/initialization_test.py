@@ -49,7 +49,7 @@ def _load_config(fields=None):
   config.train.checkpoint_every_steps = 1
   config.train.eval_every_steps = 0
   config.optim.warmup_steps = 0
-  config.partitioning.mesh = {'data': 2, 'fsdp': 4}
+  config.partitioning.mesh.update(data=2, fsdp=4)
   config.partitioning.fsdp_min_size = 64
   config.update_from_flattened_dict(fields or {})
   return config
@@ -466,7 +466,7 @@ def test_files_are_looked_for_before_anything_long(
   monkeypatch.setattr(train.data, 'build_dataset', refuse)
   monkeypatch.setattr(train.train_state, 'StateBuilder', refuse)
   config = _load_config(fields)
-  config.partitioning.mesh = {'data': 8, 'fsdp': 1}
+  config.partitioning.mesh.update(data=8, fsdp=1)
   with pytest.raises(ValueError, match='nowhere'):
     train.train_and_evaluate(config, tmp_path / 'run')
   names = {path.name for path in (tmp_path / 'run').rglob('*')}

@@ -42,7 +42,7 @@ def get_config():
   config.model.decoder.width = 48
   config.optim.frozen = ('encoder/.*',)
   config.optim.warmup_steps = 1
-  config.partitioning.mesh = {{'data': 2, 'fsdp': 4}}
+  config.partitioning.mesh.update(data=2, fsdp=4)
   config.partitioning.fsdp_min_size = 64
   config.train.num_steps = 2
   config.train.eval_every_steps = 0
