@@ -470,7 +470,7 @@ def test_files_are_looked_for_before_anything_long(
   with pytest.raises(ValueError, match='nowhere'):
     train.train_and_evaluate(config, tmp_path / 'run')
   names = {path.name for path in (tmp_path / 'run').rglob('*')}
-  assert names <= {workdir.CHECKPOINTS}
+  assert names <= {workdir.CHECKPOINTS, workdir.LOCK}
 
 
 @pytest.mark.slow
