@@ -109,10 +109,12 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
   return _constrain(x, {0: BATCH_AXES}, tensor_axis)
 
 
-def constrain_parameter(
-    x: jax.Array, tensor_axis: int | None = None
-) -> jax.Array:
-  """States how a parameter is spread where it is used: not over 'fsdp'.
+def split_parameter(x: jax.Array, tensor_axis: int) -> jax.Array:
+  """States which axis of a parameter 'tensor' splits where it is used.
+
+  Of the others nothing is stated: what 'fsdp' splits is gathered all the same,
+  for activations that `constrain` has spread, and the gradient, which would be
+  whole too, is summed only to the share that a device keeps.
 
   Args:
     x: of any shape.
@@ -121,12 +123,15 @@ def constrain_parameter(
   Returns:
     x; nothing is stated outside of `mesh_of`.
   """
-  return _constrain(x, {}, tensor_axis)
+  if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) == 1:
+    return x
+  free = jax.sharding.PartitionSpec.UNCONSTRAINED
+  return _constrain(x, dict.fromkeys(range(x.ndim), free), tensor_axis)
 
 
 def gather(tree: Any) -> Any:
   """Returns the parameters of a small network, whole on every device."""
-  return jax.tree.map(constrain_parameter, tree)
+  return jax.tree.map(lambda x: _constrain(x, {}, None), tree)
 
 
 def spread(x: jax.Array) -> jax.Array:

@@ -99,7 +99,7 @@ class QkvDense(nn.Module):
         x, kernel, bias, dtype=self.dtype
     )
     sizes = {'s': 3, 'h': self.num_heads}
-    kernel = partitioning.constrain_parameter(
+    kernel = partitioning.split_parameter(
         rearrange(kernel, 'c (s h d) -> c s h d', **sizes), tensor_axis=2
     )
     # Tokens as rows: see `dot_rows`.

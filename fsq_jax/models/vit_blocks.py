@@ -221,7 +221,7 @@ def _dense_together(
   x, kernel, bias = nn.dtypes.promote_dtype(
       x, jnp.stack(kernels, axis=1), jnp.stack(biases), dtype=module.dtype
   )
-  kernel = partitioning.constrain_parameter(kernel, tensor_axis=2)
+  kernel = partitioning.split_parameter(kernel, tensor_axis=2)
   y = jnp.einsum('bnc,csf->sbnf', x, kernel)
   return y + rearrange(bias, 's f -> s 1 1 f')
 
