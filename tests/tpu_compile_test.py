@@ -155,10 +155,10 @@ def test_readmes_show_the_tables_of_the_results(capsys):
   assert tables[0] in (_ROOT / 'README.md').read_text()
 
 
-def test_every_case_is_compiled():
+def test_every_result_is_of_a_case():
   names = [case.name for case in tpu_compile.list_cases()]
   assert len(set(names)) == len(names)
-  assert list(_results()['cases']) == names
+  assert set(_results()['cases']) <= set(names)
 
 
 @pytest.mark.parametrize('stage', ['', '_stage2'])
