@@ -96,8 +96,10 @@ def train_and_evaluate(
     try:
       trainer.train(stop_request)
       trainer.finish()
-    except (checkpoint.SaveError, OSError) as error:
-      raise RunError(f'{error}') from error
+    except checkpoint.SaveError as error:
+      raise RunError(str(error)) from error
+    except OSError as error:
+      raise RunError(f'The run in {folder} has stopped: {error}.') from error
     return trainer.state
 
 

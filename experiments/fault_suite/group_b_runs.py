@@ -114,7 +114,7 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   finally:
     subprocess.run(['umount', disk], check=True)
   last = said.strip().splitlines()[-1]
-  clear = last.startswith('launch.py: Step ') and 'No space left' in last
+  clear = last.startswith('launch.py: ') and 'No space left' in last
   resumed = bool(steps) and f'from step {steps[-1]}.' in after
   clean = not any('tmp' in x for x in left)
   return fault.Outcome(
