@@ -3,13 +3,13 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from experiments.fault_suite import group_processes
 from fsq_jax import configuration
 from fsq_jax import runtime
 from fsq_jax import train
@@ -32,38 +32,20 @@ def _config():
   return config
 
 
-def _free_port():
-  with socket.socket() as listener:
-    listener.bind(('127.0.0.1', 0))
-    return listener.getsockname()[1]
-
-
 def _launch(folder, num_processes, programs):
   """Starts launch.py several times, with two devices each."""
-  port = _free_port()
-  env = dict(
-      os.environ,
-      XLA_FLAGS='--xla_force_host_platform_device_count=2',
-      JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-      JAX_COMPILATION_CACHE_DIR=programs,
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+  return group_processes.launch(
+      folder,
+      num_processes,
+      *(f'--config.train.{name}={value}' for name, value in _TRAIN.items()),
+      env=dict(
+          os.environ,
+          XLA_FLAGS='--xla_force_host_platform_device_count=2',
+          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+          JAX_COMPILATION_CACHE_DIR=programs,
+          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+      ),
   )
-  processes = []
-  for i in range(num_processes):
-    with open(folder.with_suffix(f'.log{i}'), 'wb') as log:
-      processes.append(
-          subprocess.Popen(
-              [
-                  sys.executable, 'launch.py', '--config=configs/debug.py',
-                  f'--workdir={folder}', f'--process_id={i}',
-                  f'--num_processes={num_processes}',
-                  f'--coordinator_address=127.0.0.1:{port}',
-                  *(f'--config.train.{k}={v}' for k, v in _TRAIN.items()),
-              ],
-              cwd=_ROOT, env=env, stdout=log, stderr=log,
-          )
-      )
-  return processes
 
 
 def _wait(processes, folder):

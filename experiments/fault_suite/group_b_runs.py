@@ -25,10 +25,14 @@ def _overrides(**fields) -> list[str]:
   ]
 
 
-def _start(folder: pathlib.Path, **fields) -> subprocess.Popen:
+def _start(
+    folder: pathlib.Path, beside: pathlib.Path | None = None, **fields
+) -> subprocess.Popen:
+  """Starts a toy run; its log and programs are beside it, or that path."""
+  beside = beside or folder
   # Compiled once for all starts.
-  fields['train__compilation_cache'] = folder.with_suffix('.programs')
-  with open(folder.with_suffix('.log'), 'ab') as log:
+  fields['train__compilation_cache'] = beside.with_suffix('.programs')
+  with open(beside.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
         [
             sys.executable, 'launch.py', '--config=configs/debug.py',
@@ -96,14 +100,14 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
               'train__eval_every_steps': 0}
     # Leaves room for some steps and not for the next.
     ballast.write_bytes(bytes(3_200_000))
-    process = _start(run, **fields)
+    process = _start(run, folder / 'run', **fields)
     code = process.wait(timeout=300)
-    log = run.with_suffix('.log')
+    log = (folder / 'run').with_suffix('.log')
     said = log.read_text()
     names = {x.name for x in (run / workdirs.CHECKPOINTS).iterdir()}
     steps = sorted(int(x) for x in names if x.isdigit())
     ballast.unlink()
-    again = _start(run, **fields)
+    again = _start(run, folder / 'run', **fields)
     continued = again.wait(timeout=300)
     after = log.read_text()[len(said):]
     left = {x.name for x in (run / workdirs.CHECKPOINTS).iterdir()}
@@ -114,7 +118,8 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   finally:
     subprocess.run(['umount', disk], check=True)
   last = said.strip().splitlines()[-1]
-  clear = last.startswith('launch.py: ') and 'No space left' in last
+  clear = last.startswith('launch.py: ') and str(run) in last
+  clear &= 'No space left' in last
   resumed = bool(steps) and f'from step {steps[-1]}.' in after
   clean = not any('tmp' in x for x in left)
   return fault.Outcome(

@@ -1,5 +1,6 @@
 """Faults of several processes on one machine."""
 
+from collections.abc import Mapping
 import pathlib
 import random
 import signal
@@ -12,9 +13,23 @@ from experiments.fault_suite import fault
 from fsq_jax import workdir as workdirs
 
 
-def _launch(
-    folder: pathlib.Path, num_processes: int, *overrides: str
+def launch(
+    folder: pathlib.Path,
+    num_processes: int,
+    *overrides: str,
+    env: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
+  """Starts launch.py several times on the debug config, joined.
+
+  Args:
+    folder: their workdir; their logs are beside it, as NAME.log0 and so on.
+    num_processes: how many.
+    *overrides: more of the command line.
+    env: environment variables; those of this process by default.
+
+  Returns:
+    The processes, the one that writes first.
+  """
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))
     port = listener.getsockname()[1]
@@ -29,9 +44,8 @@ def _launch(
                   f'--num_processes={num_processes}',
                   f'--coordinator_address=127.0.0.1:{port}',
                   '--config.train.log_every_steps=1', *overrides,
-                  f'--config.train.compilation_cache={folder.parent}/programs',
               ],
-              cwd=fault.ROOT, stdout=log, stderr=log,
+              cwd=fault.ROOT, env=env, stdout=log, stderr=log,
           )
       )
   return processes
@@ -43,10 +57,11 @@ def _one_is_stopped(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   agreed, steps = 0, []
   for i in range(tries):
     run = folder / str(i)
-    processes = _launch(
+    processes = launch(
         run, 2, '--config.train.num_steps=1000000',
         '--config.train.eval_every_steps=0',
         '--config.train.checkpoint_every_steps=1000000',
+        f'--config.train.compilation_cache={folder}/programs',
     )
     while not run.exists() or not workdirs.read_metrics(run):
       if any(process.poll() is not None for process in processes):
