@@ -109,12 +109,14 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
   return _constrain(x, {0: BATCH_AXES}, tensor_axis)
 
 
-def split_parameter(x: jax.Array, tensor_axis: int) -> jax.Array:
-  """States which axis of a parameter 'tensor' splits where it is used.
+def gather_parameter(
+    x: jax.Array, tensor_axis: int | None = None
+) -> jax.Array:
+  """States that a parameter is whole where it is used, but for 'tensor'.
 
-  Of the others nothing is stated: what 'fsdp' splits is gathered all the same,
-  for activations that `constrain` has spread, and the gradient, which would be
-  whole too, is summed only to the share that a device keeps.
+  Where 'fsdp' splits it, the compiler would else use it piece by piece as the
+  pieces arrive, and read all activations again for each: more memory traffic
+  than a kernel is large.
 
   Args:
     x: of any shape.
@@ -123,15 +125,12 @@ def split_parameter(x: jax.Array, tensor_axis: int) -> jax.Array:
   Returns:
     x; nothing is stated outside of `mesh_of`.
   """
-  if jax.sharding.get_abstract_mesh().shape.get('tensor', 1) == 1:
-    return x
-  free = jax.sharding.PartitionSpec.UNCONSTRAINED
-  return _constrain(x, dict.fromkeys(range(x.ndim), free), tensor_axis)
+  return _constrain(x, {}, tensor_axis)
 
 
 def gather(tree: Any) -> Any:
   """Returns the parameters of a small network, whole on every device."""
-  return jax.tree.map(lambda x: _constrain(x, {}, None), tree)
+  return jax.tree.map(gather_parameter, tree)
 
 
 def spread(x: jax.Array) -> jax.Array:

@@ -166,7 +166,9 @@ def test_the_large_vqrae_fits_16_chips_of_16_gb(stage):
   name = f'vqrae_fsq_siglip_l{stage}/v5e:4x4/1024/shipped'
   figures = _results()['cases'][name]
   assert figures['batch_size'] == 1024
-  assert tpu_compile.hbm_gib(figures) < 15
+  memory = figures['memory_gib']
+  # Of 15.75 GiB; without overlap between temporaries it would fit, too.
+  assert memory['peak'] < memory['argument'] + memory['temp'] < 15
   config = configuration.load_config(
       _ROOT / 'configs' / f'vqrae_fsq_siglip_l{stage}.py'
   )

@@ -1,5 +1,6 @@
 """Vision transformers: images to a grid of latents, and back to images."""
 
+import functools
 from typing import Any
 
 from einops import rearrange
@@ -99,7 +100,7 @@ class QkvDense(nn.Module):
         x, kernel, bias, dtype=self.dtype
     )
     sizes = {'s': 3, 'h': self.num_heads}
-    kernel = partitioning.split_parameter(
+    kernel = partitioning.gather_parameter(
         rearrange(kernel, 'c (s h d) -> c s h d', **sizes), tensor_axis=2
     )
     # Tokens as rows: see `dot_rows`.
@@ -115,7 +116,12 @@ class QkvDense(nn.Module):
 
 
 def dot_rows(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any,
+    *,
+    tensor_axis: int,
+    **kwargs: Any,
 ) -> jax.Array:
   """A `dot_general` for nn.Dense that sees [B, N, C] tokens as B * N rows.
 
@@ -126,12 +132,14 @@ def dot_rows(
     x: [..., C].
     kernel: [C, features].
     dimension_numbers: those of nn.Dense, which are the only ones that fit.
+    tensor_axis: of the kernel, as in `partitioning.gather_parameter`.
     **kwargs: of `jax.lax.dot_general`.
 
   Returns:
     [..., features].
   """
   del dimension_numbers
+  kernel = partitioning.gather_parameter(kernel, tensor_axis)
   rows = rearrange(x, '... c -> (...) c')
   y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **kwargs)
   return jnp.reshape(y, (*x.shape[:-1], y.shape[-1]))
@@ -163,7 +171,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Transforms each of the [B, N, C] tokens; returns the same shape."""
-    hidden = _dense(self.mlp_dim, self.dtype, 'in')(x)
+    hidden = _dense(self.mlp_dim, self.dtype, 'in', tensor_axis=1)(x)
     hidden = partitioning.constrain(hidden, tensor_axis=2)
     return _branch_output(x.shape[-1], self.dtype)(nn.gelu(hidden))
 
@@ -346,14 +354,16 @@ class VitDecoder(nn.Module):
 def _branch_output(channels: int, dtype: jnp.dtype) -> nn.Dense:
   """The last layer of a residual branch; it starts at a tenth of its scale."""
   init = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')
-  return _dense(channels, dtype, 'out', kernel_init=init)
+  return _dense(channels, dtype, 'out', tensor_axis=0, kernel_init=init)
 
 
 def _dense(
-    features: int, dtype: jnp.dtype, name: str, **kwargs: Any
+    features: int, dtype: jnp.dtype, name: str, tensor_axis: int, **kwargs: Any
 ) -> nn.Dense:
   return nn.Dense(
-      features, dtype=dtype, dot_general=dot_rows, name=name, **kwargs
+      features, dtype=dtype, name=name,
+      dot_general=functools.partial(dot_rows, tensor_axis=tensor_axis),
+      **kwargs,
   )
 
 

@@ -221,7 +221,7 @@ def _dense_together(
   x, kernel, bias = nn.dtypes.promote_dtype(
       x, jnp.stack(kernels, axis=1), jnp.stack(biases), dtype=module.dtype
   )
-  kernel = partitioning.split_parameter(kernel, tensor_axis=2)
+  kernel = partitioning.gather_parameter(kernel, tensor_axis=2)
   y = jnp.einsum('bnc,csf->sbnf', x, kernel)
   return y + rearrange(bias, 's f -> s 1 1 f')
 
@@ -233,5 +233,5 @@ def _dense(
   use_bias = (bias or name) in module.architecture.biases
   return nn.Dense(
       features, use_bias=use_bias, dtype=module.dtype,
-      dot_general=vit.dot_rows, name=name,
+      dot_general=functools.partial(vit.dot_rows, tensor_axis=0), name=name,
   )
