@@ -36,6 +36,8 @@ setuptools.setup(
         'tqdm',
     ],
     extras_require={
+        # Models to and from the Hugging Face Hub.
+        'hub': ['huggingface_hub'],
         # Conversion of data sets that TFDS cannot prepare without TensorFlow.
         'prepare': ['tensorflow-cpu'],
         'tensorboard': ['tensorboardX'],

@@ -43,6 +43,17 @@ _ALLOWED_IMPORTS = {
         'workdir',
     },
     'initialization': {'configuration', 'models', 'train_state', 'trained'},
+    'tokenizer': {
+        'batching', 'data', 'metrics', 'models', 'native_size',
+        'partitioning', 'quantizers', 'tokenizer_files', 'train_step',
+        'trained', 'workdir',
+    },
+    'batching': {'partitioning'},
+    'tokenizer_files': {
+        'configuration', 'integrity', 'model_card', 'models', 'partitioning',
+        'quantizers', 'workdir',
+    },
+    'model_card': set(),
     'trained': {
         'checkpoint', 'configuration', 'models', 'optim', 'quantizers',
         'train_state', 'workdir',

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -33,8 +34,10 @@ LAUNCHES = [
 @pytest.mark.parametrize('block', PYTHON, ids=range(len(PYTHON)))
 def test_python_runs(block, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
-  # Runs of the examples are cut to two steps and go to a temporary folder.
+  # Runs of the examples go to a temporary folder, where one is already.
+  shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'fsq_888')
   block = block.replace("'runs/", f"'{tmp_path}/")
+  block = block.replace("'tokenizer'", f"'{tmp_path}/tokenizer'")
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
 
 

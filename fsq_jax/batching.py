@@ -1,0 +1,103 @@
+"""Functions of a batch, applied to any number of images."""
+
+from collections.abc import Callable, Iterator
+import math
+from typing import Any
+
+from einops import rearrange
+import jax
+import numpy as np
+
+from fsq_jax import partitioning
+
+
+class Batcher:
+  """Applies compiled functions to arrays of any length, in few shapes.
+
+  These are batches of `batch_size`, and a last one that is filled up with zeros
+  to the next power of 2. The same array always comes in the same batches.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
+    """Takes the devices.
+
+    Args:
+      mesh: from `partitioning.create_mesh`, of devices of this process.
+      batch_size: elements that devices take together, at most; rounded up to
+        what they divide.
+
+    Raises:
+      ValueError: no batch, or devices of other processes.
+    """
+    if batch_size < 1:
+      raise ValueError(f'batch_size is {batch_size}; use 1 or more.')
+    if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+      raise ValueError(
+          'The mesh has devices of other processes; every process takes images'
+          ' of its own: create_mesh(sizes, jax.local_devices()).'
+      )
+    self._mesh = mesh
+    self._share = math.prod(mesh.shape[x] for x in partitioning.BATCH_AXES)
+    self._batch_size = math.ceil(batch_size / self._share) * self._share
+
+  def map(
+      self, function: Callable[..., jax.Array], variables: Any, x: np.ndarray
+  ) -> np.ndarray:
+    """Applies a function to the elements of an array.
+
+    Args:
+      function: of variables and a batch [b, ...] to [b, ...].
+      variables: its first argument.
+      x: [B, ...], with B at least 1.
+
+    Returns:
+      [B, ...].
+    """
+    results, pending = [], None
+    for batch, num in self._batches(x):
+      result = function(variables, batch)
+      # Fetches one while devices work on the next.
+      if pending is not None:
+        results.append(np.asarray(pending[0])[: pending[1]])
+      pending = result, num
+    results.append(np.asarray(pending[0])[: pending[1]])
+    return results[0] if len(results) == 1 else np.concatenate(results)
+
+  def map_tiles(
+      self,
+      function: Callable[..., jax.Array],
+      variables: Any,
+      x: np.ndarray,
+      tile: tuple[int, int],
+  ) -> np.ndarray:
+    """Applies a function to each tile by itself.
+
+    Args:
+      function: of variables and tiles [b, *tile, ...] to [b, h, w, ...].
+      variables: its first argument.
+      x: [B, R * tile[0], C * tile[1], ...].
+      tile: (height, width).
+
+    Returns:
+      [B, R * h, C * w, ...].
+    """
+    tiles = rearrange(
+        x, 'b (r h) (c w) ... -> (b r c) h w ...', h=tile[0], w=tile[1]
+    )
+    return rearrange(
+        self.map(function, variables, tiles),
+        '(b r c) h w ... -> b (r h) (c w) ...',
+        b=len(x), r=x.shape[1] // tile[0],
+    )
+
+  def _batches(self, x: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
+    """Yields batches on the devices, and how many of each are not filling."""
+    for start in range(0, len(x), self._batch_size):
+      part = x[start : start + self._batch_size]
+      shares = math.ceil(len(part) / self._share)
+      size = min(
+          self._batch_size, self._share * 2 ** (shares - 1).bit_length()
+      )
+      filling = np.zeros((size - len(part), *x.shape[1:]), x.dtype)
+      batch = np.concatenate([part, filling]) if len(filling) else part
+      yield partitioning.shard_batch(batch, self._mesh), len(part)

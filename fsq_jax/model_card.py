@@ -1,0 +1,151 @@
+"""The card of a tokenizer: what it is, how good it is, and at what."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import ml_collections
+
+# Name of a number: its heading, its format.
+_METRICS = {
+    'psnr': ('PSNR, dB', '.2f'),
+    'ssim': ('SSIM', '.3f'),
+}
+_CODEBOOK = {
+    'usage': ('codebook usage', '.1%'),
+    'perplexity': ('perplexity', ',.1f'),
+    'entropy_bits': ('bits a token', '.2f'),
+}
+_FRONT = """\
+---
+library_name: fsq_jax
+tags:
+- image-tokenizer
+- finite-scalar-quantization
+- jax
+---
+"""
+_ENCODING = """\
+tokens = tokenizer.encode(images)  # [B, H, W, 3] uint8 -> {tokens}
+images = tokenizer.decode(tokens)"""
+_DECODING = """\
+# {tokens} -> [B, {height}, {width}, 3] uint8
+images = tokenizer.decode(tokens)"""
+
+
+def write(
+    config: ml_collections.ConfigDict, facts: Mapping[str, Any]
+) -> str:
+  """Writes a card in Markdown, with the front matter of the Hugging Face Hub.
+
+  Args:
+    config: of the run.
+    facts: what is known of the model: 'spec' and 'codebook_size' of the
+      quantizer, 'tokens_shape' (h, w, *index_shape) of an image, 'step',
+      'evaluation' (content of evaluation.json, or None), 'model_hash',
+      'num_parameters' and 'decoder_only'.
+  """
+  height, width = config.data.image_size
+  spec, grid = facts['spec'], facts['tokens_shape'][:2]
+  shape = f'[B, {", ".join(map(str, facts["tokens_shape"]))}] int32'
+  num = math.prod(facts['tokens_shape'])
+  bits = num * math.log2(facts['codebook_size'])
+  usage = _DECODING if facts['decoder_only'] else _ENCODING
+  lines = [
+      f'# {spec["name"]} tokenizer, {height} x {width} pixels to'
+      f' {grid[0]} x {grid[1]} tokens',
+      '',
+      f'{num} tokens of {facts["codebook_size"]:,} codes an image, {bits:,.0f}'
+      f' bits for {height * width * 24:,} of pixels;'
+      f' {facts["num_parameters"]:,} parameters'
+      + (', of the decoder alone.' if facts['decoder_only'] else '.'),
+      '',
+      '```python',
+      'from fsq_jax.tokenizer import Tokenizer',
+      '',
+      "tokenizer = Tokenizer.from_pretrained('FOLDER')",
+      usage.format(tokens=shape, height=height, width=width),
+      '```',
+      '',
+      '## What the tokens mean',
+      '',
+      'Another dialect gives the same numbers another meaning; `decode` refuses'
+      ' it when it is told (`spec`).',
+      '',
+      '| | |',
+      '|---|---|',
+      *(f'| {name} | {_show(value)} |' for name, value in spec.items()),
+      '',
+      '## How good it is',
+      '',
+      *_evaluation(facts['evaluation']),
+      '',
+      '## How it was made',
+      '',
+      *_training(config, facts),
+      '',
+      '## Limits',
+      '',
+      'A tokenizer reconstructs well what resembles its training images; text,'
+      ' faces and fine texture suffer first. PSNR and SSIM compare pixels and'
+      ' say little of sharpness; usage is at most what the evaluated images'
+      ' ask for.',
+  ]
+  return _FRONT + '\n'.join(lines) + '\n'
+
+
+def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
+  if evaluation is None:
+    return ['These weights were not evaluated.']
+  protocol = evaluation['protocol']
+  networks = protocol.get('networks', {})
+  values = [
+      (*_METRICS[name], value)
+      if name in _METRICS
+      else (name, '.4g', value)
+      for name, value in evaluation['metrics'].items()
+      if value is not None
+      and (name in _METRICS or name in networks)
+  ]
+  values += [
+      (*_CODEBOOK[name], evaluation['codebook'][name])
+      for name in _CODEBOOK
+      if evaluation['codebook'].get(name) is not None
+  ]
+  return [
+      f'{protocol["num_images"]:,} images of {protocol["source"]}'
+      f' ({protocol["split"]}), {protocol["crop"]}; resized:'
+      f' {protocol["resize"]}, {protocol["kernel"]};'
+      f' {protocol["rounding"]}.',
+      '',
+      '| ' + ' | '.join(heading for heading, _, _ in values) + ' |',
+      '|---' * len(values) + '|',
+      '| ' + ' | '.join(f'{x:{form}}' for _, form, x in values) + ' |',
+  ]
+
+
+def _training(
+    config: ml_collections.ConfigDict, facts: Mapping[str, Any]
+) -> list[str]:
+  step = facts['step']
+  source = f'{config.data.source} {config.data.name}'.strip()
+  losses = f'reconstruction {config.losses.reconstruction}'
+  if config.losses.perceptual.name != 'none':
+    losses += f', perceptual {config.losses.perceptual.name}'
+  if config.discriminator.name != 'none':
+    losses += f', discriminator {config.discriminator.name}'
+  steps = 'a number of' if step is None else f'{step:,}'
+  return [
+      f'{steps} steps of {config.data.batch_size} images of {source}'
+      f' ({config.data.train_split}); losses: {losses}; encoder'
+      f' {config.model.encoder.name}, decoder {config.model.decoder.name}. All'
+      ' fields are in config.json.',
+      '',
+      f'Model hash: `{facts["model_hash"]}`',
+  ]
+
+
+def _show(value: Any) -> str:
+  if isinstance(value, list | tuple):
+    return ', '.join(map(str, value))
+  return str(value)

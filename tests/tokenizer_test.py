@@ -1,0 +1,419 @@
+"""Tokenizers: from runs and folders, on any size, what damage and misuse do."""
+
+import json
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import partitioning
+from fsq_jax import train_step
+from fsq_jax.quantizers import convert
+from fsq_jax.tokenizer import Tokenizer
+
+_ROOT = pathlib.Path(__file__).parents[1]
+# A trained run; see trained_test.
+_RUN = _ROOT / 'tests' / 'testdata' / 'run'
+
+
+def _images(num, height, width, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (num, height, width, 3), dtype=np.uint8)
+
+
+def _untrained(**kwargs):
+  """A tokenizer of configs/debug.py with random weights; kwargs: fields."""
+  config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
+  config.update_from_flattened_dict(kwargs)
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
+  images = np.zeros((1, *config.data.image_size, 3), np.float32)
+  variables = jax.jit(model.init)(jax.random.key(0), images)
+  variables = jax.device_put(variables, partitioning.replicated(mesh))
+  return Tokenizer(config, dict(variables), mesh, batch_size=8)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return Tokenizer.from_workdir(_RUN, batch_size=16)
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+  return tokenizer.save_pretrained(tmp_path / 'saved')
+
+
+def test_tokens_and_images_are_those_of_the_evaluation(tokenizer):
+  images = _images(40, 16, 16)
+  output = jax.jit(train_step.build_eval_step(tokenizer.model))(
+      tokenizer.variables, images
+  )
+  tokens = tokenizer.encode(images)
+  assert tokens.dtype == np.int32
+  assert tokens.shape == (40, *tokenizer.grid_size)
+  # Of other programs: a latent between two levels may fall otherwise.
+  assert np.mean(tokens != output.indices) < 1e-2
+  others = tokenizer.decode(tokens).astype(int) - output.reconstructions
+  assert np.mean(np.abs(others) > 1) < 1e-2
+  np.testing.assert_array_equal(
+      tokenizer.reconstruct(images), tokenizer.decode(tokens)
+  )
+
+
+@pytest.mark.parametrize('num', [1, 3, 16, 17, 45])
+def test_batches_are_filled_up_and_cut(tokenizer, num):
+  images = _images(45, 16, 16)
+  whole = tokenizer.encode(images)
+  part = tokenizer.encode(images[:num])
+  assert part.shape[0] == num
+  assert np.mean(part != whole[:num]) < 1e-2
+
+
+@pytest.mark.parametrize('sizes', [
+    {'data': 1, 'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}
+])  # fmt: skip
+def test_any_mesh_gives_the_same(tokenizer, folder, sizes):
+  mesh = partitioning.create_mesh(sizes)
+  images = _images(20, 16, 16)
+  for other in (
+      Tokenizer.from_workdir(_RUN, mesh=mesh, batch_size=16),
+      Tokenizer.from_pretrained(folder, mesh=mesh, batch_size=16),
+  ):
+    assert other.model_hash == tokenizer.model_hash
+    assert np.mean(other.encode(images) != tokenizer.encode(images)) < 1e-2
+
+
+def test_bfloat16_is_the_model_only(tokenizer):
+  other = Tokenizer.from_workdir(_RUN, batch_size=16, dtype='bfloat16')
+  images = _images(20, 16, 16)
+  assert other.model_hash == tokenizer.model_hash
+  tokens, expected = other.encode(images), tokenizer.encode(images)
+  assert 0 < np.mean(tokens != expected) < 0.5
+  with pytest.raises(ValueError, match='int8'):
+    Tokenizer.from_workdir(_RUN, dtype='int8')
+
+
+@pytest.mark.parametrize('size', [(1, 1), (16, 16), (15, 33), (48, 5)])
+def test_padding_keeps_the_size(tokenizer, size):
+  images = _images(2, *size)
+  tokens = tokenizer.encode(images, 'pad')
+  assert tokens.shape == (2, *tokenizer.tokens_of(size))
+  restored = tokenizer.decode(tokens, size)
+  assert restored.shape == images.shape
+  np.testing.assert_array_equal(
+      tokenizer.reconstruct(images, 'pad'), restored
+  )
+
+
+def test_a_vit_takes_tiles_by_themselves(tokenizer):
+  images = _images(2, 32, 48)
+  tokens = tokenizer.encode(images, 'pad')
+  tile = tokenizer.encode(images[:, 16:, 32:])
+  assert np.mean(tokens[:, 4:, 8:] != tile) < 0.05
+
+
+def test_a_convolutional_model_takes_whole_images():
+  conv = {'filters': 32, 'channel_multipliers': (1, 1, 1), 'num_res_blocks': 1}
+  fields = {
+      f'model.{part}.{name}': value
+      for part in ('encoder', 'decoder')
+      for name, value in {
+          'name': 'conv', **{f'conv.{x}': y for x, y in conv.items()}
+      }.items()
+  }
+  tokenizer = _untrained(**fields)
+  images = _images(2, 19, 30)
+  tokens = tokenizer.encode(images, 'pad')
+  assert tokens.shape == (2, 5, 8)
+  assert tokenizer.decode(tokens, (19, 30)).shape == images.shape
+  # What lies far below changes the tokens of the top: GroupNorm sees it.
+  assert tokenizer.reconstruct(images[:, :16, :16]).shape == (2, 16, 16, 3)
+
+
+def test_cropping_is_that_of_evaluation(tokenizer):
+  images = _images(2, 20, 31)
+  np.testing.assert_array_equal(
+      tokenizer.encode(images), tokenizer.encode(images[:, 2:18, 7:23])
+  )
+  with pytest.raises(ValueError, match=r"'stretch'.*crop.*pad"):
+    tokenizer.encode(images, 'stretch')
+
+
+@pytest.mark.parametrize('name', ['vq', 'residual_fsq'])
+def test_other_quantizers_return_from_a_folder(name, tmp_path):
+  tokenizer = _untrained(**{'model.quantizer.name': name})
+  images = _images(4, 16, 16)
+  tokens = tokenizer.encode(images)
+  shape = tokenizer.model.quantizer.index_shape
+  assert tokens.shape == (4, *tokenizer.grid_size, *shape)
+  again = Tokenizer.from_pretrained(
+      tokenizer.save_pretrained(tmp_path / 'x'), mesh=tokenizer.mesh,
+      batch_size=8,
+  )
+  np.testing.assert_array_equal(again.encode(images), tokens)
+  np.testing.assert_array_equal(again.decode(tokens), tokenizer.decode(tokens))
+  assert again.spec == tokenizer.spec
+
+
+def test_a_model_without_tokens_is_refused():
+  with pytest.raises(ValueError, match="'none' has no tokens"):
+    _untrained(**{'model.quantizer.name': 'none'})
+
+
+def test_a_folder_returns_all(tokenizer, folder):
+  again = Tokenizer.from_pretrained(folder, batch_size=16)
+  images = _images(20, 16, 16)
+  np.testing.assert_array_equal(again.encode(images), tokenizer.encode(images))
+  assert again.model_hash == tokenizer.model_hash
+  assert again.step == tokenizer.step == 8
+  saved = {
+      path: (folder / path).read_bytes()
+      for path in ('model.safetensors', 'config.json', 'README.md')
+  }
+  second = again.save_pretrained(folder / 'again')
+  assert saved == {path: (second / path).read_bytes() for path in saved}
+
+
+def test_a_decoder_alone_decodes(tokenizer, tmp_path):
+  whole = tokenizer.save_pretrained(tmp_path / 'whole')
+  half = tokenizer.save_pretrained(tmp_path / 'half', decoder_only=True)
+  sizes = [(x / 'model.safetensors').stat().st_size for x in (half, whole)]
+  assert sizes[0] < sizes[1]
+  images = _images(4, 16, 16)
+  tokens = tokenizer.encode(images)
+  decoder = Tokenizer.from_pretrained(half, batch_size=16)
+  np.testing.assert_array_equal(
+      decoder.decode(tokens), tokenizer.decode(tokens)
+  )
+  assert decoder.model_hash == tokenizer.model_hash
+  with pytest.raises(ValueError, match='decoder_only'):
+    decoder.encode(images)
+  third = decoder.save_pretrained(tmp_path / 'third')
+  with pytest.raises(ValueError, match='decoder_only'):
+    Tokenizer.from_pretrained(third).encode(images)
+
+
+def test_the_card_says_what_was_evaluated(tokenizer, tmp_path):
+  evaluation = json.loads(
+      (_ROOT / 'experiments/default_run/results.json').read_text()
+  )['evaluation']
+  evaluated = Tokenizer(
+      tokenizer.config, tokenizer.variables, tokenizer.mesh, step=8,
+      evaluation=evaluation,
+  )
+  folder = evaluated.save_pretrained(tmp_path / 'x')
+  card = (folder / 'README.md').read_text()
+  numbers = evaluation['metrics'] | evaluation['codebook']
+  assert f'| {numbers["psnr"]:.2f} | {numbers["ssim"]:.3f} |' in card
+  assert f'{numbers["usage"]:.1%}' in card
+  assert '342 images of photos' in card
+  assert '| levels | 8, 8, 8 |' in card
+  assert tokenizer.model_hash in card
+  assert Tokenizer.from_pretrained(folder).evaluation == evaluation
+
+
+def _change_json(path, change):
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('name', [
+    'model.safetensors', 'config.json', 'quantizer.json'
+])  # fmt: skip
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'half', 'other'])
+def test_damaged_files_are_refused(folder, name, damage):
+  path = folder / name
+  content = path.read_bytes()
+  path.unlink()
+  if damage != 'missing':
+    changed = {'empty': b'', 'half': content[: len(content) // 2]}
+    path.write_bytes(changed.get(damage, b'[1]'))
+  with pytest.raises(ValueError, match=name):
+    Tokenizer.from_pretrained(folder)
+
+
+def test_flipped_bits_of_weights_are_found(folder):
+  path = folder / 'model.safetensors'
+  content = path.read_bytes()
+  rng = np.random.default_rng(0)
+  for position in rng.integers(0, len(content) * 8, 12):
+    flipped = bytearray(content)
+    flipped[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r'model\.safetensors'):
+      Tokenizer.from_pretrained(folder)
+
+
+def test_changed_configs_and_dialects_are_refused(folder):
+  config, spec = folder / 'config.json', folder / 'quantizer.json'
+  texts = config.read_text(), spec.read_text()
+
+  def refuses(match):
+    with pytest.raises(ValueError, match=match):
+      Tokenizer.from_pretrained(folder)
+    config.write_text(texts[0])
+    spec.write_text(texts[1])
+
+  _change_json(spec, lambda x: x.update(convention='paper'))
+  refuses("convention: 'paper' -> 'symmetric'")
+  quantizer = ('config', 'model', 'quantizer', 'fsq')
+
+  def to_paper(content):
+    for name in quantizer:
+      content = content[name]
+    content.update(convention='paper', commitment_weight=0.0)
+
+  _change_json(config, to_paper)
+  refuses("convention: 'symmetric' -> 'paper'")
+  _change_json(config, lambda x: x['config']['model'].update(scan_unroll=3))
+  refuses('was changed')
+  _change_json(config, lambda x: x.update(model_hash='0' * 64))
+  refuses('was changed')
+  _change_json(
+      config, lambda x: x['config']['model']['encoder'].update(depth=5)
+  )
+  refuses('another model')
+  _change_json(config, lambda x: x.update(format='another, version 9'))
+  refuses("'another, version 9'")
+  _change_json(config, lambda x: x.pop('hashes'))
+  refuses('hashes')
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+  fields = {'model.encoder.width': 48, 'model.encoder.num_heads': 2}
+  other = _untrained(**fields).save_pretrained(tmp_path / 'other')
+  (folder / 'model.safetensors').write_bytes(
+      (other / 'model.safetensors').read_bytes()
+  )
+  with pytest.raises(ValueError, match=r'another model.*\n.*float32\['):
+    Tokenizer.from_pretrained(folder)
+  arrays = safetensors.numpy.load_file(folder / 'model.safetensors')
+  assert all(path.startswith('params/') for path in arrays)
+
+
+def test_nothing_is_overwritten(tokenizer, folder):
+  with pytest.raises(ValueError, match='not empty'):
+    tokenizer.save_pretrained(folder)
+
+
+def test_paths_stay_at_home(tokenizer, tmp_path):
+  config = tokenizer.config.copy_and_resolve_references()
+  config.data.data_dir = '/home/somebody/images'
+  config.eval.networks = {'lpips_alexnet': '/home/somebody/alex.safetensors'}
+  other = Tokenizer(config, tokenizer.variables, tokenizer.mesh)
+  folder = other.save_pretrained(tmp_path / 'x')
+  assert 'somebody' not in (folder / 'config.json').read_text()
+  again = Tokenizer.from_pretrained(folder)
+  assert again.config.data.data_dir == 'images'
+  assert again.config.eval.networks.lpips_alexnet == 'alex.safetensors'
+  assert again.model_hash == other.model_hash == tokenizer.model_hash
+
+
+@pytest.mark.parametrize(('images', 'message'), [
+    (np.zeros((2, 16, 16, 3), np.float32), r'float32\[2, 16, 16, 3\]'),
+    (np.zeros((16, 16, 3), np.uint8), r'uint8\[16, 16, 3\]'),
+    (np.zeros((2, 3, 16, 16), np.uint8), r'uint8\[2, 3, 16, 16\]'),
+    (np.zeros((0, 16, 16, 3), np.uint8), 'at least one pixel'),
+])  # fmt: skip
+def test_other_arrays_are_no_images(tokenizer, images, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizer.encode(images)
+
+
+@pytest.mark.parametrize(('tokens', 'message'), [
+    (np.zeros((2, 4, 4), np.float32), 'float32'),
+    (np.zeros((4, 4), np.int32), r'int32\[4, 4\]'),
+    (np.zeros((2, 4, 6), np.int32), r'multiples of \(4, 4\)'),
+    (np.zeros((2, 4, 4, 2), np.int32), r'\[2, 4, 4, 2\]'),
+    (np.zeros((0, 4, 4), np.int32), r'\[0, 4, 4\]'),
+    (np.full((2, 4, 4), 512, np.uint16), r'512.*0 \.\.\. 511'),
+    (np.full((2, 4, 4), -1, np.int64), 'NaN'),
+    (np.full((2, 4, 4), 2**40, np.int64), str(2**40)),
+])  # fmt: skip
+def test_other_arrays_are_no_tokens(tokenizer, tokens, message):
+  with pytest.raises(ValueError, match=message):
+    tokenizer.decode(tokens)
+
+
+def test_tokens_of_another_dialect_are_converted(tokenizer):
+  tokens = tokenizer.encode(_images(4, 16, 16))
+  quantizer = convert.quantizer_from_spec(tokenizer.spec)
+  paper = quantizer.clone(convention='paper', commitment_weight=0.0).spec()
+  foreign = convert.convert_indices(tokens, tokenizer.spec, paper)
+  assert np.any(foreign != tokens)
+  with pytest.raises(ValueError, match='another dialect'):
+    tokenizer.decode(foreign, spec=paper)
+  back = convert.convert_indices(foreign, paper, tokenizer.spec)
+  np.testing.assert_array_equal(
+      tokenizer.decode(back, spec=tokenizer.spec), tokenizer.decode(tokens)
+  )
+
+
+def test_sizes_beyond_the_images_are_refused(tokenizer):
+  tokens = tokenizer.encode(_images(1, 16, 16))
+  with pytest.raises(ValueError, match=r'cropped to \(17, 16\)'):
+    tokenizer.decode(tokens, (17, 16))
+
+
+def test_missing_folders_are_named(tmp_path):
+  with pytest.raises(ValueError, match='no folder'):
+    Tokenizer.from_pretrained(tmp_path / 'nothing')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match=r'config\.json'):
+    Tokenizer.from_pretrained(tmp_path / 'empty')
+  with pytest.raises(ValueError, match='from_workdir'):
+    Tokenizer.from_pretrained(_RUN.parent)
+
+
+class _Hub:
+  """Stands in for huggingface_hub: repositories are folders."""
+
+  def __init__(self, root):
+    self.root = root
+
+  def snapshot_download(self, name, allow_patterns):
+    folder = self.root / name
+    if not folder.is_dir():
+      raise OSError(f'404: {name}')
+    assert {x.name for x in folder.iterdir()} <= set(allow_patterns)
+    return str(folder)
+
+  def create_repo(self, name, exist_ok):
+    assert exist_ok
+    (self.root / name).mkdir(parents=True, exist_ok=True)
+    return f'https://hub/{name}'
+
+  def upload_folder(self, repo_id, folder_path):
+    for path in pathlib.Path(folder_path).iterdir():
+      (self.root / repo_id / path.name).write_bytes(path.read_bytes())
+
+
+def test_the_hub_keeps_folders(tokenizer, tmp_path, monkeypatch):
+  hub = _Hub(tmp_path)
+  module = types.SimpleNamespace(
+      snapshot_download=hub.snapshot_download, HfApi=lambda: hub
+  )
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+  assert tokenizer.push_to_hub('me/mine') == 'https://hub/me/mine'
+  again = Tokenizer.from_pretrained('me/mine')
+  assert again.model_hash == tokenizer.model_hash
+  with pytest.raises(ValueError, match='404: me/other'):
+    Tokenizer.from_pretrained('me/other')
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(ValueError, match=r'fsq_jax\[hub\]'):
+    tokenizer.push_to_hub('me/mine')
+
+
+def test_meshes_of_others_are_refused(tokenizer, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  with pytest.raises(ValueError, match='local_devices'):
+    Tokenizer(tokenizer.config, tokenizer.variables, tokenizer.mesh)
+
+
