@@ -198,8 +198,7 @@ class Tokenizer:
   def push_to_hub(self, name: str, *, decoder_only: bool = False) -> str:
     """Saves to a repository 'owner/name' of the Hugging Face Hub.
 
-    Returns:
-      Its address.
+    Returns its address.
     """
     return tokenizer_files.upload(
         name, lambda x: self.save_pretrained(x, decoder_only=decoder_only)
