@@ -13,8 +13,18 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
+# Files that take minutes: no process should be left with one at the end.
+_LONG = (
+    'configs_test', 'train_test', 'experiments_test', 'adversary_test',
+    'stages_test',
+)  # fmt: skip
+
 # Toy programs spend their time in the compiler, not in the arithmetic.
 jax.config.update('jax_disable_most_optimizations', True)
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
 @pytest.fixture(scope='module')
