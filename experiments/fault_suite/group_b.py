@@ -9,6 +9,7 @@ import time
 import jax
 from jax import numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from experiments.fault_suite import fault
 from fsq_jax import checkpoint
@@ -16,6 +17,8 @@ from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import integrity
 from fsq_jax import partitioning
+from fsq_jax import tokenizer
+from fsq_jax import tokenizer_files
 from fsq_jax import train
 from fsq_jax import train_step
 from fsq_jax import trained
@@ -214,6 +217,40 @@ def _previous(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   )
 
 
+def _partial(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+  whole = tokenizer.Tokenizer.from_workdir(_PREVIOUS)
+  tokens = whole.encode(np.load(_PREVIOUS / 'expected.npz')['images'])
+  part = whole.save_pretrained(folder / 'decoder', decoder_only=True)
+  path = part / tokenizer_files.WEIGHTS
+  arrays = safetensors.numpy.load_file(path)
+  changes = {
+      'missing': lambda name, x: {},
+      'renamed': lambda name, x: {f'{name}_': x},
+      'of another shape': lambda name, x: {name: x[..., None]},
+      'of another dtype': lambda name, x: {name: x.astype(np.float16)},
+      'of another value': lambda name, x: {name: x + np.float32(1)},
+  }
+  decoder = tokenizer.Tokenizer.from_pretrained(part)
+  same = np.array_equal(decoder.decode(tokens), whole.decode(tokens))
+  encodes = fault.refusal(decoder.encode, np.zeros((1, 16, 16, 3), np.uint8))
+  named = dict.fromkeys(changes, 0)
+  for kind, change in changes.items():
+    for name, x in arrays.items():
+      others = {key: y for key, y in arrays.items() if key != name}
+      safetensors.numpy.save_file({**others, **change(name, x)}, path)
+      error = fault.refusal(tokenizer.Tokenizer.from_pretrained, part)
+      named[kind] += error is not None and name in str(error)
+  number = len(arrays) * len(changes)
+  return fault.Outcome(
+      same and encodes is not None and sum(named.values()) == number,
+      f'the decoder alone, {len(arrays)} averaged arrays without the'
+      f' optimizer, decodes to the same bytes: {same}, and refuses to encode:'
+      f' {encodes is not None}; {sum(named.values())} of {number} changed files'
+      f' refused by the name of the array ({", ".join(named)})',
+      {'arrays': len(arrays), 'named': named},
+  )
+
+
 def _cost(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   config = configuration.load_config(fault.ROOT / 'configs' / 'fsq_888.py')
   training = fault.build_training(config)
@@ -262,6 +299,10 @@ FAULTS = {
     'B8': fault.Fault(
         'arrays of other dtypes, shapes and names',
         'refused with the first 10 differences, nothing cast', _mismatches,
+    ),
+    'B9': fault.Fault(
+        'a part of a model: averaged parameters, of the decoder alone',
+        'on request only, what does not match is named', _partial,
     ),
     'B10': fault.Fault(
         'a checkpoint of an earlier version', 'loads, with the same tokens',
