@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 import contextlib
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import signal
@@ -27,16 +29,26 @@ def keep_freed_memory() -> None:
   gives large ones back to the kernel each time: fetching their pages again
   takes a fifth of a step of 400 MiB. This takes all memory from one heap and
   keeps up to 2 GiB of it. Call it before JAX starts its threads, which would
-  otherwise have heaps of their own, too small for large buffers. Without
-  glibc, as on macOS, nothing changes.
+  otherwise have heaps of their own, too small for large buffers; they keep
+  them where JAX might find an accelerator, since threads that read images
+  would wait for each other at one. Without glibc, as on macOS, nothing changes.
   """
   with contextlib.suppress(AttributeError, OSError, TypeError):
     library = ctypes.CDLL(None)
-    library.mallopt(_M_ARENA_MAX, 1)
+    if _has_cpu_alone():
+      library.mallopt(_M_ARENA_MAX, 1)
     if jax.default_backend() == 'cpu':
       library.mallopt(_M_MMAP_MAX, 0)
       library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
       library.mallopt(_M_TOP_PAD, 2**28)
+
+
+def _has_cpu_alone() -> bool:
+  """Whether JAX has nothing but CPUs; asking it would start its threads."""
+  if platforms := jax.config.jax_platforms:
+    return platforms == 'cpu'
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  return not plugins and importlib.util.find_spec('libtpu') is None
 
 
 def use_compilation_cache(folder: str) -> None:

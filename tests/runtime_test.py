@@ -1,6 +1,8 @@
 """Tests of the settings of the process."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -19,6 +21,27 @@ def test_glibc_is_asked_to_keep_memory(monkeypatch):
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
   runtime.keep_freed_memory()
   assert asked == [(-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20)]
+
+
+@pytest.mark.parametrize(('platforms', 'plugins', 'alone'), [
+    ('cpu', ['cuda'], True),
+    ('cuda,cpu', [], False),
+    (None, ['cuda'], False),
+    (None, [], importlib.util.find_spec('libtpu') is None),
+])  # fmt: skip
+def test_one_heap_is_for_hosts_without_accelerators(
+    monkeypatch, platforms, plugins, alone
+):
+  asked = []
+  library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
+  monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
+  config = types.SimpleNamespace(jax_platforms=platforms)
+  monkeypatch.setattr(runtime.jax, 'config', config)
+  monkeypatch.setattr(
+      importlib.metadata, 'entry_points', lambda group: plugins
+  )
+  runtime.keep_freed_memory()
+  assert ((-8, 1) in asked) == alone
 
 
 _ALLOCATE = """
