@@ -152,13 +152,15 @@ def test_readmes_show_the_tables_of_the_results(capsys):
   assert len(tables) == 2
   for table in tables:
     assert table in (_FOLDER / 'README.md').read_text()
-  assert tables[0] in (_ROOT / 'README.md').read_text()
+  # Of the VQRAE on 16, 64 and 256 chips.
+  first = '\n'.join(tables[0].splitlines()[:10])
+  assert f'{first}\n\n' in (_ROOT / 'README.md').read_text()
 
 
-def test_every_result_is_of_a_case():
+def test_every_case_has_a_result():
   names = [case.name for case in tpu_compile.list_cases()]
   assert len(set(names)) == len(names)
-  assert set(_results()['cases']) <= set(names)
+  assert list(_results()['cases']) == names
 
 
 @pytest.mark.parametrize('stage', ['', '_stage2'])
