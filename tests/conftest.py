@@ -1,6 +1,16 @@
 """Eight CPU devices and the settings that every test runs under."""
 
 import os
+import tempfile
+
+# Toy programs spend their time in the compiler, not in the arithmetic, and the
+# same ones are needed again. As variables of the environment, for commands that
+# tests start; the process that starts the others makes the folder for all.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _PROGRAMS = tempfile.TemporaryDirectory()
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _PROGRAMS.name
 
 # XLA reads these once, when the first device is asked for.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -9,35 +19,13 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_force_host_platform_device_count=8'
 )
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-import pytest
-
 # Files that take minutes: no process should be left with one at the end.
 _LONG = (
     'configs_test', 'train_test', 'experiments_test', 'adversary_test',
     'stages_test',
 )  # fmt: skip
 
-# Toy programs spend their time in the compiler, not in the arithmetic.
-jax.config.update('jax_disable_most_optimizations', True)
-
 
 def pytest_collection_modifyitems(items):
+  """Puts the files that take longest first."""
   items.sort(key=lambda item: item.path.stem not in _LONG)
-
-
-@pytest.fixture(scope='module')
-def compiled_programs(tmp_path_factory):
-  """Keeps programs on disk, for modules that compile the same ones again."""
-  names = {
-      'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
-      'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
-  for values in (names, before):
-    compilation_cache.reset_cache()
-    for name, value in values.items():
-      jax.config.update(name, value)
-    if values is names:
-      yield names['jax_compilation_cache_dir']

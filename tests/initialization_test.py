@@ -33,8 +33,6 @@ _ARCHITECTURE = (
     'siglip(width=48, depth=3, num_heads=4, mlp_dim=160, patch_size=16)'
 )
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 def _load_config(fields=None):
   """The debug config with a pretrained encoder, and dotted names set."""

@@ -49,8 +49,6 @@ def get_config():
   return config
 """
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 @pytest.fixture(scope='module')
 def images():

@@ -23,8 +23,6 @@ _TRAIN = {
     'eval_every_steps': 24,
 }
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 def _config():
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
@@ -32,7 +30,7 @@ def _config():
   return config
 
 
-def _launch(folder, num_processes, programs):
+def _launch(folder, num_processes):
   """Starts launch.py several times, with two devices each."""
   return group_processes.launch(
       folder,
@@ -41,9 +39,6 @@ def _launch(folder, num_processes, programs):
       env=dict(
           os.environ,
           XLA_FLAGS='--xla_force_host_platform_device_count=2',
-          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-          JAX_COMPILATION_CACHE_DIR=programs,
-          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
       ),
   )
 
@@ -87,10 +82,10 @@ def straight(tmp_path_factory):
 
 @pytest.mark.slow
 def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
-    tmp_path, straight, compiled_programs
+    tmp_path, straight
 ):
   folder = tmp_path / 'run'
-  processes = _launch(folder, 2, compiled_programs)
+  processes = _launch(folder, 2)
   deadline = time.monotonic() + 300
   while not (folder.exists() and len(workdir.read_metrics(folder)) >= 3):
     assert all(process.poll() is None for process in processes), (
@@ -115,7 +110,7 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
 
 @pytest.mark.slow
 def test_several_processes_go_on_from_what_one_has_saved(
-    tmp_path, straight, compiled_programs, monkeypatch
+    tmp_path, straight, monkeypatch
 ):
   folder = tmp_path / 'run'
   config = _config()
@@ -124,7 +119,7 @@ def test_several_processes_go_on_from_what_one_has_saved(
   )
   with pytest.raises(train.Preempted):
     train.train_and_evaluate(config, folder)
-  assert _wait(_launch(folder, 4, compiled_programs), folder) == [0] * 4
+  assert _wait(_launch(folder, 4), folder) == [0] * 4
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 17' in log
   assert "8 x cpu, mesh {'data': 8" in log

@@ -33,8 +33,6 @@ _NOTHING_ELSE = {
     'losses.reconstruction_weight': 0.0, 'losses.quantizer_weight': 0.0
 }
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 class _Training(NamedTuple):
   """What a test trains with."""

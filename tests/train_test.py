@@ -31,8 +31,6 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = 'configs/debug.py'
 _NUM_STEPS = 12
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 class _Crash(Exception):  # noqa: N818
   """Stands for anything that ends a run between two steps."""
@@ -304,8 +302,8 @@ def test_a_second_signal_is_not_caught():
   assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
 
 
-def _launch(config, folder, programs):
-  """Starts launch.py under the settings of this process."""
+def _launch(config, folder):
+  """Starts launch.py."""
   overrides = [
       f'--config.train.{name}={config.train[name]}'
       for name in (
@@ -313,12 +311,6 @@ def _launch(config, folder, programs):
           'eval_every_steps',
       )
   ]
-  env = dict(
-      os.environ,
-      JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-      JAX_COMPILATION_CACHE_DIR=programs,
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-  )
   with open(folder.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
         [
@@ -326,7 +318,6 @@ def _launch(config, folder, programs):
             f'--workdir={folder}', *overrides,
         ],
         cwd=_ROOT,
-        env=env,
         stdout=log,
         stderr=log,
     )
@@ -345,7 +336,7 @@ def _wait_for_step(process, folder, step):
 
 @pytest.mark.slow
 def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
-    tmp_path, compiled_programs
+    tmp_path,
 ):
   config = _load_config()
   config.train.num_steps = 60
@@ -357,13 +348,13 @@ def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
   for step, number, code in (
       (8, signal.SIGTERM, 75), (25, signal.SIGKILL, -signal.SIGKILL)
   ):
-    process = _launch(config, folder, compiled_programs)
+    process = _launch(config, folder)
     _wait_for_step(process, folder, step)
     process.send_signal(number)
     assert process.wait(timeout=60) == code, log.read_text()
     steps = _names(folder / workdir.CHECKPOINTS)
     saved.append(max(int(name) for name in steps if name.isdigit()))
-  process = _launch(config, folder, compiled_programs)
+  process = _launch(config, folder)
   assert process.wait(timeout=120) == 0, log.read_text()
   first, second = re.findall(r'Continuing .* from step (\d+)', log.read_text())
   # The signal lost nothing, the kill at most what was not on disk yet.
