@@ -87,8 +87,9 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
       for share, num in ranks['num_codes_of_share'].items()
   )
   cards = ''.join(_code_card(analysis, code) for code in analysis['top_codes'])
-  swatches = ''
+  swatches = classes = ''
   if 'swatch' in analysis['top_codes'][0]:
+    classes = ' codes'
     swatches = (
         ' The picture is the middle patch of what a grid of this code alone'
         ' decodes to.'
@@ -102,7 +103,7 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
       f'<div class="plots"><figure>{plot}</figure></div>'
       '<h3>Codes with the most tokens</h3><p class="soft">Code, its digits if'
       f' it has any, and its share of all tokens.{swatches}</p>'
-      f'<div class="cards codes">{cards}</div>',
+      f'<div class="cards{classes}">{cards}</div>',
   )
 
 
@@ -163,13 +164,16 @@ def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
         f'<figure><figcaption>{label}, {pairs["num_pairs"]:,} pairs'
         f'</figcaption>{report_elements.heat_table(names, cells)}</figure>'
     )
+  order = ''
+  if analysis['index_shape']:
+    order = ' Digits are numbered through, index after index.'
   return report_elements.section(
       title,
       '<p class="soft">Mutual information in bits, sum of p(x, y) log2 p(x, y)'
       ' / (p(x) p(y)) over levels x of the digit of the row and y of that of'
       ' the column, p the shares among all pairs. Rows are digits of a token,'
       ' columns those of the token that the title names. 0 is independence;'
-      ' in the same token a digit says its entropy about itself.</p>'
+      f' in the same token a digit says its entropy about itself.{order}</p>'
       f'<div class="heats">{"".join(tables)}</div>',
   )
 
@@ -212,7 +216,12 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
         report_elements.decimals(direction[key])
         for key in ('bits', 'bits_miller_madow')
     )
-    table = report_elements.heat_table(names, cells, 'small')
+    table = (
+        f'<p class="soft">None of these pairs is expected {_FEWEST_EXPECTED}'
+        ' times.</p>'
+    )
+    if max(map(max, direction['expected']), default=0) >= _FEWEST_EXPECTED:
+      table = report_elements.heat_table(names, cells, 'small')
     figures.append(
         f'<figure><figcaption>{_NEIGHBOURS[name]}: mutual information of'
         f' {bits} bits, {less_bias} less its bias; {direction["num_pairs"]:,}'

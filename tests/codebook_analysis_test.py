@@ -6,6 +6,7 @@ mean of all codes added to every pixel.
 """
 
 import base64
+import functools
 import io
 import json
 import math
@@ -42,7 +43,6 @@ _QUANTIZERS = {
     'fsq': quantizers.FSQ(levels=_LEVELS),
     'paper': quantizers.FSQ(levels=_LEVELS, convention='paper'),
     'lfq': quantizers.LFQ(num_bits=5),
-    'bsq': quantizers.BSQ(num_bits=5),
     'vq': quantizers.VectorQuantizer(codebook_size=24, code_dim=3),
     'cosine': quantizers.VectorQuantizer(
         codebook_size=24, code_dim=3, metric='cosine'
@@ -150,16 +150,21 @@ def _images():
   return np.clip(images + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope='module', params=_QUANTIZERS)
+@functools.cache
+def _run(name):
+  return _Run(_QUANTIZERS[name])
+
+
+@pytest.fixture(params=_QUANTIZERS)
 def run(request):
   """A run of each quantizer."""
-  return _Run(_QUANTIZERS[request.param])
+  return _run(request.param)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def fsq():
   """A run of FSQ."""
-  return _Run(_QUANTIZERS['fsq'])
+  return _run('fsq')
 
 
 def _pixels(data):
@@ -262,7 +267,7 @@ def test_digits_are_those_of_numpy(fsq):
 
 @pytest.mark.parametrize('name', ['grouped_fsq', 'residual_fsq'])
 def test_each_index_of_a_token_has_digits_of_its_own(name):
-  run = _Run(_QUANTIZERS[name])
+  run = _run(name)
   found = run.result['digits']
   assert run.result['index_shape'] == [2]
   for slot in range(2):
@@ -335,7 +340,7 @@ def test_every_digit_takes_every_level(fsq):
 
 @pytest.mark.parametrize('name', ['vq', 'cosine', 'simvq'])
 def test_codes_without_digits_are_swapped_by_distance(name):
-  run = _Run(_QUANTIZERS[name])
+  run = _run(name)
   codes = run.codes(np.arange(24)).astype(np.float64)
   assert run.result['digits'] is None
   assert run.result['dimensions'] == 0
@@ -442,7 +447,7 @@ def test_batches_change_nothing():
   # Floats of programs of other shapes may differ in the last digit.
   names = ('codebook', 'digits', 'code_pairs', 'top_codes', 'swaps')
   results = [
-      _Run(_QUANTIZERS['fsq'], batch_size).result for batch_size in (7, 30)
+      _run('fsq').result, _Run(_QUANTIZERS['fsq'], batch_size=7).result
   ]
   for name in names:
     assert results[0][name] == results[1][name]

@@ -594,8 +594,11 @@ def test_codes_without_digits_and_classes_of_codes(workdir):
 def test_too_many_digits_and_levels_are_said_to_be(workdir):
   analysis = _analysis(index_shape=[2], dimensions=1)
   analysis['digits']['pairs'] = None
+  for direction in analysis['code_pairs']['directions'].values():
+    direction['expected'] = [[4.0, 3.0], [2.0, 1.0]]
   _write(workdir, codebook=analysis)
   text = _Page(_read(workdir)).text
+  assert text.count('None of these pairs is expected 5 times.') == 2
   assert 'A position has 2 digits, too many for a matrix.' in text
   assert 'Dimension 1 of index 2: 0.95 of 1.00 bits' in text
   _write(workdir, codebook=_analysis(digits=None))
