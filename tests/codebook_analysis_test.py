@@ -106,7 +106,15 @@ class _Run:
     )
     self.images = _images()
     shape = (1, _GRID[0] * _PATCH, _GRID[1] * _PATCH, 3)
-    self.variables = self.model.init(jax.random.key(0), jnp.zeros(shape))
+    init = jax.jit(self.model.init)
+    self.variables = init(jax.random.key(0), jnp.zeros(shape))
+    self._codes = jax.jit(
+        lambda variables, indices: self.model.apply(
+            variables,
+            indices,
+            method=lambda model, x: model.quantizer.indices_to_codes(x),
+        )
+    )
     step = jax.jit(train_step.build_eval_step(self.model))
     mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
     self.decoder = codebook_figures.Decoder(
@@ -125,13 +133,7 @@ class _Run:
     self.tokens, self.reconstructions = output.indices, output.reconstructions
 
   def codes(self, indices):
-    return np.asarray(
-        self.model.apply(
-            self.variables,
-            np.asarray(indices, np.int32),
-            method=lambda model, x: model.quantizer.indices_to_codes(x),
-        )
-    )
+    return np.asarray(self._codes(self.variables, np.int32(indices)))
 
   def draw(self, tokens):
     pixels = _draw(np, self.codes(tokens[None]))[0]
