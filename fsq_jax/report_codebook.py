@@ -110,7 +110,7 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
 def _code_card(analysis: Mapping[str, Any], code: Mapping[str, Any]) -> str:
   share = 100 * code['count'] / analysis['codebook']['num_tokens']
   digits = ' '.join(map(str, code.get('digits', ())))
-  digits = f' ({digits})' if digits else ''
+  digits = f'<br>({digits})' if digits else ''
   swatch = ''
   if 'swatch' in code:
     swatch = report_elements.image(code['swatch'], f'code {code["code"]}')

@@ -93,7 +93,7 @@ dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
   margin: auto; border-radius: 3px; }
 .small { font-size: .72rem; }
 .heats { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem; }
-.heats figure { width: min-content; min-width: min(230px, 100%);
+.heats figure { width: min-content; min-width: min(260px, 100%);
   max-width: 100%; }
 .swap { display: grid; gap: 1.1rem; margin: 1.2rem 0 2.2rem;
   grid-template-columns: minmax(120px, 190px) minmax(0, 1fr); }

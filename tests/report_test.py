@@ -524,7 +524,7 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
       'Dimension 1: 1.50 of 2.00 bits, 1 dead',
       '6 of 8 codes occur in 1,600 tokens, 200 for each code.',
       '1 for 50 %, 4 for 90 %.',
-      '5 (2 1)50 %',
+      '5(2 1)50 %',
       'Mutual information in bits, sum of p(x, y) log2 p(x, y)',
       'The token to the right, 1,500 pairs',
       'mutual information of 1.23 bits, 1.11 less its bias; 1,500 pairs, 30 of',
