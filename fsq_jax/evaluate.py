@@ -1,6 +1,6 @@
 """Evaluation over a whole split: image metrics and codebook statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import os
 import pathlib
 import re
@@ -83,23 +83,36 @@ class Evaluator:
     tally = evaluation.Tally(
         self._quantizer, self._networks, self._dataset, self._num_grid_images
     )
+    for results in self.outputs(variables):
+      tally.update(*results)
+    return tally.result()
+
+  def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Goes through the split once.
+
+    Args:
+      variables: as in `run`.
+
+    Yields:
+      For each batch the arguments of `evaluation.Tally.update`.
+    """
     pending = None
     for local_batch in self._dataset:
       batch = partitioning.shard_batch(local_batch, self._mesh)
       output = self._eval_step(variables, batch['image'])
-      # Adds a batch up while devices work on the next one.
+      # A batch is looked at while devices work on the next one.
       previous, pending = pending, (self._gather(batch), output, batch['image'])
-      _add(previous, tally)
-    _add(pending, tally)
-    return tally.result()
+      if previous is not None:
+        yield _fetch(*previous)
+    if pending is not None:
+      yield _fetch(*pending)
 
 
-def _add(pending: tuple[Any, ...] | None, tally: evaluation.Tally) -> None:
-  """Adds a batch whose results may still be under way, if there is one."""
-  if pending is not None:
-    batch, output, images = pending
-    results = jax.device_get((batch, output))
-    tally.update(*results, images, output.reconstructions)
+def _fetch(
+    batch: Any, output: train_step.EvalOutput, images: jax.Array
+) -> tuple[Any, ...]:
+  """Waits for a batch whose results may still be under way."""
+  return *jax.device_get((batch, output)), images, output.reconstructions
 
 
 def build_evaluator(
@@ -222,7 +235,7 @@ def evaluate_workdir(
   configuration.check_config(config, num_devices=jax.device_count())
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
-  _check_same_model(found.config, configuration.resolve(config))
+  check_same_model(found.config, configuration.resolve(config))
   native = config.eval.native_size
   # All native images pass every process, whose devices do the same.
   processes = {} if native else {
@@ -275,7 +288,7 @@ def _label(
   return '_'.join(re.findall(r'\w+', ' '.join(words)))
 
 
-def _check_same_model(
+def check_same_model(
     saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
 ) -> None:
   """Refuses a config that was given for another model than the checkpoint's."""

@@ -96,7 +96,7 @@ class Tally:
     self._num_images = 0
     self._num_nonfinite = 0
     self._means = {name: metrics.Mean() for name in metrics.IMAGE_METRICS}
-    self._codebook = _count_codes(quantizer)
+    self._codebook = count_codes(quantizer)
     positions = np.linspace(
         0, dataset.num_examples, num_grid_images, endpoint=False
     )
@@ -130,7 +130,7 @@ class Tally:
       self._means[name].update(values, mask)
     if self._codebook is not None:
       self._codebook.update(output.indices, mask)
-    shown = _select(batch, self._waiting)
+    shown = select(batch, self._waiting)
     self._originals.extend(batch['image'][shown])
     self._reconstructions.extend(output.reconstructions[shown])
 
@@ -176,21 +176,22 @@ class Tally:
     )
 
 
-def _count_codes(
+def count_codes(
     quantizer: quantizers.Quantizer,
 ) -> metrics.CodebookStatistics | None:
+  """Returns what counts the codes of a quantizer; None without tokens."""
   if not quantizer.codebook_size:
     return None
   digits = {}
   if isinstance(quantizer, quantizers.DigitQuantizer):
     digits = {
         'levels': quantizer.levels,
-        'digits_of': lambda indices: _digits(quantizer, indices),
+        'digits_of': lambda indices: digits_of(quantizer, indices),
     }
   return metrics.CodebookStatistics(quantizer.codebook_size, **digits)
 
 
-def _digits(
+def digits_of(
     quantizer: quantizers.DigitQuantizer, indices: np.ndarray
 ) -> np.ndarray:
   """Returns the digits [U, d] of indices [U], in blocks of one shape.
@@ -209,7 +210,7 @@ def _digits(
   return np.concatenate(blocks)[: len(indices)]
 
 
-def _select(
+def select(
     batch: Mapping[str, np.ndarray], waiting: collections.deque[int]
 ) -> list[int]:
   """Takes the numbers of a batch's images from those that wait to be shown.

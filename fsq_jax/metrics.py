@@ -348,7 +348,7 @@ class CodebookStatistics:
     """Plain numbers and lists under the names of `DEFINITIONS`."""
     codes, counts = self.histogram()
     num_tokens, num_used = int(counts.sum()), len(codes)
-    entropy = _entropy_bits(counts)
+    entropy = entropy_bits(counts)
     statistics = {
         'codebook_size': self._codebook_size,
         'num_tokens': num_tokens,
@@ -365,7 +365,7 @@ class CodebookStatistics:
     if not self._levels:
       return statistics
     histograms = self._level_histograms(codes, counts)
-    entropies = [_entropy_bits(histogram) for histogram in histograms]
+    entropies = [entropy_bits(histogram) for histogram in histograms]
     return statistics | {
         'level_histograms': [histogram.tolist() for histogram in histograms],
         'dead_levels': [int(np.sum(h == 0)) for h in histograms],
@@ -390,7 +390,7 @@ class CodebookStatistics:
     return histograms
 
 
-def _entropy_bits(counts: np.ndarray) -> float:
+def entropy_bits(counts: np.ndarray) -> float:
   """Entropy of a histogram in bits; NaN if it counts nothing."""
   counts = counts[counts > 0]
   if not len(counts):

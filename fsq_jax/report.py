@@ -19,6 +19,9 @@ import PIL.ImageFont
 from fsq_jax import report_page
 from fsq_jax import workdir as workdirs
 
+# Of what codebook.json holds; raise it with any change that pages would miss.
+ANALYSIS_VERSION = 1
+
 # Pixels of a grid: its width is about this, images are at most so many times
 # enlarged, labels stand in a margin, white gaps part images and pairs of rows.
 _GRID_WIDTH = 1200
@@ -36,7 +39,8 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
 
   Args:
     workdir: folder with any of config.json, quantizer.json, run.json,
-      metrics.jsonl, evaluation.json and reconstructions/step_*.png.
+      metrics.jsonl, evaluation.json, codebook.json and
+      reconstructions/step_*.png.
 
   Returns:
     The path of the page.
@@ -125,6 +129,19 @@ def _read_workdir(workdir: str) -> report_page.Run:
       name: _read_json(os.path.join(workdir, f'{name}.json'), notices)
       for name in ('config', 'quantizer', 'run', 'evaluation')
   }
+  analysis = _read_json(os.path.join(workdir, workdirs.CODEBOOK), notices)
+  if analysis and analysis.get('version') != ANALYSIS_VERSION:
+    analysis = {}
+    notices.append(
+        f'{workdirs.CODEBOOK} is of another version of fsq_jax and left out;'
+        ' --mode=report writes it anew.'
+    )
+  step = files['evaluation'].get('step')
+  if analysis and step not in (None, analysis['step']):
+    notices.append(
+        f'Single images and the codebook are of step {analysis["step"]}, all'
+        f' else of step {step}; --mode=report looks at them anew.'
+    )
   return report_page.Run(
       name=os.path.basename(workdir),
       config=files['config'],
@@ -133,6 +150,7 @@ def _read_workdir(workdir: str) -> report_page.Run:
       evaluation=files['evaluation'],
       rows=_read_rows(os.path.join(workdir, 'metrics.jsonl')),
       frames=_read_frames(os.path.join(workdir, 'reconstructions'), notices),
+      analysis=analysis,
       notices=notices,
   )
 

@@ -74,15 +74,30 @@ def render(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
       if points:
         curves[key] = np.array(points, np.float64)
     if curves:
-      plot = _plot(curves, scale, f'plot{number}-')
+      drawing = plot(curves, scale, f'plot{number}-')
       figures.append(
-          f'<figure><figcaption>{title}</figcaption>{plot}</figure>'
+          f'<figure><figcaption>{title}</figcaption>{drawing}</figure>'
       )
   return f'<div class="plots">{"".join(figures)}</div>' if figures else ''
 
 
-def _plot(curves: Mapping[str, np.ndarray], scale: str, prefix: str) -> str:
-  """SVG of curves [points, (step, value)]; its ids start with the prefix."""
+def plot(
+    curves: Mapping[str, np.ndarray],
+    scale: str,
+    prefix: str,
+    *,
+    x_label: str = 'step',
+    x_scale: str = 'linear',
+) -> str:
+  """Returns an SVG of curves.
+
+  Args:
+    curves: name to [points, (x, y)] float64.
+    scale: of the y axis, 'linear' or 'log'.
+    prefix: that its ids start with.
+    x_label: what x is.
+    x_scale: of the x axis.
+  """
   import matplotlib
   from matplotlib import figure
 
@@ -120,7 +135,8 @@ def _plot(curves: Mapping[str, np.ndarray], scale: str, prefix: str) -> str:
         )
         axes.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
     axes.set_yscale(scale)
-    axes.set_xlabel('step')
+    axes.set_xscale(x_scale)
+    axes.set_xlabel(x_label)
     if len(curves) > 1:
       axes.legend()
     file = io.StringIO()

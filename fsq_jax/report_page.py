@@ -10,78 +10,11 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from fsq_jax import report_codebook
 from fsq_jax import report_curves
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1c1e21;
-  --soft: #656b73; --line: #dfe2e6; --tile: #f5f6f8; --mark: #3f7fd6;
-  --bad: #c8372d; }
-@media (prefers-color-scheme: dark) { :root { --back: #15171a;
-  --text: #e6e8ea; --soft: #9aa1a9; --line: #32363b; --tile: #1e2125; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 1100px;
-  background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
-h1 { margin: 0; font-size: 1.8rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 2.75rem 0 .75rem; font-size: 1.15rem; }
-p { margin: .5rem 0; max-width: 46rem; }
-.soft, figcaption, th, dt { color: var(--soft); }
-.notice { color: var(--bad); }
-.tiles { display: grid; gap: .6rem; margin: 1.5rem 0 0;
-  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
-.tiles div { padding: .7rem .9rem; border-radius: 8px;
-  background: var(--tile); }
-.tiles b { display: block; font-size: 1.65rem; font-weight: 600;
-  line-height: 1.25; font-variant-numeric: tabular-nums; }
-.tiles span { display: block; font-size: .82rem; color: var(--soft); }
-.frame { display: block; width: 100%; min-width: 640px; height: auto;
-  border-radius: 6px; }
-.frame[hidden] { display: none; }
-input[type=range] { width: min(24rem, 100%); vertical-align: middle;
-  accent-color: var(--mark); }
-.plots, .levels { display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
-.levels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-figure { margin: 0; min-width: 0; }
-figcaption { font-size: .85rem; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: inherit !important; }
-.bars { display: flex; align-items: flex-end; gap: 2px; height: 80px;
-  border-bottom: 1px solid var(--soft); }
-.bars i { flex: 1; min-width: 1px; background: var(--mark); }
-.bars .dead { min-height: 4px; background: var(--bad); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line);
-  text-align: left; vertical-align: top; }
-td:nth-child(2) { font-variant-numeric: tabular-nums; }
-@media (max-width: 640px) {
-  tr { display: flex; flex-wrap: wrap; justify-content: space-between;
-    padding: .35rem 0; border-bottom: 1px solid var(--line); }
-  th:nth-child(3) { display: none; }
-  th, td { padding: 0; border: 0; overflow-wrap: anywhere; }
-  td:nth-child(3) { width: 100%; color: var(--soft); } }
-details { margin: .1rem 0; }
-dl + details { margin-top: .3rem; }
-details details, details dl { margin-left: 1.1rem; }
-summary { cursor: pointer; }
-dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr;
-  gap: .1rem 1rem; margin: .2rem 0; font-size: .88rem; }
-dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
-  overflow-wrap: anywhere; }
-"""
-
-_SCRIPT = """
-const slider = document.getElementById('slider');
-if (slider) {
-  const frames = document.querySelectorAll('.frame');
-  slider.hidden = false;
-  slider.oninput = () => {
-    frames.forEach((frame, i) => { frame.hidden = i != slider.value; });
-    document.getElementById('shown').value = frames[slider.value].alt;
-  };
-}
-"""
+from fsq_jax import report_elements
+from fsq_jax import report_images
+from fsq_jax import report_style
 
 # Metric by a frozen network to label and note of its tile.
 _NETWORK_TILES = {
@@ -115,6 +48,8 @@ class Run(NamedTuple):
   rows: dict[str, list[dict[str, Any]]]
   # Ascending steps.
   frames: list[Frame]
+  # What codebook.json holds.
+  analysis: dict[str, Any]
   # Files that could not be read, and why.
   notices: list[str]
 
@@ -126,24 +61,22 @@ def render(run: Run) -> str:
   body = '\n'.join([
       _headline(run),
       _reconstructions(run.frames),
-      _section('Curves', report_curves.render(run.rows)),
-      _levels(run.evaluation.get('codebook') or {}),
+      report_images.render(run.analysis),
+      report_elements.section('Curves', report_curves.render(run.rows)),
+      _tokens(run),
       _results(run.evaluation, definitions),
-      _section('Protocol of the evaluation', _tree(protocol)),
-      _section('Quantizer', _tree(run.quantizer)),
-      _section('Config', _tree(run.config)),
-      _section('Provenance', _tree(run.provenance)),
+      report_elements.section('Protocol of the evaluation', _tree(protocol)),
+      report_elements.section('Quantizer', _tree(run.quantizer)),
+      report_elements.section('Config', _tree(run.config)),
+      report_elements.section('Provenance', _tree(run.provenance)),
   ])
   return (
       '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
       '<meta name="viewport" content="width=device-width, initial-scale=1">'
-      f'<title>{html.escape(run.name)}</title><style>{_STYLE}</style></head>'
-      f'<body>\n{body}\n<script>{_SCRIPT}</script></body></html>\n'
+      f'<title>{html.escape(run.name)}</title><style>{report_style.STYLE}'
+      '</style></head>'
+      f'<body>\n{body}\n<script>{report_style.SCRIPT}</script></body></html>\n'
   )
-
-
-def _section(title: str, content: str) -> str:
-  return f'<section><h2>{title}</h2>{content}</section>' if content else ''
 
 
 def _headline(run: Run) -> str:
@@ -271,34 +204,27 @@ def _reconstructions(frames: Sequence[Frame]) -> str:
         f' max="{last}" value="{last}" aria-label="step" hidden></p>'
     )
   images = f'<div class="wide">{"".join(images)}</div>'
-  return _section('Reconstructions', caption + images)
+  return report_elements.section('Reconstructions', caption + images)
+
+
+def _tokens(run: Run) -> str:
+  """All there is on tokens: what --mode=report found, else the levels."""
+  found = report_codebook.render(run.analysis)
+  return found or _levels(run.evaluation.get('codebook') or {})
 
 
 def _levels(codebook: Mapping[str, Any]) -> str:
   """A histogram of the levels of each dimension; dead levels in red."""
   histograms = codebook.get('level_histograms') or []
   entropies = codebook.get('level_entropy_bits') or []
-  dead_class = ' class="dead"'
-  figures = []
-  for number, (counts, entropy) in enumerate(
-      zip(histograms, entropies, strict=True)
-  ):
-    total, largest = max(sum(counts), 1), max(*counts, 1)
-    bars = [
-        f'<i style="height:{100 * count / largest:.1f}%"'
-        f'{"" if count else dead_class} title="level {level}: {count:,}'
-        f' tokens, {100 * count / total:.2f} %"></i>'
-        for level, count in enumerate(counts)
-    ]
-    dead = sum(count == 0 for count in counts)
-    note = f', {dead} dead' if dead else ''
-    figures.append(
-        f'<figure><div class="bars">{"".join(bars)}</div><figcaption>'
-        f'Dimension {number + 1}: {entropy:.2f} of'
-        f' {math.log2(len(counts)):.2f} bits{note}</figcaption></figure>'
-    )
+  figures = [
+      report_elements.levels(counts, entropy, f'Dimension {number}')
+      for number, (counts, entropy) in enumerate(
+          zip(histograms, entropies, strict=True), 1
+      )
+  ]
   content = f'<div class="levels">{"".join(figures)}</div>' if figures else ''
-  return _section('Levels of each dimension', content)
+  return report_elements.section('Levels of each dimension', content)
 
 
 def _results(
@@ -319,7 +245,7 @@ def _results(
     rows.append(f'<tr>{cells}</tr>')
   if not rows:
     return ''
-  return _section(
+  return report_elements.section(
       f'Evaluation at step {html.escape(_number(evaluation.get("step")))}',
       '<table><tr><th>metric</th><th>value</th>'
       f'<th>definition</th></tr>{"".join(rows)}</table>',

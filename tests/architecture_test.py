@@ -15,8 +15,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {
-        'configuration', 'data', 'evaluate', 'latent_statistics', 'runtime',
-        'train',
+        'codebook_analysis', 'configuration', 'data', 'evaluate',
+        'latent_statistics', 'runtime', 'train',
     },
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
@@ -24,6 +24,12 @@ _ALLOWED_IMPORTS = {
         'provenance', 'quantizers', 'report', 'runtime', 'train_state',
         'train_step', 'workdir',
     },
+    'codebook_analysis': {
+        'codebook_figures', 'configuration', 'data', 'evaluate', 'evaluation',
+        'metrics', 'partitioning', 'quantizers', 'report', 'runtime',
+        'token_statistics', 'train_step', 'trained', 'workdir',
+    },
+    'codebook_figures': {'metrics', 'models', 'partitioning', 'quantizers'},
     'evaluate': {
         'configuration', 'data', 'evaluation', 'native_evaluation',
         'network_metrics', 'partitioning', 'report', 'runtime', 'train_step',
@@ -73,7 +79,12 @@ _ALLOWED_IMPORTS = {
     'checkpoint': {'integrity', 'workdir'},
     'integrity': {'partitioning'},
     'report': {'report_page', 'workdir'},
-    'report_page': {'report_curves'},
+    'report_page': {
+        'report_codebook', 'report_curves', 'report_elements', 'report_images',
+        'report_style',
+    },
+    'report_codebook': {'report_curves', 'report_elements', 'report_images'},
+    'report_images': {'report_elements'},
     'perceptual': {'models'},
     'optim': {'partitioning'},
     'models': {'partitioning', 'quantizers'},
@@ -92,8 +103,11 @@ _ALLOWED_IMPORTS = {
     'provenance': set(),
     'quantizers': set(),
     'report_curves': set(),
+    'report_elements': set(),
+    'report_style': set(),
     'rules': set(),
     'runtime': set(),
+    'token_statistics': set(),
     'workdir': set(),
 }
 _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names

@@ -150,7 +150,7 @@ def test_every_number_of_codes_has_its_digits_without_compiling(caplog):
     # The first one compiles for all.
     caplog.clear()
     with jax.log_compiles():
-      statistics = evaluation._count_codes(quantizer)
+      statistics = evaluation.count_codes(quantizer)
       statistics.update(codes[None], np.array([True]))
       histograms = statistics.result()['level_histograms']
     compiled = [x for x in caplog.messages if 'XLA compilation' in x]

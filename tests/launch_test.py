@@ -48,6 +48,13 @@ def evaluate_workdir(config, workdir, *, which):
   print('eval', config.seed, workdir, which)
   return types.SimpleNamespace(lines=lambda: ['psnr: 27.5'])
 
+def analyze_workdir(config, workdir, *, which):
+  print('report', config.seed, workdir, which)
+  return f'{workdir}/report.html'
+
+fsq_jax.codebook_analysis = types.SimpleNamespace(
+    analyze_workdir=analyze_workdir
+)
 fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
@@ -78,7 +85,7 @@ def _launch(*args, stubs=False):
         ([], ['--config is missing', 'configs/debug.py', 'configs/fsq_888.py']),
         (['--config=none.py'], ['none.py is not a file', 'configs/debug.py']),
         (['--mode=eval', '--workdir=none'], ['none holds no config.json']),
-        ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|prepare']),
+        ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|report|prepare']),
         ([_DEBUG, '--wrokdir=x'], ['--wrokdir is not a flag', '--help']),
         ([_DEBUG, 'configs/fsq_888.py'], ['--config=PATH']),
         (
@@ -183,6 +190,10 @@ def test_unknown_field_is_refused_without_jax():
             ['--mode=eval', '--config.seed=0x10', '--checkpoint=best'],
             'eval 16 runs/debug best\npsnr: 27.5',
         ),
+        (
+            ['--mode=report', '--config.seed=3', '--checkpoint=5'],
+            'report 3 runs/debug 5\nruns/debug/report.html',
+        ),
         (['--mode=prepare'], 'prepare synthetic'),
         (['--distributed'], 'join None None None\ntrain 8 runs/debug False'),
         (
@@ -225,7 +236,7 @@ def test_exit_code_tells_how_training_ended(seed, code, message):
   assert ('Traceback' in result.stderr) == (seed == 15)
 
 
-def test_eval_finds_the_config_in_the_workdir(tmp_path):
+def test_modes_find_the_config_in_the_workdir(tmp_path):
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
   config.seed = 3
   text = configuration.config_to_json(config)
@@ -233,6 +244,9 @@ def test_eval_finds_the_config_in_the_workdir(tmp_path):
   args = ['--mode=eval', f'--workdir={tmp_path}']
   result = _launch(*args, stubs=True)
   assert result.stdout == f'eval 3 {tmp_path} newest\npsnr: 27.5\n'
+  report = ['--mode=report', f'--workdir={tmp_path}']
+  result = _launch(*report, stubs=True)
+  assert result.stdout.startswith(f'report 3 {tmp_path} newest\n')
   result = _launch(*args, '--config.seed=4', stubs=True)
   assert result.stdout == f'eval 4 {tmp_path} newest\npsnr: 27.5\n'
   result = _launch(*args, '--config.sed=4', stubs=True)

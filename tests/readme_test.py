@@ -22,6 +22,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 SHELL = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+# The list of them in launch.py.
+MODES = re.search(
+    r"'mode',\n.*\n +\[(.*)\]", (ROOT / 'launch.py').read_text('utf-8')
+)[1]
 LAUNCHES = [
     command
     for block in SHELL
@@ -91,6 +95,8 @@ def test_launch_commands_name_existing_configs_and_fields(command):
         section = section[part]
     else:
       assert name in {'workdir', 'mode', 'allow_config_change'}
+  if mode := flags.get('mode'):
+    assert f"'{mode}'" in MODES
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The report shows the numbers of a workdir, escaped, and nothing foreign."""
 
+import base64
 import html.parser
 import io
 import json
@@ -13,7 +14,7 @@ from fsq_jax import network_metrics
 from fsq_jax import report
 from fsq_jax import report_curves
 
-_VOID = {'meta', 'img', 'input'}
+_VOID = {'br', 'img', 'input', 'meta'}
 _EVIL = '<script>alert("x")</script>'
 
 
@@ -435,3 +436,203 @@ def test_png_returns_the_pixels(tmp_path):
   report.save_png(tmp_path / 'new' / 'image.png', image)
   data = (tmp_path / 'new' / 'image.png').read_bytes()
   np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), image)
+
+
+def _analysis(**changes):
+  """What --mode=report might have found, of two digits."""
+  png = base64.b64encode(_png(_images(0, 1)[0])).decode()
+  image = {
+      'index': 7, 'psnr': 21.456, 'original': png, 'reconstruction': png,
+  }
+  direction = {
+      'num_pairs': 1500, 'num_cells': 30, 'bits': 1.234,
+      'bits_miller_madow': 1.111,
+      'observed': [[40, 0], [2, 3]], 'expected': [[10.0, 6.0], [8.0, 4.9]],
+  }
+  cell = {'level': 2, 'own': True, 'rms': 3.14, 'image': png,
+          'difference': png}
+  return {
+      'version': report.ANALYSIS_VERSION,
+      'step': 1500,
+      'protocol': {'source': 'photos', 'split': 'test'},
+      'quantizer': {'name': 'fsq'},
+      'num_images': 100,
+      'num_nonfinite_reconstructions': 0,
+      'codebook': {
+          'codebook_size': 8, 'num_tokens': 1600, 'num_used_codes': 6,
+          'tokens_per_code': 200.0,
+      },
+      'index_shape': [],
+      'dimensions': 2,
+      'digits': {
+          'histograms': [[400, 0, 800, 400], [1000, 600]],
+          'entropy_bits': [1.5, 0.954],
+          'pairs': {
+              name: {'num_pairs': 1500, 'bits': [[1.5, 0.25], [0.5, 0.954]]}
+              for name in ('token', 'right', 'below')
+          },
+      },
+      'code_ranks': {
+          'ranks': [1, 2, 6], 'counts': [800, 400, 10],
+          'num_codes_of_share': {'0.5': 1, '0.9': 4},
+      },
+      'top_codes': [
+          {'code': 5, 'count': 800, 'digits': [2, 1], 'swatch': png},
+          {'code': 1, 'count': 400, 'digits': [0, 1], 'swatch': png},
+      ],
+      'code_pairs': {
+          'num_classes': 8, 'codes_per_class': 1, 'order': 'index',
+          'shown': [5, 1],
+          'directions': {'right': direction, 'below': direction},
+      },
+      'swaps': [{
+          'index': 7, 'position': [3, 4], 'box': [0.5, 0.25, 0.125, 0.125],
+          'token': 5, 'num_digits': 2, 'gain': 2.5, 'reconstruction': png,
+          'rows': [
+              {'slot': 0, 'dimension': 1, 'cells': [cell],
+               'share_in_patch': 0.87},
+          ],
+      }],
+      'num_grids': 100,
+      'nearest': [{
+          'index': 7, 'image': png,
+          'nearest': [{'index': 9, 'distance': 0.1234, 'equal_tokens': 0.25,
+                       'image': png}],
+      }],
+      'spread': [image], 'worst': [image], 'best': [image],
+  } | changes
+
+
+def _png(image):
+  file = io.BytesIO()
+  PIL.Image.fromarray(image).save(file, 'png')
+  return file.getvalue()
+
+
+def _words(text):
+  return re.sub(r'\s+', ' ', text)
+
+
+def test_analysis_stands_in_the_page_with_definitions(workdir):
+  _write(workdir, codebook=_analysis())
+  page = _read(workdir)
+  parsed = _Page(page)
+  text = _words(parsed.text)
+  for part in (
+      '100 images of photos / test after 1,500 steps.',
+      '21.46 dB, #7',
+      'Dimension 1: 1.50 of 2.00 bits, 1 dead',
+      '6 of 8 codes occur in 1,600 tokens, 200 for each code.',
+      '1 for 50 %, 4 for 90 %.',
+      '5(2 1)50 %',
+      'Mutual information in bits, sum of p(x, y) log2 p(x, y)',
+      'The token to the right, 1,500 pairs',
+      'mutual information of 1.23 bits, 1.11 less its bias; 1,500 pairs, 30 of',
+      '#7, token in row 4, column 5. Differences times 2.5.',
+      'Dimension 2: 87 % in the patch',
+      'Shown are the first 1 of 2 digits.',
+      'level 2RMS 3.1',
+      '0.123, #925 % equal',
+      'those of the 100 images, spread evenly over the split',
+  ):
+    assert part in text, part
+  # The levels are there once.
+  assert text.count('Levels of each dimension') == 1
+  for link in parsed.links:
+    assert link.startswith(('data:image/png;base64,', '#')), link[:80]
+  assert 'left:50.000%;top:25.000%;width:12.500%' in page
+  assert page.count('aria-label="line between original and recon') == 1
+  assert parsed.tags.count('input') == 2  # That of the grids, and the line.
+
+
+def test_cells_say_how_often_codes_are_neighbours(workdir):
+  _write(workdir, codebook=_analysis())
+  cells = re.findall(
+      r'<td title="([^"]*)" style="[^"]*var\((--\w+)\) (\d+)%[^"]*">([^<]*)<',
+      _read(workdir),
+  )
+  minus = '\N{MINUS SIGN}\N{INFINITY}'
+  expected = [
+      ('40 pairs, expected 10.0', '--mark', '47', '+2.0'),
+      ('0 pairs, expected 6.0', '--soft', '45', minus),
+      ('2 pairs, expected 8.0', '--soft', '30', '-2.0'),
+      ('3 pairs, expected 4.9', '--soft', '0', ''),
+  ]
+  assert cells[-4:] == cells[-8:-4] == expected
+  # The entropies of one token have no color, the largest of the rest all.
+  same, right = cells[:4], cells[4:8]
+  assert [cell[2:] for cell in same] == [
+      ('0', '1.50'), ('35', '0.25'), ('70', '0.50'), ('0', '0.95'),
+  ]
+  assert [cell[2:] for cell in right] == [
+      ('70', '1.50'), ('12', '0.25'), ('23', '0.50'), ('45', '0.95'),
+  ]
+
+
+def test_codes_without_digits_and_classes_of_codes(workdir):
+  swap = _analysis()['swaps'][0]
+  (row,) = swap['rows']
+  cell = {
+      key: value for key, value in row['cells'][0].items() if key != 'level'
+  } | {'code': 3, 'rank': 8, 'distance': 0.5}
+  swap |= {
+      'num_digits': 0, 'rows': [{'cells': [cell], 'share_in_patch': 0.5}]
+  }
+  analysis = _analysis(dimensions=0, digits=None, swaps=[swap])
+  analysis['code_pairs'] |= {
+      'codes_per_class': 8, 'order': 'first principal component'
+  }
+  _write(workdir, codebook=analysis)
+  text = _words(_Page(_read(workdir)).text)
+  assert 'The codes of this quantizer have no digits.' in text
+  assert 'One token changed' in text
+  assert 'rank 8code 30.5 awayRMS 3.1' in text
+  assert 'Which classes of codes are neighbours' in text
+  assert 'ordered by first principal component, are one class of 8.' in text
+
+
+def test_too_many_digits_and_levels_are_said_to_be(workdir):
+  analysis = _analysis(index_shape=[2], dimensions=1)
+  analysis['digits']['pairs'] = None
+  for direction in analysis['code_pairs']['directions'].values():
+    direction['expected'] = [[4.0, 3.0], [2.0, 1.0]]
+  _write(workdir, codebook=analysis)
+  text = _Page(_read(workdir)).text
+  assert text.count('None of these pairs is expected 5 times.') == 2
+  assert 'A position has 2 digits, too many for a matrix.' in text
+  assert 'Dimension 1 of index 2: 0.95 of 1.00 bits' in text
+  _write(workdir, codebook=_analysis(digits=None))
+  assert 'too many levels to count pairs of them' in _Page(_read(workdir)).text
+
+
+def test_without_tokens_the_analysis_is_of_images(workdir):
+  names = (
+      'version', 'step', 'protocol', 'quantizer', 'num_images',
+      'num_nonfinite_reconstructions', 'spread', 'worst', 'best',
+  )
+  analysis = _analysis(num_nonfinite_reconstructions=3)
+  analysis = {name: analysis[name] for name in names}
+  _write(workdir, codebook=analysis)
+  text = _Page(_read(workdir)).text
+  assert '3 reconstructions are not finite and have no PSNR.' in text
+  assert 'Worst and best images' in text
+  assert 'Use of codes' not in text
+
+
+def test_an_analysis_of_another_step_or_version_is_named(workdir):
+  _write(workdir, codebook=_analysis(step=1000))
+  text = _words(_Page(_read(workdir)).text)
+  assert 'the codebook are of step 1000, all else of step 1500;' in text
+  assert 'Use of codes' in text
+  _write(workdir, codebook=_analysis(version=0))
+  text = _Page(_read(workdir)).text
+  assert 'codebook.json is of another version of fsq_jax and left out' in text
+  assert 'Use of codes' not in text
+
+
+def test_texts_of_an_analysis_are_escaped(workdir):
+  protocol = {'source': _EVIL, 'split': _EVIL}
+  _write(workdir, codebook=_analysis(protocol=protocol))
+  parsed = _Page(_read(workdir))
+  assert parsed.tags.count('script') == 1
+  assert parsed.text.count(_EVIL) >= 4

@@ -1,0 +1,85 @@
+"""What sections of a report are made of."""
+
+import base64
+from collections.abc import Sequence
+import html
+import math
+import struct
+
+# Images that are not as wide are shown larger than they are.
+_SMALL = 96
+
+
+def section(title: str, content: str) -> str:
+  """Returns a section of the page; '' without content."""
+  return f'<section><h2>{title}</h2>{content}</section>' if content else ''
+
+
+def levels(counts: Sequence[int], entropy: float, label: str) -> str:
+  """Returns a histogram of the levels of a digit; dead levels in red."""
+  dead_class = ' class="dead"'
+  total, largest = max(sum(counts), 1), max(*counts, 1)
+  bars = [
+      f'<i style="height:{100 * count / largest:.1f}%"'
+      f'{"" if count else dead_class} title="level {level}: {count:,}'
+      f' tokens, {100 * count / total:.2f} %"></i>'
+      for level, count in enumerate(counts)
+  ]
+  dead = sum(count == 0 for count in counts)
+  note = f', {dead} dead' if dead else ''
+  return (
+      f'<figure><div class="bars">{"".join(bars)}</div><figcaption>'
+      f'{label}: {entropy:.2f} of {math.log2(len(counts)):.2f} bits{note}'
+      '</figcaption></figure>'
+  )
+
+
+def image(data: str, alt: str, classes: str = '') -> str:
+  """Returns an image; the pixels of a small one stay squares when enlarged.
+
+  Args:
+    data: a PNG in base64.
+    alt: what it is; escaped already.
+    classes: of CSS.
+  """
+  # Where every PNG has them.
+  header = base64.b64decode(data[:32])
+  width, height = struct.unpack('>II', header[16:24])
+  if width < _SMALL:
+    classes = f'pixels {classes}'
+  return (
+      f'<img class="{classes}" alt="{alt}" width="{width}" height="{height}"'
+      f' src="data:image/png;base64,{html.escape(data)}">'
+  )
+
+
+def heat_table(
+    names: Sequence[str], cells: Sequence[Sequence[str]], classes: str = ''
+) -> str:
+  """Returns a square table of cells from `heat_cell`, named on both sides."""
+  head = ''.join(f'<th>{name}</th>' for name in ('', *names))
+  body = ''.join(
+      f'<tr><th>{name}</th>{"".join(row)}</tr>'
+      for name, row in zip(names, cells, strict=True)
+  )
+  return (
+      f'<div class="wide"><table class="heat {classes}"><tr>{head}</tr>{body}'
+      '</table></div>'
+  )
+
+
+def heat_cell(text: str, strength: float, title: str) -> str:
+  """Returns a cell in grey for -1, over none for 0, to blue for 1."""
+  # The text has to stay readable.
+  color, most = ('--mark', 70) if strength > 0 else ('--soft', 45)
+  share = most * min(abs(strength), 1)
+  return (
+      f'<td title="{title}" style="background:color-mix(in srgb, var({color})'
+      f' {share:.0f}%, var(--tile))">{text}</td>'
+  )
+
+
+def decimals(value: float | None) -> str:
+  """Returns two decimals; a dash for None."""
+  return '\N{EN DASH}' if value is None else f'{value:.2f}'
+

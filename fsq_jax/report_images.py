@@ -1,0 +1,77 @@
+"""Images in a report: originals against reconstructions, worst and best."""
+
+from collections.abc import Mapping, Sequence
+import html
+from typing import Any
+
+from fsq_jax import report_elements
+
+
+def render(analysis: Mapping[str, Any]) -> str:
+  """Returns sections with images; '' without an analysis.
+
+  Args:
+    analysis: what codebook.json holds.
+  """
+  if not analysis:
+    return ''
+  wipes = ''.join(map(_wipe, analysis['spread']))
+  wipes = report_elements.section(
+      'Original against reconstruction',
+      f'<p class="soft">Some of {describe(analysis)} Move the line with mouse,'
+      ' finger or arrow keys: the original is to its left, the reconstruction'
+      f' to its right.</p><div class="wipes">{wipes}</div>',
+  )
+  return wipes + report_elements.section(
+      'Worst and best images',
+      '<p class="soft">By PSNR of the image, in dB: 10 log10(1 / mse) of uint8'
+      ' images divided by 255. Originals over reconstructions; # is the number'
+      f' in the split.</p><h3>Worst</h3>{_cards(analysis["worst"])}'
+      f'<h3>Best</h3>{_cards(analysis["best"])}',
+  )
+
+
+def describe(analysis: Mapping[str, Any]) -> str:
+  """Returns in a sentence which images were looked at, escaped."""
+  protocol = analysis['protocol']
+  source = [protocol.get('source'), protocol.get('split')]
+  source = ' / '.join(str(part) for part in source if part)
+  text = f'{analysis["num_images"]:,} images of {html.escape(source)} after'
+  text += f' {analysis["step"]:,} steps.'
+  if analysis['num_nonfinite_reconstructions']:
+    num = analysis['num_nonfinite_reconstructions']
+    text += f' {num:,} reconstructions are not finite and have no PSNR.'
+  return text
+
+
+def _wipe(image: Mapping[str, Any]) -> str:
+  """A reconstruction over an original, cut off at a line that moves."""
+  name = f'#{image["index"]}'
+  original = report_elements.image(image['original'], 'original')
+  reconstruction = report_elements.image(
+      image['reconstruction'], 'reconstruction', 'over'
+  )
+  return (
+      f'<figure><div class="wipe">{original}{reconstruction}'
+      '<b style="left:.3rem">original</b>'
+      '<b style="right:.3rem">reconstruction</b>'
+      '<input type="range" min="0" max="100" value="50" aria-label="line'
+      f' between original and reconstruction of {name}"></div><figcaption>'
+      f'{report_elements.decimals(image["psnr"])} dB, {name}</figcaption>'
+      '</figure>'
+  )
+
+
+def _cards(images: Sequence[Mapping[str, Any]]) -> str:
+  cards = []
+  for image in images:
+    original = report_elements.image(image['original'], 'original')
+    reconstruction = report_elements.image(
+        image['reconstruction'], 'reconstruction'
+    )
+    cards.append(
+        f'<figure>{original}{reconstruction}<figcaption>'
+        f'{report_elements.decimals(image["psnr"])} dB, #{image["index"]}'
+        '</figcaption></figure>'
+    )
+  return f'<div class="cards">{"".join(cards)}</div>'
