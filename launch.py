@@ -1,7 +1,7 @@
-"""Trains, evaluates or prepares the data of one config.
+"""Trains, evaluates, tokenizes or prepares the data of one config.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|prepare|latent_statistics]
+      [--mode=train|eval|tokenize|detokenize|prepare|latent_statistics]
       [--config.SECTION.FIELD=VALUE ...]
 
 Fields and their meaning are in configs/default.py. The same command started
@@ -30,7 +30,8 @@ _CONFIG = flags.DEFINE_string(
     'config',
     None,
     'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
-    ' Mode eval does without: it finds the config in the workdir.',
+    ' Modes eval, tokenize and detokenize do without: they find the config in'
+    ' the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -40,16 +41,32 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'eval', 'prepare', 'latent_statistics'],
-    'train a model; eval a checkpoint of the workdir; prepare:'
-    ' download and convert the data set; latent_statistics: write mean and'
-    ' variance of the latents, for model.latent_statistics, to the workdir.',
+    [
+        'train', 'eval', 'tokenize', 'detokenize', 'prepare',
+        'latent_statistics',
+    ],
+    'train a model; eval a checkpoint of the workdir; tokenize: write the'
+    ' tokens of the data set to files; detokenize: make images of such files;'
+    ' prepare: download and convert the data set; latent_statistics: write mean'
+    ' and variance of the latents, for model.latent_statistics, to the'
+    ' workdir.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'What mode eval evaluates: newest, best (of the highest PSNR), or the'
-    ' number of a step.',
+    'What modes eval, tokenize and detokenize take: newest, best (of the'
+    ' highest PSNR), or the number of a step.',
+)
+_TOKENS = flags.DEFINE_string(
+    'tokens',
+    None,
+    'Folder of token files. Default: WORKDIR/tokens/ and the name of the data.',
+)
+_IMAGES = flags.DEFINE_string(
+    'images',
+    None,
+    'Folder for the images of mode detokenize. Default: that of the token files'
+    ' with _images at the end.',
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
@@ -139,7 +156,10 @@ def _load_config() -> ml_collections.ConfigDict:
     if path.is_file():
       return configuration.load_config(path)
     problem = f'--config={path} is not a file.'
-  elif _MODE.value == 'eval' and _WORKDIR.value is not None:
+  elif (
+      _MODE.value in ('eval', 'tokenize', 'detokenize')
+      and _WORKDIR.value is not None
+  ):
     path = pathlib.Path(_WORKDIR.value) / 'config.json'
     if path.is_file():
       return configuration.config_from_json(path.read_text(encoding='utf-8'))
@@ -197,6 +217,8 @@ def _run(config: ml_collections.ConfigDict) -> int:
     )
     for line in evaluation.lines():
       sys.stdout.write(f'{line}\n')
+  elif _MODE.value in ('tokenize', 'detokenize'):
+    return _run_tokens(config, workdir)
   elif _MODE.value == 'latent_statistics':
     from fsq_jax import latent_statistics
 
@@ -220,6 +242,30 @@ def _run(config: ml_collections.ConfigDict) -> int:
         traceback.print_exc()
       sys.stderr.write(f'launch.py: {error}\n')
       return _FAILED
+  return 0
+
+
+def _run_tokens(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> int:
+  from fsq_jax import tokens
+
+  folder = _TOKENS.value or tokens.default_folder(config, workdir)
+  which = _CHECKPOINT.value
+  if _MODE.value == 'detokenize':
+    images = _IMAGES.value or f'{folder}_images'
+    tokens.detokenize_workdir(workdir, folder, images, which=which)
+    sys.stdout.write(f'{images}\n')
+    return 0
+  try:
+    manifest = tokens.tokenize_workdir(
+        config, workdir, which=which, folder=folder
+    )
+  except tokens.Interrupted:
+    sys.stderr.write('Interrupted. Run the same command again to continue.\n')
+    return _INTERRUPTED
+  for line in (str(folder), *tokens.describe(manifest)):
+    sys.stdout.write(f'{line}\n')
   return 0
 
 

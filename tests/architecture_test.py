@@ -16,7 +16,7 @@ _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {
         'configuration', 'data', 'evaluate', 'latent_statistics', 'runtime',
-        'train',
+        'tokens', 'train',
     },
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
@@ -43,6 +43,10 @@ _ALLOWED_IMPORTS = {
         'workdir',
     },
     'initialization': {'configuration', 'models', 'train_state', 'trained'},
+    'tokens': {
+        'configuration', 'data', 'metrics', 'progress', 'quantizers',
+        'runtime', 'tokenizer', 'trained', 'workdir',
+    },
     'tokenizer': {
         'batching', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',

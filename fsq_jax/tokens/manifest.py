@@ -86,9 +86,10 @@ class Job:
 
   def to_json(self) -> dict[str, Any]:
     """Returns plain values, with what follows from the attributes."""
-    fields = dataclasses.asdict(self) | {
+    fields = {
         'format': _FORMAT,
         'version': _VERSION,
+        **dataclasses.asdict(self),
         'dtype': self.dtype.name,
         'bits_per_token': math.log2(self.codebook_size),
         'layout': _LAYOUTS[self.storage] + _MEANING,

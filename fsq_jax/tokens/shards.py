@@ -13,8 +13,8 @@ from fsq_jax.tokens import manifest
 
 # label, h, w, H, W, bytes of the name.
 _HEADER = struct.Struct('<q5I')
-# One image a record, for random access, and one thread, for the same bytes.
-_WRITER_OPTIONS = 'group_size:1,max_parallelism:0'
+# One image a record, for random access.
+_WRITER_OPTIONS = 'group_size:1,max_parallelism:1'
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 
 
