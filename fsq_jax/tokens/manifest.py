@@ -239,13 +239,16 @@ def _are_texts(x: Any) -> bool:
 
 _OBJECT = ('an object', lambda x: isinstance(x, dict))
 _COUNT = ('an integer >= 0', _is_count)
-_POSITIVE = ('an integer >= 1', lambda x: _is_count(x) and x > 0)
+_POSITIVE = ('1 ... 2^31', lambda x: _is_count(x) and 1 <= x <= 2**31)
 _HASH = ('64 hexadecimal digits', _is_hash)
 
 _Check = tuple[str, Callable[[Any], bool]]
 _FIELDS: Mapping[str, _Check] = {
     'format': (repr(_FORMAT), lambda x: x == _FORMAT),
-    'version': (f'{_VERSION}, which this program reads', lambda x: x == 1),
+    'version': (
+        f'{_VERSION}, which this program reads',
+        lambda x: type(x) is int and x == _VERSION,
+    ),
     'storage': (f'one of {STORAGES}', lambda x: x in STORAGES),
     'quantizer': _OBJECT,
     'codebook_size': (

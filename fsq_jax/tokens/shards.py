@@ -13,8 +13,9 @@ from fsq_jax.tokens import manifest
 
 # label, h, w, H, W, bytes of the name.
 _HEADER = struct.Struct('<q5I')
-# One image a record, for random access.
-_WRITER_OPTIONS = 'group_size:1,max_parallelism:1'
+# One image a record, for random access. Little of one can be compressed, and it
+# takes longer than all else.
+_WRITER_OPTIONS = 'group_size:1,uncompressed,max_parallelism:1'
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 
 
