@@ -1,7 +1,7 @@
 """Trains, evaluates, tokenizes or prepares the data of one config.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|tokenize|detokenize|prepare|latent_statistics]
+      [--mode=train|eval|prepare|latent_statistics|tokenize|detokenize]
       [--config.SECTION.FIELD=VALUE ...]
 
 Fields and their meaning are in configs/default.py. The same command started
@@ -42,14 +42,14 @@ _MODE = flags.DEFINE_enum(
     'mode',
     'train',
     [
-        'train', 'eval', 'tokenize', 'detokenize', 'prepare',
-        'latent_statistics',
+        'train', 'eval', 'prepare', 'latent_statistics', 'tokenize',
+        'detokenize',
     ],
-    'train a model; eval a checkpoint of the workdir; tokenize: write the'
-    ' tokens of the data set to files; detokenize: make images of such files;'
-    ' prepare: download and convert the data set; latent_statistics: write mean'
-    ' and variance of the latents, for model.latent_statistics, to the'
-    ' workdir.',
+    'train a model; eval a checkpoint of the workdir; prepare:'
+    ' download and convert the data set; latent_statistics: write mean and'
+    ' variance of the latents, for model.latent_statistics, to the workdir;'
+    ' tokenize: write the tokens of the data set to files; detokenize: make'
+    ' images of such files.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',

@@ -283,15 +283,17 @@ class _Run:
     tokens = [None] * len(chunk.images)
     for rows in group_equal([image.shape for image in chunk.images]):
       images = np.stack([chunk.images[i] for i in rows])
-      for i, x in zip(
-          rows, self._tokenizer.encode(images, self._job.fit), strict=True
-      ):
-        if x.min() < 0:
-          raise ValueError(
-              f'Latents of image {chunk.examples[i].name!r} are NaN, which has'
-              ' no token; leave it out, or take another checkpoint.'
-          )
+      encoded = self._tokenizer.encode(images, self._job.fit)
+      for i, x in zip(rows, encoded, strict=True):
         tokens[i] = x
+      if encoded.min() < 0:
+        name = next(
+            chunk.examples[i].name for i in rows if tokens[i].min() < 0
+        )
+        raise ValueError(
+            f'Latents of image {name!r} are NaN, which has no token; leave it'
+            ' out, or take another checkpoint.'
+        )
     return tokens
 
 
