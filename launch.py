@@ -1,7 +1,8 @@
-"""Trains, evaluates or prepares the data of one config.
+"""Trains a tokenizer by its config, and uses what was trained.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|report|prepare|latent_statistics]
+      [--mode=train|eval|report|tokenize|detokenize|export|prepare|
+       latent_statistics]
       [--config.SECTION.FIELD=VALUE ...]
 
 Fields and their meaning are in configs/default.py. The same command started
@@ -12,11 +13,13 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
 """
 
+from collections.abc import Iterable
 import contextlib
 import pathlib
 import re
 import sys
 import traceback
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -30,7 +33,7 @@ _CONFIG = flags.DEFINE_string(
     'config',
     None,
     'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
-    ' Modes eval and report do without: they find the config in the workdir.',
+    ' Modes that use a run do without: they find the config in the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -40,17 +43,38 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'eval', 'report', 'prepare', 'latent_statistics'],
+    [
+        'train', 'eval', 'report', 'tokenize', 'detokenize', 'export',
+        'prepare', 'latent_statistics',
+    ],
     'train a model; eval a checkpoint of the workdir; report: add its codebook,'
-    ' and its best and worst images, to report.html; prepare:'
-    ' download and convert the data set; latent_statistics: write mean and'
-    ' variance of the latents, for model.latent_statistics, to the workdir.',
+    ' and its best and worst images, to report.html; tokenize: write the tokens'
+    ' of the data set to files; detokenize: make images of such files; export:'
+    ' write the checkpoint as programs that need JAX alone; prepare: download'
+    ' and convert the data set; latent_statistics: write mean and variance of'
+    ' the latents, for model.latent_statistics, to the workdir.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'What modes eval and report take: newest, best (of the highest PSNR), or'
-    ' the number of a step.',
+    'What modes that use a run take of it: newest, best (of the highest PSNR),'
+    ' or the number of a step.',
+)
+_TOKENS = flags.DEFINE_string(
+    'tokens',
+    None,
+    'Folder of token files. Default: WORKDIR/tokens/ and the name of the data.',
+)
+_IMAGES = flags.DEFINE_string(
+    'images',
+    None,
+    'Folder for the images of mode detokenize. Default: that of the token files'
+    ' with _images at the end.',
+)
+_EXPORT = flags.DEFINE_string(
+    'export',
+    None,
+    'Folder that mode export writes to. Default: WORKDIR/export.',
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
@@ -76,6 +100,9 @@ _PROCESS_ID = flags.DEFINE_integer(
 _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
+
+# Modes that find the config in the workdir.
+_OF_A_RUN = ('eval', 'report', 'tokenize', 'detokenize', 'export')
 
 _FAILED = 1
 _BAD_INPUT = 2
@@ -140,7 +167,7 @@ def _load_config() -> ml_collections.ConfigDict:
     if path.is_file():
       return configuration.load_config(path)
     problem = f'--config={path} is not a file.'
-  elif _MODE.value in ('eval', 'report') and _WORKDIR.value is not None:
+  elif _MODE.value in _OF_A_RUN and _WORKDIR.value is not None:
     path = pathlib.Path(_WORKDIR.value) / 'config.json'
     if path.is_file():
       return configuration.config_from_json(path.read_text(encoding='utf-8'))
@@ -177,7 +204,7 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
 
 
 def _run(config: ml_collections.ConfigDict) -> int:
-  """Imports what the mode needs, JAX with it, and runs it."""
+  """Runs the mode; only then is JAX imported."""
   workdir = _WORKDIR.value
   if workdir is None:
     workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
@@ -186,48 +213,88 @@ def _run(config: ml_collections.ConfigDict) -> int:
     from fsq_jax import runtime
 
     runtime.join_processes(*processes)
+  if _MODE.value == 'train':
+    return _train(config, workdir)
+  if _MODE.value == 'tokenize':
+    return _tokenize(config, workdir)
   if _MODE.value == 'prepare':
     from fsq_jax import data
 
     data.prepare(config.data)
-  elif _MODE.value == 'eval':
+    return 0
+  for line in _use(config, workdir):
+    sys.stdout.write(f'{line}\n')
+  return 0
+
+
+def _use(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> Iterable[Any]:
+  """Runs a mode that writes files; returns what to say of them."""
+  which = _CHECKPOINT.value
+  if _MODE.value == 'eval':
     from fsq_jax import evaluate
 
-    evaluation = evaluate.evaluate_workdir(
-        config, workdir, which=_CHECKPOINT.value
-    )
-    for line in evaluation.lines():
-      sys.stdout.write(f'{line}\n')
-  elif _MODE.value == 'report':
+    return evaluate.evaluate_workdir(config, workdir, which=which).lines()
+  if _MODE.value == 'report':
     from fsq_jax import codebook_analysis
 
-    path = codebook_analysis.analyze_workdir(
-        config, workdir, which=_CHECKPOINT.value
+    return [codebook_analysis.analyze_workdir(config, workdir, which=which)]
+  if _MODE.value == 'detokenize':
+    from fsq_jax import tokens
+
+    folder = _TOKENS.value or tokens.default_folder(config, workdir)
+    images = _IMAGES.value or f'{folder}_images'
+    tokens.detokenize_workdir(workdir, folder, images, which=which)
+    return [images]
+  if _MODE.value == 'export':
+    from fsq_jax import export
+
+    folder = _EXPORT.value
+    return [export.export_workdir(config, workdir, folder, which=which)]
+  from fsq_jax import latent_statistics
+
+  return [latent_statistics.measure_to_workdir(config, workdir)]
+
+
+def _train(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> int:
+  from fsq_jax import train
+
+  try:
+    train.train_and_evaluate(
+        config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
     )
-    sys.stdout.write(f'{path}\n')
-  elif _MODE.value == 'latent_statistics':
-    from fsq_jax import latent_statistics
+  except train.Preempted as preempted:
+    sys.stderr.write(
+        f'Interrupted; step {preempted.step} is saved. Run the same command'
+        ' again to continue.\n'
+    )
+    return _INTERRUPTED
+  except train.RunError as error:
+    if _DEBUG.value:
+      traceback.print_exc()
+    sys.stderr.write(f'launch.py: {error}\n')
+    return _FAILED
+  return 0
 
-    path = latent_statistics.measure_to_workdir(config, workdir)
-    sys.stdout.write(f'{path}\n')
-  else:
-    from fsq_jax import train
 
-    try:
-      train.train_and_evaluate(
-          config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
-      )
-    except train.Preempted as preempted:
-      sys.stderr.write(
-          f'Interrupted; step {preempted.step} is saved. Run the same command'
-          ' again to continue.\n'
-      )
-      return _INTERRUPTED
-    except train.RunError as error:
-      if _DEBUG.value:
-        traceback.print_exc()
-      sys.stderr.write(f'launch.py: {error}\n')
-      return _FAILED
+def _tokenize(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> int:
+  from fsq_jax import tokens
+
+  folder = _TOKENS.value or tokens.default_folder(config, workdir)
+  try:
+    manifest = tokens.tokenize_workdir(
+        config, workdir, which=_CHECKPOINT.value, folder=folder
+    )
+  except tokens.Interrupted:
+    sys.stderr.write('Interrupted. Run the same command again to continue.\n')
+    return _INTERRUPTED
+  for line in (str(folder), *tokens.describe(manifest)):
+    sys.stdout.write(f'{line}\n')
   return 0
 
 

@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.partitioning = _partitioning()
   config.train = _train()
   config.eval = _eval()
+  config.tokenize = _tokenize()
   return config
 
 
@@ -517,3 +518,19 @@ def _eval() -> ml_collections.ConfigDict:
   networks.fd_vgg16 = ''
   networks.fd_encoder = ''
   return evaluation
+
+
+def _tokenize() -> ml_collections.ConfigDict:
+  tokenize = ml_collections.ConfigDict()
+  # --mode=tokenize: which split of `data`, 'train' or 'eval'; each image once,
+  # in order.
+  tokenize.split = 'eval'
+  # 'crop' to data.image_size, as evaluation does, or 'pad', which keeps all
+  # pixels: grids then differ in size as images do.
+  tokenize.fit = 'crop'
+  # Files: 'array_record', for random access, or 'npz', for any program.
+  tokenize.storage = 'array_record'
+  # Images of the source a file, >= 1. A run that is stopped loses the files
+  # that it was at.
+  tokenize.images_per_shard = 4096
+  return tokenize

@@ -106,7 +106,7 @@ def analyze_workdir(
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
-  evaluate.check_same_model(found.config, configuration.resolve(config))
+  trained.check_same_model(found.config, configuration.resolve(config))
   dataset = data.build_dataset(
       config.data,
       split='eval',

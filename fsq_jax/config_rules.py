@@ -187,6 +187,10 @@ FIELDS: Mapping[str, rules.Rule] = {
     'train.compilation_cache': _TEXT,
     'eval.num_grid_images': _COUNT,
     'eval.native_size': _BOOL,
+    'tokenize.split': rules.name('eval', 'train'),
+    'tokenize.fit': rules.name('crop', 'pad'),
+    'tokenize.storage': rules.name('array_record', 'npz'),
+    'tokenize.images_per_shard': _COUNT,
 }
 
 

@@ -16,9 +16,10 @@ from fsq_jax import config_rules
 
 Config = ml_collections.ConfigDict
 
-# Fields, beside those of `eval` and `partitioning`, that a run may change when
-# it continues: they do not change what is trained, but for the rounding of sums
-# over other devices. train.num_steps does, through the schedule.
+# Fields, beside those of `eval`, `partitioning` and `tokenize`, that a run may
+# change when it continues: they do not change what is trained, but for the
+# rounding of sums over other devices. train.num_steps does, through the
+# schedule.
 _RESUMABLE = frozenset({
     'data.eval_batch_size',
     'data.cache_mib',
@@ -57,11 +58,17 @@ _NOT_OF_STATE = frozenset({
     'model.decoder.mae.checkpoint', 'model.dtype', 'model.encoder.checkpoint',
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })
-# Fields that earlier runs have saved no value of, and what they ran with.
+# Fields and sections that earlier runs have saved no value of, and what it was.
 _ADDED = {
     'discriminator.dino.dtype': 'float32',
     'losses.perceptual.dtype': 'float32',
     'partitioning.mesh.tensor': 1,
+    'tokenize': {
+        'split': 'eval',
+        'fit': 'crop',
+        'storage': 'array_record',
+        'images_per_shard': 4096,
+    },
 }
 # Fields of quantizers that act on training only, as their specs say.
 _OF_QUANTIZER_TRAINING = (
@@ -345,7 +352,7 @@ def check_resumable(
   differences = [
       line
       for name, line in lines.items()
-      if not name.startswith(('eval.', 'partitioning.'))
+      if not name.startswith(('eval.', 'partitioning.', 'tokenize.'))
       and name not in _RESUMABLE
   ]
   other_state = diff_models(saved, current, and_of=_OF_TRAINING)

@@ -52,12 +52,19 @@ def hash_arrays(tree: Any) -> dict[str, str]:
     Path to 16 hexadecimal digits.
   """
   paths = jax.tree.leaves(partitioning.tree_paths(tree))
-  sums = [_hash_local(x) for x in jax.tree.leaves(tree)]
-  if jax.process_count() > 1:
+  leaves = jax.tree.leaves(tree)
+  sums = [_hash_local(x) for x in leaves]
+  # Of an array of this process alone, every other has its own whole copy.
+  is_shared = [not x.is_fully_addressable for x in leaves]
+  if any(is_shared):
     # As halves: JAX has no 64 bits unless it is told to.
     halves = np.array([divmod(x, 2**32) for x in sums], np.uint32)
     halves = multihost_utils.process_allgather(halves).astype(object)
-    sums = [high * 2**32 + low for high, low in halves.sum(axis=0)]
+    totals = [high * 2**32 + low for high, low in halves.sum(axis=0)]
+    sums = [
+        total if shared else own
+        for total, own, shared in zip(totals, sums, is_shared, strict=True)
+    ]
   return {
       path: f'{value % 2**64:016x}'
       for path, value in zip(paths, sums, strict=True)

@@ -295,7 +295,6 @@ class CodebookStatistics:
     self._num_invalid = 0
     self._levels = tuple(levels)
     self._digits_of = digits_of
-    # Sorted, without repeats.
     self._codes = np.zeros(0, np.int32)
     self._counts = np.zeros(0, np.int64)
     # (codes, counts) of batches, to be merged into the two above.
@@ -313,7 +312,7 @@ class CodebookStatistics:
     indices = indices[mask]
     valid = (indices >= 0) & (indices < self._codebook_size)
     self._num_invalid += int(indices.size - np.count_nonzero(valid))
-    self._add(*np.unique(indices[valid], return_counts=True))
+    self.add(*np.unique(indices[valid], return_counts=True))
 
   def merge(self, other: 'CodebookStatistics') -> None:
     """Adds what another process or shard has counted."""
@@ -323,7 +322,7 @@ class CodebookStatistics:
           ' cannot be merged; count each alone.'
       )
     self._num_invalid += other._num_invalid
-    self._add(*other.histogram())
+    self.add(*other.histogram())
 
   def histogram(self) -> tuple[np.ndarray, np.ndarray]:
     """The codes that occur, ascending [U] int32, and how often [U] int64."""
@@ -337,7 +336,8 @@ class CodebookStatistics:
       self._buffer, self._num_buffered = [], 0
     return self._codes, self._counts
 
-  def _add(self, codes: np.ndarray, counts: np.ndarray) -> None:
+  def add(self, codes: np.ndarray, counts: np.ndarray) -> None:
+    """Adds codes [U] int32, without repeats, that occur counts [U] times."""
     self._buffer.append((codes, counts))
     self._num_buffered += len(codes)
     # Merging costs as much as there is to merge: wait until that has doubled.

@@ -134,3 +134,48 @@ class Progress:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.close()
+
+
+class ImageProgress:
+  """Shows images, speed and time left of one pass on standard error."""
+
+  def __init__(self, *, num_images: int, first: int, enabled: bool):
+    """Starts the bar and the clock.
+
+    Args:
+      num_images: of the whole pass.
+      first: images that earlier runs have done.
+      enabled: False shows nothing, as in all processes but one.
+    """
+    self._enabled = enabled
+    self._num_images = num_images
+    self._first = self._done = first
+    self._started = time.perf_counter()
+    self._bar = None
+    if enabled and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+          total=num_images, initial=first, unit='image', smoothing=0.05
+      )
+
+  def update(self, num_images: int) -> None:
+    """Counts images."""
+    self._done += num_images
+    if self._bar is not None:
+      self._bar.update(num_images)
+
+  def log(self) -> None:
+    """Writes a line where there is no bar."""
+    if self._enabled and self._bar is None:
+      seconds = time.perf_counter() - self._started
+      rate = (self._done - self._first) / max(seconds, 1e-9)
+      left = (self._num_images - self._done) / max(rate, 1e-9)
+      tqdm.tqdm.write(
+          f'{self._done}/{self._num_images} images, {rate:.0f} images/s,'
+          f' {tqdm.tqdm.format_interval(left)} left',
+          file=sys.stderr,
+      )
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()

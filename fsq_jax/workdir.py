@@ -29,11 +29,14 @@ TENSORBOARD = 'tensorboard'
 PROFILE = 'profile'
 
 
-def create(path: str | os.PathLike[str]) -> pathlib.Path:
+def create(
+    path: str | os.PathLike[str], flag: str = '--workdir'
+) -> pathlib.Path:
   """Creates the folder of a run and shows that it can be written.
 
   Args:
     path: the folder; parents are created too.
+    flag: that names it.
 
   Returns:
     Its absolute path.
@@ -43,9 +46,7 @@ def create(path: str | os.PathLike[str]) -> pathlib.Path:
   """
   folder = pathlib.Path(path).expanduser().absolute()
   if folder.is_file():
-    raise ValueError(
-        f'workdir {folder} is a file; give a folder with --workdir.'
-    )
+    raise ValueError(f'{folder} is a file; give a folder with {flag}.')
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe-{os.getpid()}'
@@ -54,14 +55,14 @@ def create(path: str | os.PathLike[str]) -> pathlib.Path:
     probe.unlink(missing_ok=True)
   except OSError as error:
     raise ValueError(
-        f'workdir {folder} cannot be written ({error.strerror}); give another'
-        ' folder with --workdir.'
+        f'{folder} cannot be written ({error.strerror}); give another folder'
+        f' with {flag}.'
     ) from error
   return folder
 
 
 @contextlib.contextmanager
-def lock(folder: pathlib.Path) -> Iterator[None]:
+def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
   """Keeps a second run from writing into the folder of a run.
 
   The lock goes when the process ends, however it ends. It holds between hosts
@@ -69,6 +70,7 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
 
   Args:
     folder: the run's folder.
+    flag: that names it.
 
   Raises:
     ValueError: another process writes there.
@@ -79,8 +81,8 @@ def lock(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise ValueError(
-          f'workdir {folder} is being written by {file.read().strip()}; wait'
-          ' until that run has ended, or give another --workdir.'
+          f'{folder} is being written by {file.read().strip()}; wait until that'
+          f' run has ended, or give another {flag}.'
       ) from error
     except OSError as error:
       logging.warning(

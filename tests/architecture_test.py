@@ -15,8 +15,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {
-        'codebook_analysis', 'configuration', 'data', 'evaluate',
-        'latent_statistics', 'runtime', 'train',
+        'codebook_analysis', 'configuration', 'data', 'evaluate', 'export',
+        'latent_statistics', 'runtime', 'tokens', 'train',
     },
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
@@ -49,6 +49,10 @@ _ALLOWED_IMPORTS = {
         'workdir',
     },
     'initialization': {'configuration', 'models', 'train_state', 'trained'},
+    'tokens': {
+        'configuration', 'data', 'metrics', 'progress', 'quantizers',
+        'runtime', 'tokenizer', 'trained', 'workdir',
+    },
     'tokenizer': {
         'batching', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',

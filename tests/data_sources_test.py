@@ -58,6 +58,21 @@ def test_folder_lists_images_sorted_at_any_depth(tmp_path):
   assert resized.load(0).shape == (8, 12, 3)
 
 
+def test_sub_folders_that_hold_all_images_are_classes(tmp_path):
+  for name in ('b/2.png', 'a/deep/1.png', 'b/1.png'):
+    _write(tmp_path / 'train' / name)
+  source = folder.FolderSource(str(tmp_path), 'train')
+  size = (tmp_path / 'train' / 'b' / '1.png').stat().st_size
+  assert source.label_names == ('a', 'b')
+  assert [source.facts(i) for i in range(3)] == [
+      ('a/deep/1.png', 0, size), ('b/1.png', 1, size), ('b/2.png', 1, size)
+  ]
+  _write(tmp_path / 'train' / 'top.png')
+  source = folder.FolderSource(str(tmp_path), 'train')
+  assert source.label_names == ()
+  assert {source.facts(i).label for i in range(4)} == {-1}
+
+
 def test_links_may_not_leave_the_root(tmp_path):
   root = tmp_path / 'root'
   _write(root / 'train' / 'a.png')
@@ -197,6 +212,15 @@ def test_prepared_data_are_read_by_name(prepared_root, name):
   assert len(both) == 14
   assert both.describe(13).endswith('tiny-test.array_record-00000-of-00001 '
                                     'record 1')
+
+
+def test_prepared_data_have_labels_and_encoded_sizes(prepared_root):
+  source = prepared.PreparedSource('tiny', prepared_root, 'train')
+  for i in range(len(source)):
+    value = int(source.load(i)[0, 0, 0])
+    size = len(_encode(np.full((8, 8, 3), value, np.uint8)))
+    assert source.facts(i) == (str(i), value, size)
+  assert source.label_names == ()
 
 
 def test_prepared_data_are_read_by_folder(prepared_root):

@@ -59,6 +59,21 @@ fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
+class Interrupted(Exception):
+  pass
+
+def tokenize_workdir(config, workdir, *, which, folder):
+  if config.seed == 13:
+    raise Interrupted()
+  print('tokenize', config.seed, workdir, which, folder)
+
+fsq_jax.tokens = types.SimpleNamespace(
+    Interrupted=Interrupted,
+    default_folder=lambda config, workdir: f'{workdir}/tokens/x',
+    describe=lambda manifest: ['usage: 90%'],
+    detokenize_workdir=lambda *folders, which: print('make', *folders, which),
+    tokenize_workdir=tokenize_workdir,
+)
 fsq_jax.quantizers = types.SimpleNamespace(build_quantizer=lambda config: None)
 fsq_jax.models = types.SimpleNamespace(build_autoencoder=lambda *parts: None)
 sys.argv = sys.argv[1:]
@@ -195,6 +210,24 @@ def test_unknown_field_is_refused_without_jax():
             'report 3 runs/debug 5\nruns/debug/report.html',
         ),
         (['--mode=prepare'], 'prepare synthetic'),
+        (
+            ['--mode=tokenize', '--checkpoint=best'],
+            'tokenize 0 runs/debug best runs/debug/tokens/x\n'
+            'runs/debug/tokens/x\nusage: 90%',
+        ),
+        (
+            ['--mode=tokenize', '--tokens=t'],
+            'tokenize 0 runs/debug newest t\nt\nusage: 90%',
+        ),
+        (
+            ['--mode=detokenize'],
+            'make runs/debug runs/debug/tokens/x runs/debug/tokens/x_images'
+            ' newest\nruns/debug/tokens/x_images',
+        ),
+        (
+            ['--mode=detokenize', '--tokens=t', '--images=i'],
+            'make runs/debug t i newest\ni',
+        ),
         (['--distributed'], 'join None None None\ntrain 8 runs/debug False'),
         (
             [
@@ -234,6 +267,14 @@ def test_exit_code_tells_how_training_ended(seed, code, message):
   assert result.returncode == code
   assert message in result.stderr
   assert ('Traceback' in result.stderr) == (seed == 15)
+
+
+def test_tokenizing_that_is_stopped_can_be_resumed():
+  result = _launch(
+      _DEBUG, '--mode=tokenize', '--config.seed=13', stubs=True
+  )
+  assert result.returncode == 75
+  assert 'Run the same command again' in result.stderr
 
 
 def test_modes_find_the_config_in_the_workdir(tmp_path):

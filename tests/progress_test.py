@@ -171,3 +171,37 @@ def test_the_median_follows_the_losses():
   assert alarm.check(2e5) is None
   median = alarm.check(2e6)
   assert median == pytest.approx(np.geomspace(1, 1e4, 1000)[-50], rel=0.05)
+
+
+def test_a_pass_over_images_says_what_is_done_and_left(monkeypatch, clock):
+  stream = _stream(monkeypatch, terminal=False)
+  shown = progress.ImageProgress(num_images=100, first=20, enabled=True)
+  clock.now += 4
+  shown.update(8)
+  shown.update(8)
+  assert stream.getvalue() == ''
+  shown.log()
+  # 16 images in 4 s; those of earlier runs took no time of this one.
+  assert stream.getvalue() == '36/100 images, 4 images/s, 00:16 left\n'
+  shown.close()
+
+
+def test_a_pass_over_images_has_a_bar_on_a_terminal(monkeypatch, clock):
+  stream = _stream(monkeypatch, terminal=True)
+  shown = progress.ImageProgress(num_images=100, first=20, enabled=True)
+  shown.update(30)
+  shown.log()
+  shown.close()
+  assert '50/100' in stream.getvalue()
+  assert 'images,' not in stream.getvalue()
+
+
+def test_a_pass_over_images_shows_nothing_in_other_processes(
+    monkeypatch, clock
+):
+  stream = _stream(monkeypatch, terminal=False)
+  shown = progress.ImageProgress(num_images=100, first=0, enabled=False)
+  shown.update(30)
+  shown.log()
+  shown.close()
+  assert stream.getvalue() == ''

@@ -56,6 +56,26 @@ def test_the_small_vqrae_runs_from_files_to_report(tmp_path):
   assert config['model']['encoder']['architecture'].startswith('siglip(')
 
 
+@pytest.mark.slow
+def test_a_run_becomes_token_files_and_images_again(tmp_path):
+  shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'run')
+  commands = [x for x in LAUNCHES if 'tokenize' in x]
+  assert len(commands) == 2
+  for command in commands:
+    # That run is one of the debug config.
+    words = shlex.split(command.replace('fsq_888', 'debug'))
+    subprocess.run(
+        [sys.executable, *words[1:], f'--workdir={tmp_path}/run'],
+        cwd=ROOT,
+        check=True,
+    )
+  tokens = tmp_path / 'run' / 'tokens'
+  images = json.loads((tokens / 'synthetic_eval/manifest.json').read_text())
+  assert len(list((tokens / 'synthetic_eval_images').glob('*.png'))) == (
+      images['num_images']
+  )
+
+
 def test_sizes_of_train_states_are_those_of_siglip_l():
   sizes = []
   for name in ('vqrae_fsq_siglip_l', 'vqrae_fsq_siglip_l_stage2'):

@@ -34,6 +34,8 @@ from experiments.fault_suite import group_e
 from experiments.fault_suite import group_f
 from experiments.fault_suite import group_f_files
 from experiments.fault_suite import group_f_runs
+from experiments.fault_suite import group_f_tokens
+from experiments.fault_suite import group_g
 from experiments.fault_suite import group_processes
 from fsq_jax import provenance
 from fsq_jax import workdir as workdirs
@@ -42,7 +44,7 @@ _FOLDER = pathlib.Path(__file__).parent
 _GROUPS = (
     group_a, group_b, group_b_runs, group_c, group_c_places, group_d,
     group_d_files, group_e, group_f, group_f_files, group_f_runs,
-    group_processes,
+    group_f_tokens, group_g, group_processes,
 )  # fmt: skip
 _HEADER = (
     '| id | injected | required | measured | verdict |\n|---|---|---|---|---|\n'

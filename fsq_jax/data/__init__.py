@@ -14,10 +14,17 @@ from typing import Any
 
 import ml_collections
 
+from fsq_jax.data import decoding
+from fsq_jax.data import image_source
 from fsq_jax.data import pipelines
 from fsq_jax.data import sources
+from fsq_jax.data import transforms
 
 Dataset = pipelines.Dataset
+ImageSource = image_source.ImageSource
+DamagedImageError = decoding.DamagedImageError
+centre_crop = transforms.centre_crop
+fingerprint = pipelines.fingerprint
 prepare = sources.prepare
 
 # Name: images of which split, and what is done with them.
@@ -62,6 +69,23 @@ def build_dataset(
   return build(
       config, source, seed, slice(process_index, None, process_count)
   )
+
+
+def open_source(config: ml_collections.ConfigDict, split: str) -> ImageSource:
+  """Opens the images of a split, for who takes them by number.
+
+  Args:
+    config: the `data` section.
+    split: 'train' or 'eval'.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: the config is not valid or the images are not there.
+  """
+  _check_config(config, process_index=0, process_count=1)
+  return sources.build_source(config, split)
 
 
 def check_fingerprint(

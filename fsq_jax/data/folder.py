@@ -16,7 +16,8 @@ class FolderSource(image_source.EncodedSource):
 
   Extensions count in any case. Names that begin with a dot are passed over, as
   are other files, and pipes and sockets, of which reading might never end.
-  Links are followed as long as they stay inside the root.
+  Links are followed as long as they stay inside the root. Where every image
+  lies in a sub-folder of root/split, these are the classes.
   """
 
   def __init__(
@@ -37,6 +38,12 @@ class FolderSource(image_source.EncodedSource):
           f'extensions: {EXTENSIONS}.'
       )
     self._paths = sorted(sizes)
+    self._sizes = sizes
+    # Paths are split/class/any/depth/name.jpg, or some are split/name.jpg.
+    parts = [path.split('/') for path in self._paths]
+    if min(map(len, parts)) > 2:
+      self.label_names = tuple(sorted({part[1] for part in parts}))
+    self._labels = {name: i for i, name in enumerate(self.label_names)}
     # Names and sizes, not pixels: one look at each file, no reading.
     listing = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
     super().__init__(
@@ -53,6 +60,14 @@ class FolderSource(image_source.EncodedSource):
 
   def describe(self, index: int) -> str:
     return os.path.join(self._root, self._paths[index])
+
+  def facts(self, index: int) -> image_source.Facts:
+    path = self._paths[index]
+    return image_source.Facts(
+        name=path.partition('/')[2],
+        label=self._labels.get(path.split('/')[1], -1),
+        num_bytes=self._sizes[path],
+    )
 
   def read(self, index: int) -> bytes:
     with open(self.describe(index), 'rb') as file:

@@ -3,6 +3,7 @@
 import abc
 import math
 import threading
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
@@ -13,6 +14,20 @@ from fsq_jax.data import transforms
 _NUM_LISTED = 10
 
 
+class Facts(NamedTuple):
+  """What is known of an image beside its pixels.
+
+  Attributes:
+    name: of the image in its split, wherever that is kept.
+    label: number of its class; -1 where the source has none.
+    num_bytes: of the image as it is encoded in storage; None where it is not.
+  """
+
+  name: str
+  label: int = -1
+  num_bytes: int | None = None
+
+
 class ImageSource(abc.ABC):
   """Random access to the images of one split, from several threads at once.
 
@@ -21,9 +36,11 @@ class ImageSource(abc.ABC):
       changes with the images but not with the place where they are kept.
     damaged: reason by index, of the images found unreadable so far.
     evaluation_crop: what an evaluation cuts out of an image, in words.
+    label_names: names of the classes, by label; () where it has none.
   """
 
   evaluation_crop = 'centre crop, smaller images scaled up'
+  label_names: tuple[str, ...] = ()
 
   def __init__(self, name: str, split: str, content: str):
     self.identity = {'name': name, 'split': split, 'content': content}
@@ -45,6 +62,10 @@ class ImageSource(abc.ABC):
   @abc.abstractmethod
   def describe(self, index: int) -> str:
     """Returns where an image comes from, for a person to find it."""
+
+  def facts(self, index: int) -> Facts:
+    """Returns what is known of an image; it need not be readable."""
+    return Facts(str(index))
 
 
 class EncodedSource(ImageSource):

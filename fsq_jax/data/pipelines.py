@@ -103,7 +103,7 @@ def build_train(
   return Dataset(
       num_examples=len(source),
       num_batches=None,
-      fingerprint=_fingerprint(
+      fingerprint=fingerprint(
           config,
           source,
           batch_size=config.batch_size,
@@ -147,7 +147,7 @@ def build_eval(
   return Dataset(
       num_examples=len(source),
       num_batches=num_batches,
-      fingerprint=_fingerprint(
+      fingerprint=fingerprint(
           config,
           source,
           batch_size=config.eval_batch_size,
@@ -185,15 +185,15 @@ def build_native(
         'mask': np.array([readable]),
     }
 
-  fingerprint = _fingerprint(
+  facts = fingerprint(
       config, source, batch_size=1, process_count=share.step, crop='none'
   )
   # Of the model alone, here.
-  del fingerprint['image_size']
+  del facts['image_size']
   return Dataset(
       num_examples=len(source),
       num_batches=len(source),
-      fingerprint=fingerprint,
+      fingerprint=facts,
       protocol=_protocol(config, source, crop='none'),
       # Images may be large: no more of them ahead than threads.
       _batches=grain.MapDataset.range(len(source)).map(load)[
@@ -263,11 +263,18 @@ def _protocol(
   }
 
 
-def _fingerprint(
+def fingerprint(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     **pipeline: Any,
 ) -> dict[str, Any]:
+  """Returns what decides which pixels come of a source, flat and JSON-able.
+
+  Args:
+    config: the `data` section.
+    source: the images.
+    **pipeline: what else does.
+  """
   return {
       'pipeline_version': _PIPELINE_VERSION,
       'source': config.source,

@@ -5,6 +5,7 @@ that need it import it.
 """
 
 import bisect
+from collections.abc import Mapping
 import hashlib
 import importlib.util
 import itertools
@@ -12,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,8 @@ class PreparedSource(image_source.EncodedSource):
   """A split of a data set that TFDS has written as array_record files.
 
   The image is the feature of type Image (the one named 'image' if there are
-  several); it is decoded by this package like any image file.
+  several); it is decoded by this package like any image file. Labels are those
+  of a feature 'label', if there is one that holds an integer.
   """
 
   def __init__(
@@ -55,6 +58,14 @@ class PreparedSource(image_source.EncodedSource):
           f'no random access. {_how_to_prepare(name)}'
       )
     self._feature = _find_image_feature(builder.info.features, folder)
+    label = dict(builder.info.features.items()).get('label')
+    self._has_labels = (
+        label is not None
+        and label.shape == ()
+        and np.issubdtype(label.np_dtype, np.integer)
+    )
+    if isinstance(label, tfds.features.ClassLabel):
+      self.label_names = tuple(label.names)
     try:
       self._records = builder.as_data_source(
           split, decoders={self._feature: tfds.decode.SkipDecoding()}
@@ -91,9 +102,20 @@ class PreparedSource(image_source.EncodedSource):
     record = file.skip + file.take - (end - index)
     return f'{file.filename} record {record}'
 
+  def facts(self, index: int) -> image_source.Facts:
+    record = self._read_record(index)
+    return image_source.Facts(
+        name=str(index),
+        label=int(record['label']) if self._has_labels else -1,
+        num_bytes=len(record[self._feature]),
+    )
+
   def read(self, index: int) -> bytes:
+    return self._read_record(index)[self._feature]
+
+  def _read_record(self, index: int) -> Mapping[str, Any]:
     try:
-      return self._records[index][self._feature]
+      return self._records[index]
     except Exception as error:  # whatever array_record raises
       raise ValueError(
           f'{self.describe(index)} cannot be read: {error}. The file is '

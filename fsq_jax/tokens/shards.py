@@ -1,0 +1,243 @@
+"""Files of tokens, and what is in one: array_record or npz."""
+
+from collections.abc import Mapping, Sequence
+import math
+import pathlib
+import struct
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module
+import numpy as np
+
+from fsq_jax.tokens import manifest
+
+# label, h, w, H, W, bytes of the name.
+_HEADER = struct.Struct('<q5I')
+# One image a record, for random access. Little of one can be compressed, and it
+# takes longer than all else.
+_WRITER_OPTIONS = 'group_size:1,uncompressed,max_parallelism:1'
+_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+
+
+class Example(NamedTuple):
+  """The tokens of one image.
+
+  Attributes:
+    tokens: [h, w, *index_shape] int32.
+    name: of the image in its source.
+    label: -1 for none.
+    size: (height, width) in pixels of the image that was fitted to the model.
+  """
+
+  tokens: np.ndarray
+  name: str
+  label: int
+  size: tuple[int, int]
+
+
+def write(
+    path: pathlib.Path, examples: Sequence[Example], job: manifest.Job
+) -> None:
+  """Writes a file, whose bytes depend on nothing but the arguments.
+
+  Args:
+    path: of the file, which may be left in part by a kill.
+    examples: its images.
+    job: what they are tokens of, and the storage.
+  """
+  _WRITERS[job.storage](path, examples, job)
+
+
+def open_shard(path: pathlib.Path, job: manifest.Job) -> Sequence[Example]:
+  """Opens a file for random access, from several threads at once.
+
+  Args:
+    path: of the file.
+    job: of its manifest.
+
+  Returns:
+    The images. Taking one raises ValueError, saying why, if it is damaged or
+    not what the job says.
+
+  Raises:
+    ValueError: it is no such file.
+  """
+  return _READERS[job.storage](path, job)
+
+
+def _encode_name(name: str) -> bytes:
+  # Names of files need not be text.
+  return name.encode('utf-8', 'surrogateescape')
+
+
+def _decode_name(name: bytes) -> str:
+  return name.decode('utf-8', 'surrogateescape')
+
+
+def _write_array_record(path, examples, job):
+  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+  for example in examples:
+    name = _encode_name(example.name)
+    header = _HEADER.pack(
+        example.label, *example.tokens.shape[:2], *example.size, len(name)
+    )
+    tokens = example.tokens.astype(job.dtype).tobytes()
+    writer.write(header + name + tokens)
+  writer.close()
+
+
+def _write_npz(path, examples, job):
+  tokens = [x.tokens.astype(job.dtype).reshape(-1) for x in examples]
+  tokens = np.concatenate([np.zeros(0, job.dtype), *tokens])
+  np.savez_compressed(
+      path,
+      tokens=tokens.reshape(
+          (tokens.size // math.prod(job.index_shape), *job.index_shape)
+      ),
+      grid=_pairs([x.tokens.shape[:2] for x in examples]),
+      size=_pairs([x.size for x in examples]),
+      label=np.array([x.label for x in examples], '<i8'),
+      name=np.array([x.name for x in examples], '<U'),
+  )
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+  return np.array(pairs, '<u4').reshape((len(pairs), 2))
+
+
+class _ArrayRecordShard(Sequence[Example]):
+  """One file of records."""
+
+  def __init__(self, path: pathlib.Path, job: manifest.Job):
+    self._path = path
+    self._job = job
+    try:
+      self._reader = array_record_module.ArrayRecordReader(
+          str(path), _READER_OPTIONS
+      )
+      self._length = self._reader.num_records()
+    except Exception as error:  # Whatever array_record raises.
+      raise ValueError(f'{path} is no array_record file: {error}') from error
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> Example:
+    try:
+      (record,) = self._reader.read([index])
+    except Exception as error:  # Whatever array_record raises.
+      raise ValueError(
+          f'{self._path} record {index} cannot be read: {error}'
+      ) from error
+    try:
+      return self._parse(record)
+    except ValueError as error:
+      raise ValueError(f'{self._path} record {index}: {error}') from error
+
+  def _parse(self, record: bytes) -> Example:
+    if len(record) < _HEADER.size:
+      raise ValueError(f'{len(record)} bytes have no header.')
+    label, *grid, height, width, num_name = _HEADER.unpack_from(record)
+    start = _HEADER.size + num_name
+    shape = (*grid, *self._job.index_shape)
+    num_bytes = start + math.prod(shape) * self._job.dtype.itemsize
+    if len(record) != num_bytes:
+      raise ValueError(
+          f'it has {len(record)} bytes; tokens {shape} need {num_bytes}.'
+      )
+    tokens = np.frombuffer(record, self._job.dtype, offset=start)
+    return Example(
+        _check_tokens(tokens.reshape(shape), self._job),
+        _decode_name(record[_HEADER.size : start]),
+        label,
+        (height, width),
+    )
+
+
+class _NpzShard(Sequence[Example]):
+  """One file of arrays, which are held in memory."""
+
+  def __init__(self, path: pathlib.Path, job: manifest.Job):
+    self._path = path
+    self._job = job
+    try:
+      with np.load(path, allow_pickle=False) as file:
+        self._arrays = {name: file[name] for name in file.files}
+    # A foreign file may be of any kind, and announce any size.
+    except Exception as error:
+      raise ValueError(
+          f'{path} is no npz file of tokens: {type(error).__name__}: {error}'
+      ) from error
+    try:
+      _check_arrays(self._arrays, job)
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
+    lengths = self._arrays['grid'].astype(np.int64).prod(axis=1)
+    self._ends = np.cumsum(lengths)
+
+  def __len__(self) -> int:
+    return len(self._ends)
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < len(self):
+      raise IndexError(f'{index} of {len(self)} images in {self._path}.')
+    end = self._ends[index]
+    grid = tuple(map(int, self._arrays['grid'][index]))
+    tokens = self._arrays['tokens'][end - math.prod(grid) : end]
+    try:
+      tokens = _check_tokens(
+          tokens.reshape((*grid, *self._job.index_shape)), self._job
+      )
+    except ValueError as error:
+      raise ValueError(f'{self._path} image {index}: {error}') from error
+    height, width = map(int, self._arrays['size'][index])
+    return Example(
+        tokens,
+        str(self._arrays['name'][index]),
+        int(self._arrays['label'][index]),
+        (height, width),
+    )
+
+
+def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
+  num = len(arrays['grid']) if np.ndim(arrays.get('grid')) else 0
+  needed = {
+      'tokens': (job.dtype.str, ('...', *job.index_shape)),
+      'grid': ('<u4', (num, 2)),
+      'size': ('<u4', (num, 2)),
+      'label': ('<i8', (num,)),
+      'name': ('<U', (num,)),
+  }
+  given = {
+      name: (
+          array.dtype.str if array.dtype.kind != 'U' else '<U',
+          array.shape if name != 'tokens' else ('...', *array.shape[1:]),
+      )
+      for name, array in arrays.items()
+  }
+  if given != needed or arrays['tokens'].ndim != 1 + len(job.index_shape):
+    raise ValueError(f'it has the arrays {given}; needed: {needed}.')
+  # Python's integers: those of a foreign file may overflow.
+  num_tokens = sum(math.prod(map(int, grid)) for grid in arrays['grid'])
+  if len(arrays['tokens']) != num_tokens:
+    raise ValueError(
+        f'it has tokens of {len(arrays["tokens"])} codes; its grids have'
+        f' {num_tokens}.'
+    )
+
+
+def _check_tokens(tokens: np.ndarray, job: manifest.Job) -> np.ndarray:
+  """Returns tokens as int32, or says which are none."""
+  if not tokens.size:
+    raise ValueError(f'its grid is {tokens.shape[:2]}; needed: 1 or more.')
+  low, high = int(tokens.min()), int(tokens.max())
+  if low < 0 or high >= job.codebook_size:
+    raise ValueError(
+        f'its tokens are {low} ... {high}; allowed: 0 ...'
+        f' {job.codebook_size - 1}.'
+    )
+  return tokens.astype(np.int32)
+
+
+_WRITERS = {'array_record': _write_array_record, 'npz': _write_npz}
+_READERS = {'array_record': _ArrayRecordShard, 'npz': _NpzShard}

@@ -1,0 +1,260 @@
+"""Token files read back: images by number, and batches to train on."""
+
+import bisect
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+import pathlib
+import threading
+from typing import Any
+
+import grain
+import numpy as np
+
+from fsq_jax.quantizers import convert
+from fsq_jax.tokens import manifest as manifests
+from fsq_jax.tokens import shards
+
+_HASH_THREADS = 8
+
+
+class TokenSource(Sequence[shards.Example]):
+  """Random access to the tokens of a folder, from several threads at once.
+
+  A random access source of Grain: `grain.MapDataset.source(tokens)`.
+
+  Attributes:
+    folder: that holds the files.
+    manifest: what they are.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    """Compares all files with the manifest.
+
+    Args:
+      folder: that --mode=tokenize wrote.
+
+    Raises:
+      ValueError: a file is missing, or has not the size, the hash or the number
+        of images of the manifest; each is named.
+    """
+    self.folder = pathlib.Path(folder).expanduser().absolute()
+    self.manifest = manifests.read(self.folder)
+    with futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
+      problems = list(pool.map(self._describe_damage, self.manifest.shards))
+    if any(problems):
+      raise ValueError(
+          '\n  '.join([
+              f'{self.folder} cannot be used; copy these files anew, or delete'
+              ' the folder and run --mode=tokenize again:',
+              *filter(None, problems),
+          ])
+      )
+    counts = [shard.num_images for shard in self.manifest.shards]
+    self._ends = list(itertools.accumulate(counts))
+    self._shards: dict[int, Sequence[shards.Example]] = {}
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return self.manifest.num_images
+
+  def __getitem__(self, index: int) -> shards.Example:
+    """Returns the tokens of an image.
+
+    Raises:
+      ValueError: they are not what the manifest says.
+      IndexError: there is no such image.
+    """
+    if not -len(self) <= index < len(self):
+      raise IndexError(f'{self.folder} has {len(self)} images, no {index}.')
+    index %= len(self)
+    number = bisect.bisect_right(self._ends, index)
+    shard = self._open(number)
+    example = shard[index - self._ends[number] + len(shard)]
+    grid = self.manifest.grid
+    if grid is not None and example.tokens.shape[:2] != grid:
+      raise ValueError(
+          f'{self.folder} image {index} has a grid of'
+          f' {example.tokens.shape[:2]} tokens; its manifest says {grid}.'
+      )
+    return example
+
+  def check_decodable(self, spec: Mapping[str, Any], model_hash: str) -> None:
+    """Refuses to have these tokens decoded by another model.
+
+    Args:
+      spec: of the quantizer that is to decode them.
+      model_hash: of its model.
+
+    Raises:
+      ValueError: they are of another dialect or of another model.
+    """
+    convert.check_same_dialect(self.manifest.job.quantizer, spec)
+    made_by = self.manifest.job.model_hash
+    if made_by != model_hash:
+      raise ValueError(
+          f'The tokens in {self.folder} are of the model with hash {made_by},'
+          f' not of {model_hash}; decode them with the checkpoint that made'
+          ' them (--workdir, --checkpoint).'
+      )
+
+  def _open(self, number: int) -> Sequence[shards.Example]:
+    with self._lock:
+      if number not in self._shards:
+        shard = self.manifest.shards[number]
+        path = self.folder / shard.file
+        opened = shards.open_shard(path, self.manifest.job)
+        if len(opened) != shard.num_images:
+          raise ValueError(
+              f'{path} has {len(opened)} images; its manifest says'
+              f' {shard.num_images}.'
+          )
+        self._shards[number] = opened
+      return self._shards[number]
+
+  def _describe_damage(self, shard: manifests.Shard) -> str | None:
+    path = self.folder / shard.file
+    if not path.is_file():
+      return f'{shard.file} is missing.'
+    if (size := path.stat().st_size) != shard.num_bytes:
+      return f'{shard.file} has {size} bytes, not {shard.num_bytes}.'
+    if (digest := hash_file(path)) != shard.sha256:
+      return f'{shard.file} has sha256 {digest}, not {shard.sha256}.'
+    return None
+
+
+def hash_file(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenDataset:
+  """Tokens in batches without end, this process's share of each.
+
+  Batches are dicts, with b = batch size / process_count:
+    'tokens': [b, h, w, *index_shape] int32.
+    'label': [b] int64, -1 for none.
+    'index': [b] int64, the number of the image in the source.
+
+  Attributes:
+    num_examples: in the source.
+    fingerprint: flat, JSON-able; everything that decides which tokens a step
+      gets. Save it beside the iterator's state; see `data.check_fingerprint`.
+  """
+
+  num_examples: int
+  fingerprint: Mapping[str, Any]
+  _batches: grain.IterDataset = dataclasses.field(repr=False)
+
+  def iterator(self) -> grain.DatasetIterator:
+    """Returns a new iterator at the first batch.
+
+    Its get_state() is a JSON-able dict that counts the batches taken, the
+    same on every process; set_state() of it continues with the next batch.
+    """
+    return iter(self._batches)
+
+  def __iter__(self) -> grain.DatasetIterator:
+    return self.iterator()
+
+
+def build_dataset(
+    source: TokenSource,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 128,
+) -> TokenDataset:
+  """Shuffles tokens without end, to train a generator on them.
+
+  Each epoch is another seeded permutation; batches cross the borders of
+  epochs. What a step gets depends neither on the number of processes nor on
+  that of threads.
+
+  Args:
+    source: tokens of images of one size.
+    batch_size: images a step over all processes.
+    seed: of shuffling, >= 0.
+    process_index: this process, in [0, process_count).
+    process_count: processes that share each batch.
+    num_threads: that read.
+    prefetch: images that are read ahead.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ValueError: a batch size that cannot be, or grids that differ.
+  """
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+        f'process_index is {process_index} of {process_count} processes; it'
+        ' counts from 0.'
+    )
+  if not 1 <= batch_size <= len(source) or batch_size % process_count:
+    raise ValueError(
+        f'batch_size is {batch_size}; use a multiple of the {process_count}'
+        f' processes, 1 to {len(source)}, the number of images.'
+    )
+  if source.manifest.grid is None:
+    raise ValueError(
+        f'{source.folder} holds images of several sizes, which make no batch;'
+        " tokenize them with tokenize.fit 'crop'."
+    )
+
+  def load(index: int) -> dict[str, Any]:
+    example = source[index]
+    return {
+        'tokens': example.tokens,
+        'label': np.int64(example.label),
+        'index': np.int64(index),
+    }
+
+  # As for images: Grain shuffles epoch e with seed + e.
+  (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
+  examples = (
+      grain.MapDataset.range(len(source))
+      .shuffle(seed=int(shuffle_seed))
+      .repeat()
+      .map(load)
+  )
+  local_size = batch_size // process_count
+  batches = (
+      examples[process_index::process_count]
+      .batch(local_size)
+      .to_iter_dataset(
+          grain.ReadOptions(
+              num_threads=num_threads,
+              prefetch_buffer_size=max(
+                  math.ceil(prefetch / local_size), num_threads
+              ),
+          )
+      )
+  )
+  return TokenDataset(
+      num_examples=len(source),
+      fingerprint={
+          'model_hash': source.manifest.job.model_hash,
+          'shards': _hash_shards(source.manifest),
+          'num_examples': len(source),
+          'batch_size': batch_size,
+          'process_count': process_count,
+          'seed': seed,
+      },
+      _batches=batches,
+  )
+
+
+def _hash_shards(manifest: manifests.Manifest) -> str:
+  """Identifies the tokens of all files."""
+  text = ' '.join(shard.sha256 for shard in manifest.shards)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]

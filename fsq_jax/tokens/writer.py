@@ -1,0 +1,178 @@
+"""Token files written a shard at a time, so that a killed run can go on."""
+
+from collections.abc import Mapping, Sequence
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fsq_jax import workdir as workdirs
+from fsq_jax.tokens import manifest as manifests
+from fsq_jax.tokens import shards
+from fsq_jax.tokens import source as sources
+from fsq_jax.tokens import summary
+
+_JOB = 'job.json'
+
+
+class Damage(NamedTuple):
+  """An image that could not be read.
+
+  Attributes:
+    index: its number in the source.
+    name: of the image.
+    reason: why.
+  """
+
+  index: int
+  name: str
+  reason: str
+
+
+class TokenWriter:
+  """Writes the shards of one folder in any order, and last the manifest.
+
+  A shard is there once it has its name, and is done once it has a record in
+  the folder of what is unfinished, which goes when the manifest is there. What
+  is written depends on the images and the job alone.
+  """
+
+  def __init__(self, folder: pathlib.Path, job: manifests.Job):
+    """Creates the folder, or goes on in one of the same job.
+
+    Args:
+      folder: for the files; a new or empty one, or one of this job.
+      job: what is to be done.
+
+    Raises:
+      ValueError: the folder holds something else, or cannot be written.
+    """
+    self.folder = folder
+    self._job = job
+    self._unfinished = folder / manifests.UNFINISHED
+    manifest = folder / manifests.FILE
+    record = self._unfinished / _JOB
+    for path in (manifest, record):
+      if path.exists():
+        manifests.check_same_job(path, job)
+    self.is_finished = manifest.exists()
+    if self.is_finished:
+      return
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if names and manifests.UNFINISHED not in names:
+      raise ValueError(
+          f'{folder} holds {names[0]!r} and no token files; give a new folder'
+          ' with --tokens.'
+      )
+    workdirs.create(self._unfinished, '--tokens')
+    if not record.exists():
+      workdirs.write_json(record, job.to_json())
+
+  def is_done(self, shard: int) -> bool:
+    """Whether a shard has been written, and is undamaged."""
+    record = self._read(shard)
+    path = self.folder / self._job.shard_file(shard)
+    return (
+        record is not None
+        and path.is_file()
+        and sources.hash_file(path) == record['sha256']
+    )
+
+  def damaged(self, shard: int) -> list[Damage]:
+    """Returns the damaged images of a shard that is done."""
+    return [Damage(*image) for image in self._read(shard)['damaged']]
+
+  def write(
+      self,
+      shard: int,
+      examples: Sequence[shards.Example],
+      *,
+      damaged: Sequence[Damage],
+      source_bytes: int | None,
+  ) -> None:
+    """Writes a shard; when this returns it is on disk.
+
+    Args:
+      shard: its number.
+      examples: its images, in the order of the source.
+      damaged: those of its images that could not be read.
+      source_bytes: of the images as the source has them; None if unknown.
+    """
+    path = self.folder / self._job.shard_file(shard)
+    temporary = self._unfinished / path.name
+    shards.write(temporary, examples, self._job)
+    with open(temporary, 'rb') as file:
+      os.fsync(file.fileno())
+    digest = sources.hash_file(temporary)
+    os.replace(temporary, path)
+    tokens = [x.tokens.reshape(-1) for x in examples]
+    codes, counts = np.unique(
+        np.concatenate([np.zeros(0, np.int32), *tokens]), return_counts=True
+    )
+    workdirs.write_json(
+        self._record(shard),
+        {
+            'num_images': len(examples),
+            'num_bytes': path.stat().st_size,
+            'sha256': digest,
+            'damaged': damaged,
+            'grids': sorted({x.tokens.shape[:2] for x in examples}),
+            'num_pixels': sum(_num_pixels(x, self._job) for x in examples),
+            'source_bytes': source_bytes,
+            'codes': codes.tolist(),
+            'counts': counts.tolist(),
+        },
+    )
+
+  def finish(self) -> manifests.Manifest:
+    """Writes the manifest; all shards have to be done.
+
+    Returns:
+      It.
+    """
+    if not self.is_finished:
+      records = [self._read(i) for i in range(self._job.num_shards)]
+      temporary = self._unfinished / manifests.FILE
+      workdirs.write_json(temporary, self._gather(records).to_json())
+      os.replace(temporary, self.folder / manifests.FILE)
+    shutil.rmtree(self._unfinished, ignore_errors=True)
+    return manifests.read(self.folder)
+
+  def _gather(
+      self, records: Sequence[Mapping[str, Any]]
+  ) -> manifests.Manifest:
+    grids = {tuple(grid) for record in records for grid in record['grids']}
+    return manifests.Manifest(
+        job=self._job,
+        grid=grids.pop() if len(grids) == 1 else None,
+        shards=tuple(
+            manifests.Shard(
+                self._job.shard_file(i),
+                *(record[x] for x in ('num_images', 'num_bytes', 'sha256')),
+            )
+            for i, record in enumerate(records)
+        ),
+        damaged=tuple(
+            {'name': image.name, 'reason': image.reason}
+            for i in range(len(records))
+            for image in self.damaged(i)
+        ),
+        summary=summary.summarize(records, self._job),
+    )
+
+  def _record(self, shard: int) -> pathlib.Path:
+    return self._unfinished / f'{self._job.shard_file(shard)}.json'
+
+  def _read(self, shard: int) -> dict[str, Any] | None:
+    path = self._record(shard)
+    # Written atomically: it is there whole or not at all.
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _num_pixels(example: shards.Example, job: manifests.Job) -> int:
+  """Pixels of an image that its tokens stand for."""
+  height, width = example.size if job.fit == 'pad' else job.image_size
+  return height * width

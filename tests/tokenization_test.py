@@ -1,0 +1,474 @@
+"""Modes tokenize and detokenize: kills, sizes, damage, several processes."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from experiments.fault_suite import group_processes
+from fsq_jax import configuration
+from fsq_jax import models
+from fsq_jax import partitioning
+from fsq_jax import tokens
+from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokens import shards
+from fsq_jax.tokens import tokenization
+from fsq_jax.tokens import writer as writers
+
+_ROOT = pathlib.Path(__file__).parents[1]
+# A trained run; see trained_test.
+_RUN = _ROOT / 'tests' / 'testdata' / 'run'
+
+pytestmark = pytest.mark.usefixtures('compiled_programs')
+
+
+@pytest.fixture(autouse=True)
+def once_loaded(monkeypatch):
+  """Loads, and compiles, each tokenizer once."""
+  monkeypatch.setattr(tokenization, 'load_tokenizer', _load_tokenizer)
+
+
+_load_tokenizer = functools.cache(tokenization.load_tokenizer)
+
+
+def _config(**fields):
+  """That of the run, with dotted fields (a__b) replaced."""
+  text = (_RUN / 'config.json').read_text()
+  config = configuration.config_from_json(text)
+  config.data.eval_batch_size = 8
+  config.tokenize.images_per_shard = 20
+  for name, value in fields.items():
+    section, _, key = name.partition('__')
+    config[section][key] = value
+  return config
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """A folder of 45 images in two classes, three sizes, two of them damaged."""
+  root = tmp_path_factory.mktemp('images')
+  rng = np.random.default_rng(0)
+  for i in range(45):
+    size = [(16, 16), (40, 20), (9, 33)][i % 3]
+    # Smooth, so that no latent lies at the border of two codes.
+    pixels = rng.integers(0, 256, (3, 3, 3), np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    path = root / 'validation' / 'ab'[i % 2] / f'{i:02}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+  for name in ('a/10.png', 'b/31.png'):
+    (root / 'validation' / name).write_bytes(b'text')
+  return root
+
+
+def _folder_config(root, **fields):
+  config = _config(
+      data__source='folder', data__data_dir=str(root), **fields
+  )
+  config.data.max_damaged_share = 0.04  # Two of them.
+  return config
+
+
+def _files(folder):
+  return {
+      str(path.relative_to(folder)): path.read_bytes()
+      for path in sorted(folder.rglob('*'))
+      if path.is_file()
+  }
+
+
+def _pixels(folder):
+  return {
+      str(path.relative_to(folder).with_suffix('')): np.asarray(
+          Image.open(path)
+      )
+      for path in sorted(folder.rglob('*.png'))
+  }
+
+
+@pytest.mark.parametrize('storage', ['array_record', 'npz'])
+@pytest.mark.parametrize('fit', ['crop', 'pad'])
+def test_images_come_back_as_the_model_reconstructs_them(
+    tmp_path, root, storage, fit
+):
+  config = _folder_config(
+      root, tokenize__storage=storage, tokenize__fit=fit
+  )
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  num = tokens.detokenize_workdir(_RUN, tmp_path / 'tokens', tmp_path / 'out')
+  assert num == manifest.num_images == 43
+  assert [x['name'] for x in manifest.damaged] == ['a/10.png', 'b/31.png']
+  restored = _pixels(tmp_path / 'out')
+  assert len(restored) == 43
+  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  for example in tokens.TokenSource(tmp_path / 'tokens'):
+    image = np.asarray(Image.open(root / 'validation' / example.name))
+    np.testing.assert_array_equal(
+        restored[example.name], tokenizer.reconstruct(image[None], fit)[0]
+    )
+    assert example.size == image.shape[:2]
+    assert example.label == 'ab'.index(example.name[0])
+  assert manifest.job.label_names == ('a', 'b')
+  sizes = sum(
+      path.stat().st_size
+      for path in (root / 'validation').rglob('*.png')
+      if path.stat().st_size > 4
+  )
+  num_tokens = manifest.summary['num_tokens']
+  assert manifest.summary['compression_of_files'] == pytest.approx(
+      8 * sizes / (num_tokens * manifest.job.to_json()['bits_per_token'])
+  )
+
+
+class _KilledError(BaseException):
+  """Stands for a kill: nothing in the package catches it."""
+
+
+def _kill_at(monkeypatch, moment):
+  """Kills this process, so to speak, at a moment.
+
+  Before and after everything that changes the disk, and each encoding, is a
+  moment.
+  """
+  moments = itertools.count()
+
+  def pass_moment():
+    if next(moments) == moment:
+      raise _KilledError
+
+  def wrap(function):
+    def wrapped(*args, **kwargs):
+      pass_moment()
+      result = function(*args, **kwargs)
+      pass_moment()
+      return result
+
+    return wrapped
+
+  for owner, name in (
+      (shards, 'write'), (os, 'replace'), (pathlib.Path, 'mkdir'),
+      (Tokenizer, 'encode'), (shutil, 'rmtree'),
+  ):  # fmt: skip
+    monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@pytest.mark.parametrize('storage', ['array_record', 'npz'])
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
+    tmp_path, root, storage
+):
+  config = _folder_config(root, tokenize__storage=storage)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
+  wanted = _files(tmp_path / 'straight')
+  assert len(wanted) == 4
+  for moment in itertools.count():
+    folder = tmp_path / str(moment)
+    killed = False
+    with pytest.MonkeyPatch.context() as monkeypatch:
+      _kill_at(monkeypatch, moment)
+      try:
+        tokens.tokenize_workdir(config, _RUN, folder=folder)
+      except _KilledError:
+        killed = True
+    if not killed:
+      break
+    tokens.tokenize_workdir(config, _RUN, folder=folder)
+    assert _files(folder) == wanted, moment
+  # Of three shards alone there are two moments each for four effects.
+  assert moment > 24
+  # Nothing is done a second time.
+  times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('harm', ['truncate', 'delete', 'flip'])
+def test_a_shard_damaged_meanwhile_is_written_again(tmp_path, root, harm):
+  config = _folder_config(root)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
+  folder = tmp_path / 'x'
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(
+        writers.TokenWriter, 'finish', _raise_killed
+    )
+    with pytest.raises(_KilledError):
+      tokens.tokenize_workdir(config, _RUN, folder=folder)
+  path = folder / 'tokens-00001-of-00003.array_record'
+  content = path.read_bytes()
+  path.unlink()
+  if harm == 'truncate':
+    path.write_bytes(content[:1000])
+  elif harm == 'flip':
+    path.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert _files(folder) == _files(tmp_path / 'straight')
+
+
+def _raise_killed(*args):
+  raise _KilledError
+
+
+def test_damage_of_earlier_runs_counts_towards_the_limit(tmp_path, root):
+  config = _folder_config(root)
+  config.data.max_damaged_share = 0.01  # One of them.
+  with pytest.raises(ValueError, match='2 of 45 images cannot be read'):
+    tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'x')
+  # The first of them is in the first shard, the second in the second.
+  config.data.num_threads = config.data.prefetch = 1
+  folder = tmp_path / 'y'
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    write = shards.write
+    monkeypatch.setattr(
+        shards, 'write', lambda *x: (write(*x), monkeypatch.undo())
+    )
+    for _ in range(2):
+      with pytest.raises(ValueError, match='2 of 45 images cannot be read'):
+        tokens.tokenize_workdir(config, _RUN, folder=folder)
+
+
+def test_a_folder_of_other_tokens_is_left_alone(tmp_path, root):
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(_folder_config(root), _RUN, folder=folder)
+  before = _files(folder)
+  others = (
+      (_config(), 'source: '),
+      (_folder_config(root, tokenize__fit='pad'), 'fit: '),
+      (_folder_config(root, tokenize__storage='npz'), 'storage: '),
+      (_folder_config(root, data__resize_shorter=16), 'resize_shorter'),
+  )
+  for config, message in others:
+    with pytest.raises(ValueError, match=message):
+      tokens.tokenize_workdir(config, _RUN, folder=folder)
+  config = _folder_config(root)
+  config.model.encoder.width = 32
+  with pytest.raises(ValueError, match='another model than the checkpoint'):
+    tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert _files(folder) == before
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """Makes folders of tokenizers with random weights, by their quantizers."""
+  made = {}
+
+  def make(name):
+    if name not in made:
+      config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
+      config.model.quantizer.name = name
+      config.data.eval_batch_size = 8
+      config.tokenize.images_per_shard = 100
+      model = models.build_autoencoder(config.model, config.data.image_size)
+      mesh = partitioning.create_mesh(
+          {'data': -1, 'fsdp': 1}, jax.devices()[:1]
+      )
+      images = np.zeros((1, *config.data.image_size, 3), np.float32)
+      variables = jax.jit(model.init)(jax.random.key(0), images)
+      variables = jax.device_put(variables, partitioning.replicated(mesh))
+      folder = tmp_path_factory.mktemp(name) / 'saved'
+      Tokenizer(config, variables, mesh).save_pretrained(folder)
+      made[name] = config, folder
+    return made[name]
+
+  return make
+
+
+@pytest.mark.parametrize('quantizer', ['grouped_fsq', 'residual_fsq'])
+def test_every_quantizer_with_tokens_goes_through_files(
+    tmp_path, saved, quantizer
+):
+  config, folder = saved(quantizer)
+  config.tokenize.storage = {'grouped_fsq': 'npz'}.get(
+      quantizer, 'array_record'
+  )
+  manifest = tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
+  source = tokens.TokenSource(tmp_path / 'x')
+  tokenizer = tokenization.load_tokenizer(folder, 'newest', 8)
+  index_shape = tokenizer.model.quantizer.index_shape
+  assert manifest.job.index_shape == index_shape
+  assert source[0].tokens.shape == (4, 4, *index_shape)
+  assert tokens.detokenize_workdir(
+      folder, tmp_path / 'x', tmp_path / 'out'
+  ) == len(source)
+  images = _pixels(tmp_path / 'out')
+  decoded = tokenizer.decode(np.stack([x.tokens for x in source]))
+  for example, image in zip(source, decoded, strict=True):
+    np.testing.assert_array_equal(images[example.name], image)
+  # Its weights are others, its dialect too.
+  with pytest.raises(ValueError, match='another dialect'):
+    tokens.detokenize_workdir(_RUN, tmp_path / 'x', tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_tokens_of_another_model_are_not_decoded(tmp_path, saved):
+  config, folder = saved('fsq')
+  tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
+  with pytest.raises(ValueError, match='of the model with hash'):
+    tokens.detokenize_workdir(_RUN, tmp_path / 'x', tmp_path / 'out')
+
+
+def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
+  encode = Tokenizer.encode
+
+  def with_nan(self, images, fit):
+    indices = np.array(encode(self, images, fit))
+    indices[3, 0, 0] = -1
+    return indices
+
+  monkeypatch.setattr(Tokenizer, 'encode', with_nan)
+  with pytest.raises(ValueError, match="image '3' are NaN"):
+    tokens.tokenize_workdir(_config(), _RUN, folder=tmp_path / 'x')
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [('../a', 'outside of'), ('/a', 'outside of'), ('link/a', 'outside of'),
+     ('', 'empty'), ('a\0b', 'no name of a file')],
+)  # fmt: skip
+def test_names_do_not_lead_out_of_the_folder(
+    tmp_path, monkeypatch, name, message
+):
+  config = _config()
+  config.tokenize.images_per_shard = 1000
+  write = shards.write
+
+  def write_foreign(path, examples, job):
+    write(path, [examples[0]._replace(name=name), *examples[1:]], job)
+
+  monkeypatch.setattr(shards, 'write', write_foreign)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'link').symlink_to(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    tokens.detokenize_workdir(_RUN, tmp_path / 'tokens', out)
+  assert list(tmp_path.rglob('*.png')) == []
+
+
+def test_a_signal_stops_and_the_next_run_goes_on(tmp_path, monkeypatch):
+  config = _config()
+  config.data.num_threads = config.data.prefetch = 1
+  folder = tmp_path / 'x'
+  write = shards.write
+
+  def write_and_signal(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, 'write', write_and_signal)
+    with pytest.raises(tokens.Interrupted):
+      tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert len(list(folder.glob('tokens-*'))) == 1
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
+  assert _files(folder) == _files(tmp_path / 'straight')
+
+
+def test_default_folders_are_named_for_the_images(tmp_path):
+  config = _config()
+  assert tokens.default_folder(config, tmp_path) == (
+      tmp_path / 'tokens' / 'synthetic_eval'
+  )
+  config.tokenize.split = 'train'
+  config.data.update(source='tfds', name='a/b:1.0', train_split='train[:9%]')
+  assert tokens.default_folder(config, tmp_path).name == 'tfds_a_b_1_0_train_9'
+
+
+def _launch(*args, programs, **kwargs):
+  return subprocess.Popen(
+      [sys.executable, 'launch.py', *args],
+      cwd=_ROOT,
+      env=dict(
+          os.environ,
+          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+          JAX_COMPILATION_CACHE_DIR=programs,
+          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+      ),
+      text=True,
+      stderr=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      **kwargs,
+  )
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_again(tmp_path, compiled_programs):
+  arguments = [
+      '--mode=tokenize', f'--workdir={_RUN}',
+      '--config.tokenize.images_per_shard=8', '--config.data.prefetch=1',
+      '--config.tokenize.split=train',
+  ]  # fmt: skip
+  folder = tmp_path / 'x'
+  process = _launch(
+      *arguments, f'--tokens={folder}', programs=compiled_programs
+  )
+  deadline = time.monotonic() + 120
+  while len(list(folder.glob('tokens-*'))) < 3:
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.kill()
+  process.wait()
+  assert not (folder / 'manifest.json').exists()
+  for other in (folder, tmp_path / 'straight'):
+    process = _launch(
+        *arguments, f'--tokens={other}', programs=compiled_programs
+    )
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert '8192/8192 images' in error
+    assert 'codebook usage: ' in out
+    assert 'compression of pixels: ' in out
+  assert _files(folder) == _files(tmp_path / 'straight')
+
+
+@pytest.mark.slow
+def test_processes_share_the_files(tmp_path, compiled_programs):
+  folder = tmp_path / 'x'
+  run = tmp_path / 'run'
+  run.symlink_to(_RUN)
+  processes = group_processes.launch(
+      run, 2, '--mode=tokenize', f'--tokens={folder}',
+      '--config.tokenize.images_per_shard=20',
+      env=dict(
+          os.environ,
+          XLA_FLAGS='--xla_force_host_platform_device_count=2',
+          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+          JAX_COMPILATION_CACHE_DIR=compiled_programs,
+          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+      ),
+  )  # fmt: skip
+  codes = [process.wait(timeout=240) for process in processes]
+  assert codes == [0, 0], run.with_suffix('.log0').read_text()
+  tokens.tokenize_workdir(_config(), _RUN, folder=tmp_path / 'one')
+  assert _files(folder) == _files(tmp_path / 'one')
+  # Process 0 has shown its own 7 of 13 files, and both the summary.
+  logs = [run.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  assert '136/136 images' in logs[0]
+  assert 'images/s' not in logs[1]
+  assert all('256 images in 13 files' in log for log in logs)
+
+
+def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):
+  """The plan of a shard is the same whichever shards are done."""
+  keys = [(1, 1), (2, 2), (1, 1), (3, 3), (2, 2)]
+  assert tokenization.group_equal(keys) == [[0, 2], [1, 4], [3]]
+
+
+def test_the_manifest_has_no_time_and_no_place(tmp_path, root):
+  config = _folder_config(root)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'x')
+  text = (tmp_path / 'x' / 'manifest.json').read_text()
+  assert str(tmp_path) not in text
+  assert str(root) not in text
+  assert json.loads(text)['source']['source'] == 'folder'
