@@ -1,7 +1,7 @@
-"""Trains, evaluates or prepares the data of one config.
+"""Trains, evaluates, exports or prepares the data of one config.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|prepare|latent_statistics]
+      [--mode=train|eval|export|prepare|latent_statistics]
       [--config.SECTION.FIELD=VALUE ...]
 
 Fields and their meaning are in configs/default.py. The same command started
@@ -30,7 +30,7 @@ _CONFIG = flags.DEFINE_string(
     'config',
     None,
     'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
-    ' Mode eval does without: it finds the config in the workdir.',
+    ' Modes eval and export do without: they find the config in the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -40,16 +40,22 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
-    ['train', 'eval', 'prepare', 'latent_statistics'],
-    'train a model; eval a checkpoint of the workdir; prepare:'
+    ['train', 'eval', 'export', 'prepare', 'latent_statistics'],
+    'train a model; eval a checkpoint of the workdir; export: write it as'
+    ' programs that need JAX alone; prepare:'
     ' download and convert the data set; latent_statistics: write mean and'
     ' variance of the latents, for model.latent_statistics, to the workdir.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'What mode eval evaluates: newest, best (of the highest PSNR), or the'
-    ' number of a step.',
+    'What modes eval and export take: newest, best (of the highest PSNR), or'
+    ' the number of a step.',
+)
+_EXPORT = flags.DEFINE_string(
+    'export',
+    None,
+    'Folder that mode export writes to. Default: WORKDIR/export.',
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
@@ -139,7 +145,7 @@ def _load_config() -> ml_collections.ConfigDict:
     if path.is_file():
       return configuration.load_config(path)
     problem = f'--config={path} is not a file.'
-  elif _MODE.value == 'eval' and _WORKDIR.value is not None:
+  elif _MODE.value in ('eval', 'export') and _WORKDIR.value is not None:
     path = pathlib.Path(_WORKDIR.value) / 'config.json'
     if path.is_file():
       return configuration.config_from_json(path.read_text(encoding='utf-8'))
@@ -197,6 +203,13 @@ def _run(config: ml_collections.ConfigDict) -> int:
     )
     for line in evaluation.lines():
       sys.stdout.write(f'{line}\n')
+  elif _MODE.value == 'export':
+    from fsq_jax import export
+
+    path = export.export_workdir(
+        config, workdir, _EXPORT.value, which=_CHECKPOINT.value
+    )
+    sys.stdout.write(f'{path}\n')
   elif _MODE.value == 'latent_statistics':
     from fsq_jax import latent_statistics
 

@@ -222,7 +222,7 @@ def evaluate_workdir(
   configuration.check_config(config, num_devices=jax.device_count())
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
-  _check_same_model(found.config, configuration.resolve(config))
+  trained.check_same_model(found.config, configuration.resolve(config))
   native = config.eval.native_size
   # All native images pass every process, whose devices do the same.
   processes = {} if native else {
@@ -273,21 +273,3 @@ def _label(
       words.append(pathlib.Path(config.data.data_dir).name)
     words.append(config.data.eval_split)
   return '_'.join(re.findall(r'\w+', ' '.join(words)))
-
-
-def _check_same_model(
-    saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
-) -> None:
-  """Refuses a config that was given for another model than the checkpoint's."""
-  differences = [
-      line
-      for line in configuration.diff_configs(saved, given)
-      if line.startswith(('model.', 'data.image_size:'))
-      # Where weights once came from.
-      and not line.partition(':')[0].endswith('.checkpoint')
-  ]
-  if differences:
-    raise ValueError(
-        'The config has another model than the checkpoint (saved -> given):\n'
-        + '\n'.join(differences)
-    )

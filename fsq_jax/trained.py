@@ -128,3 +128,29 @@ def restore(
           f' {checkpointer.steps}.'
       ) from error
   return model, state.eval_variables
+
+
+def check_same_model(
+    saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
+) -> None:
+  """Refuses a config that was given for another model than the checkpoint's.
+
+  Args:
+    saved: config of the run.
+    given: of which only other sections may differ.
+
+  Raises:
+    ValueError: the models differ; it lists how.
+  """
+  differences = [
+      line
+      for line in configuration.diff_configs(saved, given)
+      if line.startswith(('model.', 'data.image_size:'))
+      # Where weights once came from.
+      and not line.partition(':')[0].endswith('.checkpoint')
+  ]
+  if differences:
+    raise ValueError(
+        'The config has another model than the checkpoint (saved -> given):\n'
+        + '\n'.join(differences)
+    )

@@ -15,8 +15,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ALLOWED_IMPORTS = {
     'fsq_jax': set(),
     'launch': {
-        'configuration', 'data', 'evaluate', 'latent_statistics', 'runtime',
-        'train',
+        'configuration', 'data', 'evaluate', 'export', 'latent_statistics',
+        'runtime', 'train',
     },
     'train': {
         'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
@@ -43,6 +43,7 @@ _ALLOWED_IMPORTS = {
         'workdir',
     },
     'initialization': {'configuration', 'models', 'train_state', 'trained'},
+    'export': {'configuration', 'tokenizer', 'trained', 'workdir'},
     'tokenizer': {
         'batching', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',

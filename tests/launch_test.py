@@ -49,6 +49,11 @@ def evaluate_workdir(config, workdir, *, which):
   return types.SimpleNamespace(lines=lambda: ['psnr: 27.5'])
 
 fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
+def export_workdir(config, workdir, folder, *, which):
+  print('export', config.seed, workdir, folder, which)
+  return 'written'
+
+fsq_jax.export = types.SimpleNamespace(export_workdir=export_workdir)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
@@ -184,6 +189,10 @@ def test_unknown_field_is_refused_without_jax():
             'eval 16 runs/debug best\npsnr: 27.5',
         ),
         (['--mode=prepare'], 'prepare synthetic'),
+        (
+            ['--mode=export', '--export=/tmp/x', '--checkpoint=best'],
+            'export 0 runs/debug /tmp/x best\nwritten',
+        ),
         (['--distributed'], 'join None None None\ntrain 8 runs/debug False'),
         (
             [
@@ -225,7 +234,7 @@ def test_exit_code_tells_how_training_ended(seed, code, message):
   assert ('Traceback' in result.stderr) == (seed == 15)
 
 
-def test_eval_finds_the_config_in_the_workdir(tmp_path):
+def test_eval_and_export_find_the_config_in_the_workdir(tmp_path):
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
   config.seed = 3
   text = configuration.config_to_json(config)
@@ -233,6 +242,10 @@ def test_eval_finds_the_config_in_the_workdir(tmp_path):
   args = ['--mode=eval', f'--workdir={tmp_path}']
   result = _launch(*args, stubs=True)
   assert result.stdout == f'eval 3 {tmp_path} newest\npsnr: 27.5\n'
+  args[0] = '--mode=export'
+  result = _launch(*args, stubs=True)
+  assert result.stdout == f'export 3 {tmp_path} None newest\nwritten\n'
+  args[0] = '--mode=eval'
   result = _launch(*args, '--config.seed=4', stubs=True)
   assert result.stdout == f'eval 4 {tmp_path} newest\npsnr: 27.5\n'
   result = _launch(*args, '--config.sed=4', stubs=True)
