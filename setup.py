@@ -19,6 +19,8 @@ setuptools.setup(
         'absl-py',
         'array-record',
         'einops',
+        # jax.export needs it and does not say so.
+        'flatbuffers',
         'flax>=0.12.8',
         'grain>=0.2.17',
         # tensorflow-datasets needs it and does not say so.

@@ -94,8 +94,8 @@ class Tokenizer:
     else:
       self._multiples = self._image_size
       self._grid = tuple(self.model.encoder.grid_size)
-    self._encode = _compile(self.model, _encode)
-    self._decode = _compile(self.model, _decode)
+    self._encode = _compile(self.model, images_to_tokens)
+    self._decode = _compile(self.model, tokens_to_images)
 
   @classmethod
   def from_workdir(
@@ -188,10 +188,7 @@ class Tokenizer:
       ValueError: the folder holds something, or cannot be written.
     """
     return tokenizer_files.write(
-        folder,
-        self.config,
-        self.variables,
-        stored=self._stored(),
+        folder, self.config, self.variables, stored=self._stored(),
         decoder_only=decoder_only,
     )
 
@@ -367,11 +364,13 @@ def _local_mesh() -> jax.sharding.Mesh:
   return partitioning.create_mesh(_WHOLE, jax.local_devices())
 
 
-def _encode(model: models.Autoencoder, images: jax.Array) -> jax.Array:
+def images_to_tokens(model: models.Autoencoder, images: jax.Array) -> jax.Array:
+  """Encodes [B, H, W, 3] uint8 to [B, h, w, *index_shape] int32."""
   return model.encode_to_indices(train_step.to_float(images))
 
 
-def _decode(model: models.Autoencoder, tokens: jax.Array) -> jax.Array:
+def tokens_to_images(model: models.Autoencoder, tokens: jax.Array) -> jax.Array:
+  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, 3] uint8."""
   return metrics.to_uint8(model.decode_from_indices(tokens))
 
 

@@ -53,6 +53,7 @@ _ALLOWED_IMPORTS = {
         'configuration', 'data', 'metrics', 'progress', 'quantizers',
         'runtime', 'tokenizer', 'trained', 'workdir',
     },
+    'export': {'configuration', 'tokenizer', 'trained', 'workdir'},
     'tokenizer': {
         'batching', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',

@@ -15,7 +15,9 @@ import pytest
 from experiments import sweep
 from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
+from experiments.export import across_versions
 from experiments.fault_suite import run as fault_suite
+from experiments.onnx import to_onnx
 from experiments.perceptual_ablation import perceptual_ablation
 from experiments.quantizer_comparison import compare
 from experiments.quantizer_comparison import settings
@@ -194,6 +196,15 @@ def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
   readme = (_ROOT / 'experiments' / 'benchmarks' / 'README.md').read_text()
   for table in tables:
     assert table in readme
+
+
+@pytest.mark.parametrize(
+    ('name', 'table'),
+    [('export', across_versions.table), ('onnx', to_onnx.table)],
+)
+def test_readmes_of_exports_show_their_results(name, table):
+  readme = (_ROOT / 'experiments' / name / 'README.md').read_text()
+  assert table(_results(name)) in readme
 
 
 @pytest.mark.parametrize('name', _SCRIPTS)

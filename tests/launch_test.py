@@ -56,6 +56,11 @@ fsq_jax.codebook_analysis = types.SimpleNamespace(
     analyze_workdir=analyze_workdir
 )
 fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
+def export_workdir(config, workdir, folder, *, which):
+  print('export', config.seed, workdir, folder, which)
+  return 'written'
+
+fsq_jax.export = types.SimpleNamespace(export_workdir=export_workdir)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
@@ -228,6 +233,10 @@ def test_unknown_field_is_refused_without_jax():
             ['--mode=detokenize', '--tokens=t', '--images=i'],
             'make runs/debug t i newest\ni',
         ),
+        (
+            ['--mode=export', '--export=/tmp/x', '--checkpoint=best'],
+            'export 0 runs/debug /tmp/x best\nwritten',
+        ),
         (['--distributed'], 'join None None None\ntrain 8 runs/debug False'),
         (
             [
@@ -288,6 +297,9 @@ def test_modes_find_the_config_in_the_workdir(tmp_path):
   report = ['--mode=report', f'--workdir={tmp_path}']
   result = _launch(*report, stubs=True)
   assert result.stdout.startswith(f'report 3 {tmp_path} newest\n')
+  export = ['--mode=export', f'--workdir={tmp_path}']
+  result = _launch(*export, stubs=True)
+  assert result.stdout == f'export 3 {tmp_path} None newest\nwritten\n'
   result = _launch(*args, '--config.seed=4', stubs=True)
   assert result.stdout == f'eval 4 {tmp_path} newest\npsnr: 27.5\n'
   result = _launch(*args, '--config.sed=4', stubs=True)

@@ -40,6 +40,10 @@ def test_python_runs(block, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   # Runs of the examples go to a temporary folder, where one is already.
   shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'fsq_888')
+  if 'runs/fsq_888/export' in block:
+    (command,) = (x for x in LAUNCHES if '--mode=export' in x)
+    words = shlex.split(command.replace('runs/', f'{tmp_path}/'))
+    subprocess.run([sys.executable, *words[1:]], check=True)
   block = block.replace("'runs/", f"'{tmp_path}/")
   block = block.replace("'tokenizer'", f"'{tmp_path}/tokenizer'")
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
@@ -106,7 +110,9 @@ def test_launch_commands_name_existing_configs_and_fields(command):
       for word in words
       if word.startswith('--') and '=' in word
   )
-  config = configuration.load_config(ROOT / flags.pop('config'))
+  config = configuration.load_config(
+      ROOT / flags.pop('config', 'configs/default.py')
+  )
   for name in flags:
     if name.startswith('config.'):
       section = config

@@ -122,7 +122,7 @@ class MaeDecoder(nn.Module):
     token = token + self._constant(
         'class_position', lambda: np.zeros(arch.width, np.float32)
     )
-    token = jnp.broadcast_to(token, (len(x), 1, arch.width))
+    token = jnp.broadcast_to(token, (x.shape[0], 1, arch.width))
     x = vit_blocks.apply_blocks(self, jnp.concatenate([token, tokens], axis=1))
     x = vit_blocks.layer_norm(arch, 'norm')(x[:, 1:])
     # Starts near mid-grey: the first steps need not unlearn a random image.

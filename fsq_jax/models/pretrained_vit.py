@@ -189,7 +189,7 @@ class PretrainedVit(nn.Module):
     if arch.num_registers:
       shape = (arch.num_registers, arch.width)
       prefix.append(self.param('registers', _INIT, shape))
-    tokens = [jnp.broadcast_to(t, (len(x), *t.shape)) for t in prefix]
+    tokens = [jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in prefix]
     return jnp.concatenate([*(t.astype(x.dtype) for t in tokens), x], axis=1)
 
 

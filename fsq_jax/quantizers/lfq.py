@@ -205,7 +205,7 @@ def _entropy_of_mean(logits: jax.Array) -> jax.Array:
       # With explicit axes in the mesh JAX wants to be told.
       out_sharding=jax.typeof(left).sharding.update(spec=jax.P(None, None)),
   )
-  mean = total / len(logits)
+  mean = total / logits.shape[0]
   # The gradient of p log p at 0 is infinite; codes never met have none.
   logarithms = jnp.log(jnp.where(mean > 0, mean, 1))
   return -jnp.sum(mean * logarithms)
@@ -213,7 +213,7 @@ def _entropy_of_mean(logits: jax.Array) -> jax.Array:
 
 def _joint(logits: jax.Array) -> jax.Array:
   """Returns probabilities [N, 2^bits] of the values of independent bits."""
-  joint = jnp.ones((len(logits), 1), jnp.float32)
+  joint = jnp.ones((logits.shape[0], 1), jnp.float32)
   for i in range(logits.shape[-1]):
     bit = jax.nn.sigmoid(jnp.stack([-logits[:, i], logits[:, i]], axis=-1))
     joint = rearrange(joint[:, :, None] * bit[:, None], 'n a b -> n (a b)')

@@ -2,11 +2,16 @@
 
 from einops import rearrange
 import jax
+from jax import export
 from jax import numpy as jnp
 
 # Most distances, tokens times entries, that are in memory at once over all
 # devices: 1 GiB of float32.
 MAX_DISTANCES = 2**28
+
+# Rows in a chunk of a program that is exported for any number of them: the last
+# chunk is filled up, so that few cost little.
+_EXPORTED_ROWS = 1024
 
 # Distances among which the position of the smallest is looked for at a time.
 _BLOCK = 128
@@ -166,9 +171,15 @@ def _deal(
   num_rows = rows.shape[0]
   # Rows are padded to whole blocks.
   most_rows = MAX_DISTANCES // (codebook_size + -codebook_size % _BLOCK)
-  # A power of two divides most batches, so that little or nothing is padded.
-  num_chunks = 1 << max(0, -(-num_rows // most_rows) - 1).bit_length()
-  padding = -num_rows % num_chunks
+  if export.is_symbolic_dim(num_rows):
+    size = min(most_rows, _EXPORTED_ROWS)
+    # Not -(-n // size), of which JAX does not see that it is positive.
+    num_chunks = (num_rows + size - 1) // size
+    padding = num_chunks * size - num_rows
+  else:
+    # A power of two divides most batches: little or nothing is padded.
+    num_chunks = 1 << max(0, -(-num_rows // most_rows) - 1).bit_length()
+    padding = -num_rows % num_chunks
   weights = jnp.pad(jnp.ones((num_rows,)), (0, padding))
   rows = jnp.pad(rows, ((0, padding), (0, 0)))
   return (
