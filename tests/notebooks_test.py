@@ -229,7 +229,7 @@ def test_notebooks_run(name, run_folder):
       }
   )
   for cell in notebook.cells:
-    if re.search(r'(plt.subplots|plt.figure|draw_levels|display)\(', cell.source):
+    if re.search(r'(subplots|figure|draw_levels|display)\(', cell.source):
       assert any('image/png' in x.get('data', ()) for x in cell.outputs)
   if name == 'train_a_tokenizer':
     rows = workdir.read_metrics(run_folder / 'runs' / name)
