@@ -43,6 +43,9 @@ setuptools.setup(
         # Conversion of data sets that TFDS cannot prepare without TensorFlow.
         'prepare': ['tensorflow-cpu'],
         'tensorboard': ['tensorboardX'],
-        'test': ['chex', 'hypothesis', 'pytest', 'pytest-xdist', 'ruff'],
+        'test': [
+            'chex', 'hypothesis', 'ipykernel', 'nbclient', 'pytest',
+            'pytest-xdist', 'ruff',
+        ],
     },
 )
