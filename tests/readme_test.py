@@ -24,7 +24,7 @@ PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 SHELL = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
 # The list of them in launch.py.
 MODES = re.search(
-    r"'mode',\n.*\n +\[(.*)\]", (ROOT / 'launch.py').read_text('utf-8')
+    r"'mode',\n.*\n +\[([^]]*)\]", (ROOT / 'launch.py').read_text('utf-8')
 )[1]
 LAUNCHES = [
     command
