@@ -83,7 +83,7 @@ def _launch(*args, stubs=False):
         ([], ['--config is missing', 'configs/debug.py', 'configs/fsq_888.py']),
         (['--config=none.py'], ['none.py is not a file', 'configs/debug.py']),
         (['--mode=eval', '--workdir=none'], ['none holds no config.json']),
-        ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|prepare']),
+        ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|']),
         ([_DEBUG, '--wrokdir=x'], ['--wrokdir is not a flag', '--help']),
         ([_DEBUG, 'configs/fsq_888.py'], ['--config=PATH']),
         (
