@@ -54,8 +54,6 @@ _EVERYTHING = {
     'losses.adversarial.weighting': 'adaptive',
 }
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 class _Distance(nn.Module):
   """Stands for a perceptual network: differences of neighbouring columns."""

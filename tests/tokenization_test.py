@@ -30,8 +30,6 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # A trained run; see trained_test.
 _RUN = _ROOT / 'tests' / 'testdata' / 'run'
 
-pytestmark = pytest.mark.usefixtures('compiled_programs')
-
 
 @pytest.fixture(autouse=True)
 def once_loaded(monkeypatch):
@@ -384,34 +382,25 @@ def test_default_folders_are_named_for_the_images(tmp_path):
   assert tokens.default_folder(config, tmp_path).name == 'tfds_a_b_1_0_train_9'
 
 
-def _launch(*args, programs, **kwargs):
+def _launch(*args):
   return subprocess.Popen(
       [sys.executable, 'launch.py', *args],
       cwd=_ROOT,
-      env=dict(
-          os.environ,
-          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-          JAX_COMPILATION_CACHE_DIR=programs,
-          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-      ),
       text=True,
       stderr=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      **kwargs,
   )
 
 
 @pytest.mark.slow
-def test_sigkill_and_the_same_command_again(tmp_path, compiled_programs):
+def test_sigkill_and_the_same_command_again(tmp_path):
   arguments = [
       '--mode=tokenize', f'--workdir={_RUN}',
       '--config.tokenize.images_per_shard=8', '--config.data.prefetch=1',
       '--config.tokenize.split=train',
   ]  # fmt: skip
   folder = tmp_path / 'x'
-  process = _launch(
-      *arguments, f'--tokens={folder}', programs=compiled_programs
-  )
+  process = _launch(*arguments, f'--tokens={folder}')
   deadline = time.monotonic() + 120
   while len(list(folder.glob('tokens-*'))) < 3:
     assert process.poll() is None
@@ -421,9 +410,7 @@ def test_sigkill_and_the_same_command_again(tmp_path, compiled_programs):
   process.wait()
   assert not (folder / 'manifest.json').exists()
   for other in (folder, tmp_path / 'straight'):
-    process = _launch(
-        *arguments, f'--tokens={other}', programs=compiled_programs
-    )
+    process = _launch(*arguments, f'--tokens={other}')
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert '8192/8192 images' in error
@@ -433,7 +420,7 @@ def test_sigkill_and_the_same_command_again(tmp_path, compiled_programs):
 
 
 @pytest.mark.slow
-def test_processes_share_the_files(tmp_path, compiled_programs):
+def test_processes_share_the_files(tmp_path):
   folder = tmp_path / 'x'
   run = tmp_path / 'run'
   run.symlink_to(_RUN)
@@ -443,9 +430,6 @@ def test_processes_share_the_files(tmp_path, compiled_programs):
       env=dict(
           os.environ,
           XLA_FLAGS='--xla_force_host_platform_device_count=2',
-          JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-          JAX_COMPILATION_CACHE_DIR=compiled_programs,
-          JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
       ),
   )  # fmt: skip
   codes = [process.wait(timeout=240) for process in processes]
