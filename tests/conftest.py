@@ -22,7 +22,7 @@ os.environ['XLA_FLAGS'] = (
 # Files that take minutes: no process should be left with one at the end.
 _LONG = (
     'configs_test', 'train_test', 'experiments_test', 'adversary_test',
-    'stages_test',
+    'stages_test', 'notebooks_test',
 )  # fmt: skip
 
 

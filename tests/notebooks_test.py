@@ -223,7 +223,8 @@ def test_notebooks_run(name, run_folder):
       env=os.environ
       | {
           'HOME': str(run_folder),  # of compiled programs and IPython's history
-          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+          # Its steps take longer than their compilation.
+          'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
           'PYTHONPATH': str(_ROOT),
           'XLA_FLAGS': '',
       }
