@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import pathlib
 import random
 import time
 
@@ -14,10 +15,12 @@ import pytest
 from fsq_jax import data
 from fsq_jax import quantizers
 from fsq_jax import tokens
+from fsq_jax.quantizers import convert
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
 
+_TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 _STORAGES = pytest.mark.parametrize('storage', manifests.STORAGES)
 _FSQ = quantizers.FSQ((8, 5, 5))
 _QUANTIZERS = {
@@ -171,6 +174,53 @@ def test_other_programs_can_read_the_files_by_the_manifest(tmp_path, storage):
   np.testing.assert_array_equal(
       tokens_of_images, [example.tokens for example in written[:3]]
   )
+
+
+@pytest.mark.parametrize('levels', ['8x8x8', '8x6x5', '8x5x5x5'])
+def test_tokens_of_the_paper_mean_the_same_in_other_programs(tmp_path, levels):
+  # Of the paper's notebook, and of vector-quantize-pytorch 1.32.0.
+  paper = quantizers.FSQ(_levels(levels), 'paper')
+  theirs = quantizers.FSQ(_levels(levels), 'preserve_symmetry')
+  golden, other = (
+      {
+          key: values[f'{levels}/{key}'][:500]
+          for values in [np.load(_TESTDATA / f'fsq_{name}.npz')]
+          for key in ('indices', 'zhat')
+      }
+      for name in ('paper', 'preserve_symmetry')
+  )
+  converted = convert.convert_indices(
+      other['indices'], theirs.spec(), paper.spec()
+  )
+  written = np.stack([golden['indices'].astype(np.int32), converted])
+  source = {'source': 'golden', 'num_examples': 2}
+  job = _job(quantizer=paper, source=source, images_per_shard=2)
+  writer = writers.TokenWriter(tmp_path / 'tokens', job)
+  examples = [
+      shards.Example(x.reshape(20, 25), str(i), -1, (16, 12))
+      for i, x in enumerate(written)
+  ]
+  writer.write(0, examples, damaged=[], source_bytes=None)
+  writer.finish()
+
+  source = tokens.TokenSource(tmp_path / 'tokens')
+  first, second = (source[i].tokens.ravel() for i in range(2))
+  spec = source.manifest.job.quantizer
+  quantizer = convert.quantizer_from_spec(spec)
+  assert quantizer.convention == 'paper'
+  np.testing.assert_array_equal(first, golden['indices'])
+  np.testing.assert_allclose(
+      quantizer.indices_to_codes(first), golden['zhat'], atol=1e-6
+  )
+  there = convert.convert_indices(second, spec, theirs.spec())
+  np.testing.assert_array_equal(there, other['indices'])
+  np.testing.assert_allclose(
+      theirs.indices_to_codes(there), other['zhat'], atol=1e-6
+  )
+
+
+def _levels(text):
+  return tuple(map(int, text.split('x')))
 
 
 @_STORAGES
