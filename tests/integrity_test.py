@@ -62,6 +62,19 @@ def test_a_hash_does_not_depend_on_devices(spec):
   assert hashes == {'0': _reference(x)}
 
 
+def test_what_a_process_adds_to_a_hash_has_64_bits(monkeypatch):
+  # Those of other processes come as two halves of 32 bits.
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 8})
+  spec = jax.sharding.PartitionSpec('fsdp')
+  x = np.random.default_rng(0).normal(size=(64, 2**13)).astype(np.float32)
+  x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+  expected = _hash(x)
+  monkeypatch.setattr(
+      type(x), 'is_fully_addressable', property(lambda _: False)
+  )
+  assert integrity.hash_arrays([x])['0'] == expected
+
+
 def test_every_bit_and_every_place_counts():
   x = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
   seen = {_hash(x)}

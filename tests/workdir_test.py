@@ -229,3 +229,12 @@ def test_rows_are_written_without_tensorboardx(tmp_path, monkeypatch):
   _write_rows(tmp_path, [1, 2])
   assert _steps(tmp_path) == [1, 2]
   assert _names(tmp_path) == [workdir.METRICS]
+
+
+def test_a_full_disk_is_reported_once(tmp_path):
+  writer = workdir.MetricWriter(tmp_path, first_step=0)
+  writer._file.close()
+  with open('/dev/full', 'a', encoding='utf-8') as writer._file:
+    with pytest.raises(OSError, match='No space left'):
+      writer.write(1, 'train', {'loss': 1.0})
+    writer.close()  # Not again, in place of the error that tells what to do.
