@@ -329,10 +329,14 @@ FAULTS = {
     ),
     'E4': fault.Fault(
         'bfloat16 instead of float32',
-        'loss after 50 steps within 1 % without rounding to codes', _bfloat16,
+        'loss after 50 steps within 1 % without rounding to codes; FSQ is'
+        ' shown',
+        _bfloat16,
     ),
     'E5': fault.Fault(
         'start of a discriminator',
-        'reconstruction loss rises by 20 % at most', _discriminator,
+        'reconstruction loss rises by 20 % at most with the adaptive weight; a'
+        ' fixed one is shown',
+        _discriminator,
     ),
 }
