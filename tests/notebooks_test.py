@@ -217,7 +217,7 @@ def test_notebooks_run(name, run_folder):
   notebook = _read(name)
   _set_parameters(notebook, _PARAMETERS[name])
   client = nbclient.NotebookClient(
-      notebook, timeout=600, resources={'metadata': {'path': str(run_folder)}}
+      notebook, timeout=1800, resources={'metadata': {'path': str(run_folder)}}
   )
   client.execute(
       env=os.environ
