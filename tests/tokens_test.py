@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
+import pickle
 import random
 import time
 
@@ -619,6 +620,19 @@ def test_processes_share_each_batch(tmp_path):
   for batch, *shares in zip(whole, *parts, strict=True):
     for i, share in enumerate(shares):
       np.testing.assert_array_equal(share['tokens'], batch['tokens'][i::2])
+
+
+@_STORAGES
+def test_a_source_goes_to_other_processes(tmp_path, storage):
+  job = _job(storage)
+  _write(tmp_path / 'x', job)
+  source = tokens.TokenSource(tmp_path / 'x')
+  first = source[0]  # Its file is open.
+  copy = pickle.loads(pickle.dumps(source))
+  assert len(copy) == len(source)
+  for left, right in ((copy[0], first), (copy[-1], source[-1])):
+    np.testing.assert_array_equal(left.tokens, right.tokens)
+    assert left[1:] == right[1:]
 
 
 def test_fingerprints_tell_other_tokens(tmp_path):

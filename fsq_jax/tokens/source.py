@@ -59,6 +59,14 @@ class TokenSource(Sequence[shards.Example]):
     self._shards: dict[int, Sequence[shards.Example]] = {}
     self._lock = threading.Lock()
 
+  def __getstate__(self) -> dict[str, Any]:
+    # Grain's worker processes get a copy, which opens files of its own and
+    # does not compare them again.
+    return self.__dict__ | {'_shards': {}, '_lock': None}
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock())
+
   def __len__(self) -> int:
     return self.manifest.num_images
 
