@@ -42,7 +42,9 @@ def _load_config(variant='plain'):
   config.train.log_every_steps = 1
   config.train.checkpoint_every_steps = 3
   config.train.eval_every_steps = 6
-  if variant == 'accumulation':
+  if variant == 'noise':
+    config.model.quantizer.fsq.noise = 0.5
+    config.model.quantizer.fsq.noise_per = 'example'
     config.model.projector_in.name = 'standardized'
     config.data.batch_size = 16
     config.optim.accumulation_steps = 2
@@ -79,9 +81,6 @@ def _load_config(variant='plain'):
     dino.image_size = (12, 12)
     dino.blocks = (0,)
     dino.kernel_size = 3
-  if variant == 'noise':
-    config.model.quantizer.fsq.noise = 0.5
-    config.model.quantizer.fsq.noise_per = 'example'
   return config
 
 
@@ -173,8 +172,7 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'variant',
-    ['plain', 'accumulation', 'vq', 'noise', 'none', 'patch', 'dino'],
+    'variant', ['plain', 'noise', 'vq', 'none', 'patch', 'dino']
 )
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
     straight, journal, tmp_path, variant
@@ -182,7 +180,10 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
   taken, after = journal
   config = _load_config(variant)
   # Before the first checkpoint, before and after the evaluation.
-  for crash_at, num_threads in ((2, 1), (5, 2), (10, 1)):
+  crashes = {2: 1, 5: 2, 10: 1}
+  if variant != 'plain':
+    del crashes[2]
+  for crash_at, num_threads in crashes.items():
     config.data.num_threads = num_threads  # Changes speed, not images.
     after[crash_at] = _crash
     with pytest.raises(_Crash):
