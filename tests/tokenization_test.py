@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 
 from experiments.fault_suite import group_processes
 from fsq_jax import configuration
+from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import partitioning
 from fsq_jax import tokens
@@ -232,6 +234,16 @@ def test_damage_of_earlier_runs_counts_towards_the_limit(tmp_path, root):
     for _ in range(2):
       with pytest.raises(ValueError, match='2 of 45 images cannot be read'):
         tokens.tokenize_workdir(config, _RUN, folder=folder)
+
+
+def test_images_that_wait_are_no_larger_than_their_crop(root):
+  config = _folder_config(root).data
+  source = data.open_source(config, 'eval')
+  job = types.SimpleNamespace(fit='crop', image_size=(8, 8))
+  run = tokenization._Run(config, None, source, job, None)
+  chunk = run._load(0, range(10))
+  assert len(chunk.images) == 9  # One is damaged.
+  assert all(image.base is None for image in chunk.images)
 
 
 def test_a_folder_of_other_tokens_is_left_alone(tmp_path, root):

@@ -271,7 +271,8 @@ class _Run:
         continue
       size = image.shape[:2]
       if self._job.fit == 'crop':
-        image = data.centre_crop(image, self._job.image_size)
+        # A copy: a view would keep the whole image until it is encoded.
+        image = np.array(data.centre_crop(image, self._job.image_size))
       images.append(image)
       examples.append(shards.Example(None, facts.name, facts.label, size))
       sizes.append(facts.num_bytes)
