@@ -202,7 +202,7 @@ def config_from_json(text: str) -> Config:
   """Reads what `config_to_json` wrote; every list becomes a tuple again.
 
   Args:
-    text: a JSON object.
+    text: a JSON object: a config, or a saved tokenizer's config.json.
 
   Returns:
     The config, locked against new fields, not checked.
@@ -219,6 +219,8 @@ def config_from_json(text: str) -> Config:
         f'The saved config is JSON of a {type(values).__name__}; it must be an'
         ' object.'
     )
+  if isinstance(values.get('config'), dict):
+    values = values['config']
   config = Config(_with_tuples(values))
   for name, value in _ADDED.items():
     *sections, field = name.split('.')

@@ -208,7 +208,7 @@ class Tokenizer:
 
   @functools.cached_property
   def model_hash(self) -> str:
-    """sha256 of the weights, the model's config and the spec."""
+    """sha256 of the weights, the image size and the spec."""
     return self._stored().model_hash
 
   @property

@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
   Attributes:
     hashes: of each variable of the whole model, by path: `hash_arrays`.
-    model_hash: sha256 of the hashes, of the model's config and of the spec.
+    model_hash: sha256 of the hashes, of the spec and of the image size.
     step: training steps taken, or None.
     evaluation: content of the run's evaluation.json for that step, or None.
     decoder_only: whether what encodes is missing.
@@ -141,6 +141,7 @@ def write(
   workdirs.write_bytes(
       folder / CARD, model_card.write(config, facts).encode()
   )
+  saved_config = _without_folders(config)
   # Last: without it the others are no tokenizer.
   workdirs.write_json(
       folder / CONFIG,
@@ -149,7 +150,8 @@ def write(
           'fsq_jax': fsq_jax.__version__,
           **stored._asdict(),
           'decoder_only': decoder_only,
-          'config': _without_folders(config),
+          'config_hash': integrity.hash_json(saved_config),
+          'config': saved_config,
       },
   )
   return folder
@@ -231,7 +233,12 @@ def read(
     model = build_model(config)
     arrays = _place(folder, config, model, mesh, stored.decoder_only)
     spec = model.quantizer.spec()
-    found = _hash_model(config, stored.hashes, spec)
+    found = (
+        _hash_model(config, stored.hashes, spec),
+        # As it is there: later versions add fields to it.
+        integrity.hash_json(content['config']),
+    )
+    named = stored.model_hash, content['config_hash']
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
         f'{folder / CONFIG} is damaged: {type(error).__name__}: {error}.'
@@ -246,10 +253,10 @@ def read(
     raise ValueError(
         '\n  '.join([f'{folder / WEIGHTS} is damaged (read -> saved):', *lines])
     )
-  if found != stored.model_hash:
+  if found != named:
     raise ValueError(
-        f'{folder / CONFIG} is damaged or was changed: its model, dialect and'
-        f' hashes give {found}, and it names {stored.model_hash}.'
+        f'{folder / CONFIG} is damaged or was changed: the hashes of its model'
+        f' and config are {found}, and it names {named}.'
     )
   return config, traverse_util.unflatten_dict(arrays, sep='/'), stored
 
@@ -302,12 +309,8 @@ def _hash_model(
     hashes: Mapping[str, str],
     spec: Mapping[str, Any],
 ) -> str:
-  content = _without_folders(config)
   return integrity.hash_json({
-      'hashes': hashes,
-      'model': content['model'],
-      'image_size': content['data']['image_size'],
-      'spec': spec,
+      'hashes': hashes, 'image_size': config.data.image_size, 'spec': spec
   })
 
 

@@ -286,6 +286,19 @@ def test_changed_configs_and_dialects_are_refused(folder):
   refuses('hashes')
 
 
+def test_fields_of_later_versions_do_not_change_a_hash(folder, monkeypatch):
+  before = Tokenizer.from_pretrained(folder).model_hash
+  monkeypatch.setitem(configuration._ADDED, 'model.encoder.later_field', 0)
+  after = Tokenizer.from_pretrained(folder)
+  assert after.config.model.encoder.later_field == 0
+  assert after.model_hash == before
+
+
+def test_the_config_of_a_folder_is_that_of_the_run(folder, tokenizer):
+  config = configuration.config_from_json((folder / 'config.json').read_text())
+  assert config.to_dict() == tokenizer.config.to_dict()
+
+
 def test_weights_of_another_model_are_refused(folder, tmp_path):
   fields = {'model.encoder.width': 48, 'model.encoder.num_heads': 2}
   other = _untrained(**fields).save_pretrained(tmp_path / 'other')
