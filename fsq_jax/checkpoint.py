@@ -7,12 +7,15 @@ is compared with what is read before anybody gets it.
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 import orbax.checkpoint as ocp
 
 from fsq_jax import integrity
@@ -20,9 +23,23 @@ from fsq_jax import workdir
 
 _FORMAT = 1
 
+# Numbers of the system's errors about files that are gone, or that damaged
+# bytes name. Any other, as of a disk or a server, says nothing about the files.
+_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
+_NUMBER = re.compile(r"(?:\[Errno |os_error_code=')(\d+)")
+# Of TensorStore, which has no number for those of object stores.
+_NOT_OF_DAMAGE = re.compile(
+    r'\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED'
+    r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE):'
+)
+
 
 class DamagedError(ValueError):
-  """A step that cannot be read, or is not what was saved."""
+  """A step that is not what was saved."""
+
+
+class ReadError(ValueError):
+  """A step that cannot be read now, and may be whole."""
 
 
 class SaveError(ValueError):
@@ -48,6 +65,8 @@ class Checkpointer:
 
   A step appears whole or not at all: it is written in the background under
   another name and then renamed. The newest ones and the best one are kept.
+
+  Several processes call each method together: what one cannot read, none gets.
   """
 
   def __init__(
@@ -59,6 +78,9 @@ class Checkpointer:
       folder: the run's folder.
       keep: newest steps to keep, >= 1, beside the one of the highest PSNR.
       read_only: for looking; else what an interrupted save has left is removed.
+
+    Raises:
+      ReadError: what a step says of itself cannot be read now.
     """
     self._folder = folder
     self._metrics: dict[int, Mapping[str, float | None]] = {}
@@ -73,6 +95,9 @@ class Checkpointer:
             create=not read_only,
         ),
     )
+    # The manager's own `restore` ends at a barrier, which a process that cannot
+    # read would never reach.
+    self._reader = ocp.CompositeCheckpointHandler()
     for step in self.steps:
       try:
         self._metrics[step] = self._read_manifest(step)['metrics']
@@ -158,12 +183,13 @@ class Checkpointer:
 
     Raises:
       DamagedError: they are not what was saved.
+      ReadError: they cannot be read now.
     """
     manifest = self._read_manifest(step)
-    args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = self._read(step, 'the record', args)['record']
-    if integrity.hash_json(record) != manifest['record']:
-      raise DamagedError(f'Step {step}: the record is not what was saved.')
+    with _in_all_processes(step):
+      record = self._read(step, 'record', ocp.args.JsonRestore())
+      if integrity.hash_json(record) != manifest['record']:
+        raise DamagedError(f'Step {step}: the record is not what was saved.')
     return record
 
   def restore(self, step: int, abstract: Any) -> Any:
@@ -179,27 +205,25 @@ class Checkpointer:
 
     Raises:
       DamagedError: arrays are not what was saved.
+      ReadError: they cannot be read now.
       ValueError: the step has other arrays than `abstract`; nothing is cast.
     """
     saved = self._read_manifest(step)['arrays']
     hashes = {path: x.pop('hash') for path, x in saved.items()}
     if lines := integrity.compare(saved, integrity.describe_arrays(abstract)):
       raise ValueError(
-          '\n  '.join([
-              f'Step {step} of {self._folder} has other arrays than this model'
-              ' and optimizer (saved -> wanted):',
-              *lines,
-          ])
+          f'Step {step} of {self._folder} has other arrays than this model and'
+          ' optimizer (saved -> wanted):\n  ' + '\n  '.join(lines)
       )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    state = self._read(step, 'the state', args)['state']
-    if lines := integrity.compare(hashes, integrity.hash_arrays(state)):
-      raise DamagedError(
-          '\n  '.join([
-              f'Step {step}: arrays are not what was saved (hash then -> now):',
-              *lines,
-          ])
-      )
+    with _in_all_processes(step):
+      state = self._read(step, 'state', ocp.args.StandardRestore(abstract))
+    lines = integrity.compare(hashes, integrity.hash_arrays(state))
+    with _in_all_processes(step):  # Some arrays are whole in each of them.
+      if lines:
+        raise DamagedError(
+            f'Step {step}: arrays are not what was saved (hash then -> now):'
+            '\n  ' + '\n  '.join(lines)
+        )
     return state
 
   def restore_newest(
@@ -218,6 +242,7 @@ class Checkpointer:
       The step; None if there are none.
 
     Raises:
+      ReadError: one cannot be read now; none is moved.
       ValueError: all steps are damaged (they stay where they are), or as
         raised by `abstract_of`.
     """
@@ -234,12 +259,10 @@ class Checkpointer:
       return Restored(step, record, state)
     if not refused:
       return None
+    reasons = '\n'.join(refused.values())
     raise ValueError(
-        '\n'.join([
-            f'No step of {self._folder} can be restored; nothing was changed'
-            ' there. Take another --workdir to start anew.',
-            *refused.values(),
-        ])
+        f'No step of {self._folder} can be restored; nothing was changed there.'
+        f' Take another --workdir to start anew.\n{reasons}'
     )
 
   def wait(self) -> None:
@@ -255,32 +278,42 @@ class Checkpointer:
     """Waits and closes; `wait` first, to know that all is on disk."""
     try:
       self._manager.close()
+      self._reader.close()
     except Exception as error:
       logging.error('The last step is not on disk. %s', error)
 
   def _read_manifest(self, step: int) -> dict[str, Any]:
-    args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-    manifest = self._read(step, 'the manifest', args)['manifest']
-    try:
-      sha256 = manifest.pop('sha256')
-      if sha256 != integrity.hash_json(manifest) or manifest['step'] != step:
-        raise ValueError('it is not what was saved')
-      if manifest['format'] != _FORMAT:
-        raise ValueError(f'format {manifest["format"]}, not {_FORMAT}')
-    except (AttributeError, KeyError, ValueError) as error:
-      raise DamagedError(
-          f'Step {step}: the manifest cannot be used ({error}).'
-      ) from error
+    with _in_all_processes(step):
+      manifest = self._read(step, 'manifest', ocp.args.JsonRestore())
+      try:
+        sha256 = manifest.pop('sha256')
+        if sha256 != integrity.hash_json(manifest) or manifest['step'] != step:
+          raise ValueError('it is not what was saved')
+        if manifest['format'] != _FORMAT:
+          raise ValueError(f'format {manifest["format"]}, not {_FORMAT}')
+      except (AttributeError, KeyError, ValueError) as error:
+        raise DamagedError(
+            f'Step {step}: the manifest cannot be used ({error}).'
+        ) from error
     return manifest
 
-  def _read(self, step: int, what: str, args: ocp.args.Composite) -> Any:
+  def _read(self, step: int, part: str, args: ocp.args.CheckpointArgs) -> Any:
+    self.wait()
+    folder = self._manager.directory / str(step)
     try:
-      return self._manager.restore(step, args=args)
+      parts = ocp.args.Composite(**{part: args})
+      return self._reader.restore(folder, args=parts)[part]
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise  # Says nothing about the files.
     except Exception as error:  # Whatever a reader makes of damaged bytes.
+      if cause := _find_other_cause(error):
+        raise ReadError(
+            f'{folder}: the {part} cannot be read now ({_reason(cause)}) and'
+            ' may be whole. No step was moved; run the same command again when'
+            ' it can be read, or move this step away.'
+        ) from error
       raise DamagedError(
-          f'Step {step}: {what} cannot be read ({type(error).__name__}:'
+          f'Step {step}: the {part} cannot be read ({type(error).__name__}:'
           f' {_reason(error)}).'
       ) from error
 
@@ -313,9 +346,40 @@ class Checkpointer:
       ) from error
 
 
-def _reason(error: Exception) -> str:
+@contextlib.contextmanager
+def _in_all_processes(step: int) -> Iterator[None]:
+  """Raises in every process if what is done inside fails in one of them."""
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  kind = 0 if failure is None else 1 if isinstance(failure, DamagedError) else 2
+  worst = kind
+  if jax.process_count() > 1:
+    worst = multihost_utils.process_allgather(np.int32(kind)).max()
+  if kind < worst:
+    error = DamagedError if worst == 1 else ReadError
+    reason = 'found it damaged' if worst == 1 else 'cannot read it now'
+    raise error(f'Step {step}: another process {reason}; its log says why.')
+  if failure is not None:
+    raise failure
+
+
+def _find_other_cause(error: BaseException | None) -> BaseException | None:
+  """Returns the error behind this one that is not of damage, if there is."""
+  while error is not None:
+    numbers = {int(x) for x in _NUMBER.findall(str(error))}
+    if numbers - _OF_DAMAGE or _NOT_OF_DAMAGE.search(str(error)):
+      return error
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _reason(error: BaseException) -> str:
   """Returns the two ends of an error's text, which may fill pages."""
-  text = ' '.join(str(error).split())
+  # TensorStore ends with how the file was opened.
+  text = ' '.join(str(error).partition(' [tensorstore_spec')[0].split())
   return text if len(text) < 300 else f'{text[:120]} ... {text[-160:]}'
 
 

@@ -1,7 +1,13 @@
 """Tests of damaged checkpoints: found, passed over, never taken for whole."""
 
+import errno
 import json
+import os
+import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import chex
 import jax
@@ -25,6 +31,8 @@ def _state(step):
 def _record(step):
   return {'config': {'seed': 3}, 'iterator': {'next_index': step}}
 
+
+_Reader = checkpoint.ocp.CompositeCheckpointHandler
 
 _ABSTRACT = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -160,7 +168,7 @@ def test_nothing_is_changed_when_no_step_is_left(folder):
 
 def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
   checkpointer = checkpoint.Checkpointer(saved, read_only=True)
-  read = checkpointer._manager.restore
+  read = checkpointer._reader.restore
 
   def change(*args, **kwargs):
     result = read(*args, **kwargs)
@@ -168,7 +176,7 @@ def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
       result['state']['kernel'] = result['state']['kernel'].at[3, 4].add(1e-6)
     return result
 
-  monkeypatch.setattr(checkpointer._manager, 'restore', change)
+  monkeypatch.setattr(checkpointer._reader, 'restore', change)
   with pytest.raises(
       checkpoint.DamagedError,
       match=r'Step 2: arrays are not .*\n  kernel: \w{16} -> \w{16}$',
@@ -234,3 +242,208 @@ def test_a_manifest_of_another_format_is_not_taken(folder):
   with pytest.raises(checkpoint.DamagedError, match='format 2, not 1'):
     checkpointer.restore_record(2)
   checkpointer.close()
+
+
+def _assert_refused(folder, match):
+  """Asserts that no step is taken or moved, for an error of that text."""
+  with pytest.raises(checkpoint.ReadError, match=match):
+    _restore(folder)
+  checkpoints = (folder / workdir.CHECKPOINTS).iterdir()
+  assert {x.name for x in checkpoints} == {'1', '2'}
+  assert not (folder / workdir.DAMAGED).exists()
+
+
+def test_files_that_cannot_be_opened_are_no_damage(folder):
+  paths = list((_newest(folder) / 'state' / 'd').iterdir())
+  for path in paths:
+    path.unlink()
+    path.symlink_to(path.name)  # The superuser cannot open that either.
+  _assert_refused(
+      folder, r'checkpoints/2: the state cannot be read now .*/d/\w+": Too many'
+  )
+  for path in paths:
+    path.unlink()
+  assert _restore(folder) == 1
+
+
+def _os_error(number, *names):
+  return OSError(number, os.strerror(number), *names)
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        _os_error(errno.EIO),
+        *(
+            _os_error(number, 'd/0')
+            for number in (
+                errno.ESTALE, errno.EMFILE, errno.EACCES, errno.ETIMEDOUT,
+                errno.ENOSPC,
+            )
+        ),
+        ValueError("UNKNOWN: Reading d/0: I/O error [os_error_code='5']"),
+        ValueError('UNAVAILABLE: Reading d/0'),
+        ValueError('PERMISSION_DENIED: Reading d/0'),
+        ValueError('Error opening d/0: RESOURCE_EXHAUSTED: quota'),
+        ValueError('DEADLINE_EXCEEDED: Reading d/0'),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('link', ['', '__cause__', '__context__'])
+def test_errors_of_the_system_are_no_damage(saved, monkeypatch, error, link):
+  raised = error
+  if link:
+    raised = RuntimeError('Encountered error while reading')
+    setattr(raised, link, error)
+
+  def fail(*args, **kwargs):
+    raise raised
+
+  monkeypatch.setattr(_Reader, 'restore', fail)
+  with pytest.raises(checkpoint.ReadError) as refusal:
+    checkpoint.Checkpointer(saved, read_only=True)
+  assert f'{workdir.CHECKPOINTS}/1: the manifest' in str(refusal.value)
+  assert str(error) in str(refusal.value)
+
+
+@pytest.mark.parametrize('part', ['manifest', 'record', 'state'])
+def test_no_step_is_moved_when_one_cannot_be_read(folder, monkeypatch, part):
+  (_newest(folder) / 'record' / 'metadata').write_text('')
+  read = _Reader.restore
+
+  def fail(self, path, args):
+    if path.name == '1' and part in args:
+      raise _os_error(errno.EIO)
+    return read(self, path, args)
+
+  monkeypatch.setattr(_Reader, 'restore', fail)
+  _assert_refused(folder, f'checkpoints/1: the {part} cannot be read now')
+
+
+def _as_one_of_two(monkeypatch, answers):
+  """Has this process be joined by another, which says how its reads ended."""
+  kinds = []
+
+  def allgather(kind):
+    kinds.append(int(kind))
+    return np.stack([kind, np.int32(answers[len(kinds) - 1])])
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(
+      checkpoint.multihost_utils, 'process_allgather', allgather
+  )
+  monkeypatch.setattr(
+      checkpoint.multihost_utils, 'sync_global_devices', lambda name: None
+  )
+  return kinds
+
+
+# Two manifests; then manifest, record, manifest, state, hashes of each step.
+@pytest.mark.parametrize('at', range(5))
+def test_what_another_process_finds_damaged_is_passed_over(
+    folder, monkeypatch, caplog, at
+):
+  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  answers = [0] * at + [1] + [0] * 5
+  hashed = []
+  hash_arrays = checkpoint.integrity.hash_arrays
+  monkeypatch.setattr(
+      checkpoint.integrity,
+      'hash_arrays',
+      lambda state: hashed.append(state) or hash_arrays(state),
+  )
+  kinds = _as_one_of_two(monkeypatch, answers)
+  restored = checkpointer.restore_newest(lambda record: _ABSTRACT)
+  assert restored.step == 1
+  assert kinds == [0] * len(answers)
+  assert 'another process found it damaged' in caplog.text
+  assert len(hashed) == 1 + (at == 4)
+  assert (folder / workdir.DAMAGED / '2').is_dir()
+  monkeypatch.undo()
+  checkpointer.close()
+
+
+@pytest.mark.parametrize('own', ['well', 'damaged'])
+def test_no_step_is_moved_when_another_process_cannot_read(
+    folder, monkeypatch, own
+):
+  if own == 'damaged':
+    (_newest(folder) / 'record' / 'metadata').unlink()
+  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  _as_one_of_two(monkeypatch, [0, 2])
+  with pytest.raises(checkpoint.ReadError, match='another process cannot read'):
+    checkpointer.restore_newest(lambda record: _ABSTRACT)
+  assert not (folder / workdir.DAMAGED).exists()
+  monkeypatch.undo()
+  checkpointer.close()
+
+
+# One of two processes, which save the steps 1 and 2, lose what the second has
+# written of step 2, and restore.
+_ONE_OF_TWO = """
+import pathlib, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from fsq_jax import checkpoint, runtime
+
+folder, address, number = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+runtime.join_processes(address, 2, int(number))
+mesh = jax.make_mesh((2,), ('fsdp',))
+sharding = NamedSharding(mesh, PartitionSpec('fsdp'))
+values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+make = lambda step: {
+    'x': jax.make_array_from_callback(
+        values.shape, sharding, lambda i: values[i] + step
+    )
+}
+checkpointer = checkpoint.Checkpointer(folder, keep=2)
+for step in (1, 2):
+  checkpointer.save(step, make(step), {'at': step}, {'psnr': step})
+checkpointer.wait()
+checkpointer.close()
+multihost_utils.sync_global_devices('saved')
+if jax.process_index() == 1:
+  for path in folder.glob('checkpoints/2/state/ocdbt.process_1/d/*'):
+    path.write_bytes(b'')
+multihost_utils.sync_global_devices('damaged')
+checkpointer = checkpoint.Checkpointer(folder, keep=2)
+abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    make(0),
+)
+restored = checkpointer.restore_newest(lambda record: abstract)
+assert restored.step == 1, restored
+for shard in restored.state['x'].addressable_shards:
+  np.testing.assert_array_equal(shard.data, values[shard.index] + 1)
+assert checkpointer.steps == [1]
+checkpointer.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_pass_over_what_one_finds_damaged(tmp_path):
+  with socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{listener.getsockname()[1]}'
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', _ONE_OF_TWO, folder, address, str(number)],
+          cwd=pathlib.Path(__file__).parents[1],
+          env={**os.environ, 'XLA_FLAGS': ''},
+          stderr=subprocess.PIPE,
+          text=True,
+      )
+      for number in range(2)
+  ]
+  try:
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], logs
+  assert 'Step 2: the state cannot be read' in logs[1]
+  assert 'Step 2: another process found it damaged' in logs[0]
+  assert [x.name for x in (folder / workdir.DAMAGED).iterdir()] == ['2']
