@@ -1,6 +1,6 @@
 """Evaluation over a whole split: image metrics and codebook statistics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import os
 import pathlib
 import re
@@ -68,11 +68,18 @@ class Evaluator:
         lambda batch: batch, out_shardings=partitioning.replicated(mesh)
     )
 
-  def run(self, variables: Mapping[str, Any]) -> evaluation.Evaluation:
+  def run(
+      self,
+      variables: Mapping[str, Any],
+      *,
+      before_batch: Callable[[], None] = lambda: None,
+  ) -> evaluation.Evaluation:
     """Evaluates the variables of the model.
 
     Args:
       variables: params and the model's other collections.
+      before_batch: called before each batch is counted; an error that it raises
+        abandons the evaluation.
 
     Returns:
       The evaluation.
@@ -84,6 +91,7 @@ class Evaluator:
         self._quantizer, self._networks, self._dataset, self._num_grid_images
     )
     for results in self.outputs(variables):
+      before_batch()
       tally.update(*results)
     return tally.result()
 

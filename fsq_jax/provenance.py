@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import pathlib
 import platform
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+from absl import logging
 import jax
 
 import fsq_jax
@@ -34,6 +36,28 @@ def describe() -> dict[str, Any]:
       'num_processes': jax.process_count(),
       'git': git_revision(),
   }
+
+
+def read_started_from(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run's run.json says that it started from.
+
+  Args:
+    path: of run.json.
+
+  Returns:
+    The facts; {}, with a warning, where the file is damaged: a run goes on
+    without them.
+  """
+  try:
+    return json.loads(path.read_text('utf-8')).get('started_from', {})
+  except FileNotFoundError:
+    return {}
+  except (AttributeError, ValueError) as error:
+    logging.warning(
+        '%s is damaged (%s): what the run started from is not known any more.',
+        path, error,
+    )
+    return {}
 
 
 def git_revision() -> str | None:

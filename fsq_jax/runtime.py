@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -96,6 +97,36 @@ def join_processes(
     ) from error
 
 
+class PeerError(RuntimeError):
+  """Another of several processes has failed."""
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+  """Ends all of several processes where the body fails in one of them.
+
+  Otherwise the others would wait for it, in what they compute together. All
+  have to come here, and the body must compute nothing together.
+
+  Raises:
+    PeerError: the body has failed in another process alone.
+  """
+  error = None
+  try:
+    yield
+  except Exception as caught:
+    error = caught
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if error is None and failed.any():
+      raise PeerError(
+          f'Stopped because process {failed.argmax()} has failed, whose output'
+          ' says why.'
+      )
+  if error is not None:
+    raise error
+
+
 class Profiler:
   """Traces the steps that are to be traced, into a folder for xprof."""
 
@@ -147,15 +178,19 @@ class StopRequest:
       # JAX passes this signal on to the other processes.
       os.kill(os.getpid(), signal.SIGTERM)
 
-  def is_due(self, step: int) -> bool:
+  def is_due(self, step: int | None = None) -> bool:
     """Whether to stop now.
 
     Args:
-      step: steps taken. Several processes have to call this after every step.
+      step: steps taken; None between steps, where several processes never
+        stop: they agree on the number of a step, which Orbax asks for too.
+        They have to call this after every step.
     """
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked.is_set()
+    if jax.process_count() == 1:
+      return self._asked.is_set()
+    return (
+        step is not None and multihost_utils.reached_preemption_sync_point(step)
+    )
 
 
 @contextlib.contextmanager

@@ -77,38 +77,47 @@ def train_and_evaluate(
     ValueError: a config, data set or workdir that cannot be used.
     Preempted: SIGTERM or SIGINT arrived; the last step is saved.
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
-    RunError: something cannot be written, as on a full disk.
+    RunError: something cannot be written, as on a full disk, or another of
+      several processes cannot start.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
-  folder = workdirs.create(workdir)
   runtime.use_compilation_cache(config.train.compilation_cache)
-  # From here on, since building and compiling take a while too: a signal then
-  # stops the run after its first step.
-  with contextlib.ExitStack() as stack:
-    stop_request = stack.enter_context(runtime.catch_signals())
-    if jax.process_index() == 0:
-      stack.enter_context(workdirs.lock(folder))
-    trainer = stack.enter_context(
-        _Trainer(config, folder, allow_config_change)
-    )
-    try:
-      trainer.train(stop_request)
+  try:
+    # From here on, since building and compiling take a while too: a signal then
+    # stops the run after its first step.
+    with contextlib.ExitStack() as stack:
+      stop_request = stack.enter_context(runtime.catch_signals())
+      with runtime.fail_together():
+        folder = workdirs.create(workdir)
+        if jax.process_index() == 0:
+          stack.enter_context(workdirs.lock(folder))
+      trainer = stack.enter_context(
+          _Trainer(config, folder, stop_request, allow_config_change)
+      )
+      trainer.train()
       trainer.finish()
-    except checkpoint.SaveError as error:
-      raise RunError(str(error)) from error
-    except OSError as error:
-      raise RunError(f'The run in {folder} has stopped: {error}.') from error
-    return trainer.state
+      return trainer.state
+  except (checkpoint.SaveError, runtime.PeerError) as error:
+    raise RunError(str(error)) from error
+  except OSError as error:
+    raise RunError(f'The run in {workdir} has stopped: {error}.') from error
 
 
 class _Trainer:
   """The parts of one run, and the order in which they act."""
 
-  def __init__(self, config, folder: pathlib.Path, allow_config_change: bool):
+  def __init__(
+      self,
+      config: ml_collections.ConfigDict,
+      folder: pathlib.Path,
+      stop_request: runtime.StopRequest,
+      allow_config_change: bool,
+  ):
     self.config = config
     self.folder = folder
+    self.stop_request = stop_request
     self.is_writer = jax.process_index() == 0
     self.progress = progress.Progress(
         num_steps=config.train.num_steps,
@@ -132,9 +141,10 @@ class _Trainer:
     self.iterator = self.dataset.iterator()
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
-    self.started_from = {}
     self.state = self._restore(builder, allow_config_change)
-    if self.state is None:
+    if self.state is not None:
+      self.started_from = provenance.read_started_from(folder / workdirs.RUN)
+    else:
       self.started_from = start.facts
       for name, value in self.started_from.items():
         self.progress.say(f'Starts from {name} {value}')
@@ -150,9 +160,10 @@ class _Trainer:
     )
     self.pending = None
     self.writer = None
-    if self.is_writer:
-      self._describe_run(compile_seconds)
-      self.writer = workdirs.MetricWriter(folder, first_step=self.step)
+    with runtime.fail_together():
+      if self.is_writer:
+        self._describe_run(compile_seconds)
+        self.writer = workdirs.MetricWriter(folder, first_step=self.step)
     self.progress.start(self.step)
 
   def __enter__(self) -> '_Trainer':
@@ -165,7 +176,7 @@ class _Trainer:
     if self.writer is not None:
       self.writer.close()
 
-  def train(self, stop_request: runtime.StopRequest) -> None:
+  def train(self) -> None:
     """Takes the steps that are left; saves and raises Preempted on a stop."""
     train = self.config.train
     if self._owes_evaluation():
@@ -174,16 +185,12 @@ class _Trainer:
       self.profiler.start(self.step + 1)
       self._take_step()
       self.profiler.stop(self.step, self.state)
+      self._stop_if(self.stop_request.is_due(self.step))
       last = self.step == train.num_steps
-      stopping = stop_request.is_due(self.step)
-      evaluating = last or self._is_due(train.eval_every_steps)
-      if evaluating and not stopping:
+      if last or self._is_due(train.eval_every_steps):
         self._save(self._evaluate())
-      elif stopping or self._is_due(train.checkpoint_every_steps):
+      elif self._is_due(train.checkpoint_every_steps):
         self._save(None)
-      if stopping:
-        self.checkpointer.wait()
-        raise Preempted(self.step)
     self.checkpointer.wait()
 
   def finish(self) -> None:
@@ -233,38 +240,16 @@ class _Trainer:
       logging.warning('The input starts anew. %s', error)
     else:
       self.iterator.set_state(record['iterator'])
-    if (self.folder / workdirs.RUN).is_file():
-      facts = json.loads((self.folder / workdirs.RUN).read_text('utf-8'))
-      self.started_from = facts.get('started_from', {})
     self.progress.say(f'Continuing {self.folder} from step {restored.step}.')
     return restored.state
 
   def _compile(self, optimizer, builder):
     """Compiles the training step; returns it and the seconds it took."""
     started = time.perf_counter()
-    batch_sharding = partitioning.batch_sharding(self.mesh)
-    jitted = jax.jit(
-        train_step.build_train_step(
-            self.model, optimizer, self.config, self.networks.perceptual
-        ),
-        in_shardings=(
-            builder.shardings,
-            batch_sharding,
-            jax.tree.map(lambda x: x.sharding, self.networks.variables),
-        ),
-        out_shardings=(
-            builder.shardings, partitioning.replicated(self.mesh)
-        ),
-        donate_argnums=0,
+    step = train_step.build_train_step(
+        self.model, optimizer, self.config, self.networks.perceptual
     )
-    images = jax.ShapeDtypeStruct(
-        (self.config.data.batch_size, *self.config.data.image_size, 3),
-        np.uint8,
-        sharding=batch_sharding,
-    )
-    compiled = jitted.lower(
-        builder.abstract, images, self.networks.variables
-    ).compile()
+    compiled = builder.compile_step(step, self.networks.variables)
     return compiled, time.perf_counter() - started
 
   def _describe_run(self, compile_seconds: float) -> None:
@@ -370,7 +355,11 @@ class _Trainer:
   def _evaluate(self) -> dict[str, float]:
     """Evaluates the current step, writes what it gave, returns the scalars."""
     self._flush_pending()
-    evaluation = self.evaluator.run(self.state.eval_variables)
+    evaluation = self.evaluator.run(
+        self.state.eval_variables,
+        # An evaluation may take longer than a host that is reclaimed has left.
+        before_batch=lambda: self._stop_if(self.stop_request.is_due()),
+    )
     scalars = evaluation.scalars()
     self.evaluated_step = self.step
     if self.is_writer:
@@ -392,6 +381,13 @@ class _Trainer:
       self.writer.flush()
     self.checkpointer.save(self.step, self.state, self._record(), metrics)
     self.progress.restart_clock()
+
+  def _stop_if(self, due: bool) -> None:
+    """Saves the step and ends the run, which will owe an evaluation begun."""
+    if due:
+      self._save(None)
+      self.checkpointer.wait()
+      raise Preempted(self.step)
 
   def _flush_pending(self) -> None:
     self._report(self.pending)

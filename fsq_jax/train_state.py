@@ -1,6 +1,6 @@
 """The state of training, created already sharded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
@@ -10,6 +10,7 @@ from flax import traverse_util
 import jax
 from jax import numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from fsq_jax import adversary as adversaries
@@ -84,6 +85,8 @@ class StateBuilder:
       mesh: from `partitioning.create_mesh`.
     """
     image_size = tuple(config.data.image_size)
+    self._batch_shape = (config.data.batch_size, *image_size, 3)
+    self._mesh = mesh
     seed = config.seed
     frozen_patterns = tuple(config.optim.frozen)
     adversary = adversaries.build_adversary(config)
@@ -170,6 +173,36 @@ class StateBuilder:
             f' has {allowed} there.'
         )
     return self._init(loaded)
+
+  def compile_step(
+      self, step: Callable[..., Any], network_variables: Any
+  ) -> jax.stages.Compiled:
+    """Compiles a training step, which takes the state over from its caller.
+
+    Args:
+      step: from `train_step.build_train_step`: of state, images and the
+        variables of the networks to the next state and scalars.
+      network_variables: those of the networks, on the devices that keep them.
+
+    Returns:
+      The step. It takes images [B, H, W, 3] uint8 of the config's size, and its
+      scalars are on every device.
+    """
+    batch_sharding = partitioning.batch_sharding(self._mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(
+            self.shardings,
+            batch_sharding,
+            jax.tree.map(lambda x: x.sharding, network_variables),
+        ),
+        out_shardings=(self.shardings, partitioning.replicated(self._mesh)),
+        donate_argnums=0,
+    )
+    images = jax.ShapeDtypeStruct(
+        self._batch_shape, np.uint8, sharding=batch_sharding
+    )
+    return jitted.lower(self.abstract, images, network_variables).compile()
 
 
 def _copy_encoder(params: Mapping[str, Any]) -> Any:

@@ -80,9 +80,11 @@ def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
+      # It is empty until the holder has written who it is.
+      holder = file.read().strip() or 'another process'
       raise ValueError(
-          f'{folder} is being written by {file.read().strip()}; wait until that'
-          f' run has ended, or give another {flag}.'
+          f'{folder} is being written by {holder}; wait until that run has'
+          f' ended, or give another {flag}.'
       ) from error
     except OSError as error:
       logging.warning(

@@ -1,5 +1,6 @@
 """Tests of runs by several processes, joined on the loopback interface."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -115,7 +116,7 @@ def test_several_processes_go_on_from_what_one_has_saved(
   folder = tmp_path / 'run'
   config = _config()
   monkeypatch.setattr(
-      runtime.StopRequest, 'is_due', lambda self, step: step == 17
+      runtime.StopRequest, 'is_due', lambda self, step=None: step == 17
   )
   with pytest.raises(train.Preempted):
     train.train_and_evaluate(config, folder)
@@ -124,6 +125,36 @@ def test_several_processes_go_on_from_what_one_has_saved(
   assert 'from step 17' in log
   assert "8 x cpu, mesh {'data': 8" in log
   _assert_same_numbers(folder, straight)
+
+
+def _lock(folder):
+  return workdir.lock(folder)
+
+
+def _hide_run(folder):
+  """Keeps run.json from being written."""
+  (folder / workdir.RUN).mkdir()
+  return contextlib.nullcontext()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('prevent', 'code', 'reason'),
+    [(_lock, 2, 'is being written by'), (_hide_run, 1, 'Is a directory')],
+)
+def test_a_process_that_cannot_start_ends_the_others(
+    tmp_path, prevent, code, reason
+):
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  with prevent(folder):
+    assert _wait(_launch(folder, 2), folder) == [code, 1]
+  logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  assert reason in logs[0]
+  assert 'launch.py: Stopped because process 0 has failed' in logs[1]
+  for log in logs:
+    assert 'Traceback' not in log
+  assert not (folder / workdir.METRICS).exists()
 
 
 def test_flags_of_processes_belong_together():

@@ -46,6 +46,32 @@ def test_description_survives_json_and_names_versions_and_devices():
   assert facts['num_processes'] == 1
 
 
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('{"started_from": {"model.encoder.checkpoint": "a"}}',
+         {'model.encoder.checkpoint': 'a'}),
+        ('{}', {}),
+    ],
+)  # fmt: skip
+def test_what_a_run_started_from_is_read_again(
+    tmp_path, caplog, text, expected
+):
+  path = tmp_path / 'run.json'
+  assert provenance.read_started_from(path) == {}
+  path.write_text(text)
+  assert provenance.read_started_from(path) == expected
+  assert caplog.text == ''
+
+
+@pytest.mark.parametrize('data', [b'', b'{"started', b'[1]', b'\xff{}'])
+def test_a_damaged_description_is_warned_of(tmp_path, caplog, data):
+  path = tmp_path / 'run.json'
+  path.write_bytes(data)
+  assert provenance.read_started_from(path) == {}
+  assert f'{path} is damaged' in caplog.text
+
+
 def test_start_is_in_universal_time():
   started = datetime.datetime.fromisoformat(provenance.describe()['started'])
   now = datetime.datetime.now(datetime.UTC)

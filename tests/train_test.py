@@ -19,6 +19,7 @@ import pytest
 from fsq_jax import checkpoint
 from fsq_jax import configuration
 from fsq_jax import data
+from fsq_jax import evaluation
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
@@ -240,6 +241,43 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
 
 
 @pytest.mark.slow
+def test_a_signal_stops_an_evaluation_that_is_made_up_for(
+    straight, journal, tmp_path, monkeypatch
+):
+  del journal  # No report.
+  config = _load_config()
+  counts = []  # Batches of each evaluation.
+  start, update = evaluation.Tally.__init__, evaluation.Tally.update
+
+  def count_from_0(*args):
+    start(*args)
+    counts.append(0)
+
+  def update_and_ask(*args):
+    update(*args)
+    counts[-1] += 1
+    # Twice the one of step 6, once that of step 12.
+    if counts[-1] == 2 and len(counts) in (1, 2, 4):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(evaluation.Tally, '__init__', count_from_0)
+  monkeypatch.setattr(evaluation.Tally, 'update', update_and_ask)
+  for step in (6, 6, 12):
+    with pytest.raises(train.Preempted) as preempted:
+      train.train_and_evaluate(config, tmp_path)
+    assert preempted.value.step == step
+    assert str(step) in _names(tmp_path / workdir.CHECKPOINTS)
+    assert (step, 'eval') not in [
+        (row['step'], row['split']) for row in _rows(tmp_path)
+    ]
+  state = train.train_and_evaluate(config, tmp_path)
+  _assert_same_run(tmp_path, state, *straight('plain'))
+  num_batches = counts[-1]
+  assert num_batches > 2
+  assert counts == [2, 2, num_batches, 2, num_batches]
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_no_more_than_its_steps(
     straight, finished, journal
 ):
@@ -285,6 +323,27 @@ def test_a_full_disk_ends_a_run_whose_steps_are_intact(
   with pytest.raises(train.RunError, match=r'No space .* disk are \[3\]'):
     train.train_and_evaluate(_load_config(), tmp_path)
   assert {'3'} == _names(tmp_path / workdir.CHECKPOINTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', [workdir.RUN, workdir.CONFIG, workdir.METRICS]
+)
+def test_a_full_disk_ends_a_run_before_its_first_step(
+    tmp_path, monkeypatch, name
+):
+  write_bytes = workdir.write_bytes
+
+  def fill(path, data):
+    if path.name == name:
+      _raise_full()
+    write_bytes(path, data)
+
+  monkeypatch.setattr(workdir, 'write_bytes', fill)
+  with pytest.raises(train.RunError, match=r'stopped: .* No space left'):
+    train.train_and_evaluate(_load_config(), tmp_path)
+  with workdir.lock(tmp_path):
+    pass  # Free again.
 
 
 def _raise_full(*args, **kwargs):
@@ -444,6 +503,19 @@ def test_a_finished_run_is_evaluated_again(straight, finished):
   assert _read_json(finished / workdir.RUN)['first_step'] == _NUM_STEPS
   _assert_same_run(finished, state, *straight('plain'))
   assert (finished / workdir.REPORT).is_file()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_damaged_description(
+    straight, finished, journal
+):
+  del journal  # No report.
+  path = finished / workdir.RUN
+  path.write_text(path.read_text()[:100])
+  state = train.train_and_evaluate(_load_config(), finished)
+  _assert_same_run(finished, state, *straight('plain'))
+  facts = _read_json(path)
+  assert (facts['first_step'], facts['started_from']) == (_NUM_STEPS, {})
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Files of a run: whole or not there, rows in order, events on request."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -103,6 +104,21 @@ def test_create_allows_a_process_of_the_same_id_on_another_host(
 
   monkeypatch.setattr(pathlib.Path, 'touch', touch_and_lose)
   assert workdir.create(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ('text', 'holder'),
+    [('', 'another process'), ('process 1 on a\n', 'process 1 on a')],
+)
+def test_a_folder_that_is_being_written_is_refused(tmp_path, text, holder):
+  (tmp_path / workdir.LOCK).write_text(text)
+  with open(tmp_path / workdir.LOCK, 'a') as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with (
+        pytest.raises(ValueError, match=f'being written by {holder}; wait'),
+        workdir.lock(tmp_path),
+    ):
+      pass
 
 
 def test_writing_replaces_the_file(tmp_path):
