@@ -105,14 +105,15 @@ def analyze_workdir(
         ' looks at crops of data.image_size.'
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
+  share = partitioning.process_share(mesh)
   found = trained.find(workdir, which)
   trained.check_same_model(found.config, configuration.resolve(config))
   dataset = data.build_dataset(
       config.data,
       split='eval',
       seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=share.index,
+      process_count=share.count,
   )
   model, variables = trained.restore(found, mesh)
   evaluator = evaluate.Evaluator(model, dataset, mesh, num_grid_images=0)

@@ -246,15 +246,17 @@ def evaluate_workdir(
   trained.check_same_model(found.config, configuration.resolve(config))
   native = config.eval.native_size
   # All native images pass every process, whose devices do the same.
-  processes = {} if native else {
-      'process_index': jax.process_index(),
-      'process_count': jax.process_count(),
-  }
+  share = (
+      partitioning.Share(0, 1)
+      if native
+      else partitioning.process_share(mesh)
+  )
   dataset = data.build_dataset(
       config.data,
       split='eval_native' if native else 'eval',
       seed=config.seed,
-      **processes,
+      process_index=share.index,
+      process_count=share.count,
   )
   # Before anything that takes long: files may be missing.
   networks = _build_networks(config, dataset, mesh, found.folder)

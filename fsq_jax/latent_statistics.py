@@ -68,14 +68,15 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
         ' train.init_from.'
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
+  share = partitioning.process_share(mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   start = initialization.Start(config, model)
   dataset = data.build_dataset(
       config.data,
       split='train_once',
       seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=share.index,
+      process_count=share.count,
   )
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import itertools
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+from einops import rearrange
 import jax
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -13,6 +15,13 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 STRATEGIES = ('column', 'fsdp', 'replicate', 'row')
 Strategy = str | Sequence[str | None]
+
+
+class Share(NamedTuple):
+  """What a process reads of each batch: part `index` of `count` equal ones."""
+
+  index: int
+  count: int
 
 
 def create_mesh(
@@ -66,8 +75,52 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   )
 
 
+def process_share(mesh: jax.sharding.Mesh) -> Share:
+  """Tells which part of each batch this process has to read.
+
+  Processes along 'tensor' have devices for the same images, and read the same.
+
+  Args:
+    mesh: from `create_mesh`, of the devices of all processes.
+
+  Returns:
+    The share, in the order of a batch's parts on the mesh.
+
+  Raises:
+    ValueError: two processes for parts of a batch that overlap, or that differ
+      in size; every process raises it.
+  """
+  parts = {}
+  for i, devices in enumerate(rearrange(mesh.devices, 'd f t -> (d f) t')):
+    for device in devices:
+      parts.setdefault(device.process_index, set()).add(i)
+  # Of processes with the same images, the first.
+  firsts = {}
+  for process in sorted(parts):
+    firsts.setdefault(frozenset(parts[process]), process)
+  shares = sorted(firsts, key=min)
+  for a, b in itertools.combinations(shares, 2):
+    if a & b or len(a) != len(b):
+      raise ValueError(
+          f'partitioning.mesh is {dict(mesh.shape)}, which cuts a batch into'
+          f' parts of which process {firsts[a]} has to read {sorted(a)} and'
+          f' process {firsts[b]} {sorted(b)}; allowed are the same ones, or as'
+          ' many others. Give every process as many devices, and make tensor'
+          ' a divisor or a multiple of that number.'
+      )
+  return Share(shares.index(parts[jax.process_index()]), len(shares))
+
+
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Makes global arrays of the NumPy arrays that each process has read."""
+  """Makes global arrays of the NumPy arrays that each process has read.
+
+  Args:
+    batch: tree of arrays [b, ...], this process's `process_share` of a batch.
+    mesh: from `create_mesh`.
+
+  Returns:
+    Tree of arrays [B, ...], split as in `batch_sharding`.
+  """
   sharding = batch_sharding(mesh)
   return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(sharding, x), batch

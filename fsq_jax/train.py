@@ -125,6 +125,7 @@ class _Trainer:
         enabled=self.is_writer,
     )
     self.mesh = partitioning.create_mesh(config.partitioning.mesh)
+    self.share = partitioning.process_share(self.mesh)
     self.progress.say(
         f'{jax.device_count()} x {jax.devices()[0].device_kind}, mesh'
         f' {dict(self.mesh.shape)}; writing to {self.folder}'
@@ -207,8 +208,8 @@ class _Trainer:
         self.config.data,
         split=split,
         seed=self.config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=self.share.index,
+        process_count=self.share.count,
     )
 
   def _restore(self, builder, allow_config_change: bool):

@@ -286,7 +286,7 @@ def test_more_damage_than_allowed_stops_with_a_list(tmp_path, share):
     ('overrides', 'message'),
     [
         ({'source': 'nowhere'}, "'nowhere'; known: .*'folder', 'photos'"),
-        ({'batch_size': 9}, 'batch_size is 9.* processes, 2'),
+        ({'batch_size': 9}, 'batch_size is 9.* share a batch, 2'),
         ({'eval_batch_size': 0}, 'eval_batch_size is 0'),
         ({'image_size': (8, 0)}, 'image_size'),
         ({'image_size': (8,)}, 'image_size'),

@@ -4,6 +4,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -503,6 +504,66 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
       jax.device_get(gradients), jax.device_get(expected), rtol=1e-4,
       atol=1e-6 * largest,
   )
+
+
+def _mesh_of_processes(processes):
+  """A mesh of [data, fsdp, tensor] devices of the processes named."""
+  processes = np.array(processes)
+  devices = [
+      types.SimpleNamespace(process_index=i) for i in processes.ravel()
+  ]
+  return types.SimpleNamespace(
+      devices=np.array(devices).reshape(processes.shape),
+      shape=dict(zip(partitioning.AXES, processes.shape, strict=True)),
+  )
+
+
+@pytest.mark.parametrize(
+    ('processes', 'shares', 'count'),
+    [
+        ([[[0]], [[0]]], [0], 1),
+        ([[[0]], [[0]], [[1]], [[1]]], [0, 1], 2),
+        ([[[0], [0]], [[1], [1]]], [0, 1], 2),
+        ([[[0, 0]], [[1, 1]]], [0, 1], 2),
+        # Along 'tensor', one device of each or more.
+        ([[[0, 1]]], [0, 0], 1),
+        ([[[0, 0, 1, 1]]], [0, 0], 1),
+        ([[[0, 1]], [[0, 1]]], [0, 0], 1),
+        ([[[0, 1], [2, 3]]], [0, 0, 1, 1], 2),
+        ([[[0, 1]], [[0, 1]], [[2, 3]], [[2, 3]]], [0, 0, 1, 1], 2),
+        # Devices lie as their connections do, not by number.
+        ([[[1]], [[0]]], [1, 0], 2),
+        ([[[2, 0]], [[1, 3]], [[2, 0]], [[1, 3]]], [0, 1, 0, 1], 2),
+    ],
+)
+def test_processes_share_a_batch_as_their_devices_do(
+    processes, shares, count, monkeypatch
+):
+  mesh = _mesh_of_processes(processes)
+  for process, index in enumerate(shares):
+    monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
+    assert partitioning.process_share(mesh) == (index, count)
+
+
+@pytest.mark.parametrize(
+    ('processes', 'parts'),
+    [
+        # Three devices of each, two along 'tensor'.
+        ([[[0, 0]], [[0, 1]], [[1, 1]]], r'0 .* \[0, 1\] .* 1 \[1, 2\]'),
+        ([[[0]], [[1]], [[1]]], r'0 .* \[0\] and process 1 \[1, 2\]'),
+        ([[[0, 1]], [[0, 0]]], r'0 .* \[0, 1\] and process 1 \[0\]'),
+    ],
+)
+def test_processes_that_cannot_share_a_batch_are_refused_by_all(
+    processes, parts, monkeypatch
+):
+  mesh = _mesh_of_processes(processes)
+  for process in range(2):
+    monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
+    with pytest.raises(ValueError, match=parts) as error:
+      partitioning.process_share(mesh)
+    assert f'partitioning.mesh is {mesh.shape}' in str(error.value)
+    assert 'make tensor a divisor or a multiple' in str(error.value)
 
 
 _PROCESS = """

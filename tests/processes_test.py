@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,34 +13,38 @@ import pytest
 
 from experiments.fault_suite import group_processes
 from fsq_jax import configuration
+from fsq_jax import partitioning
 from fsq_jax import runtime
 from fsq_jax import train
+from fsq_jax import trained
 from fsq_jax import workdir
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_TRAIN = {
-    'num_steps': 24,
-    'log_every_steps': 1,
-    'checkpoint_every_steps': 10,
-    'eval_every_steps': 24,
+_NUM_STEPS = 24
+_OVERRIDES = {
+    'train.num_steps': _NUM_STEPS,
+    'train.log_every_steps': 1,
+    'train.checkpoint_every_steps': 10,
+    'train.eval_every_steps': 24,
 }
 
 
 def _config():
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
-  config.train.update(_TRAIN)
+  config.update_from_flattened_dict(_OVERRIDES)
   return config
 
 
-def _launch(folder, num_processes):
-  """Starts launch.py several times, with two devices each."""
+def _launch(folder, num_processes, num_devices=2, **overrides):
+  """Starts launch.py several times, with some devices each."""
+  overrides = _OVERRIDES | overrides
   return group_processes.launch(
       folder,
       num_processes,
-      *(f'--config.train.{name}={value}' for name, value in _TRAIN.items()),
+      *(f'--config.{name}={value}' for name, value in overrides.items()),
       env=dict(
           os.environ,
-          XLA_FLAGS='--xla_force_host_platform_device_count=2',
+          XLA_FLAGS=f'--xla_force_host_platform_device_count={num_devices}',
       ),
   )
 
@@ -62,7 +67,7 @@ def _steps(folder):
 
 def _assert_same_numbers(folder, expected):
   rows, wanted = (workdir.read_metrics(x) for x in (folder, expected))
-  assert len(rows) == len(wanted) == _TRAIN['num_steps'] + 1
+  assert len(rows) == len(wanted) == _NUM_STEPS + 1
   for row, want in zip(rows, wanted, strict=True):
     for values in (row, want):
       values.pop('images_per_second', None)
@@ -98,7 +103,7 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
   assert _wait(processes, folder) == [75, 75]
   logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
   saved = max(_steps(folder))
-  assert 3 <= saved < _TRAIN['num_steps']
+  assert 3 <= saved < _NUM_STEPS
   for log in logs:
     assert f'Interrupted; step {saved} is saved.' in log
   # Only one of them writes and speaks.
@@ -109,21 +114,43 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
   _assert_same_numbers(folder, straight)
 
 
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+  """Folder of the same run, stopped after step 17."""
+  folder = tmp_path_factory.mktemp('stopped')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+        runtime.StopRequest, 'is_due', lambda self, step=None: step == 17
+    )
+    with pytest.raises(train.Preempted):
+      train.train_and_evaluate(_config(), folder)
+  return folder
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ('num_processes', 'num_devices', 'sizes'),
+    [
+        (4, 2, {'data': 8, 'fsdp': 1, 'tensor': 1}),
+        # Both read all images.
+        (2, 1, {'data': 1, 'fsdp': 1, 'tensor': 2}),
+    ],
+)
 def test_several_processes_go_on_from_what_one_has_saved(
-    tmp_path, straight, monkeypatch
+    tmp_path, straight, stopped, num_processes, num_devices, sizes
 ):
   folder = tmp_path / 'run'
-  config = _config()
-  monkeypatch.setattr(
-      runtime.StopRequest, 'is_due', lambda self, step=None: step == 17
+  shutil.copytree(stopped, folder)
+  processes = _launch(
+      folder,
+      num_processes,
+      num_devices,
+      **{f'partitioning.mesh.{axis}': size for axis, size in sizes.items()},
   )
-  with pytest.raises(train.Preempted):
-    train.train_and_evaluate(config, folder)
-  assert _wait(_launch(folder, 4), folder) == [0] * 4
+  assert _wait(processes, folder) == [0] * num_processes
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 17' in log
-  assert "8 x cpu, mesh {'data': 8" in log
+  assert f'{num_processes * num_devices} x cpu, mesh {sizes}' in log
   _assert_same_numbers(folder, straight)
 
 
@@ -148,13 +175,39 @@ def test_a_process_that_cannot_start_ends_the_others(
   folder = tmp_path / 'run'
   folder.mkdir()
   with prevent(folder):
-    assert _wait(_launch(folder, 2), folder) == [code, 1]
+    assert _wait(_launch(folder, 2, 2), folder) == [code, 1]
   logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
   assert reason in logs[0]
   assert 'launch.py: Stopped because process 0 has failed' in logs[1]
   for log in logs:
     assert 'Traceback' not in log
   assert not (folder / workdir.METRICS).exists()
+
+
+@pytest.mark.slow
+def test_parts_of_large_arrays_are_saved_undamaged(tmp_path):
+  folder = tmp_path / 'run'
+  overrides = {
+      'train.num_steps': 3,
+      'train.checkpoint_every_steps': 1,
+      'train.eval_every_steps': 0,
+      'train.compilation_cache': tmp_path / 'programs',
+      # More of a kernel on each device than is hashed at a time.
+      'model.encoder.mlp_dim': 9216,
+      'partitioning.mesh.data': 1,
+      'partitioning.mesh.fsdp': 2,
+      'partitioning.fsdp_min_size': 0,
+  }
+  assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
+  # The last step is now gone: they go on from the one before.
+  shutil.rmtree(folder / workdir.CHECKPOINTS / '3')
+  assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
+  log = folder.with_suffix('.log0').read_text()
+  assert 'from step 2.' in log
+  assert not (folder / workdir.DAMAGED).exists()
+  found = trained.find(folder)
+  assert found.step == 3
+  trained.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
 
 
 def test_flags_of_processes_belong_together():

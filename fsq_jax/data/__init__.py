@@ -52,7 +52,8 @@ def build_dataset(
       in fixed order, centre crops; 'eval_native': the same, one by one at
       their own size; 'train_once': those of 'train', as 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
-    process_index: this process, in [0, process_count).
+    process_index: this process, in [0, process_count); see
+      `partitioning.process_share` for those that read the same.
     process_count: processes that share each batch.
 
   Returns:
@@ -142,7 +143,7 @@ def _check_config(
     if config[field] < 1 or config[field] % process_count:
       raise ValueError(
           f'data.{field} is {config[field]}; use a positive multiple of the '
-          f'number of processes, {process_count}.'
+          f'number of processes that share a batch, {process_count}.'
       )
   lowest = {'num_threads': 1, 'prefetch': 1, 'resize_shorter': 0}
   for field, least in lowest.items():
