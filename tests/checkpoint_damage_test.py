@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -213,6 +214,10 @@ def test_what_an_interrupted_save_has_left_is_removed(folder):
   reader.close()
   assert left.is_dir()  # A run may be at it.
   assert _restore(folder) == 2
+  # A thread removes it, which the next save waits for.
+  deadline = time.monotonic() + 60
+  while left.exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
   assert not left.exists()
 
 
