@@ -421,7 +421,9 @@ restored = checkpointer.restore_newest(lambda record: abstract)
 assert restored.step == 1, restored
 for shard in restored.state['x'].addressable_shards:
   np.testing.assert_array_equal(shard.data, values[shard.index] + 1)
-assert checkpointer.steps == [1]
+checkpointer.save(2, restored.state, restored.record)
+checkpointer.wait()
+assert checkpointer.steps == [1, 2]
 checkpointer.close()
 """
 
@@ -444,7 +446,7 @@ def test_two_processes_pass_over_what_one_finds_damaged(tmp_path):
       for number in range(2)
   ]
   try:
-    logs = [process.communicate(timeout=120)[1] for process in processes]
+    logs = [process.communicate(timeout=300)[1] for process in processes]
   finally:
     for process in processes:
       process.kill()
