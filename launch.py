@@ -300,7 +300,8 @@ def _tokenize(
 
 def _refuse(error: Exception) -> int:
   sys.stderr.write(f'launch.py: {error}\n')
-  return _BAD_INPUT
+  # A RuntimeError says that what was asked for is right and was not possible.
+  return _FAILED if isinstance(error, RuntimeError) else _BAD_INPUT
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -14,8 +14,8 @@ from fsq_jax import partitioning
 class Batcher:
   """Applies compiled functions to arrays of any length, in few shapes.
 
-  These are batches of `batch_size`, and a last one that is filled up with zeros
-  to the next power of 2. The same array always comes in the same batches.
+  These are batches of `batch_size`, the last one filled up with zeros; an array
+  that is shorter is filled up to the next power of 2.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
@@ -41,20 +41,29 @@ class Batcher:
     self._batch_size = math.ceil(batch_size / self._share) * self._share
 
   def map(
-      self, function: Callable[..., jax.Array], variables: Any, x: np.ndarray
+      self,
+      function: Callable[..., jax.Array],
+      variables: Any,
+      x: np.ndarray,
+      usual_size: tuple[int, int],
   ) -> np.ndarray:
     """Applies a function to the elements of an array.
 
     Args:
       function: of variables and a batch [b, ...] to [b, ...].
       variables: its first argument.
-      x: [B, ...], with B at least 1.
+      x: [B, H, W, ...], with B at least 1.
+      usual_size: H and W of what batch_size is meant for; of larger elements
+        fewer are taken together.
 
     Returns:
       [B, ...].
     """
     results, pending = [], None
-    for batch, num in self._batches(x):
+    ratio = math.prod(x.shape[1:3]) / math.prod(usual_size)
+    shares = math.ceil(self._batch_size / self._share / max(ratio, 1.0))
+    batch_size = shares * self._share
+    for batch, num in self._batches(x, batch_size):
       result = function(variables, batch)
       # Fetches one while devices work on the next.
       if pending is not None:
@@ -85,19 +94,21 @@ class Batcher:
         x, 'b (r h) (c w) ... -> (b r c) h w ...', h=tile[0], w=tile[1]
     )
     return rearrange(
-        self.map(function, variables, tiles),
+        self.map(function, variables, tiles, tile),
         '(b r c) h w ... -> b (r h) (c w) ...',
         b=len(x), r=x.shape[1] // tile[0],
     )
 
-  def _batches(self, x: np.ndarray) -> Iterator[tuple[jax.Array, int]]:
+  def _batches(
+      self, x: np.ndarray, batch_size: int
+  ) -> Iterator[tuple[jax.Array, int]]:
     """Yields batches on the devices, and how many of each are not filling."""
-    for start in range(0, len(x), self._batch_size):
-      part = x[start : start + self._batch_size]
-      shares = math.ceil(len(part) / self._share)
-      size = min(
-          self._batch_size, self._share * 2 ** (shares - 1).bit_length()
-      )
-      filling = np.zeros((size - len(part), *x.shape[1:]), x.dtype)
+    if len(x) < batch_size:
+      shares = math.ceil(len(x) / self._share)
+      power = 2 ** (shares - 1).bit_length()
+      batch_size = min(batch_size, self._share * power)
+    for start in range(0, len(x), batch_size):
+      part = x[start : start + batch_size]
+      filling = np.zeros((batch_size - len(part), *x.shape[1:]), x.dtype)
       batch = np.concatenate([part, filling]) if len(filling) else part
       yield partitioning.shard_batch(batch, self._mesh), len(part)

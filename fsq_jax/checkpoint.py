@@ -38,7 +38,7 @@ class DamagedError(ValueError):
   """A step that is not what was saved."""
 
 
-class ReadError(ValueError):
+class ReadError(RuntimeError):
   """A step that cannot be read now, and may be whole."""
 
 

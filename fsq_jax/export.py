@@ -22,7 +22,9 @@ import safetensors.numpy
 
 import fsq_jax
 from fsq_jax import configuration
+from fsq_jax import runtime
 from fsq_jax import tokenizer as tokenizers
+from fsq_jax import tokens
 from fsq_jax import trained
 from fsq_jax import workdir as workdirs
 
@@ -70,7 +72,7 @@ def export_workdir(
 
   Args:
     config: of the run.
-    workdir: the run's folder.
+    workdir: the run's folder, or one of `Tokenizer.save_pretrained`.
     folder: as in `write`; by default, `FOLDER` in the workdir.
     which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
       of a step.
@@ -83,10 +85,13 @@ def export_workdir(
       checkpoint, or a folder that holds something.
   """
   folder = folder or pathlib.Path(workdir) / FOLDER
-  _check_new(folder)
-  tokenizer = tokenizers.Tokenizer.from_workdir(workdir, which)
+  with runtime.fail_together():
+    _check_new(folder)
+  tokenizer = tokens.load_tokenizer(workdir, which)
   trained.check_same_model(tokenizer.config, configuration.resolve(config))
-  return write(tokenizer, folder)
+  if jax.process_index() == 0:
+    write(tokenizer, folder)
+  return pathlib.Path(folder).expanduser().absolute()
 
 
 def write(
@@ -114,7 +119,7 @@ def write(
     ValueError: the folder holds something, or cannot be written.
   """
   _check_new(folder)
-  folder = workdirs.create(folder)
+  folder = workdirs.create(folder, '--export')
   programs = export_programs(tokenizer)
   weights = {
       path: np.asarray(x) for path, x in _flatten(tokenizer.variables).items()

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import pathlib
 import signal
@@ -15,12 +16,18 @@ from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
+
+# Longer than one process can be busy with its part.
+_PATIENCE_MS = 30 * 24 * 3600 * 1000
+# Numbers of the barriers that all processes have passed.
+_barriers = itertools.count()
 
 
 def keep_freed_memory() -> None:
@@ -116,15 +123,30 @@ def fail_together() -> Iterator[None]:
     yield
   except Exception as caught:
     error = caught
-  if jax.process_count() > 1:
-    failed = multihost_utils.process_allgather(np.array(error is not None))
-    if error is None and failed.any():
-      raise PeerError(
-          f'Stopped because process {failed.argmax()} has failed, whose output'
-          ' says why.'
-      )
+    if jax.process_count() > 1:
+      logging.error('%s. Waits for the other processes.', error)
+  failed = _gather(error is not None)
   if error is not None:
     raise error
+  if failed.any():
+    raise PeerError(
+        f'Stopped because process {failed.argmax()} has failed, whose output'
+        ' says why.'
+    )
+
+
+def is_any(value: bool) -> bool:
+  """Whether a value is true in any of the processes, which all call this."""
+  return bool(_gather(value).any())
+
+
+def _gather(value: bool) -> np.ndarray:
+  if jax.process_count() == 1:
+    return np.array([value])
+  # Collectives of CPUs wait half a minute for the others, which may take hours.
+  wait = ocp.multihost.get_barrier_sync_fn()
+  wait(key=f'fsq_jax_{next(_barriers)}', timeout_ms=_PATIENCE_MS)
+  return multihost_utils.process_allgather(np.array(value))
 
 
 class Profiler:

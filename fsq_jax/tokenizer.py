@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import functools
-import json
 import math
 import os
 import pathlib
@@ -21,7 +20,6 @@ from fsq_jax import partitioning
 from fsq_jax import tokenizer_files
 from fsq_jax import train_step
 from fsq_jax import trained
-from fsq_jax import workdir as workdirs
 from fsq_jax.data import transforms
 from fsq_jax.quantizers import convert
 
@@ -32,10 +30,11 @@ class Tokenizer:
   """Turns uint8 images into int32 tokens, and tokens into images.
 
   Programs are compiled once for each shape of a batch, and there are few of
-  these: batches of `batch_size`, and a last one that is filled up to the next
-  power of 2. So `reconstruct` is what `decode` makes of the tokens of `encode`,
-  byte for byte, whatever lay in between, as long as images come in batches of
-  the same sizes.
+  these: batches of `batch_size`, the last one filled up, or, where there are
+  fewer images, of the next power of 2. What becomes of an image in a batch does
+  not depend on the others; in a batch of another size, arithmetic may differ in
+  the last bits, so that a latent between two levels, or a pixel between two
+  values, falls otherwise.
 
   Attributes:
     config: of the run that the model comes from.
@@ -130,12 +129,9 @@ class Tokenizer:
           jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), variables),
           partitioning.replicated(mesh),
       )
-    path = found.folder / workdirs.EVALUATION
-    evaluation = json.loads(path.read_text('utf-8')) if path.is_file() else {}
     return cls(
         found.config, variables, mesh, batch_size=batch_size, dtype=dtype,
-        step=found.step,
-        evaluation=evaluation if evaluation.get('step') == found.step else None,
+        step=found.step, evaluation=trained.read_evaluation(found),
     )
 
   @classmethod
@@ -251,7 +247,9 @@ class Tokenizer:
       )
     images = self._fit(_check_images(images), fit)
     if self._whole or images.shape[1:3] == self._image_size:
-      return self._batcher.map(self._encode, self.variables, images)
+      return self._batcher.map(
+          self._encode, self.variables, images, self._image_size
+      )
     return self._batcher.map_tiles(
         self._encode, self.variables, images, self._image_size
     )
@@ -281,7 +279,9 @@ class Tokenizer:
       convert.check_same_dialect(spec, self.spec)
     tokens = self._check_tokens(tokens)
     if self._whole or tokens.shape[1:3] == self._grid:
-      images = self._batcher.map(self._decode, self.variables, tokens)
+      images = self._batcher.map(
+          self._decode, self.variables, tokens, self.grid_size
+      )
     else:
       images = self._batcher.map_tiles(
           self._decode, self.variables, tokens, self._grid

@@ -130,6 +130,26 @@ def restore(
   return model, state.eval_variables
 
 
+def read_evaluation(found: Checkpoint) -> dict[str, Any] | None:
+  """Returns the content of the run's evaluation.json if it is of this step.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  path = found.folder / workdirs.EVALUATION
+  if not path.is_file():
+    return None
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+    step = content['step']
+  except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    raise ValueError(
+        f'{path} cannot be read: {error}. Delete it, or write it anew with'
+        ' --mode=eval.'
+    ) from error
+  return content if step == found.step else None
+
+
 def check_same_model(
     saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
 ) -> None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import socket
 from typing import Any
+import uuid
 
 from absl import logging
 
@@ -110,7 +111,8 @@ def unused(path: pathlib.Path) -> pathlib.Path:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file so that it is there either whole or not at all."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  # A name by chance: processes of other hosts may have the same id.
+  temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
   try:
     with open(temporary, 'wb') as file:
       file.write(data)

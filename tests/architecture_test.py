@@ -53,11 +53,13 @@ _ALLOWED_IMPORTS = {
         'configuration', 'data', 'metrics', 'progress', 'quantizers',
         'runtime', 'tokenizer', 'trained', 'workdir',
     },
-    'export': {'configuration', 'tokenizer', 'trained', 'workdir'},
+    'export': {
+        'configuration', 'runtime', 'tokenizer', 'tokens', 'trained', 'workdir',
+    },
     'tokenizer': {
         'batching', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',
-        'trained', 'workdir',
+        'trained',
     },
     'batching': {'partitioning'},
     'tokenizer_files': {

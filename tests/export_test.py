@@ -314,7 +314,7 @@ def test_nothing_is_overwritten(tokenizer, folder, tmp_path, monkeypatch):
     export.write(tokenizer, tmp_path / 'x')
 
 
-def test_a_run_is_exported_to_its_folder(tmp_path, monkeypatch):
+def test_a_run_is_exported_to_its_folder(tmp_path, tokenizer, monkeypatch):
   shutil.copytree(_RUN, tmp_path / 'run')
   config = configuration.config_from_json(
       (_RUN / 'config.json').read_text()
@@ -322,8 +322,12 @@ def test_a_run_is_exported_to_its_folder(tmp_path, monkeypatch):
   exported = []
   monkeypatch.setattr(export, 'write', lambda *args: exported.append(args))
   export.export_workdir(config, tmp_path / 'run', which='8')
-  ((tokenizer, folder),) = exported
-  assert (tokenizer.step, folder) == (8, tmp_path / 'run' / 'export')
+  saved = tokenizer.save_pretrained(tmp_path / 'saved')
+  export.export_workdir(config, saved, tmp_path / 'other')
+  (of_run, folder), (of_saved, other) = exported
+  assert (of_run.step, folder) == (8, tmp_path / 'run' / 'export')
+  assert of_saved.stored is not None
+  assert other == tmp_path / 'other'
   config.model.encoder.depth = 7
   with pytest.raises(ValueError, match='another model'):
     export.export_workdir(config, tmp_path / 'run')

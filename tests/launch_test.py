@@ -33,6 +33,9 @@ def train_and_evaluate(config, workdir, *, allow_config_change):
     raise ValueError('raised in a library')
   if config.seed == 16:
     raise RunError('the disk is full')
+  if config.seed == 17:
+    code = compile("raise RuntimeError('not now')", fsq_jax.__file__, 'exec')
+    exec(code)
   print('train', config.train.num_steps, workdir, allow_config_change)
 
 fsq_jax.train = types.SimpleNamespace(
@@ -269,6 +272,7 @@ def test_mode_is_called_with_config_and_workdir(args, call):
         (14, 2, 'The saved config is not JSON'),
         (15, 1, 'raised in a library'),
         (16, 1, 'launch.py: the disk is full'),
+        (17, 1, 'launch.py: not now'),
     ],
 )
 def test_exit_code_tells_how_training_ended(seed, code, message):

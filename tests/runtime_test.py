@@ -13,6 +13,7 @@ import types
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from fsq_jax import runtime
@@ -101,8 +102,16 @@ def _join(monkeypatch, *others):
 
   def gather(failed):
     told.append(bool(failed))
+    assert len(waited) == len(told)
     return np.array([failed, *others])
 
+  def wait(*, key, timeout_ms):
+    assert key not in waited
+    assert timeout_ms > 24 * 3600 * 1000
+    waited.append(key)
+
+  waited = []
+  monkeypatch.setattr(ocp.multihost, 'get_barrier_sync_fn', lambda: wait)
   monkeypatch.setattr(jax, 'process_count', lambda: 1 + len(others))
   monkeypatch.setattr(multihost_utils, 'process_allgather', gather)
   return told

@@ -198,9 +198,7 @@ def test_a_shard_damaged_meanwhile_is_written_again(tmp_path, root, harm):
   tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
   folder = tmp_path / 'x'
   with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(
-        writers.TokenWriter, 'finish', _raise_killed
-    )
+    monkeypatch.setattr(writers.TokenWriter, 'finish', _raise_killed)
     with pytest.raises(_KilledError):
       tokens.tokenize_workdir(config, _RUN, folder=folder)
   path = folder / 'tokens-00001-of-00003.array_record'
@@ -214,7 +212,7 @@ def test_a_shard_damaged_meanwhile_is_written_again(tmp_path, root, harm):
   assert _files(folder) == _files(tmp_path / 'straight')
 
 
-def _raise_killed(*args):
+def _raise_killed(*_, **__):
   raise _KilledError
 
 
@@ -244,6 +242,46 @@ def test_images_that_wait_are_no_larger_than_their_crop(root):
   chunk = run._load(0, range(10))
   assert len(chunk.images) == 9  # One is damaged.
   assert all(image.base is None for image in chunk.images)
+
+
+def test_few_whole_images_wait_at_a_time(root):
+  config = _folder_config(root).data
+  source = data.open_source(config, 'eval')
+  job = types.SimpleNamespace(fit='pad', batch_size=32, images_per_shard=45)
+  run = tokenization._Run(config, None, source, job, None)
+  sizes = [len(x.images) + len(x.damaged) for x in run._read([0])]
+  assert sizes == [8, 8, 8, 8, 8, 5]
+
+
+def test_batches_do_not_depend_on_what_is_left_of_a_shard(
+    tmp_path, root, monkeypatch
+):
+  lengths = []
+
+  def recording(method):
+    def record(self, x, *args):
+      lengths.append(len(x))
+      return method(self, x, *args)
+
+    return record
+
+  for name in ('encode', 'decode'):
+    method = recording(getattr(Tokenizer, name))
+    monkeypatch.setattr(Tokenizer, name, method)
+  folder = tmp_path / 'tokens'
+  tokens.tokenize_workdir(_folder_config(root), _RUN, folder=folder)
+  tokens.detokenize_workdir(_RUN, folder, tmp_path / 'out')
+  # Shards of 20, 20 and 5, of which two cannot be read, are 3 + 3 + 1 batches.
+  assert lengths == [8] * (7 + 6)
+
+
+def test_original_sizes_are_those_before_resizing(tmp_path, root):
+  config = _folder_config(root, data__resize_shorter=18)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  for example in tokens.TokenSource(tmp_path / 'tokens'):
+    with Image.open(root / 'validation' / example.name) as image:
+      assert example.original_size == image.size[::-1]
+    assert min(example.size) == 18
 
 
 def test_a_folder_of_other_tokens_is_left_alone(tmp_path, root):
@@ -342,7 +380,8 @@ def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [('../a', 'outside of'), ('/a', 'outside of'), ('link/a', 'outside of'),
-     ('', 'empty'), ('a\0b', 'no name of a file')],
+     ('', 'no name of a file'), ('a\0b', 'no name of a file'),
+     ('b/../1', 'of another image'), ('x' * 252, 'more than the 255 bytes')],
 )  # fmt: skip
 def test_names_do_not_lead_out_of_the_folder(
     tmp_path, monkeypatch, name, message
@@ -434,27 +473,43 @@ def test_sigkill_and_the_same_command_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_share_the_files(tmp_path):
+def test_processes_share_the_files_and_stop_together(tmp_path):
   folder = tmp_path / 'x'
   run = tmp_path / 'run'
   run.symlink_to(_RUN)
-  processes = group_processes.launch(
-      run, 2, '--mode=tokenize', f'--tokens={folder}',
-      '--config.tokenize.images_per_shard=20',
-      env=dict(
-          os.environ,
-          XLA_FLAGS='--xla_force_host_platform_device_count=2',
-      ),
-  )  # fmt: skip
+
+  def launch():
+    return group_processes.launch(
+        run, 2, '--mode=tokenize', f'--tokens={folder}',
+        '--config.tokenize.images_per_shard=20',
+        '--config.tokenize.split=train',
+        env=dict(
+            os.environ,
+            XLA_FLAGS='--xla_force_host_platform_device_count=2',
+        ),
+    )  # fmt: skip
+
+  processes = launch()
+  deadline = time.monotonic() + 300
+  while len(list(folder.glob('tokens-*'))) < 20:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  processes[1].terminate()
   codes = [process.wait(timeout=600) for process in processes]
-  assert codes == [0, 0], run.with_suffix('.log0').read_text()
-  tokens.tokenize_workdir(_config(), _RUN, folder=tmp_path / 'one')
-  assert _files(folder) == _files(tmp_path / 'one')
-  # Process 0 has shown its own 7 of 13 files, and both the summary.
   logs = [run.with_suffix(f'.log{i}').read_text() for i in range(2)]
-  assert '136/136 images' in logs[0]
+  assert codes == [75, 75], logs
+  num_done = len(list(folder.glob('tokens-*')))
+  assert num_done < 400
+  codes = [process.wait(timeout=600) for process in launch()]
+  logs = [run.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  assert codes == [0, 0], logs
+  config = _config(tokenize__split='train')
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'one')
+  assert _files(folder) == _files(tmp_path / 'one')
+  # Process 0 has shown its own 205 of 410 files, and both the summary.
+  assert '4100/4100 images' in logs[0]
   assert 'images/s' not in logs[1]
-  assert all('256 images in 13 files' in log for log in logs)
+  assert all('8192 images in 410 files' in log for log in logs)
 
 
 def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 import types
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fsq_jax import batching
 from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import partitioning
@@ -73,6 +75,34 @@ def test_batches_are_filled_up_and_cut(tokenizer, num):
   part = tokenizer.encode(images[:num])
   assert part.shape[0] == num
   assert np.mean(part != whole[:num]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ('num_devices', 'num', 'side', 'lengths'),
+    [
+        (1, 1, 16, [1]), (1, 3, 16, [4]), (1, 16, 16, [16]),
+        (1, 17, 16, [16, 16]), (1, 45, 8, [16] * 3),
+        # Of four times the pixels, a fourth of the images.
+        (1, 9, 32, [4] * 3), (1, 3, 1024, [1] * 3),
+        (4, 1, 16, [4]), (4, 9, 16, [16]), (4, 9, 32, [4] * 3),
+        (4, 9, 1024, [4] * 3),
+    ],
+)  # fmt: skip
+def test_batches_have_few_sizes(num_devices, num, side, lengths):
+  devices = jax.devices()[:num_devices]
+  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, devices)
+  x = np.zeros((num, side, side), np.uint8)
+  x[:, 0, 0] = np.arange(num)
+  seen = []
+
+  def function(_, batch):
+    seen.append(len(batch))
+    return batch[:, 0, 0]
+
+  batcher = batching.Batcher(mesh, 13 if num_devices > 1 else 16)
+  given = batcher.map(function, None, x, (16, 16))
+  assert seen == lengths
+  np.testing.assert_array_equal(given, np.arange(num))
 
 
 @pytest.mark.parametrize('sizes', [
@@ -373,6 +403,15 @@ def test_sizes_beyond_the_images_are_refused(tokenizer):
   tokens = tokenizer.encode(_images(1, 16, 16))
   with pytest.raises(ValueError, match=r'cropped to \(17, 16\)'):
     tokenizer.decode(tokens, (17, 16))
+
+
+@pytest.mark.parametrize('text', ['{"step": ', '[]', '{}'])
+def test_a_damaged_evaluation_is_named(tmp_path, text):
+  run = tmp_path / 'run'
+  shutil.copytree(_RUN, run)
+  (run / 'evaluation.json').write_text(text)
+  with pytest.raises(ValueError, match=r'evaluation\.json cannot be read'):
+    Tokenizer.from_workdir(run)
 
 
 def test_missing_folders_are_named(tmp_path):

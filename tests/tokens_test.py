@@ -19,6 +19,7 @@ from fsq_jax import tokens
 from fsq_jax.quantizers import convert
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
+from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import writer as writers
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -64,6 +65,7 @@ def _examples(job, num, grids=((4, 3),), first=0):
           _NAMES[(first + i) % len(_NAMES)],
           i % 3 - 1,
           (16 + i, 12),
+          (32 + i, 24),
       )
       for i in range(num)
   ]
@@ -166,10 +168,10 @@ def test_other_programs_can_read_the_files_by_the_manifest(tmp_path, storage):
   else:
     reader = array_record_module.ArrayRecordReader(str(path))
     records = reader.read_all()
-    lengths = [int.from_bytes(x[24:28], 'little') for x in records]
-    assert records[0][28 : 28 + lengths[0]].decode() == 'a/1.png'
+    lengths = [int.from_bytes(x[32:36], 'little') for x in records]
+    assert records[0][36 : 36 + lengths[0]].decode() == 'a/1.png'
     tokens_of_images = [
-        np.frombuffer(x, np.uint16, offset=28 + n).reshape(4, 3)
+        np.frombuffer(x, np.uint16, offset=36 + n).reshape(4, 3)
         for x, n in zip(records, lengths, strict=True)
     ]
   np.testing.assert_array_equal(
@@ -198,7 +200,7 @@ def test_tokens_of_the_paper_mean_the_same_in_other_programs(tmp_path, levels):
   job = _job(quantizer=paper, source=source, images_per_shard=2)
   writer = writers.TokenWriter(tmp_path / 'tokens', job)
   examples = [
-      shards.Example(x.reshape(20, 25), str(i), -1, (16, 12))
+      shards.Example(x.reshape(20, 25), str(i), -1, (16, 12), (16, 12))
       for i, x in enumerate(written)
   ]
   writer.write(0, examples, damaged=[], source_bytes=None)
@@ -271,6 +273,21 @@ def test_a_shard_may_hold_no_image(tmp_path, storage):
     writer.finish()
 
 
+def test_damage_that_several_processes_found_counts_together(tmp_path):
+  job = _job(images_per_shard=2, source={'num_examples': 4})
+  writer = writers.TokenWriter(tmp_path / 'x', job)
+  for shard in (0, 1):
+    damaged = [writers.Damage(2 * shard, f'name {shard}', 'empty')]
+    examples = _examples(job, 1, first=shard)
+    writer.write(shard, examples, damaged=damaged, source_bytes=None)
+  listing = r'2 of 4 images .*\n  name 0: empty\n  name 1'
+  with pytest.raises(ValueError, match=listing):
+    writer.finish(max_damaged_share=0.25)
+  assert not (tmp_path / 'x' / 'manifest.json').exists()
+  writer.finish(max_damaged_share=0.5)
+  assert len(tokens.TokenSource(tmp_path / 'x').manifest.damaged) == 2
+
+
 def test_the_summary_is_that_of_all_tokens(tmp_path):
   written = _write(tmp_path / 'x', _job())
   summary = tokens.TokenSource(tmp_path / 'x').manifest.summary
@@ -289,6 +306,35 @@ def test_the_summary_is_that_of_all_tokens(tmp_path):
       8 * 300 / (72 * math.log2(200))
   )
   assert summary['definitions'].keys() == summary.keys() - {'definitions'}
+
+
+@_STORAGES
+def test_few_files_are_open_at_a_time(tmp_path, storage, monkeypatch):
+  job = _job(storage, images_per_shard=1, source={'num_examples': 40})
+  writer = writers.TokenWriter(tmp_path / 'x', job)
+  written = _examples(job, 40)
+  for i, example in enumerate(written):
+    writer.write(i, [example], damaged=[], source_bytes=None)
+  writer.finish()
+  opened = []
+  open_shard = shards.open_shard
+
+  def open_and_record(path, job):
+    opened.append(path.name)
+    return open_shard(path, job)
+
+  monkeypatch.setattr(shards, 'open_shard', open_and_record)
+  monkeypatch.setattr(sources, '_MAX_OPEN', 3)
+  source = tokens.TokenSource(tmp_path / 'x')
+  files = pathlib.Path('/proc/self/fd')
+  before = len(list(files.iterdir()))
+  for i in [*range(40), 39, 38, 37, 39]:
+    np.testing.assert_array_equal(source[i].tokens, written[i].tokens)
+  assert len(opened) == 40
+  assert source[36].name == written[36].name
+  assert source[38].name == written[38].name  # 37 and 39 were read later.
+  assert len(opened) == 42
+  assert len(list(files.iterdir())) <= before + 3
 
 
 # What is refused.
@@ -342,6 +388,8 @@ def test_damaged_files_are_named(tmp_path, storage):
         (lambda x: x.update(num_images=7), 'num_images is 7; needed: 6'),
         (lambda x: x.update(num_damaged=0), 'num_damaged is 0; needed: 1'),
         (lambda x: x.update(damaged=['five']), 'name and reason'),
+        (lambda x: x.update(summary={}), 'summary is {}; needed: an object'),
+        (lambda x: x['summary'].update(usage='all'), 'with the numbers'),
         (lambda x: x['source'].update(num_examples=8), 'needed: 8'),
         (lambda x: x['source'].update(num_examples=10**15), 'shards; needed'),
         (lambda x: x['shards'].pop(), '2 shards; needed: 3'),

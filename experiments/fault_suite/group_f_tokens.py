@@ -49,7 +49,7 @@ def _job(storage: str, quantizer: quantizers.Quantizer = _FSQ) -> manifests.Job:
 def _examples(job: manifests.Job, rng: np.random.Generator):
   shape = (8, 4, 4, *job.index_shape)
   return [
-      shards.Example(x, str(i), -1, (16, 16))
+      shards.Example(x, str(i), -1, (16, 16), (16, 16))
       for i, x in enumerate(
           rng.integers(0, job.codebook_size, shape, dtype=np.int32)
       )

@@ -24,6 +24,7 @@ Dataset = pipelines.Dataset
 ImageSource = image_source.ImageSource
 DamagedImageError = decoding.DamagedImageError
 centre_crop = transforms.centre_crop
+check_damaged_share = image_source.check_damaged_share
 fingerprint = pipelines.fingerprint
 prepare = sources.prepare
 

@@ -1,6 +1,8 @@
 """What an image source is, and the bookkeeping of damaged images."""
 
 import abc
+from collections.abc import Mapping
+import itertools
 import math
 import threading
 from typing import NamedTuple
@@ -59,6 +61,11 @@ class ImageSource(abc.ABC):
       ValueError: too many cannot be read.
     """
 
+  def load_with_size(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns what `load` does, and the (height, width) as stored."""
+    image = self.load(index)
+    return image, image.shape[:2]
+
   @abc.abstractmethod
   def describe(self, index: int) -> str:
     """Returns where an image comes from, for a person to find it."""
@@ -104,18 +111,22 @@ class EncodedSource(ImageSource):
     """
 
   def load(self, index: int) -> np.ndarray:
-    if index in self.damaged:
-      raise decoding.DamagedImageError(self.damaged[index])
     if (cached := self._cache.get(index)) is not None:
       return cached
+    image, _ = self.load_with_size(index)
+    self._keep(index, image)
+    return image
+
+  def load_with_size(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    if index in self.damaged:
+      raise decoding.DamagedImageError(self.damaged[index])
     try:
       image = decoding.decode_image(self.read(index))
-      image = transforms.resize_shorter(image, self._resize_shorter)
+      size = image.shape[:2]
+      return transforms.resize_shorter(image, self._resize_shorter), size
     except decoding.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise
-    self._keep(index, image)
-    return image
 
   def _keep(self, index: int, image: np.ndarray) -> None:
     with self._lock:
@@ -130,16 +141,32 @@ class EncodedSource(ImageSource):
       if index in self.damaged:
         return
       self.damaged[index] = reason
-      damaged = list(self.damaged.items())
+      damaged = {self.describe(i): why for i, why in self.damaged.items()}
     logging.warning('Damaged image %s: %s', self.describe(index), reason)
-    limit = math.ceil(self._max_damaged_share * len(self))
-    if len(damaged) > limit:
-      listing = '\n'.join(
-          f'  {self.describe(i)}: {why}' for i, why in damaged[:_NUM_LISTED]
-      )
-      raise ValueError(
-          f'{len(damaged)} of {len(self)} images cannot be read, more than the '
-          f'{limit} that data.max_damaged_share = {self._max_damaged_share} '
-          f'allows. Repair or remove them, or raise the share. The first:\n'
-          f'{listing}'
-      )
+    check_damaged_share(damaged, len(self), self._max_damaged_share)
+
+
+def check_damaged_share(
+    damaged: Mapping[str, str], num_images: int, max_share: float
+) -> None:
+  """Refuses a split of which too many images cannot be read.
+
+  Args:
+    damaged: reason by name.
+    num_images: of the split.
+    max_share: data.max_damaged_share.
+
+  Raises:
+    ValueError: there are more, of which it lists the first.
+  """
+  limit = math.ceil(max_share * num_images)
+  if len(damaged) > limit:
+    listing = '\n'.join(
+        f'  {name}: {reason}'
+        for name, reason in itertools.islice(damaged.items(), _NUM_LISTED)
+    )
+    raise ValueError(
+        f'{len(damaged)} of {num_images} images cannot be read, more than the'
+        f' {limit} that data.max_damaged_share = {max_share} allows. Repair or'
+        f' remove them, or raise the share. The first:\n{listing}'
+    )

@@ -1,6 +1,5 @@
 """Token files to images (mode detokenize)."""
 
-from collections.abc import Iterator
 from concurrent import futures
 import contextlib
 import io
@@ -15,11 +14,14 @@ from fsq_jax import progress
 from fsq_jax import runtime
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
+from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import tokenization
 
 _NUM_THREADS = 2
+# Of most file systems.
+_MAX_NAME = 255
 
 
 def detokenize_workdir(
@@ -37,7 +39,7 @@ def detokenize_workdir(
     workdir: folder of the run, or of the saved tokenizer, that made the tokens.
     tokens: folder of the token files.
     images: folder for the images, NAME.png for the one of each NAME; several
-      processes share them.
+      processes share them, batch by batch.
     which: checkpoint of the run that made the tokens.
 
   Returns:
@@ -53,20 +55,27 @@ def detokenize_workdir(
   )
   source.check_decodable(tokenizer.spec, tokenizer.model_hash)
   folder = workdirs.create(images, '--images')
-  share = range(jax.process_index(), len(source), jax.process_count())
-  bar = progress.ImageProgress(
-      num_images=len(share), first=0, enabled=jax.process_index() == 0
+  _check_names(source, folder)
+  size = source.manifest.job.batch_size
+  # Whole batches, so that as many images are decoded together as by one.
+  starts = range(
+      jax.process_index() * size, len(source), jax.process_count() * size
   )
-  names = set()
+  shares = [range(i, min(i + size, len(source))) for i in starts]
+  num_images = sum(map(len, shares))
+  bar = progress.ImageProgress(
+      num_images=num_images, first=0, enabled=jax.process_index() == 0
+  )
   with (
       contextlib.closing(bar),
       futures.ThreadPoolExecutor(_NUM_THREADS) as pool,
   ):
     writing = []
-    for batch in _batches(source, share):
-      paths = [_path(folder, example.name, names) for example in batch]
+    for share in shares:
+      batch = [source[i] for i in share]
+      paths = [folder / _file(example.name) for example in batch]
       # The last batch is written while this one is decoded.
-      decoded = _decode(tokenizer, batch, source.manifest.job.fit)
+      decoded = _decode(tokenizer, batch, source.manifest.job)
       for written in writing:
         written.result()
       writing = [
@@ -77,52 +86,57 @@ def detokenize_workdir(
     for written in writing:
       written.result()
     bar.log()
-  return len(share)
-
-
-def _batches(
-    source: sources.TokenSource, share: range
-) -> Iterator[list[shards.Example]]:
-  size = source.manifest.job.batch_size
-  for start in range(0, len(share), size):
-    yield [source[i] for i in share[start : start + size]]
+  return num_images
 
 
 def _decode(
-    tokenizer: tokenizers.Tokenizer, batch: list[shards.Example], fit: str
+    tokenizer: tokenizers.Tokenizer,
+    batch: list[shards.Example],
+    job: manifests.Job,
 ) -> list[np.ndarray]:
   """Returns the [H, W, 3] uint8 image of each example."""
   images = [None] * len(batch)
-  sizes = [example.size if fit == 'pad' else None for example in batch]
+  sizes = [example.size if job.fit == 'pad' else None for example in batch]
   for rows in tokenization.group_equal([
       (example.tokens.shape, size)
       for example, size in zip(batch, sizes, strict=True)
   ]):
-    decoded = tokenizer.decode(
-        np.stack([batch[i].tokens for i in rows]), sizes[rows[0]]
+    decoded = tokenization.apply_filled(
+        lambda x, size=sizes[rows[0]]: tokenizer.decode(x, size),
+        np.stack([batch[i].tokens for i in rows]),
+        job,
     )
     for i, image in zip(rows, decoded, strict=True):
       images[i] = image
   return images
 
 
-def _path(folder: pathlib.Path, name: str, names: set[str]) -> pathlib.Path:
-  """Returns where an image goes; a foreign name may not lead out."""
-  if '\0' in name or not name or name in names:
-    raise ValueError(
-        f'The token files have an image of the name {name!r}, which is empty,'
-        ' no name of a file, or there twice.'
-    )
-  names.add(name)
-  path = folder / f'{name}.png'
-  if not pathlib.Path(os.path.realpath(path)).is_relative_to(
-      os.path.realpath(folder)
-  ):
-    raise ValueError(
-        f'The token files have an image of the name {name!r}, which is outside'
-        f' of {folder}.'
-    )
-  return path
+def _file(name: str) -> str:
+  return os.path.normpath(f'{name}.png')
+
+
+def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
+  """Refuses names that are of no file in the folder, before any is written."""
+  files = set()
+  root = os.path.realpath(folder)
+  for i in range(len(source)):
+    name = source[i].name
+    file = _file(name)
+    problem = None
+    if not name or '\0' in name:
+      problem = 'is no name of a file'
+    elif file in files:
+      problem = 'is that of another image, too'
+    elif max(len(os.fsencode(part)) for part in file.split('/')) > _MAX_NAME:
+      problem = f'has more than the {_MAX_NAME} bytes of a name of a file'
+    elif not pathlib.Path(os.path.realpath(folder / file)).is_relative_to(root):
+      problem = f'is outside of {folder}'
+    if problem is not None:
+      raise ValueError(
+          f'The token files have an image of the name {name[:99]!r}, which'
+          f' {problem}; nothing was written.'
+      )
+    files.add(file)
 
 
 def _write(path: pathlib.Path, image: np.ndarray) -> None:

@@ -22,19 +22,21 @@ _VERSION = 1
 # How files are laid out, for programs without this package.
 _LAYOUTS = {
     'array_record': (
-        'A record is an image, little endian: int64 label; uint32 h, w, H, W'
-        ' and number of bytes of the name; the name in UTF-8; h * w *'
-        ' prod(index_shape) tokens of `dtype`, in C order.'
+        'A record is an image, little endian: int64 label; uint32 h, w, H, W,'
+        ' H and W of the original, and number of bytes of the name; the name in'
+        ' UTF-8; h * w * prod(index_shape) tokens of `dtype`, in C order.'
     ),
     'npz': (
         'tokens [sum of h * w, *index_shape] are those of one image after'
         ' another, each in C order; grid [n, 2] has their h and w, size [n, 2]'
-        ' H and W; label [n], name [n].'
+        ' H and W, original_size [n, 2] those of the original; label [n],'
+        ' name [n].'
     ),
 }
 _MEANING = (
     ' (h, w) is the grid of tokens, (H, W) the size in pixels of the image that'
-    ' was fitted to the model; label -1 is none. All arrays are row-major.'
+    ' was fitted to the model, the original is the image before'
+    ' data.resize_shorter; label -1 is none. All arrays are row-major.'
 )
 STORAGES = tuple(_LAYOUTS)
 
@@ -229,6 +231,14 @@ def _are_damaged(x: Any) -> bool:
   )
 
 
+def _is_summary(x: Any) -> bool:
+  return isinstance(x, dict) and all(
+      type(x.get(name)) in (float, int)
+      or (x.get(name, 0) is None and name == 'compression_of_files')
+      for name in _SUMMARY
+  )
+
+
 def _is_size(x: Any) -> bool:
   return _are_counts(x) and len(x) == 2 and min(x) > 0
 
@@ -237,6 +247,11 @@ def _are_texts(x: Any) -> bool:
   return isinstance(x, list) and all(isinstance(text, str) for text in x)
 
 
+# Of `summary.summarize`, those that are shown.
+_SUMMARY = (
+    'usage', 'entropy_bits', 'bits_per_image', 'entropy_bits_per_image',
+    'compression_of_pixels', 'compression_of_files',
+)
 _OBJECT = ('an object', lambda x: isinstance(x, dict))
 _COUNT = ('an integer >= 0', _is_count)
 _POSITIVE = ('1 ... 2^31', lambda x: _is_count(x) and 1 <= x <= 2**31)
@@ -272,7 +287,7 @@ _FIELDS: Mapping[str, _Check] = {
     'num_images': _COUNT,
     'num_damaged': _COUNT,
     'damaged': ('objects with name and reason', _are_damaged),
-    'summary': _OBJECT,
+    'summary': (f'an object with the numbers {_SUMMARY}', _is_summary),
     'shards': ('a list', lambda x: isinstance(x, list)),
 }
 _SHARD_FIELDS: Mapping[str, _Check] = {

@@ -11,8 +11,8 @@ import numpy as np
 
 from fsq_jax.tokens import manifest
 
-# label, h, w, H, W, bytes of the name.
-_HEADER = struct.Struct('<q5I')
+# label, h, w, H, W, those of the original, bytes of the name.
+_HEADER = struct.Struct('<q7I')
 # One image a record, for random access. Little of one can be compressed, and it
 # takes longer than all else.
 _WRITER_OPTIONS = 'group_size:1,uncompressed,max_parallelism:1'
@@ -27,12 +27,14 @@ class Example(NamedTuple):
     name: of the image in its source.
     label: -1 for none.
     size: (height, width) in pixels of the image that was fitted to the model.
+    original_size: the same before data.resize_shorter.
   """
 
   tokens: np.ndarray
   name: str
   label: int
   size: tuple[int, int]
+  original_size: tuple[int, int]
 
 
 def write(
@@ -79,8 +81,9 @@ def _write_array_record(path, examples, job):
   for example in examples:
     name = _encode_name(example.name)
     header = _HEADER.pack(
-        example.label, *example.tokens.shape[:2], *example.size, len(name)
-    )
+        example.label, *example.tokens.shape[:2], *example.size,
+        *example.original_size, len(name),
+    )  # fmt: skip
     tokens = example.tokens.astype(job.dtype).tobytes()
     writer.write(header + name + tokens)
   writer.close()
@@ -96,6 +99,7 @@ def _write_npz(path, examples, job):
       ),
       grid=_pairs([x.tokens.shape[:2] for x in examples]),
       size=_pairs([x.size for x in examples]),
+      original_size=_pairs([x.original_size for x in examples]),
       label=np.array([x.label for x in examples], '<i8'),
       name=np.array([x.name for x in examples], '<U'),
   )
@@ -137,7 +141,8 @@ class _ArrayRecordShard(Sequence[Example]):
   def _parse(self, record: bytes) -> Example:
     if len(record) < _HEADER.size:
       raise ValueError(f'{len(record)} bytes have no header.')
-    label, *grid, height, width, num_name = _HEADER.unpack_from(record)
+    label, *sizes, num_name = _HEADER.unpack_from(record)
+    grid, size, original_size = zip(sizes[::2], sizes[1::2], strict=True)
     start = _HEADER.size + num_name
     shape = (*grid, *self._job.index_shape)
     num_bytes = start + math.prod(shape) * self._job.dtype.itemsize
@@ -150,7 +155,8 @@ class _ArrayRecordShard(Sequence[Example]):
         _check_tokens(tokens.reshape(shape), self._job),
         _decode_name(record[_HEADER.size : start]),
         label,
-        (height, width),
+        size,
+        original_size,
     )
 
 
@@ -190,12 +196,15 @@ class _NpzShard(Sequence[Example]):
       )
     except ValueError as error:
       raise ValueError(f'{self._path} image {index}: {error}') from error
-    height, width = map(int, self._arrays['size'][index])
+    sizes = (
+        tuple(map(int, self._arrays[name][index]))
+        for name in ('size', 'original_size')
+    )
     return Example(
         tokens,
         str(self._arrays['name'][index]),
         int(self._arrays['label'][index]),
-        (height, width),
+        *sizes,
     )
 
 
@@ -205,6 +214,7 @@ def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
       'tokens': (job.dtype.str, ('...', *job.index_shape)),
       'grid': ('<u4', (num, 2)),
       'size': ('<u4', (num, 2)),
+      'original_size': ('<u4', (num, 2)),
       'label': ('<i8', (num,)),
       'name': ('<U', (num,)),
   }

@@ -20,6 +20,8 @@ from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 
 _HASH_THREADS = 8
+# Files open at a time; systems often allow a process 1,024.
+_MAX_OPEN = 256
 
 
 class TokenSource(Sequence[shards.Example]):
@@ -56,6 +58,7 @@ class TokenSource(Sequence[shards.Example]):
       )
     counts = [shard.num_images for shard in self.manifest.shards]
     self._ends = list(itertools.accumulate(counts))
+    # Those read last, at the end; each keeps a file open, or is in memory.
     self._shards: dict[int, Sequence[shards.Example]] = {}
     self._lock = threading.Lock()
 
@@ -112,7 +115,8 @@ class TokenSource(Sequence[shards.Example]):
 
   def _open(self, number: int) -> Sequence[shards.Example]:
     with self._lock:
-      if number not in self._shards:
+      opened = self._shards.pop(number, None)
+      if opened is None:
         shard = self.manifest.shards[number]
         path = self.folder / shard.file
         opened = shards.open_shard(path, self.manifest.job)
@@ -121,8 +125,11 @@ class TokenSource(Sequence[shards.Example]):
               f'{path} has {len(opened)} images; its manifest says'
               f' {shard.num_images}.'
           )
-        self._shards[number] = opened
-      return self._shards[number]
+        if len(self._shards) >= _MAX_OPEN:
+          # It is closed when no thread has it any more.
+          del self._shards[next(iter(self._shards))]
+      self._shards[number] = opened
+      return opened
 
   def _describe_damage(self, shard: manifests.Shard) -> str | None:
     path = self.folder / shard.file

@@ -1,6 +1,6 @@
 """What the tokens of a data set are like: usage, entropy, compression."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 import math
 from typing import Any
 
@@ -30,7 +30,7 @@ _DEFINITIONS = {
 
 
 def summarize(
-    records: Sequence[Mapping[str, Any]], job: manifests.Job
+    records: Iterable[Mapping[str, Any]], job: manifests.Job
 ) -> dict[str, Any]:
   """Sums up what the tokens of all shards are like.
 
@@ -45,20 +45,22 @@ def summarize(
   Raises:
     ValueError: there is no image.
   """
-  num_images = sum(record['num_images'] for record in records)
-  if not num_images:
-    raise ValueError('No image of the split can be read.')
+  num_images = num_pixels = num_bytes = 0
   statistics = metrics.CodebookStatistics(job.codebook_size)
   for record in records:
+    num_images += record['num_images']
+    num_pixels += record['num_pixels']
+    sizes = num_bytes, record['source_bytes']
+    num_bytes = None if None in sizes else sum(sizes)
     statistics.add(
         np.array(record['codes'], np.int32),
         np.array(record['counts'], np.int64),
     )
+  if not num_images:
+    raise ValueError('No image of the split can be read.')
   codebook = statistics.result()
   num_tokens = codebook['num_tokens']
   num_bits = num_tokens * math.log2(job.codebook_size)
-  num_pixels = sum(record['num_pixels'] for record in records)
-  sizes = [record['source_bytes'] for record in records]
   return {
       **codebook,
       'tokens_per_image': num_tokens / num_images,
@@ -68,7 +70,7 @@ def summarize(
       ),
       'compression_of_pixels': _BITS_OF_PIXEL * num_pixels / num_bits,
       'compression_of_files': (
-          None if None in sizes else 8 * sum(sizes) / num_bits
+          None if num_bytes is None else 8 * num_bytes / num_bits
       ),
       'definitions': {
           **{name: metrics.DEFINITIONS[name] for name in codebook},

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import grain
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
@@ -25,6 +24,9 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
+
+# Images that are read together where they are not cropped.
+_NUM_WHOLE = 8
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -75,7 +77,8 @@ def tokenize_workdir(
   Raises:
     ValueError: a config that is not valid or not that of the model, images
       that are not there, or a folder of something else.
-    Interrupted: by SIGTERM or SIGINT.
+    Interrupted: by SIGTERM or SIGINT, of any process.
+    PeerError: another of several processes has failed.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config)
@@ -92,13 +95,17 @@ def tokenize_workdir(
   if jax.process_index() == 0 and not writer.is_finished:
     lock = workdirs.lock(folder / manifests.UNFINISHED, '--tokens')
   with lock, runtime.catch_signals() as request:
+    is_stopped = False
     if not writer.is_finished:
       run = _Run(data_config, tokenizer, source, job, writer)
-      run.write_shards(
-          range(jax.process_index(), job.num_shards, jax.process_count()),
-          request,
-      )
-    return _finish(writer)
+      with runtime.fail_together():
+        is_stopped = not run.write_shards(request)
+    if runtime.is_any(is_stopped):
+      raise Interrupted
+    with runtime.fail_together():
+      if jax.process_index() == 0:
+        writer.finish(max_damaged_share=config.data.max_damaged_share)
+    return manifests.read(folder)
 
 
 def default_folder(
@@ -115,7 +122,7 @@ def default_folder(
 
 
 def load_tokenizer(
-    workdir: str | os.PathLike[str], which: str, batch_size: int
+    workdir: str | os.PathLike[str], which: str, batch_size: int = 64
 ) -> tokenizers.Tokenizer:
   """Loads the tokenizer of a run, or one that was saved as a folder.
 
@@ -132,6 +139,31 @@ def load_tokenizer(
   return tokenizers.Tokenizer.from_workdir(
       workdir, which, batch_size=batch_size
   )
+
+
+def apply_filled(
+    function: Callable[[np.ndarray], np.ndarray],
+    x: np.ndarray,
+    job: manifests.Job,
+) -> np.ndarray:
+  """Applies a function to at most a batch, which it gets whole under 'crop'.
+
+  So what becomes of an image does not depend on how many are left of a shard.
+  Under 'pad' sizes differ, and most batches would be nearly empty.
+
+  Args:
+    function: `Tokenizer.encode` or `Tokenizer.decode`, of their first argument.
+    x: [n, ...], n at most job.batch_size.
+    job: that is done.
+
+  Returns:
+    [n, ...], what the function makes of x.
+  """
+  num = len(x)
+  if job.fit == 'crop':
+    filling = np.zeros((job.batch_size - num, *x.shape[1:]), x.dtype)
+    x = np.concatenate([x, filling])
+  return function(x)[:num]
 
 
 def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -163,18 +195,6 @@ def _make_job(
   )
 
 
-def _finish(writer: writers.TokenWriter) -> manifests.Manifest:
-  """Lets one process write the manifest when all have done their shards."""
-  if jax.process_count() == 1:
-    return writer.finish()
-  if not writer.is_finished:
-    multihost_utils.sync_global_devices('shards')
-    if jax.process_index() == 0:
-      writer.finish()
-    multihost_utils.sync_global_devices('manifest')
-  return manifests.read(writer.folder)
-
-
 class _Run:
   """One run of this process."""
 
@@ -193,27 +213,43 @@ class _Run:
     self._job = job
     self._writer = writer
 
-  def write_shards(
-      self, numbers: Sequence[int], request: runtime.StopRequest
-  ) -> None:
-    """Writes those of the shards that are not there yet."""
-    done = [i for i in numbers if self._writer.is_done(i)]
-    for shard in done:
+  def write_shards(self, request: runtime.StopRequest) -> bool:
+    """Writes those of this process's shards that are not there yet.
+
+    Args:
+      request: to stop. One process stops after the next batch; several after
+        the same number of shards, so that all of them count what is done too.
+
+    Returns:
+      Whether all are there.
+    """
+    count = jax.process_count()
+    numbers = range(jax.process_index(), self._job.num_shards, count)
+    done = {i for i in numbers if self._writer.is_done(i)}
+    for shard in sorted(done):
       # They count towards data.max_damaged_share, as in a run without stops.
       for image in self._writer.damaged(shard):
         self._source.damaged[image.index] = image.reason
-    missing = sorted(set(numbers) - set(done))
     bar = progress.ImageProgress(
         num_images=sum(len(self._indices(i)) for i in numbers),
         first=sum(len(self._indices(i)) for i in done),
         enabled=jax.process_index() == 0,
     )
+    missing = [i for i in numbers if i not in done]
     with contextlib.closing(bar):
       chunks = _ahead(self._read(missing), self._encode)
-      for shard, parts in itertools.groupby(chunks, lambda x: x[0].shard):
-        self._write_shard(shard, parts, bar, request)
+      parts = itertools.groupby(chunks, lambda x: x[0].shard)
+      for step in range(-(-self._job.num_shards // count)):
+        shard = step * count + jax.process_index()
+        if shard in numbers and shard not in done:
+          _, own = next(parts)
+          if not self._write_shard(shard, own, bar, request):
+            return False
+        if count > 1 and request.is_due(step):
+          return False
+    return True
 
-  def _write_shard(self, shard, parts, bar, request) -> None:
+  def _write_shard(self, shard, parts, bar, request) -> bool:
     examples, damaged, sizes = [], [], []
     for chunk, tokens in parts:
       examples += [
@@ -223,8 +259,8 @@ class _Run:
       damaged += chunk.damaged
       sizes.append(chunk.num_bytes)
       bar.update(len(chunk.images) + len(chunk.damaged))
-      if jax.process_count() == 1 and request.is_due(0):
-        raise Interrupted
+      if jax.process_count() == 1 and request.is_due():
+        return False
     self._writer.write(
         shard,
         examples,
@@ -232,6 +268,7 @@ class _Run:
         source_bytes=None if None in sizes else sum(sizes),
     )
     bar.log()
+    return True
 
   def _indices(self, shard: int) -> range:
     start = shard * self._job.images_per_shard
@@ -240,11 +277,15 @@ class _Run:
 
   def _read(self, missing: Sequence[int]) -> Iterator[_Chunk]:
     """Reads the images of shards, in batches that no shard shares."""
+    num_images = self._job.batch_size
+    if self._job.fit == 'pad':
+      # They may be photographs, which wait here as a whole.
+      num_images = min(num_images, _NUM_WHOLE)
     plan = [
-        (shard, indices[start : start + self._job.batch_size])
+        (shard, indices[start : start + num_images])
         for shard in missing
         for indices in [self._indices(shard)]
-        for start in range(0, len(indices), self._job.batch_size)
+        for start in range(0, len(indices), num_images)
     ]
     if not plan:
       return
@@ -265,7 +306,7 @@ class _Run:
     for index in indices:
       facts = self._source.facts(index)
       try:
-        image = self._source.load(index)
+        image, original_size = self._source.load_with_size(index)
       except data.DamagedImageError as error:
         damaged.append(writers.Damage(index, facts.name, str(error)))
         continue
@@ -274,7 +315,9 @@ class _Run:
         # A copy: a view would keep the whole image until it is encoded.
         image = np.array(data.centre_crop(image, self._job.image_size))
       images.append(image)
-      examples.append(shards.Example(None, facts.name, facts.label, size))
+      examples.append(
+          shards.Example(None, facts.name, facts.label, size, original_size)
+      )
       sizes.append(facts.num_bytes)
     num_bytes = None if None in sizes else sum(sizes)
     return _Chunk(shard, images, examples, num_bytes, damaged)
@@ -284,7 +327,9 @@ class _Run:
     tokens = [None] * len(chunk.images)
     for rows in group_equal([image.shape for image in chunk.images]):
       images = np.stack([chunk.images[i] for i in rows])
-      encoded = self._tokenizer.encode(images, self._job.fit)
+      encoded = apply_filled(
+          lambda x: self._tokenizer.encode(x, self._job.fit), images, self._job
+      )
       for i, x in zip(rows, encoded, strict=True):
         tokens[i] = x
       if encoded.min() < 0:

@@ -1,6 +1,6 @@
 """Token files written a shard at a time, so that a killed run can go on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fsq_jax import data
 from fsq_jax import workdir as workdirs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
@@ -127,40 +128,50 @@ class TokenWriter:
         },
     )
 
-  def finish(self) -> manifests.Manifest:
+  def finish(self, *, max_damaged_share: float = 1.0) -> None:
     """Writes the manifest; all shards have to be done.
 
-    Returns:
-      It.
+    Args:
+      max_damaged_share: of the images; each of several processes has counted
+        its own alone.
+
+    Raises:
+      ValueError: more of them are damaged, or all.
     """
     if not self.is_finished:
-      records = [self._read(i) for i in range(self._job.num_shards)]
+      manifest = self._gather()
+      data.check_damaged_share(
+          {image['name']: image['reason'] for image in manifest.damaged},
+          self._job.source['num_examples'], max_damaged_share,
+      )
       temporary = self._unfinished / manifests.FILE
-      workdirs.write_json(temporary, self._gather(records).to_json())
+      workdirs.write_json(temporary, manifest.to_json())
       os.replace(temporary, self.folder / manifests.FILE)
     shutil.rmtree(self._unfinished, ignore_errors=True)
-    return manifests.read(self.folder)
 
-  def _gather(
-      self, records: Sequence[Mapping[str, Any]]
-  ) -> manifests.Manifest:
-    grids = {tuple(grid) for record in records for grid in record['grids']}
+  def _gather(self) -> manifests.Manifest:
+    """Sums up the records, of which one at a time is in memory."""
+    grids, parts, damaged = set(), [], []
+
+    def read_records() -> Iterator[Mapping[str, Any]]:
+      for i in range(self._job.num_shards):
+        record = self._read(i)
+        grids.update(map(tuple, record['grids']))
+        fields = (record[x] for x in ('num_images', 'num_bytes', 'sha256'))
+        parts.append(manifests.Shard(self._job.shard_file(i), *fields))
+        damaged.extend(
+            {'name': name, 'reason': reason}
+            for _, name, reason in record['damaged']
+        )
+        yield record
+
+    result = summary.summarize(read_records(), self._job)
     return manifests.Manifest(
         job=self._job,
         grid=grids.pop() if len(grids) == 1 else None,
-        shards=tuple(
-            manifests.Shard(
-                self._job.shard_file(i),
-                *(record[x] for x in ('num_images', 'num_bytes', 'sha256')),
-            )
-            for i, record in enumerate(records)
-        ),
-        damaged=tuple(
-            {'name': image.name, 'reason': image.reason}
-            for i in range(len(records))
-            for image in self.damaged(i)
-        ),
-        summary=summary.summarize(records, self._job),
+        shards=tuple(parts),
+        damaged=tuple(damaged),
+        summary=result,
     )
 
   def _record(self, shard: int) -> pathlib.Path:
