@@ -114,6 +114,30 @@ def build_vit_step(
   return step
 
 
+def build_products(
+    num_rows: int, dense: list[tuple[int, int]], num_blocks: int
+):
+  """Returns a function of the products that `vit_step.Products` has."""
+  operands = [
+      (
+          torch.randn(num_rows, rows),
+          torch.randn(columns, rows),
+          torch.randn(num_rows, columns),
+      )
+      for rows, columns in dense
+  ]
+
+  def multiply() -> None:
+    with torch.no_grad():
+      for _ in range(num_blocks):
+        for x, weight, grads in operands:
+          functional.linear(x, weight)
+          grads @ weight
+          grads.T @ x
+
+  return multiply
+
+
 def build_fsq(num_vectors: int, levels: list[int]):
   """Returns a function that quantizes with vector-quantize-pytorch."""
   import vector_quantize_pytorch
@@ -130,7 +154,9 @@ def build_fsq(num_vectors: int, levels: list[int]):
 
 def main() -> None:
   """Answers requests until its input ends."""
-  builders = {'vit_step': build_vit_step, 'fsq': build_fsq}
+  builders = {
+      'vit_step': build_vit_step, 'products': build_products, 'fsq': build_fsq
+  }
   functions = {}
   for line in sys.stdin:
     request = json.loads(line)

@@ -24,6 +24,8 @@ WIDTH = 192
 NUM_HEADS = 3
 MLP_DIM = 768
 NUM_BLOCKS = 4
+# Inputs and outputs of the dense layers of a block.
+DENSE = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, MLP_DIM), (MLP_DIM, WIDTH))
 
 
 class Step:
@@ -71,15 +73,51 @@ class Step:
     jax.block_until_ready(self._state)
 
 
+class Products:
+  """The matrix products of the dense layers of all blocks, and nothing else.
+
+  Of each layer three: its output, and the gradients at its input and kernel.
+  """
+
+  def __init__(self):
+    """Compiles them, in the forms that the step has them in."""
+    num_rows = BATCH_SIZE * (SIDE // PATCH) ** 2
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+      return jax.device_put(rng.standard_normal(shape, np.float32))
+
+    self._operands = [
+        (draw(num_rows, rows), draw(rows, columns), draw(num_rows, columns))
+        for rows, columns in DENSE
+    ]
+    self._functions = (
+        jax.jit(lambda x, kernel, _: x @ kernel),
+        jax.jit(lambda _, kernel, grads: grads @ kernel.T),
+        jax.jit(lambda x, _, grads: x.T @ grads),
+    )
+
+  def __call__(self) -> None:
+    """Computes each once, after another."""
+    for _ in range(NUM_BLOCKS):
+      for operands in self._operands:
+        for function in self._functions:
+          jax.block_until_ready(function(*operands))
+
+
 def torch_figures(
     rounds: int, peer: blocks.TorchPeer | None
 ) -> dict[str, Any]:
-  """One step with blocks under scan, laid out, and by PyTorch's eager mode."""
+  """One step with blocks under scan, laid out, and by PyTorch's eager mode.
+
+  And the matrix products of a step alone, in both.
+  """
   alternatives = {
       'laid_out': blocks.block_of(
           Step(num_blocks=NUM_BLOCKS, **{'model.scan_unroll': NUM_BLOCKS})
       ),
       'scan': blocks.block_of(Step(num_blocks=NUM_BLOCKS)),
+      'products': blocks.block_of(Products()),
   }
   if peer is not None:
     peer.build(
@@ -88,6 +126,11 @@ def torch_figures(
         num_blocks=NUM_BLOCKS,
     )
     alternatives['pytorch'] = peer.block('vit_step')
+    peer.build(
+        'products', num_rows=BATCH_SIZE * (SIDE // PATCH) ** 2, dense=DENSE,
+        num_blocks=NUM_BLOCKS,
+    )
+    alternatives['pytorch_products'] = peer.block('products')
   return blocks.alternate(
       alternatives, baseline='laid_out', calls=1, rounds=rounds
   )
