@@ -12,7 +12,7 @@ import pytest
 
 from fsq_jax import network_metrics
 from fsq_jax import report
-from fsq_jax import report_curves
+from fsq_jax.report import curves
 
 _VOID = {'br', 'img', 'input', 'meta'}
 _EVIL = '<script>alert("x")</script>'
@@ -252,7 +252,7 @@ def test_curve_passes_through_its_points():
   values = [1.0, 3.0, 2.0]
   rows = [{'step': i, 'psnr': value} for i, value in enumerate(values)]
   rows.insert(1, {'step': 0.5, 'psnr': None})
-  svg = report_curves.render({'train': [], 'eval': rows})
+  svg = curves.render({'train': [], 'eval': rows})
   assert svg.count('<figure>') == 1
   assert 'PSNR' in svg
   marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*#3f7fd6', svg)
@@ -280,7 +280,7 @@ def test_curve_passes_through_its_points():
 )
 def test_curves_of_one_plot_have_colors_of_their_own(split, names):
   rows = [{'step': i, **dict.fromkeys(names, 2.0 + i)} for i in range(3)]
-  svg = report_curves.render({'train': [], 'eval': []} | {split: rows})
+  svg = curves.render({'train': [], 'eval': []} | {split: rows})
   assert svg.count('<figure>') == 1
   for name in names:
     assert f'>{name.replace("_", " ")}</text>' in svg
@@ -292,7 +292,7 @@ def test_curves_of_one_plot_have_colors_of_their_own(split, names):
 def test_losses_below_zero_are_drawn():
   values = [0.0, -1.0, -3.0]  # 0 before their start.
   rows = [{'step': i, 'adversarial_loss': x} for i, x in enumerate(values)]
-  svg = report_curves.render({'train': rows, 'eval': []})
+  svg = curves.render({'train': rows, 'eval': []})
   marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*#3f7fd6', svg)
   y = np.array(marks, float)[:, 1]
   np.testing.assert_allclose(y[2] - y[1], 2 * (y[1] - y[0]), rtol=1e-4)
@@ -310,13 +310,13 @@ def test_losses_below_zero_are_drawn():
 )
 def test_numbers_of_other_units_have_plots_of_their_own(split, name, title):
   rows = [{'step': i, name: 2.0 + i} for i in range(3)]
-  svg = report_curves.render({'train': [], 'eval': []} | {split: rows})
+  svg = curves.render({'train': [], 'eval': []} | {split: rows})
   assert re.findall('<figcaption>(.*?)</figcaption>', svg) == [title]
 
 
 def test_every_metric_by_a_network_has_a_curve_and_a_tile(workdir):
   names = list(network_metrics.DEFINITIONS)
-  drawn = {key for _, _, keys, _ in report_curves._CURVES for key in keys}
+  drawn = {key for _, _, keys, _ in curves._CURVES for key in keys}
   assert drawn.issuperset(names)
   evaluation = json.loads((workdir / 'evaluation.json').read_text())
   # What would round to the same is told apart.
@@ -341,7 +341,7 @@ def test_long_curves_stay_small():
       {'step': step, 'gradient_norm': float(norm)}
       for step, norm in enumerate(rng.uniform(1, 2, 20_000))
   ]
-  assert len(report_curves.render({'train': rows, 'eval': []})) < 100_000
+  assert len(curves.render({'train': rows, 'eval': []})) < 100_000
 
 
 def test_earlier_grids_stand_behind_a_slider(workdir, monkeypatch):

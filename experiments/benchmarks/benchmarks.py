@@ -19,7 +19,7 @@ from fsq_jax import runtime
 
 RESULTS = pathlib.Path(__file__).with_name('results.json')
 GROUPS = ('fsq', 'lookup', 'vit', 'compile', 'memory', 'input', 'evaluation',
-          'start')
+          'tokenize', 'start')
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -100,6 +100,13 @@ def _figures(results: dict[str, Any]):
         ),
         '0.9', '0.97',
     )
+  for name, label in (('vit_s', 'ViT-S/8, 64 x 64'), ('default_run', 'small')):
+    case = results['tokenize'][name]
+    yield (
+        f'tokenizing PNG files, throughput by jitted encoder, {label}',
+        tuple(1 / case['tokenize'][ratio] for ratio in ('ratio', 'cpu_ratio')),
+        '0.9', '0.97',
+    )
 
 
 def _measure(
@@ -112,6 +119,7 @@ def _measure(
   from experiments.benchmarks import blocks
   from experiments.benchmarks import quantizer
   from experiments.benchmarks import runs
+  from experiments.benchmarks import tokenizing
   from experiments.benchmarks import vit_step
 
   peer = blocks.TorchPeer(torch_python) if torch_python else None
@@ -123,6 +131,7 @@ def _measure(
       'memory': lambda: vit_step.memory_figures(rounds),
       'input': lambda: runs.input_figures(rounds),
       'evaluation': lambda: runs.evaluation_figures(rounds),
+      'tokenize': lambda: tokenizing.tokenize_figures(max(3, rounds // 3)),
       'start': lambda: runs.start_figures(max(2, rounds // 3)),
   }
   machine = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import html
 from typing import Any
 
-from fsq_jax import report_elements
+from fsq_jax.report import elements
 
 
 def render(analysis: Mapping[str, Any]) -> str:
@@ -16,13 +16,13 @@ def render(analysis: Mapping[str, Any]) -> str:
   if not analysis:
     return ''
   wipes = ''.join(map(_wipe, analysis['spread']))
-  wipes = report_elements.section(
+  wipes = elements.section(
       'Original against reconstruction',
       f'<p class="soft">Some of {describe(analysis)} Move the line with mouse,'
       ' finger or arrow keys: the original is to its left, the reconstruction'
       f' to its right.</p><div class="wipes">{wipes}</div>',
   )
-  return wipes + report_elements.section(
+  return wipes + elements.section(
       'Worst and best images',
       '<p class="soft">By PSNR of the image, in dB: 10 log10(1 / mse) of uint8'
       ' images divided by 255. Originals over reconstructions; # is the number'
@@ -47,8 +47,8 @@ def describe(analysis: Mapping[str, Any]) -> str:
 def _wipe(image: Mapping[str, Any]) -> str:
   """A reconstruction over an original, cut off at a line that moves."""
   name = f'#{image["index"]}'
-  original = report_elements.image(image['original'], 'original')
-  reconstruction = report_elements.image(
+  original = elements.image(image['original'], 'original')
+  reconstruction = elements.image(
       image['reconstruction'], 'reconstruction', 'over'
   )
   return (
@@ -57,7 +57,7 @@ def _wipe(image: Mapping[str, Any]) -> str:
       '<b style="right:.3rem">reconstruction</b>'
       '<input type="range" min="0" max="100" value="50" aria-label="line'
       f' between original and reconstruction of {name}"></div><figcaption>'
-      f'{report_elements.decimals(image["psnr"])} dB, {name}</figcaption>'
+      f'{elements.decimals(image["psnr"])} dB, {name}</figcaption>'
       '</figure>'
   )
 
@@ -65,13 +65,13 @@ def _wipe(image: Mapping[str, Any]) -> str:
 def _cards(images: Sequence[Mapping[str, Any]]) -> str:
   cards = []
   for image in images:
-    original = report_elements.image(image['original'], 'original')
-    reconstruction = report_elements.image(
+    original = elements.image(image['original'], 'original')
+    reconstruction = elements.image(
         image['reconstruction'], 'reconstruction'
     )
     cards.append(
         f'<figure>{original}{reconstruction}<figcaption>'
-        f'{report_elements.decimals(image["psnr"])} dB, #{image["index"]}'
+        f'{elements.decimals(image["psnr"])} dB, #{image["index"]}'
         '</figcaption></figure>'
     )
   return f'<div class="cards">{"".join(cards)}</div>'

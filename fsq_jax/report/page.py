@@ -10,11 +10,11 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from fsq_jax import report_codebook
-from fsq_jax import report_curves
-from fsq_jax import report_elements
-from fsq_jax import report_images
-from fsq_jax import report_style
+from fsq_jax.report import codebook_section
+from fsq_jax.report import curves
+from fsq_jax.report import elements
+from fsq_jax.report import image_section
+from fsq_jax.report import style
 
 # Metric by a frozen network to label and note of its tile.
 _NETWORK_TILES = {
@@ -61,21 +61,21 @@ def render(run: Run) -> str:
   body = '\n'.join([
       _headline(run),
       _reconstructions(run.frames),
-      report_images.render(run.analysis),
-      report_elements.section('Curves', report_curves.render(run.rows)),
+      image_section.render(run.analysis),
+      elements.section('Curves', curves.render(run.rows)),
       _tokens(run),
       _results(run.evaluation, definitions),
-      report_elements.section('Protocol of the evaluation', _tree(protocol)),
-      report_elements.section('Quantizer', _tree(run.quantizer)),
-      report_elements.section('Config', _tree(run.config)),
-      report_elements.section('Provenance', _tree(run.provenance)),
+      elements.section('Protocol of the evaluation', _tree(protocol)),
+      elements.section('Quantizer', _tree(run.quantizer)),
+      elements.section('Config', _tree(run.config)),
+      elements.section('Provenance', _tree(run.provenance)),
   ])
   return (
       '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
       '<meta name="viewport" content="width=device-width, initial-scale=1">'
-      f'<title>{html.escape(run.name)}</title><style>{report_style.STYLE}'
+      f'<title>{html.escape(run.name)}</title><style>{style.STYLE}'
       '</style></head>'
-      f'<body>\n{body}\n<script>{report_style.SCRIPT}</script></body></html>\n'
+      f'<body>\n{body}\n<script>{style.SCRIPT}</script></body></html>\n'
   )
 
 
@@ -204,12 +204,12 @@ def _reconstructions(frames: Sequence[Frame]) -> str:
         f' max="{last}" value="{last}" aria-label="step" hidden></p>'
     )
   images = f'<div class="wide">{"".join(images)}</div>'
-  return report_elements.section('Reconstructions', caption + images)
+  return elements.section('Reconstructions', caption + images)
 
 
 def _tokens(run: Run) -> str:
   """All there is on tokens: what --mode=report found, else the levels."""
-  found = report_codebook.render(run.analysis)
+  found = codebook_section.render(run.analysis)
   return found or _levels(run.evaluation.get('codebook') or {})
 
 
@@ -218,13 +218,13 @@ def _levels(codebook: Mapping[str, Any]) -> str:
   histograms = codebook.get('level_histograms') or []
   entropies = codebook.get('level_entropy_bits') or []
   figures = [
-      report_elements.levels(counts, entropy, f'Dimension {number}')
+      elements.levels(counts, entropy, f'Dimension {number}')
       for number, (counts, entropy) in enumerate(
           zip(histograms, entropies, strict=True), 1
       )
   ]
   content = f'<div class="levels">{"".join(figures)}</div>' if figures else ''
-  return report_elements.section('Levels of each dimension', content)
+  return elements.section('Levels of each dimension', content)
 
 
 def _results(
@@ -245,7 +245,7 @@ def _results(
     rows.append(f'<tr>{cells}</tr>')
   if not rows:
     return ''
-  return report_elements.section(
+  return elements.section(
       f'Evaluation at step {html.escape(_number(evaluation.get("step")))}',
       '<table><tr><th>metric</th><th>value</th>'
       f'<th>definition</th></tr>{"".join(rows)}</table>',

@@ -8,9 +8,9 @@ import html
 import math
 from typing import Any
 
-from fsq_jax import report_curves
-from fsq_jax import report_elements
-from fsq_jax import report_images
+from fsq_jax.report import curves
+from fsq_jax.report import elements
+from fsq_jax.report import image_section
 
 _NEIGHBOURS = {
     'right': 'The token to the right',
@@ -45,14 +45,14 @@ def _use_of_levels(analysis: Mapping[str, Any]) -> str:
   if not digits:
     return ''
   figures = [
-      report_elements.levels(counts, entropy, _digit(analysis, i))
+      elements.levels(counts, entropy, _digit(analysis, i))
       for i, (counts, entropy) in enumerate(
           zip(digits['histograms'], digits['entropy_bits'], strict=True)
       )
   ]
-  return report_elements.section(
+  return elements.section(
       'Levels of each dimension',
-      f'<p class="soft">Of {report_images.describe(analysis)} Tokens at each'
+      f'<p class="soft">Of {image_section.describe(analysis)} Tokens at each'
       ' level of each digit, from level 0, and the entropy of these shares. A'
       ' dead level never occurs.</p>'
       f'<div class="levels">{"".join(figures)}</div>',
@@ -79,7 +79,7 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
       'share of tokens': list(zip(ranks['ranks'], shares, strict=True)),
       'if all were as likely': [(1, 1 / size), (size, 1 / size)],
   }
-  plot = report_curves.plot(
+  plot = curves.plot(
       points, 'log', 'codes-', x_label='rank of the code', x_scale='log'
   )
   numbers = ', '.join(
@@ -94,7 +94,7 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
         ' The picture is the middle patch of what a grid of this code alone'
         ' decodes to.'
     )
-  return report_elements.section(
+  return elements.section(
       'Use of codes',
       f'<p class="soft">{codebook["num_used_codes"]:,} of {size:,} codes occur'
       f' in {total:,} tokens, {codebook["tokens_per_code"]:.3g} for each code.'
@@ -113,7 +113,7 @@ def _code_card(analysis: Mapping[str, Any], code: Mapping[str, Any]) -> str:
   digits = f'<br>({digits})' if digits else ''
   swatch = ''
   if 'swatch' in code:
-    swatch = report_elements.image(code['swatch'], f'code {code["code"]}')
+    swatch = elements.image(code['swatch'], f'code {code["code"]}')
   return (
       f'<figure>{swatch}<figcaption>{code["code"]:,}{digits}<br>'
       f'{share:.3g} %</figcaption></figure>'
@@ -128,11 +128,11 @@ def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
     reason = 'The codes of this quantizer have no digits.'
     if analysis['dimensions']:
       reason = 'Its digits have too many levels to count pairs of them.'
-    return report_elements.section(title, f'<p class="soft">{reason}</p>')
+    return elements.section(title, f'<p class="soft">{reason}</p>')
   if not digits['pairs']:
     num = len(digits['histograms'])
     text = f'A position has {num} digits, too many for a matrix.'
-    return report_elements.section(title, f'<p class="soft">{text}</p>')
+    return elements.section(title, f'<p class="soft">{text}</p>')
   tables = []
   for name, pairs in digits['pairs'].items():
     label = _NEIGHBOURS.get(name, 'The same token')
@@ -151,8 +151,8 @@ def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
     )
     cells = [
         [
-            report_elements.heat_cell(
-                report_elements.decimals(x),
+            elements.heat_cell(
+                elements.decimals(x),
                 0 if own and i == j else (x or 0) / (largest or 1),
                 f'{_digit(analysis, i)}, {_digit(analysis, j)}',
             )
@@ -162,12 +162,12 @@ def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
     ]
     tables.append(
         f'<figure><figcaption>{label}, {pairs["num_pairs"]:,} pairs'
-        f'</figcaption>{report_elements.heat_table(names, cells)}</figure>'
+        f'</figcaption>{elements.heat_table(names, cells)}</figure>'
     )
   order = ''
   if analysis['index_shape']:
     order = ' Digits are numbered through, index after index.'
-  return report_elements.section(
+  return elements.section(
       title,
       '<p class="soft">Mutual information in bits, sum of p(x, y) log2 p(x, y)'
       ' / (p(x) p(y)) over levels x of the digit of the row and y of that of'
@@ -188,7 +188,7 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
     name = f'{number:,}'
     if size == 1 and 'swatch' in swatches.get(number, {}):
       swatch = swatches[number]['swatch']
-      name = report_elements.image(swatch, f'code {number}') + name
+      name = elements.image(swatch, f'code {number}') + name
     names.append(name)
   what = 'codes'
   note = ''
@@ -213,7 +213,7 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
         )
     ]
     bits, less_bias = (
-        report_elements.decimals(direction[key])
+        elements.decimals(direction[key])
         for key in ('bits', 'bits_miller_madow')
     )
     table = (
@@ -221,14 +221,14 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
         ' times.</p>'
     )
     if max(map(max, direction['expected']), default=0) >= _FEWEST_EXPECTED:
-      table = report_elements.heat_table(names, cells, 'small')
+      table = elements.heat_table(names, cells, 'small')
     figures.append(
         f'<figure><figcaption>{_NEIGHBOURS[name]}: mutual information of'
         f' {bits} bits, {less_bias} less its bias; {direction["num_pairs"]:,}'
         f' pairs, {direction["num_cells"]:,} of them different</figcaption>'
         f'{table}</figure>'
     )
-  return report_elements.section(
+  return elements.section(
       f'Which {what} are neighbours',
       '<p class="soft">log2 of pairs counted over pairs expected, if neighbours'
       ' were independent, of the token of the row and the neighbour of the'
@@ -244,11 +244,11 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
 def _lift_cell(observed: int, expected: float) -> str:
   title = f'{observed:,} pairs, expected {expected:.1f}'
   if expected < _FEWEST_EXPECTED:
-    return report_elements.heat_cell('', 0, title)
+    return elements.heat_cell('', 0, title)
   if not observed:
-    return report_elements.heat_cell('\N{MINUS SIGN}\N{INFINITY}', -1, title)
+    return elements.heat_cell('\N{MINUS SIGN}\N{INFINITY}', -1, title)
   lift = math.log2(observed / expected)
-  return report_elements.heat_cell(f'{lift:+.1f}', lift / _FULL_LIFT, title)
+  return elements.heat_cell(f'{lift:+.1f}', lift / _FULL_LIFT, title)
 
 
 def _swaps(analysis: Mapping[str, Any]) -> str:
@@ -272,7 +272,7 @@ def _swaps(analysis: Mapping[str, Any]) -> str:
         f' Shown are the first {len(swaps[0]["rows"])} of'
         f' {swaps[0]["num_digits"]} digits.'
     )
-  return report_elements.section(
+  return elements.section(
       'One digit changed' if has_digits else 'One token changed',
       f'<p class="soft">{how} Below each: the difference from the image as it'
       ' is, grey where there is none. RMS is over the pixels of the patch that'
@@ -304,7 +304,7 @@ def _swap(analysis: Mapping[str, Any], swap: Mapping[str, Any]) -> str:
   row, column = swap['position']
   return (
       '<div class="swap"><figure><div class="whole">'
-      f'{report_elements.image(swap["reconstruction"], "reconstruction")}'
+      f'{elements.image(swap["reconstruction"], "reconstruction")}'
       f'<i style="{box}"></i></div><figcaption>#{swap["index"]}, token in row'
       f' {row + 1}, column {column + 1}. Differences times'
       f' {swap["gain"]:.2g}.</figcaption></figure>'
@@ -318,8 +318,8 @@ def _swap_cell(cell: Mapping[str, Any]) -> str:
       f'{cell["distance"]:.3g} away'
   )
   own = ' class="own"' if cell['own'] else ''
-  swapped = report_elements.image(cell['image'], 'swapped')
-  difference = report_elements.image(cell['difference'], 'difference')
+  swapped = elements.image(cell['image'], 'swapped')
+  difference = elements.image(cell['difference'], 'difference')
   return (
       f'<figure{own}>{swapped}{difference}<figcaption>{label}<br>RMS'
       f' {cell["rms"]:.1f}</figcaption></figure>'
@@ -335,7 +335,7 @@ def _nearest(analysis: Mapping[str, Any]) -> str:
         for near in query['nearest']
     ]
     cells = [
-        f'<figure>{report_elements.image(entry["image"], "reconstruction")}'
+        f'<figure>{elements.image(entry["image"], "reconstruction")}'
         f'<figcaption>{caption}</figcaption></figure>'
         for entry, caption in zip(
             [query, *query['nearest']], captions, strict=True
@@ -344,7 +344,7 @@ def _nearest(analysis: Mapping[str, Any]) -> str:
     rows.append(f'<div class="cards near">{"".join(cells)}</div>')
   if not rows:
     return ''
-  return report_elements.section(
+  return elements.section(
       'Nearest reconstructions',
       '<p class="soft">First a reconstruction, then those of the'
       f' {analysis["num_grids"]:,} images, spread evenly over the split, whose'

@@ -16,8 +16,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from fsq_jax import report_page
 from fsq_jax import workdir as workdirs
+from fsq_jax.report import page
 
 # Of what codebook.json holds; raise it with any change that pages would miss.
 ANALYSIS_VERSION = 1
@@ -46,9 +46,9 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
     The path of the page.
   """
   run = _read_workdir(os.path.abspath(os.fspath(workdir)))
-  page = report_page.render(run)
+  text = page.render(run)
   path = os.path.join(os.fspath(workdir), 'report.html')
-  workdirs.write_bytes(path, page.encode('utf-8', 'replace'))
+  workdirs.write_bytes(path, text.encode('utf-8', 'replace'))
   return path
 
 
@@ -123,7 +123,7 @@ def _vertical_label(text: str, height: int) -> np.ndarray:
   return np.asarray(label.transpose(PIL.Image.Transpose.ROTATE_90))[..., None]
 
 
-def _read_workdir(workdir: str) -> report_page.Run:
+def _read_workdir(workdir: str) -> page.Run:
   notices = []
   files = {
       name: _read_json(os.path.join(workdir, f'{name}.json'), notices)
@@ -142,7 +142,7 @@ def _read_workdir(workdir: str) -> report_page.Run:
         f'Single images and the codebook are of step {analysis["step"]}, all'
         f' else of step {step}; --mode=report looks at them anew.'
     )
-  return report_page.Run(
+  return page.Run(
       name=os.path.basename(workdir),
       config=files['config'],
       quantizer=files['quantizer'],
@@ -188,7 +188,7 @@ def _read_rows(path: str) -> dict[str, list[dict[str, Any]]]:
   }
 
 
-def _read_frames(folder: str, notices: list[str]) -> list[report_page.Frame]:
+def _read_frames(folder: str, notices: list[str]) -> list[page.Frame]:
   """The last grid and, evenly spaced, some earlier ones."""
   paths = {}
   for name in os.listdir(folder) if os.path.isdir(folder) else ():
@@ -207,7 +207,7 @@ def _read_frames(folder: str, notices: list[str]) -> list[report_page.Frame]:
         png = file.read()
       with PIL.Image.open(io.BytesIO(png)) as image:
         image.load()
-        frames.append(report_page.Frame(step, *image.size, png))
+        frames.append(page.Frame(step, *image.size, png))
     except (OSError, SyntaxError) as error:
       notices.append(f'{os.path.basename(paths[step])}: {error}')
   return frames
