@@ -5,11 +5,9 @@ So each step has a manifest with a hash of every array and of the record, which
 is compared with what is read before anybody gets it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-import errno
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -19,20 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fsq_jax import integrity
+from fsq_jax import storage_errors
 from fsq_jax import workdir
 
 _FORMAT = 1
-
-# Numbers of the system's errors about files that are gone, or that damaged
-# bytes name. Any other, as of a disk or a server, says nothing about the files.
-_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
-_NUMBER = re.compile(r"(?:\[Errno |os_error_code=')(\d+)")
-# Of TensorStore, which has no number for those of object stores.
-_NOT_OF_DAMAGE = re.compile(
-    r'\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED'
-    r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE):'
-)
-
 
 class DamagedError(ValueError):
   """A step that is not what was saved."""
@@ -192,16 +180,21 @@ class Checkpointer:
         raise DamagedError(f'Step {step}: the record is not what was saved.')
     return record
 
-  def restore(self, step: int, abstract: Any) -> Any:
+  def restore(
+      self, step: int, abstract: Any, fields: Sequence[str] | None = None
+  ) -> Any:
     """Reads the state of one step.
 
     Args:
       step: one of the steps that are there.
       abstract: tree of `jax.ShapeDtypeStruct` with the shardings wanted; how
         the arrays were spread over devices when saved does not matter.
+      fields: of the tree's root to read, where not all are needed: without the
+        optimizer's, a state is a third of its size. The step must have the
+        arrays of the others too.
 
     Returns:
-      The state.
+      The state; with `fields`, a dict of these.
 
     Raises:
       DamagedError: arrays are not what was saved.
@@ -215,8 +208,20 @@ class Checkpointer:
           f'Step {step} of {self._folder} has other arrays than this model and'
           ' optimizer (saved -> wanted):\n  ' + '\n  '.join(lines)
       )
+    args = ocp.args.StandardRestore(abstract)
+    if fields is not None:
+      abstract = {name: getattr(abstract, name) for name in fields}
+      hashes = {x: hashes[x] for x in integrity.describe_arrays(abstract)}
+      args = ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+      )
     with _in_all_processes(step):
-      state = self._read(step, 'state', ocp.args.StandardRestore(abstract))
+      state = self._read(step, 'state', args)
+      # In the place of arrays that Orbax does not find, it leaves their shapes.
+      if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
+        raise DamagedError(f'Step {step}: arrays of the state are missing.')
     lines = integrity.compare(hashes, integrity.hash_arrays(state))
     with _in_all_processes(step):  # Some arrays are whole in each of them.
       if lines:
@@ -306,15 +311,16 @@ class Checkpointer:
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise  # Says nothing about the files.
     except Exception as error:  # Whatever a reader makes of damaged bytes.
-      if cause := _find_other_cause(error):
+      if cause := storage_errors.find_other_cause(error):
         raise ReadError(
-            f'{folder}: the {part} cannot be read now ({_reason(cause)}) and'
-            ' may be whole. No step was moved; run the same command again when'
-            ' it can be read, or move this step away.'
+            f'{folder}: the {part} cannot be read now'
+            f' ({storage_errors.shorten(cause)}) and may be whole. No step was'
+            ' moved; run the same command again when it can be read, or move'
+            ' this step away.'
         ) from error
       raise DamagedError(
           f'Step {step}: the {part} cannot be read ({type(error).__name__}:'
-          f' {_reason(error)}).'
+          f' {storage_errors.shorten(error)}).'
       ) from error
 
   def _set_aside(self, refused: Mapping[int, str]) -> None:
@@ -340,9 +346,9 @@ class Checkpointer:
       yield
     except Exception as error:
       raise SaveError(
-          f'{what} of {self._folder} cannot be written ({_reason(error)}).'
-          f' Steps on disk are {self.steps}; make room, or the folder writable,'
-          ' and run the same command again.'
+          f'{what} of {self._folder} cannot be written'
+          f' ({storage_errors.shorten(error)}). Steps on disk are {self.steps};'
+          ' make room, or the folder writable, and run the same command again.'
       ) from error
 
 
@@ -364,23 +370,6 @@ def _in_all_processes(step: int) -> Iterator[None]:
     raise error(f'Step {step}: another process {reason}; its log says why.')
   if failure is not None:
     raise failure
-
-
-def _find_other_cause(error: BaseException | None) -> BaseException | None:
-  """Returns the error behind this one that is not of damage, if there is."""
-  while error is not None:
-    numbers = {int(x) for x in _NUMBER.findall(str(error))}
-    if numbers - _OF_DAMAGE or _NOT_OF_DAMAGE.search(str(error)):
-      return error
-    error = error.__cause__ or error.__context__
-  return None
-
-
-def _reason(error: BaseException) -> str:
-  """Returns the two ends of an error's text, which may fill pages."""
-  # TensorStore ends with how the file was opened.
-  text = ' '.join(str(error).partition(' [tensorstore_spec')[0].split())
-  return text if len(text) < 300 else f'{text[:120]} ... {text[-160:]}'
 
 
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):

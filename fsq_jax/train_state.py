@@ -52,8 +52,19 @@ class TrainState(struct.PyTreeNode):
   @property
   def eval_variables(self) -> dict[str, Any]:
     """The variables that evaluation and tokenizing use."""
-    params = optim.merge_frozen(self.ema_params, self.frozen_params)
-    return {'params': params, **self.model_state}
+    return eval_variables(**{x: getattr(self, x) for x in EVAL_FIELDS})
+
+
+# Fields of the state that `eval_variables` takes.
+EVAL_FIELDS = ('frozen_params', 'model_state', 'ema_params')
+
+
+def eval_variables(
+    *, frozen_params: Any, model_state: Any, ema_params: Any
+) -> dict[str, Any]:
+  """Returns the model's variables of these fields of a state."""
+  params = optim.merge_frozen(ema_params, frozen_params)
+  return {'params': params, **model_state}
 
 
 class StateBuilder:

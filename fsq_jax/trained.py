@@ -121,13 +121,15 @@ def restore(
       checkpoint.Checkpointer(found.folder, read_only=True)
   ) as checkpointer:
     try:
-      state = checkpointer.restore(found.step, builder.abstract)
+      fields = checkpointer.restore(
+          found.step, builder.abstract, train_state.EVAL_FIELDS
+      )
     except checkpoint.DamagedError as error:
       raise ValueError(
           f'{found.folder}: {error} --checkpoint=STEP takes another of'
           f' {checkpointer.steps}.'
       ) from error
-  return model, state.eval_variables
+  return model, train_state.eval_variables(**fields)
 
 
 def read_evaluation(found: Checkpoint) -> dict[str, Any] | None:

@@ -11,12 +11,14 @@ import sys
 import time
 
 import chex
+from flax import struct
 import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
 
 from fsq_jax import checkpoint
+from fsq_jax import integrity
 from fsq_jax import workdir
 
 
@@ -111,12 +113,61 @@ def test_bits_that_flip_are_found(saved, names, tmp_path):
     shares = sizes / sizes.sum() if number % 2 else np.sign(sizes)
     name = rng.choice(names, p=shares / shares.sum())
     path = _newest(folder) / name
-    content = bytearray(path.read_bytes())
-    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
-    path.write_bytes(content)
+    _flip(path, rng)
     taken.append(_restore(folder))
     shutil.rmtree(folder)
   assert set(taken) == {1, 2}
+
+
+def _flip(path, rng):
+  content = bytearray(path.read_bytes())
+  content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+  path.write_bytes(content)
+
+
+class _Tree(struct.PyTreeNode):
+  kernel: jax.Array
+  scale: jax.Array
+  step: jax.Array
+
+
+def test_a_part_of_a_state_is_held_to_its_hashes(saved, names, tmp_path):
+  rng = np.random.default_rng(0)
+  refused = 0
+  for number, name in enumerate(x for x in names if x.startswith('state/')):
+    folder = shutil.copytree(saved, tmp_path / str(number))
+    for damage in (lambda path: _flip(path, rng), lambda path: path.unlink()):
+      damage(_newest(folder) / name)
+      checkpointer = checkpoint.Checkpointer(folder, read_only=True)
+      try:
+        state = checkpointer.restore(2, _Tree(**_ABSTRACT), ('scale', 'step'))
+      except checkpoint.DamagedError:
+        refused += 1
+      else:
+        assert state.keys() == {'scale', 'step'}
+        chex.assert_trees_all_equal(
+            state, {name: _state(2)[name] for name in state}
+        )
+      checkpointer.close()
+  assert 0 < refused < 2 * number
+
+
+def test_what_is_not_asked_for_is_not_read(saved, monkeypatch):
+  checkpointer = checkpoint.Checkpointer(saved, read_only=True)
+  hash_arrays = integrity.hash_arrays
+  hashed = []
+
+  def hash_and_record(state):
+    hashed.extend(state)
+    return hash_arrays(state)
+
+  monkeypatch.setattr(integrity, 'hash_arrays', hash_and_record)
+  checkpointer.restore(2, _Tree(**_ABSTRACT), ('scale',))
+  assert hashed == ['scale']
+  other = _Tree(**{**_ABSTRACT, 'kernel': _ABSTRACT['scale']})
+  with pytest.raises(ValueError, match='other arrays than this model'):
+    checkpointer.restore(2, other, ('scale',))
+  checkpointer.close()
 
 
 def test_a_number_is_free_again_once_its_step_is_set_aside(folder):
