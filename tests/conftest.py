@@ -21,8 +21,9 @@ os.environ['XLA_FLAGS'] = (
 
 # Files that take minutes: no process should be left with one at the end.
 _LONG = (
-    'configs_test', 'train_test', 'experiments_test', 'adversary_test',
-    'stages_test', 'notebooks_test',
+    'configs_test', 'train_test', 'adversary_test', 'processes_test',
+    'train_step_test', 'models_test', 'stages_test', 'notebooks_test',
+    'partitioning_test', 'experiments_test',
 )  # fmt: skip
 
 

@@ -172,9 +172,7 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'variant', ['plain', 'noise', 'vq', 'none', 'patch', 'dino']
-)
+@pytest.mark.parametrize('variant', ['plain', 'noise', 'vq', 'dino'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
     straight, journal, tmp_path, variant
 ):

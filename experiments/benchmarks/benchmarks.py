@@ -32,6 +32,7 @@ _LAYOUTS = {
     'laid_out_kept': 'laid out, activations kept',
     'laid_out_remat': 'laid out, remat of each block',
     'scan_kept': 'scan, activations kept',
+    'scan_products': 'scan, remat of all but matrix products',
     'scan_remat': 'scan, remat of each block',
 }
 

@@ -85,19 +85,21 @@ def tokenize_workdir(
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()
   tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
-  trained.check_same_model(tokenizer.config, configuration.resolve(config))
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
-  source = data.open_source(data_config, config.tokenize.split)
-  job = _make_job(config, tokenizer, source)
-  writer = writers.TokenWriter(folder, job)
-  lock = contextlib.nullcontext()
-  if jax.process_index() == 0 and not writer.is_finished:
-    lock = workdirs.lock(folder / manifests.UNFINISHED, '--tokens')
-  with lock, runtime.catch_signals() as request:
+  with contextlib.ExitStack() as stack:
+    with runtime.fail_together():
+      trained.check_same_model(tokenizer.config, configuration.resolve(config))
+      source = data.open_source(data_config, config.tokenize.split)
+      job = _make_job(config, tokenizer, source)
+      writer = writers.TokenWriter(folder, job)
+      if jax.process_index() == 0 and not writer.is_finished:
+        unfinished = folder / manifests.UNFINISHED
+        stack.enter_context(workdirs.lock(unfinished, '--tokens'))
     is_stopped = False
     if not writer.is_finished:
       run = _Run(data_config, tokenizer, source, job, writer)
+      request = stack.enter_context(runtime.catch_signals())
       with runtime.fail_together():
         is_stopped = not run.write_shards(request)
     if runtime.is_any(is_stopped):
