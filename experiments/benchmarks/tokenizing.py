@@ -64,6 +64,7 @@ def _case(
   config.data.source = 'folder'
   config.data.data_dir = str(folder / 'images')
   config.data.train_split, config.data.eval_split = 'many', 'few'
+  config.data.cache_mib = 0
   encode = jax.jit(
       lambda variables, x: tokenizer.model.apply(
           variables, x, method=tokenizers.images_to_tokens
