@@ -22,6 +22,7 @@ from fsq_jax import workdir
 
 _FORMAT = 1
 
+
 class DamagedError(ValueError):
   """A step that is not what was saved."""
 
@@ -86,6 +87,8 @@ class Checkpointer:
     # The manager's own `restore` ends at a barrier, which a process that cannot
     # read would never reach.
     self._reader = ocp.CompositeCheckpointHandler()
+    # One takes each item by one kind of arguments alone.
+    self._part_reader = ocp.CompositeCheckpointHandler()
     for step in self.steps:
       try:
         self._metrics[step] = self._read_manifest(step)['metrics']
@@ -208,8 +211,9 @@ class Checkpointer:
           f'Step {step} of {self._folder} has other arrays than this model and'
           ' optimizer (saved -> wanted):\n  ' + '\n  '.join(lines)
       )
-    args = ocp.args.StandardRestore(abstract)
+    args, reader = ocp.args.StandardRestore(abstract), self._reader
     if fields is not None:
+      reader = self._part_reader
       abstract = {name: getattr(abstract, name) for name in fields}
       hashes = {x: hashes[x] for x in integrity.describe_arrays(abstract)}
       args = ocp.args.PyTreeRestore(
@@ -218,7 +222,7 @@ class Checkpointer:
           partial_restore=True,
       )
     with _in_all_processes(step):
-      state = self._read(step, 'state', args)
+      state = self._read(step, 'state', args, reader)
       # In the place of arrays that Orbax does not find, it leaves their shapes.
       if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
         raise DamagedError(f'Step {step}: arrays of the state are missing.')
@@ -284,6 +288,7 @@ class Checkpointer:
     try:
       self._manager.close()
       self._reader.close()
+      self._part_reader.close()
     except Exception as error:
       logging.error('The last step is not on disk. %s', error)
 
@@ -302,12 +307,18 @@ class Checkpointer:
         ) from error
     return manifest
 
-  def _read(self, step: int, part: str, args: ocp.args.CheckpointArgs) -> Any:
+  def _read(
+      self,
+      step: int,
+      part: str,
+      args: ocp.args.CheckpointArgs,
+      reader: ocp.CompositeCheckpointHandler | None = None,
+  ) -> Any:
     self.wait()
     folder = self._manager.directory / str(step)
     try:
       parts = ocp.args.Composite(**{part: args})
-      return self._reader.restore(folder, args=parts)[part]
+      return (reader or self._reader).restore(folder, args=parts)[part]
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise  # Says nothing about the files.
     except Exception as error:  # Whatever a reader makes of damaged bytes.

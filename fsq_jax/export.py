@@ -88,9 +88,10 @@ def export_workdir(
   with runtime.fail_together():
     _check_new(folder)
   tokenizer = tokens.load_tokenizer(workdir, which)
-  trained.check_same_model(tokenizer.config, configuration.resolve(config))
-  if jax.process_index() == 0:
-    write(tokenizer, folder)
+  with runtime.fail_together():
+    trained.check_same_model(tokenizer.config, configuration.resolve(config))
+    if jax.process_index() == 0:
+      write(tokenizer, folder)
   return pathlib.Path(folder).expanduser().absolute()
 
 

@@ -124,7 +124,7 @@ def fail_together() -> Iterator[None]:
   except Exception as caught:
     error = caught
     if jax.process_count() > 1:
-      logging.error('%s. Waits for the other processes.', error)
+      logging.error('%s Waits for the other processes.', error)
   failed = _gather(error is not None)
   if error is not None:
     raise error
@@ -187,16 +187,21 @@ class Profiler:
 class StopRequest:
   """Whether a signal has asked the run to stop.
 
-  Of several processes, one that is asked stops them all, after the same step.
+  Of several processes, one that is asked stops them all, after the same step,
+  if they take steps together.
+
+  Attributes:
+    together: whether they do.
   """
 
-  def __init__(self):
+  def __init__(self, *, together: bool = True):
     self._asked = threading.Event()
+    self.together = together and jax.process_count() > 1
 
   def ask(self) -> None:
     """Asks this process, or with others all of them, to stop."""
     self._asked.set()
-    if jax.process_count() > 1:
+    if self.together:
       # JAX passes this signal on to the other processes.
       os.kill(os.getpid(), signal.SIGTERM)
 
@@ -208,7 +213,7 @@ class StopRequest:
         stop: they agree on the number of a step, which Orbax asks for too.
         They have to call this after every step.
     """
-    if jax.process_count() == 1:
+    if not self.together:
       return self._asked.is_set()
     return (
         step is not None and multihost_utils.reached_preemption_sync_point(step)
@@ -216,13 +221,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
+def catch_signals(*, together: bool = True) -> Iterator[StopRequest]:
   """Turns the first SIGTERM or SIGINT into a request; a second one kills.
 
-  Among several processes SIGTERM is caught by JAX, and a second one does
-  nothing.
+  Among several processes that take steps together SIGTERM is caught by JAX, and
+  a second one does nothing.
+
+  Args:
+    together: whether several processes take steps together.
   """
-  request = StopRequest()
+  request = StopRequest(together=together)
   if threading.current_thread() is not threading.main_thread():
     yield request  # Python delivers signals to the main thread only.
     return
@@ -230,7 +238,7 @@ def catch_signals() -> Iterator[StopRequest]:
 
   def stop(number: int, _) -> None:
     logging.warning(
-        '%s: saving after this step, then stopping. Once more stops at once.',
+        '%s: stopping as soon as all is saved. Once more stops at once.',
         signal.Signals(number).name,
     )
     for caught in previous:
@@ -238,7 +246,7 @@ def catch_signals() -> Iterator[StopRequest]:
     request.ask()
 
   caught = [signal.SIGINT]
-  if jax.process_count() == 1:
+  if not request.together:
     caught.append(signal.SIGTERM)
   for number in caught:
     previous[number] = signal.signal(number, stop)
@@ -246,4 +254,5 @@ def catch_signals() -> Iterator[StopRequest]:
     yield request
   finally:
     for number, handler in previous.items():
-      signal.signal(number, handler)
+      # None was set by JAX, and is not to be had back.
+      signal.signal(number, handler or signal.SIG_DFL)

@@ -111,8 +111,9 @@ def unused(path: pathlib.Path) -> pathlib.Path:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file so that it is there either whole or not at all."""
   path = pathlib.Path(path)
-  # A name by chance: processes of other hosts may have the same id.
-  temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
+  # By chance: processes of other hosts may have the same id. Names have limits.
+  name = os.fsdecode(os.fsencode(path.name)[:200])
+  temporary = path.with_name(f'.{name}.{uuid.uuid4().hex}.tmp')
   try:
     with open(temporary, 'wb') as file:
       file.write(data)

@@ -164,6 +164,9 @@ def test_what_is_not_asked_for_is_not_read(saved, monkeypatch):
   monkeypatch.setattr(integrity, 'hash_arrays', hash_and_record)
   checkpointer.restore(2, _Tree(**_ABSTRACT), ('scale',))
   assert hashed == ['scale']
+  # In any order.
+  chex.assert_trees_all_equal(checkpointer.restore(2, _ABSTRACT), _state(2))
+  checkpointer.restore(2, _Tree(**_ABSTRACT), ('step',))
   other = _Tree(**{**_ABSTRACT, 'kernel': _ABSTRACT['scale']})
   with pytest.raises(ValueError, match='other arrays than this model'):
     checkpointer.restore(2, other, ('scale',))

@@ -20,9 +20,9 @@ _FOLDER = _ROOT / 'experiments' / 'notebooks'
 # What each is run with here, in place of what its parameters say. In this
 # order: the last one looks at the tokens of the run that the first one trains.
 _PARAMETERS = {
-    'train_a_tokenizer': {'NUM_STEPS': 60},
+    'train_a_tokenizer': {'NUM_STEPS': 120},
     'fsq_in_five_minutes': {'NUM_LATENTS': 10_000},
-    'tokenize_and_generate_inputs': {'NUM_STEPS': 60, 'NUM_TRAIN_BATCHES': 8},
+    'tokenize_and_generate_inputs': {'NUM_STEPS': 120, 'NUM_TRAIN_BATCHES': 8},
 }
 _each = pytest.mark.parametrize('name', _PARAMETERS)
 

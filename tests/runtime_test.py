@@ -152,7 +152,11 @@ def test_several_processes_stop_after_a_step_alone(monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     assert request.is_due()
     assert request.is_due(1)
+    assert not request.together
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    assert runtime.StopRequest().together
+    assert not runtime.StopRequest(together=False).together
+    request.together = True
     assert [request.is_due(step) for step in (2, None, 3)] == [
         False, False, True,
     ]  # fmt: skip

@@ -381,7 +381,8 @@ def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
     ('name', 'message'),
     [('../a', 'outside of'), ('/a', 'outside of'), ('link/a', 'outside of'),
      ('', 'no name of a file'), ('a\0b', 'no name of a file'),
-     ('b/../1', 'of another image'), ('x' * 252, 'more than the 255 bytes')],
+     ('b/../1', 'of another image'), ('1.png/b', 'a folder of another'),
+     ('x' * 252, 'more than the 255 bytes')],
 )  # fmt: skip
 def test_names_do_not_lead_out_of_the_folder(
     tmp_path, monkeypatch, name, message

@@ -374,7 +374,7 @@ def test_damaged_files_are_named(tmp_path, storage):
     ('change', 'message'),
     [
         (lambda x: x.update(format='webdataset'), "needed: 'fsq_jax tokens'"),
-        (lambda x: x.update(version=2), 'version is 2'),
+        (lambda x: x.update(version=1), 'version is 1'),
         (lambda x: x.update(storage='pickle'), "storage is 'pickle'"),
         (lambda x: x.update(storage=[]), 'storage is []'),
         (lambda x: x.pop('model_hash'), 'model_hash is missing'),

@@ -100,12 +100,14 @@ class QkvDense(nn.Module):
         x, kernel, bias, dtype=self.dtype
     )
     kernel, bias = (
-        rearrange(y, '... (s h d) -> ... (h s d)', s=3, h=self.num_heads)
+        rearrange(y, '... (s h d) -> ... h (s d)', s=3, h=self.num_heads)
         for y in (kernel, bias)
     )
     kernel = partitioning.gather_parameter(kernel, tensor_axis=1)
+    kernel = rearrange(kernel, 'c h d -> c (h d)')
     # Tokens as rows: see `dot_rows`.
-    qkv = rearrange(x, 'b n c -> (b n) c') @ kernel + bias
+    qkv = rearrange(x, 'b n c -> (b n) c') @ kernel
+    qkv = qkv + rearrange(bias, 'h d -> (h d)')
     qkv = rearrange(
         qkv, '(b n) (h s d) -> b n h s d', n=x.shape[1], h=self.num_heads, s=3
     )

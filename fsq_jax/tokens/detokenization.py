@@ -49,22 +49,36 @@ def detokenize_workdir(
     ValueError: token files that are damaged, or that another model made.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  source = sources.TokenSource(tokens)
-  tokenizer = tokenization.load_tokenizer(
-      workdir, which, source.manifest.job.batch_size
-  )
-  source.check_decodable(tokenizer.spec, tokenizer.model_hash)
-  folder = workdirs.create(images, '--images')
-  _check_names(source, folder)
-  size = source.manifest.job.batch_size
+  with runtime.fail_together():
+    source = sources.TokenSource(tokens)
+    folder = pathlib.Path(images).expanduser().absolute()
+    _check_names(source, folder)
+  job = source.manifest.job
+  tokenizer = tokenization.load_tokenizer(workdir, which, job.batch_size)
   # Whole batches, so that as many images are decoded together as by one.
+  size = job.batch_size
+  if job.fit == 'pad':
+    size = min(size, tokenization.NUM_WHOLE)
   starts = range(
       jax.process_index() * size, len(source), jax.process_count() * size
   )
   shares = [range(i, min(i + size, len(source))) for i in starts]
-  num_images = sum(map(len, shares))
+  with runtime.fail_together():
+    source.check_decodable(tokenizer.spec, tokenizer.model_hash)
+    workdirs.create(folder, '--images')
+    _write_images(source, tokenizer, shares, folder)
+  return sum(map(len, shares))
+
+
+def _write_images(
+    source: sources.TokenSource,
+    tokenizer: tokenizers.Tokenizer,
+    shares: list[range],
+    folder: pathlib.Path,
+) -> None:
   bar = progress.ImageProgress(
-      num_images=num_images, first=0, enabled=jax.process_index() == 0
+      num_images=sum(map(len, shares)), first=0,
+      enabled=jax.process_index() == 0,
   )
   with (
       contextlib.closing(bar),
@@ -86,7 +100,6 @@ def detokenize_workdir(
     for written in writing:
       written.result()
     bar.log()
-  return num_images
 
 
 def _decode(
@@ -117,7 +130,7 @@ def _file(name: str) -> str:
 
 def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
   """Refuses names that are of no file in the folder, before any is written."""
-  files = set()
+  files, folders = set(), set()
   root = os.path.realpath(folder)
   for i in range(len(source)):
     name = source[i].name
@@ -127,6 +140,8 @@ def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
       problem = 'is no name of a file'
     elif file in files:
       problem = 'is that of another image, too'
+    elif file in folders or not files.isdisjoint(_parents(file)):
+      problem = 'is a folder of another image, or the other way round'
     elif max(len(os.fsencode(part)) for part in file.split('/')) > _MAX_NAME:
       problem = f'has more than the {_MAX_NAME} bytes of a name of a file'
     elif not pathlib.Path(os.path.realpath(folder / file)).is_relative_to(root):
@@ -137,6 +152,11 @@ def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
           f' {problem}; nothing was written.'
       )
     files.add(file)
+    folders.update(_parents(file))
+
+
+def _parents(file: str) -> list[str]:
+  return [str(parent) for parent in pathlib.PurePath(file).parents]
 
 
 def _write(path: pathlib.Path, image: np.ndarray) -> None:

@@ -18,7 +18,7 @@ FILE = 'manifest.json'
 UNFINISHED = '.unfinished'
 
 _FORMAT = 'fsq_jax tokens'
-_VERSION = 1
+_VERSION = 2
 # How files are laid out, for programs without this package.
 _LAYOUTS = {
     'array_record': (

@@ -25,8 +25,8 @@ from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
 
-# Images that are read together where they are not cropped.
-_NUM_WHOLE = 8
+# Images that are in memory together where they are not cropped.
+NUM_WHOLE = 8
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -96,14 +96,14 @@ def tokenize_workdir(
       if jax.process_index() == 0 and not writer.is_finished:
         unfinished = folder / manifests.UNFINISHED
         stack.enter_context(workdirs.lock(unfinished, '--tokens'))
-    is_stopped = False
+        writer.start()
     if not writer.is_finished:
       run = _Run(data_config, tokenizer, source, job, writer)
-      request = stack.enter_context(runtime.catch_signals())
+      request = stack.enter_context(runtime.catch_signals(together=False))
       with runtime.fail_together():
-        is_stopped = not run.write_shards(request)
-    if runtime.is_any(is_stopped):
-      raise Interrupted
+        is_whole = run.write_shards(request)
+      if runtime.is_any(not is_whole):
+        raise Interrupted
     with runtime.fail_together():
       if jax.process_index() == 0:
         writer.finish(max_damaged_share=config.data.max_damaged_share)
@@ -219,35 +219,29 @@ class _Run:
     """Writes those of this process's shards that are not there yet.
 
     Args:
-      request: to stop. One process stops after the next batch; several after
-        the same number of shards, so that all of them count what is done too.
+      request: to stop, after the next batch, which stops other processes too.
 
     Returns:
       Whether all are there.
     """
-    count = jax.process_count()
-    numbers = range(jax.process_index(), self._job.num_shards, count)
-    done = {i for i in numbers if self._writer.is_done(i)}
-    for shard in sorted(done):
+    numbers = range(
+        jax.process_index(), self._job.num_shards, jax.process_count()
+    )
+    done = [i for i in numbers if self._writer.is_done(i)]
+    for shard in done:
       # They count towards data.max_damaged_share, as in a run without stops.
       for image in self._writer.damaged(shard):
         self._source.damaged[image.index] = image.reason
+    missing = sorted(set(numbers) - set(done))
     bar = progress.ImageProgress(
         num_images=sum(len(self._indices(i)) for i in numbers),
         first=sum(len(self._indices(i)) for i in done),
         enabled=jax.process_index() == 0,
     )
-    missing = [i for i in numbers if i not in done]
     with contextlib.closing(bar):
       chunks = _ahead(self._read(missing), self._encode)
-      parts = itertools.groupby(chunks, lambda x: x[0].shard)
-      for step in range(-(-self._job.num_shards // count)):
-        shard = step * count + jax.process_index()
-        if shard in numbers and shard not in done:
-          _, own = next(parts)
-          if not self._write_shard(shard, own, bar, request):
-            return False
-        if count > 1 and request.is_due(step):
+      for shard, parts in itertools.groupby(chunks, lambda x: x[0].shard):
+        if not self._write_shard(shard, parts, bar, request):
           return False
     return True
 
@@ -261,7 +255,9 @@ class _Run:
       damaged += chunk.damaged
       sizes.append(chunk.num_bytes)
       bar.update(len(chunk.images) + len(chunk.damaged))
-      if jax.process_count() == 1 and request.is_due():
+      if request.is_due():
+        self._writer.stop()
+      if self._writer.is_stopped:
         return False
     self._writer.write(
         shard,
@@ -282,7 +278,7 @@ class _Run:
     num_images = self._job.batch_size
     if self._job.fit == 'pad':
       # They may be photographs, which wait here as a whole.
-      num_images = min(num_images, _NUM_WHOLE)
+      num_images = min(num_images, NUM_WHOLE)
     plan = [
         (shard, indices[start : start + num_images])
         for shard in missing

@@ -17,6 +17,7 @@ from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import summary
 
 _JOB = 'job.json'
+_STOP = 'stop'
 
 
 class Damage(NamedTuple):
@@ -71,6 +72,27 @@ class TokenWriter:
     workdirs.create(self._unfinished, '--tokens')
     if not record.exists():
       workdirs.write_json(record, job.to_json())
+
+  def start(self) -> None:
+    """Has this run write; call it in one process, under a lock.
+
+    Raises:
+      ValueError: another run has finished meanwhile.
+    """
+    if (self.folder / manifests.FILE).exists():
+      raise ValueError(
+          f'{self.folder} has just been finished by another run.'
+      )
+    (self._unfinished / _STOP).unlink(missing_ok=True)
+
+  def stop(self) -> None:
+    """Asks all processes of this run to stop."""
+    (self._unfinished / _STOP).touch()
+
+  @property
+  def is_stopped(self) -> bool:
+    """Whether one of them has asked."""
+    return (self._unfinished / _STOP).exists()
 
   def is_done(self, shard: int) -> bool:
     """Whether a shard has been written, and is undamaged."""
