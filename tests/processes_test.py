@@ -3,8 +3,10 @@
 import contextlib
 import os
 import pathlib
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +32,10 @@ _OVERRIDES = {
     # in their last bits, and later steps with it.
     'model.quantizer.name': 'none',
 }
+
+
+# The first port that JAX takes for jobs of SLURM.
+_SLURM_PORTS = 2**16 - 2**12
 
 
 def _config():
@@ -212,6 +218,48 @@ def test_parts_of_large_arrays_are_saved_undamaged(tmp_path):
   found = trained.find(folder)
   assert found.step == 3
   trained.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
+
+
+_JOIN = """
+from fsq_jax import runtime
+runtime.join_processes()
+import jax
+runtime.is_any(False)  # Both have to be there.
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.slow
+def test_slurm_tells_processes_of_each_other():
+  with socket.socket() as listener:
+    port = 0
+    while port < _SLURM_PORTS:  # JAX takes one that the job's number says.
+      port = random.randrange(_SLURM_PORTS, 2**16)
+      with contextlib.suppress(OSError):
+        listener.bind(('127.0.0.1', port))
+  slurm = {
+      'SLURM_JOB_ID': str(port - _SLURM_PORTS),
+      'SLURM_STEP_NODELIST': 'localhost',
+      'SLURM_STEP_NUM_NODES': '1',
+      'SLURM_NTASKS': '2',
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=3',
+  }
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', _JOIN],
+          cwd=_ROOT,
+          env=os.environ
+          | slurm
+          | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+      )
+      for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  for i, output in enumerate(outputs):
+    assert f'{i} 2 6\n' in output, output
 
 
 def test_flags_of_processes_belong_together():

@@ -39,10 +39,12 @@ def fsq_figures(
   )
   if peer is not None:
     peer.build('fsq', num_vectors=NUM_VECTORS, levels=LEVELS)
-    figures['by_pytorch'] = blocks.alternate(
+    beside = blocks.alternate(
         {'fsq': alternatives['fsq'], 'pytorch': peer.block('fsq')},
-        baseline='fsq', calls=1, rounds=rounds,
-    )['pytorch']
+        baseline='fsq', calls=4, rounds=rounds,
+    )
+    figures['by_pytorch'] = beside['pytorch']
+    figures['fsq_beside_pytorch'] = beside['fsq']
   return figures
 
 

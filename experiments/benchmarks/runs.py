@@ -15,6 +15,7 @@ from experiments.benchmarks import blocks
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import evaluate
+from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
@@ -98,6 +99,9 @@ def evaluation_figures(rounds: int) -> dict[str, Any]:
   )
   scored = jax.jit(train_step.build_eval_step(model))
 
+  reconstructions = forward(variables, images).reconstructions
+  metric_values = jax.jit(metrics.image_metrics)
+
   def over_batches(function) -> blocks.Block:
     def run() -> None:
       for _ in range(dataset.num_batches):
@@ -111,6 +115,10 @@ def evaluation_figures(rounds: int) -> dict[str, Any]:
           'evaluation': blocks.block_of(lambda: evaluator.run(variables)),
           'forward_and_metrics': over_batches(scored),
           'forward': over_batches(forward),
+          'metrics': over_batches(
+              lambda _, images: metric_values(images, reconstructions)
+          ),
+          'read': blocks.block_of(lambda: list(dataset)),
       },
       baseline='forward_and_metrics', calls=1, rounds=rounds,
   )

@@ -2,6 +2,7 @@
 
 import functools
 import resource
+import statistics
 import time
 from typing import Any
 from unittest import mock
@@ -138,17 +139,21 @@ def torch_figures(
   )
 
 
-def compile_figures() -> dict[str, Any]:
-  """Processor seconds from the model to the program, by depth."""
+def compile_figures(rounds: int) -> dict[str, Any]:
+  """Processor seconds from the model to the program, by depth, under scan."""
+  seconds = {6: [], 24: []}
+  for _ in range(rounds):
+    for num_blocks, own in seconds.items():
+      step = Step(num_blocks=num_blocks)
+      own.append((step.trace_seconds, step.compile_seconds))
   figures = {}
-  for num_blocks in (6, 24):
-    step = Step(num_blocks=num_blocks)
+  for num_blocks, own in seconds.items():
+    trace, compilation = map(statistics.median, zip(*own, strict=True))
     figures[f'blocks_{num_blocks}'] = {
-        'trace_seconds': step.trace_seconds,
-        'compile_seconds': step.compile_seconds,
+        'trace_seconds': trace, 'compile_seconds': compilation
     }
-  deep, flat = figures['blocks_24'], figures['blocks_6']
-  return figures | {'ratio': sum(deep.values()) / sum(flat.values())}
+  ratios = (sum(x) / sum(y) for x, y in zip(*seconds.values(), strict=True))
+  return figures | {'ratio': 1 / statistics.median(ratios)}
 
 
 def memory_figures(rounds: int) -> dict[str, Any]:
