@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from fsq_jax import integrity
+from fsq_jax import runtime
 from fsq_jax import storage_errors
 from fsq_jax import workdir
 
@@ -372,9 +373,7 @@ def _in_all_processes(step: int) -> Iterator[None]:
   except Exception as error:
     failure = error
   kind = 0 if failure is None else 1 if isinstance(failure, DamagedError) else 2
-  worst = kind
-  if jax.process_count() > 1:
-    worst = multihost_utils.process_allgather(np.int32(kind)).max()
+  worst = runtime.gather(np.array(kind, np.int32)).max()
   if kind < worst:
     error = DamagedError if worst == 1 else ReadError
     reason = 'found it damaged' if worst == 1 else 'cannot read it now'

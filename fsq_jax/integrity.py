@@ -7,10 +7,10 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from fsq_jax import partitioning
+from fsq_jax import runtime
 
 # Of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): its last step.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -59,7 +59,7 @@ def hash_arrays(tree: Any) -> dict[str, str]:
   if any(is_shared):
     # As halves: JAX has no 64 bits unless it is told to.
     halves = np.array([divmod(x, 2**32) for x in sums], np.uint32)
-    halves = multihost_utils.process_allgather(halves).astype(object)
+    halves = runtime.gather(halves).astype(object)
     totals = [high * 2**32 + low for high, low in halves.sum(axis=0)]
     sums = [
         total if shared else own

@@ -125,7 +125,7 @@ def fail_together() -> Iterator[None]:
     error = caught
     if jax.process_count() > 1:
       logging.error('%s Waits for the other processes.', error)
-  failed = _gather(error is not None)
+  failed = gather(np.array(error is not None))
   if error is not None:
     raise error
   if failed.any():
@@ -137,16 +137,23 @@ def fail_together() -> Iterator[None]:
 
 def is_any(value: bool) -> bool:
   """Whether a value is true in any of the processes, which all call this."""
-  return bool(_gather(value).any())
+  return bool(gather(np.array(value)).any())
 
 
-def _gather(value: bool) -> np.ndarray:
+def gather(x: np.ndarray) -> np.ndarray:
+  """Returns [processes, ...], the arrays of all processes, which all call this.
+
+  However late the last one comes.
+
+  Args:
+    x: an array of the same shape and dtype in each.
+  """
   if jax.process_count() == 1:
-    return np.array([value])
+    return x[None]
   # Collectives of CPUs wait half a minute for the others, which may take hours.
   wait = ocp.multihost.get_barrier_sync_fn()
   wait(key=f'fsq_jax_{next(_barriers)}', timeout_ms=_PATIENCE_MS)
-  return multihost_utils.process_allgather(np.array(value))
+  return multihost_utils.process_allgather(x)
 
 
 class Profiler:

@@ -388,9 +388,7 @@ def _as_one_of_two(monkeypatch, answers):
     return np.stack([kind, np.int32(answers[len(kinds) - 1])])
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(
-      checkpoint.multihost_utils, 'process_allgather', allgather
-  )
+  monkeypatch.setattr(checkpoint.runtime, 'gather', allgather)
   monkeypatch.setattr(
       checkpoint.multihost_utils, 'sync_global_devices', lambda name: None
   )
