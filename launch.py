@@ -20,6 +20,7 @@ import re
 import sys
 import traceback
 from typing import Any
+import warnings
 
 from absl import app
 from absl import flags
@@ -275,6 +276,11 @@ def _train(
   except train.RunError as error:
     if _DEBUG.value:
       traceback.print_exc()
+    # The last line: of all else that Orbax could not write, asyncio and Python
+    # would have their say when the interpreter ends.
+    logging.set_verbosity(logging.FATAL)
+    warnings.simplefilter('ignore')
+    sys.unraisablehook = lambda _: None
     sys.stderr.write(f'launch.py: {error}\n')
     return _FAILED
   return 0
