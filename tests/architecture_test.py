@@ -112,7 +112,8 @@ _ALLOWED_IMPORTS = {
 _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names
 # Neither a dependency nor, with torch, a safe reader of files.
 _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
-_MAX_LINES = 400
+# Cohesion decides where a file ends; a longer one needs a reason here.
+_MAX_LINES = 600
 # A list of every field, with a comment each.
 _LONG = {'configs/default.py'}
 _TOP_LEVEL = {

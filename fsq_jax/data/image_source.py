@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping
+import hashlib
 import itertools
 import math
 import threading
@@ -37,6 +38,9 @@ class ImageSource(abc.ABC):
     identity: what the images are: 'name', 'split' and 'content', a hash that
       changes with the images but not with the place where they are kept.
     damaged: reason by index, of the images found unreadable so far.
+    digests: sha256 by index, of the encoded images read so far, unreadable
+      ones included. Empty where images are not stored encoded: there
+      `identity['content']` is a hash of all pixels.
     evaluation_crop: what an evaluation cuts out of an image, in words.
     label_names: names of the classes, by label; () where it has none.
   """
@@ -47,6 +51,7 @@ class ImageSource(abc.ABC):
   def __init__(self, name: str, split: str, content: str):
     self.identity = {'name': name, 'split': split, 'content': content}
     self.damaged: dict[int, str] = {}
+    self.digests: dict[int, bytes] = {}
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -121,7 +126,9 @@ class EncodedSource(ImageSource):
     if index in self.damaged:
       raise decoding.DamagedImageError(self.damaged[index])
     try:
-      image = decoding.decode_image(self.read(index))
+      encoded = self.read(index)
+      self.digests[index] = hashlib.sha256(encoded).digest()
+      image = decoding.decode_image(encoded)
       size = image.shape[:2]
       return transforms.resize_shorter(image, self._resize_shorter), size
     except decoding.DamagedImageError as error:
