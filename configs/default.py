@@ -4,6 +4,9 @@ The other files of this folder start from `get_config()` and set only what
 differs. A config file is Python that is executed: run only files you trust.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -25,6 +28,30 @@ def get_config() -> ml_collections.ConfigDict:
   return config
 
 
+class _Operation(NamedTuple):
+  """A function of a reference's own value and of the values of others."""
+
+  fn: Callable[..., Any]
+  args: Sequence[Any]
+
+
+def refer_to_longer_side(
+    data: ml_collections.ConfigDict, ratio: float = 1.0
+) -> config_dict.FieldReference:
+  """Returns a reference to `ratio` times the longer side of data.image_size.
+
+  For data.resize_shorter, which then follows image_size unless it is set.
+  """
+
+  def compute(_: int, size: Sequence[Any]) -> int:
+    # What is not an integer is reported as a fault of image_size.
+    sides = [side for side in size if isinstance(side, int)]
+    return round(ratio * max(sides, default=0))
+
+  size = data.get_oneway_ref('image_size')
+  return config_dict.FieldReference(0, op=_Operation(compute, [size]))
+
+
 def _data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
   # 'photos' (in the scikit-image wheel), 'tfds', 'folder' or 'synthetic'.
@@ -44,8 +71,11 @@ def _data() -> ml_collections.ConfigDict:
   # Images an evaluation batch over all devices and processes.
   data.eval_batch_size = 128
   # Length in pixels to which the shorter side is resized first (Pillow's
-  # antialiased bicubic); 0 keeps the native size.
+  # antialiased bicubic); 0 keeps the native size, else at least the longer side
+  # of image_size.
   data.resize_shorter = 0
+  # Allow a smaller resize_shorter, so that images are scaled up to image_size.
+  data.allow_upscaling = False
   # Training crops have sides image_size * s with s log-uniform in this range,
   # limited to what fits the image, and are resized to image_size.
   data.crop_scale = (1.0, 1.0)
@@ -54,6 +84,9 @@ def _data() -> ml_collections.ConfigDict:
   # Strength in [0, 1] of random changes of hue (up to half a turn), saturation
   # and brightness of training images.
   data.color_jitter = 0.0
+  # Class names in the order of their labels, which token files hold; () takes
+  # those of tfds, or of a folder the sub-folders of train_split, sorted.
+  data.label_names = ()
   # Share of unreadable files of a folder, in [0, 1], above which it stops.
   data.max_damaged_share = 0.01
   # Memory in MiB for decoded images of folder and tfds, which then are read

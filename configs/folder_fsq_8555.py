@@ -13,6 +13,7 @@ Hardware and time: any; 4500 steps of 16 images. Numbers: not measured yet.
 
 import ml_collections
 
+from configs import default
 from configs import fsq_888
 
 
@@ -21,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = fsq_888.get_config()
   config.data.source = 'folder'
   config.data.image_size = (64, 64)
-  config.data.resize_shorter = 64
+  config.data.resize_shorter = default.refer_to_longer_side(config.data)
   config.data.crop_scale = (1.0, 1.0)
   config.data.color_jitter = 0.0
   config.data.num_threads = 2

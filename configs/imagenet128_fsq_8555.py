@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = default.get_config()
   config.data.source = 'tfds'
   config.data.name = 'imagenet2012'
-  config.data.resize_shorter = 128
+  config.data.resize_shorter = default.refer_to_longer_side(config.data)
   config.data.image_size = (128, 128)
   config.data.batch_size = 256
   config.data.eval_batch_size = 256

@@ -24,7 +24,6 @@ from configs import imagenet128_fsq_8555
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = imagenet128_fsq_8555.get_config()
-  config.data.resize_shorter = 256
   config.data.image_size = (256, 256)
   config.data.batch_size = 512
   config.data.eval_batch_size = 512

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = default.get_config()
   config.data.source = 'folder'
   config.data.image_size = (112, 112)
-  config.data.resize_shorter = 128
+  config.data.resize_shorter = default.refer_to_longer_side(config.data, 8 / 7)
   config.data.batch_size = 8
   config.data.eval_batch_size = 40
   config.data.num_threads = 1

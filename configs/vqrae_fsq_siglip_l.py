@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = default.get_config()
   config.data.source = 'tfds'
   config.data.name = 'imagenet2012'
-  config.data.resize_shorter = 384
+  config.data.resize_shorter = default.refer_to_longer_side(config.data, 1.5)
   config.data.image_size = (256, 256)
   config.data.flip = False
   config.data.batch_size = _BATCH_SIZE

@@ -114,12 +114,20 @@ FIELDS: Mapping[str, rules.Rule] = {
     'data.batch_size': _COUNT,
     'data.eval_batch_size': _COUNT,
     'data.resize_shorter': _COUNT_OR_ZERO,
+    'data.allow_upscaling': _BOOL,
     'data.crop_scale': rules.Rule(
         '(lowest, highest), finite numbers with 0 < lowest <= highest',
         lambda x: rules.tuple_of('', _POSITIVE, (2,)).fits(x) and x[0] <= x[1],
     ),
     'data.flip': _BOOL,
     'data.color_jitter': _SHARE,
+    'data.label_names': rules.Rule(
+        'a tuple of different names, strings',
+        lambda x: (
+            rules.tuple_of('', rules.NON_EMPTY, _ANY_LENGTH).fits(x)
+            and len(set(x)) == len(x)
+        ),
+    ),
     'data.max_damaged_share': _SHARE,
     'data.cache_mib': _COUNT_OR_ZERO,
     'data.num_threads': _COUNT,
@@ -300,6 +308,15 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
       ' --config.data.data_dir',
       lambda source, folder: (
           source != 'folder' or os.path.isdir(os.path.expanduser(folder))
+      ),
+  )
+  yield rules.CrossRule(
+      ('data.resize_shorter', 'data.image_size', 'data.allow_upscaling'),
+      'a resize_shorter of 0 or of at least the longer side of image_size,'
+      ' since smaller images are scaled up to image_size;'
+      ' --config.data.allow_upscaling allows that',
+      lambda length, size, allowed: (
+          not length or allowed or length >= max(size)
       ),
   )
   yield rules.CrossRule(

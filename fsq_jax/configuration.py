@@ -21,8 +21,10 @@ Config = ml_collections.ConfigDict
 # rounding of sums over other devices. train.num_steps does, through the
 # schedule.
 _RESUMABLE = frozenset({
+    'data.allow_upscaling',
     'data.eval_batch_size',
     'data.cache_mib',
+    'data.label_names',
     'data.num_threads',
     'data.prefetch',
     # Their weights are held to the run's by what they are, not where.
@@ -60,6 +62,9 @@ _NOT_OF_STATE = frozenset({
 })
 # Fields and sections that earlier runs have saved no value of, and what it was.
 _ADDED = {
+    # Those runs could scale up images without it.
+    'data.allow_upscaling': True,
+    'data.label_names': (),
     'discriminator.dino.dtype': 'float32',
     'losses.perceptual.dtype': 'float32',
     'partitioning.mesh.tensor': 1,

@@ -94,7 +94,9 @@ class Tally:
     self._scores = networks.start()
     self._dataset = dataset
     self._num_images = 0
+    self._num_damaged = 0
     self._num_nonfinite = 0
+    self._num_upscaled = 0
     self._means = {name: metrics.Mean() for name in metrics.IMAGE_METRICS}
     self._codebook = count_codes(quantizer)
     positions = np.linspace(
@@ -122,7 +124,11 @@ class Tally:
     mask = batch['mask']
     finite = np.isfinite(output.metrics['psnr'])
     self._num_images += int(np.sum(mask))
+    # The last batch is filled up.
+    is_example = batch['index'] < self._dataset.num_examples
+    self._num_damaged += int(np.sum(~mask & is_example))
     self._num_nonfinite += int(np.sum(mask & ~finite))
+    self._num_upscaled += int(np.sum(mask & batch['upscaled']))
     self._scores.update(
         images, reconstructions, mask, finite, pixels=batch['image']
     )
@@ -154,6 +160,13 @@ class Tally:
       raise ValueError('No image of the evaluation split can be read.')
     if self._num_nonfinite:
       logging.error('%d reconstructions are not finite.', self._num_nonfinite)
+    if self._num_upscaled:
+      logging.warning(
+          '%d of %d evaluated images have fewer pixels than the crop or'
+          ' data.resize_shorter asks for; they are scaled up.',
+          self._num_upscaled,
+          self._num_images,
+      )
     return Evaluation(
         metrics={
             **{name: mean.result() for name, mean in self._means.items()},
@@ -164,7 +177,10 @@ class Tally:
             **self._dataset.protocol,
             **protocol,
             'num_images': self._num_images,
-            'num_damaged_images': self._dataset.damaged,
+            # A data set knows of the images that its process has read; batches
+            # hold those of all processes, but one by one only readable ones.
+            'num_damaged_images': max(self._num_damaged, self._dataset.damaged),
+            'num_upscaled_images': self._num_upscaled,
             'num_nonfinite_reconstructions': self._num_nonfinite,
             'rounding': 'clipped to [-1, 1], rounded to the nearest of 256',
             'quantizer': self._quantizer.spec(),

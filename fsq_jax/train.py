@@ -305,8 +305,6 @@ class _Trainer:
 
   def _take_step(self) -> None:
     local_batch = next(self.iterator)
-    if self.step == self.first_step:
-      train_step.check_images(local_batch['image'])
     images = partitioning.shard_batch(local_batch['image'], self.mesh)
     self.state, scalars = self.train_step(
         self.state, images, self.networks.variables

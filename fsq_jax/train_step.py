@@ -7,7 +7,6 @@ from einops import rearrange
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
-import numpy as np
 import optax
 
 from fsq_jax import adversary as adversaries
@@ -51,30 +50,6 @@ def to_float(images: jax.Array) -> jax.Array:
   if images.dtype != jnp.uint8:
     raise ValueError(f'Batches hold uint8 images, not {images.dtype}.')
   return images.astype(jnp.float32) / 127.5 - 1
-
-
-def check_images(images: np.ndarray) -> None:
-  """Refuses a batch that is not of [B, H, W, 3] uint8 images in 0 ... 255.
-
-  Losses and networks take for granted that `to_float` makes [-1, 1] of it; of
-  images in [0, 1], say, they would give plausible numbers.
-
-  Args:
-    images: any array, on the host.
-
-  Raises:
-    ValueError: another type or layout, or nothing above 1.
-  """
-  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-    raise ValueError(
-        f'The batch is {images.dtype} of shape {images.shape}; images are uint8'
-        ' [B, H, W, 3].'
-    )
-  if images.size and images.max() <= 1:
-    raise ValueError(
-        f'No value of the batch, of shape {images.shape}, is above 1; images'
-        ' are uint8 in 0 ... 255, not in [0, 1].'
-    )
 
 
 def build_train_step(

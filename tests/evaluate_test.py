@@ -272,14 +272,20 @@ class _SomeDamaged:
 
   def __init__(self, damaged):
     self._damaged = list(damaged)
-    self.damaged = len(self._damaged)
+    # As if another process had read them.
+    self.damaged = 0
 
   def __iter__(self):
     for start in (0, 8):
       index = np.arange(start, start + 8)
       images = np.zeros((8, 16, 16, 3), np.uint8) + index[:, None, None, None]
       mask = ~np.isin(index, self._damaged)
-      yield {'image': images.astype(np.uint8), 'index': index, 'mask': mask}
+      yield {
+          'image': images.astype(np.uint8),
+          'index': index,
+          'mask': mask,
+          'upscaled': index % 2 == 0,
+      }
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,8 @@ def test_the_next_image_is_shown_for_one_that_cannot_be_read(
   assert len(evaluation.reconstructions) == len(shown)
   assert evaluation.protocol['num_images'] == 16 - len(damaged)
   assert evaluation.protocol['num_damaged_images'] == len(damaged)
+  upscaled = set(range(0, 16, 2)) - set(damaged)
+  assert evaluation.protocol['num_upscaled_images'] == len(upscaled)
 
 
 def test_a_split_without_a_readable_image_is_refused(model, variables):

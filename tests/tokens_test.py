@@ -706,7 +706,6 @@ def test_fingerprints_tell_other_tokens(tmp_path):
     ('fields', 'message'),
     [
         ({'batch_size': 0}, 'batch_size is 0'),
-        ({'batch_size': 12}, '1 to 11'),
         ({'batch_size': 3, 'process_count': 2}, 'multiple of the 2'),
         ({'batch_size': 2, 'process_index': 1}, 'counts from 0'),
     ],

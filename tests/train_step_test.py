@@ -425,22 +425,3 @@ def test_eight_devices_train_as_one(mesh, projector):
       np.testing.assert_allclose(
           eight['params'][path], value, rtol=0, atol=1e-5, err_msg=path
       )
-
-
-@pytest.mark.parametrize(
-    ('images', 'problem'),
-    [
-        (np.zeros((2, 16, 16, 3), np.float32), 'float32'),
-        (np.full((2, 3, 16, 16), 200, np.uint8), r'\(2, 3, 16, 16\)'),
-        (np.full((16, 16, 3), 200, np.uint8), r'\(16, 16, 3\)'),
-        # [0, 1], cast.
-        (np.ones((2, 16, 16, 3), np.uint8), 'above 1'),
-    ],
-)
-def test_a_batch_of_another_range_or_layout_is_refused(images, problem):
-  with pytest.raises(ValueError, match=problem):
-    train_step.check_images(images)
-
-
-def test_a_batch_of_images_is_taken():
-  train_step.check_images(_images(1)[0])

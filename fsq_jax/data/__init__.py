@@ -27,6 +27,7 @@ centre_crop = transforms.centre_crop
 check_damaged_share = image_source.check_damaged_share
 fingerprint = pipelines.fingerprint
 prepare = sources.prepare
+repeat_endlessly = pipelines.repeat_endlessly
 
 # Name: images of which split, and what is done with them.
 _PIPELINES = {

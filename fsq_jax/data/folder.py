@@ -1,7 +1,11 @@
 """Images in a folder: root/split/any/depth/name.jpg."""
 
+from collections.abc import Iterator, Sequence
+import functools
 import hashlib
 import os
+
+from absl import logging
 
 from fsq_jax.data import decoding
 from fsq_jax.data import image_source
@@ -10,14 +14,19 @@ EXTENSIONS = (
     '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'
 )
 
+_NUM_LISTED = 10
+
 
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
 
   Extensions count in any case. Names that begin with a dot are passed over, as
   are other files, and pipes and sockets, of which reading might never end.
-  Links are followed as long as they stay inside the root. Where every image
-  lies in a sub-folder of root/split, these are the classes.
+  Links are followed as long as they stay inside the root.
+
+  Classes are the sub-folders of the training split that hold images, so that
+  all splits number them alike. They are looked up when they are first asked
+  for. Images beside the sub-folders have label -1.
   """
 
   def __init__(
@@ -25,13 +34,30 @@ class FolderSource(image_source.EncodedSource):
       root: str,
       split: str,
       *,
+      label_names: Sequence[str] = (),
+      class_split: str | None = None,
       resize_shorter: int = 0,
       max_damaged_share: float = 0.01,
       cache_mib: int = 0,
   ):
+    """Lists the images of a split.
+
+    Args:
+      root: data.data_dir.
+      split: sub-folder of root.
+      label_names: names of all classes, by label; () takes the sub-folders of
+        `class_split`.
+      class_split: the training split; None is `split`.
+      resize_shorter: see EncodedSource, as the other arguments.
+      max_damaged_share: see there.
+      cache_mib: see there.
+
+    Raises:
+      ValueError: no such split, or no images in it.
+    """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    sizes = _list_images(self._root, split)
+    sizes = dict(_find_images(self._root, split))
     if not sizes:
       raise ValueError(
           f'{os.path.join(self._root, split)} holds no images; known '
@@ -39,11 +65,8 @@ class FolderSource(image_source.EncodedSource):
       )
     self._paths = sorted(sizes)
     self._sizes = sizes
-    # Paths are split/class/any/depth/name.jpg, or some are split/name.jpg.
-    parts = [path.split('/') for path in self._paths]
-    if min(map(len, parts)) > 2:
-      self.label_names = tuple(sorted({part[1] for part in parts}))
-    self._labels = {name: i for i, name in enumerate(self.label_names)}
+    self._given_names = tuple(label_names)
+    self._class_split = class_split or split
     # Names and sizes, not pixels: one look at each file, no reading.
     listing = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
     super().__init__(
@@ -61,11 +84,79 @@ class FolderSource(image_source.EncodedSource):
   def describe(self, index: int) -> str:
     return os.path.join(self._root, self._paths[index])
 
+  @functools.cached_property
+  def label_names(self) -> tuple[str, ...]:
+    """Names of the classes, by label; () without sub-folders.
+
+    Raises:
+      ValueError: a sub-folder of this split is not one of the classes.
+    """
+    split = self.identity['split']
+    classes = [_class_of(path) for path in self._paths]
+    own = sorted({name for name in classes if name is not None})
+    names = self._given_names or self._find_classes(own)
+    unknown = [name for name in own if name not in names]
+    if unknown and names:
+      known_by = (
+          'data.label_names'
+          if self._given_names
+          else f'the training split {self._class_split!r}'
+      )
+      raise ValueError(
+          f'{split!r} has the classes {_shorten(unknown)}, which {known_by} '
+          f'does not have; classes there: {_shorten(names)}. Set '
+          'data.label_names to the names of all classes, in the order of '
+          'their labels.'
+      )
+    if unknown:
+      logging.warning(
+          'The sub-folders of %r are not taken for classes, since the training'
+          ' split %r has none: all labels are -1.', split, self._class_split
+      )
+    stray = [
+        path
+        for path, name in zip(self._paths, classes, strict=True)
+        if name is None
+    ]
+    if stray and names:
+      logging.warning(
+          '%d of %d images lie beside the class folders of %r and have label'
+          ' -1: %s', len(stray), len(self), split, _shorten(stray)
+      )
+    return names
+
+  @functools.cached_property
+  def _labels(self) -> dict[str | None, int]:
+    return {name: i for i, name in enumerate(self.label_names)}
+
+  def _find_classes(self, own: Sequence[str]) -> tuple[str, ...]:
+    """Returns the classes of the training split, or else `own`."""
+    root, split = self._root, self._class_split
+    if split == self.identity['split']:
+      return tuple(own)
+    names = []
+    if split in _list_folders(root):
+      # One image of each tells; the training split may be large.
+      names = [
+          name
+          for name in _list_folders(os.path.join(root, split))
+          if any(_find_images(root, f'{split}/{name}'))
+      ]
+      if names or any(_find_images(root, split)):
+        return tuple(names)
+    if own:
+      logging.warning(
+          'Labels number the %d sub-folders of %r, since %s has no training'
+          ' images in %r. Set data.label_names if they have to agree with'
+          ' another split.', len(own), self.identity['split'], root, split
+      )
+    return tuple(own)
+
   def facts(self, index: int) -> image_source.Facts:
     path = self._paths[index]
     return image_source.Facts(
         name=path.partition('/')[2],
-        label=self._labels.get(path.split('/')[1], -1),
+        label=self._labels.get(_class_of(path), -1),
         num_bytes=self._sizes[path],
     )
 
@@ -79,7 +170,7 @@ def _check_split(root: str, split: str) -> None:
   """Raises a ValueError that says which splits there are."""
   if not os.path.isdir(root):
     raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
-  splits = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+  splits = _list_folders(root)
   if split not in splits:
     raise ValueError(
         f'{root} has no folder {split!r}; it has {splits}. Set '
@@ -88,10 +179,30 @@ def _check_split(root: str, split: str) -> None:
     )
 
 
-def _list_images(root: str, split: str) -> dict[str, int]:
-  """Returns file sizes in bytes by path relative to root, '/'-separated."""
+def _class_of(path: str) -> str | None:
+  """Returns CLASS of split/CLASS/any/depth/name.jpg, None of split/name.jpg."""
+  parts = path.split('/')
+  return parts[1] if len(parts) > 2 else None
+
+
+def _shorten(names: Sequence[str]) -> str:
+  more = ', ...' if len(names) > _NUM_LISTED else ''
+  return ', '.join(map(repr, names[:_NUM_LISTED])) + more
+
+
+def _list_folders(folder: str) -> list[str]:
+  """Returns the names of the sub-folders that are not hidden, sorted."""
+  with os.scandir(folder) as entries:
+    return sorted(
+        entry.name
+        for entry in entries
+        if entry.is_dir() and not entry.name.startswith('.')
+    )
+
+
+def _find_images(root: str, split: str) -> Iterator[tuple[str, int]]:
+  """Yields paths relative to root, '/'-separated, and file sizes in bytes."""
   real_root = os.path.realpath(root)
-  sizes = {}
   # Each folder comes with the real paths of those that hold it.
   pending = [(split, (real_root,))]
   while pending:
@@ -110,8 +221,7 @@ def _list_images(root: str, split: str) -> dict[str, int]:
           if entry.is_symlink():
             _resolve(entry.path, real_root)
           if entry.is_file():
-            sizes[path] = entry.stat().st_size
-  return sizes
+            yield path, entry.stat().st_size
 
 
 def _resolve(path: str, real_root: str) -> str:

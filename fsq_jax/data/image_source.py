@@ -38,6 +38,8 @@ class ImageSource(abc.ABC):
     identity: what the images are: 'name', 'split' and 'content', a hash that
       changes with the images but not with the place where they are kept.
     damaged: reason by index, of the images found unreadable so far.
+    upscaled: indices of the images so far that were scaled up: they have fewer
+      pixels than data.resize_shorter or data.image_size asks for.
     digests: sha256 by index, of the encoded images read so far, unreadable
       ones included. Empty where images are not stored encoded: there
       `identity['content']` is a hash of all pixels.
@@ -51,7 +53,9 @@ class ImageSource(abc.ABC):
   def __init__(self, name: str, split: str, content: str):
     self.identity = {'name': name, 'split': split, 'content': content}
     self.damaged: dict[int, str] = {}
+    self.upscaled: set[int] = set()
     self.digests: dict[int, bytes] = {}
+    self._lock = threading.Lock()
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -79,6 +83,22 @@ class ImageSource(abc.ABC):
     """Returns what is known of an image; it need not be readable."""
     return Facts(str(index))
 
+  def record_upscaled(self, index: int) -> None:
+    """Counts an image that is scaled up; warns of the 1st, 10th, 100th ..."""
+    with self._lock:
+      if index in self.upscaled:
+        return
+      self.upscaled.add(index)
+      count = len(self.upscaled)
+    if count == 10 ** (len(str(count)) - 1):
+      logging.warning(
+          'Scaled up so far: %d of %d images, which have fewer pixels than'
+          ' data.image_size or data.resize_shorter asks for. The last: %s',
+          count,
+          len(self),
+          self.describe(index),
+      )
+
 
 class EncodedSource(ImageSource):
   """Images that lie encoded in storage, some of which may be damaged.
@@ -103,7 +123,6 @@ class EncodedSource(ImageSource):
     super().__init__(name, split, content)
     self._resize_shorter = resize_shorter
     self._max_damaged_share = max_damaged_share
-    self._lock = threading.Lock()
     self._cache: dict[int, np.ndarray] = {}
     self._cache_bytes_left = cache_mib * 2**20
 
@@ -130,7 +149,10 @@ class EncodedSource(ImageSource):
       self.digests[index] = hashlib.sha256(encoded).digest()
       image = decoding.decode_image(encoded)
       size = image.shape[:2]
-      return transforms.resize_shorter(image, self._resize_shorter), size
+      image = transforms.resize_shorter(image, self._resize_shorter)
+      if min(size) < self._resize_shorter:
+        self.record_upscaled(index)
+      return image, size
     except decoding.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import pathlib
 
+from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
@@ -109,5 +110,13 @@ def _load_photos(
     data = (folder / name).read_bytes()
     content.update(data)
     image = decoding.decode_image(data)
+    if min(image.shape[:2]) < resize_shorter:
+      logging.warning(
+          '%s is scaled up: its shorter side has %d pixels,'
+          ' data.resize_shorter is %d.',
+          name,
+          min(image.shape[:2]),
+          resize_shorter,
+      )
     photos[name] = transforms.resize_shorter(image, resize_shorter)
   return photos, content.hexdigest()[:16]

@@ -1,10 +1,12 @@
 """From images to batches: training and evaluation pipelines, in Grain."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import math
 from typing import Any
 
+from absl import logging
 import grain
 import ml_collections
 import numpy as np
@@ -15,6 +17,9 @@ from fsq_jax.data import transforms
 
 # Raise when a change to this package gives a config other pixels than before.
 _PIPELINE_VERSION = 1
+# Length of the training order. Grain computes numbers of batches in float64,
+# which is exact up to 2^53; at a million images per second it lasts 142 years.
+_ENDLESS = 2**52
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,8 @@ class Dataset:
       next readable one, it is the number of the image shown.
     'mask': [b] bool, in evaluation only: False for unreadable images and for
       what fills up the last batch; their pixels are 0.
+    'upscaled': [b] bool, in evaluation only: True for images that were scaled
+      up, see `image_source.ImageSource.upscaled`.
 
   Attributes:
     num_examples: in the split, readable or not.
@@ -62,6 +69,11 @@ class Dataset:
     """Number of images found unreadable so far, by this process."""
     return len(self._source.damaged)
 
+  @property
+  def upscaled(self) -> int:
+    """Number of images scaled up so far, by this process."""
+    return len(self._source.upscaled)
+
   def describe(self, index: int) -> str:
     """Returns where the image with this 'index' comes from."""
     return self._source.describe(int(index))
@@ -75,12 +87,15 @@ def build_train(
 ) -> Dataset:
   """Shuffles and augments without end; `share` deals out positions."""
   if len(source) < config.batch_size:
-    raise ValueError(
-        f'data.batch_size is {config.batch_size}, but the training split has '
-        f'only {len(source)} examples; use at most that many.'
+    logging.warning(
+        'data.batch_size is %d, but the training split has %d examples; each'
+        ' batch repeats images, with other augmentation.',
+        config.batch_size,
+        len(source),
     )
+  size = tuple(config.image_size)
   augmentation = {
-      'size': tuple(config.image_size),
+      'size': size,
       'crop_scale': tuple(config.crop_scale),
       'flip': config.flip,
       'color_jitter': config.color_jitter,
@@ -88,18 +103,17 @@ def build_train(
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
     image, index = _load_readable(source, index)
-    image = transforms.augment(image, rng, **augmentation)
-    return {'image': image, 'index': np.int64(index)}
+    if transforms.is_smaller(image, size):
+      source.record_upscaled(index)
+    crop = transforms.augment(image, rng, **augmentation)
+    return {'image': _copy_view(crop, image), 'index': np.int64(index)}
 
   # Grain shuffles epoch e with seed + e; seeds that lie far apart keep runs
   # with neighbouring seeds from sharing their orders.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
-  examples = (
-      grain.MapDataset.range(len(source))
-      .shuffle(seed=int(shuffle_seed))
-      .repeat()
-      .random_map(load, seed=int(augment_seed))
-  )
+  examples = repeat_endlessly(
+      grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
+  ).random_map(load, seed=int(augment_seed))
   return Dataset(
       num_examples=len(source),
       num_batches=None,
@@ -133,14 +147,20 @@ def build_eval(
   blank = np.zeros((*size, 3), np.uint8)
 
   def load(index: int) -> dict[str, Any]:
-    example = {'index': np.int64(index)}
-    if index >= len(source):
-      return {**example, 'image': blank, 'mask': np.bool_(False)}
-    try:
-      image = transforms.centre_crop(source.load(index), size)
-    except decoding.DamagedImageError:
-      return {**example, 'image': blank, 'mask': np.bool_(False)}
-    return {**example, 'image': image, 'mask': np.bool_(True)}
+    image, readable = blank, False
+    if index < len(source):
+      with contextlib.suppress(decoding.DamagedImageError):
+        image, readable = _load(source, index), True
+    if readable:
+      if transforms.is_smaller(image, size):
+        source.record_upscaled(index)
+      image = _copy_view(transforms.centre_crop(image, size), image)
+    return {
+        'image': image,
+        'index': np.int64(index),
+        'mask': np.bool_(readable),
+        'upscaled': np.bool_(index in source.upscaled),
+    }
 
   padded_length = num_batches * config.eval_batch_size
   examples = grain.MapDataset.range(padded_length).map(load)
@@ -176,13 +196,14 @@ def build_native(
 
   def load(index: int) -> dict[str, Any]:
     try:
-      image, readable = source.load(index), True
+      image, readable = _load(source, index), True
     except decoding.DamagedImageError:
       image, readable = blank, False
     return {
         'image': image[None],
         'index': np.array([index]),
         'mask': np.array([readable]),
+        'upscaled': np.array([index in source.upscaled]),
     }
 
   facts = fingerprint(
@@ -208,6 +229,35 @@ def build_native(
   )
 
 
+def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
+  """Repeats examples for more epochs than any run takes.
+
+  `examples.repeat()` would have sys.maxsize elements, a length that Grain
+  cannot divide into batches of one.
+  """
+  return examples.repeat(max(1, _ENDLESS // len(examples)))
+
+
+def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
+  """Loads an image and checks that it is one.
+
+  Losses and networks assume that uint8 images are in 0 ... 255; a float image
+  in [0, 1], say, would give plausible numbers.
+  """
+  image = source.load(index)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+        f'{source.describe(index)} is {image.dtype} of shape {image.shape};'
+        ' images are uint8 [h, w, 3], in 0 ... 255.'
+    )
+  return image
+
+
+def _copy_view(crop: np.ndarray, image: np.ndarray) -> np.ndarray:
+  """Copies a crop that is a view, which would keep the image in memory."""
+  return np.array(crop) if np.may_share_memory(crop, image) else crop
+
+
 def _load_readable(
     source: image_source.ImageSource, index: int
 ) -> tuple[np.ndarray, int]:
@@ -215,7 +265,7 @@ def _load_readable(
   for offset in range(len(source)):
     candidate = (index + offset) % len(source)
     try:
-      return source.load(candidate), candidate
+      return _load(source, candidate), candidate
     except decoding.DamagedImageError:
       continue
   raise ValueError('None of the images of the split can be read.')

@@ -33,6 +33,8 @@ def _build_folder(config, split):
   return folder.FolderSource(
       config.data_dir,
       config.train_split if split == 'train' else config.eval_split,
+      label_names=config.label_names,
+      class_split=config.train_split,
       resize_shorter=config.resize_shorter,
       max_damaged_share=config.max_damaged_share,
       cache_mib=config.cache_mib,
@@ -61,12 +63,24 @@ def build_source(
 
   The split names of the config belong to data sets that have several: tfds
   and folder. The others have one training and one validation split.
+
+  Raises:
+    ValueError: there is no such source, or its classes are not those of
+      data.label_names.
   """
   if config.source not in _SOURCES:
     raise ValueError(
         f'data.source is {config.source!r}; known: {sorted(_SOURCES)}.'
     )
-  return _SOURCES[config.source](config, split)
+  source = _SOURCES[config.source](config, split)
+  names = tuple(config.label_names)
+  if names and names != source.label_names:
+    raise ValueError(
+        f'data.label_names is {names}, but the classes of data.source '
+        f'{config.source!r} {source.identity["name"]} are '
+        f'{source.label_names}; leave it at (), the classes of the source.'
+    )
+  return source
 
 
 def prepare(config: ml_collections.ConfigDict) -> str | None:

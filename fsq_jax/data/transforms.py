@@ -141,6 +141,16 @@ def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   return resize(image[top : top + height, left : left + width], size)
 
 
+def is_smaller(image: np.ndarray, size: Sequence[int]) -> bool:
+  """Returns whether an image has too few pixels for a crop at scale 1.
+
+  Args:
+    image: [h, w, 3]; its crops are scaled up then.
+    size: (height, width) of the crop.
+  """
+  return _largest_scale(image, size) < 1
+
+
 def _largest_scale(image: np.ndarray, size: Sequence[int]) -> float:
   return min(image.shape[0] / size[0], image.shape[1] / size[1])
 

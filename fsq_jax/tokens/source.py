@@ -12,9 +12,11 @@ import pathlib
 import threading
 from typing import Any
 
+from absl import logging
 import grain
 import numpy as np
 
+from fsq_jax import data
 from fsq_jax.quantizers import convert
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
@@ -215,10 +217,16 @@ def build_dataset(
         f'process_index is {process_index} of {process_count} processes; it'
         ' counts from 0.'
     )
-  if not 1 <= batch_size <= len(source) or batch_size % process_count:
+  if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-        f'batch_size is {batch_size}; use a multiple of the {process_count}'
-        f' processes, 1 to {len(source)}, the number of images.'
+        f'batch_size is {batch_size}; use a positive multiple of the'
+        f' {process_count} processes.'
+    )
+  if batch_size > len(source):
+    logging.warning(
+        'batch_size is %d, but there are %d images; each batch repeats images.',
+        batch_size,
+        len(source),
     )
   if source.manifest.grid is None:
     raise ValueError(
@@ -236,12 +244,9 @@ def build_dataset(
 
   # As for images: Grain shuffles epoch e with seed + e.
   (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
-  examples = (
-      grain.MapDataset.range(len(source))
-      .shuffle(seed=int(shuffle_seed))
-      .repeat()
-      .map(load)
-  )
+  examples = data.repeat_endlessly(
+      grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
+  ).map(load)
   local_size = batch_size // process_count
   batches = (
       examples[process_index::process_count]
