@@ -61,9 +61,11 @@ _NOT_OF_STATE = frozenset({
     'model.latent_noise', 'model.remat', 'model.scan_unroll',
 })
 # Fields and sections that earlier runs have saved no value of, and what it was.
+# Functions compute it from the section that the field belongs to.
 _ADDED = {
-    # Those runs could scale up images without it.
-    'data.allow_upscaling': True,
+    'data.allow_upscaling': lambda data: (
+        0 < data.get('resize_shorter', 0) < max(data.get('image_size', (0,)))
+    ),
     'data.label_names': (),
     'discriminator.dino.dtype': 'float32',
     'losses.perceptual.dtype': 'float32',
@@ -233,7 +235,7 @@ def config_from_json(text: str) -> Config:
     for part in sections:
       section = section.get(part) if isinstance(section, Config) else None
     if isinstance(section, Config) and field not in section:
-      section[field] = value
+      section[field] = value(section) if callable(value) else value
   return config.lock()
 
 

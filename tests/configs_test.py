@@ -279,6 +279,35 @@ def test_overrides_turn_a_config_to_a_folder_of_other_size(tmp_path):
   configuration.check_config(config)
 
 
+_RESIZING = [
+    path for path in _CONFIGS
+    if configuration.load_config(path).data.resize_shorter
+]
+
+
+@pytest.mark.parametrize('path', _RESIZING, ids=[x.stem for x in _RESIZING])
+def test_resizing_follows_the_image_size_unless_it_is_set(path, tmp_path):
+  config = _load(path, tmp_path)
+  size, length = config.data.image_size, config.data.resize_shorter
+  assert length in {112: (128,), 256: (256, 384)}.get(size[0], size)
+  config.data.image_size = (2 * size[0], size[1])
+  assert config.data.resize_shorter == 2 * length
+  saved = configuration.config_from_json(configuration.config_to_json(config))
+  assert saved.data.resize_shorter == 2 * length
+  for image_size in ((), ('a', 'b')):  # The reference must not fail on these.
+    config.data.image_size = image_size
+    with pytest.raises(ValueError, match=r'data\.image_size is'):
+      configuration.check_config(config)
+  for order in (1, -1):
+    config = _load(path, tmp_path)
+    for name, value in [('image_size', (64, 96)), ('resize_shorter', 97)][
+        ::order
+    ]:
+      config.data[name] = value
+    assert config.data.image_size == (64, 96)
+    assert config.data.resize_shorter == 97
+
+
 # Configs with a pretrained encoder.
 
 

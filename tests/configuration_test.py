@@ -411,11 +411,61 @@ def test_runs_from_before_a_field_go_on_with_what_they_had():
     section = saved
     for part in sections:
       section = section[part]
-    assert section.pop(field) == value
+    given = section.pop(field)
+    section = ml_collections.ConfigDict(section)
+    assert given == (value(section) if callable(value) else value)
   loaded = configuration.config_from_json(json.dumps(saved))
   assert configuration.diff_configs(loaded, current) == []
   configuration.check_config(loaded)
   configuration.check_resumable(loaded, current)
+
+
+def test_runs_that_scaled_images_up_before_a_field_allowed_it_can_be_used():
+  saved = _changed(data__resize_shorter=16, data__image_size=(32, 16))
+  del saved['data']['allow_upscaling'], saved['data']['label_names']
+  loaded = configuration.config_from_json(json.dumps(saved))
+  assert loaded.data.allow_upscaling is True
+  assert loaded.data.label_names == ()
+  configuration.check_config(loaded)
+  current = _changed(
+      data__resize_shorter=16,
+      data__image_size=(32, 16),
+      data__allow_upscaling=True,
+      data__label_names=('cat',),
+  )
+  configuration.check_resumable(loaded, current)
+
+
+@pytest.mark.parametrize(
+    ('length', 'size', 'allowed', 'fits'),
+    [
+        (0, (32, 64), False, True),
+        (64, (32, 64), False, True),
+        (64, (64, 32), False, True),
+        (63, (32, 64), False, False),
+        (31, (32, 32), False, False),
+        (31, (32, 32), True, True),
+    ],
+)
+def test_resizing_below_the_crop_needs_leave(length, size, allowed, fits):
+  config = _changed(
+      data__resize_shorter=length,
+      data__image_size=size,
+      data__allow_upscaling=allowed,
+  )
+  if fits:
+    configuration.check_config(config)
+  else:
+    (problem,) = _problems(config)
+    assert f'data.resize_shorter is {length}' in problem
+    assert '--config.data.allow_upscaling' in problem
+
+
+def test_class_names_differ_from_each_other():
+  configuration.check_config(_changed(data__label_names=('cat', 'dog')))
+  for names in (('cat', 'cat'), ('cat', ''), ('cat', 3)):
+    (problem,) = _problems(_changed(data__label_names=names))
+    assert 'data.label_names is' in problem
 
 
 def test_a_run_may_go_on_with_another_partitioning():

@@ -2,7 +2,9 @@
 
 import json
 import math
+import tracemalloc
 
+import grain
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -10,6 +12,7 @@ import pytest
 
 from fsq_jax import data
 from fsq_jax.data import photos
+from fsq_jax.data import pipelines
 
 
 def _config(**overrides) -> ml_collections.ConfigDict:
@@ -108,6 +111,69 @@ def test_augmentation_differs_between_epochs_and_examples(tmp_path):
   assert len(crops) == 16
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_batches_of_one_have_the_order_of_larger_ones(tmp_path, count):
+  root = _folder(tmp_path, 5)
+
+  def order(batch_size, num, **share):
+    config = _folder_config(root, batch_size=batch_size, crop_scale=(0.5, 1.0))
+    return _take(
+        data.build_dataset(config, split='train', seed=2, **share), num
+    )
+
+  expected = order(4, 3)
+  shares = [
+      order(count, 12 // count, process_index=i, process_count=count)
+      for i in range(count)
+  ]
+  for step in range(12):
+    batch = shares[step % count][step // count]
+    for key in ('image', 'index'):
+      np.testing.assert_array_equal(
+          batch[key], expected[step // 4][key][step % 4 : step % 4 + 1]
+      )
+
+
+def test_a_state_of_batches_of_one_continues(tmp_path):
+  config = _folder_config(_folder(tmp_path, 3), batch_size=1)
+  iterator = data.build_dataset(config, split='train', seed=0).iterator()
+  for _ in range(4):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  restored = data.build_dataset(config, split='train', seed=0).iterator()
+  restored.set_state(state)
+  for _ in range(4):
+    _assert_equal([next(iterator)], [next(restored)])
+
+
+def test_batches_may_be_larger_than_the_split(tmp_path, caplog):
+  root = _folder(tmp_path, 3)
+  batches = _take(
+      data.build_dataset(
+          _folder_config(root, batch_size=4), split='train', seed=0
+      ),
+      3,
+  )
+  order = np.concatenate([batch['index'] for batch in batches])
+  assert [sorted(x) for x in order.reshape(4, 3).tolist()] == [[0, 1, 2]] * 4
+  assert 'batch_size is 4, but the training split has 3' in caplog.text
+  (one,) = _take(
+      data.build_dataset(
+          _folder_config(_folder(tmp_path / 'one', 1), batch_size=4),
+          split='train', seed=0,
+      ),
+      1,
+  )
+  assert one['index'].tolist() == [0] * 4
+
+
+def test_an_order_is_longer_than_any_run():
+  # And in float64, in which Grain computes, still exact.
+  for num in (1, 3, 2**31):
+    examples = pipelines.repeat_endlessly(grain.MapDataset.range(num))
+    assert 2**51 < len(examples) <= 2**53
+
+
 def test_restored_state_continues_in_the_middle_of_an_epoch(tmp_path):
   config = _folder_config(_folder(tmp_path, 11), batch_size=4)
   straight = _take(data.build_dataset(config, split='train', seed=0), 9)
@@ -158,6 +224,138 @@ def test_unscaled_crops_are_pixels_of_their_photograph():
     found = (windows[..., 0, 0] == image[0, 0]).all(-1)
     candidates = windows[found].transpose(0, 2, 3, 1)
     assert (candidates == image).all((1, 2, 3)).any()
+
+
+class _Given(data.ImageSource):
+  """A source of arrays, made anew by each load."""
+
+  def __init__(self, *images):
+    super().__init__('given', 'train', 'given')
+    self.images = images
+
+  def __len__(self):
+    return len(self.images)
+
+  def load(self, index):
+    return self.images[index].copy()
+
+  def describe(self, index):
+    return f'image {index}'
+
+
+def _build(split, source, **overrides):
+  build = {'train': pipelines.build_train, 'eval': pipelines.build_eval,
+           'eval_native': pipelines.build_native}[split]  # fmt: skip
+  return build(_config(**overrides), source, 0, slice(0, None, 1))
+
+
+@pytest.mark.parametrize('size', [(32, 32), (40, 50)])  # A part, and all.
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_a_batch_in_the_making_keeps_no_photographs(split, size):
+  source = _Given(*[np.full((400, 500, 3), i, np.uint8) for i in range(32)])
+  source.load = lambda index: np.full((400, 500, 3), index, np.uint8)
+  kwargs = {
+      'image_size': size, 'batch_size': 32, 'eval_batch_size': 32,
+      'crop_scale': (1.0, 1.0), 'num_threads': 1, 'prefetch': 1,
+  }  # fmt: skip
+  if size == (40, 50):
+    kwargs['crop_scale'] = (2.0, 4.0)
+  _take(_build(split, source, **kwargs), 1)
+  tracemalloc.start()
+  _take(_build(split, source, **kwargs), 1)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  # The batch in parts and whole, and two photographs; not 32, 19 MB.
+  assert peak < 2 * 32 * 3 * size[0] * size[1] + 3 * 400 * 500 * 3
+
+
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_batches_of_one_are_no_views_of_the_source(split):
+  image = _noise(8, 8)
+  source = _Given(image)
+  source.load = lambda index: image
+  (batch,) = _take(_build(split, source, batch_size=1, eval_batch_size=1), 1)
+  assert batch['image'].shape == (1, 8, 8, 3)
+  assert not np.may_share_memory(batch['image'], image)
+
+
+@pytest.mark.parametrize('split', ['train', 'eval', 'eval_native'])
+@pytest.mark.parametrize(
+    'image',
+    [
+        np.zeros((8, 8, 3), np.float32), np.zeros((8, 8), np.uint8),
+        np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8),
+        np.zeros((1, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.int32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_images_of_another_type_or_layout_are_refused(split, image):
+  with pytest.raises(ValueError, match=r'image 0 is .*; images are uint8'):
+    _take(_build(split, _Given(image)), 1)
+
+
+@pytest.mark.parametrize('split', ['train', 'eval', 'eval_native'])
+@pytest.mark.parametrize('value', [0, 1])
+def test_black_images_are_taken(split, value):
+  image = np.full((8, 8, 3), value, np.uint8)
+  (batch,) = _take(_build(split, _Given(image)), 1)
+  assert (batch['image'][0] == value).all()
+
+
+# Images that are scaled up.
+
+
+@pytest.mark.parametrize(
+    ('size', 'resize_shorter', 'upscaled'),
+    [
+        ((8, 8), 0, False),
+        ((7, 20), 0, True),
+        ((20, 7), 0, True),
+        ((16, 20), 16, False),
+        ((15, 20), 16, True),  # By resizing.
+        ((16, 16), 8, False),
+        ((9, 40), 7, True),  # By the crop of what was resized.
+    ],
+)
+def test_images_that_are_scaled_up_are_counted(
+    tmp_path, caplog, size, resize_shorter, upscaled
+):
+  for split in ('train', 'validation'):
+    (tmp_path / split).mkdir()
+    for i, shape in enumerate([size, (30, 30), size]):
+      path = tmp_path / split / f'{i}.png'
+      Image.fromarray(_noise(*shape)).save(path)
+  config = _folder_config(tmp_path, resize_shorter=resize_shorter)
+  # 30 x 30 pixels are enough, unless they are resized to 7.
+  expected = [upscaled, resize_shorter == 7, upscaled]
+  dataset = data.build_dataset(config, split='eval', seed=0)
+  for _ in range(2):  # The second time from memory.
+    (batch,) = list(dataset)
+    assert batch['upscaled'].tolist() == [*expected, *[False] * 5]
+  assert dataset.upscaled == sum(expected)
+  warnings = [x for x in caplog.messages if 'Scaled up so far: 1 of 3' in x]
+  assert len(warnings) == any(expected)
+  training = data.build_dataset(config, split='train', seed=0)
+  _take(training, 1)
+  assert training.upscaled == sum(expected)
+
+
+def test_whole_images_are_scaled_up_by_resizing_alone(tmp_path):
+  (tmp_path / 'validation').mkdir()
+  for i, side in enumerate([5, 12]):
+    path = tmp_path / 'validation' / f'{i}.png'
+    Image.fromarray(_noise(side, side)).save(path)
+  for resize_shorter, expected in ((0, [False, False]), (12, [True, False])):
+    config = _folder_config(tmp_path, resize_shorter=resize_shorter)
+    dataset = data.build_dataset(config, split='eval_native', seed=0)
+    assert [bool(batch['upscaled'][0]) for batch in dataset] == expected
+
+
+def test_every_tenfold_of_upscaled_images_is_a_warning(caplog):
+  source = _Given(*[_noise(4, 4)] * 150)
+  list(_build('eval', source))
+  counts = [text.split(' of ')[0] for text in caplog.messages]
+  assert counts == [f'Scaled up so far: {i}' for i in (1, 10, 100)]
 
 
 # Evaluation.
