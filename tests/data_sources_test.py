@@ -19,6 +19,7 @@ from fsq_jax.data import decoding
 from fsq_jax.data import folder
 from fsq_jax.data import photos
 from fsq_jax.data import prepared
+from fsq_jax.data import sources
 from fsq_jax.data import synthetic
 
 
@@ -58,7 +59,7 @@ def test_folder_lists_images_sorted_at_any_depth(tmp_path):
   assert resized.load(0).shape == (8, 12, 3)
 
 
-def test_sub_folders_that_hold_all_images_are_classes(tmp_path):
+def test_sub_folders_are_classes(tmp_path, caplog):
   for name in ('b/2.png', 'a/deep/1.png', 'b/1.png'):
     _write(tmp_path / 'train' / name)
   source = folder.FolderSource(str(tmp_path), 'train')
@@ -69,8 +70,142 @@ def test_sub_folders_that_hold_all_images_are_classes(tmp_path):
   ]
   _write(tmp_path / 'train' / 'top.png')
   source = folder.FolderSource(str(tmp_path), 'train')
+  assert source.label_names == ('a', 'b')
+  assert _labels(source) == {
+      'a/deep/1.png': 0, 'b/1.png': 1, 'b/2.png': 1, 'top.png': -1
+  }
+  assert "1 of 4 images lie beside the class folders of 'train'" in caplog.text
+  assert 'train/top.png' in caplog.text
+
+
+def _labels(source) -> dict[str, int]:
+  return {
+      facts.name: facts.label for facts in map(source.facts, range(len(source)))
+  }
+
+
+def _class_source(root, split, **kwargs):
+  return folder.FolderSource(str(root), split, class_split='train', **kwargs)
+
+
+def test_all_splits_number_the_classes_of_the_training_split(tmp_path, caplog):
+  for name in ('cat/1', 'dog/1', 'eel/deep/1'):
+    _write(tmp_path / 'train' / f'{name}.png')
+  # These are no classes: nothing, a file that is no image, a hidden folder.
+  (tmp_path / 'train' / 'a').mkdir()
+  (tmp_path / 'train' / 'b').mkdir()
+  (tmp_path / 'train' / 'b' / 'labels.txt').touch()
+  _write(tmp_path / 'train' / '.c' / '1.png')
+  for name in ('dog/1', 'eel/2'):
+    _write(tmp_path / 'validation' / f'{name}.png')
+  for split in ('train', 'validation'):
+    source = _class_source(tmp_path, split)
+    assert source.label_names == ('cat', 'dog', 'eel')
+  assert _labels(source) == {'dog/1.png': 1, 'eel/2.png': 2}
+  assert not caplog.messages
+
+
+def test_a_file_has_no_label_of_a_folder_of_its_name(tmp_path):
+  _write(tmp_path / 'train' / 'x.png' / '1.png')
+  _write(tmp_path / 'validation' / 'x.png')
+  assert _labels(_class_source(tmp_path, 'validation')) == {'x.png': -1}
+
+
+def test_a_class_that_training_has_not_is_named_where_labels_are_used(tmp_path):
+  _write(tmp_path / 'train' / 'cat' / '1.png')
+  for name in ('cat', 'dog', 'eel'):
+    _write(tmp_path / 'validation' / name / '1.png')
+  source = _class_source(tmp_path, 'validation')
+  assert source.load(0).shape == (4, 6, 3)  # Evaluation needs no labels.
+  with pytest.raises(ValueError, match=r"'dog', 'eel', which the .* 'train'"):
+    _ = source.label_names
+  with pytest.raises(ValueError, match=r'data\.label_names'):
+    source.facts(0)
+
+
+def test_names_of_classes_may_be_given(tmp_path, caplog):
+  for split in ('train', 'validation'):
+    for name in ('cat', 'dog'):
+      _write(tmp_path / split / name / '1.png')
+  _write(tmp_path / 'validation' / 'top.png')
+  names = ('eel', 'dog', 'cat')
+  source = _class_source(tmp_path, 'validation', label_names=names)
+  assert source.label_names == names
+  assert _labels(source) == {'cat/1.png': 2, 'dog/1.png': 1, 'top.png': -1}
+  source = _class_source(tmp_path, 'train', label_names=('dog',))
+  with pytest.raises(ValueError, match=r"'cat', which data\.label_names"):
+    _ = source.label_names
+
+
+@pytest.mark.parametrize('has_empty_training', [True, False])
+def test_without_training_images_a_split_has_its_own_classes(
+    tmp_path, caplog, has_empty_training
+):
+  for name in ('dog', 'cat'):
+    _write(tmp_path / 'validation' / name / '1.png')
+  if has_empty_training:
+    (tmp_path / 'train').mkdir()
+  source = _class_source(tmp_path, 'validation')
+  assert source.label_names == ('cat', 'dog')
+  assert _labels(source) == {'cat/1.png': 0, 'dog/1.png': 1}
+  (message,) = caplog.messages
+  assert "no training images in 'train'" in message
+
+
+def test_without_class_folders_there_are_no_labels(tmp_path, caplog):
+  _write(tmp_path / 'train' / '1.png')
+  _write(tmp_path / 'validation' / '1.png')
+  source = _class_source(tmp_path, 'validation')
   assert source.label_names == ()
-  assert {source.facts(i).label for i in range(4)} == {-1}
+  assert _labels(source) == {'1.png': -1}
+  assert not caplog.messages
+  # Neither has a split whose folders training does not have.
+  _write(tmp_path / 'validation' / 'cat' / '1.png')
+  source = _class_source(tmp_path, 'validation')
+  assert _labels(source) == {'1.png': -1, 'cat/1.png': -1}
+  (message,) = caplog.messages
+  assert "training split 'train' has none: all labels are -1" in message
+
+
+def test_classes_are_found_without_listing_the_training_split(
+    tmp_path, monkeypatch
+):
+  for name in ('cat', 'dog'):
+    for i in range(50):
+      _write(tmp_path / 'train' / name / f'{i}.png')
+  _write(tmp_path / 'validation' / 'dog' / '1.png')
+  source = _class_source(tmp_path, 'validation')
+  looked_at = []
+  splitext = os.path.splitext
+  monkeypatch.setattr(
+      os.path, 'splitext', lambda x: looked_at.append(x) or splitext(x)
+  )
+  assert source.label_names == ('cat', 'dog')
+  assert len(looked_at) <= 4
+
+
+def test_class_names_reach_the_sources(tmp_path, prepared_root):
+  _write(tmp_path / 'train' / 'cat' / '1.png')
+  _write(tmp_path / 'train' / 'eel' / '1.png')
+  _write(tmp_path / 'val' / 'eel' / '1.png')
+
+  def names(source, data_dir='', **fields):
+    config = ml_collections.ConfigDict({
+        'source': source, 'name': 'tiny', 'data_dir': str(data_dir),
+        'train_split': 'train', 'eval_split': 'val', 'image_size': (8, 8),
+        'resize_shorter': 0, 'max_damaged_share': 0.0, 'cache_mib': 0,
+        'label_names': (), **fields,
+    })  # fmt: skip
+    return sources.build_source(config, 'eval').label_names
+
+  assert names('folder', tmp_path) == ('cat', 'eel')
+  given = ('eel', 'cat')
+  assert names('folder', tmp_path, label_names=given) == given
+  with pytest.raises(ValueError, match=r"'eel', which data\.label_names"):
+    names('folder', tmp_path, label_names=('cat',))
+  for source in ('synthetic', 'photos', 'tfds'):
+    with pytest.raises(ValueError, match=r"label_names is \('eel', 'cat'\)"):
+      names(source, prepared_root, eval_split='test', label_names=given)
 
 
 def test_links_may_not_leave_the_root(tmp_path):
