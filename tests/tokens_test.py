@@ -653,6 +653,22 @@ def test_a_restored_iterator_goes_on_within_an_epoch(tmp_path):
   _assert_equal(straight[4:], [next(restored) for _ in range(5)])
 
 
+def test_batches_of_one_and_of_more_than_there_are(tmp_path, caplog):
+  source = _source(tmp_path / 'x', num=3)
+
+  def order(batch_size, num):
+    batches = _take(
+        tokens.build_dataset(source, batch_size=batch_size, seed=0), num
+    )
+    return np.concatenate([batch['index'] for batch in batches]).tolist()
+
+  expected = order(3, 4)
+  assert order(1, 12) == expected
+  assert not caplog.messages
+  assert order(4, 3) == expected
+  assert 'batch_size is 4, but there are 3 images' in caplog.text
+
+
 def test_processes_share_each_batch(tmp_path):
   source = _source(tmp_path / 'x')
   whole = _take(tokens.build_dataset(source, batch_size=4, seed=0), 6)
