@@ -287,7 +287,7 @@ def test_batches_of_one_are_no_views_of_the_source(split):
         np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8),
         np.zeros((1, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.int32),
     ],
-    ids=str,
+    ids=['float32', 'grey', 'CHW', 'RGBA', 'batch', 'int32'],
 )  # fmt: skip
 def test_images_of_another_type_or_layout_are_refused(split, image):
   with pytest.raises(ValueError, match=r'image 0 is .*; images are uint8'):

@@ -26,6 +26,7 @@ DamagedImageError = decoding.DamagedImageError
 centre_crop = transforms.centre_crop
 check_damaged_share = image_source.check_damaged_share
 fingerprint = pipelines.fingerprint
+is_smaller = transforms.is_smaller
 prepare = sources.prepare
 repeat_endlessly = pipelines.repeat_endlessly
 

@@ -310,6 +310,8 @@ class _Run:
         continue
       size = image.shape[:2]
       if self._job.fit == 'crop':
+        if data.is_smaller(image, self._job.image_size):
+          self._source.record_upscaled(index)
         # A copy: a view would keep the whole image until it is encoded.
         image = np.array(data.centre_crop(image, self._job.image_size))
       images.append(image)
