@@ -571,7 +571,18 @@ def test_names_that_may_change_are_fields():
     ('text', 'problem'),
     [
         ('def get_config(:', 'SyntaxError'),
-        ('config = 3', 'KeyError'),
+        ('config = 3', r'has no function get_config\(\); define one'),
+        ('get_config = 3', r'has no function get_config\(\); define one'),
+        ('def get_config(name): return name', 'TypeError'),
+        # Of a tuple no number can be made, nor the other way round.
+        (
+            'from configs import default\n'
+            'def get_config():\n'
+            '  config = default.get_config()\n'
+            '  config.model.quantizer.fsq.levels = 512\n'
+            '  return config',
+            "TypeError: .*'levels'",
+        ),
         ('def get_config(): return {}', 'returns dict'),
         ('def get_config(): return 1 / 0', 'ZeroDivisionError'),
     ],

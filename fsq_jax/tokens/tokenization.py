@@ -81,7 +81,7 @@ def tokenize_workdir(
     PeerError: another of several processes has failed.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  configuration.check_config(config)
+  configuration.check_config(config, mode='tokenize')
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()
   tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
