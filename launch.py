@@ -195,6 +195,7 @@ def main(argv: list[str]) -> int:
   try:
     config = _load_config()
     _override(config, argv)
+    config = configuration.resolve_paths(config)
     configuration.check_config(config, mode=_MODE.value)
     return _run(config)
   except (ValueError, RuntimeError, flags.Error) as error:

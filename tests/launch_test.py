@@ -347,6 +347,13 @@ def test_none_is_taken_for_a_number_that_may_be_none():
 
 
 def test_paths_that_are_not_there_are_absolute(tmp_path):
+  result = _launch(
+      f'--config={_ROOT}/configs/folder_fsq_8555.py',
+      '--config.data.data_dir=images',
+      cwd=tmp_path,
+  )
+  assert result.returncode == 2
+  assert f"data.data_dir is '{tmp_path}/images'; allowed" in result.stderr
   result = _launch(_DEBUG, cwd=tmp_path)
   assert result.returncode == 2
   first, *known = result.stderr.splitlines()

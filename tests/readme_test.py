@@ -225,6 +225,22 @@ def test_links_lead_somewhere(path):
   assert (ROOT / path.split('#')[0]).exists()
 
 
+def test_nobody_is_told_to_install_a_name_that_is_not_registered():
+  paths = list(ROOT.glob('*.*'))
+  for folder in ('configs', 'experiments', 'fsq_jax', 'tests'):
+    paths += (ROOT / folder).glob('**/*.*')
+  paths = [
+      path
+      for path in paths
+      if path.suffix in ('.ipynb', '.md', '.py', '.toml')
+      and path != pathlib.Path(__file__)
+  ]
+  assert len(paths) > 200
+  # From a checkout it is: pip install -e '.[hub]'.
+  wrong = re.compile(r'pip install[^\n]*fsq[_-]jax|fsq[_-]jax\[')
+  assert [x for x in paths if wrong.search(x.read_text('utf-8'))] == []
+
+
 def test_the_map_of_the_code_is_true():
   block = re.search(r'## Map of the code\n.*?```text\n(.*?)```', README, re.S)
   named = set(re.findall(r'^  +(\w+\.py|\w+/)', block.group(1), re.M))
