@@ -37,8 +37,9 @@ from fsq_jax import configuration
 _CONFIG = flags.DEFINE_string(
     'config',
     None,
-    'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
-    ' Modes that use a run do without: they find the config in the workdir.',
+    'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field; a'
+    " tuple is quoted, as '(8,8,8)'. Modes that use a run do without: they find"
+    ' the config in the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',

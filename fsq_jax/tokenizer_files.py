@@ -120,6 +120,7 @@ def write(
       for path, x in flat.items()
       if not (decoder_only and _encodes(path))
   }
+  stored = stored._replace(evaluation=_without_places(stored.evaluation))
   model = build_model(config)
   spec = model.quantizer.spec()
   workdirs.write_bytes(folder / WEIGHTS, safetensors.numpy.save(arrays))
@@ -324,6 +325,21 @@ def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if isinstance(value, str) and name in configuration.PATHS:
       flat[name] = pathlib.PurePath(value).name
   return traverse_util.unflatten_dict(flat, sep='.')
+
+
+def _without_places(value: Any) -> Any:
+  """Returns an evaluation for others: no command, of paths the last part."""
+  if isinstance(value, Mapping):
+    return {
+        name: _without_places(x)
+        for name, x in value.items()
+        if name != 'command'
+    }
+  if isinstance(value, list | tuple):
+    return [_without_places(x) for x in value]
+  if isinstance(value, str) and os.path.isabs(value):
+    return pathlib.PurePath(value).name
+  return value
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
