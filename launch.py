@@ -14,7 +14,7 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 """
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 import contextlib
 import difflib
 import functools
@@ -130,7 +130,7 @@ class _IntegerParser(flags.IntegerParser):
 
 
 class _FloatParser(flags.FloatParser):
-  """Takes None too, for fields that may be."""
+  """Takes None too, which some fields may be."""
 
   def convert(self, argument: float | str) -> float | None:
     if argument == 'None':
@@ -142,7 +142,7 @@ class _FloatParser(flags.FloatParser):
 
 
 class _BoolParser(flags.BooleanParser):
-  """Says in words what is wrong."""
+  """Raises one sentence, where the parser of absl raises a tuple."""
 
   def parse(self, argument: bool | str) -> bool:
     try:
@@ -252,7 +252,6 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
     raise ValueError('\n  '.join(['Overrides cannot be used:', *unknown]))
   for field_type, parser in _PARSERS.items():
     config_flags.register_flag_parser_for_type(field_type, parser)
-  examples = config.to_dict()
   overrides = flags.FlagValues()
   config_flags.DEFINE_config_dict(
       'config', config, flag_values=overrides, sys_argv=argv
@@ -262,7 +261,7 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
   except flags.UnrecognizedFlagError as error:
     raise ValueError(_describe_unknown_flag(error.flagname, argv)) from error
   except flags.IllegalFlagValueError as error:
-    raise ValueError(_describe_wrong_value(str(error), examples)) from error
+    raise ValueError(_describe_wrong_value(str(error), config)) from error
   if rest:
     raise ValueError(
         f'{rest} cannot be used; every argument is a --flag=value, a config is'
@@ -271,7 +270,7 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
 
 
 def _describe_unknown_flag(name: str, argv: list[str]) -> str:
-  """Says what a flag that is none may have been meant for."""
+  """Returns the message about an unknown flag, with what may be meant."""
   pairs = [arg.lstrip('-').partition('=') for arg in argv]
   value = next((f'={x}' for flag, _, x in pairs if flag == name and x), '')
   fields = configuration.find_fields(name)
@@ -283,8 +282,15 @@ def _describe_unknown_flag(name: str, argv: list[str]) -> str:
   return f'--{name} is not a flag{hint} See --help.'
 
 
-def _describe_wrong_value(problem: str, config: Mapping[str, Any]) -> str:
-  """Says what the field of an override may hold, and how it is written."""
+def _describe_wrong_value(
+    problem: str, config: ml_collections.ConfigDict
+) -> str:
+  """Returns the message about a value of a wrong type, with the right form.
+
+  Args:
+    problem: what absl says: the flag, its value, and what its parser raised.
+    config: has another value of the field, as an example.
+  """
   match = re.match(r'flag --config\.([\w.]+)=(.*?): ', problem, re.DOTALL)
   if not match:
     return problem

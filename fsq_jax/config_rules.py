@@ -41,11 +41,11 @@ _MESH = tuple(
     f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
 )
 
-# What the fields of a config name that may be missing: 'images'; the weights
-# and the run that a new run is initialized from ('initialization'); and the
-# losses, their networks and batches ('training').
+# Inputs that not every mode uses: 'images'; 'initialization', the weights and
+# the run that a new run is initialized from; 'training', the networks of the
+# losses and the size of training batches.
 USES = frozenset({'images', 'initialization', 'training'})
-# Fields that config files leave as None, to be set where they are used.
+# Fields that config files may leave as None, and the inputs that they name.
 PLACEHOLDERS = {
     'data.data_dir': 'images',
     'model.encoder.checkpoint': 'initialization',
@@ -286,7 +286,7 @@ def cross_rules(
 
   Args:
     num_devices: devices of all processes; None leaves out what depends on it.
-    uses: parts of `USES` that are needed; rules of the others are left out.
+    uses: those of `USES` that are used; rules on the others are left out.
   """
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')

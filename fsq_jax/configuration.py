@@ -74,8 +74,8 @@ _ADDED = {
         'images_per_shard': 4096,
     },
 }
-# Of each mode of launch.py: parts of `config_rules.USES` that it needs. The
-# checkpoint of a run has the weights of its whole model.
+# Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
+# of its model, so modes that read one need no other weights.
 _USES = {
     'train': config_rules.USES,
     'eval': {'images'},
@@ -86,8 +86,8 @@ _USES = {
     'prepare': set(),
     'latent_statistics': {'images', 'initialization'},
 }
-# Fields that are paths, which a config of a run has absolute. The cache of
-# compiled programs is none: it belongs to the user who trains.
+# Fields that are paths: absolute in the config of a run, which later commands
+# use from other folders. Not train.compilation_cache, which only training uses.
 PATHS = (
     'data.data_dir', 'discriminator.dino.checkpoint',
     'losses.perceptual.checkpoint', 'model.decoder.mae.checkpoint',
