@@ -13,8 +13,12 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
 """
 
+import ast
 from collections.abc import Iterable
 import contextlib
+import difflib
+import functools
+import operator
 import pathlib
 import re
 import sys
@@ -33,8 +37,9 @@ from fsq_jax import configuration
 _CONFIG = flags.DEFINE_string(
     'config',
     None,
-    'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field.'
-    ' Modes that use a run do without: they find the config in the workdir.',
+    'Path of a config file. --config.SECTION.FIELD=VALUE overrides a field; a'
+    " tuple is quoted, as '(8,8,8)'. Modes that use a run do without: they find"
+    ' the config in the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
@@ -102,6 +107,7 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
+_ROOT = pathlib.Path(__file__).resolve().parent
 # Modes that find the config in the workdir.
 _OF_A_RUN = ('eval', 'report', 'tokenize', 'detokenize', 'export')
 
@@ -117,10 +123,62 @@ class _IntegerParser(flags.IntegerParser):
     try:
       return super().convert(argument)
     except ValueError:
-      with contextlib.suppress(ValueError):
+      with contextlib.suppress(ValueError, OverflowError):
         if float(argument).is_integer():
           return int(float(argument))
       raise ValueError(f'{argument!r} is not an integer') from None
+
+
+class _FloatParser(flags.FloatParser):
+  """Takes None too, which some fields may be."""
+
+  def convert(self, argument: float | str) -> float | None:
+    if argument == 'None':
+      return None
+    try:
+      return super().convert(argument)
+    except ValueError:
+      raise ValueError(f'{argument!r} is not a number') from None
+
+
+class _BoolParser(flags.BooleanParser):
+  """Raises one sentence, where the parser of absl raises a tuple."""
+
+  def parse(self, argument: bool | str) -> bool:
+    try:
+      return super().parse(argument)
+    except (TypeError, ValueError):
+      raise ValueError(f'{argument!r} is not a boolean') from None
+
+
+class _TupleParser(flags.ArgumentParser):
+  """Takes what Python reads as a tuple or a list, and no single value.
+
+  The parser of ml_collections makes a tuple of whatever it gets, 512 as well,
+  and joins the values of a flag that is given twice.
+  """
+
+  def parse(self, argument: tuple | str) -> tuple:
+    if isinstance(argument, tuple):
+      return argument
+    try:
+      value = ast.literal_eval(argument.strip())
+    except (SyntaxError, ValueError):
+      value = None
+    if not isinstance(value, tuple | list):
+      raise ValueError(f'{argument!r} is not a tuple')
+    return tuple(value)
+
+  def flag_type(self) -> str:
+    return 'tuple'
+
+
+_PARSERS = {
+    bool: _BoolParser(),
+    float: _FloatParser(),
+    int: _IntegerParser(),
+    tuple: _TupleParser(),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -138,7 +196,8 @@ def main(argv: list[str]) -> int:
   try:
     config = _load_config()
     _override(config, argv)
-    configuration.check_config(config)
+    config = configuration.resolve_paths(config)
+    configuration.check_config(config, mode=_MODE.value)
     return _run(config)
   except (ValueError, RuntimeError, flags.Error) as error:
     if not _is_ours(error):
@@ -155,8 +214,7 @@ def _is_ours(error: Exception) -> bool:
   traceback.
   """
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-  root = pathlib.Path(__file__).resolve().parent
-  ours = (root / 'fsq_jax', root / 'configs', pathlib.Path(__file__).resolve())
+  ours = (_ROOT / 'fsq_jax', _ROOT / 'configs', _ROOT / 'launch.py')
   return isinstance(error, flags.Error) or any(
       pathlib.Path(raised_in).resolve().is_relative_to(path) for path in ours
   )
@@ -164,20 +222,26 @@ def _is_ours(error: Exception) -> bool:
 
 def _load_config() -> ml_collections.ConfigDict:
   if _CONFIG.value is not None:
-    path = pathlib.Path(_CONFIG.value)
+    path = pathlib.Path(_CONFIG.value).expanduser()
     if path.is_file():
       return configuration.load_config(path)
-    problem = f'--config={path} is not a file.'
+    problem = f'--config={_CONFIG.value}: {path.absolute()} is not a file.'
+    if (_ROOT / path).is_file():
+      problem += f' Did you mean --config={_ROOT / path}?'
   elif _MODE.value in _OF_A_RUN and _WORKDIR.value is not None:
-    path = pathlib.Path(_WORKDIR.value) / 'config.json'
+    path = pathlib.Path(_WORKDIR.value).expanduser() / 'config.json'
     if path.is_file():
       return configuration.config_from_json(path.read_text(encoding='utf-8'))
-    problem = f'--workdir={_WORKDIR.value} holds no config.json.'
+    raise ValueError(
+        f'--workdir={_WORKDIR.value} holds no config.json: {path.absolute()} is'
+        ' not a file. Give the folder of a run, or a --config.'
+    )
   else:
     problem = '--config is missing.'
-  root = pathlib.Path(__file__).parent
-  known = sorted(str(p.relative_to(root)) for p in root.glob('configs/*.py'))
-  raise ValueError(f'{problem} Configs of this repository: {known}.')
+  known = map(str, sorted(_ROOT.glob('configs/*.py')))
+  raise ValueError(
+      '\n  '.join([f'{problem} Configs of this repository:', *known])
+  )
 
 
 def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
@@ -186,7 +250,8 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
   unknown = configuration.describe_unknown(m[1] for m in matches if m)
   if unknown:
     raise ValueError('\n  '.join(['Overrides cannot be used:', *unknown]))
-  config_flags.register_flag_parser_for_type(int, _IntegerParser())
+  for field_type, parser in _PARSERS.items():
+    config_flags.register_flag_parser_for_type(field_type, parser)
   overrides = flags.FlagValues()
   config_flags.DEFINE_config_dict(
       'config', config, flag_values=overrides, sys_argv=argv
@@ -194,14 +259,58 @@ def _override(config: ml_collections.ConfigDict, argv: list[str]) -> None:
   try:
     _, *rest = overrides(argv)
   except flags.UnrecognizedFlagError as error:
-    raise ValueError(
-        f'--{error.flagname} is not a flag. See --help.'
-    ) from error
+    raise ValueError(_describe_unknown_flag(error.flagname, argv)) from error
+  except flags.IllegalFlagValueError as error:
+    raise ValueError(_describe_wrong_value(str(error), config)) from error
   if rest:
     raise ValueError(
         f'{rest} cannot be used; every argument is a --flag=value, a config is'
         ' given as --config=PATH. See --help.'
     )
+
+
+def _describe_unknown_flag(name: str, argv: list[str]) -> str:
+  """Returns the message about an unknown flag, with what may be meant."""
+  pairs = [arg.lstrip('-').partition('=') for arg in argv]
+  value = next((f'={x}' for flag, _, x in pairs if flag == name and x), '')
+  fields = configuration.find_fields(name)
+  meant = [f'--config.{field}{value}' for field in fields[:4]]
+  if not meant:
+    nearest = difflib.get_close_matches(name, flags.FLAGS)
+    meant = [f'--{flag}{value}' for flag in nearest]
+  hint = f'; did you mean {" or ".join(meant)}?' if meant else '.'
+  return f'--{name} is not a flag{hint} See --help.'
+
+
+def _describe_wrong_value(
+    problem: str, config: ml_collections.ConfigDict
+) -> str:
+  """Returns the message about a value of a wrong type, with the right form.
+
+  Args:
+    problem: what absl says: the flag, its value, and what its parser raised.
+    config: has another value of the field, as an example.
+  """
+  match = re.match(r'flag --config\.([\w.]+)=(.*?): ', problem, re.DOTALL)
+  if not match:
+    return problem
+  name, given = match.groups()
+  rule = configuration.find_rule(name)
+  problem = f'{problem}; allowed: {rule.allowed}.'
+  value = functools.reduce(operator.getitem, name.split('.'), config)
+  if not isinstance(value, tuple):
+    return problem
+  example = repr(value)
+  if re.fullmatch(r'\d+([\s,;x]+\d+)+', given):  # '8 8 8' and '8x8x8'.
+    example = f'({",".join(re.findall("[0-9]+", given))})'
+  elif not value:
+    # Of one number in place of several, nobody knows what was meant.
+    example = repr((given,)) if rule.fits((given,)) else '(A,B)'
+  quote = '"' if "'" in example else "'"
+  return (
+      f'{problem} Write a tuple in parentheses and quotes:'
+      f' --config.{name}={quote}{example.replace(" ", "")}{quote}'
+  )
 
 
 def _run(config: ml_collections.ConfigDict) -> int:

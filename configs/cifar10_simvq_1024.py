@@ -3,6 +3,7 @@
 What: as cifar10_fsq_888 but for the quantizer, a frozen codebook under one
   learned linear map.
 Command: python launch.py --config=configs/cifar10_simvq_1024.py
+  after --mode=prepare, as cifar10_fsq_888 says.
 Hardware and time: 2 CPU cores, as cifar10_fsq_888.
 Numbers, with --config.train.num_steps=4000: 25.69 dB PSNR, 0.860
   SSIM, 99.9 % of the codes used, perplexity 709 (means of three seeds).

@@ -4,6 +4,7 @@ What: as cifar10_fsq_888 but for the quantizer, with the settings that
   experiments/quantizer_comparison found best: k-means of the first batch, dead
   codes restarted from latents.
 Command: python launch.py --config=configs/cifar10_vq_1024.py
+  after --mode=prepare, as cifar10_fsq_888 says.
 Hardware and time: 2 CPU cores, as cifar10_fsq_888.
 Numbers, with --config.train.num_steps=4000: 25.98 dB PSNR, 0.865
   SSIM, 100 % of the codes used, perplexity 792 (means of three seeds).

@@ -98,7 +98,7 @@ def analyze_workdir(
       model, no checkpoint, or no readable image.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  configuration.check_config(config, num_devices=jax.device_count())
+  configuration.check_config(config, jax.device_count(), mode='report')
   if config.eval.native_size:
     raise ValueError(
         'eval.native_size is True; allowed in mode report: False, since it'

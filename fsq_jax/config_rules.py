@@ -3,7 +3,7 @@
 Those of quantizers are in `quantizer_rules`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import math
 import os
 
@@ -40,6 +40,17 @@ _MESH_SIZE = rules.Rule(
 _MESH = tuple(
     f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
 )
+
+# Inputs that not every mode uses: 'images'; 'initialization', the weights and
+# the run that a new run is initialized from; 'training', the networks of the
+# losses and the size of training batches.
+USES = frozenset({'images', 'initialization', 'training'})
+# Fields that config files may leave as None, and the inputs that they name.
+PLACEHOLDERS = {
+    'data.data_dir': 'images',
+    'model.encoder.checkpoint': 'initialization',
+    'train.init_from': 'initialization',
+}
 
 _VIT = {
     'patch_size': _COUNT,
@@ -276,40 +287,37 @@ def _projector_rules() -> Iterator[rules.CrossRule]:
   )
 
 
-def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
-  """Yields the rules between fields, those on devices if these are known."""
+def cross_rules(
+    num_devices: int | None, uses: Collection[str] = USES
+) -> Iterator[rules.CrossRule]:
+  """Yields the rules between fields.
+
+  Args:
+    num_devices: devices of all processes; None leaves out what depends on it.
+    uses: those of `USES` that are used; rules on the others are left out.
+  """
   yield from _vit_rules('encoder')
   yield from _vit_rules('decoder')
   yield from _conv_rules('encoder', 'projector_in')
   yield from _conv_rules('decoder', 'projector_out')
   yield from _projector_rules()
   yield from network_rules.cross_rules()
-  yield rules.CrossRule(
-      (
-          'losses.distillation_weight',
-          'model.encoder.name',
-          'model.encoder.checkpoint',
-          'train.init_from',
-      ),
-      'for distillation something to stay close to, a model.encoder.checkpoint'
-      " of an encoder 'pretrained' or a stage 1 in train.init_from",
-      lambda weight, name, checkpoint, run: (
-          not weight or run or (name == 'pretrained' and checkpoint)
-      ),
-  )
+  if 'training' in uses:
+    yield from _training_rules()
   yield rules.CrossRule(
       ('data.source', 'data.name', 'data.data_dir'),
       "with 'tfds' a name, or the folder of a prepared version as data_dir",
       lambda source, name, folder: source != 'tfds' or bool(name or folder),
   )
-  yield rules.CrossRule(
-      ('data.source', 'data.data_dir'),
-      "with 'folder' an existing folder as data_dir; set"
-      ' --config.data.data_dir',
-      lambda source, folder: (
-          source != 'folder' or os.path.isdir(os.path.expanduser(folder))
-      ),
-  )
+  if 'images' in uses:
+    yield rules.CrossRule(
+        ('data.source', 'data.data_dir'),
+        "with 'folder' an existing folder as data_dir; set"
+        ' --config.data.data_dir',
+        lambda source, folder: (
+            source != 'folder' or os.path.isdir(os.path.expanduser(folder))
+        ),
+    )
   yield rules.CrossRule(
       ('data.resize_shorter', 'data.image_size', 'data.allow_upscaling'),
       'a resize_shorter of 0 or of at least the longer side of image_size,'
@@ -346,7 +354,7 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
       _MESH, 'at most one -1', lambda *sizes: sizes.count(-1) <= 1
   )
   if num_devices is not None:
-    yield from _device_rules(num_devices)
+    yield from _device_rules(num_devices, uses)
     return
   yield rules.CrossRule(
       ('data.batch_size', 'optim.accumulation_steps'),
@@ -355,7 +363,26 @@ def cross_rules(num_devices: int | None) -> Iterator[rules.CrossRule]:
   )
 
 
-def _device_rules(num_devices: int) -> Iterator[rules.CrossRule]:
+def _training_rules() -> Iterator[rules.CrossRule]:
+  yield from network_rules.weight_rules()
+  yield rules.CrossRule(
+      (
+          'losses.distillation_weight',
+          'model.encoder.name',
+          'model.encoder.checkpoint',
+          'train.init_from',
+      ),
+      'for distillation something to stay close to, a model.encoder.checkpoint'
+      " of an encoder 'pretrained' or a stage 1 in train.init_from",
+      lambda weight, name, checkpoint, run: (
+          not weight or run or (name == 'pretrained' and checkpoint)
+      ),
+  )
+
+
+def _device_rules(
+    num_devices: int, uses: Collection[str]
+) -> Iterator[rules.CrossRule]:
 
   def fills(*sizes: int) -> bool:
     return (
@@ -372,14 +399,15 @@ def _device_rules(num_devices: int) -> Iterator[rules.CrossRule]:
       tensor = num_devices // math.prod(others)
     return num_images % (num_devices // tensor) == 0
 
-  yield rules.CrossRule(
-      ('data.batch_size', 'optim.accumulation_steps', *_MESH),
-      f'a batch_size that is a multiple of {num_devices} devices times'
-      ' accumulation_steps, over partitioning.mesh.tensor',
-      lambda size, parts, *sizes: (
-          size % parts == 0 and divides(size // parts, *sizes)
-      ),
-  )
+  if 'training' in uses:
+    yield rules.CrossRule(
+        ('data.batch_size', 'optim.accumulation_steps', *_MESH),
+        f'a batch_size that is a multiple of {num_devices} devices times'
+        ' accumulation_steps, over partitioning.mesh.tensor',
+        lambda size, parts, *sizes: (
+            size % parts == 0 and divides(size // parts, *sizes)
+        ),
+    )
   yield rules.CrossRule(
       ('data.eval_batch_size', *_MESH),
       f'a multiple of {num_devices} devices, over partitioning.mesh.tensor',

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import os
 import pathlib
 import runpy
@@ -13,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from fsq_jax import config_rules
+from fsq_jax import rules
 
 Config = ml_collections.ConfigDict
 
@@ -37,6 +40,7 @@ _RESUMABLE = frozenset({
     'train.init_from',
     'model.decoder.mae.checkpoint',
     'model.encoder.checkpoint',
+    'model.latent_statistics',
     'train.keep_checkpoints',
     'train.log_every_steps',
     'train.profile_steps',
@@ -77,6 +81,26 @@ _ADDED = {
         'images_per_shard': 4096,
     },
 }
+# Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
+# of its model, so modes that read one need no other weights.
+_USES = {
+    'train': config_rules.USES,
+    'eval': {'images'},
+    'report': {'images'},
+    'tokenize': {'images'},
+    'detokenize': set(),
+    'export': set(),
+    'prepare': set(),
+    'latent_statistics': {'images', 'initialization'},
+}
+# Fields that are paths: absolute in the config of a run, which later commands
+# use from other folders. Not train.compilation_cache, which only training uses.
+PATHS = (
+    'data.data_dir', 'discriminator.dino.checkpoint',
+    'losses.perceptual.checkpoint', 'model.decoder.mae.checkpoint',
+    'model.encoder.checkpoint', 'model.latent_statistics', 'train.init_from',
+    *(name for name in config_rules.FIELDS if name.startswith('eval.networks.'))
+)
 # Fields of quantizers that act on training only, as their specs say.
 _OF_QUANTIZER_TRAINING = (
     '.commitment_weight', '.dead_share', '.decay', '.diversity_weight',
@@ -103,16 +127,27 @@ def load_config(path: str | os.PathLike[str]) -> Config:
   path = pathlib.Path(path).absolute()
   if not path.is_file():
     raise ValueError(f'There is no config file {path}.')
+  if path.suffix == '.json':
+    raise ValueError(
+        f'{path} is JSON; a config file is Python. A run whose config.json this'
+        ' is needs only its --workdir, except to train.'
+    )
   root = str(path.parent.parent)
   sys.path.insert(0, root)
   try:
-    config = runpy.run_path(str(path))['get_config']()
+    get_config = runpy.run_path(str(path)).get('get_config')
+    config = get_config() if callable(get_config) else None
   except Exception as error:
     raise ValueError(
         f'Config file {path} fails with {type(error).__name__}: {error}'
     ) from error
   finally:
     sys.path.remove(root)
+  if not callable(get_config):
+    raise ValueError(
+        f'Config file {path} has no function get_config(); define one that'
+        ' returns an ml_collections.ConfigDict, as configs/debug.py does.'
+    )
   if not isinstance(config, Config):
     raise ValueError(
         f'get_config() of {path} returns {type(config).__name__}; return an'
@@ -122,7 +157,10 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def check_config(
-    config: Mapping[str, Any] | Config, num_devices: int | None = None
+    config: Mapping[str, Any] | Config,
+    num_devices: int | None = None,
+    *,
+    mode: str = 'train',
 ) -> None:
   """Raises one ValueError that lists everything that is wrong with a config.
 
@@ -133,11 +171,17 @@ def check_config(
     config: see configs/default.py. Integers may stand for floats and lists
       for tuples.
     num_devices: devices of all processes; None leaves out what depends on it.
+    mode: of launch.py. What it does not use may be missing: images, weights
+      that a new run starts from, networks of the losses.
 
   Raises:
     ValueError: missing, unknown or wrong fields, and what is allowed.
   """
+  uses = _USES[mode]
   fields = dict(_flatten(config))
+  for name, part in config_rules.PLACEHOLDERS.items():
+    if part not in uses and name in fields and fields[name] is None:
+      fields[name] = ''
   problems = describe_unknown(fields)
   for name, rule in config_rules.FIELDS.items():
     if name not in fields:
@@ -146,7 +190,7 @@ def check_config(
       given = fields.pop(name)
       problems.append(f'{name} is {given!r}; allowed: {rule.allowed}.')
   # Rules between fields hold for those that are right by themselves.
-  for rule in config_rules.cross_rules(num_devices):
+  for rule in config_rules.cross_rules(num_devices, uses):
     values = {name: fields[name] for name in rule.fields if name in fields}
     if len(values) == len(rule.fields) and not rule.fits(*values.values()):
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
@@ -194,10 +238,23 @@ def describe_unknown(names: Iterable[str]) -> list[str]:
       nearest = difflib.get_close_matches(
           name, config_rules.FIELDS, n=3, cutoff=0
       )
+      if not any(x.startswith(f'{name}.') for x in config_rules.FIELDS):
+        nearest = find_fields(name)[:3] or nearest
       problems.append(
           f'{name} is not a field of a config; nearest: {", ".join(nearest)}.'
       )
   return problems
+
+
+def find_fields(name: str) -> list[str]:
+  """Returns the dotted names that end with a name, shortest first."""
+  names = [x for x in config_rules.FIELDS if f'.{x}'.endswith(f'.{name}')]
+  return sorted(names, key=lambda x: (x.count('.'), x))
+
+
+def find_rule(name: str) -> rules.Rule:
+  """Returns what the field of a dotted name may hold."""
+  return config_rules.FIELDS[name]
 
 
 def config_to_json(config: Config) -> str:
@@ -242,8 +299,15 @@ def config_from_json(text: str) -> Config:
 def diff_configs(
     saved: Mapping[str, Any] | Config, current: Mapping[str, Any] | Config
 ) -> list[str]:
-  """Lists the fields that differ as 'field: saved -> current'."""
-  saved, current = dict(_flatten(saved)), dict(_flatten(current))
+  """Lists the fields that differ as 'field: saved -> current'.
+
+  A relative path, as runs of earlier versions have saved it, equals the
+  absolute one that it is in the current folder.
+  """
+  saved, current = (
+      {name: _absolute(name, value) for name, value in _flatten(config)}
+      for config in (saved, current)
+  )
   absent = object()
 
   def show(fields: Mapping[str, Any], name: str) -> str:
@@ -296,8 +360,9 @@ def _is_built(name: str, *configs: Mapping[str, Any]) -> bool:
 
 def _is_of_no_variable(name: str, saved: Any, current: Any) -> bool:
   """Whether a field may differ without another state or other codes."""
-  if name == 'losses.distillation_weight':
-    return bool(saved) == bool(current)  # There is a teacher or there is none.
+  if name in ('losses.distillation_weight', 'model.latent_statistics'):
+    # There is a teacher or there is none; a checkpoint has the statistics.
+    return bool(saved) == bool(current)
   if name == 'model.encoder.architecture':
     return _is_same_architecture(saved, current)
   return name in _NOT_OF_STATE or (
@@ -319,22 +384,37 @@ def _is_same_architecture(*texts: Any) -> bool:
 
 
 def resolve(config: Config) -> Config:
-  """Returns a copy that says what files outside of it say of the model.
+  """Returns a copy that can be used from another folder and without files.
 
-  The architecture 'checkpoint' of a pretrained encoder becomes the one that
-  its checkpoint has, so that a run can be used without those files.
+  Paths become absolute. The architecture 'checkpoint' of a pretrained encoder
+  becomes the one that its checkpoint has.
 
   Args:
     config: one that `check_config` accepts.
   """
   from fsq_jax import models
 
-  # Not ConfigDict(config), which shares its sections.
-  config = config.copy_and_resolve_references()
+  config = resolve_paths(config)
   encoder = config.model.encoder
   if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
     module = models.build_encoder(encoder.checkpoint)
     encoder.architecture = models.describe_architecture(module.architecture)
+  return config
+
+
+def resolve_paths(config: Config) -> Config:
+  """Returns a copy whose paths are absolute, `~` expanded; '' and None stay.
+
+  Runs of earlier versions have paths as they were given: relative ones are
+  looked for from the current folder.
+  """
+  # Not ConfigDict(config), which shares its sections.
+  config = config.copy_and_resolve_references()
+  for name, value in _flatten(config):
+    if name in PATHS:
+      *sections, field = name.split('.')
+      section = functools.reduce(operator.getitem, sections, config)
+      section[field] = _absolute(name, value)
   return config
 
 
@@ -383,6 +463,13 @@ def check_resumable(
         + '\nUse another --workdir, or continue with these values by'
         ' --allow_config_change.'
     )
+
+
+def _absolute(name: str, value: Any) -> Any:
+  """Makes the value of a field of `PATHS` absolute; keeps '' and others."""
+  if name in PATHS and isinstance(value, str) and value:
+    return os.path.abspath(os.path.expanduser(value))
+  return value
 
 
 def _flatten(

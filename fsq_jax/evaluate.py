@@ -240,10 +240,11 @@ def evaluate_workdir(
       model, or no checkpoint.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  configuration.check_config(config, num_devices=jax.device_count())
+  configuration.check_config(config, jax.device_count(), mode='eval')
+  config = configuration.resolve(config)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
-  trained.check_same_model(found.config, configuration.resolve(config))
+  trained.check_same_model(found.config, config)
   native = config.eval.native_size
   # All native images pass every process, whose devices do the same.
   share = (

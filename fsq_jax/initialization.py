@@ -82,7 +82,7 @@ class Start:
     config, model = self._config, self._model
     parts = {}
     if path := self.facts.get('model.encoder.checkpoint'):
-      with _naming('model.encoder.checkpoint'):
+      with naming('model.encoder.checkpoint'):
         parts['encoder'] = models.load_encoder(
             path,
             model.encoder.image_size,
@@ -90,7 +90,7 @@ class Start:
             shardings=lambda _: _shardings(builder, 'encoder'),
         ).variables
     if path := self.facts.get('model.decoder.mae.checkpoint'):
-      with _naming('model.decoder.mae.checkpoint'):
+      with naming('model.decoder.mae.checkpoint'):
         parts['decoder'] = models.load_decoder(
             path,
             config.model.decoder.mae.normalization,
@@ -108,7 +108,7 @@ class Start:
     return variables
 
   def _check_encoder(self, path: str) -> None:
-    with _naming('model.encoder.checkpoint'):
+    with naming('model.encoder.checkpoint'):
       module = models.build_encoder(path)
     _check_architecture(
         'model.encoder', module.architecture, self._model.encoder.architecture
@@ -117,7 +117,7 @@ class Start:
 
   def _check_decoder(self, path: str) -> None:
     normalization = self._config.model.decoder.mae.normalization
-    with _naming('model.decoder.mae.checkpoint'):
+    with naming('model.decoder.mae.checkpoint'):
       module = models.build_decoder(path, normalization)
     decoder = self._model.decoder
     _check_architecture(
@@ -156,7 +156,7 @@ def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _naming(field: str) -> Iterator[None]:
+def naming(field: str) -> Iterator[None]:
   """Puts the field that names a file before what is wrong with the file."""
   try:
     yield
@@ -166,10 +166,8 @@ def _naming(field: str) -> Iterator[None]:
 
 def _find_run(config: ml_collections.ConfigDict) -> trained.Checkpoint:
   """Finds the run of train.init_from, which must be of the same model."""
-  try:
+  with naming('train.init_from'):
     found = trained.find(config.train.init_from)
-  except ValueError as error:
-    raise ValueError(f'train.init_from: {error}') from error
   if differences := configuration.diff_models(found.config, config):
     raise ValueError(
         '\n  '.join([

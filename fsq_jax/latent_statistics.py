@@ -53,13 +53,16 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     ValueError: a config that is not valid, or an encoder that would be random.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  configuration.check_config(config, num_devices=jax.device_count())
+  configuration.check_config(
+      config, jax.device_count(), mode='latent_statistics'
+  )
   config = configuration.resolve(config)
   config.model.decoder.mae.checkpoint = ''  # Of no use here.
   config.model.latent_statistics = ''
   if config.train.init_from:
     # That run may have some, and is of the same model only with them.
-    found = trained.find(config.train.init_from)
+    with initialization.naming('train.init_from'):
+      found = trained.find(config.train.init_from)
     config.model.latent_statistics = found.config.model.latent_statistics
   if not (initialization.reads_encoder(config) or config.train.init_from):
     raise ValueError(

@@ -79,8 +79,8 @@ FIELDS: Mapping[str, rules.Rule] = {
 }
 
 
-def cross_rules() -> Iterator[rules.CrossRule]:
-  """Rules between losses and networks that training compares images by."""
+def weight_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules on files of the networks that training reads."""
   made = 'experiments/weights says how to get one'
   yield rules.CrossRule(
       ('losses.perceptual.name', 'losses.perceptual.checkpoint'),
@@ -94,6 +94,10 @@ def cross_rules() -> Iterator[rules.CrossRule]:
       ' --config.discriminator.dino.checkpoint',
       lambda name, path: name != 'dino' or path != '',
   )
+
+
+def cross_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules between steps at which losses and networks start."""
   yield rules.CrossRule(
       (
           'discriminator.name',

@@ -34,8 +34,6 @@ CARD = 'README.md'
 _FORMAT = 'fsq_jax tokenizer, version 1'
 # What encodes and nothing else.
 _ENCODERS = ('encoder', 'projector_in')
-# Fields of a config that are paths on the machine of the run.
-_PATHS = ('.checkpoint', '.data_dir', '.init_from', '.latent_statistics')
 
 
 class Stored(NamedTuple):
@@ -122,6 +120,7 @@ def write(
       for path, x in flat.items()
       if not (decoder_only and _encodes(path))
   }
+  stored = stored._replace(evaluation=_without_places(stored.evaluation))
   model = build_model(config)
   spec = model.quantizer.spec()
   workdirs.write_bytes(folder / WEIGHTS, safetensors.numpy.save(arrays))
@@ -323,11 +322,24 @@ def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
   config = json.loads(configuration.config_to_json(config))
   flat = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
   for name, value in flat.items():
-    if isinstance(value, str) and (
-        name.endswith(_PATHS) or name.startswith('eval.networks.')
-    ):
+    if isinstance(value, str) and name in configuration.PATHS:
       flat[name] = pathlib.PurePath(value).name
   return traverse_util.unflatten_dict(flat, sep='.')
+
+
+def _without_places(value: Any) -> Any:
+  """Returns an evaluation for others: no command, of paths the last part."""
+  if isinstance(value, Mapping):
+    return {
+        name: _without_places(x)
+        for name, x in value.items()
+        if name != 'command'
+    }
+  if isinstance(value, list | tuple):
+    return [_without_places(x) for x in value]
+  if isinstance(value, str) and os.path.isabs(value):
+    return pathlib.PurePath(value).name
+  return value
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -348,6 +360,7 @@ def _import_hub() -> Any:
     import huggingface_hub
   except ImportError as error:
     raise ValueError(
-        'The Hugging Face Hub needs the extra hub: pip install "fsq_jax[hub]".'
+        'The Hugging Face Hub needs huggingface_hub, which is not installed:'
+        ' pip install huggingface_hub.'
     ) from error
   return huggingface_hub

@@ -140,6 +140,10 @@ class _Trainer:
     self.networks = networks.load_networks(config, self.mesh)
     self.dataset = self._build_dataset('train')
     self.iterator = self.dataset.iterator()
+    # Before the state, which takes long: files may be missing.
+    self.evaluator = evaluate.build_evaluator(
+        config, self.model, self._build_dataset('eval'), self.mesh, folder
+    )
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     builder = train_state.StateBuilder(config, self.model, optimizer, self.mesh)
     self.state = self._restore(builder, allow_config_change)
@@ -151,9 +155,6 @@ class _Trainer:
         self.progress.say(f'Starts from {name} {value}')
       self.state = builder.create(start.load(builder, self.mesh))
     self.step = self.first_step = int(self.state.step)
-    self.evaluator = evaluate.build_evaluator(
-        config, self.model, self._build_dataset('eval'), self.mesh, folder
-    )
     self.train_step, compile_seconds = self._compile(optimizer, builder)
     self.evaluated_step = None
     self.profiler = runtime.Profiler(

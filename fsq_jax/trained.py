@@ -53,7 +53,7 @@ def find(
   """
   folder = pathlib.Path(workdir).expanduser().absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
-    raise ValueError(f'{folder} has no checkpoints; train there first.')
+    raise ValueError(_explain_missing(folder))
   with contextlib.closing(
       checkpoint.Checkpointer(folder, read_only=True)
   ) as checkpointer:
@@ -68,16 +68,49 @@ def find(
       return Checkpoint(
           folder=folder,
           step=step,
-          config=configuration.config_from_json(json.dumps(record['config'])),
+          config=configuration.resolve_paths(
+              configuration.config_from_json(json.dumps(record['config']))
+          ),
           quantizer=record['quantizer'],
       )
     steps = checkpointer.steps
+  if not steps:
+    raise ValueError(_explain_missing(folder))
+  if reasons:
+    raise ValueError(
+        '\n  '.join([
+            f'{folder} has no undamaged checkpoint {which!r}; there are the'
+            f' steps {steps}.',
+            *reasons,
+        ])
+    )
+  if which == 'best':
+    raise ValueError(
+        f'{folder} has no best checkpoint: none of the steps {steps} was saved'
+        " with the PSNR of an evaluation. Use 'newest' or one of these steps."
+    )
   raise ValueError(
-      '\n  '.join([
-          f'{folder} has no undamaged checkpoint {which!r}; there are the steps'
-          f' {steps}.',
-          *reasons,
-      ])
+      f"{folder} has no checkpoint {which}; allowed: 'newest', 'best' and the"
+      f' steps {steps}.'
+  )
+
+
+def _explain_missing(folder: pathlib.Path) -> str:
+  """Says why there is no checkpoint in a folder, and what to do."""
+  if not folder.is_dir():
+    return f'{folder} is not a folder; give the workdir of a run.'
+  if (folder / 'model.safetensors').is_file():
+    return (
+        f'{folder} holds weights, not a run with checkpoints. A saved tokenizer'
+        ' can tokenize, detokenize and be exported, no more; give the workdir'
+        ' of a run.'
+    )
+  if runs := sorted(x.parent for x in folder.glob(f'*/{workdirs.CHECKPOINTS}')):
+    return f'{folder} is not a run; give one of {list(map(str, runs))}.'
+  return (
+      f'{folder} has no checkpoint: nothing was trained there, or training'
+      ' stopped before its first save. Train first (stage 1 before stage 2), as'
+      f' by: python launch.py --config=CONFIG --workdir={folder}'
   )
 
 
@@ -164,12 +197,15 @@ def check_same_model(
   Raises:
     ValueError: the models differ; it lists how.
   """
+  # Where weights and statistics once came from; a checkpoint has them.
+  files = ['model.decoder.mae.checkpoint', 'model.encoder.checkpoint']
+  if bool(saved.model.latent_statistics) == bool(given.model.latent_statistics):
+    files.append('model.latent_statistics')
   differences = [
       line
       for line in configuration.diff_configs(saved, given)
       if line.startswith(('model.', 'data.image_size:'))
-      # Where weights once came from.
-      and not line.partition(':')[0].endswith('.checkpoint')
+      and line.partition(':')[0] not in files
   ]
   if differences:
     raise ValueError(

@@ -163,7 +163,7 @@ class MetricWriter:
       import tensorboardX  # An extra: runs do without it.
     except ImportError:
       logging.info(
-          'No TensorBoard events: pip install "fsq_jax[tensorboard]" adds them.'
+          'No TensorBoard events: pip install tensorboardX adds them.'
       )
     else:
       self._events = tensorboardX.SummaryWriter(

@@ -90,7 +90,7 @@ _ALLOWED_IMPORTS = {
     'perceptual': {'models'},
     'optim': {'partitioning'},
     'models': {'partitioning', 'quantizers'},
-    'configuration': {'config_rules', 'models', 'quantizers'},
+    'configuration': {'config_rules', 'models', 'quantizers', 'rules'},
     'config_rules': {'network_rules', 'quantizer_rules', 'rules'},
     'network_rules': {'rules'},
     'quantizer_rules': {'rules'},

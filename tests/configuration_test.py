@@ -621,7 +621,18 @@ def test_names_that_may_change_are_fields():
     ('text', 'problem'),
     [
         ('def get_config(:', 'SyntaxError'),
-        ('config = 3', 'KeyError'),
+        ('config = 3', r'has no function get_config\(\); define one'),
+        ('get_config = 3', r'has no function get_config\(\); define one'),
+        ('def get_config(name): return name', 'TypeError'),
+        # Of a tuple no number can be made, nor the other way round.
+        (
+            'from configs import default\n'
+            'def get_config():\n'
+            '  config = default.get_config()\n'
+            '  config.model.quantizer.fsq.levels = 512\n'
+            '  return config',
+            "TypeError: .*'levels'",
+        ),
         ('def get_config(): return {}', 'returns dict'),
         ('def get_config(): return 1 / 0', 'ZeroDivisionError'),
     ],
@@ -630,6 +641,101 @@ def test_config_file_that_fails_is_named(tmp_path, text, problem):
   path = tmp_path / 'broken.py'
   path.write_text(text)
   with pytest.raises(ValueError, match=f'broken.py .*{problem}'):
+    configuration.load_config(path)
+
+
+@pytest.mark.parametrize('name', configuration.PATHS)
+def test_paths_are_resolved(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/home/somebody')
+  given = _DEFAULT.copy_and_resolve_references()
+  for value, resolved in (
+      ('a/../b', f'{tmp_path}/b'),
+      ('~/b', '/home/somebody/b'),
+      ('/b', '/b'),
+      ('', ''),
+  ):
+    given.update_from_flattened_dict({name: value})
+    config = configuration.resolve_paths(given)
+    assert dict(configuration._flatten(config))[name] == resolved
+    # A copy: the given one stays.
+    assert dict(configuration._flatten(given))[name] == value
+    assert configuration.diff_configs(given, config) == []
+    configuration.check_resumable(given, config)
+    configuration.check_resumable(config, given)
+
+
+def test_every_field_that_is_a_path_is_resolved():
+  # Those of which the comments in configs/default.py say so.
+  assert set(configuration.PATHS) <= config_rules.FIELDS.keys()
+  ends = ('.checkpoint', '_dir', '.init_from', '.latent_statistics')
+  assert set(configuration.PATHS) == {
+      name
+      for name in config_rules.FIELDS
+      if name.endswith(ends) or name.startswith('eval.networks.')
+  }
+
+
+def test_placeholders_stay_as_they_are():
+  given = _DEFAULT.copy_and_resolve_references()
+  given.model.encoder.checkpoint = None
+  assert configuration.resolve_paths(given).model.encoder.checkpoint is None
+
+
+def test_another_folder_is_another_config():
+  saved = _changed(data__data_dir='/a')
+  current = _changed(data__data_dir='/b')
+  with pytest.raises(ValueError, match=r"data_dir: '/a' -> '/b'"):
+    configuration.check_resumable(saved, current)
+
+
+def test_statistics_that_a_checkpoint_has_may_move():
+  moved = {'model__latent_statistics': '/a'}, {'model__latent_statistics': '/b'}
+  saved, current = (_changed(**fields) for fields in moved)
+  configuration.check_resumable(saved, current)
+  with pytest.raises(ValueError, match=r'cannot be continued so'):
+    configuration.check_resumable(saved, _changed(), allow_config_change=True)
+
+
+@pytest.mark.parametrize(
+    ('mode', 'uses'),
+    [
+        ('train', ('images', 'initialization', 'training')),
+        ('eval', ('images',)),
+        ('report', ('images',)),
+        ('tokenize', ('images',)),
+        ('detokenize', ()),
+        ('export', ()),
+        ('prepare', ()),
+        ('latent_statistics', ('images', 'initialization')),
+    ],
+)
+def test_a_mode_checks_what_it_uses(mode, uses):
+  for fields, part in (
+      ({'data__source': 'folder', 'data__data_dir': '/none'}, 'images'),
+      ({'data__data_dir': None}, 'images'),
+      ({'model__encoder__checkpoint': None}, 'initialization'),
+      ({'train__init_from': None}, 'initialization'),
+      ({'losses__perceptual__name': 'vit'}, 'training'),
+      ({'discriminator__name': 'dino'}, 'training'),
+      ({'losses__distillation_weight': 1.0}, 'training'),
+      ({'data__batch_size': 12}, 'training'),
+  ):
+    config = _changed(**fields)
+    if part in uses:
+      with pytest.raises(ValueError, match='allowed: '):
+        configuration.check_config(config, 8, mode=mode)
+    else:
+      configuration.check_config(config, 8, mode=mode)
+  # Whatever a mode uses, no field may be wrong.
+  with pytest.raises(ValueError, match='seed is -1'):
+    configuration.check_config(_changed(seed=-1), mode=mode)
+
+
+def test_the_config_of_a_run_is_no_config_file(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text(configuration.config_to_json(_DEFAULT))
+  with pytest.raises(ValueError, match='is JSON; a config file is Python'):
     configuration.load_config(path)
 
 

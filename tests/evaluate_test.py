@@ -436,11 +436,11 @@ def test_another_model_is_refused(config, run):
 
 def test_a_folder_without_checkpoints_is_refused(config, tmp_path):
   folder = tmp_path / 'none'
-  with pytest.raises(ValueError, match='none has no checkpoints; train'):
+  with pytest.raises(ValueError, match='none is not a folder; give the w'):
     evaluate.evaluate_workdir(config, folder)
   assert not folder.exists()
   (folder / workdir.CHECKPOINTS).mkdir(parents=True)
-  with pytest.raises(ValueError, match="no undamaged checkpoint 'newest'"):
+  with pytest.raises(ValueError, match='has no checkpoint: nothing was tr'):
     evaluate.evaluate_workdir(config, folder)
 
 

@@ -438,7 +438,7 @@ def test_a_run_of_another_model_is_refused(finished):
       'model.quantizer.vq.codebook_size: 16 -> 32',
   ]
   config = _load_config({**_RUN, 'train.init_from': f'{folder}/no'})
-  with pytest.raises(ValueError, match=r'^train\.init_from: .*no has no check'):
+  with pytest.raises(ValueError, match=r'^train\.init_from: .*no is not a fol'):
     _check(config)
 
 

@@ -90,11 +90,13 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-def _launch(*args, stubs=False):
-  program = ['-c', _STUBS] if stubs else []
+def _launch(*args, stubs=False, cwd=_ROOT):
+  """Runs launch.py, with `_STUBS` or with others."""
+  program = ['-c', _STUBS if stubs is True else stubs] if stubs else []
+  launch = 'launch.py' if program else str(_ROOT / 'launch.py')
   return subprocess.run(
-      [sys.executable, *program, 'launch.py', *args],
-      cwd=_ROOT,
+      [sys.executable, *program, launch, *args],
+      cwd=cwd,
       capture_output=True,
       text=True,
       timeout=120,
@@ -109,7 +111,10 @@ def _launch(*args, stubs=False):
         (['--config=none.py'], ['none.py is not a file', 'configs/debug.py']),
         (['--mode=eval', '--workdir=none'], ['none holds no config.json']),
         ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|report']),
-        ([_DEBUG, '--wrokdir=x'], ['--wrokdir is not a flag', '--help']),
+        (
+            [_DEBUG, '--wrokdir=x'],
+            ['--wrokdir is not a flag; did you mean --workdir=x?', '--help'],
+        ),
         ([_DEBUG, 'configs/fsq_888.py'], ['--config=PATH']),
         (
             [_DEBUG, '--config.data.batchsize=8', '--config.model.widht=8'],
@@ -138,21 +143,40 @@ def _launch(*args, stubs=False):
             [_DEBUG, '--config.train.num_steps=many'],
             ["--config.train.num_steps=many: 'many' is not an integer"],
         ),
-        ([_DEBUG, '--config.data.flip=maybe'], ['--config.data.flip=maybe']),
-        ([_DEBUG, '--config.optim.b1=x'], ['--config.optim.b1=x']),
+        (
+            [_DEBUG, '--config.data.flip=yes'],
+            ["--config.data.flip=yes: 'yes' is not a boolean; allowed: True or"
+             ' False.'],
+        ),
+        (
+            [_DEBUG, '--config.optim.b1=x'],
+            ["--config.optim.b1=x: 'x' is not a number; allowed: a finite"
+             ' number in [0, 1).'],
+        ),
+        ([_DEBUG, '--config.optim.b1=None'], ['optim.b1 is None; allowed: a']),
+        (
+            [_DEBUG, '--batch_size=8'],
+            ['--batch_size is not a flag; did you mean'
+             ' --config.data.batch_size=8? See --help.'],
+        ),
+        (
+            [_DEBUG, '--data.batch_size', '8'],
+            ['did you mean --config.data.batch_size?'],
+        ),
+        ([_DEBUG, '--config.batch_size=8'], ['nearest: data.batch_size.']),
         (
             [
                 _DEBUG,
                 '--config.optim.learning_rate=nan',
                 '--config.data.batch_size=-8',
-                '--config.model.quantizer.fsq.levels=8,x',
+                '--config.model.quantizer.fsq.levels=8,1',
                 '--config.model.quantizer.fsq.eps=inf',
                 '--config.losses.reconstruction=l3',
             ],
             [
                 'optim.learning_rate is nan; allowed: a finite number > 0',
                 'data.batch_size is -8; allowed: an integer from 1',
-                "model.quantizer.fsq.levels is ('8,x',)",
+                'model.quantizer.fsq.levels is (8, 1)',
                 'model.quantizer.fsq.eps is inf',
                 "losses.reconstruction is 'l3'; allowed: one of ['l1', 'l2']",
             ],
@@ -166,6 +190,33 @@ def test_bad_input_is_refused_with_a_message(args, messages):
   assert 'Traceback' not in result.stderr
   for message in messages:
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'example'),
+    [
+        ('model.quantizer.fsq.levels', '512', "'(8,8,8)'"),
+        ('model.quantizer.fsq.levels', '8 6 5', "'(8,6,5)'"),
+        ('model.quantizer.fsq.levels', '8x6x5', "'(8,6,5)'"),
+        ('model.quantizer.residual_fsq.levels', '8', "'(8,8,8)'"),
+        ('model.quantizer.fsq.levels', '{8: 1}', "'(8,8,8)'"),
+        ('model.quantizer.fsq.levels', 'None', "'(8,8,8)'"),
+        ('model.quantizer.fsq.levels', '', "'(8,8,8)'"),
+        ('data.image_size', '32', "'(16,16)'"),
+        ('data.image_size', '32x64', "'(32,64)'"),
+        ('data.crop_scale', '0.5', "'(1.0,1.0)'"),
+        ('model.encoder.conv.channel_multipliers', '2', "'(1,1,2,2,4)'"),
+        ('discriminator.dino.blocks', '3', "'(2,5,8,11)'"),
+        ('optim.frozen', 'encoder/.*', '"(\'encoder/.*\',)"'),
+        ('train.profile_steps', '5', "'(A,B)'"),
+        ('partitioning.rules', 'fsdp', '"((\'blocks/'),
+    ],
+)
+def test_a_single_value_is_no_tuple(field, value, example):
+  result = _launch(_DEBUG, f'--config.{field}={value}')
+  assert result.returncode == 2
+  assert f'{value!r} is not a tuple; allowed: ' in result.stderr
+  assert f' --config.{field}={example}' in result.stderr
 
 
 def test_debug_adds_the_traceback():
@@ -263,6 +314,57 @@ def test_mode_is_called_with_config_and_workdir(args, call):
   result = _launch(_DEBUG, *args, stubs=True)
   assert result.returncode == 0, result.stderr
   assert result.stdout == f'{call}\n'
+
+
+@pytest.mark.parametrize(
+    ('values', 'levels'),
+    [
+        (['(8,6,5)'], (8, 6, 5)),
+        (['[8, 6, 5]'], (8, 6, 5)),
+        (['8,6,5'], (8, 6, 5)),
+        (['(512,)'], (512,)),
+        # As of any other flag, the last one.
+        (['(8,8)', '(5,5)'], (5, 5)),
+    ],
+)
+def test_a_tuple_is_taken_as_it_is_written(values, levels):
+  program = _STUBS.replace(
+      "print('train', config.train.num_steps",
+      "print('train', config.model.quantizer.fsq.levels",
+  )
+  result = _launch(
+      _DEBUG,
+      *(f'--config.model.quantizer.fsq.levels={x}' for x in values),
+      stubs=program,
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout == f'train {levels} runs/debug False\n'
+
+
+def test_none_is_taken_for_a_number_that_may_be_none():
+  result = _launch(_DEBUG, '--config.model.quantizer.fsq.eps=None', stubs=True)
+  assert result.returncode == 0, result.stderr
+
+
+def test_paths_that_are_not_there_are_absolute(tmp_path):
+  result = _launch(
+      f'--config={_ROOT}/configs/folder_fsq_8555.py',
+      '--config.data.data_dir=images',
+      cwd=tmp_path,
+  )
+  assert result.returncode == 2
+  assert f"data.data_dir is '{tmp_path}/images'; allowed" in result.stderr
+  result = _launch(_DEBUG, cwd=tmp_path)
+  assert result.returncode == 2
+  first, *known = result.stderr.splitlines()
+  assert f'{tmp_path}/configs/debug.py is not a file' in first
+  assert f'Did you mean --config={_ROOT}/configs/debug.py?' in first
+  assert {line.strip() for line in known} == {
+      str(path) for path in _ROOT.glob('configs/*.py')
+  }
+  result = _launch('--mode=export', '--workdir=x', cwd=tmp_path)
+  assert result.returncode == 2
+  assert f'{tmp_path}/x/config.json is not a file' in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """What the README tells users to paste: its Python runs, its files exist."""
 
+import ast
+import functools
 import json
+import operator
 import pathlib
 import re
 import shlex
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+from absl.testing import flagsaver
 import jax
 import pytest
 
@@ -17,6 +21,7 @@ from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
 from fsq_jax import train_state
+import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -26,12 +31,30 @@ SHELL = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
 MODES = re.search(
     r"'mode',\n.*\n +\[([^]]*)\]", (ROOT / 'launch.py').read_text('utf-8')
 )[1]
-LAUNCHES = [
+# What makes a command that does not run as it is printed.
+PLACEHOLDER = '/path/to/'
+
+
+def _commands(blocks):
+  """Commands of shell blocks, each in one line."""
+  return [
+      command.strip()
+      for block in blocks
+      for line in block.replace('\\\n', ' ').splitlines()
+      for command in line.split('&&')
+  ]
+
+
+COMMANDS = _commands(SHELL)
+LAUNCHES = [command for command in COMMANDS if 'launch.py' in command]
+EXPERIMENTS = [
     command
-    for block in SHELL
-    for line in block.replace('\\\n', ' ').splitlines()
-    for command in line.split('&&')
-    if 'launch.py' in command
+    for path in sorted(ROOT.glob('experiments/*/README.md'))
+    for command in _commands(
+        re.findall(
+            r'```bash\n(.*?)```', path.read_text(encoding='utf-8'), re.DOTALL
+        )
+    )
 ]
 
 
@@ -102,27 +125,97 @@ def test_there_is_something_to_run():
   assert len(LAUNCHES) >= 3
 
 
-@pytest.mark.parametrize('command', LAUNCHES)
-def test_launch_commands_name_existing_configs_and_fields(command):
+def _flags(command):
   words = shlex.split(command, comments=True)
-  flags = dict(
+  return dict(
       word.removeprefix('--').split('=', 1)
       for word in words
       if word.startswith('--') and '=' in word
   )
-  config = configuration.load_config(
-      ROOT / flags.pop('config', 'configs/default.py')
-  )
+
+
+@pytest.mark.parametrize(
+    'command', [*LAUNCHES, *(x for x in EXPERIMENTS if 'launch.py' in x)]
+)
+def test_launch_commands_name_existing_configs_and_fields(command):
+  flags = _flags(command)
+  flags.pop('config', None)
   for name in flags:
     if name.startswith('config.'):
-      section = config
-      for part in name.split('.')[1:]:
-        assert part in section, name
-        section = section[part]
+      assert name.removeprefix('config.') in config_rules.FIELDS, name
     else:
-      assert name in {'workdir', 'mode', 'allow_config_change'}
+      assert name in launch.flags.FLAGS, name
   if mode := flags.get('mode'):
     assert f"'{mode}'" in MODES
+
+
+def _made_by(commands):
+  """Files and folders that commands write: workdirs and converted weights."""
+  made = set()
+  for command in commands:
+    flags = _flags(command)
+    if 'launch.py' in command:
+      stem = pathlib.Path(flags.get('config', '')).stem
+      workdir = flags.get('workdir', f'runs/{stem}')
+      made |= {workdir, f'{workdir}/latent_statistics.safetensors'}
+    elif command.endswith('.safetensors'):
+      made.add(command.split()[-1])
+  return made
+
+
+@pytest.mark.parametrize('number', range(len(LAUNCHES)))
+def test_launch_commands_run_or_have_a_placeholder(
+    number, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(ROOT)
+  command = LAUNCHES[number]
+  words = shlex.split(command[command.index('launch.py') :])
+  with flagsaver.flagsaver():
+    rest = launch._parse_flags(words)
+    if launch._CONFIG.value is None:
+      # The config of a run that an earlier command has trained.
+      assert launch._WORKDIR.value in _made_by(LAUNCHES[:number])
+      return
+    config = launch._load_config()
+    launch._override(config, rest)
+    mode = launch._MODE.value
+  earlier = _made_by(COMMANDS[: COMMANDS.index(command)])
+  if mode != 'prepare' and config.data.source in ('folder', 'tfds'):
+    assert config.data.data_dir.startswith(PLACEHOLDER)
+  for name in configuration.PATHS:
+    section, _, field = name.rpartition('.')
+    path = functools.reduce(operator.getitem, section.split('.'), config)[field]
+    if path and path.startswith(PLACEHOLDER):
+      stand_in = tmp_path / path.removeprefix(PLACEHOLDER)
+      stand_in.mkdir(exist_ok=True)
+      config.update_from_flattened_dict({name: str(stand_in)})
+    elif path:
+      assert (ROOT / path).exists() or path in earlier, name
+  configuration.check_config(config, mode=mode)
+
+
+@pytest.mark.parametrize(
+    'command', [x for x in (*COMMANDS, *EXPERIMENTS) if 'experiments' in x]
+)
+def test_scripts_of_commands_exist_and_have_their_flags(command):
+  script = re.search(r'-m (experiments\.[\w.]+)|(experiments/\S+\.py)', command)
+  path = ROOT / (script[2] or f'{script[1].replace(".", "/")}.py')
+  text = path.read_text() + (ROOT / 'experiments' / 'sweep.py').read_text()
+  for flag in re.findall(r' --(\w+)', command):
+    assert f"'--{flag}'" in text or f"'{flag}': " in text, flag
+
+
+@pytest.mark.parametrize(
+    'path', sorted(ROOT.glob('configs/*.py')), ids=lambda path: path.stem
+)
+def test_headers_of_configs_name_themselves_and_existing_fields(path):
+  header = ast.get_docstring(ast.parse(path.read_text()))
+  for name in re.findall(r'--config\.([\w.]*\w)=', header):
+    assert name in config_rules.FIELDS, name
+  if path.stem != 'default':
+    assert re.search(r'launch\.py --config=(\S+)', header)[1] == (
+        f'configs/{path.name}'
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,6 +223,22 @@ def test_launch_commands_name_existing_configs_and_fields(command):
 )
 def test_links_lead_somewhere(path):
   assert (ROOT / path.split('#')[0]).exists()
+
+
+def test_nobody_is_told_to_install_a_name_that_is_not_registered():
+  paths = list(ROOT.glob('*.*'))
+  for folder in ('configs', 'experiments', 'fsq_jax', 'tests'):
+    paths += (ROOT / folder).glob('**/*.*')
+  paths = [
+      path
+      for path in paths
+      if path.suffix in ('.ipynb', '.md', '.py', '.toml')
+      and path != pathlib.Path(__file__)
+  ]
+  assert len(paths) > 200
+  # From a checkout it is: pip install -e '.[hub]'.
+  wrong = re.compile(r'pip install[^\n]*fsq[_-]jax|fsq[_-]jax\[')
+  assert [x for x in paths if wrong.search(x.read_text('utf-8'))] == []
 
 
 def test_the_map_of_the_code_is_true():

@@ -348,14 +348,37 @@ def test_nothing_is_overwritten(tokenizer, folder):
 
 def test_paths_stay_at_home(tokenizer, tmp_path):
   config = tokenizer.config.copy_and_resolve_references()
-  config.data.data_dir = '/home/somebody/images'
-  config.eval.networks = {'lpips_alexnet': '/home/somebody/alex.safetensors'}
-  other = Tokenizer(config, tokenizer.variables, tokenizer.mesh)
+  config.update_from_flattened_dict({
+      name: f'/home/somebody/{name}'
+      for name in configuration.PATHS
+      if name != 'model.latent_statistics'  # Of another model.
+  })
+  evaluation = {
+      'step': 8,
+      'metrics': {'psnr': 20.0, 'ssim': 0.5},
+      'codebook': {},
+      'protocol': {
+          **dict.fromkeys(
+              ('source', 'split', 'crop', 'resize', 'kernel', 'rounding'), 'x'
+          ),
+          'num_images': 8,
+          'images': {'folder': '/home/somebody/images', 'sha256': '12'},
+          'command': ['launch.py', '--workdir=/home/somebody/run'],
+      },
+  }
+  other = Tokenizer(
+      config, tokenizer.variables, tokenizer.mesh, step=8, evaluation=evaluation
+  )
   folder = other.save_pretrained(tmp_path / 'x')
-  assert 'somebody' not in (folder / 'config.json').read_text()
+  for name in ('config.json', 'README.md'):
+    assert 'somebody' not in (folder / name).read_text()
   again = Tokenizer.from_pretrained(folder)
-  assert again.config.data.data_dir == 'images'
-  assert again.config.eval.networks.lpips_alexnet == 'alex.safetensors'
+  for name, value in configuration._flatten(again.config):
+    assert name not in configuration.PATHS or value in (name, '')
+  protocol = evaluation['protocol']
+  del protocol['command']
+  protocol['images']['folder'] = 'images'
+  assert again.stored.evaluation == evaluation
   assert again.model_hash == other.model_hash == tokenizer.model_hash
 
 
@@ -459,7 +482,7 @@ def test_the_hub_keeps_folders(tokenizer, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='404: me/other'):
     Tokenizer.from_pretrained('me/other')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ValueError, match=r'fsq_jax\[hub\]'):
+  with pytest.raises(ValueError, match=r'pip install huggingface_hub\.'):
     tokenizer.push_to_hub('me/mine')
 
 

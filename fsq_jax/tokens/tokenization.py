@@ -81,16 +81,18 @@ def tokenize_workdir(
     PeerError: another of several processes has failed.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
-  configuration.check_config(config)
+  configuration.check_config(config, mode='tokenize')
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()
-  tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
+  # Before the model, which takes long: they may be missing.
+  with runtime.fail_together():
+    source = data.open_source(data_config, config.tokenize.split)
+  tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
   with contextlib.ExitStack() as stack:
     with runtime.fail_together():
       trained.check_same_model(tokenizer.config, configuration.resolve(config))
-      source = data.open_source(data_config, config.tokenize.split)
       job = _make_job(config, tokenizer, source)
       writer = writers.TokenWriter(folder, job)
       if jax.process_index() == 0 and not writer.is_finished:
