@@ -41,6 +41,8 @@ class ImageSource(abc.ABC):
     digests: sha256 by index, of the encoded images read so far, unreadable
       ones included. Empty where images are not stored encoded: there
       `identity['content']` is a hash of all pixels.
+    skipped: number of the files beside the images that are not read, by kind
+      ('.heic', '.json'), where images are files of a folder.
     evaluation_crop: what an evaluation cuts out of an image, in words.
     label_names: names of the classes, by label; () where it has none.
   """
@@ -52,6 +54,7 @@ class ImageSource(abc.ABC):
     self.identity = {'name': name, 'split': split, 'content': content}
     self.damaged: dict[int, str] = {}
     self.digests: dict[int, bytes] = {}
+    self.skipped: Mapping[str, int] = {}
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -149,7 +152,7 @@ class EncodedSource(ImageSource):
         return
       self.damaged[index] = reason
       damaged = {self.describe(i): why for i, why in self.damaged.items()}
-    logging.warning('Damaged image %s: %s', self.describe(index), reason)
+    logging.warning('Image %s is left out: %s.', self.describe(index), reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
 
 
