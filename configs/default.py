@@ -54,7 +54,8 @@ def _data() -> ml_collections.ConfigDict:
   # Strength in [0, 1] of random changes of hue (up to half a turn), saturation
   # and brightness of training images.
   data.color_jitter = 0.0
-  # Share of unreadable files of a folder, in [0, 1], above which it stops.
+  # Share of unreadable images of a split, in [0, 1], above which it stops; the
+  # same for files of a folder that are images of a kind that is not read.
   data.max_damaged_share = 0.01
   # Memory in MiB for decoded images of folder and tfds, which then are read
   # and decoded once; images beyond it are read each time. 0 keeps none.
