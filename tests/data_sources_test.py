@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from fsq_jax import data
 from fsq_jax.data import decoding
 from fsq_jax.data import folder
+from fsq_jax.data import listing
 from fsq_jax.data import photos
 from fsq_jax.data import prepared
 from fsq_jax.data import synthetic
@@ -93,6 +94,21 @@ def test_images_by_name_and_by_content(tmp_path):
   for index in range(len(source)):
     assert abs(source.load(index).astype(int) - 7).max() <= 2
   assert not source.damaged
+
+
+def test_names_with_a_known_extension_are_not_opened(tmp_path, monkeypatch):
+  (tmp_path / 'train').mkdir()
+  known = (*listing.EXTENSIONS, '.json', '.heic')
+  for extension in known:  # all empty: nothing about them is in the content
+    (tmp_path / 'train' / f'a{extension}').touch()
+  monkeypatch.setattr(decoding, 'identify', None)
+  files = listing.list_images(str(tmp_path), 'train')
+  assert len(files.sizes) == len(listing.EXTENSIONS)
+  assert {'.avif', '.jfif', '.jpe', '.jp2', '.ico', '.apng', '.mpo'} < set(
+      listing.EXTENSIONS
+  )
+  assert files.skipped == {'.heic': 1, '.json': 1}
+  assert files.num_unread == 1
 
 
 def _sidecars(root):

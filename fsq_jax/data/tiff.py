@@ -421,7 +421,12 @@ def _byte_order(data: bytes) -> str:
 
 def _read_layout(data: bytes) -> _Layout:
   """Reads the tags of the first image, with TIFF's defaults."""
-  tags = _read_tags(data)
+  try:
+    tags = _read_tags(data)
+  except (struct.error, OverflowError) as error:
+    raise image_errors.DamagedImageError(
+        'TIFF whose tags lie beyond the end of the file'
+    ) from error
 
   def get_one(tag: int, default: int) -> int:
     return tags.get(tag, (default,))[0]
@@ -472,9 +477,9 @@ def _read_layout(data: bytes) -> _Layout:
 
 
 def _per_sample(name: str, values: tuple, num_samples: int) -> tuple[int, ...]:
-  """Returns one value for each sample; one value is that of all."""
-  if len(values) == 1:
-    values *= num_samples
+  """Returns one value for each sample; equal values are those of all."""
+  if len(set(values)) == 1:
+    values = values[:1] * num_samples
   if len(values) < num_samples:
     raise image_errors.DamagedImageError(
         f'TIFF with {num_samples} samples per pixel, but {name} {values}'
