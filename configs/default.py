@@ -87,7 +87,8 @@ def _data() -> ml_collections.ConfigDict:
   # Class names in the order of their labels, which token files hold; () takes
   # those of tfds, or of a folder the sub-folders of train_split, sorted.
   data.label_names = ()
-  # Share of unreadable files of a folder, in [0, 1], above which it stops.
+  # Share of unreadable images of a split, in [0, 1], above which it stops; the
+  # same for files of a folder that are images of a kind that is not read.
   data.max_damaged_share = 0.01
   # Memory in MiB for decoded images of folder and tfds, which then are read
   # and decoded once; images beyond it are read each time. 0 keeps none.

@@ -172,7 +172,7 @@ def _build_networks(
       images={
           name: value
           for name, value in (dataset.fingerprint | dataset.protocol).items()
-          if name not in ('batch_size', 'process_count')
+          if name not in ('batch_size', 'process_count', 'skipped_files')
       },
       folder=folder / workdirs.REFERENCES,
   )

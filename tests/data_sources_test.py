@@ -1,5 +1,6 @@
 """Where images come from: folders, prepared data, photographs, synthetic."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -17,6 +18,7 @@ import tensorflow_datasets as tfds
 from fsq_jax import data
 from fsq_jax.data import decoding
 from fsq_jax.data import folder
+from fsq_jax.data import listing
 from fsq_jax.data import photos
 from fsq_jax.data import prepared
 from fsq_jax.data import sources
@@ -102,7 +104,7 @@ def test_all_splits_number_the_classes_of_the_training_split(tmp_path, caplog):
     source = _class_source(tmp_path, split)
     assert source.label_names == ('cat', 'dog', 'eel')
   assert _labels(source) == {'dog/1.png': 1, 'eel/2.png': 2}
-  assert not caplog.messages
+  assert all('skipped 1 .txt' in message for message in caplog.messages)
 
 
 def test_a_file_has_no_label_of_a_folder_of_its_name(tmp_path):
@@ -208,6 +210,120 @@ def test_class_names_reach_the_sources(tmp_path, prepared_root):
       names(source, prepared_root, eval_split='test', label_names=given)
 
 
+def test_images_by_name_and_by_content(tmp_path):
+  """Names decide where they have a known extension, else the first bytes."""
+  root = tmp_path / 'train'
+  root.mkdir()
+  rgb = Image.fromarray(np.full((4, 6, 3), 7, np.uint8))
+  for name, format in (
+      ('a.jfif', 'JPEG'), ('b.jpe', 'JPEG'), ('c.PGM', 'PPM'), ('d.pbm', 'PPM'),
+      ('e.pnm', 'PPM'), ('f.apng', 'PNG'), ('g.mpo', 'MPO'), ('h', 'PNG'),
+      ('i.image', 'WEBP'), ('j.0001', 'TIFF'), ('k.png', 'GIF'),
+      ('l.jp2', 'JPEG2000'), ('m.ico', 'ICO'),
+  ):  # fmt: skip
+    (root / name).write_bytes(_encode(rgb, format))
+  source = folder.FolderSource(str(tmp_path), 'train')
+  names = [source.facts(i).name for i in range(len(source))]
+  assert names == sorted(path.name for path in root.iterdir())
+  assert source.skipped == {}
+  for index in range(len(source)):
+    assert abs(source.load(index).astype(int) - 7).max() <= 2
+  assert not source.damaged
+
+
+def test_names_with_a_known_extension_are_not_opened(tmp_path, monkeypatch):
+  (tmp_path / 'train').mkdir()
+  known = (*listing.EXTENSIONS, '.json', '.heic')
+  for extension in known:  # all empty: nothing about them is in the content
+    (tmp_path / 'train' / f'a{extension}').touch()
+  monkeypatch.setattr(decoding, 'identify', None)
+  files = listing.list_images(str(tmp_path), 'train')
+  assert len(files.sizes) == len(listing.EXTENSIONS)
+  assert {'.avif', '.jfif', '.jpe', '.jp2', '.ico', '.apng', '.mpo'} < set(
+      listing.EXTENSIONS
+  )
+  assert files.skipped == {'.heic': 1, '.json': 1}
+  assert files.num_unread == 1
+
+
+def _sidecars(root):
+  root.mkdir()
+  for name, content in (
+      ('labels.json', b'\0'), ('more.json', b'{}'), ('README', b'text'),
+      ('NOTES.xyz', b'x' + 'ü'.encode() * 300), ('LISEZMOI', 'ü'.encode('utf-16')),
+      ('_SUCCESS', b''), ('images.zip', b'PK\3\4'), ('script.run', b'#!/x'),
+  ):  # fmt: skip
+    (root / name).write_bytes(content)
+  os.mkfifo(root / 'pipe')
+  (root / '.DS_Store').write_bytes(b'\0')
+
+
+def test_skipped_files_are_counted_by_kind(tmp_path, caplog):
+  _sidecars(tmp_path / 'train')
+  _write(tmp_path / 'train' / 'a.png')
+  before = folder.FolderSource(str(tmp_path), 'train', max_damaged_share=0)
+  kinds = {
+      'no extension': 3, '.json': 2, '.run': 1, '.xyz': 1, '.zip': 1
+  }  # fmt: skip
+  assert before.skipped == kinds
+  assert list(before.skipped)[:2] == ['no extension', '.json']
+  assert 'skipped 3 no extension, 2 .json, 1 .run' in caplog.text
+  (tmp_path / 'alone').mkdir()
+  (tmp_path / 'alone' / 'a.heic').write_bytes(b'')
+  with pytest.raises(ValueError, match=r'holds no .*Skipped: 1 \.heic\.'):
+    folder.FolderSource(str(tmp_path), 'alone')
+
+
+@pytest.mark.parametrize(
+    ('name', 'content'),
+    [('x.heic', b'text'), ('x.svg', b'<svg/>'), ('x.NEF', b'II*\0'),
+     ('x', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'), ('x.bin', b'\x9c\xff\0'),
+     ('x', b'%!PS-Adobe'), ('x.dat', b'\xe4' * 600)],
+)  # fmt: skip
+def test_too_many_unread_images_are_an_error(tmp_path, name, content):
+  for number in range(8):
+    _write(tmp_path / 'train' / f'{number}.png')
+  options = {'max_damaged_share': 0.1}
+  for number in range(2):  # 0.1 of 9 and of 10 images is one
+    _write(tmp_path / 'train' / str(number) / name)
+    (tmp_path / 'train' / str(number) / name).write_bytes(content)
+    if not number:
+      source = folder.FolderSource(str(tmp_path), 'train', **options)
+      assert sum(source.skipped.values()) == 1
+      assert len(source) == 8
+  with pytest.raises(ValueError, match='2 of 10 files are images'):
+    folder.FolderSource(str(tmp_path), 'train', **options)
+
+
+def test_images_of_a_missing_reader_are_unread(tmp_path, monkeypatch):
+  _write(tmp_path / 'train' / 'a.png')
+  (tmp_path / 'train' / 'b.avif').write_bytes(b'')
+  formats = decoding.readable_formats() - {'AVIF'}
+  monkeypatch.setattr(decoding, 'readable_formats', lambda: formats)
+  source = folder.FolderSource(str(tmp_path), 'train')
+  assert source.skipped == {'.avif': 1}
+
+
+def test_the_content_hash_is_that_of_names_and_sizes(tmp_path):
+  """Stored with checkpoints and tokens: it may not change."""
+  for value, name in enumerate(('b.png', 'a/c.jpg', 'd.TIF')):
+    (tmp_path / 'train' / 'a').mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'train' / name).write_bytes(b'x' * (value + 1))
+  source = folder.FolderSource(str(tmp_path), 'train')
+  files = 'train/a/c.jpg\0002\0train/b.png\0001\0train/d.TIF\0003'
+  digest = hashlib.sha256(files.encode()).hexdigest()[:16]
+  assert source.identity['content'] == digest
+
+
+def test_an_image_too_long_for_resizing_is_left_out_by_name(tmp_path, caplog):
+  _write(tmp_path / 'train' / 'long.png', size=(1, 30_000))
+  source = folder.FolderSource(str(tmp_path), 'train', resize_shorter=64)
+  with pytest.raises(decoding.DamagedImageError, match='resize_shorter = 64'):
+    source.load(0)
+  assert 'long.png is left out: 1 x 30000 pixels' in caplog.text
+  assert list(source.damaged) == [0]
+
+
 def test_links_may_not_leave_the_root(tmp_path):
   root = tmp_path / 'root'
   _write(root / 'train' / 'a.png')
@@ -226,8 +342,13 @@ def test_links_may_not_leave_the_root(tmp_path):
   with pytest.raises(ValueError, match='folder that holds it'):
     folder.FolderSource(str(root), 'train')
   link.unlink()
-  for target in (tmp_path / 'outside' / 'c.png', root / 'missing.png'):
-    file_link = root / 'train' / 'd.png'
+  shutil.copy(tmp_path / 'outside' / 'c.png', tmp_path / 'outside' / 'c')
+  for target, name in (
+      (tmp_path / 'outside' / 'c.png', 'd.png'),
+      (tmp_path / 'outside' / 'c', 'd'),
+      (root / 'missing.png', 'd.png'),
+  ):
+    file_link = root / 'train' / name
     file_link.symlink_to(target)
     with pytest.raises(ValueError, match='link to'):
       folder.FolderSource(str(root), 'train')

@@ -423,9 +423,10 @@ def test_native_images_come_one_by_one_as_they_are(tmp_path):
 
 
 def test_protocol_names_what_numbers_depend_on(tmp_path):
-  config = _folder_config(_folder(tmp_path, 3, 'validation'), resize_shorter=9)
+  root = _folder(tmp_path, 3, 'validation')
+  config = _folder_config(root, resize_shorter=9)
   protocol = data.build_dataset(config, split='eval', seed=0).protocol
-  assert protocol == {
+  expected = {
       'source': 'folder',
       'split': 'validation',
       'count': 3,
@@ -433,6 +434,11 @@ def test_protocol_names_what_numbers_depend_on(tmp_path):
       'resize': 'shorter side to 9',
       'kernel': 'Pillow bicubic, antialiased',
   }
+  assert protocol == expected
+  for name in ('a.json', 'b.JSON', 'c.heic'):
+    (root / 'validation' / name).write_bytes(b'')
+  protocol = data.build_dataset(config, split='eval', seed=0).protocol
+  assert protocol == expected | {'skipped_files': {'.json': 2, '.heic': 1}}
 
 
 # Damaged images.

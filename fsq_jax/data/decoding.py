@@ -1,29 +1,82 @@
 """Encoded image files to uint8 RGB arrays, with every conversion written down.
 
-Formats: JPEG, PNG, BMP, WebP, GIF, TIFF and PPM/PGM/PBM. Conversions:
+Formats: JPEG (also MPO), PNG (also APNG), BMP, WebP, GIF, TIFF, PPM, PGM, PBM,
+grey PFM, JPEG 2000, AVIF and ICO, as far as the installed Pillow reads them.
+The first bytes of a file decide which it is, not its name. Conversions:
   * EXIF orientation is applied; an unreadable EXIF block means upright.
-  * Of an animation or a multi-page file the first image is taken.
+  * Of an animation or a multi-page file the first image is taken; of an icon
+    the largest.
   * Transparency (alpha channel, palette or colour key) is laid over white.
+    A colour key is compared at the full depth of the file.
   * Grey is repeated over the three channels. CMYK, YCbCr and LAB go through
-    Pillow's plain conversion; ICC profiles are not applied.
-  * 16-bit grey v becomes round(v / 257), so 65535 is 255; it is not clipped.
-    32-bit integers are read as 16-bit values, floats as grey in [0, 1];
-    a value outside either range makes the file unreadable.
-  * 16-bit colour keeps the upper 8 bits (Pillow's reading).
+    Pillow's plain conversion; ICC profiles are not applied. CMYK of JPEG is
+    taken as inverted, as Adobe writes it.
+  * n-bit samples v become round(v * 255 / (2^n - 1)), so 16-bit grey is
+    round(v / 257) and 65535 is 255; it is not clipped. MinIsWhite is inverted.
+  * 16-bit colour, and in PNG 16-bit alpha, keep the upper 8 bits (Pillow's
+    reading). In TIFF, alpha of other than 8 bits is applied at full depth.
+  * 32-bit integers are read as 16-bit values, signed integers as unsigned ones,
+    floats as grey in [0, 1]; a value outside the range makes the file
+    unreadable. In more than one channel they are not read.
+  * A 16-bit palette of a TIFF file keeps the upper 8 bits, or all where no
+    entry is above 255.
 """
 
+import functools
 import io
 
 import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
+from PIL import features
 
-MAX_PIXELS = 10**8
-# More than any format needs for them, at four channels of 16 bits.
-MAX_BYTES = 2**30
+from fsq_jax.data import image_errors
+from fsq_jax.data import tiff
 
-# Pillow also knows formats that start other programs (EPS); none of those.
-_FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
+MAX_PIXELS = image_errors.MAX_PIXELS
+MAX_BYTES = image_errors.MAX_BYTES
+DamagedImageError = image_errors.DamagedImageError
+check_num_pixels = image_errors.check_num_pixels
+check_num_bytes = image_errors.check_num_bytes
+
+# Bytes that `identify` needs.
+PREFIX_BYTES = 64
+
+# First bytes by format of Pillow. Pillow also knows formats that start other
+# programs (EPS) and formats without a signature (TGA); none of those.
+_SIGNATURES = {
+    'JPEG': (b'\xff\xd8\xff',),
+    'PNG': (b'\x89PNG\r\n\x1a\n',),
+    'BMP': (b'BM',),
+    'GIF': (b'GIF87a', b'GIF89a'),
+    'TIFF': (
+        b'II*\0', b'MM\0*', b'II\0*', b'MM*\0', b'II+\0', b'MM\0+',
+    ),
+    'PPM': tuple(
+        kind + space
+        for kind in (b'P1', b'P2', b'P3', b'P4', b'P5', b'P6', b'Pf')
+        for space in (b' ', b'\t', b'\n', b'\r', b'#')
+    ),
+    'JPEG2000': (
+        b'\xff\x4f\xff\x51', b'\0\0\0\x0cjP  \r\n\x87\n',
+    ),
+    'ICO': (b'\0\0\1\0',),
+}  # fmt: skip
+# Images that are not read, for messages.
+_UNREAD_SIGNATURES = {
+    'JPEG XL': (b'\xff\x0a', b'\0\0\0\x0cJXL \r\n\x87\n'),
+    'PAM': (b'P7\n',),
+    'colour PFM': (b'PF\n', b'PF\r', b'PF '),
+    'Photoshop': (b'8BPS',),
+    'EPS': (b'%!PS', b'\xc5\xd0\xd3\xc6'),
+    'OpenEXR': (b'\x76\x2f\x31\x01',),
+    'Radiance HDR': (b'#?RADIANCE', b'#?RGBE'),
+    'QOI': (b'qoif',),
+    'DDS': (b'DDS ',),
+    'cursor': (b'\0\0\2\0',),
+}
+# Formats that Pillow may have been built without: its name of the feature.
+_OPTIONAL = {'WEBP': 'webp', 'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -37,8 +90,39 @@ _TRANSPOSE = {
 }
 
 
-class DamagedImageError(ValueError):
-  """The bytes are not an image that can be read; the message says why."""
+def identify(prefix: bytes) -> str | None:
+  """Returns the image format of a file by its first PREFIX_BYTES bytes.
+
+  Returns:
+    Pillow's name of the format where `readable_formats` has it, another name
+    for images that are not read, None for what is not known as an image.
+  """
+  for signatures in (_SIGNATURES, _UNREAD_SIGNATURES):
+    for name, starts in signatures.items():
+      if prefix.startswith(starts):
+        return name
+  if prefix.startswith(b'RIFF') and prefix[8:12] == b'WEBP':
+    return 'WEBP'
+  if prefix[4:8] == b'ftyp':
+    brands = prefix[8:12] + prefix[16 : int.from_bytes(prefix[:4], 'big')]
+    brands = {brands[i : i + 4] for i in range(0, len(brands), 4)}
+    if brands & {b'avif', b'avis'}:
+      return 'AVIF'
+    if brands & {b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1'}:
+      return 'HEIC'
+  return None
+
+
+@functools.cache
+def readable_formats() -> frozenset[str]:
+  """Returns Pillow's names of the formats that are read here."""
+  missing = {
+      name
+      for name, feature in _OPTIONAL.items()
+      if feature not in {**features.modules, **features.codecs}
+      or not features.check(feature)
+  }
+  return frozenset({*_SIGNATURES, *_OPTIONAL} - missing)
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -55,40 +139,90 @@ def decode_image(data: bytes) -> np.ndarray:
       MAX_PIXELS pixels (then nothing of it is decoded).
   """
   try:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _open(data) as image:
       check_num_pixels(*image.size)
       if image.format == 'PNG':
         # Pillow checks the CRC of pixel data only when asked to.
         with Image.open(io.BytesIO(data), formats=('PNG',)) as unread:
           unread.verify()
       image.load()
+      is_key = _find_key_pixels(image, data)
       rgb = _to_rgb(image)
       orientation = _read_orientation(image)
+    if is_key is not None:
+      rgb.paste('white', mask=Image.fromarray(is_key))
     if orientation in _TRANSPOSE:
       rgb = rgb.transpose(_TRANSPOSE[orientation])
     return np.asarray(rgb)
   except (DamagedImageError, MemoryError):
     raise
-  except UnidentifiedImageError as error:
-    raise DamagedImageError(f'not an image of {_FORMATS}') from error
   except Exception as error:  # Pillow's decoders raise nearly everything.
     raise DamagedImageError(f'{type(error).__name__}: {error}') from error
 
 
-def check_num_pixels(width: int, height: int) -> None:
-  """Raises DamagedImageError for more than MAX_PIXELS pixels."""
-  if width * height > MAX_PIXELS:
+def _open(data: bytes) -> Image.Image:
+  """Opens a file by the format that its first bytes name."""
+  name = identify(data[:PREFIX_BYTES])
+  if name is None:
+    what = 'an empty file' if not data else f'a file that starts {data[:8]!r}'
     raise DamagedImageError(
-        f'{width} x {height} pixels are more than the {MAX_PIXELS} allowed'
+        f'{what} is no image of a known format; known are '
+        f'{", ".join(sorted(readable_formats()))}'
     )
+  if name not in readable_formats():
+    raise DamagedImageError(
+        f'{name} images are not read; convert the file to PNG'
+    )
+  if name == 'TIFF':
+    return tiff.open_image(data)
+  try:
+    return Image.open(io.BytesIO(data), formats=(name,))
+  except UnidentifiedImageError as error:
+    reason = _find_reason(name, data)
+    raise DamagedImageError(
+        f'Pillow cannot open this {name} file: {reason}'
+    ) from error
 
 
-def check_num_bytes(size: int) -> None:
-  """Raises DamagedImageError for a file of more than MAX_BYTES bytes."""
-  if size > MAX_BYTES:
-    raise DamagedImageError(
-        f'{size} bytes are more than the {MAX_BYTES} allowed'
-    )
+def _find_reason(name: str, data: bytes) -> str:
+  """Returns what the reader of a format says, which Image.open leaves out."""
+  try:
+    Image.OPEN[name][0](io.BytesIO(data), '')
+  except Exception as error:
+    return str(error) or type(error).__name__
+  return 'unknown reason'
+
+
+def _find_key_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
+  """Finds the pixels of a PNG file that have the transparent colour (tRNS).
+
+  Pillow compares the colour with samples that it has scaled to 8 bits, so the
+  comparison is made here and the colour is removed from `image.info`.
+
+  Args:
+    image: as decoded.
+    data: the whole file.
+
+  Returns:
+    [h, w] bool; None where there is no such colour.
+  """
+  if image.format != 'PNG' or image.mode not in ('1', 'L', 'I;16', 'RGB'):
+    return None
+  key = image.info.pop('transparency', None)
+  if key is None:
+    return None
+  bits = data[24]  # of IHDR, which is the first chunk
+  samples = np.asarray(image).astype(np.int32)
+  if image.mode == '1':
+    return samples == key // 255
+  if image.mode == 'RGB' and bits == 16:
+    with Image.open(io.BytesIO(data), formats=('PNG',)) as lower:
+      # Pillow's reader of little-endian samples keeps the second byte.
+      lower.tile = [(*tile[:3], 'RGB;16L') for tile in lower.tile]
+      samples = (samples << 8) + np.asarray(lower)
+  scale = 1 if bits >= 8 else 255 // (2**bits - 1)
+  is_key = samples == scale * (np.array(key) & (2**bits - 1))
+  return is_key.all(axis=-1) if image.mode == 'RGB' else is_key
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -99,7 +233,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return _grey_to_rgb(np.asarray(image) / 65535)
   if image.mode == 'F':
     return _grey_to_rgb(np.asarray(image, np.float64))
-  has_alpha = image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa')
+  if image.mode == 'La':
+    image = image.convert('LA')
+  has_alpha = image.mode in ('LA', 'PA', 'RGBA', 'RGBa')
   if has_alpha or 'transparency' in image.info:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')

@@ -1,6 +1,6 @@
 """Images in a folder: root/split/any/depth/name.jpg."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import hashlib
 import os
@@ -9,10 +9,7 @@ from absl import logging
 
 from fsq_jax.data import decoding
 from fsq_jax.data import image_source
-
-EXTENSIONS = (
-    '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'
-)
+from fsq_jax.data import listing
 
 _NUM_LISTED = 10
 
@@ -20,9 +17,11 @@ _NUM_LISTED = 10
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
 
-  Extensions count in any case. Names that begin with a dot are passed over, as
-  are other files, and pipes and sockets, of which reading might never end.
-  Links are followed as long as they stay inside the root.
+  Files with an image extension, in any case, are images; the first bytes decide
+  about those without a known extension. Other files are counted in `skipped`;
+  images that are not read are an error above max_damaged_share. Names that
+  begin with a dot are ignored, as are pipes and sockets, of which reading might
+  never end. Links are followed as long as they stay inside the root.
 
   Classes are the sub-folders of the training split that hold images, so that
   all splits number them alike. They are looked up when they are first asked
@@ -57,26 +56,22 @@ class FolderSource(image_source.EncodedSource):
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    sizes = dict(_find_images(self._root, split))
-    if not sizes:
-      raise ValueError(
-          f'{os.path.join(self._root, split)} holds no images; known '
-          f'extensions: {EXTENSIONS}.'
-      )
+    sizes, skipped = _list_images(self._root, split, max_damaged_share)
     self._paths = sorted(sizes)
     self._sizes = sizes
     self._given_names = tuple(label_names)
     self._class_split = class_split or split
     # Names and sizes, not pixels: one look at each file, no reading.
-    listing = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
+    files = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
     super().__init__(
         '',
         split,
-        hashlib.sha256(os.fsencode(listing)).hexdigest()[:16],
+        hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
         resize_shorter=resize_shorter,
         max_damaged_share=max_damaged_share,
         cache_mib=cache_mib,
     )
+    self.skipped = skipped
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -140,9 +135,9 @@ class FolderSource(image_source.EncodedSource):
       names = [
           name
           for name in _list_folders(os.path.join(root, split))
-          if any(_find_images(root, f'{split}/{name}'))
+          if listing.has_images(root, f'{split}/{name}')
       ]
-      if names or any(_find_images(root, split)):
+      if names or listing.has_images(root, split):
         return tuple(names)
     if own:
       logging.warning(
@@ -200,38 +195,23 @@ def _list_folders(folder: str) -> list[str]:
     )
 
 
-def _find_images(root: str, split: str) -> Iterator[tuple[str, int]]:
-  """Yields paths relative to root, '/'-separated, and file sizes in bytes."""
-  real_root = os.path.realpath(root)
-  # Each folder comes with the real paths of those that hold it.
-  pending = [(split, (real_root,))]
-  while pending:
-    folder, above = pending.pop()
-    real_folder = _resolve(os.path.join(root, folder), real_root)
-    if real_folder in above:
-      raise ValueError(f'{folder!r} is a link to a folder that holds it.')
-    with os.scandir(os.path.join(root, folder)) as entries:
-      for entry in entries:
-        path = f'{folder}/{entry.name}'
-        if entry.name.startswith('.'):
-          continue
-        if entry.is_dir():
-          pending.append((path, (*above, real_folder)))
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-          if entry.is_symlink():
-            _resolve(entry.path, real_root)
-          if entry.is_file():
-            yield path, entry.stat().st_size
+def _list_images(
+    root: str, split: str, max_damaged_share: float
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+  """Returns bytes by path relative to root, and skipped files by kind.
 
-
-def _resolve(path: str, real_root: str) -> str:
-  """Returns the real path, which must exist inside the root."""
-  real_path = os.path.realpath(path)
-  if os.path.commonpath([real_path, real_root]) != real_root:
+  Raises:
+    ValueError: no images, or too many of a kind that is not read.
+  """
+  files = listing.list_images(root, split)
+  folder = os.path.join(root, split)
+  skipped = listing.describe_skipped(files.skipped)
+  if not files.sizes:
     raise ValueError(
-        f'{path!r} is a link to {real_path!r}, outside of {real_root!r}; set '
-        'data.data_dir to a folder that holds the files themselves.'
+        f'{folder} holds no images; known extensions: {listing.EXTENSIONS}'
+        + (f'. Skipped: {skipped}.' if skipped else '.')
     )
-  if not os.path.exists(real_path):
-    raise ValueError(f'{path!r} is a link to {real_path!r}, which is missing.')
-  return real_path
+  if skipped:
+    logging.warning('%s: skipped %s.', folder, skipped)
+  listing.check_unread_share(files, folder, max_damaged_share)
+  return files.sizes, files.skipped

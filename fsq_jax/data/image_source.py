@@ -43,6 +43,8 @@ class ImageSource(abc.ABC):
     digests: sha256 by index, of the encoded images read so far, unreadable
       ones included. Empty where images are not stored encoded: there
       `identity['content']` is a hash of all pixels.
+    skipped: number of the files beside the images that are not read, by kind
+      ('.heic', '.json'), where images are files of a folder.
     evaluation_crop: what an evaluation cuts out of an image, in words.
     label_names: names of the classes, by label; () where it has none.
   """
@@ -56,6 +58,7 @@ class ImageSource(abc.ABC):
     self.upscaled: set[int] = set()
     self.digests: dict[int, bytes] = {}
     self._lock = threading.Lock()
+    self.skipped: Mapping[str, int] = {}
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -171,7 +174,7 @@ class EncodedSource(ImageSource):
         return
       self.damaged[index] = reason
       damaged = {self.describe(i): why for i, why in self.damaged.items()}
-    logging.warning('Damaged image %s: %s', self.describe(index), reason)
+    logging.warning('Image %s is left out: %s.', self.describe(index), reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
 
 

@@ -310,6 +310,8 @@ def _protocol(
       'crop': crop,
       'resize': f'shorter side to {resize}' if resize else 'none',
       'kernel': transforms.KERNEL,
+      # Where other files lay beside the images.
+      **({'skipped_files': dict(source.skipped)} if source.skipped else {}),
   }
 
 

@@ -10,7 +10,7 @@ from einops import rearrange
 import numpy as np
 from PIL import Image
 
-from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 
 KERNEL = 'Pillow bicubic, antialiased'
 
@@ -28,7 +28,7 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   height, width = size
   if image.shape[:2] == (height, width):
     return image
-  decoding.check_num_pixels(width, height)
+  image_errors.check_num_pixels(width, height)
   resized = Image.fromarray(image).resize(
       (width, height), Image.Resampling.BICUBIC
   )
@@ -45,12 +45,22 @@ def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
 
   Returns:
     [h', w', 3] uint8 with min(h', w') == length.
+
+  Raises:
+    DamagedImageError: the result would have too many pixels.
   """
   if not length:
     return image
   height, width = image.shape[:2]
   scale = length / min(height, width)
-  return resize(image, (round(height * scale), round(width * scale)))
+  size = round(height * scale), round(width * scale)
+  if size[0] * size[1] > image_errors.MAX_PIXELS:
+    raise image_errors.DamagedImageError(
+        f'{height} x {width} pixels (height x width) are too long for '
+        f'data.resize_shorter = {length}, which would make {size[0]} x '
+        f'{size[1]} of them; {image_errors.MAX_PIXELS} pixels are allowed'
+    )
+  return resize(image, size)
 
 
 def augment(

@@ -1,0 +1,25 @@
+"""The error of images that cannot be used, and the limits of their size."""
+
+MAX_PIXELS = 10**8
+# More than any format needs for them, at four channels of 16 bits.
+MAX_BYTES = 2**30
+
+
+class DamagedImageError(ValueError):
+  """The image cannot be used; the message says why."""
+
+
+def check_num_pixels(width: int, height: int) -> None:
+  """Raises DamagedImageError for more than MAX_PIXELS pixels."""
+  if width * height > MAX_PIXELS:
+    raise DamagedImageError(
+        f'{width} x {height} pixels are more than the {MAX_PIXELS} allowed'
+    )
+
+
+def check_num_bytes(size: int) -> None:
+  """Raises DamagedImageError for a file of more than MAX_BYTES bytes."""
+  if size > MAX_BYTES:
+    raise DamagedImageError(
+        f'{size} bytes are more than the {MAX_BYTES} allowed'
+    )

@@ -1,0 +1,188 @@
+"""Which files of a folder are images, and which are passed over."""
+
+import collections
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import os
+
+from fsq_jax.data import decoding
+
+# Taken as images by name; what they hold is found out when they are decoded.
+EXTENSIONS = (
+    '.apng', '.avif', '.bmp', '.dib', '.gif', '.ico', '.j2c', '.j2k', '.jfif',
+    '.jp2', '.jpe', '.jpeg', '.jpf', '.jpg', '.jpx', '.mpo', '.pbm', '.pfm',
+    '.pgm', '.png', '.pnm', '.ppm', '.tif', '.tiff', '.webp',
+)  # fmt: skip
+_NEEDED_FORMATS = {
+    '.avif': 'AVIF', '.j2c': 'JPEG2000', '.j2k': 'JPEG2000',
+    '.jp2': 'JPEG2000', '.jpf': 'JPEG2000', '.jpx': 'JPEG2000',
+    '.webp': 'WEBP',
+}  # fmt: skip
+# Images by name that are not read.
+_UNREAD_EXTENSIONS = {
+    '.ai', '.arw', '.bpg', '.cr2', '.cr3', '.cur', '.dcm', '.dds', '.dng',
+    '.emf', '.eps', '.exr', '.fits', '.hdr', '.heic', '.heif', '.icns', '.jxl',
+    '.jxr', '.nef', '.orf', '.pam', '.pcx', '.psd', '.qoi', '.raf', '.ras',
+    '.raw', '.rw2', '.sgi', '.svg', '.tga', '.wmf', '.xbm', '.xcf', '.xpm',
+}  # fmt: skip
+# Not images by name: what lies beside images.
+_OTHER_EXTENSIONS = {
+    '.array_record', '.arrow', '.avi', '.bz2', '.cfg', '.csv', '.db', '.docx',
+    '.gz', '.h5', '.hdf5', '.htm', '.html', '.ini', '.ipynb', '.json',
+    '.jsonl', '.lock', '.log', '.mat', '.md', '.md5', '.mkv', '.mov', '.mp3',
+    '.mp4', '.npy', '.npz', '.parquet', '.pdf', '.pickle', '.pkl', '.pt',
+    '.pth', '.py', '.pyc', '.rar', '.rst', '.safetensors', '.sh', '.sha256',
+    '.sqlite', '.tar', '.tex', '.tfrecord', '.tgz', '.toml', '.tsv', '.txt',
+    '.url', '.wav', '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml',
+    '.zip', '.zst', '.7z',
+}  # fmt: skip
+# Decides whether a file is text.
+_TEXT_BYTES = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """The files of a split.
+
+  Attributes:
+    sizes: bytes of each image, by path relative to the root, '/'-separated.
+    skipped: number of the other files by kind: the extension in lower case, or
+      'no extension'. Names that begin with a dot are not counted.
+    num_unread: of `skipped`, the images that are not read and binary files of
+      an unknown kind.
+  """
+
+  sizes: Mapping[str, int]
+  skipped: Mapping[str, int]
+  num_unread: int
+
+
+def list_images(root: str, split: str) -> Listing:
+  """Lists the images below root/split.
+
+  Files with a known extension are images or not by name, and are not opened.
+  The first bytes decide about the others. Links are followed as long as they
+  stay inside the root; pipes and sockets are ignored.
+
+  Raises:
+    ValueError: a link that leads out of the root, to nothing, or in a circle.
+  """
+  sizes, skipped, num_unread = {}, collections.Counter(), 0
+  for path, kind, num_bytes in _walk(root, split):
+    if kind == 'image':
+      sizes[path] = num_bytes
+    else:
+      skipped[os.path.splitext(path)[1].lower() or 'no extension'] += 1
+      num_unread += kind == 'unread'
+  ordered = dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0])))
+  return Listing(sizes, ordered, num_unread)
+
+
+def has_images(root: str, split: str) -> bool:
+  """Whether there is an image below root/split; ends at the first."""
+  return any(kind == 'image' for _, kind, _ in _walk(root, split))
+
+
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+  """Returns the counts in words: '12 .heic, 3 .json'."""
+  return ', '.join(f'{count} {kind}' for kind, count in skipped.items())
+
+
+def check_unread_share(listing: Listing, folder: str, max_share: float) -> None:
+  """Refuses a folder of which too many image files are not read.
+
+  Args:
+    listing: of its files.
+    folder: its path, for the message.
+    max_share: data.max_damaged_share, of the images and the unread files.
+
+  Raises:
+    ValueError: more of them are not read.
+  """
+  num_files = len(listing.sizes) + listing.num_unread
+  limit = math.ceil(max_share * num_files)
+  if listing.num_unread > limit:
+    raise ValueError(
+        f'{folder}: {listing.num_unread} of {num_files} files are images of a'
+        ' kind that is not read, or of an unknown kind, more than the'
+        f' {limit} that data.max_damaged_share = {max_share} allows. Convert'
+        ' them to PNG or JPEG, move them away, or raise the share. Skipped:'
+        f' {describe_skipped(listing.skipped)}.'
+    )
+
+
+def _walk(root: str, split: str) -> Iterator[tuple[str, str, int]]:
+  """Yields path relative to root, '/'-separated, kind and bytes of files."""
+  real_root = os.path.realpath(root)
+  # Each folder comes with the real paths of those that hold it.
+  pending = [(split, (real_root,))]
+  while pending:
+    folder, above = pending.pop()
+    real_folder = _resolve(os.path.join(root, folder), real_root)
+    if real_folder in above:
+      raise ValueError(f'{folder!r} is a link to a folder that holds it.')
+    with os.scandir(os.path.join(root, folder)) as entries:
+      for entry in entries:
+        path = f'{folder}/{entry.name}'
+        if entry.name.startswith('.'):
+          continue
+        if entry.is_dir():
+          pending.append((path, (*above, real_folder)))
+          continue
+        extension = os.path.splitext(entry.name)[1].lower()
+        if extension in EXTENSIONS and entry.is_symlink():
+          _resolve(entry.path, real_root)
+        if not entry.is_file():
+          continue
+        kind = _classify(entry.path, extension)
+        if kind == 'image' and entry.is_symlink():
+          _resolve(entry.path, real_root)
+        yield path, kind, entry.stat().st_size
+
+
+def _classify(path: str, extension: str) -> str:
+  """Returns 'image', 'unread' (an image or unknown) or 'other'."""
+  readable = decoding.readable_formats()
+  if extension in EXTENSIONS:
+    is_read = _NEEDED_FORMATS.get(extension, 'JPEG') in readable
+    return 'image' if is_read else 'unread'
+  if extension in _UNREAD_EXTENSIONS:
+    return 'unread'
+  if extension in _OTHER_EXTENSIONS:
+    return 'other'
+  try:
+    with open(path, 'rb') as file:
+      start = file.read(_TEXT_BYTES)
+  except PermissionError:
+    return 'unread'
+  name = decoding.identify(start[: decoding.PREFIX_BYTES])
+  if name is not None:
+    return 'image' if name in readable else 'unread'
+  return 'other' if _is_text(start) else 'unread'
+
+
+def _is_text(start: bytes) -> bool:
+  """Whether a file begins with UTF-8 or UTF-16 text; an empty one does."""
+  if start.startswith((b'\xff\xfe', b'\xfe\xff')):
+    return True
+  try:
+    start.decode()
+  except UnicodeDecodeError as error:
+    # The last character may be cut.
+    if len(start) < _TEXT_BYTES or error.start < len(start) - 3:
+      return False
+  return b'\0' not in start
+
+
+def _resolve(path: str, real_root: str) -> str:
+  """Returns the real path, which must exist inside the root."""
+  real_path = os.path.realpath(path)
+  if os.path.commonpath([real_path, real_root]) != real_root:
+    raise ValueError(
+        f'{path!r} is a link to {real_path!r}, outside of {real_root!r}; set '
+        'data.data_dir to a folder that holds the files themselves.'
+    )
+  if not os.path.exists(real_path):
+    raise ValueError(f'{path!r} is a link to {real_path!r}, which is missing.')
+  return real_path
