@@ -250,8 +250,9 @@ def _sidecars(root):
   root.mkdir()
   for name, content in (
       ('labels.json', b'\0'), ('more.json', b'{}'), ('README', b'text'),
-      ('NOTES.xyz', b'x' + 'ü'.encode() * 300), ('LISEZMOI', 'ü'.encode('utf-16')),
-      ('_SUCCESS', b''), ('images.zip', b'PK\3\4'), ('script.run', b'#!/x'),
+      ('NOTES.xyz', b'x' + 'ü'.encode() * 300),
+      ('LISEZMOI', 'ü'.encode('utf-16')), ('_SUCCESS', b''),
+      ('images.zip', b'PK\3\4'), ('script.run', b'#!/x'),
   ):  # fmt: skip
     (root / name).write_bytes(content)
   os.mkfifo(root / 'pipe')

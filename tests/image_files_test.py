@@ -247,6 +247,14 @@ def test_tiff_of_integers_with_and_without_predictor(kind, bits):
     _check(data, expected)
 
 
+@pytest.mark.parametrize('bits', [8, 16, 32])
+def test_negative_samples_are_refused(bits):
+  samples = np.full((3, 4, 1), -1)
+  data = _write_tiff(samples, bits=bits, photometric=_BLACK)
+  with pytest.raises(image_errors.DamagedImageError, match='only 0 to 1'):
+    decoding.decode_image(data)
+
+
 @pytest.mark.parametrize('bits', [8, 16])
 @pytest.mark.parametrize('planar', [False, True])
 def test_tiff_of_colour_with_predictor(bits, planar):
