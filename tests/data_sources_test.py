@@ -1,5 +1,6 @@
 """Where images come from: folders, prepared data, photographs, synthetic."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -36,6 +37,35 @@ def _encode(image, format: str = 'PNG', **options) -> bytes:
 def _write(path, value: int = 0, size=(4, 6)):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(_encode(np.full((*size, 3), value, np.uint8)))
+
+
+def test_the_content_hash_changes_with_an_image_of_the_same_size(tmp_path):
+  paths = [tmp_path / 'train' / f'{i}.bmp' for i in range(3)]
+  paths[0].parent.mkdir()
+  for i, path in enumerate(paths):
+    path.write_bytes(_encode(np.full((4, 6, 3), i, np.uint8), 'BMP'))
+
+  def read():
+    source = folder.FolderSource(str(tmp_path), 'train')
+    for i in range(3):
+      source.load(i)
+    return source
+
+  before = read()
+  digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+  assert data.content_hash(before) == (
+      hashlib.sha256(b''.join(digests)).hexdigest()
+  )
+  # Of an image that no process has read there are zeros.
+  assert data.content_hash(before, {0: digests[0], 2: digests[2]}) == (
+      hashlib.sha256(digests[0] + bytes(32) + digests[2]).hexdigest()
+  )
+  paths[1].write_bytes(_encode(np.full((4, 6, 3), 9, np.uint8), 'BMP'))
+  after = read()
+  assert after.identity == before.identity
+  assert data.content_hash(after) != data.content_hash(before)
+  drawn = synthetic.SyntheticSource('train', size=(8, 8))
+  assert data.content_hash(drawn) == drawn.identity['content']
 
 
 def test_folder_lists_images_sorted_at_any_depth(tmp_path):

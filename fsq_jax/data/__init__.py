@@ -25,6 +25,7 @@ ImageSource = image_source.ImageSource
 DamagedImageError = decoding.DamagedImageError
 centre_crop = transforms.centre_crop
 check_damaged_share = image_source.check_damaged_share
+content_hash = image_source.content_hash
 fingerprint = pipelines.fingerprint
 prepare = sources.prepare
 
