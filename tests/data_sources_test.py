@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -398,6 +399,52 @@ def test_photographs_appear_as_often_as_their_share():
   np.testing.assert_array_equal(
       source.load(names.index('rocket.jpg')), skimage.data.rocket()
   )
+
+
+@pytest.mark.parametrize(
+    ('size', 'resize_shorter'), [((32, 32), 0), ((16, 48), 0), ((500, 500), 0),
+                                 ((32, 32), 64)]
+)  # fmt: skip
+def test_a_pass_over_the_photographs_has_distinct_crops(size, resize_shorter):
+  source = photos.TrainGrid(size=size, resize_shorter=resize_shorter)
+  names, places, pixels = [], set(), set()
+  for index in range(len(source)):
+    name, top, left = re.fullmatch(
+        r'(.*) at row (\d+), column (\d+)', source.describe(index)
+    ).groups()
+    crop = source.load(index)
+    names.append(name)
+    places.add((name, top, left))
+    pixels.add(crop.tobytes())
+    assert all(
+        have <= wanted for have, wanted in zip(crop.shape, size, strict=False)
+    )
+  assert len(places) == len(pixels) == len(source)
+  assert set(names) == set(photos.TRAIN_PHOTOS)
+  if size == (32, 32) and not resize_shorter:
+    assert source.load(0).shape == (32, 32, 3)
+    for name, share in photos.TRAIN_PHOTOS.items():
+      # Rows and columns are whole, and black margins alike.
+      expected = photos.CROPS_PER_EPOCH * share / 20
+      assert 0.85 * expected < names.count(name) <= expected
+
+
+def test_the_grid_of_a_photograph_is_evenly_spread():
+  source = photos.TrainGrid(size=(32, 32))
+  crops = [
+      index for index in range(len(source))
+      if source.describe(index).startswith('ihc.png')
+  ]  # fmt: skip
+  # 1,000 of 481 x 481 places are 32 rows of 31 columns, with both edges.
+  assert len(crops) == 32 * 31
+  photograph = skimage.data.immunohistochemistry()
+  for index, row, column in ((0, 0, 0), (30, 0, 480), (991, 480, 480)):
+    np.testing.assert_array_equal(
+        source.load(crops[index]),
+        photograph[row : row + 32, column : column + 32],
+    )
+  assert source.describe(crops[1]) == 'ihc.png at row 0, column 16'
+  assert source.describe(crops[31]) == 'ihc.png at row 15, column 0'
 
 
 def test_photographs_smaller_than_a_tile_are_refused():
