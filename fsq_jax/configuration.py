@@ -69,6 +69,7 @@ _ADDED = {
         'storage': 'array_record',
         'images_per_shard': 4096,
     },
+    'tokenize.views': 1,
 }
 # Fields of quantizers that act on training only, as their specs say.
 _OF_QUANTIZER_TRAINING = (

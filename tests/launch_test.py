@@ -70,7 +70,7 @@ fsq_jax.data = types.SimpleNamespace(
 class Interrupted(Exception):
   pass
 
-def tokenize_workdir(config, workdir, *, which, folder):
+def tokenize_workdir(config, workdir, *, which, folder, verify_images):
   if config.seed == 13:
     raise Interrupted()
   print('tokenize', config.seed, workdir, which, folder)
@@ -80,6 +80,7 @@ fsq_jax.tokens = types.SimpleNamespace(
     default_folder=lambda config, workdir: f'{workdir}/tokens/x',
     describe=lambda manifest: ['usage: 90%'],
     detokenize_workdir=lambda *folders, which: print('make', *folders, which),
+    is_complete=lambda folder: folder == 'complete',
     tokenize_workdir=tokenize_workdir,
 )
 fsq_jax.quantizers = types.SimpleNamespace(build_quantizer=lambda config: None)

@@ -22,6 +22,8 @@ from fsq_jax.data import transforms
 
 Dataset = pipelines.Dataset
 ImageSource = image_source.ImageSource
+EncodedSource = image_source.EncodedSource
+NO_DIGEST = image_source.NO_DIGEST
 DamagedImageError = decoding.DamagedImageError
 apply_augmentation = transforms.apply_augmentation
 centre_crop = transforms.centre_crop

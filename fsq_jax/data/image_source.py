@@ -120,6 +120,10 @@ class EncodedSource(ImageSource):
       DamagedImageError: a file that is too large to be an image.
     """
 
+  @abc.abstractmethod
+  def stamp(self, index: int) -> tuple[int, int, int]:
+    """Returns size in bytes, mtime and ctime in ns of the file of an image."""
+
   def load(self, index: int) -> np.ndarray:
     if (cached := self._cache.get(index)) is not None:
       return cached
