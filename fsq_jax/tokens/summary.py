@@ -111,13 +111,12 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
   if (distinct := summary.get('distinct_grids')) is not None:
     yield f'distinct token grids: {distinct}'
     if num_images - distinct > _MAX_REPEATED * num_images:
-      share = (num_images - distinct) / num_images
       yield (
-          f'warning: {share:.1%} of the token grids repeat others, so that a'
-          ' generator would see few different ones; tokenize random crops of'
-          ' the training images: --config.tokenize.split=train'
-          f' --config.tokenize.views={max(views, 2)}, or a wider'
-          ' --config.data.crop_scale'
+          f'warning: {(num_images - distinct) / num_images:.1%} of the token'
+          ' grids repeat others. Flat images have equal grids, and so have many'
+          ' where the tokenizer has hardly been trained. If the images'
+          ' themselves repeat, take random crops of the training images:'
+          ' --config.tokenize.split=train --config.tokenize.views=2, or more'
       )
   if num := summary.get('num_without_label'):
     yield (
