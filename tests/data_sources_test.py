@@ -373,6 +373,23 @@ def test_prepare_leaves_what_is_there(prepared_root):
   assert data.prepare(_prepare_config(source='photos')) is None
 
 
+def test_the_stamp_of_an_image_is_that_of_its_file(prepared_root, tmp_path):
+  _write(tmp_path / 'train' / 'a.png')
+  for source in (
+      folder.FolderSource(str(tmp_path), 'train'),
+      prepared.PreparedSource('tiny', prepared_root, 'train'),
+  ):
+    path = pathlib.Path(source.describe(0).partition(' record')[0])
+    status = path.stat()
+    assert source.stamp(0) == (
+        status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip
+    path.touch()
+    assert source.stamp(0) != (
+        status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip
+
+
 # Photographs and synthetic images.
 
 

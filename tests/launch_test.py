@@ -73,7 +73,8 @@ class Interrupted(Exception):
 def tokenize_workdir(config, workdir, *, which, folder, verify_images):
   if config.seed == 13:
     raise Interrupted()
-  print('tokenize', config.seed, workdir, which, folder)
+  verify = ['verify'] if verify_images else []
+  print('tokenize', config.seed, workdir, which, folder, *verify)
 
 fsq_jax.tokens = types.SimpleNamespace(
     Interrupted=Interrupted,
@@ -227,6 +228,11 @@ def test_unknown_field_is_refused_without_jax():
         (
             ['--mode=tokenize', '--tokens=t'],
             'tokenize 0 runs/debug newest t\nt\nusage: 90%',
+        ),
+        (
+            ['--mode=tokenize', '--tokens=complete', '--verify_images'],
+            'tokenize 0 runs/debug newest complete verify\ncomplete\nnothing'
+            ' written: the folder is already complete\nusage: 90%',
         ),
         (
             ['--mode=detokenize'],
