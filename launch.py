@@ -71,6 +71,12 @@ _TOKENS = flags.DEFINE_string(
     None,
     'Folder of token files. Default: WORKDIR/tokens/ and the name of the data.',
 )
+_VERIFY_IMAGES = flags.DEFINE_bool(
+    'verify_images',
+    False,
+    'Mode tokenize: compare the hashes of all images that have been tokenized'
+    ' before, not only of those whose size or time has changed.',
+)
 _IMAGES = flags.DEFINE_string(
     'images',
     None,
@@ -401,14 +407,19 @@ def _tokenize(
   from fsq_jax import tokens
 
   folder = _TOKENS.value or tokens.default_folder(config, workdir)
+  was_complete = tokens.is_complete(folder)
   try:
     manifest = tokens.tokenize_workdir(
-        config, workdir, which=_CHECKPOINT.value, folder=folder
+        config, workdir, which=_CHECKPOINT.value, folder=folder,
+        verify_images=_VERIFY_IMAGES.value,
     )
   except tokens.Interrupted:
     sys.stderr.write('Interrupted. Run the same command again to continue.\n')
     return _INTERRUPTED
-  for line in (str(folder), *tokens.describe(manifest)):
+  lines = [str(folder), *tokens.describe(manifest)]
+  if was_complete:
+    lines.insert(1, 'nothing written: the folder is already complete')
+  for line in lines:
     sys.stdout.write(f'{line}\n')
   return 0
 

@@ -556,11 +556,14 @@ def _eval() -> ml_collections.ConfigDict:
 
 def _tokenize() -> ml_collections.ConfigDict:
   tokenize = ml_collections.ConfigDict()
-  # --mode=tokenize: which split of `data`, 'train' or 'eval'; each image once,
-  # in order.
+  # --mode=tokenize: split of `data`, 'train' or 'eval'.
   tokenize.split = 'eval'
+  # Views of each image, >= 1. 1 is the crop that evaluation takes, for 'photos'
+  # of split 'train' a regular grid of crops; N >= 2 are N random ones, with
+  # crop_scale, flip and color_jitter of `data` as in training, drawn by `seed`.
+  tokenize.views = 1
   # 'crop' to data.image_size, as evaluation does, or 'pad', which keeps all
-  # pixels: grids then differ in size as images do.
+  # pixels, for one view: grids then differ in size as images do.
   tokenize.fit = 'crop'
   # Files: 'array_record', for random access, or 'npz', for any program.
   tokenize.storage = 'array_record'

@@ -207,6 +207,7 @@ FIELDS: Mapping[str, rules.Rule] = {
     'eval.num_grid_images': _COUNT,
     'eval.native_size': _BOOL,
     'tokenize.split': rules.name('eval', 'train'),
+    'tokenize.views': _COUNT,
     'tokenize.fit': rules.name('crop', 'pad'),
     'tokenize.storage': rules.name('array_record', 'npz'),
     'tokenize.images_per_shard': _COUNT,
@@ -331,6 +332,11 @@ def cross_rules(
       ('eval.native_size', 'data.source'),
       "with native_size 'folder' or 'tfds', whose images have a size",
       lambda native, source: not native or source in ('folder', 'tfds'),
+  )
+  yield rules.CrossRule(
+      ('tokenize.views', 'tokenize.fit'),
+      "more than one view, which is a random crop, with fit 'crop' alone",
+      lambda views, fit: views == 1 or fit == 'crop',
   )
   yield rules.CrossRule(
       ('optim.warmup_steps', 'train.num_steps'),

@@ -80,6 +80,7 @@ _ADDED = {
         'storage': 'array_record',
         'images_per_shard': 4096,
     },
+    'tokenize.views': 1,
 }
 # Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
 # of its model, so modes that read one need no other weights.

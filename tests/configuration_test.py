@@ -406,7 +406,8 @@ def test_json_round_trip():
 def test_runs_from_before_a_field_go_on_with_what_they_had():
   current = ml_collections.ConfigDict(_changed())
   saved = current.to_dict()
-  for name, value in configuration._ADDED.items():
+  # Sections come before the fields that were added to them later.
+  for name, value in reversed(configuration._ADDED.items()):
     *sections, field = name.split('.')
     section = saved
     for part in sections:

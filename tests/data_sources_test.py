@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,35 @@ def _encode(image, format: str = 'PNG', **options) -> bytes:
 def _write(path, value: int = 0, size=(4, 6)):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(_encode(np.full((*size, 3), value, np.uint8)))
+
+
+def test_the_content_hash_changes_with_an_image_of_the_same_size(tmp_path):
+  paths = [tmp_path / 'train' / f'{i}.bmp' for i in range(3)]
+  paths[0].parent.mkdir()
+  for i, path in enumerate(paths):
+    path.write_bytes(_encode(np.full((4, 6, 3), i, np.uint8), 'BMP'))
+
+  def read():
+    source = folder.FolderSource(str(tmp_path), 'train')
+    for i in range(3):
+      source.load(i)
+    return source
+
+  before = read()
+  digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+  assert data.content_hash(before) == (
+      hashlib.sha256(b''.join(digests)).hexdigest()
+  )
+  # Of an image that no process has read there are zeros.
+  assert data.content_hash(before, {0: digests[0], 2: digests[2]}) == (
+      hashlib.sha256(digests[0] + bytes(32) + digests[2]).hexdigest()
+  )
+  paths[1].write_bytes(_encode(np.full((4, 6, 3), 9, np.uint8), 'BMP'))
+  after = read()
+  assert after.identity == before.identity
+  assert data.content_hash(after) != data.content_hash(before)
+  drawn = synthetic.SyntheticSource('train', size=(8, 8))
+  assert data.content_hash(drawn) == drawn.identity['content']
 
 
 def test_folder_lists_images_sorted_at_any_depth(tmp_path):
@@ -599,6 +629,23 @@ def test_prepare_leaves_what_is_there(prepared_root):
   assert data.prepare(_prepare_config(source='photos')) is None
 
 
+def test_the_stamp_of_an_image_is_that_of_its_file(prepared_root, tmp_path):
+  _write(tmp_path / 'train' / 'a.png')
+  for source in (
+      folder.FolderSource(str(tmp_path), 'train'),
+      prepared.PreparedSource('tiny', prepared_root, 'train'),
+  ):
+    path = pathlib.Path(source.describe(0).partition(' record')[0])
+    status = path.stat()
+    assert source.stamp(0) == (
+        status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip
+    path.touch()
+    assert source.stamp(0) != (
+        status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )  # fmt: skip
+
+
 # Photographs and synthetic images.
 
 
@@ -625,6 +672,52 @@ def test_photographs_appear_as_often_as_their_share():
   np.testing.assert_array_equal(
       source.load(names.index('rocket.jpg')), skimage.data.rocket()
   )
+
+
+@pytest.mark.parametrize(
+    ('size', 'resize_shorter'), [((32, 32), 0), ((16, 48), 0), ((500, 500), 0),
+                                 ((32, 32), 64)]
+)  # fmt: skip
+def test_a_pass_over_the_photographs_has_distinct_crops(size, resize_shorter):
+  source = photos.TrainGrid(size=size, resize_shorter=resize_shorter)
+  names, places, pixels = [], set(), set()
+  for index in range(len(source)):
+    name, top, left = re.fullmatch(
+        r'(.*) at row (\d+), column (\d+)', source.describe(index)
+    ).groups()
+    crop = source.load(index)
+    names.append(name)
+    places.add((name, top, left))
+    pixels.add(crop.tobytes())
+    assert all(
+        have <= wanted for have, wanted in zip(crop.shape, size, strict=False)
+    )
+  assert len(places) == len(pixels) == len(source)
+  assert set(names) == set(photos.TRAIN_PHOTOS)
+  if size == (32, 32) and not resize_shorter:
+    assert source.load(0).shape == (32, 32, 3)
+    for name, share in photos.TRAIN_PHOTOS.items():
+      # Rows and columns are whole, and black margins alike.
+      expected = photos.CROPS_PER_EPOCH * share / 20
+      assert 0.85 * expected < names.count(name) <= expected
+
+
+def test_the_grid_of_a_photograph_is_evenly_spread():
+  source = photos.TrainGrid(size=(32, 32))
+  crops = [
+      index for index in range(len(source))
+      if source.describe(index).startswith('ihc.png')
+  ]  # fmt: skip
+  # 1,000 of 481 x 481 places are 32 rows of 31 columns, with both edges.
+  assert len(crops) == 32 * 31
+  photograph = skimage.data.immunohistochemistry()
+  for index, row, column in ((0, 0, 0), (30, 0, 480), (991, 480, 480)):
+    np.testing.assert_array_equal(
+        source.load(crops[index]),
+        photograph[row : row + 32, column : column + 32],
+    )
+  assert source.describe(crops[1]) == 'ihc.png at row 0, column 16'
+  assert source.describe(crops[31]) == 'ihc.png at row 15, column 0'
 
 
 def test_photographs_smaller_than_a_tile_are_refused():

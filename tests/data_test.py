@@ -510,15 +510,21 @@ def test_configs_that_cannot_work_are_refused(overrides, message):
     )
 
 
-def test_train_once_is_every_training_image_as_evaluation_takes_it():
-  config = _config(batch_size=4, eval_batch_size=4)
+@pytest.mark.parametrize('source', ['photos', 'synthetic'])
+def test_train_once_is_every_training_image_as_evaluation_takes_it(source):
+  config = _config(source=source, batch_size=4, eval_batch_size=40)
   dataset = data.build_dataset(config, split='train_once', seed=0)
   evaluation = data.build_dataset(config, split='eval', seed=0)
-  training = data.build_dataset(config, split='train', seed=0)
-  assert dataset.num_examples == training.num_examples
   assert dataset.num_examples != evaluation.num_examples
-  seen = np.concatenate([b['index'][b['mask']] for b in dataset])
+  if source == 'synthetic':
+    training = data.build_dataset(config, split='train', seed=0)
+    assert dataset.num_examples == training.num_examples
+  batches = list(dataset)
+  seen = np.concatenate([b['index'][b['mask']] for b in batches])
   assert sorted(seen) == list(range(dataset.num_examples))
+  # Training repeats seven photographs, of which it takes random crops.
+  images = {x.tobytes() for b in batches for x in b['image'][b['mask']]}
+  assert len(images) == dataset.num_examples > 8000
   first, again = (next(iter(dataset))['image'] for _ in range(2))
   np.testing.assert_array_equal(first, again)
 

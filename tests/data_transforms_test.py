@@ -116,6 +116,37 @@ def test_augment_follows_its_draws():
     np.testing.assert_array_equal(crop, expected)
 
 
+@pytest.mark.parametrize('color_jitter', [0.0, 0.5])
+def test_what_augment_does_is_known_beforehand(color_jitter):
+  options = {
+      'size': (16, 12), 'crop_scale': (0.5, 2.0), 'flip': True,
+      'color_jitter': color_jitter,
+  }  # fmt: skip
+  image = _noise(50, 40)
+  flips = set()
+  for seed in range(20):
+    drawn = transforms.draw_augmentation(
+        image, np.random.default_rng(seed), **options
+    )
+    top, left, height, width = drawn.crop
+    assert 0 <= top <= 50 - height
+    assert 0 <= left <= 40 - width
+    expected = transforms.resize(
+        image[top : top + height, left : left + width], (16, 12)
+    )
+    if drawn.is_flipped:
+      expected = np.fliplr(expected)
+    assert (drawn.color is None) == (color_jitter == 0)
+    if drawn.color is not None:
+      expected = transforms.change_color(expected, **drawn.color)
+    np.testing.assert_array_equal(
+        transforms.augment(image, np.random.default_rng(seed), **options),
+        expected,
+    )
+    flips.add(drawn.is_flipped)
+  assert flips == {False, True}
+
+
 def test_augment_fits_the_crop_into_the_image():
   image = _noise(5, 9)
   rng = np.random.default_rng(0)

@@ -70,16 +70,18 @@ fsq_jax.data = types.SimpleNamespace(
 class Interrupted(Exception):
   pass
 
-def tokenize_workdir(config, workdir, *, which, folder):
+def tokenize_workdir(config, workdir, *, which, folder, verify_images):
   if config.seed == 13:
     raise Interrupted()
-  print('tokenize', config.seed, workdir, which, folder)
+  verify = ['verify'] if verify_images else []
+  print('tokenize', config.seed, workdir, which, folder, *verify)
 
 fsq_jax.tokens = types.SimpleNamespace(
     Interrupted=Interrupted,
     default_folder=lambda config, workdir: f'{workdir}/tokens/x',
     describe=lambda manifest: ['usage: 90%'],
     detokenize_workdir=lambda *folders, which: print('make', *folders, which),
+    is_complete=lambda folder: folder == 'complete',
     tokenize_workdir=tokenize_workdir,
 )
 fsq_jax.quantizers = types.SimpleNamespace(build_quantizer=lambda config: None)
@@ -277,6 +279,11 @@ def test_unknown_field_is_refused_without_jax():
         (
             ['--mode=tokenize', '--tokens=t'],
             'tokenize 0 runs/debug newest t\nt\nusage: 90%',
+        ),
+        (
+            ['--mode=tokenize', '--tokens=complete', '--verify_images'],
+            'tokenize 0 runs/debug newest complete verify\ncomplete\nnothing'
+            ' written: the folder is already complete\nusage: 90%',
         ),
         (
             ['--mode=detokenize'],

@@ -20,6 +20,7 @@ from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import optim
 from fsq_jax import partitioning
+from fsq_jax import tokens
 from fsq_jax import train_state
 import launch
 
@@ -67,9 +68,22 @@ def test_python_runs(block, tmp_path, monkeypatch):
     (command,) = (x for x in LAUNCHES if '--mode=export' in x)
     words = shlex.split(command.replace('runs/', f'{tmp_path}/'))
     subprocess.run([sys.executable, *words[1:]], check=True)
+  if (name := 'photos_train_4_views') in block:
+    _write_token_files(tmp_path / 'fsq_888', name)
   block = block.replace("'runs/", f"'{tmp_path}/")
   block = block.replace("'tokenizer'", f"'{tmp_path}/tokenizer'")
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def _write_token_files(run, name):
+  """Writes four views of the few validation images of a run."""
+  config = configuration.config_from_json((run / 'config.json').read_text())
+  config.tokenize.views = 4
+  tokens.tokenize_workdir(config, run, folder=run / 'tokens' / name)
+  # It is where the command above the example writes.
+  config = configuration.load_config(ROOT / 'configs/fsq_888.py')
+  config.tokenize.update(split='train', views=4)
+  assert tokens.default_folder(config, run) == run / 'tokens' / name
 
 
 @pytest.mark.slow
@@ -87,7 +101,7 @@ def test_the_small_vqrae_runs_from_files_to_report(tmp_path):
 def test_a_run_becomes_token_files_and_images_again(tmp_path):
   shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'run')
   commands = [x for x in LAUNCHES if 'tokenize' in x]
-  assert len(commands) == 2
+  assert len(commands) == 3
   for command in commands:
     # That run is one of the debug config.
     words = shlex.split(command.replace('fsq_888', 'debug'))
@@ -96,11 +110,14 @@ def test_a_run_becomes_token_files_and_images_again(tmp_path):
         cwd=ROOT,
         check=True,
     )
-  tokens = tmp_path / 'run' / 'tokens'
-  images = json.loads((tokens / 'synthetic_eval/manifest.json').read_text())
-  assert len(list((tokens / 'synthetic_eval_images').glob('*.png'))) == (
+  folder = tmp_path / 'run' / 'tokens'
+  images = json.loads((folder / 'synthetic_eval/manifest.json').read_text())
+  assert len(list((folder / 'synthetic_eval_images').glob('*.png'))) == (
       images['num_images']
   )
+  training = folder / 'synthetic_train_4_views' / 'manifest.json'
+  summary = json.loads(training.read_text())['summary']
+  assert summary['distinct_grids'] > 3 * 8192
 
 
 def test_sizes_of_train_states_are_those_of_siglip_l():

@@ -1,6 +1,8 @@
 """Modes tokenize and detokenize: kills, sizes, damage, several processes."""
 
 import functools
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -23,7 +25,10 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import partitioning
 from fsq_jax import tokens
+from fsq_jax.data import folder as data_folder
+from fsq_jax.data import transforms
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import tokenization
 from fsq_jax.tokens import writer as writers
@@ -49,8 +54,8 @@ def _config(**fields):
   config.data.eval_batch_size = 8
   config.tokenize.images_per_shard = 20
   for name, value in fields.items():
-    section, _, key = name.partition('__')
-    config[section][key] = value
+    section, _, key = name.rpartition('__')
+    (config[section] if section else config)[key] = value
   return config
 
 
@@ -81,10 +86,11 @@ def _folder_config(root, **fields):
 
 
 def _files(folder):
+  # But for what depends on where, and when, the images were copied to.
   return {
       str(path.relative_to(folder)): path.read_bytes()
       for path in sorted(folder.rglob('*'))
-      if path.is_file()
+      if path.is_file() and path.name != image_states.TIMES_FILE
   }
 
 
@@ -163,14 +169,18 @@ def _kill_at(monkeypatch, moment):
     monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
-@pytest.mark.parametrize('storage', ['array_record', 'npz'])
+@pytest.mark.parametrize(
+    ('storage', 'views'), [('array_record', 1), ('npz', 1), ('array_record', 3)]
+)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
-    tmp_path, root, storage
+    tmp_path, root, storage, views
 ):
-  config = _folder_config(root, tokenize__storage=storage)
+  config = _folder_config(
+      root, tokenize__storage=storage, tokenize__views=views
+  )
   tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
   wanted = _files(tmp_path / 'straight')
-  assert len(wanted) == 4
+  assert len(wanted) == 5
   for moment in itertools.count():
     folder = tmp_path / str(moment)
     killed = False
@@ -190,6 +200,325 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
   times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
   tokens.tokenize_workdir(config, _RUN, folder=folder)
   assert times == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+# Views.
+
+
+@pytest.mark.parametrize('color_jitter', [0.0, 0.5])
+def test_views_are_random_crops_as_in_training(tmp_path, root, color_jitter):
+  config = _folder_config(
+      root, data__crop_scale=(0.5, 2.0), data__color_jitter=color_jitter,
+      tokenize__views=5, seed=7,
+  )  # fmt: skip
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  assert manifest.num_images == 5 * 43
+  assert len(manifest.damaged) == 2
+  assert manifest.summary['distinct_grids'] > 200
+  assert manifest.job.augmentation == {
+      'seed': 7, 'crop_scale': [0.5, 2.0], 'flip': True,
+      'color_jitter': color_jitter,
+  }  # fmt: skip
+  source = data.open_source(config.data, 'eval')
+  readable = [i for i in range(45) if i not in (5, 38)]
+  crops = []
+  examples = list(tokens.TokenSource(tmp_path / 'tokens'))
+  for number, example in enumerate(examples):
+    index, view = readable[number // 5], number % 5
+    facts = source.facts(index)
+    assert (example.name, example.label) == (facts.name, facts.label)
+    assert example.view == view
+    image = source.load(index)
+    assert example.size == image.shape[:2]
+    seed = np.random.SeedSequence(7, spawn_key=(index, view))
+    crops.append(
+        transforms.augment(
+            image, np.random.default_rng(seed), size=(16, 16),
+            crop_scale=(0.5, 2.0), flip=True, color_jitter=color_jitter,
+        )
+    )
+    if not color_jitter:
+      top, left, height, width = example.crop
+      crop = transforms.resize(
+          image[top : top + height, left : left + width], (16, 16)
+      )
+      np.testing.assert_array_equal(
+          crops[-1], crop[:, ::-1] if example.is_flipped else crop
+      )
+  assert len({x.tobytes() for x in crops}) > 210
+  assert {x.is_flipped for x in examples} == {False, True}
+  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  np.testing.assert_array_equal(
+      [x.tokens for x in examples], tokenizer.encode(np.stack(crops))
+  )
+
+
+def test_views_depend_on_neither_shards_nor_threads(tmp_path, root):
+  read = []
+  for name, num_images, num_threads in (('a', 20, 1), ('b', 7, 3)):
+    config = _folder_config(root, tokenize__views=3)
+    config.tokenize.images_per_shard = num_images
+    config.data.num_threads = num_threads
+    tokens.tokenize_workdir(config, _RUN, folder=tmp_path / name)
+    read.append(list(tokens.TokenSource(tmp_path / name)))
+  for left, right in zip(*read, strict=True):
+    np.testing.assert_array_equal(left.tokens, right.tokens)
+    assert left[1:] == right[1:]
+  config.seed = 1
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'c')
+  other = tokens.TokenSource(tmp_path / 'c')
+  assert [x[1:] for x in other] != [x[1:] for x in read[0]]
+
+
+def test_images_of_several_views_get_names_of_their_own(tmp_path, root):
+  config = _folder_config(root, tokenize__views=2)
+  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  num = tokens.detokenize_workdir(_RUN, tmp_path / 'tokens', tmp_path / 'out')
+  assert num == 2 * 43
+  restored = _pixels(tmp_path / 'out')
+  assert len(restored) == num
+  source = tokens.TokenSource(tmp_path / 'tokens')
+  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  decoded = tokenizer.decode(np.stack([x.tokens for x in source]))
+  assert 'a/00.png.view1' in restored
+  for example, image in zip(source, decoded, strict=True):
+    np.testing.assert_array_equal(
+        restored[f'{example.name}.view{example.view}'], image
+    )
+
+
+def test_a_change_of_views_needs_another_folder(tmp_path, root):
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(_folder_config(root), _RUN, folder=folder)
+  config = _folder_config(root, tokenize__views=2)
+  with pytest.raises(ValueError, match=r'(?s)views: 1 -> 2.*--tokens'):
+    tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert tokens.default_folder(config, tmp_path).name == (
+      'folder_validation_2_views'
+  )
+  config.tokenize.fit = 'pad'
+  with pytest.raises(ValueError, match=r"views is 2, .*fit 'crop'"):
+    tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'y')
+
+
+def _first_images(config, num):
+  """What the model gets of the first images of `photos`."""
+  source = tokenization._open_source(config.data, config.tokenize)
+  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  job = tokenization._make_job(config, tokenizer, source)
+  run = tokenization._Run(config.data, tokenizer, source, job, None)
+  return run._load(0, range(num)).images
+
+
+@pytest.mark.parametrize('views', [1, 2])
+def test_training_photographs_are_different_images(views):
+  # Seven photographs, whose centres were taken again and again.
+  config = _config(
+      data__source='photos', data__crop_scale=(1.0, 4.0),
+      tokenize__split='train', tokenize__views=views,
+  )  # fmt: skip
+  images = _first_images(config, 1000)
+  assert len({image.tobytes() for image in images}) > 990
+  if views == 2:
+    # By turns, as many of each photograph as it has shares.
+    means = np.array([image.mean() for image in images]).reshape((25, 20, 2))
+    assert means.std(axis=(0, 2)).min() > 0
+
+
+# Images that change.
+
+
+@pytest.fixture
+def copy(tmp_path, root, monkeypatch):
+  """A copy of the images, old enough for their times to be kept."""
+  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 0)
+  return pathlib.Path(shutil.copytree(root, tmp_path / 'copy'))
+
+
+def _replace(path, *, seconds=0):
+  """Changes the last pixel of an image, and its time; not its size."""
+  before = path.stat()
+  with Image.open(path) as image:
+    pixels = np.array(image)
+  for value in range(256):
+    pixels[-1, -1, 0] = value
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, 'PNG')
+    content = buffer.getvalue()
+    if len(content) == before.st_size and content != path.read_bytes():
+      break
+  else:
+    raise AssertionError('No other image has this size.')
+  path.write_bytes(content)
+  time_ns = before.st_mtime_ns + int(seconds * 1e9)
+  os.utime(path, ns=(time_ns, time_ns))
+  assert path.stat().st_size == before.st_size
+
+
+@pytest.mark.parametrize('seconds', [-3600, 0, 3600])
+def test_an_image_of_the_same_name_and_size_is_noticed(
+    tmp_path, copy, seconds
+):
+  config = _folder_config(copy)
+  folder = tmp_path / 'x'
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=folder)
+  source = data.open_source(config.data, 'eval')
+  digests = {
+      i: hashlib.sha256(pathlib.Path(source.describe(i)).read_bytes()).digest()
+      for i in range(45)
+  }
+  assert manifest.content_sha256 == data.content_hash(source, digests)
+  np.testing.assert_array_equal(
+      np.load(folder / 'image_hashes.npy'),
+      [list(digests[i]) for i in range(45)],
+  )
+  before = _files(folder)
+  path = copy / 'validation' / 'b' / '07.png'
+  _replace(path, seconds=seconds)
+  message = rf'(?s)1 of 45 images.*\n  {path}\n.*Delete that folder.*--tokens'
+  with pytest.raises(ValueError, match=message):
+    tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert _files(folder) == before
+
+
+def test_images_of_a_part_of_a_run_are_compared_too(tmp_path, copy):
+  config = _folder_config(copy)
+  folder = tmp_path / 'x'
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(writers.TokenWriter, 'finish', _raise_killed)
+    with pytest.raises(_KilledError):
+      tokens.tokenize_workdir(config, _RUN, folder=folder)
+  path = copy / 'validation' / 'a' / '44.png'
+  _replace(path)
+  with pytest.raises(ValueError, match='1 of 45 images are no longer'):
+    tokens.tokenize_workdir(config, _RUN, folder=folder)
+  # An image of a shard that is written again may have changed.
+  (folder / 'tokens-00001-of-00003.array_record').unlink()
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert manifest.num_images == 43
+  tokens.tokenize_workdir(config, _RUN, folder=folder, verify_images=True)
+
+
+def _count_reads(monkeypatch):
+  reads = []
+  read = data_folder.FolderSource.read
+  monkeypatch.setattr(
+      data_folder.FolderSource,
+      'read',
+      lambda self, index: (reads.append(index), read(self, index))[1],
+  )
+  return reads
+
+
+def test_only_images_with_other_times_are_read_again(
+    tmp_path, copy, monkeypatch
+):
+  config = _folder_config(copy)
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  reads = _count_reads(monkeypatch)
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert reads == []
+  tokens.tokenize_workdir(config, _RUN, folder=folder, verify_images=True)
+  assert sorted(reads) == list(range(45))
+  reads.clear()
+  (copy / 'validation' / 'a' / '02.png').touch()
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert reads == [1]
+  reads.clear()
+  # As in a copy of the images, or of the token files.
+  (folder / image_states.TIMES_FILE).unlink()
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert sorted(reads) == list(range(45))
+
+
+def test_hashes_are_compared_where_times_tell_nothing(
+    tmp_path, copy, monkeypatch
+):
+  # As on a file system that keeps no times.
+  monkeypatch.setattr(
+      data_folder.FolderSource, 'stamp', lambda self, index: (1, 2, 3)
+  )
+  config = _folder_config(copy)
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  _replace(copy / 'validation' / 'b' / '07.png')
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  with pytest.raises(ValueError, match='1 of 45 images are no longer'):
+    tokens.tokenize_workdir(config, _RUN, folder=folder, verify_images=True)
+
+
+def test_times_of_new_files_are_not_trusted(tmp_path, copy, monkeypatch):
+  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 10**18)
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(_folder_config(copy), _RUN, folder=folder)
+  assert not np.load(folder / image_states.TIMES_FILE).any()
+  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 0)
+  shutil.rmtree(folder)
+  tokens.tokenize_workdir(_folder_config(copy), _RUN, folder=folder)
+  source = data.open_source(_folder_config(copy).data, 'eval')
+  status = os.stat(source.describe(3))
+  np.testing.assert_array_equal(
+      np.load(folder / image_states.TIMES_FILE)[3],
+      [status.st_size, status.st_mtime_ns, status.st_ctime_ns],
+  )
+
+
+def test_hashes_that_are_missing_or_damaged_are_refused(tmp_path, root):
+  config = _folder_config(root)
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  path = folder / image_states.HASHES_FILE
+  content = path.read_bytes()
+  other = content[:-1] + bytes([content[-1] ^ 1])
+  for harmed in (None, b'', content[:-1], other, content[:50]):
+    path.unlink(missing_ok=True)
+    if harmed is not None:
+      path.write_bytes(harmed)
+    with pytest.raises(ValueError, match=r'hashes\.npy, .*delete the folder'):
+      tokens.tokenize_workdir(config, _RUN, folder=folder)
+    # They are not needed for reading.
+    assert len(tokens.TokenSource(folder)) == 43
+
+
+def test_folders_without_hashes_are_left_with_a_warning(
+    tmp_path, root, caplog
+):
+  config = _folder_config(root)
+  folder = tmp_path / 'x'
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  # As earlier programs wrote it.
+  path = folder / 'manifest.json'
+  values = json.loads(path.read_text())
+  for key in ('views', 'augmentation', 'content_sha256'):
+    del values[key]
+  values['layout'] = 'A record is an image ...'
+  path.write_text(json.dumps(values))
+  caplog.clear()
+  tokens.tokenize_workdir(config, _RUN, folder=folder)
+  assert 'whether they have changed since then is not known' in caplog.text
+
+
+def test_names_that_are_no_text_go_through_files(tmp_path):
+  folder = tmp_path / 'images' / 'validation'
+  folder.mkdir(parents=True)
+  names = [b'\xff.png', 'ü.png'.encode(), b'damaged \xfe.png']
+  for name in names[:2]:
+    path = pathlib.Path(os.fsdecode(os.fsencode(folder) + b'/' + name))
+    Image.fromarray(np.full((16, 16, 3), len(name), np.uint8)).save(path)
+  with open(os.fsencode(folder) + b'/' + names[2], 'wb') as file:
+    file.write(b'text')
+  config = _folder_config(tmp_path / 'images')
+  config.data.max_damaged_share = 0.5
+  for storage in ('array_record', 'npz'):
+    config.tokenize.storage = storage
+    manifest = tokens.tokenize_workdir(config, _RUN, folder=tmp_path / storage)
+    '\n'.join(tokens.describe(manifest)).encode()
+    out = tmp_path / f'{storage} out'
+    assert tokens.detokenize_workdir(_RUN, tmp_path / storage, out) == 2
+    assert sorted(os.listdir(os.fsencode(out))) == sorted(
+        name + b'.png' for name in names[:2]
+    )
 
 
 @pytest.mark.parametrize('harm', ['truncate', 'delete', 'flip'])
@@ -237,7 +566,7 @@ def test_damage_of_earlier_runs_counts_towards_the_limit(tmp_path, root):
 def test_images_that_wait_are_no_larger_than_their_crop(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
-  job = types.SimpleNamespace(fit='crop', image_size=(8, 8))
+  job = types.SimpleNamespace(fit='crop', image_size=(8, 8), views=1)
   run = tokenization._Run(config, None, source, job, None)
   chunk = run._load(0, range(10))
   assert len(chunk.images) == 9  # One is damaged.
@@ -247,7 +576,9 @@ def test_images_that_wait_are_no_larger_than_their_crop(root):
 def test_few_whole_images_wait_at_a_time(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
-  job = types.SimpleNamespace(fit='pad', batch_size=32, images_per_shard=45)
+  job = types.SimpleNamespace(
+      fit='pad', batch_size=32, images_per_shard=45, views=1
+  )
   run = tokenization._Run(config, None, source, job, None)
   sizes = [len(x.images) + len(x.damaged) for x in run._read([0])]
   assert sizes == [8, 8, 8, 8, 8, 5]

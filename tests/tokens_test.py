@@ -4,9 +4,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import pickle
 import random
+import shutil
+import struct
 import time
 
 from array_record.python import array_record_module
@@ -50,6 +53,14 @@ def _job(storage='array_record', quantizer=_FSQ, **fields):
       'label_names': ('cat', 'dog'),
       **fields,
   })
+
+
+def _view_job(storage='array_record', **fields):
+  """Three views of each image."""
+  augmentation = {
+      'seed': 1, 'crop_scale': [1.0, 2.0], 'flip': True, 'color_jitter': 0.5
+  }  # fmt: skip
+  return _job(storage, views=3, augmentation=augmentation, **fields)
 
 
 def _examples(job, num, grids=((4, 3),), first=0):
@@ -335,6 +346,243 @@ def test_few_files_are_open_at_a_time(tmp_path, storage, monkeypatch):
   assert source[38].name == written[38].name  # 37 and 39 were read later.
   assert len(opened) == 42
   assert len(list(files.iterdir())) <= before + 3
+
+
+# Views.
+
+
+def _write_views(folder, job):
+  """Writes three views of each of two images; the third is damaged."""
+  examples = [
+      example._replace(
+          name=_NAMES[i // 3],
+          view=i % 3,
+          crop=(i, 2 * i, 3 + i, 2),
+          is_flipped=i % 2 == 1,
+      )
+      for i, example in enumerate(_examples(job, 6))
+  ]
+  writer = writers.TokenWriter(folder, job)
+  damaged = [writers.Damage(2, 'two', 'empty')]
+  writer.write(0, examples, damaged=damaged, source_bytes=100)
+  writer.finish()
+  return examples
+
+
+@_STORAGES
+def test_views_are_read_as_they_were_written(tmp_path, storage):
+  job = _view_job(storage, source={'num_examples': 3})
+  written = _write_views(tmp_path / 'x', job)
+  source = tokens.TokenSource(tmp_path / 'x')
+  assert source.manifest.job == job
+  assert len(source) == 6
+  for example, wanted in zip(source, written, strict=True):
+    np.testing.assert_array_equal(example.tokens, wanted.tokens)
+    assert example[1:] == wanted[1:]
+  assert (source[5].view, source[5].crop) == (2, (5, 10, 8, 2))
+  assert source[5].is_flipped
+  values = json.loads((tmp_path / 'x' / 'manifest.json').read_text())
+  assert values['version'] == 3
+  assert values['views'] == 3
+  assert values['augmentation']['crop_scale'] == [1.0, 2.0]
+  lines = list(tokens.describe(source.manifest))
+  assert lines[0] == '6 images in 1 files, 1 damaged'
+  assert 'views: 3 random crops of each image' in lines[1]
+
+
+@_STORAGES
+def test_other_programs_can_read_views_by_the_manifest(tmp_path, storage):
+  job = _view_job(storage, source={'num_examples': 3})
+  written = _write_views(tmp_path / 'x', job)
+  layout = json.loads((tmp_path / 'x' / 'manifest.json').read_text())['layout']
+  assert 'top, left, height' in layout
+  path = tmp_path / 'x' / _file(tmp_path / 'x', 0)
+  if storage == 'npz':
+    with np.load(path) as file:
+      read = [
+          (int(view), tuple(map(int, crop)), bool(flipped))
+          for view, crop, flipped in zip(
+              file['view'], file['crop'], file['flipped'], strict=True
+          )
+      ]
+  else:
+    records = array_record_module.ArrayRecordReader(str(path)).read_all()
+    read = []
+    for record, example in zip(records, written, strict=True):
+      # After label, h, w, H, W, and H and W of the original.
+      view, *crop, flipped, num_name = struct.unpack_from('<7I', record, 32)
+      read.append((view, tuple(crop), bool(flipped)))
+      assert record[60 : 60 + num_name] == os.fsencode(example.name)
+      np.testing.assert_array_equal(
+          np.frombuffer(record, '<u2', offset=60 + num_name).reshape(4, 3),
+          example.tokens,
+      )
+  assert read == [(x.view, x.crop, x.is_flipped) for x in written]
+
+
+@_STORAGES
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'view': 3}, 'view 3 of 3'),
+        ({'crop': (0, 0, 0, 2)}, 'crop of 0 x 2'),
+        ({'crop': (15, 0, 2, 2)}, 'at row 15, column 0 of an image of (16, 12'),
+        ({'crop': (0, 2**32 - 1, 1, 1)}, 'column 4294967295'),
+    ],
+)
+def test_views_that_cannot_be_are_refused(tmp_path, storage, fields, message):
+  job = _view_job(storage, source={'num_examples': 3})
+  examples = _write_views(tmp_path / 'x', job)
+  examples[0] = examples[0]._replace(**fields)
+  _replace_shard(
+      tmp_path / 'x', 0, lambda path: shards.write(path, examples, job)
+  )
+  assert message in _refuse_to_read(tmp_path / 'x')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda x: x.update(version=2), 'version is 2; needed: 3'),
+        (lambda x: x.update(views=2), 'needed: 6'),
+        (lambda x: x.update(views=1), 'version is 3; needed: 2'),
+        (lambda x: x.update(views=0), 'views is 0'),
+        (lambda x: x.update(augmentation=None), "None; needed: 'an object'"),
+        (lambda x: x.update(content_sha256='x'), 'content_sha256'),
+    ],
+)
+def test_manifests_of_views_that_cannot_be_are_refused(
+    tmp_path, change, message
+):
+  _write_views(tmp_path / 'x', _view_job(source={'num_examples': 3}))
+  _change_manifest(tmp_path / 'x', change)
+  assert message in _refuse_to_read(tmp_path / 'x')
+
+
+# What earlier programs have written.
+
+
+def _old_job(storage):
+  return _job(storage, images_per_shard=5,
+              source={'source': 'synthetic', 'num_examples': 5})  # fmt: skip
+
+
+@_STORAGES
+def test_folders_of_earlier_programs_are_read_and_written_alike(
+    tmp_path, storage
+):
+  old = _TESTDATA / 'tokens_version_2' / storage
+  source = tokens.TokenSource(old)
+  assert source.manifest.job == _old_job(storage)
+  assert source.manifest.content_sha256 is None
+  grids = np.random.default_rng(0).integers(
+      0, 200, (4, 4, 3), dtype=np.int32
+  )
+  names = ['a/1.png', 'ü.png', 'b\udcff.png', 'last']
+  assert [x[1:] for x in source] == [
+      (name, i % 3 - 1, (16 + i, 12), (32 + i, 24), 0, None, False)
+      for i, name in enumerate(names)
+  ]
+  np.testing.assert_array_equal([x.tokens for x in source], grids)
+  lines = list(tokens.describe(source.manifest))
+  assert lines[0] == '4 images in 1 files, 1 damaged'
+  # It is complete for the same job still.
+  copy = tmp_path / 'copy'
+  shutil.copytree(old, copy)
+  assert writers.TokenWriter(copy, _old_job(storage)).is_finished
+  # One view is laid out as it was.
+  writer = writers.TokenWriter(tmp_path / 'new', _old_job(storage))
+  damaged = [writers.Damage(4, 'five', 'empty')]
+  writer.write(0, list(source), damaged=damaged, source_bytes=100)
+  writer.finish()
+  file = _file(old, 0)
+  assert (tmp_path / 'new' / file).read_bytes() == (old / file).read_bytes()
+  values = json.loads((old / 'manifest.json').read_text())
+  new = json.loads((tmp_path / 'new' / 'manifest.json').read_text())
+  assert {
+      key for key, value in new.items() if values.get(key, ()) != value
+  } == {'layout', 'summary', 'views', 'augmentation', 'content_sha256'}
+
+
+# What the summary says.
+
+
+def _write_grids(folder, grids, labels=None, **fields):
+  """Writes one shard of given grids; returns the lines that describe it."""
+  job = _job(images_per_shard=len(grids), source={'num_examples': len(grids)},
+             **fields)  # fmt: skip
+  labels = [0] * len(grids) if labels is None else labels
+  writer = writers.TokenWriter(folder, job)
+  examples = [
+      shards.Example(grid, str(i), label, (16, 12), (16, 12))
+      for i, (grid, label) in enumerate(zip(grids, labels, strict=True))
+  ]
+  writer.write(0, examples, damaged=[], source_bytes=None)
+  writer.finish()
+  manifest = tokens.TokenSource(folder).manifest
+  assert manifest.summary['distinct_grids'] == len(
+      {(grid.shape, grid.tobytes()) for grid in grids}
+  )
+  return '\n'.join(tokens.describe(manifest))
+
+
+@pytest.mark.parametrize(
+    ('num_repeated', 'is_warned_of'), [(0, False), (2, False), (3, True)]
+)
+def test_token_grids_that_repeat_are_warned_of(
+    tmp_path, num_repeated, is_warned_of
+):
+  grids = [
+      np.full((2, 2), 199 - max(i, num_repeated), np.int32) for i in range(200)
+  ]
+  text = _write_grids(tmp_path / 'x', grids)
+  assert f'distinct token grids: {200 - num_repeated}' in text
+  assert ('warning: 1.5% of the token grids repeat' in text) == is_warned_of
+  assert ('--config.tokenize.views=2' in text) == is_warned_of
+
+
+def test_grids_of_other_shapes_are_other_grids(tmp_path):
+  shapes = (1, 6), (2, 3), (3, 2), (2, 3)
+  grids = [np.zeros(shape, np.int32) for shape in shapes]
+  assert 'distinct token grids: 3' in _write_grids(tmp_path / 'x', grids)
+
+
+def test_repeated_grids_are_found_in_different_shards(tmp_path):
+  job = _job(images_per_shard=1, source={'num_examples': 3})
+  writer = writers.TokenWriter(tmp_path / 'x', job)
+  one, other = _examples(job, 2)
+  for shard, example in enumerate((one, other, one)):
+    writer.write(shard, [example], damaged=[], source_bytes=None)
+  writer.finish()
+  manifest = tokens.TokenSource(tmp_path / 'x').manifest
+  assert manifest.summary['distinct_grids'] == 2
+
+
+@pytest.mark.parametrize('num_without', [0, 2, 3])
+def test_labels_of_no_class_are_explained(tmp_path, num_without):
+  grids = [np.full((2, 2), i, np.int32) for i in range(3)]
+  labels = [-1] * num_without + [1] * (3 - num_without)
+  text = _write_grids(tmp_path / 'x', grids, labels)
+  wanted = f'no class label (-1): {num_without} images; classes are the sub-f'
+  assert (wanted in text) == (num_without > 0)
+
+
+@_STORAGES
+def test_names_that_are_no_text_are_described_and_can_be_shown(
+    tmp_path, storage
+):
+  job = _job(storage, images_per_shard=7)
+  writer = writers.TokenWriter(tmp_path / 'x', job)
+  damaged = [writers.Damage(6, 'b\udcff.png', 'empty')]
+  writer.write(0, _examples(job, 6), damaged=damaged, source_bytes=1)
+  writer.finish()
+  text = (tmp_path / 'x' / 'manifest.json').read_bytes().decode('ascii')
+  assert 'not valid UTF-8' in json.loads(text)['layout']
+  source = tokens.TokenSource(tmp_path / 'x')
+  assert os.fsencode(source[5].name) == b'b\xff.png'
+  lines = '\n'.join(tokens.describe(source.manifest))
+  assert 'damaged: b\\udcff.png: empty' in lines
+  lines.encode()  # A terminal takes it.
 
 
 # What is refused.

@@ -13,6 +13,7 @@ from PIL import Image
 from experiments.fault_suite import fault
 from fsq_jax import tokens
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 
 _NUM_IMAGES = 2000
@@ -29,7 +30,12 @@ def _write_images(folder: pathlib.Path, num: int) -> None:
 
 
 def _files(folder: pathlib.Path) -> dict[str, bytes]:
-  return {path.name: path.read_bytes() for path in folder.iterdir()}
+  # But for the times of the images, which a run may find too new to keep.
+  return {
+      path.name: path.read_bytes()
+      for path in folder.iterdir()
+      if path.name != image_states.TIMES_FILE
+  }
 
 
 def _kill_again_and_again(

@@ -22,9 +22,14 @@ from fsq_jax.data import transforms
 
 Dataset = pipelines.Dataset
 ImageSource = image_source.ImageSource
+EncodedSource = image_source.EncodedSource
+NO_DIGEST = image_source.NO_DIGEST
 DamagedImageError = decoding.DamagedImageError
+apply_augmentation = transforms.apply_augmentation
 centre_crop = transforms.centre_crop
 check_damaged_share = image_source.check_damaged_share
+content_hash = image_source.content_hash
+draw_augmentation = transforms.draw_augmentation
 fingerprint = pipelines.fingerprint
 is_smaller = transforms.is_smaller
 prepare = sources.prepare
@@ -35,7 +40,7 @@ _PIPELINES = {
     'train': ('train', pipelines.build_train),
     'eval': ('eval', pipelines.build_eval),
     'eval_native': ('eval', pipelines.build_native),
-    'train_once': ('train', pipelines.build_eval),
+    'train_once': ('train_once', pipelines.build_eval),
 }
 
 
@@ -53,7 +58,7 @@ def build_dataset(
     config: the `data` section; see configs/default.py.
     split: 'train': shuffled, augmented, endless; 'eval': every example once,
       in fixed order, centre crops; 'eval_native': the same, one by one at
-      their own size; 'train_once': those of 'train', as 'eval'.
+      their own size; 'train_once': each training image once, as 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
     process_index: this process, in [0, process_count); see
       `partitioning.process_share` for those that read the same.
@@ -80,7 +85,8 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> ImageSource:
 
   Args:
     config: the `data` section.
-    split: 'train' or 'eval'.
+    split: 'train' for random crops of images that may repeat, 'train_once'
+      for a fixed crop of each, or 'eval'.
 
   Returns:
     The source.

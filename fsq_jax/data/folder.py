@@ -155,6 +155,10 @@ class FolderSource(image_source.EncodedSource):
         num_bytes=self._sizes[path],
     )
 
+  def stamp(self, index: int) -> tuple[int, int, int]:
+    status = os.stat(self.describe(index))
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
   def read(self, index: int) -> bytes:
     with open(self.describe(index), 'rb') as file:
       decoding.check_num_bytes(os.fstat(file.fileno()).st_size)

@@ -15,6 +15,8 @@ from fsq_jax.data import decoding
 from fsq_jax.data import transforms
 
 _NUM_LISTED = 10
+# Of an image that has not been read, or cannot be.
+NO_DIGEST = bytes(32)
 
 
 class Facts(NamedTuple):
@@ -35,8 +37,11 @@ class ImageSource(abc.ABC):
   """Random access to the images of one split, from several threads at once.
 
   Attributes:
-    identity: what the images are: 'name', 'split' and 'content', a hash that
-      changes with the images but not with the place where they are kept.
+    identity: what the images are, as known without reading them: 'name',
+      'split' and 'content', which does not depend on where they are kept. In a
+      folder 'content' is a hash of file names and sizes, for 'tfds' of
+      dataset_info.json: an image replaced by another one of the same name and
+      size does not change it, but changes `content_hash`.
     damaged: reason by index, of the images found unreadable so far.
     upscaled: indices of the images so far that were scaled up: they have fewer
       pixels than data.resize_shorter or data.image_size asks for.
@@ -137,6 +142,10 @@ class EncodedSource(ImageSource):
       DamagedImageError: a file that is too large to be an image.
     """
 
+  @abc.abstractmethod
+  def stamp(self, index: int) -> tuple[int, int, int]:
+    """Returns size in bytes, mtime and ctime in ns of the file of an image."""
+
   def load(self, index: int) -> np.ndarray:
     if (cached := self._cache.get(index)) is not None:
       return cached
@@ -176,6 +185,31 @@ class EncodedSource(ImageSource):
       damaged = {self.describe(i): why for i, why in self.damaged.items()}
     logging.warning('Image %s is left out: %s.', self.describe(index), reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
+
+
+def content_hash(
+    source: ImageSource, digests: Mapping[int, bytes] | None = None
+) -> str:
+  """Returns a hash of the content of all images, for a source read to its end.
+
+  Args:
+    source: the images.
+    digests: sha256 by index of the encoded images; by default those that this
+      process has read, `source.digests`. Several processes that have read a
+      part each pass the union.
+
+  Returns:
+    For an `EncodedSource` the hex sha256 of all digests in the order of the
+    index, where an image without one, such as a file that is too large to be
+    read, has 32 zero bytes. For other sources `identity['content']`.
+  """
+  if not isinstance(source, EncodedSource):
+    return source.identity['content']
+  digests = source.digests if digests is None else digests
+  result = hashlib.sha256()
+  for index in range(len(source)):
+    result.update(digests.get(index, NO_DIGEST))
+  return result.hexdigest()
 
 
 def check_damaged_share(

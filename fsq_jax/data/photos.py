@@ -6,6 +6,7 @@ The files are opened in the installed package; scikit-image is not imported.
 from collections.abc import Sequence
 import hashlib
 import importlib.util
+import math
 import pathlib
 
 from absl import logging
@@ -34,7 +35,10 @@ CROPS_PER_EPOCH = 10_000
 
 
 class TrainPhotos(image_source.ImageSource):
-  """Whole training photographs, each as often as its share says."""
+  """Whole training photographs, each as often as its share says.
+
+  For random crops: seven images, repeated. `TrainGrid` is for a single pass.
+  """
 
   def __init__(self, *, resize_shorter: int = 0):
     self._photos, content = _load_photos(list(TRAIN_PHOTOS), resize_shorter)
@@ -53,7 +57,64 @@ class TrainPhotos(image_source.ImageSource):
     return self._photos[self.describe(index)]
 
 
-class ValidationTiles(image_source.ImageSource):
+class _Crops(image_source.ImageSource):
+  """Crops of photographs at given places."""
+
+  _photos: dict[str, np.ndarray]
+  # (photograph, top, left) of each.
+  _places: list[tuple[str, int, int]]
+  _size: tuple[int, int]
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def describe(self, index: int) -> str:
+    name, top, left = self._places[index]
+    return f'{name} at row {top}, column {left}'
+
+  def load(self, index: int) -> np.ndarray:
+    name, top, left = self._places[index]
+    height, width = self._size
+    return self._photos[name][top : top + height, left : left + width]
+
+
+class TrainGrid(_Crops):
+  """Distinct crops of the training photographs, for one pass over them.
+
+  They lie on a regular grid in each photograph, as many as it has in an epoch
+  of training, or as many as have different pixels. A photograph smaller than
+  the crop is taken whole.
+  """
+
+  evaluation_crop = 'regular grid in whole photographs'
+
+  def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
+    self._photos, content = _load_photos(list(TRAIN_PHOTOS), resize_shorter)
+    super().__init__('skimage', 'train_grid', content)
+    self._size = tuple(size)
+    num_shares = sum(TRAIN_PHOTOS.values())
+    self._places = [
+        (name, top, left)
+        for name, share in TRAIN_PHOTOS.items()
+        for top, left in _regular_grid(
+            [
+                max(side - crop, 0) + 1
+                for side, crop in zip(
+                    self._photos[name].shape[:2], self._size, strict=True
+                )
+            ],
+            CROPS_PER_EPOCH * share // num_shares,
+        )
+    ]
+    # Photographs have black margins.
+    first = {}
+    for index, place in enumerate(self._places):
+      pixels = np.ascontiguousarray(self.load(index))
+      first.setdefault(hashlib.sha256(pixels).digest(), place)
+    self._places = list(first.values())
+
+
+class ValidationTiles(_Crops):
   """Tiles of the validation photographs, side by side and row by row.
 
   They start in the upper left corner, do not overlap, and leave out the rest
@@ -65,12 +126,12 @@ class ValidationTiles(image_source.ImageSource):
   def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
     self._photos, content = _load_photos(VALIDATION_PHOTOS, resize_shorter)
     super().__init__('skimage', 'validation', content)
-    self._height, self._width = size
+    self._size = height, width = tuple(size)
     self._places = [
-        (name, row * self._height, column * self._width)
+        (name, row * height, column * width)
         for name, photo in self._photos.items()
-        for row in range(photo.shape[0] // self._height)
-        for column in range(photo.shape[1] // self._width)
+        for row in range(photo.shape[0] // height)
+        for column in range(photo.shape[1] // width)
     ]
     if not self._places:
       shapes = [photo.shape[:2] for photo in self._photos.values()]
@@ -80,18 +141,24 @@ class ValidationTiles(image_source.ImageSource):
           'resize_shorter that enlarges them, or another data.source.'
       )
 
-  def __len__(self) -> int:
-    return len(self._places)
 
-  def describe(self, index: int) -> str:
-    name, top, left = self._places[index]
-    return f'{name} at row {top}, column {left}'
+def _regular_grid(
+    num_places: Sequence[int], num_points: int
+) -> list[tuple[int, int]]:
+  """Returns at most `num_points` different points, evenly spread.
 
-  def load(self, index: int) -> np.ndarray:
-    name, top, left = self._places[index]
-    return self._photos[name][
-        top : top + self._height, left : left + self._width
-    ]
+  Args:
+    num_places: (rows, columns) that points may have.
+    num_points: that are wanted.
+  """
+  rows, columns = num_places
+  num_rows = min(max(round(math.sqrt(num_points * rows / columns)), 1), rows)
+  num_columns = min(num_points // num_rows, columns)
+  return [
+      (int(row), int(column))
+      for row in np.linspace(0, rows - 1, num_rows)
+      for column in np.linspace(0, columns - 1, num_columns)
+  ]
 
 
 def _load_photos(

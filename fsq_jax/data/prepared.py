@@ -110,6 +110,12 @@ class PreparedSource(image_source.EncodedSource):
         num_bytes=len(record[self._feature]),
     )
 
+  def stamp(self, index: int) -> tuple[int, int, int]:
+    # Of the file that holds the record.
+    file = self._files[bisect.bisect_right(self._ends, index)]
+    status = os.stat(file.filename)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
   def read(self, index: int) -> bytes:
     return self._read_record(index)[self._feature]
 

@@ -13,7 +13,8 @@ from fsq_jax.data import synthetic
 def _build_photos(config, split):
   if split == 'train':
     return photos.TrainPhotos(resize_shorter=config.resize_shorter)
-  return photos.ValidationTiles(
+  crops = photos.ValidationTiles if split == 'eval' else photos.TrainGrid
+  return crops(
       size=tuple(config.image_size), resize_shorter=config.resize_shorter
   )
 
@@ -22,7 +23,7 @@ def _build_prepared(config, split):
   return prepared.PreparedSource(
       config.name,
       config.data_dir,
-      config.train_split if split == 'train' else config.eval_split,
+      config.eval_split if split == 'eval' else config.train_split,
       resize_shorter=config.resize_shorter,
       max_damaged_share=config.max_damaged_share,
       cache_mib=config.cache_mib,
@@ -32,7 +33,7 @@ def _build_prepared(config, split):
 def _build_folder(config, split):
   return folder.FolderSource(
       config.data_dir,
-      config.train_split if split == 'train' else config.eval_split,
+      config.eval_split if split == 'eval' else config.train_split,
       label_names=config.label_names,
       class_split=config.train_split,
       resize_shorter=config.resize_shorter,
@@ -43,7 +44,7 @@ def _build_folder(config, split):
 
 def _build_synthetic(config, split):
   return synthetic.SyntheticSource(
-      {'train': 'train', 'eval': 'validation'}[split],
+      'validation' if split == 'eval' else 'train',
       size=tuple(config.image_size),
   )
 
@@ -59,10 +60,16 @@ _SOURCES = {
 def build_source(
     config: ml_collections.ConfigDict, split: str
 ) -> image_source.ImageSource:
-  """Builds the images of a split ('train' or 'eval') from the `data` section.
+  """Builds the images of a split from the `data` section.
 
   The split names of the config belong to data sets that have several: tfds
   and folder. The others have one training and one validation split.
+
+  Args:
+    config: the `data` section.
+    split: 'train', 'eval', or 'train_once': the training images for a single
+      pass that takes one fixed crop of each. They differ from those of 'train'
+      where that repeats an image for the sake of random crops.
 
   Raises:
     ValueError: there is no such source, or its classes are not those of

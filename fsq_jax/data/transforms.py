@@ -4,7 +4,8 @@ All resizing is Pillow's bicubic kernel, which is antialiased when it shrinks;
 KERNEL names it wherever a number depends on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from einops import rearrange
 import numpy as np
@@ -91,20 +92,73 @@ def augment(
   Returns:
     [height, width, 3] uint8, perhaps a view of `image`.
   """
+  augmentation = draw_augmentation(
+      image,
+      rng,
+      size=size,
+      crop_scale=crop_scale,
+      flip=flip,
+      color_jitter=color_jitter,
+  )
+  return apply_augmentation(image, augmentation, size)
+
+
+class Augmentation(NamedTuple):
+  """What `augment` does to an image.
+
+  Attributes:
+    crop: (top, left, height, width) in whole pixels of the image.
+    is_flipped: whether the crop is mirrored left to right.
+    color: arguments of `change_color`; None leaves colours alone.
+  """
+
+  crop: tuple[int, int, int, int]
+  is_flipped: bool
+  color: Mapping[str, float] | None
+
+
+def draw_augmentation(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: Sequence[int],
+    crop_scale: Sequence[float],
+    flip: bool,
+    color_jitter: float,
+) -> Augmentation:
+  """Draws what `augment` does to an image; see there."""
   scale_draw, top_draw, left_draw, flip_draw, *color_draws = rng.random(7)
   largest = _largest_scale(image, size)
   low, high = (min(scale, largest) for scale in crop_scale)
   height, width = _crop_sides(image, size, low * (high / low) ** scale_draw)
-  top = int(top_draw * (image.shape[0] - height + 1))
-  left = int(left_draw * (image.shape[1] - width + 1))
-  crop = resize(image[top : top + height, left : left + width], size)
-  if flip and flip_draw < 0.5:
-    crop = crop[:, ::-1]
+  color = None
   if color_jitter:
     turn, stretch, gain = (color_jitter * (2 * x - 1) for x in color_draws)
-    crop = change_color(
-        crop, hue=np.pi * turn, saturation=1 + stretch, gain=1 + gain / 2
-    )
+    color = {
+        'hue': np.pi * turn, 'saturation': 1 + stretch, 'gain': 1 + gain / 2
+    }  # fmt: skip
+  return Augmentation(
+      crop=(
+          int(top_draw * (image.shape[0] - height + 1)),
+          int(left_draw * (image.shape[1] - width + 1)),
+          height,
+          width,
+      ),
+      is_flipped=bool(flip and flip_draw < 0.5),
+      color=color,
+  )
+
+
+def apply_augmentation(
+    image: np.ndarray, augmentation: Augmentation, size: Sequence[int]
+) -> np.ndarray:
+  """Does what was drawn for an image of this size; see `augment`."""
+  top, left, height, width = augmentation.crop
+  crop = resize(image[top : top + height, left : left + width], size)
+  if augmentation.is_flipped:
+    crop = crop[:, ::-1]
+  if augmentation.color is not None:
+    crop = change_color(crop, **augmentation.color)
   return crop
 
 

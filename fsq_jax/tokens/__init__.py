@@ -10,11 +10,12 @@ from fsq_jax.tokens.source import build_dataset
 from fsq_jax.tokens.summary import describe
 from fsq_jax.tokens.tokenization import Interrupted
 from fsq_jax.tokens.tokenization import default_folder
+from fsq_jax.tokens.tokenization import is_complete
 from fsq_jax.tokens.tokenization import load_tokenizer
 from fsq_jax.tokens.tokenization import tokenize_workdir
 
 __all__ = [
     'Example', 'Interrupted', 'Job', 'Manifest', 'TokenDataset', 'TokenSource',
     'build_dataset', 'default_folder', 'describe', 'detokenize_workdir',
-    'load_tokenizer', 'tokenize_workdir',
+    'is_complete', 'load_tokenizer', 'tokenize_workdir',
 ]  # fmt: skip

@@ -38,8 +38,9 @@ def detokenize_workdir(
   Args:
     workdir: folder of the run, or of the saved tokenizer, that made the tokens.
     tokens: folder of the token files.
-    images: folder for the images, NAME.png for the one of each NAME; several
-      processes share them, batch by batch.
+    images: folder for the images, NAME.png for the one of each NAME, or
+      NAME.viewN.png where there are several views; several processes share
+      them, batch by batch.
     which: checkpoint of the run that made the tokens.
 
   Returns:
@@ -76,6 +77,7 @@ def _write_images(
     shares: list[range],
     folder: pathlib.Path,
 ) -> None:
+  job = source.manifest.job
   bar = progress.ImageProgress(
       num_images=sum(map(len, shares)), first=0,
       enabled=jax.process_index() == 0,
@@ -87,9 +89,9 @@ def _write_images(
     writing = []
     for share in shares:
       batch = [source[i] for i in share]
-      paths = [folder / _file(example.name) for example in batch]
+      paths = [folder / _file(example, job) for example in batch]
       # The last batch is written while this one is decoded.
-      decoded = _decode(tokenizer, batch, source.manifest.job)
+      decoded = _decode(tokenizer, batch, job)
       for written in writing:
         written.result()
       writing = [
@@ -124,8 +126,9 @@ def _decode(
   return images
 
 
-def _file(name: str) -> str:
-  return os.path.normpath(f'{name}.png')
+def _file(example: shards.Example, job: manifests.Job) -> str:
+  view = f'.view{example.view}' if job.views > 1 else ''
+  return os.path.normpath(f'{example.name}{view}.png')
 
 
 def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
@@ -133,8 +136,9 @@ def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
   files, folders = set(), set()
   root = os.path.realpath(folder)
   for i in range(len(source)):
-    name = source[i].name
-    file = _file(name)
+    example = source[i]
+    name = example.name
+    file = _file(example, source.manifest.job)
     problem = None
     if not name or '\0' in name:
       problem = 'is no name of a file'

@@ -18,25 +18,43 @@ FILE = 'manifest.json'
 UNFINISHED = '.unfinished'
 
 _FORMAT = 'fsq_jax tokens'
-_VERSION = 2
+# 2: one view of each image. 3: several.
+_VERSIONS = (2, 3)
 # How files are laid out, for programs without this package.
 _LAYOUTS = {
     'array_record': (
         'A record is an image, little endian: int64 label; uint32 h, w, H, W,'
-        ' H and W of the original, and number of bytes of the name; the name in'
-        ' UTF-8; h * w * prod(index_shape) tokens of `dtype`, in C order.'
+        ' H and W of the original,{view} and number of bytes of the name; the'
+        ' name; h * w * prod(index_shape) tokens of `dtype`, in C order. Names'
+        ' are UTF-8; a file name that is not valid UTF-8 is stored as its bytes'
+        ' (in Python os.fsencode, os.fsdecode).'
     ),
     'npz': (
         'tokens [sum of h * w, *index_shape] are those of one image after'
         ' another, each in C order; grid [n, 2] has their h and w, size [n, 2]'
-        ' H and W, original_size [n, 2] those of the original; label [n],'
-        ' name [n].'
+        ' H and W, original_size [n, 2] those of the original;{view} label [n],'
+        ' name [n]. Names are Unicode; of a file name that is not valid UTF-8'
+        ' the bytes 0x80 ... 0xff that cannot be decoded are U+DC80 ... U+DCFF'
+        " (Python's surrogateescape)."
+    ),
+}
+_VIEW_LAYOUTS = {
+    'array_record': (
+        ' number of the view, top, left, height and width of its crop, 1 if'
+        ' it is mirrored left to right, else 0,'
+    ),
+    'npz': (
+        ' view [n], crop [n, 4] with top, left, height and width, flipped [n];'
     ),
 }
 _MEANING = (
     ' (h, w) is the grid of tokens, (H, W) the size in pixels of the image that'
     ' was fitted to the model, the original is the image before'
     ' data.resize_shorter; label -1 is none. All arrays are row-major.'
+)
+_VIEW_MEANING = (
+    ' A crop is in pixels of the image of size (H, W); views of an image follow'
+    ' each other.'
 )
 STORAGES = tuple(_LAYOUTS)
 
@@ -58,6 +76,9 @@ class Job:
     images_per_shard: of the source, readable or not; the last has the rest.
     source: fingerprint of the images.
     label_names: of the classes, by label; () where they have none.
+    views: random crops of each image; 1 is no random one but the evaluation's.
+    augmentation: 'seed', 'crop_scale', 'flip' and 'color_jitter' of several
+      views, see `data.draw_augmentation`; None for one view.
   """
 
   storage: str
@@ -71,6 +92,13 @@ class Job:
   images_per_shard: int
   source: Mapping[str, Any]
   label_names: tuple[str, ...]
+  views: int = 1
+  augmentation: Mapping[str, Any] | None = None
+
+  @property
+  def version(self) -> int:
+    """Of the format: programs that know one view alone read version 2."""
+    return _VERSIONS[self.views > 1]
 
   @property
   def dtype(self) -> np.dtype:
@@ -88,13 +116,17 @@ class Job:
 
   def to_json(self) -> dict[str, Any]:
     """Returns plain values, with what follows from the attributes."""
+    has_views = self.views > 1
+    layout = _LAYOUTS[self.storage].format(
+        view=_VIEW_LAYOUTS[self.storage] if has_views else ''
+    )
     fields = {
         'format': _FORMAT,
-        'version': _VERSION,
+        'version': self.version,
         **dataclasses.asdict(self),
         'dtype': self.dtype.name,
         'bits_per_token': math.log2(self.codebook_size),
-        'layout': _LAYOUTS[self.storage] + _MEANING,
+        'layout': layout + _MEANING + (_VIEW_MEANING if has_views else ''),
     }
     return json.loads(json.dumps(fields))
 
@@ -104,7 +136,8 @@ class Shard(NamedTuple):
 
   Attributes:
     file: its name.
-    num_images: that it holds; those that could not be read are missing.
+    num_images: that it holds, each view counted; those that could not be read
+      are missing.
     num_bytes: of the file.
     sha256: of the file.
   """
@@ -124,6 +157,8 @@ class Manifest:
     grid: (h, w) of the tokens of every image; None where they differ.
     shards: the files, in the order of the images.
     damaged: name and reason of images that could not be read.
+    content_sha256: `data.content_hash` of the images, of which
+      image_states.HASHES_FILE has all hashes; None where it is not known.
     summary: usage, entropy, compression; see `summary.summarize`.
   """
 
@@ -131,11 +166,12 @@ class Manifest:
   grid: tuple[int, int] | None
   shards: tuple[Shard, ...]
   damaged: tuple[Mapping[str, str], ...]
+  content_sha256: str | None = None
   summary: Mapping[str, Any]
 
   @property
   def num_images(self) -> int:
-    """Number of images in all files."""
+    """Number of images in all files, each view counted."""
     return sum(shard.num_images for shard in self.shards)
 
   def to_json(self) -> dict[str, Any]:
@@ -145,6 +181,7 @@ class Manifest:
         'num_images': self.num_images,
         'num_damaged': len(self.damaged),
         'damaged': list(self.damaged),
+        'content_sha256': self.content_sha256,
         'summary': dict(self.summary),
         'shards': [shard._asdict() for shard in self.shards],
     }
@@ -196,11 +233,12 @@ def check_same_job(path: pathlib.Path, job: Job) -> None:
   except ValueError as error:
     raise ValueError(f'{path} is damaged, no JSON: {error}.') from error
   wanted = job.to_json()
-  saved = saved if isinstance(saved, dict) else {}
+  saved = _ADDED | saved if isinstance(saved, dict) else {}
   differences = [
       f'  {key}: {saved.get(key)!r} -> {value!r}'
       for key, value in wanted.items()
-      if saved.get(key) != value
+      # The layout follows from storage and version.
+      if key != 'layout' and saved.get(key) != value
   ]
   if differences:
     raise ValueError(
@@ -247,6 +285,8 @@ def _are_texts(x: Any) -> bool:
   return isinstance(x, list) and all(isinstance(text, str) for text in x)
 
 
+# Fields that earlier programs did not write.
+_ADDED = {'views': 1, 'augmentation': None, 'content_sha256': None}
 # Of `summary.summarize`, those that are shown.
 _SUMMARY = (
     'usage', 'entropy_bits', 'bits_per_image', 'entropy_bits_per_image',
@@ -261,8 +301,8 @@ _Check = tuple[str, Callable[[Any], bool]]
 _FIELDS: Mapping[str, _Check] = {
     'format': (repr(_FORMAT), lambda x: x == _FORMAT),
     'version': (
-        f'{_VERSION}, which this program reads',
-        lambda x: type(x) is int and x == _VERSION,
+        f'one of {_VERSIONS}, which this program reads',
+        lambda x: type(x) is int and x in _VERSIONS,
     ),
     'storage': (f'one of {STORAGES}', lambda x: x in STORAGES),
     'quantizer': _OBJECT,
@@ -281,6 +321,11 @@ _FIELDS: Mapping[str, _Check] = {
         lambda x: isinstance(x, dict) and _is_count(x.get('num_examples')),
     ),
     'label_names': ('texts', _are_texts),
+    'views': _POSITIVE,
+    'augmentation': ('null or an object', lambda x: isinstance(x, dict | None)),
+    'content_sha256': (
+        'null or 64 hexadecimal digits', lambda x: x is None or _is_hash(x)
+    ),
     'grid': (
         'null or two integers >= 1', lambda x: x is None or _is_size(x)
     ),
@@ -320,6 +365,8 @@ def _check_fields(
 
 
 def _parse(values: Any) -> Manifest:
+  if isinstance(values, dict):
+    values = _ADDED | values
   _check_fields(values, _FIELDS)
   for i, shard in enumerate(values['shards']):
     _check_fields(shard, _SHARD_FIELDS, f'shards[{i}].')
@@ -339,6 +386,7 @@ def _parse(values: Any) -> Manifest:
           for shard in values['shards']
       ),
       damaged=tuple(values['damaged']),
+      content_sha256=values['content_sha256'],
       summary=values['summary'],
   )
   _check_dialect(job)
@@ -368,11 +416,16 @@ def _check_dialect(job: Job) -> None:
 def _check_counts(values: Mapping[str, Any], manifest: Manifest) -> None:
   """Refuses numbers that do not follow from each other."""
   job = manifest.job
+  num_damaged = len(manifest.damaged)
   given = {
+      'version': values['version'],
+      'augmentation': None if job.augmentation is None else 'an object',
       'dtype': values['dtype'],
       'num_images': values['num_images'],
       'num_damaged': values['num_damaged'],
-      'num_images + num_damaged': manifest.num_images + len(manifest.damaged),
+      'num_images + views * num_damaged': (
+          manifest.num_images + job.views * num_damaged
+      ),
       'files': [shard.file for shard in manifest.shards],
   }
   # Before as many names are made as it says that there are.
@@ -381,10 +434,14 @@ def _check_counts(values: Mapping[str, Any], manifest: Manifest) -> None:
         f'it lists {len(manifest.shards)} shards; needed: {job.num_shards}.'
     )
   needed = {
+      'version': job.version,
+      'augmentation': 'an object' if job.views > 1 else None,
       'dtype': job.dtype.name,
       'num_images': manifest.num_images,
-      'num_damaged': len(manifest.damaged),
-      'num_images + num_damaged': job.source['num_examples'],
+      'num_damaged': num_damaged,
+      'num_images + views * num_damaged': (
+          job.views * job.source['num_examples']
+      ),
       'files': [job.shard_file(i) for i in range(job.num_shards)],
   }
   for name, value in given.items():

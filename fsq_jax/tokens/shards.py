@@ -13,6 +13,8 @@ from fsq_jax.tokens import manifest
 
 # label, h, w, H, W, those of the original, bytes of the name.
 _HEADER = struct.Struct('<q7I')
+# The same with view, crop and flip before the last.
+_VIEW_HEADER = struct.Struct('<q13I')
 # One image a record, for random access. Little of one can be compressed, and it
 # takes longer than all else.
 _WRITER_OPTIONS = 'group_size:1,uncompressed,max_parallelism:1'
@@ -28,6 +30,10 @@ class Example(NamedTuple):
     label: -1 for none.
     size: (height, width) in pixels of the image that was fitted to the model.
     original_size: the same before data.resize_shorter.
+    view: number of the random crop of this image; 0 where there is one view.
+    crop: (top, left, height, width) of it, in pixels of the image of `size`;
+      None where there is one view, which is no random crop.
+    is_flipped: whether it is mirrored left to right.
   """
 
   tokens: np.ndarray
@@ -35,6 +41,9 @@ class Example(NamedTuple):
   label: int
   size: tuple[int, int]
   original_size: tuple[int, int]
+  view: int = 0
+  crop: tuple[int, int, int, int] | None = None
+  is_flipped: bool = False
 
 
 def write(
@@ -80,16 +89,30 @@ def _write_array_record(path, examples, job):
   writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
   for example in examples:
     name = _encode_name(example.name)
-    header = _HEADER.pack(
+    view = ()
+    if job.views > 1:
+      view = example.view, *example.crop, example.is_flipped
+    header = _header(job).pack(
         example.label, *example.tokens.shape[:2], *example.size,
-        *example.original_size, len(name),
+        *example.original_size, *view, len(name),
     )  # fmt: skip
     tokens = example.tokens.astype(job.dtype).tobytes()
     writer.write(header + name + tokens)
   writer.close()
 
 
+def _header(job: manifest.Job) -> struct.Struct:
+  return _VIEW_HEADER if job.views > 1 else _HEADER
+
+
 def _write_npz(path, examples, job):
+  views = {}
+  if job.views > 1:
+    views = {
+        'view': np.array([x.view for x in examples], '<u4'),
+        'crop': _rows([x.crop for x in examples], 4),
+        'flipped': np.array([x.is_flipped for x in examples], bool),
+    }
   tokens = [x.tokens.astype(job.dtype).reshape(-1) for x in examples]
   tokens = np.concatenate([np.zeros(0, job.dtype), *tokens])
   np.savez_compressed(
@@ -97,16 +120,17 @@ def _write_npz(path, examples, job):
       tokens=tokens.reshape(
           (tokens.size // math.prod(job.index_shape), *job.index_shape)
       ),
-      grid=_pairs([x.tokens.shape[:2] for x in examples]),
-      size=_pairs([x.size for x in examples]),
-      original_size=_pairs([x.original_size for x in examples]),
+      grid=_rows([x.tokens.shape[:2] for x in examples], 2),
+      size=_rows([x.size for x in examples], 2),
+      original_size=_rows([x.original_size for x in examples], 2),
+      **views,
       label=np.array([x.label for x in examples], '<i8'),
       name=np.array([x.name for x in examples], '<U'),
   )
 
 
-def _pairs(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-  return np.array(pairs, '<u4').reshape((len(pairs), 2))
+def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+  return np.array(rows, '<u4').reshape((len(rows), width))
 
 
 class _ArrayRecordShard(Sequence[Example]):
@@ -139,11 +163,12 @@ class _ArrayRecordShard(Sequence[Example]):
       raise ValueError(f'{self._path} record {index}: {error}') from error
 
   def _parse(self, record: bytes) -> Example:
-    if len(record) < _HEADER.size:
+    header = _header(self._job)
+    if len(record) < header.size:
       raise ValueError(f'{len(record)} bytes have no header.')
-    label, *sizes, num_name = _HEADER.unpack_from(record)
-    grid, size, original_size = zip(sizes[::2], sizes[1::2], strict=True)
-    start = _HEADER.size + num_name
+    label, *numbers, num_name = header.unpack_from(record)
+    grid, size, original_size = (tuple(numbers[i : i + 2]) for i in (0, 2, 4))
+    start = header.size + num_name
     shape = (*grid, *self._job.index_shape)
     num_bytes = start + math.prod(shape) * self._job.dtype.itemsize
     if len(record) != num_bytes:
@@ -153,10 +178,11 @@ class _ArrayRecordShard(Sequence[Example]):
     tokens = np.frombuffer(record, self._job.dtype, offset=start)
     return Example(
         _check_tokens(tokens.reshape(shape), self._job),
-        _decode_name(record[_HEADER.size : start]),
+        _decode_name(record[header.size : start]),
         label,
         size,
         original_size,
+        *_parse_view(numbers[6:], size, self._job),
     )
 
 
@@ -190,21 +216,30 @@ class _NpzShard(Sequence[Example]):
     end = self._ends[index]
     grid = tuple(map(int, self._arrays['grid'][index]))
     tokens = self._arrays['tokens'][end - math.prod(grid) : end]
+    size, original_size = (
+        tuple(map(int, self._arrays[name][index]))
+        for name in ('size', 'original_size')
+    )
+    view = ()
+    if self._job.views > 1:
+      view, crop, flipped = (
+          self._arrays[name][index] for name in ('view', 'crop', 'flipped')
+      )
+      view = list(map(int, (view, *crop, flipped)))
     try:
       tokens = _check_tokens(
           tokens.reshape((*grid, *self._job.index_shape)), self._job
       )
+      view = _parse_view(view, size, self._job)
     except ValueError as error:
       raise ValueError(f'{self._path} image {index}: {error}') from error
-    sizes = (
-        tuple(map(int, self._arrays[name][index]))
-        for name in ('size', 'original_size')
-    )
     return Example(
         tokens,
         str(self._arrays['name'][index]),
         int(self._arrays['label'][index]),
-        *sizes,
+        size,
+        original_size,
+        *view,
     )
 
 
@@ -218,6 +253,12 @@ def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
       'label': ('<i8', (num,)),
       'name': ('<U', (num,)),
   }
+  if job.views > 1:
+    needed |= {
+        'view': ('<u4', (num,)),
+        'crop': ('<u4', (num, 4)),
+        'flipped': ('|b1', (num,)),
+    }
   given = {
       name: (
           array.dtype.str if array.dtype.kind != 'U' else '<U',
@@ -234,6 +275,28 @@ def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
         f'it has tokens of {len(arrays["tokens"])} codes; its grids have'
         f' {num_tokens}.'
     )
+
+
+def _parse_view(
+    numbers: Sequence[int], size: tuple[int, int], job: manifest.Job
+) -> tuple[int, tuple[int, int, int, int], bool] | tuple[()]:
+  """Returns view, crop and flip, or says what they cannot be; () for none."""
+  if job.views == 1:
+    return ()
+  view, top, left, height, width, flipped = numbers
+  if (
+      view >= job.views
+      or flipped > 1
+      or not min(height, width)
+      or top + height > size[0]
+      or left + width > size[1]
+  ):
+    raise ValueError(
+        f'it is view {view} of {job.views}, a crop of {height} x {width} pixels'
+        f' at row {top}, column {left} of an image of {size}, mirrored:'
+        f' {flipped}.'
+    )
+  return view, (top, left, height, width), bool(flipped)
 
 
 def _check_tokens(tokens: np.ndarray, job: manifest.Job) -> np.ndarray:

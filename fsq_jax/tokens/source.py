@@ -157,7 +157,8 @@ class TokenDataset:
   Batches are dicts, with b = batch size / process_count:
     'tokens': [b, h, w, *index_shape] int32.
     'label': [b] int64, -1 for none.
-    'index': [b] int64, the number of the image in the source.
+    'index': [b] int64, the number of the image in the source, where views of
+      an image are images.
 
   Attributes:
     num_examples: in the source.

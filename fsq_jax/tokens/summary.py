@@ -9,9 +9,16 @@ import numpy as np
 from fsq_jax import metrics
 from fsq_jax.tokens import manifest as manifests
 
+# Two different grids of a million share a hash with probability 3e-8.
+GRID_HASH_BYTES = 8
+
 _BITS_OF_PIXEL = 24
+# Share of grids that repeat others above which there is a warning.
+_MAX_REPEATED = 0.01
 
 _DEFINITIONS = {
+    'distinct_grids': 'number of different token grids, of num_images',
+    'num_without_label': 'number of images whose label is -1',
     'tokens_per_image': 'mean number of tokens of an image',
     'bits_per_image': 'tokens_per_image * log2(K)',
     'entropy_bits_per_image': (
@@ -35,8 +42,8 @@ def summarize(
   """Sums up what the tokens of all shards are like.
 
   Args:
-    records: of the shards, with codes, counts, num_images, num_pixels and
-      source_bytes.
+    records: of the shards, with codes, counts, grid_hashes, num_images,
+      num_pixels, num_without_label and source_bytes.
     job: what they are of.
 
   Returns:
@@ -45,11 +52,14 @@ def summarize(
   Raises:
     ValueError: there is no image.
   """
-  num_images = num_pixels = num_bytes = 0
+  num_images = num_pixels = num_bytes = num_without_label = 0
+  grid_hashes = []
   statistics = metrics.CodebookStatistics(job.codebook_size)
   for record in records:
     num_images += record['num_images']
     num_pixels += record['num_pixels']
+    num_without_label += record['num_without_label']
+    grid_hashes.append(bytes.fromhex(record['grid_hashes']))
     sizes = num_bytes, record['source_bytes']
     num_bytes = None if None in sizes else sum(sizes)
     statistics.add(
@@ -61,8 +71,11 @@ def summarize(
   codebook = statistics.result()
   num_tokens = codebook['num_tokens']
   num_bits = num_tokens * math.log2(job.codebook_size)
+  hashes = np.frombuffer(b''.join(grid_hashes), f'<u{GRID_HASH_BYTES}')
   return {
       **codebook,
+      'distinct_grids': len(np.unique(hashes)),
+      'num_without_label': num_without_label,
       'tokens_per_image': num_tokens / num_images,
       'bits_per_image': num_bits / num_images,
       'entropy_bits_per_image': (
@@ -82,12 +95,34 @@ def summarize(
 def describe(manifest: manifests.Manifest) -> Iterator[str]:
   """Yields the numbers that matter most as lines for a person."""
   summary = manifest.summary
+  num_images = manifest.num_images
+  views = manifest.job.views
   yield (
-      f'{manifest.num_images} images in {len(manifest.shards)} files,'
+      f'{num_images} images in {len(manifest.shards)} files,'
       f' {len(manifest.damaged)} damaged'
   )
+  if views > 1:
+    yield f'views: {views} random crops of each image, counted as images'
   for image in manifest.damaged:
-    yield f'damaged: {image["name"]}: {image["reason"]}'
+    # Names of files need not be text.
+    name = image['name'].encode(errors='backslashreplace').decode()
+    yield f'damaged: {name}: {image["reason"]}'
+  # Earlier programs did not count these.
+  if (distinct := summary.get('distinct_grids')) is not None:
+    yield f'distinct token grids: {distinct}'
+    if num_images - distinct > _MAX_REPEATED * num_images:
+      yield (
+          f'warning: {(num_images - distinct) / num_images:.1%} of the token'
+          ' grids repeat others. Flat images have equal grids, and so have many'
+          ' where the tokenizer has hardly been trained. If the images'
+          ' themselves repeat, take random crops of the training images:'
+          ' --config.tokenize.split=train --config.tokenize.views=2, or more'
+      )
+  if num := summary.get('num_without_label'):
+    yield (
+        f'no class label (-1): {num} images; classes are the sub-folders of a'
+        " split of data.source 'folder', and the labels of 'tfds'"
+    )
   yield f'codebook usage: {summary["usage"]:.1%}'
   yield (
       f'entropy: {summary["entropy_bits"]:.3f} of'

@@ -9,6 +9,7 @@ import pathlib
 import re
 from typing import NamedTuple
 
+from absl import logging
 import grain
 import jax
 import ml_collections
@@ -21,6 +22,7 @@ from fsq_jax import runtime
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import trained
 from fsq_jax import workdir as workdirs
+from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
@@ -41,7 +43,9 @@ class _Chunk(NamedTuple):
     images: those that can be read, [H, W, 3] uint8, fitted to the model.
     examples: what is known of these; tokens are to come.
     num_bytes: of their files; None where they have none.
-    damaged: the others.
+    damaged: the others, each once, whatever the number of views.
+    num_views: of all of them.
+    states: of these and the damaged ones, by index, where they have any.
   """
 
   shard: int
@@ -49,6 +53,8 @@ class _Chunk(NamedTuple):
   examples: list[shards.Example]
   num_bytes: int | None
   damaged: list[writers.Damage]
+  num_views: int
+  states: dict[int, image_states.ImageState]
 
 
 def tokenize_workdir(
@@ -57,11 +63,16 @@ def tokenize_workdir(
     *,
     which: str = 'newest',
     folder: str | os.PathLike[str] | None = None,
+    verify_images: bool = False,
 ) -> manifests.Manifest:
-  """Writes the tokens of a data set, each image once, in order.
+  """Writes the tokens of a data set, in the order of its images.
 
-  Goes on where a run of the same command was stopped; what it writes is to the
-  byte what a run writes that was not. Several processes share the files.
+  Each image has one token grid, of the crop that evaluation takes, or one for
+  each of tokenize.views random crops as in training.
+
+  Resumes where a run of the same command was stopped; what it writes is to the
+  byte what a run writes that was not. Several processes share the files. A
+  folder that is complete is left as it is, if the images have not changed.
 
   Args:
     config: of the model; its data section may name any images, its tokenize
@@ -70,13 +81,16 @@ def tokenize_workdir(
     which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
       of a step.
     folder: for the files; `default_folder` by default.
+    verify_images: compare the hashes of all images that earlier runs have
+      tokenized; otherwise of those whose files have another size or time.
 
   Returns:
     The manifest, also written to the folder.
 
   Raises:
     ValueError: a config that is not valid or not that of the model, images
-      that are not there, or a folder of something else.
+      that are not there or have changed since earlier runs have tokenized
+      them, or a folder of something else.
     Interrupted: by SIGTERM or SIGINT, of any process.
     PeerError: another of several processes has failed.
   """
@@ -88,7 +102,7 @@ def tokenize_workdir(
   data_config.cache_mib = 0  # Each image is read once.
   # Before the model, which takes long: they may be missing.
   with runtime.fail_together():
-    source = data.open_source(data_config, config.tokenize.split)
+    source = _open_source(data_config, config.tokenize)
   tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
   with contextlib.ExitStack() as stack:
     with runtime.fail_together():
@@ -99,8 +113,11 @@ def tokenize_workdir(
         unfinished = folder / manifests.UNFINISHED
         stack.enter_context(workdirs.lock(unfinished, '--tokens'))
         writer.start()
-    if not writer.is_finished:
-      run = _Run(data_config, tokenizer, source, job, writer)
+    run = _Run(data_config, tokenizer, source, job, writer, verify_images)
+    if writer.is_finished:
+      with runtime.fail_together():
+        run.check_images()
+    else:
       request = stack.enter_context(runtime.catch_signals(together=False))
       with runtime.fail_together():
         is_whole = run.write_shards(request)
@@ -112,15 +129,30 @@ def tokenize_workdir(
     return manifests.read(folder)
 
 
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+  """Returns whether a folder has all token files of an earlier run."""
+  return (pathlib.Path(folder).expanduser() / manifests.FILE).is_file()
+
+
 def default_folder(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
 ) -> pathlib.Path:
-  """Returns WORKDIR/tokens/NAME, named for the images, as tfds_cifar10_test."""
+  """Returns WORKDIR/tokens/NAME, named for the images.
+
+  Args:
+    config: of which the sections data and tokenize count.
+    workdir: of the run.
+
+  Returns:
+    Such as tokens/tfds_cifar10_test, or tokens/photos_train_4_views.
+  """
   words = [config.data.source, config.data.name]
   if config.data.source in ('folder', 'tfds'):
     words.append(config.data[f'{config.tokenize.split}_split'])
   else:
     words.append(config.tokenize.split)
+  if config.tokenize.views > 1:
+    words.append(f'{config.tokenize.views}_views')
   name = '_'.join(re.findall(r'[\w-]+', ' '.join(words)))
   return pathlib.Path(workdir) / 'tokens' / name
 
@@ -178,12 +210,29 @@ def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
   return list(rows.values())
 
 
+def _open_source(
+    config: ml_collections.ConfigDict, tokenize: ml_collections.ConfigDict
+) -> data.ImageSource:
+  split = tokenize.split
+  if split == 'train' and tokenize.views == 1:
+    split = 'train_once'
+  return data.open_source(config, split)
+
+
 def _make_job(
     config: ml_collections.ConfigDict,
     tokenizer: tokenizers.Tokenizer,
     source: data.ImageSource,
 ) -> manifests.Job:
   quantizer = tokenizer.model.quantizer
+  augmentation = None
+  if config.tokenize.views > 1:
+    augmentation = {
+        'seed': config.seed,
+        'crop_scale': list(config.data.crop_scale),
+        'flip': config.data.flip,
+        'color_jitter': config.data.color_jitter,
+    }
   return manifests.Job(
       storage=config.tokenize.storage,
       quantizer=tokenizer.spec,
@@ -196,6 +245,8 @@ def _make_job(
       images_per_shard=config.tokenize.images_per_shard,
       source=data.fingerprint(config.data, source),
       label_names=tuple(source.label_names),
+      views=config.tokenize.views,
+      augmentation=augmentation,
   )
 
 
@@ -209,6 +260,7 @@ class _Run:
       source: data.ImageSource,
       job: manifests.Job,
       writer: writers.TokenWriter,
+      verify_images: bool = False,
   ):
     """Reads nothing yet; `config` is the data section."""
     self._config = config
@@ -216,6 +268,46 @@ class _Run:
     self._source = source
     self._job = job
     self._writer = writer
+    self._verify_images = verify_images
+
+  def check_images(self) -> None:
+    """Refuses images that have changed since the folder was completed.
+
+    Several processes look at those of their shards.
+
+    Raises:
+      ValueError: they have; the message lists the first.
+    """
+    if not isinstance(self._source, data.EncodedSource):
+      return  # What they are is in the job.
+    folder = self._writer.folder
+    content = manifests.read(folder).content_sha256
+    if content is None:
+      logging.warning(
+          '%s was written by an earlier version, without hashes of the images:'
+          ' whether they have changed since then is not known.', folder,
+      )
+      return
+    states = image_states.read(folder, len(self._source), content)
+    for shard in self._shards():
+      indices = self._indices(shard)
+      rows = slice(indices.start, indices.stop)
+      part = image_states.ImageStates(*(x[rows] for x in states))
+      self._check_unchanged(shard, part)
+
+  def _check_unchanged(
+      self, shard: int, states: image_states.ImageStates | None
+  ) -> None:
+    if states is None:
+      return
+    image_states.check_unchanged(
+        self._source,
+        states,
+        self._indices(shard),
+        verify=self._verify_images,
+        folder=self._writer.folder,
+        num_threads=self._config.num_threads,
+    )
 
   def write_shards(self, request: runtime.StopRequest) -> bool:
     """Writes those of this process's shards that are not there yet.
@@ -225,19 +317,23 @@ class _Run:
 
     Returns:
       Whether all are there.
+
+    Raises:
+      ValueError: images of shards that are there have changed, or too many
+        cannot be read.
     """
-    numbers = range(
-        jax.process_index(), self._job.num_shards, jax.process_count()
-    )
+    numbers = self._shards()
     done = [i for i in numbers if self._writer.is_done(i)]
     for shard in done:
+      self._check_unchanged(shard, self._writer.states(shard))
       # They count towards data.max_damaged_share, as in a run without stops.
       for image in self._writer.damaged(shard):
         self._source.damaged[image.index] = image.reason
     missing = sorted(set(numbers) - set(done))
+    views = self._job.views
     bar = progress.ImageProgress(
-        num_images=sum(len(self._indices(i)) for i in numbers),
-        first=sum(len(self._indices(i)) for i in done),
+        num_images=views * sum(len(self._indices(i)) for i in numbers),
+        first=views * sum(len(self._indices(i)) for i in done),
         enabled=jax.process_index() == 0,
     )
     with contextlib.closing(bar):
@@ -248,7 +344,7 @@ class _Run:
     return True
 
   def _write_shard(self, shard, parts, bar, request) -> bool:
-    examples, damaged, sizes = [], [], []
+    examples, damaged, sizes, states = [], [], [], {}
     for chunk, tokens in parts:
       examples += [
           example._replace(tokens=x)
@@ -256,7 +352,8 @@ class _Run:
       ]
       damaged += chunk.damaged
       sizes.append(chunk.num_bytes)
-      bar.update(len(chunk.images) + len(chunk.damaged))
+      states |= chunk.states
+      bar.update(chunk.num_views)
       if request.is_due():
         self._writer.stop()
       if self._writer.is_stopped:
@@ -266,26 +363,36 @@ class _Run:
         examples,
         damaged=damaged,
         source_bytes=None if None in sizes else sum(sizes),
+        states=image_states.stack(list(states.values())) if states else None,
     )
     bar.log()
     return True
 
+  def _shards(self) -> range:
+    """Numbers of this process's shards."""
+    return range(
+        jax.process_index(), self._job.num_shards, jax.process_count()
+    )
+
   def _indices(self, shard: int) -> range:
+    """Indices of the images of a shard."""
     start = shard * self._job.images_per_shard
     stop = start + self._job.images_per_shard
     return range(start, min(stop, len(self._source)))
 
   def _read(self, missing: Sequence[int]) -> Iterator[_Chunk]:
     """Reads the images of shards, in batches that no shard shares."""
-    num_images = self._job.batch_size
+    batch_size = self._job.batch_size
     if self._job.fit == 'pad':
       # They may be photographs, which wait here as a whole.
-      num_images = min(num_images, NUM_WHOLE)
+      batch_size = min(batch_size, NUM_WHOLE)
+    views = self._job.views
     plan = [
-        (shard, indices[start : start + num_images])
+        (shard, range(start, min(start + batch_size, stop)))
         for shard in missing
         for indices in [self._indices(shard)]
-        for start in range(0, len(indices), num_images)
+        for stop in [indices.stop * views]
+        for start in range(indices.start * views, stop, batch_size)
     ]
     if not plan:
       return
@@ -301,28 +408,65 @@ class _Run:
         )
     )
 
-  def _load(self, shard: int, indices: range) -> _Chunk:
-    images, examples, sizes, damaged = [], [], [], []
-    for index in indices:
+  def _load(self, shard: int, numbers: range) -> _Chunk:
+    """Loads views by number: all those of an image follow each other."""
+    images, examples, sizes, damaged, states = [], [], [], [], {}
+    by_image = itertools.groupby(numbers, lambda x: x // self._job.views)
+    for index, group in by_image:
+      views = [number % self._job.views for number in group]
       facts = self._source.facts(index)
+      stamp = None
+      if isinstance(self._source, data.EncodedSource):
+        # Of before it is read, so that a later change shows.
+        stamp = image_states.take_stamp(self._source, index)
       try:
         image, original_size = self._source.load_with_size(index)
       except data.DamagedImageError as error:
-        damaged.append(writers.Damage(index, facts.name, str(error)))
+        if views[0] == 0:
+          damaged.append(writers.Damage(index, facts.name, str(error)))
         continue
-      size = image.shape[:2]
-      if self._job.fit == 'crop':
-        if data.is_smaller(image, self._job.image_size):
-          self._source.record_upscaled(index)
-        # A copy: a view would keep the whole image until it is encoded.
-        image = np.array(data.centre_crop(image, self._job.image_size))
-      images.append(image)
-      examples.append(
-          shards.Example(None, facts.name, facts.label, size, original_size)
-      )
-      sizes.append(facts.num_bytes)
+      finally:
+        if stamp is not None:
+          digest = self._source.digests.get(index, data.NO_DIGEST)
+          states[index] = image_states.ImageState(digest, stamp)
+      if self._job.fit == 'crop' and data.is_smaller(
+          image, self._job.image_size
+      ):
+        self._source.record_upscaled(index)
+      for view in views:
+        fitted, drawn = self._fit(image, index, view)
+        images.append(fitted)
+        size = image.shape[:2]
+        examples.append(
+            shards.Example(
+                None, facts.name, facts.label, size, original_size, view, *drawn
+            )
+        )
+        sizes.append(facts.num_bytes)
     num_bytes = None if None in sizes else sum(sizes)
-    return _Chunk(shard, images, examples, num_bytes, damaged)
+    return _Chunk(
+        shard, images, examples, num_bytes, damaged, len(numbers), states
+    )
+
+  def _fit(
+      self, image: np.ndarray, index: int, view: int
+  ) -> tuple[np.ndarray, tuple]:
+    """Returns what the model gets of an image, and crop and flip if random."""
+    if self._job.fit == 'pad':
+      return image, ()
+    if self._job.views == 1:
+      # A copy: a view would keep the whole image until it is encoded.
+      return np.array(data.centre_crop(image, self._job.image_size)), ()
+    options = dict(self._job.augmentation)
+    seed = np.random.SeedSequence(
+        options.pop('seed'), spawn_key=(index, view)
+    )
+    size = self._job.image_size
+    drawn = data.draw_augmentation(
+        image, np.random.default_rng(seed), size=size, **options
+    )
+    crop = np.array(data.apply_augmentation(image, drawn, size))
+    return crop, (drawn.crop, drawn.is_flipped)
 
   def _encode(self, chunk: _Chunk) -> list[np.ndarray]:
     """Returns the tokens of each image, those of one size taken together."""

@@ -1,6 +1,7 @@
 """Token files written a shard at a time, so that a killed run can go on."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import hashlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 
 from fsq_jax import data
 from fsq_jax import workdir as workdirs
+from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
@@ -100,6 +102,7 @@ class TokenWriter:
     path = self.folder / self._job.shard_file(shard)
     return (
         record is not None
+        and 'grid_hashes' in record  # Earlier programs did not write them.
         and path.is_file()
         and sources.hash_file(path) == record['sha256']
     )
@@ -108,6 +111,10 @@ class TokenWriter:
     """Returns the damaged images of a shard that is done."""
     return [Damage(*image) for image in self._read(shard)['damaged']]
 
+  def states(self, shard: int) -> image_states.ImageStates | None:
+    """Returns what the images of a shard that is done were, where known."""
+    return _parse_states(self._read(shard))
+
   def write(
       self,
       shard: int,
@@ -115,6 +122,7 @@ class TokenWriter:
       *,
       damaged: Sequence[Damage],
       source_bytes: int | None,
+      states: image_states.ImageStates | None = None,
   ) -> None:
     """Writes a shard; when this returns it is on disk.
 
@@ -123,6 +131,7 @@ class TokenWriter:
       examples: its images, in the order of the source.
       damaged: those of its images that could not be read.
       source_bytes: of the images as the source has them; None if unknown.
+      states: of all its images, readable or not; None where they have none.
     """
     path = self.folder / self._job.shard_file(shard)
     temporary = self._unfinished / path.name
@@ -144,7 +153,11 @@ class TokenWriter:
             'damaged': damaged,
             'grids': sorted({x.tokens.shape[:2] for x in examples}),
             'num_pixels': sum(_num_pixels(x, self._job) for x in examples),
+            'num_without_label': sum(x.label < 0 for x in examples),
             'source_bytes': source_bytes,
+            'grid_hashes': ''.join(_hash_grid(x.tokens) for x in examples),
+            'digests': states and states.digests.tobytes().hex(),
+            'stamps': states and states.stamps.tolist(),
             'codes': codes.tolist(),
             'counts': counts.tolist(),
         },
@@ -161,23 +174,28 @@ class TokenWriter:
       ValueError: more of them are damaged, or all.
     """
     if not self.is_finished:
-      manifest = self._gather()
+      manifest, states = self._gather()
       data.check_damaged_share(
           {image['name']: image['reason'] for image in manifest.damaged},
           self._job.source['num_examples'], max_damaged_share,
       )
+      if states is not None:
+        image_states.write(self.folder, states)
       temporary = self._unfinished / manifests.FILE
       workdirs.write_json(temporary, manifest.to_json())
       os.replace(temporary, self.folder / manifests.FILE)
     shutil.rmtree(self._unfinished, ignore_errors=True)
 
-  def _gather(self) -> manifests.Manifest:
+  def _gather(
+      self,
+  ) -> tuple[manifests.Manifest, image_states.ImageStates | None]:
     """Sums up the records, of which one at a time is in memory."""
-    grids, parts, damaged = set(), [], []
+    grids, parts, damaged, states = set(), [], [], []
 
     def read_records() -> Iterator[Mapping[str, Any]]:
       for i in range(self._job.num_shards):
         record = self._read(i)
+        states.append(_parse_states(record))
         grids.update(map(tuple, record['grids']))
         fields = (record[x] for x in ('num_images', 'num_bytes', 'sha256'))
         parts.append(manifests.Shard(self._job.shard_file(i), *fields))
@@ -188,13 +206,16 @@ class TokenWriter:
         yield record
 
     result = summary.summarize(read_records(), self._job)
-    return manifests.Manifest(
+    whole = None if None in states else image_states.concatenate(states)
+    manifest = manifests.Manifest(
         job=self._job,
         grid=grids.pop() if len(grids) == 1 else None,
         shards=tuple(parts),
         damaged=tuple(damaged),
+        content_sha256=whole and whole.content_hash,
         summary=result,
     )
+    return manifest, whole
 
   def _record(self, shard: int) -> pathlib.Path:
     return self._unfinished / f'{self._job.shard_file(shard)}.json'
@@ -203,6 +224,27 @@ class TokenWriter:
     path = self._record(shard)
     # Written atomically: it is there whole or not at all.
     return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _parse_states(
+    record: Mapping[str, Any],
+) -> image_states.ImageStates | None:
+  if record['digests'] is None:
+    return None
+  digests = np.frombuffer(bytes.fromhex(record['digests']), np.uint8)
+  stamps = np.array(record['stamps'], np.int64)
+  return image_states.ImageStates(
+      digests.reshape((-1, 32)), stamps.reshape((-1, 3))
+  )
+
+
+def _hash_grid(tokens: np.ndarray) -> str:
+  """Returns a hash of shape and values of the tokens of an image."""
+  result = hashlib.blake2b(
+      repr(tokens.shape).encode(), digest_size=summary.GRID_HASH_BYTES
+  )
+  result.update(tokens.astype('<i4').tobytes())
+  return result.hexdigest()
 
 
 def _num_pixels(example: shards.Example, job: manifests.Job) -> int:

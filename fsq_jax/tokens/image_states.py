@@ -1,0 +1,211 @@
+"""Whether images are still those that tokens were made of."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import contextlib
+import hashlib
+import io
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fsq_jax import data
+from fsq_jax import progress
+from fsq_jax import workdir as workdirs
+
+HASHES_FILE = 'image_hashes.npy'
+# Of this copy of the images, so that it may be deleted: hashes are compared
+# where a time is not known.
+TIMES_FILE = '.image_times.npy'
+
+_UNKNOWN = (0, 0, 0)
+# A file that changes twice within the resolution of its times shows one time.
+# FAT's is the coarsest, 2 s.
+_RESOLUTION_NS = 2 * 10**9
+_NUM_LISTED = 10
+# Images whose comparison waits for a thread at a time.
+_BLOCK = 1024
+
+
+class ImageState(NamedTuple):
+  """What an image was when it was read.
+
+  Attributes:
+    digest: sha256 of the encoded image; `data.NO_DIGEST` if it was not read.
+    stamp: size in bytes, mtime and ctime in ns of its file; zeros if unknown.
+  """
+
+  digest: bytes
+  stamp: tuple[int, int, int]
+
+
+class ImageStates(NamedTuple):
+  """The states of n images.
+
+  Attributes:
+    digests: [n, 32] uint8.
+    stamps: [n, 3] int64.
+  """
+
+  digests: np.ndarray
+  stamps: np.ndarray
+
+  @property
+  def content_hash(self) -> str:
+    """What `data.content_hash` returns for these images."""
+    return hashlib.sha256(self.digests.tobytes()).hexdigest()
+
+
+def stack(states: Sequence[ImageState]) -> ImageStates:
+  """Returns the states of several images."""
+  digests = b''.join(state.digest for state in states)
+  stamps = [state.stamp for state in states]
+  return ImageStates(
+      np.frombuffer(digests, np.uint8).reshape((len(states), 32)),
+      np.array(stamps, np.int64).reshape((len(states), 3)),
+  )
+
+
+def concatenate(parts: Sequence[ImageStates]) -> ImageStates:
+  """Returns the states of the images of several parts, one after another."""
+  return ImageStates(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def take_stamp(source: data.EncodedSource, index: int) -> tuple[int, int, int]:
+  """Returns the stamp of a file that is about to be read.
+
+  Args:
+    source: the images.
+    index: of one of them.
+
+  Returns:
+    `source.stamp(index)`; zeros if the file is so new that it might change
+    without a change of its times.
+  """
+  stamp = source.stamp(index)
+  is_new = time.time_ns() - max(stamp[1:]) < _RESOLUTION_NS
+  return _UNKNOWN if is_new else stamp
+
+
+def check_unchanged(
+    source: data.EncodedSource,
+    states: ImageStates,
+    indices: Sequence[int],
+    *,
+    verify: bool,
+    folder: pathlib.Path,
+    num_threads: int,
+) -> None:
+  """Compares images with what they were when tokens were made of them.
+
+  As in Git's index, a file of the same size and times is taken to be
+  unchanged; any other is read and its hash compared.
+
+  Args:
+    source: the images.
+    states: of these images, when they were read.
+    indices: of these images.
+    verify: compare the hashes of all.
+    folder: of the token files.
+    num_threads: that read.
+
+  Raises:
+    ValueError: images have changed; lists the first of them.
+  """
+
+  def is_suspect(row: int) -> bool:
+    return verify or source.stamp(indices[row]) != tuple(states.stamps[row])
+
+  def is_changed(row: int) -> bool:
+    return _digest(source, indices[row]) != states.digests[row].tobytes()
+
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    suspects = list(_select(is_suspect, range(len(indices)), pool))
+    bar = progress.ImageProgress(
+        num_images=len(suspects), first=0,
+        enabled=bool(suspects) and jax.process_index() == 0,
+    )
+    with contextlib.closing(bar):
+      changed = [
+          indices[row] for row in _select(is_changed, suspects, pool, bar)
+      ]
+  if changed:
+    listing = '\n  '.join(map(source.describe, changed[:_NUM_LISTED]))
+    raise ValueError(
+        f'{len(changed)} of {len(source)} images are no longer those that the'
+        f' tokens in {folder} were made of. The first:\n  {listing}\nDelete'
+        ' that folder to tokenize the images again, or give another one with'
+        ' --tokens.'
+    )
+
+
+def _select(
+    test: Callable[[int], bool],
+    rows: Sequence[int],
+    pool: futures.Executor,
+    bar: progress.ImageProgress | None = None,
+) -> Iterator[int]:
+  """Yields the rows that pass a test, which threads make block by block."""
+  for start in range(0, len(rows), _BLOCK):
+    block = rows[start : start + _BLOCK]
+    for row, passes in zip(block, pool.map(test, block), strict=True):
+      if bar is not None:
+        bar.update(1)
+      if passes:
+        yield row
+
+
+def write(folder: pathlib.Path, states: ImageStates) -> None:
+  """Writes the states of all images, hashes and times to a file each."""
+  files = {HASHES_FILE: states.digests, TIMES_FILE: states.stamps}
+  for name, array in files.items():
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    workdirs.write_bytes(folder / name, buffer.getvalue())
+
+
+def read(folder: pathlib.Path, num_images: int, content: str) -> ImageStates:
+  """Reads what `write` has written.
+
+  Args:
+    folder: of the token files.
+    num_images: of the source.
+    content: hash of all of them.
+
+  Returns:
+    The states; stamps are zeros where the file is missing or damaged.
+
+  Raises:
+    ValueError: the hashes are missing or damaged.
+  """
+  digests = _load(folder / HASHES_FILE, (num_images, 32), np.uint8)
+  stamps = _load(folder / TIMES_FILE, (num_images, 3), np.int64)
+  if stamps is None:
+    stamps = np.zeros((num_images, 3), np.int64)
+  if digests is None or ImageStates(digests, stamps).content_hash != content:
+    raise ValueError(
+        f'{folder / HASHES_FILE}, the hashes of the images, is missing or'
+        ' corrupted. Copy it anew, or delete the folder and run --mode=tokenize'
+        ' again.'
+    )
+  return ImageStates(digests, stamps)
+
+
+def _load(
+    path: pathlib.Path, shape: tuple[int, ...], dtype: type
+) -> np.ndarray | None:
+  try:
+    array = np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError):
+    return None
+  return array if (array.shape, array.dtype) == (shape, dtype) else None
+
+
+def _digest(source: data.EncodedSource, index: int) -> bytes:
+  try:
+    return hashlib.sha256(source.read(index)).digest()
+  except data.DamagedImageError:
+    return data.NO_DIGEST
