@@ -145,7 +145,7 @@ class AttentionProjectorIn(nn.Module):
         self.depth, self.num_heads, self.mlp_dim, self.dtype, self.remat,
         self.scan_unroll, name='transformer',
     )(rearrange(x, 'b h w c -> b (h w) c'))
-    x = _layer_norm('output_norm')(x)
+    x = _layer_norm('output_norm')(x.astype(jnp.float32))
     z = _BoundedLinear(
         self.code_dim,
         self.bound,
@@ -192,7 +192,9 @@ class _BoundedLinear(nn.Module):
         kernel_init=self.kernel_init,
         name='linear',
     )(x.astype(jnp.float32))
-    gain = self.param('gain', nn.initializers.ones, (self.code_dim,))
+    gain = self.param(
+        'gain', nn.initializers.ones, (self.code_dim,), jnp.float32
+    )
     return gain * BOUNDS[self.bound](z)
 
 

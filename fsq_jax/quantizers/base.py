@@ -1,11 +1,15 @@
 """What every quantizer takes and returns."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Axes over which replicas hold parts of the batch, as collectives take them.
+AxisName = str | tuple[str, ...] | None
 
 
 class QuantizerOutput(NamedTuple):
@@ -42,6 +46,23 @@ def integers(x: jax.Array, name: str) -> jax.Array:
     x = np.where((x >= -1) & (x < 2**31), x.astype(np.int64), -2)
   x = jnp.asarray(x)
   return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+
+
+def checked_axis_name(axis_name: str | Sequence[str] | None) -> AxisName:
+  """Returns a field `axis_name`, a list as a tuple, or raises ValueError."""
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  if names is None:
+    return None
+  if (
+      not isinstance(names, (list, tuple))
+      or not names
+      or not all(isinstance(name, str) and name for name in names)
+  ):
+    raise ValueError(
+        f'axis_name is {axis_name!r}; use None, the name of an axis, or a tuple'
+        ' of names.'
+    )
+  return axis_name if isinstance(axis_name, str) else tuple(names)
 
 
 class Quantizer(nn.Module, kw_only=True):
@@ -118,6 +139,10 @@ class Quantizer(nn.Module, kw_only=True):
     on training, such as the weight of the loss, is not part of it.
     """
     raise NotImplementedError
+
+  def _axis_name_in_use(self, train: bool) -> AxisName:
+    """Returns `axis_name` in training; initialization has no such axis."""
+    return self.axis_name if train and not self.is_initializing() else None
 
   def _channels_last(self, x: jax.Array, name: str) -> jax.Array:
     """Checks float latents or codes; moves their channels to the last axis."""

@@ -225,9 +225,11 @@ class FSQ(digits_lib.DigitQuantizer):
     amplitude = self.noise
     if self.noise_per == 'example':
       amplitude *= jax.random.uniform(
-          amplitude_key, digits_lib.per_example(shape, rank)
+          amplitude_key, digits_lib.per_example(shape, rank), jnp.float32
       )
-    return amplitude * jax.random.uniform(noise_key, shape, minval=-1)
+    return amplitude * jax.random.uniform(
+        noise_key, shape, jnp.float32, minval=-1
+    )
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
     digits = jnp.stack(self._nearest(codes), axis=-1)

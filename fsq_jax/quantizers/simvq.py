@@ -100,7 +100,8 @@ class _ProjectedCodebook(nn.Module):
 
     def draw() -> jax.Array:
       key = self.make_rng('params')
-      return jax.random.normal(key, shape) * self.code_dim**-0.5
+      entries = jax.random.normal(key, shape, jnp.float32)
+      return entries * self.code_dim**-0.5
 
     entries = self.variable('codebook', 'entries', draw)
     codebook.check_shape('entries', entries.value, shape)
