@@ -113,13 +113,14 @@ class PretrainedBlock(nn.Module):
       return y * factor.astype(self.dtype)
 
     x = partitioning.constrain(x)
-    y = layer_norm(arch, 'attention_norm')(x.astype(jnp.float32)).astype(self.dtype)
+    y = layer_norm(arch, 'attention_norm')(x.astype(jnp.float32))
     attention = RotaryAttention(arch, self.dtype, name='attention')
-    x = x + scale('attention_scale', attention(y, rotation))
+    x = x + scale('attention_scale', attention(y.astype(self.dtype), rotation))
     x = partitioning.constrain(x)
-    y = layer_norm(arch, 'mlp_norm')(x.astype(jnp.float32)).astype(self.dtype)
+    y = layer_norm(arch, 'mlp_norm')(x.astype(jnp.float32))
     mlp = GatedMlp(arch, self.dtype, name='mlp')
-    return partitioning.constrain(x + scale('mlp_scale', mlp(y))), None
+    x = x + scale('mlp_scale', mlp(y.astype(self.dtype)))
+    return partitioning.constrain(x), None
 
 
 class KeptBlock(PretrainedBlock):

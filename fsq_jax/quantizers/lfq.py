@@ -71,17 +71,11 @@ class LFQ(digits_lib.DigitQuantizer):
   axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    digits_lib.check_integer('num_bits', self.num_bits, 1, _MAX_BITS)
-    digits_lib.check_integer(
-        'entropy_group_bits', self.entropy_group_bits, 1, _MAX_GROUP_BITS
-    )
-    if self.bit_order not in _BIT_ORDERS:
-      raise ValueError(
-          f'bit_order is {self.bit_order!r}; known: {sorted(_BIT_ORDERS)}.'
-      )
-    for name in ('commitment_weight', 'entropy_weight', 'diversity_weight'):
-      digits_lib.check_number(name, getattr(self, name), lowest=0)
-    digits_lib.check_number('temperature', self.temperature, lowest=1e-6)
+    self._set_integers('num_bits', low=1, high=_MAX_BITS)
+    self._set_integers('entropy_group_bits', low=1, high=_MAX_GROUP_BITS)
+    base.check_name('bit_order', self.bit_order, _BIT_ORDERS)
+    self._set_numbers('commitment_weight', 'entropy_weight', 'diversity_weight')
+    self._set_numbers('temperature', lowest=1e-6)
     self.axis_name = base.checked_axis_name(self.axis_name)
     super().__post_init__()
 

@@ -55,8 +55,8 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   def __post_init__(self):
     self.levels = level_sets.checked(self.levels, lowest=2)
     most = int(math.log2(level_sets.MAX_LEVEL) / math.log2(max(self.levels)))
-    digits_lib.check_integer('num_stages', self.num_stages, 1, most)
-    digits_lib.check_number('stage_dropout', self.stage_dropout, lowest=0)
+    self._set_integers('num_stages', low=1, high=most)
+    self._set_numbers('stage_dropout')
     if self.stage_dropout > 1 or (self.stage_dropout and self.num_stages == 1):
       raise ValueError(
           f'stage_dropout is {self.stage_dropout} with {self.num_stages} '

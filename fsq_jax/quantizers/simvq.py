@@ -39,8 +39,8 @@ class SimVQ(codebook.CodebookQuantizer):
   input_projection: str = 'none'
 
   def __post_init__(self):
-    codebook.check_name('weighting', self.weighting, _WEIGHTINGS)
-    codebook.check_name(
+    base.check_name('weighting', self.weighting, _WEIGHTINGS)
+    base.check_name(
         'input_projection', self.input_projection, _INPUT_PROJECTIONS
     )
     super().__post_init__()

@@ -67,21 +67,19 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    codebook.check_name('codebook_update', self.codebook_update, _UPDATES)
-    codebook.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
-    codebook.check_name('restart', self.restart, ema_codebook.RESTARTS)
-    codebook.check_number('decay', self.decay)
+    base.check_name('codebook_update', self.codebook_update, _UPDATES)
+    base.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
+    base.check_name('restart', self.restart, ema_codebook.RESTARTS)
+    self._set_numbers('decay', 'dead_share', 'entropy_weight')
     if self.decay >= 1:
       raise ValueError(
           f'decay is {self.decay}; use less than 1, or no code ever moves.'
       )
-    codebook.check_number('dead_share', self.dead_share)
     if self.dead_share >= 1:
       raise ValueError(
           f'dead_share is {self.dead_share}; use less than 1, or codes of mean '
           'use are dead.'
       )
-    codebook.check_number('entropy_weight', self.entropy_weight)
     self.axis_name = base.checked_axis_name(self.axis_name)
     if self.codebook_update == 'gradient':
       for name, value in (('codebook_init', 'normal'), ('restart', 'none')):
