@@ -323,10 +323,13 @@ def _split_by(kind, function):
   return call
 
 
-@pytest.mark.parametrize('kind', ['shard_map', 'unchecked', 'pmap', 'vmap'])
-@pytest.mark.parametrize('name', _WITH_STATISTICS)
+@pytest.mark.parametrize(('name', 'kind'), [
+    *((name, 'shard_map') for name in _WITH_STATISTICS),
+    *((name, 'vmap') for name in _WITH_STATISTICS),
+    ('lfq', 'shard_map_unchecked'), ('kmeans_batch', 'shard_map_unchecked'),
+    ('lfq', 'pmap'), ('ema', 'pmap'), ('kmeans_batch', 'pmap'),
+])  # fmt: skip
 def test_replicas_with_an_axis_name_equal_one_device(name, kind):
-  kind = 'shard_map_unchecked' if kind == 'unchecked' else kind
   one = _build(_WITH_STATISTICS[name])
   replica = _build(_WITH_STATISTICS[name], axis_name=_AXIS)
   assert replica.spec() == one.spec()

@@ -38,7 +38,9 @@ class StandardizedProjectorIn(nn.Module):
   bias, statistics in the collection `batch_stats`). At unit variance a
   tanh-bounded FSQ uses its levels about evenly, 98.9 to 99.3 % of log2(L) bits
   each for normal latents and L = 5 and 8, whatever the encoder does: no
-  dimension shrinks to its middle levels or saturates at the outer ones.
+  dimension shrinks to its middle levels or saturates at the outer ones. The
+  batch is global for arrays sharded under jax.jit; inside jax.shard_map or
+  jax.pmap each replica would take the statistics of its own part.
   """
 
   code_dim: int

@@ -48,7 +48,8 @@ class FSQ(digits_lib.DigitQuantizer):
   L up to 128 in bfloat16.
 
   Noise draws from the rng 'quantizer' in training alone; indices and loss are
-  always those of the codes without noise.
+  always those of the codes without noise. Inside jax.shard_map or jax.pmap give
+  each replica a key of its own.
 
   Attributes:
     levels: number of values of each channel.
