@@ -216,8 +216,8 @@ def _knot_weights(
       jax.nn.one_hot(x, level, dtype=jnp.float32)
       for x in (digits, above, below)
   )
-  slopes = (above - below) / distance.astype(jnp.float32)
-  return digits + error[..., None] * slopes
+  distance = distance.astype(jnp.float32)
+  return digits + error[..., None] * (above - below) / distance
 
 
 def _linear_table(key, levels: Sequence[int], width: int) -> jax.Array:
