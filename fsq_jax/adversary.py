@@ -84,7 +84,9 @@ class Adversary:
         params=params,
         model_state=variables,
         opt_state=self._optimizer.init(params),
-        average_logits={name: jnp.zeros(()) for name in ('real', 'fake')},
+        average_logits={
+            name: jnp.zeros((), jnp.float32) for name in ('real', 'fake')
+        },
     )
 
   def judge(
@@ -220,7 +222,7 @@ class Adversary:
     _, pull_back, (scalars, logits, model_state) = jax.vjp(
         both_losses, state.params, reconstructions, has_aux=True
     )
-    one, zero = jnp.ones(()), jnp.zeros(())
+    one, zero = jnp.float32(1), jnp.float32(0)
     gradients, _ = pull_back((zero, one))
 
     def pull_back_to_images():
@@ -267,7 +269,7 @@ class Adversary:
       return compute(state.params)
 
     def skip(params):
-      return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+      return jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
 
     # A step is logged by the number of steps taken: those that have it are
     # multiples of `every`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import math
+import numbers
 from typing import Any
 
 from einops import rearrange
@@ -29,8 +30,14 @@ class Batcher:
     Raises:
       ValueError: no batch, or devices of other processes.
     """
-    if batch_size < 1:
-      raise ValueError(f'batch_size is {batch_size}; use 1 or more.')
+    if (
+        not isinstance(batch_size, numbers.Integral)
+        or isinstance(batch_size, bool)
+        or batch_size < 1
+    ):
+      raise ValueError(
+          f'batch_size is {batch_size!r}; use an integer, 1 or more.'
+      )
     if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
       raise ValueError(
           'The mesh has devices of other processes; every process takes images'

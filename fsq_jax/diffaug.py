@@ -39,11 +39,12 @@ def draw(key: jax.Array, num_images: int) -> Draws:
   group_key, image_key = jax.random.split(key)
 
   def draw_image(position: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(image_key, position), (7,))
+    key = jax.random.fold_in(image_key, position)
+    return jax.random.uniform(key, (7,), jnp.float32)
 
   return Draws(
-      groups=jax.random.uniform(group_key, (3,)),
-      images=jax.vmap(draw_image)(jnp.arange(num_images)),
+      groups=jax.random.uniform(group_key, (3,), jnp.float32),
+      images=jax.vmap(draw_image)(jnp.arange(num_images, dtype=jnp.int32)),
   )
 
 
@@ -118,7 +119,7 @@ def _translate(x: jax.Array, uniform: jax.Array) -> jax.Array:
     side = x.shape[axis]
     reach = round(_TRANSLATION * side)
     offset = _integers(uniform[:, axis - 1], 2 * reach + 1) - reach
-    source = jnp.arange(side) - offset[:, None]
+    source = jnp.arange(side, dtype=jnp.int32) - offset[:, None]
     inside = (source >= 0) & (source < side)
     pattern = 'b n -> b n 1 1' if axis == 1 else 'b n -> b 1 n 1'
     source, inside = (rearrange(a, pattern) for a in (source, inside))
@@ -147,7 +148,7 @@ def _cut_out(x: jax.Array, uniform: jax.Array, share: float) -> jax.Array:
     size = round(share * side)
     # An even size has its centre between pixels, and so one place more.
     first = _integers(uniform[:, axis - 1], side + 1 - size % 2) - size // 2
-    place = jnp.arange(side) - first[:, None]
+    place = jnp.arange(side, dtype=jnp.int32) - first[:, None]
     outside.append((place < 0) | (place >= size))
   rows = rearrange(outside[0], 'b h -> b h 1 1')
   return jnp.where(rows | rearrange(outside[1], 'b w -> b 1 w 1'), x, 0)

@@ -97,7 +97,9 @@ def image_metrics(
   finite = jnp.all(jnp.isfinite(reconstructions), axis=(1, 2, 3))
   nan = jnp.float32(jnp.nan)
   return {
-      name: jnp.where(finite, metric(originals, rounded), nan)
+      name: jnp.where(
+          finite, metric(originals, rounded).astype(jnp.float32), nan
+      )
       for name, (metric, min_side) in IMAGE_METRICS.items()
       if min(rounded.shape[1:3]) >= min_side
   }
@@ -181,7 +183,7 @@ def _filter(images: jax.Array, taps: np.ndarray) -> jax.Array:
       'yh,bhwc,xw->byxc', rows, images, columns, precision='highest'
   )
   # Dividing last keeps the sums of the uniform window exact integers.
-  return sums / taps.sum() ** 2
+  return sums / np.float32(taps.sum() ** 2)
 
 
 def _banded(size: int, taps: np.ndarray) -> np.ndarray:

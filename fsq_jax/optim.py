@@ -74,7 +74,7 @@ def build_optimizer(
       config, build_schedule(config, num_steps)
   )
   factors = tuple(config['learning_rate_factors'])
-  return optax.chain(_clip(config), optimizer, _scale_by_path(factors))
+  return _chain(_clip(config), optimizer, _scale_by_path(factors))
 
 
 def build_adamw(
@@ -90,7 +90,30 @@ def build_adamw(
     A transformation whose updates are added to the parameters.
   """
   schedule = build_schedule(config, num_steps)
-  return optax.chain(_clip(config), _adamw(config, schedule))
+  return _chain(_clip(config), _adamw(config, schedule))
+
+
+def _chain(
+    *transforms: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """optax.chain whose results do not depend on JAX's flags for dtypes.
+
+  Optax raises float scalars to integer powers, which the strict promotion of
+  dtypes forbids, and makes float64 constants with JAX_ENABLE_X64.
+  """
+  chain = optax.chain(*transforms)
+
+  def init(params: Any) -> optax.OptState:
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x,
+        chain.init(params),
+    )
+
+  def update(updates: Any, state: optax.OptState, params: Any = None) -> Any:
+    with jax.numpy_dtype_promotion('standard'):
+      return chain.update(updates, state, params)
+
+  return optax.GradientTransformation(init, update)
 
 
 def _clip(config: Mapping[str, Any]) -> optax.GradientTransformation:

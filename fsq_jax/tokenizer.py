@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import functools
 import math
+import numbers
 import os
 import pathlib
 from typing import Any
@@ -35,6 +36,10 @@ class Tokenizer:
   not depend on the others; in a batch of another size, arithmetic may differ in
   the last bits, so that a latent between two levels, or a pixel between two
   values, falls otherwise.
+
+  A tokenizer can be pickled, for worker processes. It is loaded onto the local
+  devices of the process that unpickles it, whatever its mesh was; start workers
+  by 'spawn' or 'forkserver', since JAX does not survive a fork.
 
   Attributes:
     config: of the run that the model comes from.
@@ -81,6 +86,7 @@ class Tokenizer:
     self.step = step
     self.evaluation = evaluation
     self.stored = stored
+    self._options = {'batch_size': batch_size, 'dtype': dtype}
     self.model = tokenizer_files.build_model(config, dtype)
     self._image_size = tuple(config.data.image_size)
     self._batcher = batching.Batcher(mesh, batch_size)
@@ -95,6 +101,21 @@ class Tokenizer:
       self._grid = tuple(self.model.encoder.grid_size)
     self._encode = _compile(self.model, images_to_tokens)
     self._decode = _compile(self.model, tokens_to_images)
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Returns all arguments of `__init__` but the mesh, arrays on the host."""
+    return {
+        'config': self.config, 'variables': jax.device_get(self.variables),
+        'step': self.step, 'evaluation': self.evaluation,
+        'stored': self.stored, **self._options,
+    }
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    mesh = _local_mesh()
+    variables = jax.device_put(
+        state['variables'], partitioning.replicated(mesh)
+    )
+    self.__init__(mesh=mesh, **{**state, 'variables': variables})
 
   @classmethod
   def from_workdir(
@@ -214,6 +235,7 @@ class Tokenizer:
 
   def tokens_of(self, size: tuple[int, int]) -> tuple[int, int]:
     """Returns (h, w) of the tokens of an image of (H, W) pixels under 'pad'."""
+    size = _check_size(size)
     return tuple(
         math.ceil(side / multiple) * num
         for side, multiple, num in zip(
@@ -266,18 +288,33 @@ class Tokenizer:
     Args:
       tokens: [B, h, w, *index_shape] of any integer dtype, what `encode`
         returned.
-      size: (H, W) to crop to, where images were padded.
+      size: (H, W) to crop to, where images were padded; integers from 1 to the
+        sides that the tokens decode to.
       spec: of the quantizer that made the tokens, as kept beside them.
 
     Returns:
       [B, H, W, 3] uint8.
 
     Raises:
-      ValueError: tokens of another dialect, shape, dtype or range.
+      ValueError: tokens of another dialect, shape, dtype or range, or another
+        size.
     """
     if spec is not None:
       convert.check_same_dialect(spec, self.spec)
     tokens = self._check_tokens(tokens)
+    if size is not None:
+      size = _check_size(size)
+      largest = tuple(
+          num // latents * pixels
+          for num, latents, pixels in zip(
+              tokens.shape[1:3], self._grid, self._multiples, strict=True
+          )
+      )
+      if np.any(np.greater(size, largest)):
+        raise ValueError(
+            f'Images of {tokens.shape[1:3]} tokens have {largest} pixels; they'
+            f' cannot be cropped to {size}. Give a size of at most that.'
+        )
     if self._whole or tokens.shape[1:3] == self._grid:
       images = self._batcher.map(
           self._decode, self.variables, tokens, self.grid_size
@@ -286,14 +323,7 @@ class Tokenizer:
       images = self._batcher.map_tiles(
           self._decode, self.variables, tokens, self._grid
       )
-    if size is not None:
-      if np.any(np.greater(size, images.shape[1:3])):
-        raise ValueError(
-            f'Images of {tokens.shape[1:3]} tokens have'
-            f' {images.shape[1:3]} pixels; they cannot be cropped to {size}.'
-        )
-      images = images[:, : size[0], : size[1]]
-    return images
+    return images if size is None else images[:, : size[0], : size[1]]
 
   def reconstruct(self, images: np.ndarray, fit: str = 'crop') -> np.ndarray:
     """Encodes and decodes images.
@@ -306,7 +336,8 @@ class Tokenizer:
       uint8 images, of the size of `images` under 'pad', else of
       config.data.image_size.
     """
-    size = np.shape(images)[1:3] if fit == 'pad' else None
+    images = _check_images(images)
+    size = images.shape[1:3] if fit == 'pad' else None
     return self.decode(self.encode(images, fit), size)
 
   def _stored(self) -> tokenizer_files.Stored:
@@ -333,7 +364,7 @@ class Tokenizer:
     ])
 
   def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
-    tokens = np.asarray(tokens)
+    tokens = _to_array(tokens, 'Tokens')
     shape = self.model.quantizer.index_shape
     if (
         tokens.dtype.kind not in 'iu'
@@ -345,7 +376,7 @@ class Tokenizer:
       raise ValueError(
           f'Tokens are {tokens.dtype}{list(tokens.shape)}; give integers'
           f' [{", ".join(["B", "h", "w", *map(str, shape)])}], with h and w'
-          f' multiples of {self._grid}.'
+          f' multiples of {self._grid}, and none of these 0.'
       )
     limit = self.model.quantizer.codebook_size
     if tokens.min() < 0 or tokens.max() >= limit:
@@ -384,8 +415,36 @@ def _compile(
   return jax.jit(function)
 
 
+def _to_array(x: np.ndarray, name: str) -> np.ndarray:
+  try:
+    return np.asarray(x)
+  except ValueError as error:
+    raise ValueError(
+        f'{name} of a list have different shapes: {error} Give those of each'
+        ' shape in a call of their own.'
+    ) from error
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+  """Returns a (height, width) as ints, or raises ValueError."""
+  if (
+      not isinstance(size, (list, tuple, np.ndarray))
+      or len(size) != 2
+      or not all(
+          isinstance(side, numbers.Integral)
+          and not isinstance(side, bool)
+          and side > 0
+          for side in size
+      )
+  ):
+    raise ValueError(
+        f'size is {size!r}; give (height, width), two integers of at least 1.'
+    )
+  return int(size[0]), int(size[1])
+
+
 def _check_images(images: np.ndarray) -> np.ndarray:
-  images = np.asarray(images)
+  images = _to_array(images, 'Images')
   if (
       images.dtype != np.uint8
       or images.ndim != 4

@@ -161,7 +161,7 @@ def build_train_step(
     state = state.replace(
         step=state.step + 1,
         bad_steps=jnp.where(good, 0, state.bad_steps + 1),
-        skipped_steps=state.skipped_steps + ~good,
+        skipped_steps=state.skipped_steps + (~good).astype(jnp.int32),
     )
     scalars |= {
         'bad_steps': state.bad_steps,
@@ -251,7 +251,7 @@ def _build_gradient(
           at_images,
           verdict.at_images,
           # Nothing but the last layer is pulled back through then.
-          to_layer=lambda x: _last_layer(pull_back((x, jnp.zeros(())))[0]),
+          to_layer=lambda x: _last_layer(pull_back((x, jnp.float32(0)))[0]),
       )
       at_images += weight * verdict.at_images
       loss += weight * verdict.scalars['adversarial_loss']

@@ -1,7 +1,10 @@
 """The contract of the quantizers, over everything the builder knows."""
 
+import dataclasses
+import functools
 import inspect
 import json
+import math
 import subprocess
 import sys
 
@@ -243,6 +246,214 @@ def test_results_do_not_depend_on_the_number_of_devices(
       rtol=1e-5,
       atol=1e-6,
   )
+
+
+# Those with statistics of the whole batch; one that only has a mean.
+_WITH_STATISTICS = {
+    'lfq': {'name': 'lfq', 'num_bits': 4, 'entropy_group_bits': 3},
+    'bsq': {'name': 'bsq', 'num_bits': 4},
+    'ema': {'name': 'vq', 'codebook_size': 24, 'code_dim': 4},
+    'kmeans_batch': {
+        'name': 'vq',
+        'codebook_size': 24,
+        'code_dim': 4,
+        'codebook_init': 'kmeans',
+        'restart': 'batch',
+        'dead_share': 0.9,
+        'entropy_weight': 0.1,
+    },
+    'split': {
+        'name': 'vq',
+        'codebook_size': 24,
+        'code_dim': 4,
+        'metric': 'cosine',
+        'restart': 'split',
+        'decay': 0.5,
+        'dead_share': 0.9,
+    },
+    'gradient': {
+        'name': 'vq',
+        'codebook_size': 24,
+        'code_dim': 4,
+        'codebook_update': 'gradient',
+        'entropy_weight': 1.0,
+    },
+}
+_AXIS = 'replicas'
+
+
+def _split_by(kind, function):
+  """Maps (state, z) over 8 parts of z; the state is the same on each.
+
+  Returns:
+    A function of the state and z to z_q, loss, indices and gradient of the
+    whole batch, and the states [8, ...] of the replicas.
+  """
+  if kind.startswith('shard_map'):
+    mesh = jax.make_mesh((8,), (_AXIS,), (jax.sharding.AxisType.Auto,))
+    batch, whole = jax.P(_AXIS), jax.P()
+    mapped = jax.jit(jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(whole, batch),
+        out_specs=((batch, whole, batch, batch), whole),
+        # Where it is checked, JAX proves that replicas have the same state.
+        check_vma=kind == 'shard_map',
+    ))  # fmt: skip
+
+    def call(state, z):
+      out, state = mapped(state, z)
+      shards = jax.tree.map(
+          lambda x: np.stack([shard.data for shard in x.addressable_shards]),
+          state,
+      )
+      return out, shards
+
+    return call
+  if kind == 'pmap':
+    mapped = jax.pmap(function, _AXIS, in_axes=(None, 0))
+  else:
+    mapped = jax.jit(jax.vmap(function, (None, 0), axis_name=_AXIS))
+
+  def call(state, z):
+    (z_q, loss, *rest), state = mapped(state, z.reshape(8, -1, *z.shape[1:]))
+    z_q, *rest = (x.reshape(-1, *x.shape[2:]) for x in (z_q, *rest))
+    return (z_q, loss[0], *rest), state
+
+  return call
+
+
+@pytest.mark.parametrize(('name', 'kind'), [
+    *((name, 'shard_map') for name in _WITH_STATISTICS),
+    *((name, 'vmap') for name in _WITH_STATISTICS),
+    ('lfq', 'shard_map_unchecked'), ('kmeans_batch', 'shard_map_unchecked'),
+    ('lfq', 'pmap'), ('ema', 'pmap'), ('kmeans_batch', 'pmap'),
+])  # fmt: skip
+def test_replicas_with_an_axis_name_equal_one_device(name, kind):
+  one = _build(_WITH_STATISTICS[name])
+  replica = _build(_WITH_STATISTICS[name], axis_name=_AXIS)
+  assert replica.spec() == one.spec()
+  batches = np.random.default_rng(0).normal(size=(3, 32, 5, one.code_dim))
+  batches = batches.astype(np.float32)
+  state = _init(one, batches[0])
+  chex.assert_trees_all_equal(_init(replica, batches[0]), state)
+
+  def train(quantizer, state, z):
+    def loss(z):
+      out, changed = quantizer.apply(
+          state, z, train=True, mutable=['codebook']
+      )
+      value = out.loss
+      if quantizer is replica:
+        value = jax.lax.pmean(value, _AXIS)
+      return value, (out, {**state, **changed})
+
+    # pmean's gradient is the part of this replica, or eight times it; which
+    # one, depends on the kind.
+    (value, (out, state)), gradient = jax.value_and_grad(loss, has_aux=True)(z)
+    return (out.z_q, value, out.indices, gradient), state
+
+  on_replicas = _split_by(kind, functools.partial(train, replica))
+  on_one = jax.jit(functools.partial(train, one))
+  for z in batches:
+    (z_q, loss, indices, gradient), states = on_replicas(state, z)
+    expected, state = on_one(state, z)
+    np.testing.assert_array_equal(indices, expected[2])
+    np.testing.assert_allclose(z_q, expected[0], rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(loss, expected[1], rtol=1e-5, atol=1e-6)
+    factor = 1 if kind == 'shard_map' else 8
+    np.testing.assert_allclose(
+        gradient / factor, expected[3], rtol=1e-4, atol=1e-6
+    )
+    for of_replicas, x in zip(
+        jax.tree.leaves(states), jax.tree.leaves(state), strict=True
+    ):
+      assert of_replicas.shape == (8, *x.shape)
+      for copy in of_replicas:
+        np.testing.assert_array_equal(copy, of_replicas[0])
+      np.testing.assert_allclose(of_replicas[0], x, rtol=1e-4, atol=1e-5)
+    # The next step of both starts from the same.
+    state = jax.tree.map(lambda x: jnp.asarray(x[0]), states)
+
+
+def test_an_axis_may_be_several():
+  one = _build(_WITH_STATISTICS['kmeans_batch'])
+  two = _build(_WITH_STATISTICS['kmeans_batch'], axis_name=['a', 'b'])
+  assert two.axis_name == ('a', 'b')
+  assert hash(two) != hash(one)
+  z = np.random.default_rng(0).normal(size=(2, 4, 10, 4)).astype(np.float32)
+  variables = _init(one, z)
+
+  def train(quantizer, z):
+    return quantizer.apply(variables, z, train=True, mutable=['codebook'])
+
+  inner = jax.vmap(functools.partial(train, two), axis_name='b')
+  out, state = jax.jit(jax.vmap(inner, axis_name='a'))(z)
+  expected, expected_state = jax.jit(functools.partial(train, one))(z)
+  np.testing.assert_array_equal(out.indices, expected.indices)
+  for i in np.ndindex(2, 4):
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x, i=i: x[i], state), expected_state,
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+  # Evaluation needs no axis.
+  two.apply(variables, z)
+
+
+@pytest.mark.parametrize('axis_name', ['', (), 1, True, ('a', 1), {'a'}])
+@pytest.mark.parametrize('name', ['lfq', 'bsq', 'ema'])
+def test_wrong_axis_names_are_refused(name, axis_name):
+  with pytest.raises(ValueError, match=r'axis_name is .*; use None, the name'):
+    _build(_WITH_STATISTICS[name], axis_name=axis_name)
+
+
+_WRONG = {
+    'levels': [
+        512, '888', '8 8 8', np.array([8, 8, 8]), (True, 8, 8), (8.0, 8, 8),
+        ('8', '8'), (8, (8,)), None, {8, 5}, range(3, 6), (), (8, -8),
+        (np.True_, 8), (2**70, 8),
+    ],
+    'int': [
+        True, np.True_, '3', '', 3.0, np.float32(3), None, (3,), [3],
+        np.array([3]), -1, 0, float('nan'),
+    ],
+    'channel_axis': [True, None, '1', 1.0, (1,), [1]],
+    'float': [True, '0.1', [0.1], math.inf, math.nan, 10**400, (0.1,)],
+    'str': [None, 1, [], {}, ('tanh',), '', 'TANH', True],
+}  # fmt: skip
+_GOOD = {'int': [np.int64(2), np.uint8(2)], 'float': [np.float64(0.1)]}
+
+
+def _kind_of(field):
+  """Key of the table of wrong values for a dataclass's field."""
+  if field.name in _WRONG:
+    return field.name
+  kinds = [kind for kind in ('int', 'float', 'str') if kind in str(field.type)]
+  return kinds[0]
+
+
+@pytest.mark.parametrize('config', [
+    pytest.param({'name': name, **configs[0]}, id=name)
+    for name, configs in _CONFIGS.items()
+])  # fmt: skip
+def test_constructors_check_the_type_of_every_field(config):
+  fields = {
+      field.name: _kind_of(field)
+      for field in dataclasses.fields(_build(config))
+      if field.name not in ('parent', 'name', 'axis_name')
+  }
+  for name, kind in fields.items():
+    for value in _WRONG[kind]:
+      with pytest.raises(ValueError, match=name):
+        quantizers.build_quantizer({**config, name: value})
+    if name == 'num_stages' or kind not in _GOOD:
+      continue
+    for value in _GOOD[kind]:
+      quantizer = quantizers.build_quantizer({**config, name: value})
+      # NumPy scalars are neither JSON nor weakly typed.
+      assert type(getattr(quantizer, name)) is type(value.item())
+      json.dumps(quantizer.spec())
+      assert hash(quantizer) == hash(quantizer)
 
 
 @every_tokenizer

@@ -1,12 +1,18 @@
 """Tokenizers: from runs and folders, on any size, what damage and misuse do."""
 
+from concurrent import futures
 import json
+import multiprocessing
 import pathlib
+import pickle
+import re
 import shutil
 import sys
 import types
 
+import chex
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -424,8 +430,96 @@ def test_tokens_of_another_dialect_are_converted(tokenizer):
 
 def test_sizes_beyond_the_images_are_refused(tokenizer):
   tokens = tokenizer.encode(_images(1, 16, 16))
-  with pytest.raises(ValueError, match=r'cropped to \(17, 16\)'):
-    tokenizer.decode(tokens, (17, 16))
+  for size in ((17, 16), (16, 2**70)):
+    with pytest.raises(ValueError, match=f'cropped to {re.escape(str(size))}'):
+      tokenizer.decode(tokens, size)
+
+
+@pytest.mark.parametrize('size', [
+    (-3, 10), (0, 4), (4, 0), (16,), (16, 16, 3), 16, '16', (16.0, 16),
+    (True, 4), np.array([4.0, 5.0]), np.array([[4, 5]]), ('4', '4'), (None, 4),
+    {4, 5},
+])  # fmt: skip
+def test_sizes_are_two_integers_of_at_least_one(tokenizer, size):
+  tokens = tokenizer.encode(_images(1, 16, 16))
+  with pytest.raises(ValueError, match=r'^size is .*; give \(height, width\)'):
+    tokenizer.decode(tokens, size)
+  with pytest.raises(ValueError, match=r'^size is '):
+    tokenizer.tokens_of(size)
+
+
+@pytest.mark.parametrize('size', [(5, 7), [5, 7], np.array([5, 7])])
+def test_sizes_crop_from_the_top_left(tokenizer, size):
+  tokens = tokenizer.encode(_images(1, 16, 16))
+  np.testing.assert_array_equal(
+      tokenizer.decode(tokens, size), tokenizer.decode(tokens)[:, :5, :7]
+  )
+
+
+def test_lists_of_different_shapes_are_refused(tokenizer):
+  images = [*_images(1, 16, 16), *_images(1, 8, 16)]
+  for call in (tokenizer.encode, tokenizer.reconstruct):
+    with pytest.raises(ValueError, match='Images of a list have different'):
+      call(images)
+  with pytest.raises(ValueError, match='Tokens of a list have different'):
+    tokenizer.decode([[[0, 1]], [[0]]])
+
+
+@pytest.mark.parametrize('batch_size', [0, -1, True, 1.5, '8', None])
+def test_batch_sizes_are_integers(tokenizer, batch_size):
+  with pytest.raises(ValueError, match=r'^batch_size is .*; use an integer, 1'):
+    Tokenizer(
+        tokenizer.config, tokenizer.variables, tokenizer.mesh,
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _encode_in_worker(tokenizer, images):
+  return (
+      tokenizer.encode(images), tokenizer.spec, tokenizer.model_hash,
+      tokenizer.mesh.size,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_pickled_tokenizer_does_the_same_in_another_process(tokenizer):
+  images = _images(5, 16, 16)
+  expected = (
+      tokenizer.encode(images), tokenizer.spec, tokenizer.model_hash, 8
+  )
+  # Not by fork, which JAX does not survive.
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    tokens, *others = pool.submit(
+        _encode_in_worker, tokenizer, images
+    ).result()
+  np.testing.assert_array_equal(tokens, expected[0])
+  assert others == list(expected[1:])
+
+
+def test_pickling_keeps_all_but_the_mesh(folder):
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 2}, jax.devices()[:2])
+  tokenizer = Tokenizer.from_pretrained(
+      folder, mesh=mesh, batch_size=3, dtype='bfloat16'
+  )
+  again = pickle.loads(pickle.dumps(tokenizer))
+  for name in ('config', 'model', 'step', 'evaluation', 'stored'):
+    assert getattr(again, name) == getattr(tokenizer, name)
+  assert again.model.encoder.dtype == jnp.bfloat16
+  assert again.mesh.size == 8
+  chex.assert_trees_all_equal(
+      jax.device_get(again.variables), jax.device_get(tokenizer.variables)
+  )
+  images = _images(5, 16, 16)
+  assert np.mean(again.encode(images) != tokenizer.encode(images)) < 1e-2
+  # Of the decoder alone, too.
+  tokenizer.save_pretrained(folder.parent / 'decoder', decoder_only=True)
+  decoder = Tokenizer.from_pretrained(folder.parent / 'decoder')
+  again = pickle.loads(pickle.dumps(decoder))
+  tokens = tokenizer.encode(images)
+  np.testing.assert_array_equal(again.decode(tokens), decoder.decode(tokens))
+  with pytest.raises(ValueError, match='decoder_only'):
+    again.encode(images)
 
 
 @pytest.mark.parametrize('text', ['{"step": ', '[]', '{}'])

@@ -208,7 +208,9 @@ def test_only_training_with_a_mutable_collection_updates():
       'entries', 'counts', 'sums', 'seed', 'step'
   }  # fmt: skip
   chex.assert_trees_all_equal(init(train=True), variables)
-  quantizer.apply(variables, z, train=True)
+  for mutable in (False, ['params']):
+    with pytest.raises(ValueError, match=r"with mutable=\['codebook'\] and"):
+      quantizer.apply(variables, z, train=True, mutable=mutable)
   _, after = quantizer.apply(variables, z, mutable=['codebook'])
   chex.assert_trees_all_equal(after, variables)
   _, after = _train(quantizer, variables, z)
@@ -432,6 +434,14 @@ def test_rotation_is_what_the_name_chooses():
       np.linalg.norm(gradients['rotation'], axis=-1),
       stretch * np.linalg.norm(weights, axis=-1),
       rtol=1e-5,
+  )
+
+
+def test_a_codebook_that_is_a_parameter_needs_nothing_mutable():
+  quantizer = _build(codebook_update='gradient')
+  variables, z = _init(quantizer), _normal(0, 64, 4)
+  chex.assert_trees_all_equal(
+      quantizer.apply(variables, z, train=True), quantizer.apply(variables, z)
   )
 
 

@@ -50,8 +50,12 @@ class LatentStatistics(nn.Module):
 
   def setup(self):
     shape = (*self.grid_size, self.width)
-    self.mean = self.variable('constants', 'mean', jnp.zeros, shape)
-    self.variance = self.variable('constants', 'variance', jnp.ones, shape)
+    self.mean = self.variable(
+        'constants', 'mean', jnp.zeros, shape, jnp.float32
+    )
+    self.variance = self.variable(
+        'constants', 'variance', jnp.ones, shape, jnp.float32
+    )
 
   def normalize(self, latents: jax.Array) -> jax.Array:
     """Maps [B, h, w, C] latents to mean 0 and variance 1."""
@@ -164,6 +168,8 @@ class Autoencoder(nn.Module):
       )
     size_key, noise_key = jax.random.split(self.make_rng('quantizer'))
     shape = (latents.shape[0], *(1 for _ in latents.shape[1:]))
-    sizes = self.latent_noise * jax.random.uniform(size_key, shape)
+    sizes = self.latent_noise * jax.random.uniform(
+        size_key, shape, jnp.float32
+    )
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     return latents + (sizes * noise).astype(latents.dtype)

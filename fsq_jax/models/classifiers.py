@@ -229,7 +229,9 @@ class _ConvNextBlock(nn.Module):
 
     y = nn.gelu(dense(y, 4 * width, 'expand'), approximate=False)
     y = dense(y, width, 'contract')
-    scale = self.param('layer_scale', nn.initializers.ones, (width,))
+    scale = self.param(
+        'layer_scale', nn.initializers.ones, (width,), jnp.float32
+    )
     return x + scale * y
 
 
@@ -270,4 +272,5 @@ def _preprocess(images: jax.Array) -> jax.Array:
   images = resampling.resize_images(
       images, (_SIDE, _SIDE), 'bilinear_antialias'
   )
-  return ((images + 1) / 2 - jnp.array(_MEAN)) / jnp.array(_STD)
+  mean, std = (jnp.array(x, jnp.float32) for x in (_MEAN, _STD))
+  return ((images + 1) / 2 - mean) / std

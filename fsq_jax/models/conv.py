@@ -215,4 +215,4 @@ def _normalize(name: str, x: jax.Array) -> jax.Array:
   norm = nn.GroupNorm(
       num_groups=NUM_GROUPS, epsilon=1e-6, dtype=jnp.float32, name=name
   )
-  return nn.swish(norm(x))
+  return nn.swish(norm(x.astype(jnp.float32)))

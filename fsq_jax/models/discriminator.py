@@ -9,6 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from fsq_jax.models import resampling
+
 
 def _blur(x: jax.Array) -> jax.Array:
   """Halves [B, H, W, C] after a binomial blur of four pixels, 0 at the edges.
@@ -34,10 +36,7 @@ def _blur(x: jax.Array) -> jax.Array:
 
 # The two halve even sides alike; of an odd one they round the half up.
 DOWNSAMPLINGS = {
-    'average': functools.partial(
-        nn.avg_pool, window_shape=(2, 2), strides=(2, 2), padding='SAME',
-        count_include_pad=False,
-    ),
+    'average': functools.partial(resampling.average_pool, side=2, stride=2),
     'blur': _blur,
 }
 

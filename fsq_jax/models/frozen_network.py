@@ -62,7 +62,7 @@ class FrozenBatchNorm(nn.Module):
     """Normalises [..., C] floats; returns the same shape."""
 
     def vector(name: str, init: nn.initializers.Initializer) -> jax.Array:
-      return self.param(name, init, x.shape[-1:])
+      return self.param(name, init, x.shape[-1:], jnp.float32)
 
     scale = vector('scale', nn.initializers.ones)
     bias = vector('bias', nn.initializers.zeros)

@@ -280,7 +280,7 @@ def _conv(
 
 def _average_pool(x: jax.Array) -> jax.Array:
   """Mean of those of 3 x 3 neighbours that exist."""
-  return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
+  return resampling.average_pool(x, 3, 1)
 
 
 def _max_pool(x: jax.Array, stride: int = 1) -> jax.Array:

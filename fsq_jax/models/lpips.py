@@ -119,7 +119,9 @@ class Lpips(nn.Module):
     stages = NETWORKS[self.network].stages
     self.backbone = Backbone(self.network, self.precision, self.dtype)
     self.heads = [
-        self.param(f'head{i}', nn.initializers.ones, (stage.channels[-1],))
+        self.param(
+            f'head{i}', nn.initializers.ones, stage.channels[-1:], jnp.float32
+        )
         for i, stage in enumerate(stages, start=1)
     ]
 
@@ -177,7 +179,8 @@ class Lpips(nn.Module):
           + (", or 'vgg16'." if self.network != 'vgg16' else '.')
       )
     images = images.astype(jnp.float32)
-    taps = self.backbone((images - jnp.array(_SHIFT)) / jnp.array(_SCALE))
+    shift, scale = (jnp.array(x, jnp.float32) for x in (_SHIFT, _SCALE))
+    taps = self.backbone((images - shift) / scale)
     return tuple(x.astype(jnp.float32) for x in taps)
 
   def pooled(self, images: jax.Array) -> jax.Array:

@@ -115,7 +115,7 @@ class MaeDecoder(nn.Module):
     # RAE's starts at zeros. The first LayerNorm has a slope of 1 / sqrt(1e-12)
     # there, and the token's gradient would be the norm of all gradients.
     token = self.param(
-        'class_token', nn.initializers.normal(0.02), (arch.width,)
+        'class_token', nn.initializers.normal(0.02), (arch.width,), jnp.float32
     )
     # Zeros, but what checkpoints have there is added. Not in place: applied
     # outside of jit, parameters may be NumPy arrays.
@@ -124,15 +124,18 @@ class MaeDecoder(nn.Module):
     )
     token = jnp.broadcast_to(token, (x.shape[0], 1, arch.width))
     x = vit_blocks.apply_blocks(self, jnp.concatenate([token, tokens], axis=1))
-    x = vit_blocks.layer_norm(arch, 'norm')(x[:, 1:])
+    x = vit_blocks.layer_norm(arch, 'norm')(x[:, 1:].astype(jnp.float32))
     # Starts near mid-grey: the first steps need not unlearn a random image.
     return nn.Dense(
-        arch.patch_size**2 * 3, kernel_init=nn.initializers.normal(0.02),
-        name='pixels',
+        arch.patch_size**2 * 3, dtype=jnp.float32,
+        kernel_init=nn.initializers.normal(0.02), name='pixels',
     )(x)
 
   def _constant(self, name, make) -> jax.Array:
-    return self.variable('constants', name, lambda: jnp.asarray(make())).value
+    def init():
+      return jnp.asarray(make(), jnp.float32)
+
+    return self.variable('constants', name, init).value
 
 
 def build_mae_decoder(

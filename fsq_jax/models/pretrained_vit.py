@@ -132,7 +132,7 @@ class PretrainedVit(nn.Module):
       x = vit_blocks.apply_blocks(self, x, rotation)
       return vit_blocks.layer_norm(
           self.architecture, 'norm', self.final_affine
-      )(x)
+      )(x.astype(jnp.float32))
 
     return self._transform(images, finish)
 
@@ -140,7 +140,7 @@ class PretrainedVit(nn.Module):
     """Resamples images in [-1, 1] and gives them the family's mean and std."""
     arch = self.architecture
     images = resampling.resize_images(images, self.image_size, self.resize)
-    return ((images + 1) / 2 - jnp.asarray(arch.mean)) / jnp.asarray(arch.std)
+    return ((images + 1) / 2 - np.float32(arch.mean)) / np.float32(arch.std)
 
   @nn.compact
   def _transform(
@@ -172,30 +172,35 @@ class PretrainedVit(nn.Module):
           ' load the encoder with another image_size.'
       )
     init = _sincos if arch.position == 'sincos' else _INIT
-    return x + self.param('positions', init, x.shape[1:])
+    positions = self.param('positions', init, x.shape[1:], jnp.float32)
+    return x.astype(jnp.float32) + positions
 
   def _prepend(self, x: jax.Array) -> jax.Array:
     """Puts class token and registers before [B, N, C] tokens of patches."""
     arch = self.architecture
     prefix = []
     if arch.num_class_tokens:
-      token = self.param('class_token', _INIT, (arch.width,))
+      token = self.param('class_token', _INIT, (arch.width,), jnp.float32)
       if arch.position != 'rope':
         # Added to the token all the same: kept apart as in the checkpoints.
         zeros = nn.initializers.zeros
         # Not in place, since parameters may be NumPy arrays.
-        token = token + self.param('class_position', zeros, (arch.width,))
+        token = token + self.param(
+            'class_position', zeros, (arch.width,), jnp.float32
+        )
       prefix.append(token[None])
     if arch.num_registers:
       shape = (arch.num_registers, arch.width)
-      prefix.append(self.param('registers', _INIT, shape))
+      prefix.append(self.param('registers', _INIT, shape, jnp.float32))
     tokens = [jnp.broadcast_to(t, (x.shape[0], *t.shape)) for t in prefix]
     return jnp.concatenate([*(t.astype(x.dtype) for t in tokens), x], axis=1)
 
 
-def _sincos(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _sincos(
+    key: jax.Array, shape: tuple[int, int, int], dtype: jnp.dtype
+) -> jax.Array:
   del key  # The same every time.
-  return jnp.asarray(vit.sincos_positions(*shape))
+  return jnp.asarray(vit.sincos_positions(*shape), dtype)
 
 
 def _rotation(

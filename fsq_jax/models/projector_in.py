@@ -38,7 +38,9 @@ class StandardizedProjectorIn(nn.Module):
   bias, statistics in the collection `batch_stats`). At unit variance a
   tanh-bounded FSQ uses its levels about evenly, 98.9 to 99.3 % of log2(L) bits
   each for normal latents and L = 5 and 8, whatever the encoder does: no
-  dimension shrinks to its middle levels or saturates at the outer ones.
+  dimension shrinks to its middle levels or saturates at the outer ones. The
+  batch is global for arrays sharded under jax.jit; inside jax.shard_map or
+  jax.pmap each replica would take the statistics of its own part.
   """
 
   code_dim: int
@@ -145,7 +147,7 @@ class AttentionProjectorIn(nn.Module):
         self.depth, self.num_heads, self.mlp_dim, self.dtype, self.remat,
         self.scan_unroll, name='transformer',
     )(rearrange(x, 'b h w c -> b (h w) c'))
-    x = _layer_norm('output_norm')(x)
+    x = _layer_norm('output_norm')(x.astype(jnp.float32))
     z = _BoundedLinear(
         self.code_dim,
         self.bound,
@@ -192,7 +194,9 @@ class _BoundedLinear(nn.Module):
         kernel_init=self.kernel_init,
         name='linear',
     )(x.astype(jnp.float32))
-    gain = self.param('gain', nn.initializers.ones, (self.code_dim,))
+    gain = self.param(
+        'gain', nn.initializers.ones, (self.code_dim,), jnp.float32
+    )
     return gain * BOUNDS[self.bound](z)
 
 

@@ -103,12 +103,15 @@ class FourierProjectorOut(nn.Module):
     frequencies = self.variable(
         'constants',
         'frequencies',
-        lambda: self.sigma * jax.random.normal(self.make_rng('params'), shape),
+        lambda: self.sigma * jax.random.normal(
+            self.make_rng('params'), shape, jnp.float32
+        ),
     )
     steps = codes.astype(jnp.float32) / np.asarray(self.code_steps, np.float32)
     x = fourier_features(steps, frequencies.value)
     for i in range(2):
       x = nn.Dense(self.width, dtype=self.dtype, name=f'hidden_{i}')(x)
+      x = x.astype(jnp.float32)
       x = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=f'norm_{i}')(x)
       x = nn.gelu(x, approximate=False)
     return nn.Dense(self.width, dtype=self.dtype, name='output')(x)
@@ -159,10 +162,11 @@ class LevelsProjectorOut(nn.Module):
     # Of each index after another; those of later stages have no slope.
     if self.quantizer.index_shape:
       digits = rearrange(digits, '... g d -> ... (g d)')
+    no_error = jnp.zeros((), jnp.float32)
     weights = [
         _knot_weights(
             digits[..., i],
-            error[..., i] if i < error.shape[-1] else jnp.zeros(()),
+            error[..., i] if i < error.shape[-1] else no_error,
             level,
         )
         for i, level in enumerate(levels)
@@ -205,20 +209,23 @@ def _knot_weights(
   Returns:
     [..., level] float32 that sum to 1; NaN where the error is.
   """
-  above = jnp.minimum(digits + (error >= 0), level - 1)
-  below = jnp.maximum(digits - (error <= 0), 0)
+  above = jnp.minimum(digits + (error >= 0).astype(jnp.int32), level - 1)
+  below = jnp.maximum(digits - (error <= 0).astype(jnp.int32), 0)
   distance = jnp.maximum(above - below, 1)[..., None]
   digits, above, below = (
       jax.nn.one_hot(x, level, dtype=jnp.float32)
       for x in (digits, above, below)
   )
+  distance = distance.astype(jnp.float32)
   return digits + error[..., None] * (above - below) / distance
 
 
 def _linear_table(key, levels: Sequence[int], width: int) -> jax.Array:
   """Embeddings [sum of levels, width] that add up to a linear map."""
   stddev = len(levels) ** -0.5
-  directions = stddev * jax.random.normal(key, (len(levels), width))
+  directions = stddev * jax.random.normal(
+      key, (len(levels), width), jnp.float32
+  )
   return jnp.concatenate([
       np.linspace(-1, 1, level, dtype=np.float32)[:, None] * direction
       for level, direction in zip(levels, directions, strict=True)

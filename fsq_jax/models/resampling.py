@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from flax import linen as nn
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -148,6 +149,28 @@ def resize_images(
   highest = jax.lax.Precision.HIGHEST
   images = jnp.einsum('yh,bhwc->bywc', rows, images, precision=highest)
   return jnp.einsum('xw,bywc->byxc', columns, images, precision=highest)
+
+
+def average_pool(x: jax.Array, side: int, stride: int) -> jax.Array:
+  """Mean of the pixels that exist in each window, with padding 'SAME'.
+
+  `nn.avg_pool` with count_include_pad=False, which divides by a float64 array
+  with JAX_ENABLE_X64.
+
+  Args:
+    x: [B, H, W, C] floats.
+    side: of the square windows, pixels.
+    stride: pixels from one window to the next.
+
+  Returns:
+    [B, ceil(H / stride), ceil(W / stride), C] of the same dtype.
+  """
+
+  def add(x: jax.Array) -> jax.Array:
+    windows, strides = (side, side), (stride, stride)
+    return nn.pooling.pool(x, 0.0, jax.lax.add, windows, strides, 'SAME')
+
+  return add(x) / add(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:

@@ -52,8 +52,11 @@ class SpectralConv(nn.Module):
         # PyTorch's. The scale makes no difference.
         nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
         (self.kernel_size, x.shape[-1], self.features),
+        jnp.float32,
     )
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    bias = self.param(
+        'bias', nn.initializers.zeros, (self.features,), jnp.float32
+    )
     kernel = kernel / self._estimate(kernel, train)
     reach = self.kernel_size // 2
     x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)), mode='wrap')
@@ -66,9 +69,13 @@ class SpectralConv(nn.Module):
     matrix = rearrange(kernel, 'k i o -> (k i) o')
     u = self.variable(
         'spectral_norm', 'u',
-        lambda: jax.random.normal(self.make_rng('params'), (self.features,)),
+        lambda: jax.random.normal(
+            self.make_rng('params'), (self.features,), jnp.float32
+        ),
     )
-    v = self.variable('spectral_norm', 'v', jnp.zeros, (matrix.shape[0],))
+    v = self.variable(
+        'spectral_norm', 'v', jnp.zeros, matrix.shape[:1], jnp.float32
+    )
     # So that the first estimate is one, whatever the first call is for.
     if train or self.is_initializing():
       u.value, v.value = _iterate(matrix, u.value)

@@ -94,8 +94,9 @@ class QkvDense(nn.Module):
     """Maps [B, N, C] tokens to [3, B, heads, N, d]."""
     channels = x.shape[-1]
     init = nn.linear.default_kernel_init
-    kernel = self.param('kernel', init, (channels, 3 * channels))
-    bias = self.param('bias', nn.initializers.zeros, (3 * channels,))
+    shape = (channels, 3 * channels)
+    kernel = self.param('kernel', init, shape, jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, shape[1:], jnp.float32)
     x, kernel, bias = nn.dtypes.promote_dtype(
         x, kernel, bias, dtype=self.dtype
     )
@@ -189,9 +190,11 @@ class Block(nn.Module):
     attention = Attention(self.num_heads, self.dtype, name='attention')
     mlp = Mlp(self.mlp_dim, self.dtype, name='mlp')
     x = partitioning.constrain(x)
-    x = x + attention(_layer_norm('attention_norm')(x).astype(self.dtype))
+    y = _layer_norm('attention_norm')(x.astype(jnp.float32))
+    x = x + attention(y.astype(self.dtype))
     x = partitioning.constrain(x)
-    x = x + mlp(_layer_norm('mlp_norm')(x).astype(self.dtype))
+    y = _layer_norm('mlp_norm')(x.astype(jnp.float32))
+    x = x + mlp(y.astype(self.dtype))
     return partitioning.constrain(x), None
 
 
@@ -246,6 +249,7 @@ class Positions(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Adds positions to [B, h, w, C] tokens, float32."""
     height, width, channels = x.shape[1:]
+    x = x.astype(jnp.float32)
     if self.kind == 'sincos':
       return x + sincos_positions(height, width, channels)
     if (height, width) != tuple(self.grid_size):
@@ -255,7 +259,7 @@ class Positions(nn.Module):
           " position='sincos'."
       )
     init = nn.initializers.normal(stddev=0.02)
-    return x + self.param('embedding', init, (height, width, channels))
+    return x + self.param('embedding', init, x.shape[1:], jnp.float32)
 
 
 class VitEncoder(nn.Module):
@@ -344,7 +348,8 @@ class VitDecoder(nn.Module):
     p = self.patch_size
     # Starts near mid-grey: the first steps need not unlearn a random image.
     pixels = nn.Dense(
-        p * p * 3, kernel_init=nn.initializers.normal(0.02), name='pixels'
+        p * p * 3, dtype=jnp.float32,
+        kernel_init=nn.initializers.normal(0.02), name='pixels',
     )(x)
     return rearrange(
         pixels, 'b (h w) (p q c) -> b (h p) (w q) c', p=p, q=p, **grid

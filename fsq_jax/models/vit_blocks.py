@@ -42,10 +42,11 @@ class DenseParameters(nn.Module):
   def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
     """Returns a [channels, features] kernel and its bias, zeros without."""
     init = nn.linear.default_kernel_init
-    kernel = self.param('kernel', init, (channels, self.features))
+    shape = (channels, self.features)
+    kernel = self.param('kernel', init, shape, jnp.float32)
     if not self.use_bias:
       return kernel, jnp.zeros(self.features, kernel.dtype)
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, shape[1:], jnp.float32)
     return kernel, bias
 
 
@@ -108,16 +109,18 @@ class PretrainedBlock(nn.Module):
       if not arch.layer_scale:
         return y
       init = nn.initializers.ones
-      return y * self.param(name, init, (arch.width,)).astype(self.dtype)
+      factor = self.param(name, init, (arch.width,), jnp.float32)
+      return y * factor.astype(self.dtype)
 
     x = partitioning.constrain(x)
-    y = layer_norm(arch, 'attention_norm')(x).astype(self.dtype)
+    y = layer_norm(arch, 'attention_norm')(x.astype(jnp.float32))
     attention = RotaryAttention(arch, self.dtype, name='attention')
-    x = x + scale('attention_scale', attention(y, rotation))
+    x = x + scale('attention_scale', attention(y.astype(self.dtype), rotation))
     x = partitioning.constrain(x)
-    y = layer_norm(arch, 'mlp_norm')(x).astype(self.dtype)
+    y = layer_norm(arch, 'mlp_norm')(x.astype(jnp.float32))
     mlp = GatedMlp(arch, self.dtype, name='mlp')
-    return partitioning.constrain(x + scale('mlp_scale', mlp(y))), None
+    x = x + scale('mlp_scale', mlp(y.astype(self.dtype)))
+    return partitioning.constrain(x), None
 
 
 class KeptBlock(PretrainedBlock):
@@ -182,9 +185,10 @@ def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
   if rotation is None:
     return x
   sin, cos = rotation
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  y = x.astype(jnp.float32)
+  first, second = jnp.split(y, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
-  return (x * cos + turned * sin).astype(x.dtype)
+  return (y * cos + turned * sin).astype(x.dtype)
 
 
 def _dense_together(

@@ -1,11 +1,17 @@
 """What every quantizer takes and returns."""
 
+from collections.abc import Iterable, Sequence
+import math
+import numbers
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Axes over which replicas hold parts of the batch, as collectives take them.
+AxisName = str | tuple[str, ...] | None
 
 
 class QuantizerOutput(NamedTuple):
@@ -44,6 +50,63 @@ def integers(x: jax.Array, name: str) -> jax.Array:
   return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
 
 
+def checked_number(
+    name: str, value: Any, *, lowest: float = -math.inf
+) -> float:
+  """Returns a finite number >= `lowest` as a float, or raises ValueError.
+
+  A NumPy scalar would set the dtype of what it is multiplied with.
+  """
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  try:
+    number = float(value) if is_number else math.nan
+  except OverflowError:  # An integer that is too large.
+    number = math.nan
+  if not math.isfinite(number) or number < lowest:
+    bound = f', {lowest:g} or more' if math.isfinite(lowest) else ''
+    raise ValueError(f'{name} is {value!r}; use a finite number{bound}.')
+  return number
+
+
+def checked_integer(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> int:
+  """Returns an integer from `low` to `high` as an int, or raises ValueError."""
+  if (
+      isinstance(value, bool)
+      or not isinstance(value, numbers.Integral)
+      or not low <= value <= high
+  ):
+    bound = f' to {high}' if math.isfinite(high) else ' or more'
+    bound = f', {low}{bound}' if math.isfinite(low) else ''
+    raise ValueError(f'{name} is {value!r}; use an integer{bound}.')
+  return int(value)
+
+
+def check_name(name: str, value: Any, known: Iterable[str]) -> None:
+  """Raises ValueError unless `value` is one of the known names."""
+  # A list, since a set does not take values of any type.
+  if value not in list(known):
+    raise ValueError(f'{name} is {value!r}; known: {sorted(known)}.')
+
+
+def checked_axis_name(axis_name: str | Sequence[str] | None) -> AxisName:
+  """Returns a field `axis_name`, a list as a tuple, or raises ValueError."""
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  if names is None:
+    return None
+  if (
+      not isinstance(names, (list, tuple))
+      or not names
+      or not all(isinstance(name, str) and name for name in names)
+  ):
+    raise ValueError(
+        f'axis_name is {axis_name!r}; use None, the name of an axis, or a tuple'
+        ' of names.'
+    )
+  return axis_name if isinstance(axis_name, str) else tuple(names)
+
+
 class Quantizer(nn.Module, kw_only=True):
   """Contract of the quantizers: latents to codes, codes to indices and back.
 
@@ -57,6 +120,10 @@ class Quantizer(nn.Module, kw_only=True):
   """
 
   channel_axis: int = -1
+
+  def __post_init__(self):
+    self._set_integers('channel_axis')
+    super().__post_init__()
 
   @property
   def codebook_size(self) -> int:
@@ -118,6 +185,24 @@ class Quantizer(nn.Module, kw_only=True):
     on training, such as the weight of the loss, is not part of it.
     """
     raise NotImplementedError
+
+  def _set_integers(
+      self, *names: str, low: float = -math.inf, high: float = math.inf
+  ) -> None:
+    """Checks fields, and makes integers of NumPy ints."""
+    for name in names:
+      value = checked_integer(name, getattr(self, name), low, high)
+      setattr(self, name, value)
+
+  def _set_numbers(self, *names: str, lowest: float = 0) -> None:
+    """Checks fields, and makes floats of integers and NumPy scalars."""
+    for name in names:
+      value = checked_number(name, getattr(self, name), lowest=lowest)
+      setattr(self, name, value)
+
+  def _axis_name_in_use(self, train: bool) -> AxisName:
+    """Returns `axis_name` in training; initialization has no such axis."""
+    return self.axis_name if train and not self.is_initializing() else None
 
   def _channels_last(self, x: jax.Array, name: str) -> jax.Array:
     """Checks float latents or codes; moves their channels to the last axis."""

@@ -37,7 +37,7 @@ def build_quantizer(config: Mapping[str, Any]) -> base.Quantizer:
   """
   options = dict(config)
   name = options.pop('name', None)
-  if name not in QUANTIZERS:
+  if name not in list(QUANTIZERS):
     raise ValueError(
         f'model.quantizer.name is {name!r}; known: {sorted(QUANTIZERS)}.'
     )

@@ -1,7 +1,5 @@
 """What the quantizers with a table of codes share."""
 
-import math
-import numbers
 from typing import Any
 
 import jax
@@ -43,16 +41,15 @@ class CodebookQuantizer(base.Quantizer):
   commitment_weight: float = 0.25
 
   def __post_init__(self):
-    for name in ('codebook_size', 'code_dim'):
-      check_number(name, getattr(self, name), lowest=1, integer=True)
+    self._set_integers('codebook_size', 'code_dim', low=1)
     if self.codebook_size > lookup.MAX_DISTANCES:
       raise ValueError(
           f'codebook_size is {self.codebook_size}; a table takes at most '
           f'{lookup.MAX_DISTANCES} codes; use FSQ or LFQ, which need none.'
       )
-    check_name('metric', self.metric, lookup.METRICS)
-    check_name('gradient', self.gradient, estimators.ESTIMATORS)
-    check_number('commitment_weight', self.commitment_weight)
+    base.check_name('metric', self.metric, lookup.METRICS)
+    base.check_name('gradient', self.gradient, estimators.ESTIMATORS)
+    self._set_numbers('commitment_weight')
     super().__post_init__()
 
   def codes_to_indices(self, codes: jax.Array) -> jax.Array:
@@ -117,24 +114,3 @@ def check_shape(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
         f'quantizer needs {shape}; set codebook_size and code_dim to what the '
         'variables were made with.'
     )
-
-
-def check_name(field: str, value: Any, known: Any) -> None:
-  """Raises ValueError unless `value` is one of the known names."""
-  if value not in list(known):
-    raise ValueError(f'{field} is {value!r}; known: {sorted(known)}.')
-
-
-def check_number(
-    field: str, value: Any, *, lowest: float = 0, integer: bool = False
-) -> None:
-  """Raises ValueError unless `value` is a finite number, not below `lowest`."""
-  kind = numbers.Integral if integer else numbers.Real
-  if (
-      isinstance(value, bool)
-      or not isinstance(value, kind)
-      or not math.isfinite(value)
-      or value < lowest
-  ):
-    noun = 'an integer' if integer else 'a finite number'
-    raise ValueError(f'{field} is {value!r}; use {noun}, {lowest} or more.')

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 import math
-import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +14,6 @@ LAST_FASTEST = 'last dimension fastest'
 
 # float32 holds all whole numbers up to here.
 _MOST_WHOLE = 2**24
-
-
-def check_number(name: str, value: Any, *, lowest: float = -math.inf) -> None:
-  """Raises ValueError unless `value` is a finite number >= `lowest`."""
-  if (
-      isinstance(value, bool)
-      or not isinstance(value, numbers.Real)
-      or not math.isfinite(value)
-      or value < lowest
-  ):
-    raise ValueError(
-        f'{name} is {value!r}; use a finite number'
-        + (f' of {lowest:g} or more.' if math.isfinite(lowest) else '.')
-    )
-
-
-def check_integer(name: str, value: Any, low: int, high: int) -> None:
-  """Raises ValueError unless `value` is an integer from `low` to `high`."""
-  if (
-      isinstance(value, bool)
-      or not isinstance(value, numbers.Integral)
-      or not low <= value <= high
-  ):
-    raise ValueError(f'{name} is {value!r}; use an integer, {low} to {high}.')
 
 
 class DigitQuantizer(base.Quantizer, kw_only=True):

@@ -1,6 +1,7 @@
 """Finite Scalar Quantization: every channel is rounded to a few levels."""
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ class FSQ(digits_lib.DigitQuantizer):
   L up to 128 in bfloat16.
 
   Noise draws from the rng 'quantizer' in training alone; indices and loss are
-  always those of the codes without noise.
+  always those of the codes without noise. Inside jax.shard_map or jax.pmap give
+  each replica a key of its own.
 
   Attributes:
     levels: number of values of each channel.
@@ -76,11 +78,7 @@ class FSQ(digits_lib.DigitQuantizer):
   noise_per: str = 'element'
 
   def __post_init__(self):
-    if self.convention not in conventions.CONVENTIONS:
-      raise ValueError(
-          f'convention is {self.convention!r}; known: '
-          f'{sorted(conventions.CONVENTIONS)}.'
-      )
+    base.check_name('convention', self.convention, conventions.CONVENTIONS)
     convention = self._convention
     for name, allowed in (
         ('bound', convention.bounds),
@@ -91,20 +89,15 @@ class FSQ(digits_lib.DigitQuantizer):
             f'{name} is {getattr(self, name)!r}; convention '
             f'{self.convention!r} knows {list(allowed)}.'
         )
-    if self.noise_per not in _NOISE_PER:
-      raise ValueError(
-          f'noise_per is {self.noise_per!r}; known: {list(_NOISE_PER)}.'
-      )
+    base.check_name('noise_per', self.noise_per, _NOISE_PER)
     self.levels = level_sets.checked(
         self.levels, lowest=convention.lowest_level
     )
     if self.eps is not None:
-      digits_lib.check_number('eps', self.eps)
+      self._set_numbers('eps', lowest=-math.inf)
     if self.commitment_weight is not None:
-      digits_lib.check_number(
-          'commitment_weight', self.commitment_weight, lowest=0
-      )
-    digits_lib.check_number('noise', self.noise, lowest=0)
+      self._set_numbers('commitment_weight')
+    self._set_numbers('noise')
     limit = 1 / (max(self.levels) - 1)
     if abs(self._eps) >= limit:
       raise ValueError(
@@ -225,9 +218,11 @@ class FSQ(digits_lib.DigitQuantizer):
     amplitude = self.noise
     if self.noise_per == 'example':
       amplitude *= jax.random.uniform(
-          amplitude_key, digits_lib.per_example(shape, rank)
+          amplitude_key, digits_lib.per_example(shape, rank), jnp.float32
       )
-    return amplitude * jax.random.uniform(noise_key, shape, minval=-1)
+    return amplitude * jax.random.uniform(
+        noise_key, shape, jnp.float32, minval=-1
+    )
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
     digits = jnp.stack(self._nearest(codes), axis=-1)

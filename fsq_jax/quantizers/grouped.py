@@ -5,7 +5,6 @@ from typing import Any
 from einops import rearrange
 import jax
 
-from fsq_jax.quantizers import digits
 from fsq_jax.quantizers import fsq
 
 _MAX_GROUPS = 2**16
@@ -31,7 +30,7 @@ class GroupedFSQ(fsq.FSQ, kw_only=True):
   num_groups: int
 
   def __post_init__(self):
-    digits.check_integer('num_groups', self.num_groups, 1, _MAX_GROUPS)
+    self._set_integers('num_groups', low=1, high=_MAX_GROUPS)
     super().__post_init__()
 
   @property

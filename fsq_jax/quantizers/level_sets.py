@@ -30,7 +30,7 @@ _MAX_CODEBOOK_SIZE = 2**31 - 1
 
 def recommended_levels(bits: int) -> tuple[int, ...]:
   """Returns the paper's levels for a codebook of about 2**bits codes."""
-  if bits not in LEVELS:
+  if bits not in list(LEVELS):
     raise ValueError(
         f'No levels are recommended for {bits!r} bits; known: {sorted(LEVELS)}.'
     )
@@ -50,7 +50,7 @@ def checked(levels: Any, *, lowest: int) -> tuple[int, ...]:
         'such as (8, 8, 8).'
     )
   for level in levels:
-    if not isinstance(level, numbers.Integral):
+    if isinstance(level, bool) or not isinstance(level, numbers.Integral):
       raise ValueError(f'levels has {level!r}; every level is an integer.')
     if not lowest <= level <= MAX_LEVEL:
       raise ValueError(

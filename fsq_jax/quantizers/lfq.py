@@ -1,5 +1,6 @@
 """Lookup-free quantization: every channel is replaced by its sign."""
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -54,6 +55,10 @@ class LFQ(digits_lib.DigitQuantizer):
     diversity_weight: factor, in it, of the entropy of the mean.
     temperature: squared distance at which a code is e times less probable.
     entropy_group_bits: 1 to 16; see above.
+    axis_name: in training, the axis of jax.shard_map, jax.pmap or jax.vmap, or
+      a tuple of axes, over which replicas hold parts of the batch: `mean_n p_n`
+      is then that of the whole batch, and the loss that of the whole batch is
+      the mean of the replicas' losses.
   """
 
   num_bits: int
@@ -63,19 +68,15 @@ class LFQ(digits_lib.DigitQuantizer):
   diversity_weight: float = 1.0
   temperature: float = 0.01
   entropy_group_bits: int = 9
+  axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    digits_lib.check_integer('num_bits', self.num_bits, 1, _MAX_BITS)
-    digits_lib.check_integer(
-        'entropy_group_bits', self.entropy_group_bits, 1, _MAX_GROUP_BITS
-    )
-    if self.bit_order not in _BIT_ORDERS:
-      raise ValueError(
-          f'bit_order is {self.bit_order!r}; known: {sorted(_BIT_ORDERS)}.'
-      )
-    for name in ('commitment_weight', 'entropy_weight', 'diversity_weight'):
-      digits_lib.check_number(name, getattr(self, name), lowest=0)
-    digits_lib.check_number('temperature', self.temperature, lowest=1e-6)
+    self._set_integers('num_bits', low=1, high=_MAX_BITS)
+    self._set_integers('entropy_group_bits', low=1, high=_MAX_GROUP_BITS)
+    base.check_name('bit_order', self.bit_order, _BIT_ORDERS)
+    self._set_numbers('commitment_weight', 'entropy_weight', 'diversity_weight')
+    self._set_numbers('temperature', lowest=1e-6)
+    self.axis_name = base.checked_axis_name(self.axis_name)
     super().__post_init__()
 
   @property
@@ -86,7 +87,6 @@ class LFQ(digits_lib.DigitQuantizer):
   def __call__(
       self, z: jax.Array, *, train: bool = False
   ) -> base.QuantizerOutput:
-    del train  # The same in training and evaluation.
     z = jnp.asarray(z)
     x = self._channels_last(z, 'Latents').astype(jnp.float32)
     # Infinite latents become the largest finite ones: inf - inf is NaN.
@@ -97,7 +97,9 @@ class LFQ(digits_lib.DigitQuantizer):
     z_q = codes + (x - jax.lax.stop_gradient(x))
     return base.QuantizerOutput(
         z_q=self._channels_back(z_q).astype(z.dtype),
-        loss=self._loss(x, codes),
+        loss=self._loss(
+            x, codes, axis_name=self._axis_name_in_use(train)
+        ),
         indices=self.digits_to_indices(digits),
     )
 
@@ -129,13 +131,16 @@ class LFQ(digits_lib.DigitQuantizer):
     return x
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isnan(codes), -1, codes > 0).astype(jnp.int32)
+    digits = (codes > 0).astype(jnp.int32)
+    return jnp.where(jnp.isnan(codes), -1, digits)
 
   def _codes(self, digits: jax.Array) -> jax.Array:
     codes = (2 * digits - 1).astype(jnp.float32) * np.float32(self._scale)
     return jnp.where(self._is_valid(digits), codes, jnp.nan)
 
-  def _loss(self, x: jax.Array, codes: jax.Array) -> jax.Array:
+  def _loss(
+      self, x: jax.Array, codes: jax.Array, *, axis_name: base.AxisName
+  ) -> jax.Array:
     """Returns the float32 loss of latents and codes [..., num_bits]."""
     loss = jnp.zeros((), jnp.float32)
     if self.commitment_weight > 0:
@@ -149,7 +154,7 @@ class LFQ(digits_lib.DigitQuantizer):
       if self.diversity_weight > 0:
         num_groups = math.ceil(self.num_bits / self.entropy_group_bits)
         entropy -= self.diversity_weight * sum(
-            _entropy_of_mean(group)
+            _entropy_of_mean(group, axis_name)
             for group in jnp.array_split(logits, num_groups, axis=-1)
         )
       loss += self.entropy_weight * entropy
@@ -189,11 +194,12 @@ def _mean_entropy(logits: jax.Array) -> jax.Array:
   return jnp.mean(jnp.sum(entropies, axis=-1))
 
 
-def _entropy_of_mean(logits: jax.Array) -> jax.Array:
+def _entropy_of_mean(logits: jax.Array, axis_name: base.AxisName) -> jax.Array:
   """Returns H(mean_n p_n) in nats over the 2^bits codes of a group.
 
   Args:
     logits: [N, bits] float32 logits of each bit.
+    axis_name: axes over which replicas hold parts of the batch, or None.
   """
   # A product of two halves, so that no array is [N, 2^bits].
   left, right = (_joint(half) for half in jnp.array_split(logits, 2, axis=-1))
@@ -206,6 +212,8 @@ def _entropy_of_mean(logits: jax.Array) -> jax.Array:
       out_sharding=jax.typeof(left).sharding.update(spec=jax.P(None, None)),
   )
   mean = total / logits.shape[0]
+  if axis_name is not None:
+    mean = jax.lax.pmean(mean, axis_name)
   # The gradient of p log p at 0 is infinite; codes never met have none.
   logarithms = jnp.log(jnp.where(mean > 0, mean, 1))
   return -jnp.sum(mean * logarithms)

@@ -93,7 +93,11 @@ def take(codebook: jax.Array, indices: jax.Array) -> jax.Array:
   return jnp.where(valid[..., None], entries, jnp.nan)
 
 
-def entropy_loss(x: jax.Array, codebook: jax.Array) -> jax.Array:
+def entropy_loss(
+    x: jax.Array,
+    codebook: jax.Array,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> jax.Array:
   """Rewards vectors that are sure of their entry, and entries all in use.
 
   The mean over vectors of the entropy of p = softmax(-distance / temperature),
@@ -103,9 +107,11 @@ def entropy_loss(x: jax.Array, codebook: jax.Array) -> jax.Array:
   Args:
     x: [..., d] float32 vectors.
     codebook: [K, d] float32 entries.
+    axis_name: axis, or axes, over which replicas hold parts of the batch; the
+      mean p is that of the whole batch then.
 
   Returns:
-    float32 scalar in [-log K, 0].
+    float32 scalar in [-log K, 0]; of replicas, their mean is.
   """
   rows = rearrange(x, '... d -> (...) d')
   codebook_size = codebook.shape[0]
@@ -119,9 +125,14 @@ def entropy_loss(x: jax.Array, codebook: jax.Array) -> jax.Array:
 
   # The backward pass computes distances again: kept, they would be N x K.
   add = jax.checkpoint(add, prevent_cse=False)
-  start = (jnp.zeros(()), jnp.zeros((codebook_size,)))
+  # Of rows, since JAX wants to be told what differs between replicas.
+  start = tuple(
+      jnp.zeros_like(rows, shape=shape) for shape in ((), (codebook_size,))
+  )
   sums, _ = jax.lax.scan(add, start, _deal(rows, codebook_size))
   entropy, p = (part / rows.shape[0] for part in sums)
+  if axis_name is not None:
+    p = jax.lax.pmean(p, axis_name)
   # Where p is 0 the logarithm's gradient must be finite: it gets multiplied.
   log_p = jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
   return entropy + jnp.sum(p * log_p)
@@ -180,7 +191,7 @@ def _deal(
     # A power of two divides most batches: little or nothing is padded.
     num_chunks = 1 << max(0, -(-num_rows // most_rows) - 1).bit_length()
     padding = -num_rows % num_chunks
-  weights = jnp.pad(jnp.ones((num_rows,)), (0, padding))
+  weights = jnp.pad(jnp.ones((num_rows,), jnp.float32), (0, padding))
   rows = jnp.pad(rows, ((0, padding), (0, 0)))
   return (
       rearrange(rows, '(n c) d -> c n d', c=num_chunks),

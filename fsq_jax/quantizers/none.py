@@ -6,7 +6,6 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.quantizers import base
-from fsq_jax.quantizers import codebook
 
 
 class NoQuantizer(base.Quantizer):
@@ -26,7 +25,7 @@ class NoQuantizer(base.Quantizer):
   code_dim: int | None = None
 
   def __post_init__(self):
-    codebook.check_number('code_dim', self.code_dim, lowest=1, integer=True)
+    self._set_integers('code_dim', low=1)
     super().__post_init__()
 
   @property

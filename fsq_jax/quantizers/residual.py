@@ -55,8 +55,8 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   def __post_init__(self):
     self.levels = level_sets.checked(self.levels, lowest=2)
     most = int(math.log2(level_sets.MAX_LEVEL) / math.log2(max(self.levels)))
-    digits_lib.check_integer('num_stages', self.num_stages, 1, most)
-    digits_lib.check_number('stage_dropout', self.stage_dropout, lowest=0)
+    self._set_integers('num_stages', low=1, high=most)
+    self._set_numbers('stage_dropout')
     if self.stage_dropout > 1 or (self.stage_dropout and self.num_stages == 1):
       raise ValueError(
           f'stage_dropout is {self.stage_dropout} with {self.num_stages} '
@@ -113,7 +113,7 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   def indices_to_codes(self, indices: jax.Array) -> jax.Array:
     indices = base.integers(indices, 'Indices')
     self.check_index_axes(indices.shape)
-    stages = jnp.arange(1, indices.shape[-1] + 1)
+    stages = jnp.arange(1, indices.shape[-1] + 1, dtype=jnp.int32)
     count = jnp.max(jnp.where(indices == -1, 0, stages), axis=-1, keepdims=True)
     digits = self.indices_to_digits(indices)
     return self._channels_back(self._first_stages(digits, count))
@@ -135,8 +135,8 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     drop_key, count_key = jax.random.split(self._random_key('stage_dropout'))
     shape = digits_lib.per_example(digits[..., 0, :].shape, rank)
     count = jnp.where(
-        jax.random.bernoulli(drop_key, self.stage_dropout, shape),
-        jax.random.randint(count_key, shape, 1, self.num_stages),
+        jax.random.bernoulli(drop_key, np.float32(self.stage_dropout), shape),
+        jax.random.randint(count_key, shape, 1, self.num_stages, jnp.int32),
         self.num_stages,
     )
     return self._first_stages(digits, count)

@@ -39,8 +39,8 @@ class SimVQ(codebook.CodebookQuantizer):
   input_projection: str = 'none'
 
   def __post_init__(self):
-    codebook.check_name('weighting', self.weighting, _WEIGHTINGS)
-    codebook.check_name(
+    base.check_name('weighting', self.weighting, _WEIGHTINGS)
+    base.check_name(
         'input_projection', self.input_projection, _INPUT_PROJECTIONS
     )
     super().__post_init__()
@@ -100,7 +100,8 @@ class _ProjectedCodebook(nn.Module):
 
     def draw() -> jax.Array:
       key = self.make_rng('params')
-      return jax.random.normal(key, shape) * self.code_dim**-0.5
+      entries = jax.random.normal(key, shape, jnp.float32)
+      return entries * self.code_dim**-0.5
 
     entries = self.variable('codebook', 'entries', draw)
     codebook.check_shape('entries', entries.value, shape)

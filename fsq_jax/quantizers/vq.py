@@ -1,5 +1,6 @@
 """Vector quantization: the nearest entry of a learned codebook."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from einops import rearrange
@@ -26,11 +27,13 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   With codebook_update 'ema' entries are moving averages of the latents that
   chose them. They live in the collection `codebook` with their statistics
   (counts and sums, see `ema_codebook.EmaCodebook`), a seed drawn at init, and
-  the step: updates so far. Each call that has train=True and the collection
-  mutable changes them; it quantizes with the entries from before, except that
-  k-means comes first. Sums run over the global batch, and random choices depend
-  on seed and step alone: any number of devices gives the same, in a resumed run
-  too.
+  the step: updates so far. Each call with train=True updates them, for which
+  the collection must be mutable; it quantizes with the entries from before,
+  except that k-means comes first. Sums run over the global batch, and random
+  choices depend on seed and step alone: any number of devices gives the same,
+  in a resumed run too. That holds for arrays sharded over devices under
+  jax.jit; where jax.shard_map, jax.pmap or jax.vmap give each replica a part of
+  the batch, it needs `axis_name`, or the codebooks of replicas drift apart.
 
   With codebook_update 'gradient' the codebook is a parameter, which the
   codebook loss mean((code - sg(latents))^2) draws to the latents.
@@ -48,6 +51,11 @@ class VectorQuantizer(codebook.CodebookQuantizer):
       defaults; no restart comes before. Only for `restart`.
     entropy_weight: factor of the loss that favours sure choices and an even use
       of all codes, `lookup.entropy_loss`.
+    axis_name: axis of jax.shard_map, jax.pmap or jax.vmap, or a tuple of axes,
+      over which replicas hold equal parts of the batch, on its leading axis:
+      training then uses the statistics of the whole batch, and the mean of the
+      replicas' losses is the loss of the whole batch. Not used in evaluation
+      and initialization.
   """
 
   codebook_update: str = 'ema'
@@ -56,23 +64,23 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   restart: str = 'none'
   dead_share: float = 0.01
   entropy_weight: float = 0.0
+  axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    codebook.check_name('codebook_update', self.codebook_update, _UPDATES)
-    codebook.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
-    codebook.check_name('restart', self.restart, ema_codebook.RESTARTS)
-    codebook.check_number('decay', self.decay)
+    base.check_name('codebook_update', self.codebook_update, _UPDATES)
+    base.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
+    base.check_name('restart', self.restart, ema_codebook.RESTARTS)
+    self._set_numbers('decay', 'dead_share', 'entropy_weight')
     if self.decay >= 1:
       raise ValueError(
           f'decay is {self.decay}; use less than 1, or no code ever moves.'
       )
-    codebook.check_number('dead_share', self.dead_share)
     if self.dead_share >= 1:
       raise ValueError(
           f'dead_share is {self.dead_share}; use less than 1, or codes of mean '
           'use are dead.'
       )
-    codebook.check_number('entropy_weight', self.entropy_weight)
+    self.axis_name = base.checked_axis_name(self.axis_name)
     if self.codebook_update == 'gradient':
       for name, value in (('codebook_init', 'normal'), ('restart', 'none')):
         if getattr(self, name) != value:
@@ -97,7 +105,9 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     if self.codebook_update == 'gradient':
       loss += codebook.codebook_loss(x, codes)
     if self.entropy_weight > 0:
-      loss += self.entropy_weight * lookup.entropy_loss(x, table)
+      loss += self.entropy_weight * lookup.entropy_loss(
+          x, table, self._axis_name_in_use(train)
+      )
     return base.QuantizerOutput(
         z_q=self._pass_gradient(x, codes).astype(z.dtype),
         loss=loss,
@@ -108,12 +118,20 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     return {'name': 'vq', **super().spec(), 'code': 'entry'}
 
   def _updates(self, train: bool) -> bool:
-    return (
-        train
-        and self.codebook_update == 'ema'
-        and self.is_mutable_collection('codebook')
-        and not self.is_initializing()
-    )
+    """Whether this call moves the codebook; raises where it cannot."""
+    if (
+        not train
+        or self.codebook_update != 'ema'
+        or self.is_initializing()
+    ):
+      return False
+    if not self.is_mutable_collection('codebook'):
+      raise ValueError(
+          "train=True updates the codebook, but the collection 'codebook' is"
+          " immutable; call apply with mutable=['codebook'] and keep the"
+          ' variables that it returns, or use train=False.'
+      )
+    return True
 
   def _codes(self) -> jax.Array:
     return self._table(self._entries())
@@ -143,7 +161,9 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     # A copy: state that is donated must not hold one buffer twice.
     declare('sums', lambda: jnp.copy(ema_codebook.start(entries).sums), shape)
     declare('counts', lambda: ema_codebook.start(entries).counts, shape[:1])
-    declare('seed', lambda: jax.random.bits(self.make_rng('params')))
+    declare('seed', lambda: jax.random.bits(
+        self.make_rng('params'), dtype=jnp.uint32
+    ))
     declare('step', lambda: jnp.zeros((), jnp.int32))
     return entries
 
@@ -172,7 +192,11 @@ class VectorQuantizer(codebook.CodebookQuantizer):
           step == 0,
           lambda: ema_codebook.start(
               ema_codebook.kmeans(
-                  ema.entries, rows, kmeans_key, lookup.METRICS[self.metric]
+                  ema.entries,
+                  rows,
+                  kmeans_key,
+                  lookup.METRICS[self.metric],
+                  self.axis_name,
               )
           ),
           lambda: ema,
@@ -180,9 +204,11 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     table = self._table(ema.entries)
     indices = lookup.nearest(x, table)
     flat = indices.reshape(rows.shape[:1])
-    ema = ema_codebook.update(ema, rows, flat, self.decay)
+    ema = ema_codebook.update(ema, rows, flat, self.decay, self.axis_name)
     restart = ema_codebook.RESTARTS[self.restart]
-    ema = restart(ema, rows, flat, restart_key, self.dead_share)
+    ema = restart(
+        ema, rows, flat, restart_key, self.dead_share, self.axis_name
+    )
     for name, value in ema._asdict().items():
       self.put_variable('codebook', name, value)
     self.put_variable('codebook', 'step', step + 1)
