@@ -77,17 +77,20 @@ class Tally:
       dataset: data.Dataset,
       num_grid_images: int,
       *,
+      cut: Callable[[np.ndarray], np.ndarray] = np.copy,
       lay_out: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack,
   ):
-    """Counts nothing yet.
+    """Starts at no image.
 
     Args:
       quantizer: of the model, whose indices are counted.
       networks: what networks measure.
       dataset: that the batches are of.
       num_grid_images: originals and reconstructions to keep.
-      lay_out: makes one array of those, where they differ in size.
+      cut: returns a copy of what is kept of one of those.
+      lay_out: makes one array of them, where they differ in size.
     """
+    self._cut = cut
     self._lay_out = lay_out
     self._quantizer = quantizer
     self._networks = networks
@@ -109,7 +112,7 @@ class Tally:
       output: train_step.EvalOutput,
       images: jax.Array,
       reconstructions: jax.Array,
-  ) -> None:
+  ) -> dict[str, str]:
     """Adds a batch.
 
     Args:
@@ -118,12 +121,20 @@ class Tally:
         do not have are missing.
       images: those of the batch, on devices.
       reconstructions: those of the output, on devices.
+
+    Returns:
+      By the name of each metric that images of this size do not have, why not.
     """
     mask = batch['mask']
     finite = np.isfinite(output.metrics['psnr'])
     self._num_images += int(np.sum(mask))
     self._num_nonfinite += int(np.sum(mask & ~finite))
-    self._scores.update(
+    missing = {
+        name: f'takes {min_side} pixels a side or more'
+        for name, (_, min_side) in metrics.IMAGE_METRICS.items()
+        if name not in output.metrics
+    }
+    missing |= self._scores.update(
         images, reconstructions, mask, finite, pixels=batch['image']
     )
     for name, values in output.metrics.items():
@@ -131,8 +142,11 @@ class Tally:
     if self._codebook is not None:
       self._codebook.update(output.indices, mask)
     shown = select(batch, self._waiting)
-    self._originals.extend(batch['image'][shown])
-    self._reconstructions.extend(output.reconstructions[shown])
+    self._originals.extend(self._cut(batch['image'][i]) for i in shown)
+    self._reconstructions.extend(
+        self._cut(output.reconstructions[i]) for i in shown
+    )
+    return missing
 
   def num_unmeasured(self) -> dict[str, int]:
     """Images without a metric, where there are any, by its name."""

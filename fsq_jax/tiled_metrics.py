@@ -59,7 +59,7 @@ def image_metrics(
     if min(size) >= min_side:
       num_windows = math.prod(side - min_side + 1 for side in size)
       values[name] = sums[name] / (num_windows * original.shape[2])
-  return {name: values[name] for name in metrics.IMAGE_METRICS if name in values}
+  return values
 
 
 def _tiles(size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -108,7 +108,7 @@ def _sum_tile(originals, reconstructions, own, left) -> dict[str, jax.Array]:
 
 
 def _mask(values: jax.Array, num: jax.Array) -> jax.Array:
-  """Whether values [1, h, w, C] lie in the first num[0] rows, num[1] columns."""
+  """Whether values [1, h, w, C] are of the first [rows, columns] = num."""
   _, height, width, _ = values.shape
   rows = jnp.arange(height) < num[0]
   columns = jnp.arange(width) < num[1]
