@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import hashlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -12,7 +13,9 @@ import numpy as np
 from fsq_jax import data
 from fsq_jax import metrics
 from fsq_jax import network_metrics
+from fsq_jax import provenance
 from fsq_jax import quantizers
+from fsq_jax import runtime
 from fsq_jax import train_step
 
 # The codebook numbers that stand beside the image metrics in curves and bars.
@@ -45,13 +48,32 @@ class Evaluation(NamedTuple):
     return {**self.metrics, **{name: self.codebook[name] for name in names}}
 
   def lines(self) -> list[str]:
-    """All numbers, those of networks with the sha256 of the weights."""
+    """All numbers, those of networks with the sha256 of the weights.
+
+    The last line says how many images they are of, and how many are missing.
+    """
     hashes = self.protocol['networks']
     return [
         f'{name}: {value:.6g}'
         + (f' (weights sha256 {hashes[name]})' if name in hashes else '')
         for name, value in self.scalars().items()
+    ] + [self._count_images()]
+
+  def _count_images(self) -> str:
+    protocol = self.protocol
+    parts = [
+        f'{protocol["num_images"]:,} measured',
+        f'{protocol["num_damaged_images"]:,} unreadable',
+        f'{protocol["num_nonfinite_reconstructions"]:,} with a reconstruction'
+        ' that is not finite',
     ]
+    if 'num_skipped_images' in protocol:
+      parts.append(f'{protocol["num_skipped_images"]:,} skipped')
+    parts += [
+        f'{num:,} without {name}'
+        for name, num in protocol.get('num_unmeasured_images', {}).items()
+    ]
+    return f'images: {", ".join(parts)}'
 
   def summary(self) -> str:
     """The numbers that matter most, in one line."""
@@ -177,6 +199,8 @@ class Tally:
         protocol={
             **self._dataset.protocol,
             **protocol,
+            'content': _content(self._dataset),
+            'command': provenance.command(),
             'num_images': self._num_images,
             'num_damaged_images': self._dataset.damaged,
             'num_nonfinite_reconstructions': self._num_nonfinite,
@@ -188,6 +212,17 @@ class Tally:
         originals=self._lay_out(self._originals),
         reconstructions=self._lay_out(self._reconstructions),
     )
+
+
+def _content(dataset: data.Dataset) -> str:
+  """Returns a hash of the images of a data set that was read to its end.
+
+  The sha256 of those of the encoded images, by index, over all processes.
+  """
+  digests = runtime.gather(dataset.digests).max(axis=0)
+  if not len(digests):
+    return dataset.fingerprint['content']
+  return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def count_codes(

@@ -40,7 +40,8 @@ _ALLOWED_IMPORTS = {
         'network_metrics', 'tiled_metrics', 'train_step',
     },
     'evaluation': {
-        'data', 'metrics', 'network_metrics', 'quantizers', 'train_step',
+        'data', 'metrics', 'network_metrics', 'provenance', 'quantizers',
+        'runtime', 'train_step',
     },
     'native_size': {
         'compiled', 'metrics', 'models', 'partitioning', 'train_step',

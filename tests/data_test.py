@@ -227,6 +227,7 @@ def test_protocol_names_what_numbers_depend_on(tmp_path):
   config = _folder_config(_folder(tmp_path, 3, 'validation'), resize_shorter=9)
   protocol = data.build_dataset(config, split='eval', seed=0).protocol
   assert protocol == {
+      'data_dir': str(tmp_path.resolve()),
       'source': 'folder',
       'split': 'validation',
       'count': 3,

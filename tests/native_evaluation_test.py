@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 
 import jax
 from jax import numpy as jnp
@@ -373,7 +374,9 @@ def test_training_refuses_it_and_other_images_have_their_name(root, built):
   own.data.data_dir = '/other'
   label = evaluate._label(config, own, 'best')
   folder = pathlib.Path(config.data.data_dir).name
-  assert label == f'best_native_{folder}_validation'
+  assert re.fullmatch(
+      f'best_native_folder_{folder}_validation_[0-9a-f]{{8}}', label
+  )
 
 
 def test_a_grid_has_no_more_white_than_its_images_need():
