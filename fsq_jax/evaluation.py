@@ -219,9 +219,10 @@ def _content(dataset: data.Dataset) -> str:
 
   The sha256 of those of the encoded images, by index, over all processes.
   """
-  digests = runtime.gather(dataset.digests).max(axis=0)
+  digests = dataset.digests
   if not len(digests):
     return dataset.fingerprint['content']
+  digests = runtime.gather(digests).max(axis=0)
   return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
