@@ -88,6 +88,12 @@ _EXPORT = flags.DEFINE_string(
     None,
     'Folder that mode export writes to. Default: WORKDIR/export.',
 )
+_OUTPUT = flags.DEFINE_string(
+    'output',
+    None,
+    'Folder that modes eval and report write to. Default: WORKDIR, which then'
+    ' must be writable.',
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     'allow_config_change',
     False,
@@ -351,11 +357,18 @@ def _use(
   if _MODE.value == 'eval':
     from fsq_jax import evaluate
 
-    return evaluate.evaluate_workdir(config, workdir, which=which).lines()
+    evaluate.evaluate_workdir(
+        config, workdir, which=which, output=_OUTPUT.value, show=_show
+    )
+    return []
   if _MODE.value == 'report':
     from fsq_jax import codebook_analysis
 
-    return [codebook_analysis.analyze_workdir(config, workdir, which=which)]
+    return [
+        codebook_analysis.analyze_workdir(
+            config, workdir, which=which, output=_OUTPUT.value
+        )
+    ]
   if _MODE.value == 'detokenize':
     from fsq_jax import tokens
 
@@ -371,6 +384,12 @@ def _use(
   from fsq_jax import latent_statistics
 
   return [latent_statistics.measure_to_workdir(config, workdir)]
+
+
+def _show(result: Any) -> None:
+  """Prints the numbers of an evaluation before they are written."""
+  sys.stdout.write(''.join(f'{line}\n' for line in result.lines()))
+  sys.stdout.flush()
 
 
 def _train(

@@ -81,6 +81,7 @@ def analyze_workdir(
     workdir: str | os.PathLike[str],
     *,
     which: str = 'newest',
+    output: str | os.PathLike[str] | None = None,
 ) -> str:
   """Writes codebook.json, and the report with it.
 
@@ -89,13 +90,16 @@ def analyze_workdir(
     workdir: the run's folder.
     which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
       of a step.
+    output: folder that both are written to, in place of the run's.
 
   Returns:
     Path of the report.
 
   Raises:
     ValueError: a config that is not valid or not that of the checkpoint's
-      model, no checkpoint, or no readable image.
+      model, no checkpoint, no readable image, or a folder that cannot be
+      written.
+    RuntimeError: the files cannot be written in the end.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, jax.device_count(), mode='report')
@@ -108,6 +112,7 @@ def analyze_workdir(
   share = partitioning.process_share(mesh)
   found = trained.find(workdir, which)
   trained.check_same_model(found.config, configuration.resolve(config))
+  folder = evaluate.prepare_output(found.folder, output)
   dataset = data.build_dataset(
       config.data,
       split='eval',
@@ -133,10 +138,27 @@ def analyze_workdir(
       'quantizer': model.quantizer.spec(),
       **tally.result(),
   }
+  result['names'] = _names(result, dataset)
   if jax.process_index() == 0:
-    workdirs.write_json(found.folder / workdirs.CODEBOOK, result)
-    return report.write_report(found.folder)
-  return str(found.folder / workdirs.REPORT)
+    with evaluate.writing_to(folder):
+      workdirs.write_json(folder / workdirs.CODEBOOK, result)
+      return report.write_report(found.folder, folder)
+  return str(folder / workdirs.REPORT)
+
+
+def _names(value: Any, dataset: data.Dataset) -> dict[str, str]:
+  """Returns the names of all images with an 'index' in a value, by that."""
+  if isinstance(value, list):
+    parts, names = value, {}
+  elif isinstance(value, Mapping):
+    parts, names = value.values(), {}
+    if 'index' in value and (name := dataset.name(value['index'])):
+      names[str(value['index'])] = name
+  else:
+    return {}
+  for part in parts:
+    names |= _names(part, dataset)
+  return names
 
 
 class Tally:

@@ -1,6 +1,9 @@
 """Evaluation over a whole split: image metrics and codebook statistics."""
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -26,6 +29,8 @@ from fsq_jax import workdir as workdirs
 _EVALUATION_IMAGES = (
     'source', 'name', 'data_dir', 'eval_split', 'resize_shorter',
 )  # fmt: skip
+# Digits of a hash in the name of a file.
+_SHORT_HASH = 8
 
 
 class Evaluator:
@@ -43,7 +48,7 @@ class Evaluator:
       num_grid_images: int,
       networks: network_metrics.NetworkMetrics | None = None,
   ):
-    """Compiles nothing yet.
+    """Functions are compiled on first call.
 
     Args:
       model: an autoencoder.
@@ -172,7 +177,8 @@ def _build_networks(
       images={
           name: value
           for name, value in (dataset.fingerprint | dataset.protocol).items()
-          if name not in ('batch_size', 'process_count', 'skipped_files')
+          if name
+          not in ('batch_size', 'process_count', 'data_dir', 'skipped_files')
       },
       folder=folder / workdirs.REFERENCES,
   )
@@ -218,26 +224,32 @@ def evaluate_workdir(
     workdir: str | os.PathLike[str],
     *,
     which: str = 'newest',
+    output: str | os.PathLike[str] | None = None,
+    show: Callable[[evaluation.Evaluation], None] = lambda result: None,
 ) -> evaluation.Evaluation:
   """Evaluates a checkpoint of a run.
 
   The newest checkpoint on the run's own split rewrites evaluation.json and the
-  report. Anything else gets files of its own, such as
-  evaluation_test_0_2000.json, and leaves the run's numbers alone. So do images
-  at their own size (eval.native_size): evaluation_native.json.
+  report. Anything else gets files of its own: evaluation_best.json of the best
+  checkpoint, evaluation_native.json of images at their own size
+  (eval.native_size), and, of other images, a name with a hash of the fields
+  that say which, such as evaluation_photos_test_1f0c2d3e.json.
 
   Args:
     config: of the run; its data section may name other evaluation images.
     workdir: the run's folder.
     which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
       of a step.
+    output: folder that files are written to, in place of the run's.
+    show: called with the evaluation before anything of it is written.
 
   Returns:
     The evaluation, also written to the folder.
 
   Raises:
     ValueError: a config that is not valid or not that of the checkpoint's
-      model, or no checkpoint.
+      model, no checkpoint, or a folder that cannot be written.
+    RuntimeError: what was evaluated and shown cannot be written.
   """
   runtime.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, jax.device_count(), mode='eval')
@@ -245,6 +257,7 @@ def evaluate_workdir(
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = trained.find(workdir, which)
   trained.check_same_model(found.config, config)
+  folder = prepare_output(found.folder, output)
   native = config.eval.native_size
   # All native images pass every process, whose devices do the same.
   share = (
@@ -260,7 +273,7 @@ def evaluate_workdir(
       process_count=share.count,
   )
   # Before anything that takes long: files may be missing.
-  networks = _build_networks(config, dataset, mesh, found.folder)
+  networks = _build_networks(config, dataset, mesh, folder)
   model, variables = trained.restore(found, mesh)
   kwargs = {
       'num_grid_images': config.eval.num_grid_images, 'networks': networks
@@ -272,12 +285,50 @@ def evaluate_workdir(
   else:
     evaluator = Evaluator(model, dataset, mesh, **kwargs)
   result = evaluator.run(variables)
+  show(result)
   if jax.process_index() == 0:
     label = _label(config, found.config, which)
-    write_evaluation(found.folder, found.step, result, label)
-    if not label:
-      report.write_report(found.folder)
+    with writing_to(folder):
+      write_evaluation(folder, found.step, result, label)
+      if not label:
+        report.write_report(found.folder, folder)
   return result
+
+
+def prepare_output(
+    folder: pathlib.Path, output: str | os.PathLike[str] | None
+) -> pathlib.Path:
+  """Returns the folder for what is found about a run, known to be writable.
+
+  Args:
+    folder: of the run.
+    output: the folder to take in its place, created if missing; None for none.
+
+  Raises:
+    ValueError: nothing can be written there.
+  """
+  path = folder if output is None else pathlib.Path(output)
+  # Of several processes one writes.
+  with runtime.fail_together():
+    if jax.process_index() == 0:
+      path = workdirs.create(path, '--output')
+  return path.expanduser().absolute()
+
+
+@contextlib.contextmanager
+def writing_to(folder: pathlib.Path) -> Iterator[None]:
+  """Says where files could have gone if the body cannot write them.
+
+  Raises:
+    RuntimeError: in place of an OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise RuntimeError(
+        f'{error.filename or folder} cannot be written ({error.strerror}); give'
+        ' another folder with --output.'
+    ) from error
 
 
 def _label(
@@ -291,9 +342,23 @@ def _label(
     words = [f'checkpoint_{which}']
   if config.eval.native_size:
     words.append('native')
-  if any(own.data[x] != config.data[x] for x in _EVALUATION_IMAGES):
-    words.append(config.data.name)
-    if own.data.data_dir != config.data.data_dir:
-      words.append(pathlib.Path(config.data.data_dir).name)
-    words.append(config.data.eval_split)
+  images, own_images = _images(config), _images(own)
+  if images != own_images:
+    text = json.dumps(images, sort_keys=True)
+    words += [
+        config.data.name or config.data.source,
+        pathlib.Path(images['data_dir']).name,
+        config.data.eval_split,
+        hashlib.sha256(text.encode()).hexdigest()[:_SHORT_HASH],
+    ]
   return '_'.join(re.findall(r'\w+', ' '.join(words)))
+
+
+def _images(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields that say which images are evaluated, and how."""
+  fields = {name: config.data[name] for name in _EVALUATION_IMAGES}
+  if config.data.data_dir:
+    path = pathlib.Path(config.data.data_dir).expanduser()
+    # Where a folder lies decides, not how that is written.
+    fields['data_dir'] = str(path.resolve())
+  return fields

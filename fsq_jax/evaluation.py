@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import hashlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -12,7 +13,9 @@ import numpy as np
 from fsq_jax import data
 from fsq_jax import metrics
 from fsq_jax import network_metrics
+from fsq_jax import provenance
 from fsq_jax import quantizers
+from fsq_jax import runtime
 from fsq_jax import train_step
 
 # The codebook numbers that stand beside the image metrics in curves and bars.
@@ -45,13 +48,32 @@ class Evaluation(NamedTuple):
     return {**self.metrics, **{name: self.codebook[name] for name in names}}
 
   def lines(self) -> list[str]:
-    """All numbers, those of networks with the sha256 of the weights."""
+    """All numbers, those of networks with the sha256 of the weights.
+
+    The last line says how many images they are of, and how many are missing.
+    """
     hashes = self.protocol['networks']
     return [
         f'{name}: {value:.6g}'
         + (f' (weights sha256 {hashes[name]})' if name in hashes else '')
         for name, value in self.scalars().items()
+    ] + [self._count_images()]
+
+  def _count_images(self) -> str:
+    protocol = self.protocol
+    parts = [
+        f'{protocol["num_images"]:,} measured',
+        f'{protocol["num_damaged_images"]:,} unreadable',
+        f'{protocol["num_nonfinite_reconstructions"]:,} with a reconstruction'
+        ' that is not finite',
     ]
+    if 'num_skipped_images' in protocol:
+      parts.append(f'{protocol["num_skipped_images"]:,} skipped')
+    parts += [
+        f'{num:,} without {name}'
+        for name, num in protocol.get('num_unmeasured_images', {}).items()
+    ]
+    return f'images: {", ".join(parts)}'
 
   def summary(self) -> str:
     """The numbers that matter most, in one line."""
@@ -77,17 +99,20 @@ class Tally:
       dataset: data.Dataset,
       num_grid_images: int,
       *,
+      cut: Callable[[np.ndarray], np.ndarray] = np.copy,
       lay_out: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack,
   ):
-    """Counts nothing yet.
+    """Starts at no image.
 
     Args:
       quantizer: of the model, whose indices are counted.
       networks: what networks measure.
       dataset: that the batches are of.
       num_grid_images: originals and reconstructions to keep.
-      lay_out: makes one array of those, where they differ in size.
+      cut: returns a copy of what is kept of one of those.
+      lay_out: makes one array of them, where they differ in size.
     """
+    self._cut = cut
     self._lay_out = lay_out
     self._quantizer = quantizer
     self._networks = networks
@@ -111,7 +136,7 @@ class Tally:
       output: train_step.EvalOutput,
       images: jax.Array,
       reconstructions: jax.Array,
-  ) -> None:
+  ) -> dict[str, str]:
     """Adds a batch.
 
     Args:
@@ -120,6 +145,9 @@ class Tally:
         do not have are missing.
       images: those of the batch, on devices.
       reconstructions: those of the output, on devices.
+
+    Returns:
+      By the name of each metric that images of this size do not have, why not.
     """
     mask = batch['mask']
     finite = np.isfinite(output.metrics['psnr'])
@@ -129,7 +157,12 @@ class Tally:
     self._num_damaged += int(np.sum(~mask & is_example))
     self._num_nonfinite += int(np.sum(mask & ~finite))
     self._num_upscaled += int(np.sum(mask & batch['upscaled']))
-    self._scores.update(
+    missing = {
+        name: f'takes {min_side} pixels a side or more'
+        for name, (_, min_side) in metrics.IMAGE_METRICS.items()
+        if name not in output.metrics
+    }
+    missing |= self._scores.update(
         images, reconstructions, mask, finite, pixels=batch['image']
     )
     for name, values in output.metrics.items():
@@ -137,8 +170,11 @@ class Tally:
     if self._codebook is not None:
       self._codebook.update(output.indices, mask)
     shown = select(batch, self._waiting)
-    self._originals.extend(batch['image'][shown])
-    self._reconstructions.extend(output.reconstructions[shown])
+    self._originals.extend(self._cut(batch['image'][i]) for i in shown)
+    self._reconstructions.extend(
+        self._cut(output.reconstructions[i]) for i in shown
+    )
+    return missing
 
   def num_unmeasured(self) -> dict[str, int]:
     """Images without a metric, where there are any, by its name."""
@@ -176,6 +212,8 @@ class Tally:
         protocol={
             **self._dataset.protocol,
             **protocol,
+            'content': _content(self._dataset),
+            'command': provenance.command(),
             'num_images': self._num_images,
             # A data set knows of the images that its process has read; batches
             # hold those of all processes, but one by one only readable ones.
@@ -190,6 +228,18 @@ class Tally:
         originals=self._lay_out(self._originals),
         reconstructions=self._lay_out(self._reconstructions),
     )
+
+
+def _content(dataset: data.Dataset) -> str:
+  """Returns a hash of the images of a data set that was read to its end.
+
+  The sha256 of those of the encoded images, by index, over all processes.
+  """
+  digests = dataset.digests
+  if not len(digests):
+    return dataset.fingerprint['content']
+  digests = runtime.gather(digests).max(axis=0)
+  return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def count_codes(

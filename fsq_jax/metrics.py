@@ -55,6 +55,9 @@ DEFINITIONS = {
     'total_correlation_bits': 'sum of level_entropy_bits - entropy_bits',
 }
 
+# Windows a side that the filters of SSIM take together.
+_FILTER_BLOCK = 128
+
 # (code, count) pairs buffered before they are merged into the sorted counts.
 _BUFFERED_CODES = 2**20
 
@@ -132,8 +135,7 @@ def ssim(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
   Equal to scikit-image with gaussian_weights=True, sigma=1.5 and
   use_sample_covariance=False. Both sides must be at least 11 pixels.
   """
-  taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
-  return _ssim(originals, reconstructions, taps, 1.0)
+  return _image_mean(ssim_map(originals, reconstructions))
 
 
 def ssim_uniform(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
@@ -141,6 +143,27 @@ def ssim_uniform(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 
   Both sides must be at least 7 pixels.
   """
+  return _image_mean(ssim_uniform_map(originals, reconstructions))
+
+
+def ssim_map(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
+  """The SSIM of each window, of which `ssim` is the mean.
+
+  Args:
+    originals: [B, H, W, C] uint8.
+    reconstructions: as originals.
+
+  Returns:
+    [B, H - 10, W - 10, C] float32, one value for each 11 x 11 window.
+  """
+  taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+  return _ssim(originals, reconstructions, taps, 1.0)
+
+
+def ssim_uniform_map(
+    originals: jax.Array, reconstructions: jax.Array
+) -> jax.Array:
+  """As `ssim_map`, of `ssim_uniform`: [B, H - 6, W - 6, C]."""
   return _ssim(originals, reconstructions, np.ones(7), 49 / 48)
 
 
@@ -168,22 +191,32 @@ def _ssim(originals, reconstructions, taps, covariance_scale) -> jax.Array:
   c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
   luminance = 1 - mean_d**2 / ((mean_s**2 + mean_d**2) / 2 + c1)
   structure = 1 - var_d / ((var_s + var_d) / 2 + c2)
-  return _image_mean(luminance * structure)
+  return luminance * structure
 
 
 def _filter(images: jax.Array, taps: np.ndarray) -> jax.Array:
   """Weighted mean over each n x n window: [B, H - n + 1, W - n + 1, C].
 
-  Banded matrices, because XLA convolves slowly on CPU; the highest precision,
-  because GPU and TPU otherwise round the factors to 10 or 7 bits.
+  Each axis is multiplied by a banded matrix, because XLA convolves slowly on
+  CPU, in blocks, so that time and memory are O(pixels).
   """
-  _, height, width, _ = images.shape
-  rows, columns = _banded(height, taps), _banded(width, taps)
-  sums = jnp.einsum(
-      'yh,bhwc,xw->byxc', rows, images, columns, precision='highest'
-  )
+  sums = _filter_axis(_filter_axis(images, taps, 1), taps, 2)
   # Dividing last keeps the sums of the uniform window exact integers.
   return sums / np.float32(taps.sum() ** 2)
+
+
+def _filter_axis(images: jax.Array, taps: np.ndarray, axis: int) -> jax.Array:
+  """Weighted sums over n neighbours along one axis, 1 or 2, of the images."""
+  num = images.shape[axis] - len(taps) + 1
+  subscripts = 'yh,bhwc->bywc' if axis == 1 else 'xw,bhwc->bhxc'
+  blocks = []
+  for start in range(0, num, _FILTER_BLOCK):
+    stop = min(start + _FILTER_BLOCK, num) + len(taps) - 1
+    block = jax.lax.slice_in_dim(images, start, stop, axis=axis)
+    band = _banded(stop - start, taps)
+    # GPU and TPU otherwise round the factors to 10 or 7 bits.
+    blocks.append(jnp.einsum(subscripts, band, block, precision='highest'))
+  return jnp.concatenate(blocks, axis=axis)
 
 
 def _banded(size: int, taps: np.ndarray) -> np.ndarray:

@@ -1,22 +1,24 @@
 """Evaluation of images at their own size, one by one."""
 
 from collections.abc import Mapping, Sequence
+import itertools
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
+from fsq_jax import compiled
 from fsq_jax import data
 from fsq_jax import evaluation
-from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import native_size
 from fsq_jax import network_metrics
-from fsq_jax import partitioning
+from fsq_jax import tiled_metrics
 from fsq_jax import train_step
 
-# Sizes of images for which compiled programs are kept.
-_MAX_SIZES = 256
+# Images that are not measured in all, named in a protocol.
+_NUM_NAMED = 20
 # Most pixels a side of an image in the grid.
 _GRID_SIDE = 256
 
@@ -24,9 +26,9 @@ _GRID_SIDE = 256
 class NativeEvaluator:
   """Evaluates parameters on a split, each image once and whole.
 
-  A program is compiled for every size of image, in seconds where networks
-  measure; a split of many sizes takes far longer than one of crops. All devices
-  do the same.
+  Networks that measure, and convolutional models, are compiled for every size
+  of image, in seconds each; a split of many sizes takes far longer than one of
+  crops. All devices do the same.
   """
 
   def __init__(
@@ -39,7 +41,7 @@ class NativeEvaluator:
       num_grid_images: int,
       networks: network_metrics.NetworkMetrics,
   ):
-    """Compiles nothing yet.
+    """Functions are compiled on first call.
 
     Args:
       model: an autoencoder.
@@ -54,13 +56,6 @@ class NativeEvaluator:
     self._num_grid_images = num_grid_images
     self._networks = networks
     self._reconstructor = native_size.Reconstructor(model, image_size, mesh)
-    # Of images that are rounded already.
-    self._measure = jax.jit(
-        lambda images, reconstructions: metrics.image_metrics(
-            images, train_step.to_float(reconstructions)
-        ),
-        out_shardings=partitioning.replicated(mesh),
-    )
 
   def run(self, variables: Mapping[str, Any]) -> evaluation.Evaluation:
     """Evaluates the variables of the model.
@@ -80,24 +75,42 @@ class NativeEvaluator:
         self._networks,
         self._dataset,
         self._num_grid_images,
+        cut=_middle,
         lay_out=_lay_on_white,
     )
-    sizes = set()
+    skipped, unmeasured = {}, {}
     for batch in self._dataset:
       if not batch['mask'].all():
         continue
       images = batch['image']
-      if images.shape not in sizes and len(sizes) == _MAX_SIZES:
-        # They would fill the memory.
-        jax.clear_caches()
-        sizes.clear()
-      sizes.add(images.shape)
-      output = self._reconstruct(variables, images)
-      tally.update(batch, output, images, output.reconstructions)
+      name = self._dataset.describe(batch['index'][0])
+      size = f'{images.shape[1]} x {images.shape[2]} pixels'
+      try:
+        output = self._reconstruct(variables, images)
+      except Exception as error:
+        if not compiled.is_out_of_memory(error):
+          raise
+        skipped[name] = f'{size}: {str(error).splitlines()[0]}'
+        logging.error('Skipped %s, %s', name, skipped[name])
+        continue
+      missing = tally.update(batch, output, images, output.reconstructions)
+      if missing:
+        reasons = '; '.join(f'{x} {reason}' for x, reason in missing.items())
+        unmeasured[name] = f'{size}: {reasons}'
+        logging.warning('Partly measured: %s, %s', name, unmeasured[name])
+    num_left = self._dataset.num_examples - self._dataset.damaged
+    if skipped and len(skipped) == num_left:
+      raise ValueError(
+          'No image of the evaluation split can be evaluated. The first:'
+          f' {next(iter(skipped.items()))}.'
+      )
     return tally.result(
         native_size=self._reconstructor.protocol,
         tokens='those that see the image; of padding alone are not counted',
         num_unmeasured_images=tally.num_unmeasured(),
+        unmeasured_images=_first(unmeasured),
+        num_skipped_images=len(skipped),
+        skipped_images=_first(skipped),
     )
 
   def _reconstruct(self, variables, images) -> train_step.EvalOutput:
@@ -105,31 +118,39 @@ class NativeEvaluator:
     image, indices, (rows, columns), finite = self._reconstructor(
         variables, images[0]
     )
-    values = jax.device_get(self._measure(images, image[None]))
+    values = tiled_metrics.image_metrics(images[0], image)
     if not finite:
-      values = {name: np.full_like(x, np.nan) for name, x in values.items()}
+      values = dict.fromkeys(values, np.nan)
     return train_step.EvalOutput(
-        metrics=values,
+        metrics={name: np.array([x]) for name, x in values.items()},
         indices=indices[None, :rows, :columns],
         reconstructions=image[None],
     )
 
 
+def _first(reasons: Mapping[str, str]) -> dict[str, str]:
+  """Returns the first of the images, as many as a protocol names."""
+  return dict(itertools.islice(reasons.items(), _NUM_NAMED))
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+  """Returns a copy of the middle of an image, of at most `_GRID_SIDE`."""
+  inside = []
+  for side in image.shape[:2]:
+    length = min(side, _GRID_SIDE)
+    inside.append(slice((side - length) // 2, (side - length) // 2 + length))
+  return image[tuple(inside)].copy()
+
+
 def _lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
-  """Lays [H, W, 3] uint8 images, or the middle of large ones, on white.
+  """Lays [H, W, 3] uint8 images on the middle of white ones of one size.
 
   Returns:
     [n, height, width, 3] uint8, no larger than the largest of them needs.
   """
-  sides = np.array([image.shape[:2] for image in images])
-  height, width = np.minimum(sides.max(axis=0), _GRID_SIDE).tolist()
+  height, width = np.max([image.shape[:2] for image in images], axis=0)
   laid = np.full((len(images), height, width, 3), 255, np.uint8)
   for target, image in zip(laid, images, strict=True):
-    inside, outside = [], []
-    for side, room in zip(image.shape[:2], (height, width), strict=True):
-      length = min(side, room)
-      first, start = (side - length) // 2, (room - length) // 2
-      inside.append(slice(first, first + length))
-      outside.append(slice(start, start + length))
-    target[tuple(outside)] = image[tuple(inside)]
+    top, left = np.subtract((height, width), image.shape[:2]) // 2
+    target[top : top + image.shape[0], left : left + image.shape[1]] = image
   return laid

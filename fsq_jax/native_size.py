@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import math
 from typing import Any, NamedTuple
 
-from einops import rearrange
 import jax
 from jax import numpy as jnp
 import numpy as np
 
+from fsq_jax import compiled
 from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import partitioning
@@ -101,9 +101,10 @@ def reconstruct(
 class Reconstructor:
   """Reconstructs images of any size with one model.
 
-  A model with a stride, a convolutional one, takes the whole padded image; a
-  program is compiled for each padded size. Its GroupNorm sees the padding, so
-  that every pixel may differ a little from what it would be without. Other
+  A model with a stride, a convolutional one, takes the whole padded image, and
+  is compiled for each padded size; executables of the sizes used last are kept.
+  Its GroupNorm sees the padding, so that every pixel may differ a little from
+  what it would be without. Other
   models take tiles of the size that they were trained with, each by itself,
   and edges of tiles may show.
   """
@@ -114,7 +115,7 @@ class Reconstructor:
       image_size: tuple[int, int],
       mesh: jax.sharding.Mesh,
   ):
-    """Compiles nothing yet.
+    """The model is compiled on first call.
 
     Args:
       model: an autoencoder.
@@ -124,7 +125,7 @@ class Reconstructor:
     stride = stride_of(model)
     self._whole = stride is not None
     self._multiples = (stride, stride) if self._whole else tuple(image_size)
-    self._reconstruct = jax.jit(
+    self._reconstruct = compiled.Compiled(
         lambda variables, images: reconstruct(model, variables, images),
         out_shardings=partitioning.replicated(mesh),
     )
@@ -155,6 +156,7 @@ class Reconstructor:
 
     Raises:
       ValueError: an array of another shape or dtype.
+      compiled.TooLargeError: the device has too little memory for the image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -187,25 +189,39 @@ class Reconstructor:
   def _run_on_tiles(
       self, variables, image: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns the image and the indices put together out of tiles."""
+    """Returns the image and the indices put together out of tiles.
+
+    Tiles go straight to their place: large images are not copied again.
+    """
     height, width = self._multiples
-    tiles = rearrange(
-        image, '(r h) (c w) rgb -> (r c) h w rgb', h=height, w=width
-    )
-    parts = []
-    while len(tiles):
-      # Powers of 2, for which there are few programs, and no tile too much.
-      size = min(_MAX_TILES, 2 ** (len(tiles).bit_length() - 1))
-      parts.append(
-          jax.device_get(self._reconstruct(variables, tiles[:size]))
+    places = [
+        (row, column)
+        for row in range(image.shape[0] // height)
+        for column in range(image.shape[1] // width)
+    ]
+
+    def cell(place, side_h, side_w):
+      row, column = place
+      return np.s_[
+          row * side_h : (row + 1) * side_h,
+          column * side_w : (column + 1) * side_w,
+      ]
+
+    reconstruction, grid, all_finite = np.empty_like(image), None, True
+    while places:
+      # Powers of 2, for which there are few executables, and no tile too much.
+      size = min(_MAX_TILES, 2 ** (len(places).bit_length() - 1))
+      taken, places = places[:size], places[size:]
+      tiles = np.stack([image[cell(x, height, width)] for x in taken])
+      images, indices, finite = jax.device_get(
+          self._reconstruct(variables, tiles)
       )
-      tiles = tiles[size:]
-    images, indices, finite = zip(*parts, strict=True)
-    images, indices = (
-        rearrange(
-            np.concatenate(x), '(r c) h w ... -> (r h) (c w) ...',
-            r=image.shape[0] // height,
-        )
-        for x in (images, indices)
-    )
-    return images, indices, all(finite)
+      h, w = indices.shape[1:3]
+      if grid is None:
+        shape = image.shape[0] // height * h, image.shape[1] // width * w
+        grid = np.empty((*shape, *indices.shape[3:]), indices.dtype)
+      for place, tile, tokens in zip(taken, images, indices, strict=True):
+        reconstruction[cell(place, height, width)] = tile
+        grid[cell(place, h, w)] = tokens
+      all_finite = all_finite and bool(finite)
+    return reconstruction, grid, all_finite

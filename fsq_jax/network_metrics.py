@@ -18,6 +18,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from fsq_jax import compiled
 from fsq_jax import frechet
 from fsq_jax import metrics
 from fsq_jax import models
@@ -88,7 +89,7 @@ class NetworkMetrics:
     # One program for originals and for reconstructions: equal images have equal
     # features, and numbers are the same whether originals are known or not.
     self._apply = {
-        name: jax.jit(
+        name: compiled.Compiled(
             functools.partial(_measure, name, x.module),
             out_shardings=partitioning.replicated(mesh),
         )
@@ -188,7 +189,7 @@ class _Run:
       finite: np.ndarray,
       *,
       pixels: np.ndarray,
-  ) -> None:
+  ) -> dict[str, str]:
     """Adds a batch, to the metrics that take images of its size.
 
     Args:
@@ -198,25 +199,35 @@ class _Run:
       finite: [B] bool, False where a reconstruction was not finite.
       pixels: [B, ...] uint8 on the host, by which images that are the same are
         known again.
+
+    Returns:
+      By the name of each metric that does not take them, why not.
     """
     if self._reconstructions:
       self._pixels += sum(
           int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], 'big')
           for image in pixels[mask]
       )
-    distances, originals, features = {}, {}, {}
+    distances, originals, features, missing = {}, {}, {}, {}
     for name, network in self._networks._networks.items():
       if min(images.shape[1:3]) < _min_side(network):
+        missing[name] = f'takes {_min_side(network)} pixels a side or more'
         continue
       apply = functools.partial(
           self._networks._apply[name], self._networks._variables[name]
       )
-      if name in self._means:
-        distances[name] = apply(images, reconstructions)
-      else:
-        features[name] = apply(reconstructions)
-        if name in self._originals:
-          originals[name] = apply(images)
+      try:
+        if name in self._means:
+          distances[name] = apply(images, reconstructions)
+        else:
+          features[name] = apply(reconstructions)
+          if name in self._originals:
+            originals[name] = apply(images)
+      except Exception as error:
+        if not compiled.is_out_of_memory(error):
+          raise
+        missing[name] = str(error)
+        features.pop(name, None)
     distances, originals, features = jax.device_get(
         (distances, originals, features)
     )
@@ -227,6 +238,7 @@ class _Run:
     for name, values in features.items():
       _add(self._reconstructions, name, values, mask)
     self._finite = self._finite and bool(np.all(finite[mask]))
+    return missing
 
   @property
   def num_images(self) -> dict[str, int]:
@@ -258,7 +270,10 @@ class _Run:
     statistics = self._reconstructions[name]
     if reference is None or statistics is None or not self._finite:
       return math.nan
-    if reference.pixels != f'{self._pixels:x}':
+    if (
+        reference.pixels != f'{self._pixels:x}'
+        or reference.num_images != statistics.num_images
+    ):
       logging.error(
           'No %s: %s is of %d other images than the %d that were read. Remove'
           ' that file, and evaluate again.',

@@ -23,7 +23,7 @@ _PACKAGES = (
 def describe() -> dict[str, Any]:
   """Returns JSON-able facts about this process; nothing of its environment."""
   return {
-      'command': shlex.join(sys.argv),
+      'command': command(),
       'started': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'versions': {
           'fsq_jax': fsq_jax.__version__,
@@ -36,6 +36,11 @@ def describe() -> dict[str, Any]:
       'num_processes': jax.process_count(),
       'git': git_revision(),
   }
+
+
+def command() -> str:
+  """Returns the command line of this process."""
+  return shlex.join(sys.argv)
 
 
 def read_started_from(path: pathlib.Path) -> dict[str, Any]:

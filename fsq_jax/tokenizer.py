@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from fsq_jax import batching
+from fsq_jax import compiled
 from fsq_jax import metrics
 from fsq_jax import models
 from fsq_jax import native_size
@@ -412,7 +413,7 @@ def _compile(
     with partitioning.mesh_of(x):
       return model.apply(variables, x, method=method)
 
-  return jax.jit(function)
+  return compiled.Compiled(function)
 
 
 def _to_array(x: np.ndarray, name: str) -> np.ndarray:

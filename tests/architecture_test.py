@@ -36,13 +36,18 @@ _ALLOWED_IMPORTS = {
         'trained', 'workdir',
     },
     'native_evaluation': {
-        'data', 'evaluation', 'metrics', 'models', 'native_size',
-        'network_metrics', 'partitioning', 'train_step',
+        'compiled', 'data', 'evaluation', 'models', 'native_size',
+        'network_metrics', 'tiled_metrics', 'train_step',
     },
     'evaluation': {
-        'data', 'metrics', 'network_metrics', 'quantizers', 'train_step',
+        'data', 'metrics', 'network_metrics', 'provenance', 'quantizers',
+        'runtime', 'train_step',
     },
-    'native_size': {'metrics', 'models', 'partitioning', 'train_step'},
+    'native_size': {
+        'compiled', 'metrics', 'models', 'partitioning', 'train_step',
+    },
+    'tiled_metrics': {'metrics'},
+    'compiled': set(),
     'latent_statistics': {
         'configuration', 'data', 'initialization', 'models', 'optim',
         'partitioning', 'runtime', 'train_state', 'train_step', 'trained',
@@ -57,7 +62,7 @@ _ALLOWED_IMPORTS = {
         'configuration', 'runtime', 'tokenizer', 'tokens', 'trained', 'workdir',
     },
     'tokenizer': {
-        'batching', 'data', 'metrics', 'models', 'native_size',
+        'batching', 'compiled', 'data', 'metrics', 'models', 'native_size',
         'partitioning', 'quantizers', 'tokenizer_files', 'train_step',
         'trained',
     },
@@ -80,7 +85,8 @@ _ALLOWED_IMPORTS = {
         'adversarial_losses', 'diffaug', 'models', 'optim', 'partitioning',
     },
     'network_metrics': {
-        'frechet', 'metrics', 'models', 'partitioning', 'train_step', 'workdir',
+        'compiled', 'frechet', 'metrics', 'models', 'partitioning',
+        'train_step', 'workdir',
     },
     'networks': {'models', 'partitioning', 'perceptual'},
     'checkpoint': {'integrity', 'runtime', 'storage_errors', 'workdir'},

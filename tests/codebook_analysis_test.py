@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -530,6 +531,32 @@ def test_the_mode_writes_the_report_of_a_run(workdir):
   # Later reports have it too.
   report.write_report(workdir)
   assert (workdir / 'report.html').read_text() == page
+
+
+def test_images_of_folders_have_their_names(tmp_path):
+  shutil.copytree(_RUN, tmp_path / 'run')
+  folder = tmp_path / 'images' / 'validation' / 'cat & dog'
+  folder.mkdir(parents=True)
+  for i in range(8):
+    image = np.full((16, 16, 3), 30 * i, np.uint8)
+    PIL.Image.fromarray(image).save(folder / f'{i}.png')
+  text = (tmp_path / 'run' / 'config.json').read_text()
+  config = configuration.config_from_json(text)
+  config.data.source = 'folder'
+  config.data.data_dir = str(tmp_path / 'images')
+  path = codebook_analysis.analyze_workdir(
+      config, tmp_path / 'run', output=tmp_path / 'output'
+  )
+  assert path == str(tmp_path / 'output' / 'report.html')
+  page = (tmp_path / 'output' / 'report.html').read_text()
+  captions = re.findall('<figcaption>(.*?)</figcaption>', page)
+  names = [x for x in captions if re.search(r'cat &amp; dog/\d\.png', x)]
+  assert len(names) > 20
+  assert not [x for x in captions if re.search(r'#\d', x)]
+  assert '# is the number' in page
+  assert not (tmp_path / 'run' / 'codebook.json').exists()
+  analysis = json.loads((tmp_path / 'output' / 'codebook.json').read_text())
+  assert analysis['names']['3'] == 'cat & dog/3.png'
 
 
 def test_other_models_and_native_images_are_refused(workdir):

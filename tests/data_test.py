@@ -427,6 +427,7 @@ def test_protocol_names_what_numbers_depend_on(tmp_path):
   config = _folder_config(root, resize_shorter=9)
   protocol = data.build_dataset(config, split='eval', seed=0).protocol
   expected = {
+      'data_dir': str(root.resolve()),
       'source': 'folder',
       'split': 'validation',
       'count': 3,

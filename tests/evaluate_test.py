@@ -1,12 +1,18 @@
 """Tests of evaluation: every image once, honest numbers, clear refusals."""
 
+import errno
+import hashlib
 import json
 import pathlib
+import re
+import shlex
 import shutil
+import sys
 
 import jax
 from jax import numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from fsq_jax import configuration
@@ -269,6 +275,8 @@ class _SomeDamaged:
 
   num_examples = 16
   protocol = {}  # noqa: RUF012
+  fingerprint = {'content': 'grey'}  # noqa: RUF012
+  digests = np.zeros((0, 32), np.uint8)
 
   def __init__(self, damaged):
     self._damaged = list(damaged)
@@ -380,7 +388,11 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
   config.data.source = 'photos'
   evaluate.evaluate_workdir(config, folder)
   new = {
-      path.relative_to(folder).as_posix()
+      re.sub(
+          r'_[0-9a-f]{8}(?=[._]\D)',
+          '_HASH',
+          path.relative_to(folder).as_posix(),
+      )
       for path in folder.rglob('*')
       if path.is_file() and path not in before
   }
@@ -389,11 +401,193 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
   assert new == {
       'evaluation_best.json',
       f'reconstructions/best_step_{top["step"]:08d}.png',
-      'evaluation_validation.json',
-      'reconstructions/validation_step_00000008.png',
+      'evaluation_photos_validation_HASH.json',
+      'reconstructions/photos_validation_HASH_step_00000008.png',
   }
   assert best.metrics['psnr'] == pytest.approx(top['psnr'], rel=1e-6)
   assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def _folder(root, values):
+  """A folder of images, each of one grey value."""
+  (root / 'validation').mkdir(parents=True)
+  for i, value in enumerate(values):
+    image = Image.fromarray(np.full((20, 24, 3), value, np.uint8))
+    image.save(root / 'validation' / f'{i:02}.bmp')
+  return str(root)
+
+
+def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
+  def label(which='newest', **overrides):
+    given = config.copy_and_resolve_references()
+    given.data.update({'source': 'folder', **overrides})
+    return evaluate._label(given, config, which)
+
+  for name in ('a', 'b'):
+    _folder(tmp_path / name / 'photos', [1])
+  first = str(tmp_path / 'a' / 'photos')
+  labels = [
+      label(data_dir=first),
+      label(data_dir=str(tmp_path / 'b' / 'photos')),
+      label(data_dir=first, resize_shorter=32),
+      label(data_dir=first, resize_shorter=64),
+      label(data_dir=first, eval_split='a b'),
+      label(data_dir=first, eval_split='a_b'),
+      label(data_dir=first, which='best'),
+      label(data_dir=first, which='4'),
+  ]
+  assert len({x.casefold() for x in labels}) == len(labels)
+  assert re.fullmatch(r'folder_photos_validation_[0-9a-f]{8}', labels[0])
+  # The same images, however they are named.
+  monkeypatch.chdir(tmp_path / 'b')
+  assert label(data_dir='../a/photos') == label(data_dir=f'{first}/')
+  assert label(data_dir='../a/photos') == labels[0]
+  own = evaluate._label(config, config, 'newest')
+  assert (own, evaluate._label(config, config, 'best')) == ('', 'best')
+
+
+def test_the_protocol_has_folder_content_and_command(
+    config, model, variables, tmp_path
+):
+  def run(root, batch_size=8):
+    given = config.copy_and_resolve_references()
+    given.data.update({'source': 'folder', 'data_dir': root})
+    return _evaluate(given, model, variables, batch_size=batch_size).protocol
+
+  first = run(_folder(tmp_path / 'a', range(12)))
+  assert first['data_dir'] == str(tmp_path / 'a')
+  assert first['command'] == shlex.join(sys.argv)
+  digests = [
+      hashlib.sha256(path.read_bytes()).digest()
+      for path in sorted((tmp_path / 'a' / 'validation').iterdir())
+  ]
+  assert first['content'] == hashlib.sha256(b''.join(digests)).hexdigest()
+  # The same files elsewhere, and other ones of the same sizes.
+  copy = run(_folder(tmp_path / 'b', range(12)), batch_size=16)
+  assert copy['content'] == first['content']
+  other = run(_folder(tmp_path / 'c', range(1, 13)))
+  assert other['content'] != first['content']
+  sizes = [
+      [x.stat().st_size for x in sorted((tmp_path / name).rglob('*.bmp'))]
+      for name in 'ac'
+  ]
+  assert sizes[0] == sizes[1]
+  # Of images that are not stored encoded the source has the hash.
+  dataset = _dataset(config, 32)
+  protocol = _evaluate(config, model, variables).protocol
+  assert protocol['content'] == dataset.fingerprint['content']
+
+
+def test_cached_images_keep_their_content(config, model, variables, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.data.update(
+      {'source': 'folder', 'data_dir': _folder(tmp_path, range(12))}
+  )
+  mesh = partitioning.create_mesh({'data': 8, 'fsdp': 1})
+  evaluator = evaluate.Evaluator(
+      model, _dataset(config, 8), mesh, num_grid_images=1
+  )
+  first = evaluator.run(variables).protocol
+  for path in (tmp_path / 'validation').iterdir():
+    path.unlink()
+  assert evaluator.run(variables).protocol == first
+
+
+def test_the_lines_say_how_many_images_were_measured(model, variables):
+  evaluator = evaluate.Evaluator(
+      model, _SomeDamaged([1, 3]), partitioning.create_mesh({'data': 8}),
+      num_grid_images=1,
+  )
+  result = evaluator.run(variables)
+  assert result.lines()[-1] == (
+      'images: 14 measured, 2 unreadable, 0 with a reconstruction that is not'
+      ' finite'
+  )
+  result.protocol.update(
+      num_skipped_images=1, num_unmeasured_images={'ssim': 3}
+  )
+  assert result.lines()[-1].endswith('finite, 1 skipped, 3 without ssim')
+
+
+def _refuse_writing(monkeypatch, folder):
+  """Makes a folder read-only, for root too."""
+  touch, mkdir = pathlib.Path.touch, pathlib.Path.mkdir
+  opened = open
+
+  def check(path, mode):
+    path = pathlib.Path(path) if isinstance(path, str | pathlib.Path) else None
+    if path and path.is_relative_to(folder) and set(mode) & set('wax+'):
+      raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  def checked_open(path, mode='r', *args, **kwargs):
+    check(path, mode)
+    return opened(path, mode, *args, **kwargs)
+
+  def checked_touch(path, *args, **kwargs):
+    check(path, 'w')
+    touch(path, *args, **kwargs)
+
+  def checked_mkdir(path, *args, **kwargs):
+    if not path.is_dir():
+      check(path, 'w')
+    mkdir(path, *args, **kwargs)
+
+  monkeypatch.setattr('builtins.open', checked_open)
+  monkeypatch.setattr(pathlib.Path, 'touch', checked_touch)
+  monkeypatch.setattr(pathlib.Path, 'mkdir', checked_mkdir)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A copy of a finished run, and its config."""
+  folder = pathlib.Path(__file__).parent / 'testdata' / 'run'
+  shutil.copytree(folder, tmp_path / 'run')
+  text = (tmp_path / 'run' / workdir.CONFIG).read_text()
+  return tmp_path / 'run', configuration.config_from_json(text)
+
+
+def test_a_run_that_can_only_be_read_is_evaluated_to_another_folder(
+    saved, tmp_path, monkeypatch
+):
+  folder, config = saved
+  before = {x: x.read_bytes() for x in folder.rglob('*') if x.is_file()}
+  _refuse_writing(monkeypatch, folder)
+  shown = []
+  with pytest.raises(
+      ValueError, match=r'run cannot be written .*another folder with --output'
+  ):
+    evaluate.evaluate_workdir(config, folder, show=shown.append)
+  assert not shown
+  output = tmp_path / 'new' / 'output'
+  result = evaluate.evaluate_workdir(
+      config, folder, output=output, show=shown.append
+  )
+  assert shown == [result]
+  record = json.loads((output / workdir.EVALUATION).read_text())
+  assert record['metrics']['psnr'] == result.metrics['psnr']
+  assert sorted(x.name for x in output.iterdir()) == [
+      workdir.EVALUATION, workdir.RECONSTRUCTIONS, workdir.REPORT
+  ]
+  # The page has the new numbers and the run's curves.
+  page = (output / workdir.REPORT).read_text()
+  assert f'{record["metrics"]["psnr"]:.2f} dB' in page
+  assert '<h1>run</h1>' in page
+  assert 'learning_rate' in page
+  after = {x: x.read_bytes() for x in folder.rglob('*') if x.is_file()}
+  assert after == before
+
+
+def test_numbers_are_shown_before_they_are_written(saved, monkeypatch):
+  folder, config = saved
+  shown = []
+
+  def fail(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(evaluate, 'write_evaluation', fail)
+  with pytest.raises(RuntimeError, match=r'No space left.*with --output'):
+    evaluate.evaluate_workdir(config, folder, show=shown.append)
+  assert shown[0].metrics['psnr'] > 0
 
 
 @pytest.mark.slow

@@ -47,12 +47,12 @@ def join_processes(*args):
   print('join', *args)
 
 fsq_jax.runtime = types.SimpleNamespace(join_processes=join_processes)
-def evaluate_workdir(config, workdir, *, which):
-  print('eval', config.seed, workdir, which)
-  return types.SimpleNamespace(lines=lambda: ['psnr: 27.5'])
+def evaluate_workdir(config, workdir, *, which, output, show):
+  print('eval', config.seed, workdir, which, output)
+  show(types.SimpleNamespace(lines=lambda: ['psnr: 27.5']))
 
-def analyze_workdir(config, workdir, *, which):
-  print('report', config.seed, workdir, which)
+def analyze_workdir(config, workdir, *, which, output):
+  print('report', config.seed, workdir, which, output)
   return f'{workdir}/report.html'
 
 fsq_jax.codebook_analysis = types.SimpleNamespace(
@@ -264,11 +264,11 @@ def test_unknown_field_is_refused_without_jax():
         ),
         (
             ['--mode=eval', '--config.seed=0x10', '--checkpoint=best'],
-            'eval 16 runs/debug best\npsnr: 27.5',
+            'eval 16 runs/debug best None\npsnr: 27.5',
         ),
         (
             ['--mode=report', '--config.seed=3', '--checkpoint=5'],
-            'report 3 runs/debug 5\nruns/debug/report.html',
+            'report 3 runs/debug 5 None\nruns/debug/report.html',
         ),
         (['--mode=prepare'], 'prepare synthetic'),
         (
@@ -406,15 +406,15 @@ def test_modes_find_the_config_in_the_workdir(tmp_path):
   (tmp_path / 'config.json').write_text(text)
   args = ['--mode=eval', f'--workdir={tmp_path}']
   result = _launch(*args, stubs=True)
-  assert result.stdout == f'eval 3 {tmp_path} newest\npsnr: 27.5\n'
+  assert result.stdout == f'eval 3 {tmp_path} newest None\npsnr: 27.5\n'
   report = ['--mode=report', f'--workdir={tmp_path}']
   result = _launch(*report, stubs=True)
-  assert result.stdout.startswith(f'report 3 {tmp_path} newest\n')
+  assert result.stdout.startswith(f'report 3 {tmp_path} newest None\n')
   export = ['--mode=export', f'--workdir={tmp_path}']
   result = _launch(*export, stubs=True)
   assert result.stdout == f'export 3 {tmp_path} None newest\nwritten\n'
   result = _launch(*args, '--config.seed=4', stubs=True)
-  assert result.stdout == f'eval 4 {tmp_path} newest\npsnr: 27.5\n'
+  assert result.stdout == f'eval 4 {tmp_path} newest None\npsnr: 27.5\n'
   result = _launch(*args, '--config.sed=4', stubs=True)
   assert result.returncode == 2
   assert 'sed is not a field' in result.stderr

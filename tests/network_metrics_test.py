@@ -104,6 +104,7 @@ class _Images:
         * rng.uniform(0.2, 1, (_NUM_IMAGES, 1, 1, 1))
     )
     self.num_examples = _NUM_IMAGES
+    self.digests = np.zeros((0, 32), np.uint8)
     self.fingerprint = {'content': f'seed {seed}', 'batch_size': batch_size}
     self.protocol = {'crop': 'none'}
     self._batch_size = batch_size

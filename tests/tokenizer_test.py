@@ -172,6 +172,16 @@ def test_a_convolutional_model_takes_whole_images():
   assert tokenizer.reconstruct(images[:, :16, :16]).shape == (2, 16, 16, 3)
 
 
+def test_executables_of_few_sizes_are_kept():
+  tokenizer = _untrained()
+  tokenizer._encode._max_shapes = 2
+  batches = [_images(num, 16, 16) for num in (1, 2, 3, 5)]
+  tokens = [tokenizer.encode(x) for x in batches]
+  assert len(tokenizer._encode._executables) == 2
+  for images, expected in zip(batches, tokens, strict=True):
+    np.testing.assert_array_equal(tokenizer.encode(images), expected)
+
+
 def test_cropping_is_that_of_evaluation(tokenizer):
   images = _images(2, 20, 31)
   np.testing.assert_array_equal(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import contextlib
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -73,6 +74,25 @@ class Dataset:
   def upscaled(self) -> int:
     """Number of images scaled up so far, by this process."""
     return len(self._source.upscaled)
+
+  @property
+  def digests(self) -> np.ndarray:
+    """sha256 of the encoded images read so far by this process, [n, 32] uint8.
+
+    n is num_examples, with 0 for images that are not read; n is 0 where images
+    are not stored encoded: there fingerprint['content'] is of their pixels.
+    """
+    if not isinstance(self._source, image_source.EncodedSource):
+      return np.zeros((0, 32), np.uint8)
+    digests = np.zeros((self.num_examples, 32), np.uint8)
+    for index, digest in self._source.digests.copy().items():
+      digests[index] = np.frombuffer(digest, np.uint8)
+    return digests
+
+  def name(self, index: int) -> str:
+    """Returns the name of the image with this 'index' in its split, or ''."""
+    name = self._source.facts(int(index)).name
+    return '' if name == str(index) else name
 
   def describe(self, index: int) -> str:
     """Returns where the image with this 'index' comes from."""
@@ -303,7 +323,12 @@ def _protocol(
     crop: str,
 ) -> dict[str, Any]:
   resize = config.resize_shorter
+  place = {}
+  if config.data_dir:
+    path = pathlib.Path(config.data_dir).expanduser()
+    place['data_dir'] = str(path.resolve())
   return {
+      **place,
       'source': f"{config.source} {source.identity['name']}".strip(),
       'split': source.identity['split'],
       'count': len(source),

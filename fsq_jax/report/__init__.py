@@ -34,20 +34,26 @@ _MAX_FRAMES = 8
 _MAX_FRAME_BYTES = 12_000_000
 
 
-def write_report(workdir: str | os.PathLike[str]) -> str:
-  """Writes workdir/report.html from the files of a workdir.
+def write_report(
+    workdir: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+) -> str:
+  """Writes report.html from the files of a workdir.
 
   Args:
     workdir: folder with any of config.json, quantizer.json, run.json,
       metrics.jsonl, evaluation.json, codebook.json and
       reconstructions/step_*.png.
+    output: folder for the page; files that it has are read in place of those of
+      the workdir. None is the workdir.
 
   Returns:
     The path of the page.
   """
-  run = _read_workdir(os.path.abspath(os.fspath(workdir)))
+  output = os.fspath(workdir if output is None else output)
+  run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
   text = page.render(run)
-  path = os.path.join(os.fspath(workdir), 'report.html')
+  path = os.path.join(output, 'report.html')
   workdirs.write_bytes(path, text.encode('utf-8', 'replace'))
   return path
 
@@ -123,13 +129,17 @@ def _vertical_label(text: str, height: int) -> np.ndarray:
   return np.asarray(label.transpose(PIL.Image.Transpose.ROTATE_90))[..., None]
 
 
-def _read_workdir(workdir: str) -> page.Run:
+def _read_workdir(workdir: str, output: str) -> page.Run:
+  def find(name: str) -> str:
+    written = os.path.join(output, name)
+    return written if os.path.exists(written) else os.path.join(workdir, name)
+
   notices = []
   files = {
-      name: _read_json(os.path.join(workdir, f'{name}.json'), notices)
+      name: _read_json(find(f'{name}.json'), notices)
       for name in ('config', 'quantizer', 'run', 'evaluation')
   }
-  analysis = _read_json(os.path.join(workdir, workdirs.CODEBOOK), notices)
+  analysis = _read_json(find(workdirs.CODEBOOK), notices)
   if analysis and analysis.get('version') != ANALYSIS_VERSION:
     analysis = {}
     notices.append(
@@ -148,8 +158,8 @@ def _read_workdir(workdir: str) -> page.Run:
       quantizer=files['quantizer'],
       provenance=files['run'],
       evaluation=files['evaluation'],
-      rows=_read_rows(os.path.join(workdir, 'metrics.jsonl')),
-      frames=_read_frames(os.path.join(workdir, 'reconstructions'), notices),
+      rows=_read_rows(find('metrics.jsonl')),
+      frames=_read_frames(find('reconstructions'), notices),
       analysis=analysis,
       notices=notices,
   )

@@ -305,7 +305,8 @@ def _swap(analysis: Mapping[str, Any], swap: Mapping[str, Any]) -> str:
   return (
       '<div class="swap"><figure><div class="whole">'
       f'{elements.image(swap["reconstruction"], "reconstruction")}'
-      f'<i style="{box}"></i></div><figcaption>#{swap["index"]}, token in row'
+      f'<i style="{box}"></i></div><figcaption>'
+      f'{image_section.name_of(analysis, swap["index"])}, token in row'
       f' {row + 1}, column {column + 1}. Differences times'
       f' {swap["gain"]:.2g}.</figcaption></figure>'
       f'<div class="strips">{"".join(strips)}</div></div>'
@@ -329,8 +330,9 @@ def _swap_cell(cell: Mapping[str, Any]) -> str:
 def _nearest(analysis: Mapping[str, Any]) -> str:
   rows = []
   for query in analysis['nearest']:
-    captions = [f'#{query["index"]}'] + [
-        f'{near["distance"]:.3g}, #{near["index"]}<br>'
+    captions = [image_section.name_of(analysis, query['index'])] + [
+        f'{near["distance"]:.3g},'
+        f' {image_section.name_of(analysis, near["index"])}<br>'
         f'{100 * near["equal_tokens"]:.0f} % equal'
         for near in query['nearest']
     ]

@@ -15,7 +15,7 @@ def render(analysis: Mapping[str, Any]) -> str:
   """
   if not analysis:
     return ''
-  wipes = ''.join(map(_wipe, analysis['spread']))
+  wipes = ''.join(_wipe(analysis, image) for image in analysis['spread'])
   wipes = elements.section(
       'Original against reconstruction',
       f'<p class="soft">Some of {describe(analysis)} Move the line with mouse,'
@@ -26,9 +26,15 @@ def render(analysis: Mapping[str, Any]) -> str:
       'Worst and best images',
       '<p class="soft">By PSNR of the image, in dB: 10 log10(1 / mse) of uint8'
       ' images divided by 255. Originals over reconstructions; # is the number'
-      f' in the split.</p><h3>Worst</h3>{_cards(analysis["worst"])}'
-      f'<h3>Best</h3>{_cards(analysis["best"])}',
+      ' in the split, of images without a name.</p>'
+      f'<h3>Worst</h3>{_cards(analysis, analysis["worst"])}'
+      f'<h3>Best</h3>{_cards(analysis, analysis["best"])}',
   )
+
+
+def name_of(analysis: Mapping[str, Any], index: int) -> str:
+  """Returns the name of an image, or # and its number, escaped."""
+  return html.escape(analysis.get('names', {}).get(str(index), f'#{index}'))
 
 
 def describe(analysis: Mapping[str, Any]) -> str:
@@ -44,9 +50,9 @@ def describe(analysis: Mapping[str, Any]) -> str:
   return text
 
 
-def _wipe(image: Mapping[str, Any]) -> str:
+def _wipe(analysis: Mapping[str, Any], image: Mapping[str, Any]) -> str:
   """A reconstruction over an original, cut off at a line that moves."""
-  name = f'#{image["index"]}'
+  name = name_of(analysis, image['index'])
   original = elements.image(image['original'], 'original')
   reconstruction = elements.image(
       image['reconstruction'], 'reconstruction', 'over'
@@ -62,7 +68,9 @@ def _wipe(image: Mapping[str, Any]) -> str:
   )
 
 
-def _cards(images: Sequence[Mapping[str, Any]]) -> str:
+def _cards(
+    analysis: Mapping[str, Any], images: Sequence[Mapping[str, Any]]
+) -> str:
   cards = []
   for image in images:
     original = elements.image(image['original'], 'original')
@@ -71,7 +79,7 @@ def _cards(images: Sequence[Mapping[str, Any]]) -> str:
     )
     cards.append(
         f'<figure>{original}{reconstruction}<figcaption>'
-        f'{elements.decimals(image["psnr"])} dB, #{image["index"]}'
-        '</figcaption></figure>'
+        f'{elements.decimals(image["psnr"])} dB,'
+        f' {name_of(analysis, image["index"])}</figcaption></figure>'
     )
   return f'<div class="cards">{"".join(cards)}</div>'

@@ -31,7 +31,7 @@ input[type=range] { width: min(24rem, 100%); vertical-align: middle;
   grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
 .levels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 figure { margin: 0; min-width: 0; }
-figcaption { font-size: .85rem; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 .bars { display: flex; align-items: flex-end; gap: 2px; height: 80px;

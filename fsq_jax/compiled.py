@@ -1,0 +1,108 @@
+"""Functions compiled for many shapes, of which the last ones are kept."""
+
+import collections
+from collections.abc import Callable
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+# Executables kept of each function: a ViT's batches of tiles have fewer.
+_MAX_SHAPES = 32
+
+
+class TooLargeError(ValueError):
+  """Arrays need more memory than there is; nothing was computed."""
+
+
+class Compiled:
+  """A function of variables and arrays, compiled once for each shape of these.
+
+  Executables of the shapes used last are kept; `jax.jit` would keep all of
+  them, which fills the memory where images have many sizes.
+  """
+
+  def __init__(
+      self,
+      function: Callable[..., Any],
+      *,
+      max_shapes: int = _MAX_SHAPES,
+      **jit_options: Any,
+  ):
+    """Functions are compiled on first call.
+
+    Args:
+      function: of variables, a tree of arrays, and of arrays.
+      max_shapes: executables to keep.
+      **jit_options: of `jax.jit`.
+    """
+    self._function = function
+    self._max_shapes = max_shapes
+    self._jit_options = jit_options
+    self._executables = collections.OrderedDict()
+
+  def __call__(self, variables: Any, *arrays: Any) -> Any:
+    """Returns what the function returns.
+
+    Raises:
+      TooLargeError: the device has not the memory that this takes.
+    """
+    key = tuple((x.shape, np.dtype(x.dtype)) for x in arrays)
+    jitted = self._executables.pop(key, None)
+    if jitted is None:
+      # Of a function of its own, with which JAX drops all that it cached.
+      jitted = jax.jit(
+          lambda *arguments: self._function(*arguments), **self._jit_options
+      )
+      _check_memory(jitted, variables, arrays)
+      while len(self._executables) >= self._max_shapes:
+        self._executables.popitem(last=False)
+    # The last of the dict is the one used last.
+    self._executables[key] = jitted
+    return jitted(variables, *arrays)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether an error of JAX, NumPy or `Compiled` says that memory is short."""
+  return isinstance(error, TooLargeError | MemoryError) or (
+      isinstance(error, jax.errors.JaxRuntimeError)
+      and 'RESOURCE_EXHAUSTED' in str(error)
+  )
+
+
+def _check_memory(jitted, variables, arrays) -> None:
+  """Raises TooLargeError if a call would need more memory than is free.
+
+  The kernel of Linux grants memory that it has not, and kills who uses it.
+  """
+  free = _free_bytes()
+  if free is None:
+    return
+  memory = jitted.lower(variables, *arrays).compile().memory_analysis()
+  if memory is None:
+    return
+  needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  if needed > free:
+    shapes = ', '.join(str(list(x.shape)) for x in arrays)
+    raise TooLargeError(
+        f'Arrays of {shapes} need {needed / 2**30:.1f} GiB of memory on the'
+        f' device, which has {free / 2**30:.1f} GiB free; use smaller images'
+        ' (data.resize_shorter), or a device with more memory.'
+    )
+
+
+def _free_bytes() -> int | None:
+  """Bytes free on the first device of this process; None if not known."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats and 'bytes_in_use' in stats:
+    return stats['bytes_limit'] - stats['bytes_in_use']
+  if device.platform != 'cpu':
+    return None
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+  except OSError:
+    return None
+  sizes = dict(line.split(':') for line in lines)
+  return int(sizes['MemAvailable'].split()[0]) * 1024
