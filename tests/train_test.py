@@ -14,7 +14,6 @@ import time
 import chex
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
 from fsq_jax import checkpoint
@@ -195,38 +194,6 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
   # Every image comes once an epoch.
   indices = np.concatenate(list(taken.values()))
   assert len(set(indices.tolist())) == _NUM_STEPS * config.data.batch_size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('batch_size', [1, 2])
-def test_one_image_is_learned_and_resumed(journal, tmp_path, batch_size):
-  taken, after = journal
-  for split in ('train', 'validation'):
-    (tmp_path / 'images' / split).mkdir(parents=True)
-    pixels = np.full((16, 16, 3), (250, 120, 30), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / 'images' / split / 'a.png')
-  config = _load_config()
-  config.data.source = 'folder'
-  config.data.data_dir = str(tmp_path / 'images')
-  config.data.batch_size = batch_size
-  # All devices take each image together.
-  config.partitioning.mesh = {'data': 1, 'fsdp': 1, 'tensor': -1}
-  config.train.num_steps = 40
-  config.optim.learning_rate = 3e-3
-  config.train.log_every_steps = 1
-  state = train.train_and_evaluate(config, tmp_path / 'straight')
-  losses = [
-      row['reconstruction_loss']
-      for row in _rows(tmp_path / 'straight')
-      if 'reconstruction_loss' in row
-  ]
-  assert losses[-1] < 0.2 * losses[0]
-  after[30] = _crash
-  with pytest.raises(_Crash):
-    train.train_and_evaluate(config, tmp_path / 'resumed')
-  resumed = train.train_and_evaluate(config, tmp_path / 'resumed')
-  chex.assert_trees_all_equal(*map(jax.device_get, (state, resumed)))
-  assert all(len(indices) == batch_size for indices in taken.values())
 
 
 @pytest.mark.slow
