@@ -332,7 +332,7 @@ def _run(config: ml_collections.ConfigDict) -> int:
     workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or any(x is not None for x in processes):
-    from fsq_jax import runtime
+    from fsq_jax.runtime import processes as runtime
 
     runtime.join_processes(*processes)
   if _MODE.value == 'train':
@@ -355,14 +355,14 @@ def _use(
   """Runs a mode that writes files; returns what to say of them."""
   which = _CHECKPOINT.value
   if _MODE.value == 'eval':
-    from fsq_jax import evaluate
+    from fsq_jax.evaluation import saved_run
 
-    evaluate.evaluate_workdir(
+    saved_run.evaluate_workdir(
         config, workdir, which=which, output=_OUTPUT.value, show=_show
     )
     return []
   if _MODE.value == 'report':
-    from fsq_jax import codebook_analysis
+    from fsq_jax.analysis import codebook as codebook_analysis
 
     return [
         codebook_analysis.analyze_workdir(
@@ -377,11 +377,11 @@ def _use(
     tokens.detokenize_workdir(workdir, folder, images, which=which)
     return [images]
   if _MODE.value == 'export':
-    from fsq_jax import export
+    from fsq_jax.tokenizer import export
 
     folder = _EXPORT.value
     return [export.export_workdir(config, workdir, folder, which=which)]
-  from fsq_jax import latent_statistics
+  from fsq_jax.train import latent_statistics
 
   return [latent_statistics.measure_to_workdir(config, workdir)]
 

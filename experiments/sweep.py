@@ -14,11 +14,11 @@ import numpy as np
 
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import evaluate
-from fsq_jax import partitioning
 from fsq_jax import report
-from fsq_jax import trained
 from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.runtime import partitioning
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -210,11 +210,11 @@ def draw_reconstructions(
   """
   rows = []
   for name in names:
-    found = trained.find(workdir / name)
+    found = saved_model.find(workdir / name)
     mesh = partitioning.create_mesh(found.config.partitioning.mesh)
-    model, variables = trained.restore(found, mesh)
+    model, variables = saved_model.restore(found, mesh)
     dataset = data.build_dataset(found.config.data, split='eval', seed=0)
-    evaluator = evaluate.Evaluator(
+    evaluator = evaluators.Evaluator(
         model, dataset, mesh, num_grid_images=num_images
     )
     evaluation = evaluator.run(variables)

@@ -7,9 +7,8 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import adversarial_losses
-from fsq_jax import metrics
-from fsq_jax import train_step
+from fsq_jax.adversarial import losses as adversarial_losses
+from fsq_jax.models import pixels
 
 
 def _sigmoid(x):
@@ -270,8 +269,8 @@ def test_rounded_images_are_those_of_files():
   images = np.random.default_rng(0).uniform(-1.5, 1.5, (2, 50, 50, 3))
   images = jnp.asarray(images, jnp.float32).at[0, 0, 0].set(1e8)
   rounded = jax.jit(adversarial_losses.straight_through_uint8)(images)
-  in_file = metrics.to_uint8(images)
-  np.testing.assert_array_equal(rounded, train_step.to_float(in_file))
+  in_file = pixels.to_uint8(images)
+  np.testing.assert_array_equal(rounded, pixels.to_float(in_file))
   assert len(np.unique(rounded)) == 256
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from fsq_jax import adversary as adversaries
+from fsq_jax import adversarial as adversarial_lib
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.adversarial import adversary as adversaries
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _DINO = pathlib.Path(__file__).parent / 'testdata' / 'encoders' / 'dino'
@@ -191,7 +192,7 @@ def _image_losses(params, state):
   output = model.apply({'params': params, **state.model_state}, images)
   difference = output.reconstructions - images
   columns = difference[:, :, 1:] - difference[:, :, :-1]
-  logits = models.build_discriminator(config.discriminator).apply(
+  logits = adversarial_lib.build_discriminator(config.discriminator).apply(
       {'params': state.adversary.params}, output.reconstructions
   )
   return (
@@ -261,8 +262,10 @@ def test_gradients_are_those_of_losses_that_are_written_down():
       'discriminator.r1_weight': 0.25,
       'discriminator.r1_every_steps': 2,
   })
-  adversary = adversaries.build_adversary(config)
-  discriminator = models.build_discriminator(config.discriminator)
+  adversary = adversaries.build_adversary(
+      config, optim.build_discriminator_optimizer(config)
+  )
+  discriminator = adversarial_lib.build_discriminator(config.discriminator)
   state = jax.jit(adversary.init)(jax.random.key(0))
   state = state.replace(
       average_logits={'real': jnp.float32(0.3), 'fake': jnp.float32(-0.2)}
@@ -332,7 +335,9 @@ def test_fakes_are_rounded_and_drawn_from_other_keys_than_images():
       'discriminator.augment_probability': 1.0,
       'discriminator.uint8_fakes': True,
   })
-  adversary = adversaries.build_adversary(config)
+  adversary = adversaries.build_adversary(
+      config, optim.build_discriminator_optimizer(config)
+  )
   state = jax.jit(adversary.init)(jax.random.key(0))
   images, fakes = _floats(2)
   fakes = 1.2 * fakes + 0.003  # Beyond [-1, 1] and between the levels.
@@ -367,9 +372,11 @@ def test_spectral_norms_improve_once_a_step_and_a_backbone_stays_out():
       'discriminator.dino.blocks': (0,),
       'discriminator.dino.kernel_size': 3,
   })
-  discriminator = models.build_discriminator(config.discriminator)
-  backbone = models.load_discriminator_backbone(_DINO, discriminator)
-  adversary = adversaries.build_adversary(config)
+  discriminator = adversarial_lib.build_discriminator(config.discriminator)
+  backbone = adversarial_lib.load_discriminator_backbone(_DINO, discriminator)
+  adversary = adversaries.build_adversary(
+      config, optim.build_discriminator_optimizer(config)
+  )
   state = jax.jit(adversary.init)(jax.random.key(0))
   assert not any('backbone' in name for name in _leaves(state))
   images, fakes = _floats(2)

@@ -10,136 +10,39 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
-# What each module or folder of fsq_jax may import of the others; everything
-# flows down this list. A new module gets a line here and one in the README.
-_ALLOWED_IMPORTS = {
-    'fsq_jax': set(),
-    'launch': {
-        'codebook_analysis', 'configuration', 'data', 'evaluate', 'export',
-        'latent_statistics', 'runtime', 'tokens', 'train',
-    },
-    'train': {
-        'checkpoint', 'configuration', 'data', 'evaluate', 'initialization',
-        'models', 'networks', 'optim', 'partitioning', 'progress',
-        'provenance', 'quantizers', 'report', 'runtime', 'train_state',
-        'train_step', 'workdir',
-    },
-    'codebook_analysis': {
-        'codebook_figures', 'configuration', 'data', 'evaluate', 'evaluation',
-        'metrics', 'partitioning', 'quantizers', 'report', 'runtime',
-        'token_statistics', 'train_step', 'trained', 'workdir',
-    },
-    'codebook_figures': {'metrics', 'models', 'partitioning', 'quantizers'},
-    'evaluate': {
-        'configuration', 'data', 'evaluation', 'native_evaluation',
-        'network_metrics', 'partitioning', 'report', 'runtime', 'train_step',
-        'trained', 'workdir',
-    },
-    'native_evaluation': {
-        'compiled', 'data', 'evaluation', 'models', 'native_size',
-        'network_metrics', 'tiled_metrics', 'train_step',
-    },
-    'evaluation': {
-        'data', 'metrics', 'network_metrics', 'provenance', 'quantizers',
-        'runtime', 'train_step',
-    },
-    'native_size': {
-        'compiled', 'metrics', 'models', 'partitioning', 'train_step',
-    },
-    'tiled_metrics': {'metrics'},
-    'compiled': set(),
-    'latent_statistics': {
-        'configuration', 'data', 'initialization', 'models', 'optim',
-        'partitioning', 'runtime', 'train_state', 'train_step', 'trained',
-        'workdir',
-    },
-    'initialization': {'configuration', 'models', 'train_state', 'trained'},
-    'tokens': {
-        'configuration', 'data', 'metrics', 'progress', 'quantizers',
-        'runtime', 'tokenizer', 'trained', 'workdir',
-    },
-    'export': {
-        'configuration', 'runtime', 'tokenizer', 'tokens', 'trained', 'workdir',
-    },
-    'tokenizer': {
-        'batching', 'compiled', 'data', 'metrics', 'models', 'native_size',
-        'partitioning', 'quantizers', 'tokenizer_files', 'train_step',
-        'trained',
-    },
-    'batching': {'partitioning'},
-    'tokenizer_files': {
-        'configuration', 'integrity', 'model_card', 'models', 'partitioning',
-        'quantizers', 'workdir',
-    },
-    'model_card': set(),
-    'trained': {
-        'checkpoint', 'configuration', 'models', 'optim', 'quantizers',
-        'train_state', 'workdir',
-    },
-    'train_step': {
-        'adversarial_losses', 'adversary', 'losses', 'metrics', 'optim',
-        'partitioning', 'train_state',
-    },
-    'train_state': {'adversary', 'optim', 'partitioning'},
-    'adversary': {
-        'adversarial_losses', 'diffaug', 'models', 'optim', 'partitioning',
-    },
-    'network_metrics': {
-        'compiled', 'frechet', 'metrics', 'models', 'partitioning',
-        'train_step', 'workdir',
-    },
-    'networks': {'models', 'partitioning', 'perceptual'},
-    'checkpoint': {'integrity', 'runtime', 'storage_errors', 'workdir'},
-    'storage_errors': set(),
-    'integrity': {'partitioning', 'runtime'},
-    'report': {'workdir'},
-    'perceptual': {'models'},
-    'optim': {'partitioning'},
-    'models': {'partitioning', 'quantizers'},
-    'configuration': {'config_rules', 'models', 'quantizers', 'rules'},
-    'config_rules': {'network_rules', 'quantizer_rules', 'rules'},
-    'network_rules': {'rules'},
-    'quantizer_rules': {'rules'},
-    'adversarial_losses': set(),
-    'data': set(),
-    'diffaug': set(),
-    'frechet': {'workdir'},
-    'losses': set(),
-    'metrics': set(),
-    'partitioning': set(),
-    'progress': set(),
-    'provenance': set(),
-    'quantizers': set(),
-    'rules': set(),
-    'runtime': set(),
-    'token_statistics': set(),
-    'workdir': set(),
-}
+# The sub-packages by floor. Each imports only from lower floors, never from its
+# own; launch.py is on top of all. Any other file of the package is the root's
+# __init__.py, which imports when asked.
+_FLOORS = (
+    {'data', 'quantizers', 'runtime', 'workdir'},
+    {'models', 'report'},
+    {'adversarial', 'configuration', 'perceptual'},
+    {'checkpoints'},
+    {'evaluation', 'tokenizer'},
+    {'analysis', 'tokens', 'train'},
+    {'launch'},
+)
+_FLOOR_OF = {name: i for i, names in enumerate(_FLOORS) for name in names}
+_LONGEST_CHAIN = 12
 _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names
 # Neither a dependency nor, with torch, a safe reader of files.
 _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
 # Cohesion decides where a file ends; a longer one needs a reason here.
 _MAX_LINES = 600
-# A list of every field, with a comment each.
-_LONG = {'configs/default.py'}
+_LONG = {
+    'configs/default.py': 'a list of every field, with a comment each',
+}
 _TOP_LEVEL = {
     '.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments',
     'fsq_jax', 'launch.py', 'pyproject.toml', 'setup.py', 'tests',
 }  # fmt: skip
 
 _PACKAGE = sorted((_ROOT / 'fsq_jax').rglob('*.py'))
-_LAUNCH = _ROOT / 'launch.py'
 _REST = [
     path
     for folder in ('configs', 'experiments', 'tests')
     for path in sorted((_ROOT / folder).rglob('*.py'))
 ]
-
-
-def _each(paths):
-  return pytest.mark.parametrize(
-      'path', paths, ids=[str(path.relative_to(_ROOT)) for path in paths]
-  )
 
 
 @functools.cache
@@ -153,7 +56,11 @@ def _module(path):
   return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-_MODULES = {_module(path): path for path in [*_PACKAGE, _LAUNCH]}
+def _names(paths):
+  return [str(path.relative_to(_ROOT)) for path in paths]
+
+
+_MODULES = {_module(path): path for path in [*_PACKAGE, _ROOT / 'launch.py']}
 
 
 def _imports(path):
@@ -167,58 +74,96 @@ def _imports(path):
         yield submodule if submodule in _MODULES else node.module
 
 
+@functools.cache
+def _graph():
+  """The modules of the package that each one imports when it is imported."""
+  return {
+      module: {x for x in _imports(path) if x in _MODULES} - {module}
+      for module, path in _MODULES.items()
+  }
+
+
 def _unit(module):
-  """The key of `_ALLOWED_IMPORTS` that a module belongs to."""
-  return module.removeprefix('fsq_jax.').split('.')[0]
+  """Sub-package of a module; '' for the root."""
+  return module.removeprefix('fsq_jax').strip('.').split('.')[0]
 
 
-@_each(_MODULES.values())
-def test_imports_follow_the_flow(path):
-  unit = _unit(_module(path))
-  assert unit in _ALLOWED_IMPORTS, f'Add {unit} to _ALLOWED_IMPORTS.'
-  ours = {_unit(name) for name in _imports(path) if name in _MODULES}
-  assert ours - {unit, 'fsq_jax'} <= _ALLOWED_IMPORTS[unit]
+def test_sub_packages_import_from_lower_floors_only():
+  against = [
+      f'{module} imports {other}'
+      for module, others in _graph().items()
+      for other in others
+      if _unit(other) != _unit(module)
+      and not _FLOOR_OF.get(_unit(other), -1) < _FLOOR_OF[_unit(module)]
+  ]
+  assert not against, 'Against _FLOORS:\n' + '\n'.join(against)
+
+
+def test_every_sub_package_has_a_floor():
+  folders = {p.name for p in (_ROOT / 'fsq_jax').iterdir() if p.is_dir()}
+  assert folders - {'__pycache__'} == _FLOOR_OF.keys() - {'launch'}
 
 
 def test_imports_have_no_cycle():
-  graph = {
-      module: {name for name in _imports(path) if name in _MODULES} - {module}
-      for module, path in _MODULES.items()
-  }
+  graph = _graph()
   while graph:
     leaves = {m for m, names in graph.items() if not names & graph.keys()}
     assert leaves, f'These modules import each other: {sorted(graph)}.'
     graph = {m: names for m, names in graph.items() if m not in leaves}
 
 
-@_each(_MODULES.values())
-def test_no_forbidden_library_is_imported(path):
-  libraries = {name.split('.')[0] for name in _imports(path)}
-  assert not libraries & _FORBIDDEN_LIBRARIES
+def test_faces_only_re_export():
+  """An __init__.py defines nothing but the root's lazy names."""
+  kinds = (ast.Expr, ast.ImportFrom, ast.Assign)
+  assert not [
+      str(path)
+      for path in _PACKAGE
+      if path.name == '__init__.py'
+      and path.parent.name != 'fsq_jax'
+      and not all(isinstance(node, kinds) for node in _parse(path).body)
+  ]
+
+
+def test_no_forbidden_library_is_imported():
+  assert not {
+      (module, name)
+      for module, path in _MODULES.items()
+      for name in _imports(path)
+      if name.split('.')[0] in _FORBIDDEN_LIBRARIES
+  }
 
 
 # Tests may be longer: tables of cases are easy to read.
-@_each([*_MODULES.values(), *(p for p in _REST if 'tests' not in p.parts)])
-def test_files_stay_small(path):
-  if str(path.relative_to(_ROOT)) not in _LONG:
-    assert len(path.read_text().splitlines()) <= _MAX_LINES
+def test_files_stay_small():
+  paths = [*_MODULES.values(), *(p for p in _REST if 'tests' not in p.parts)]
+  long = [p for p in paths if len(p.read_text().splitlines()) > _MAX_LINES]
+  assert set(_names(long)) <= _LONG.keys()
 
 
-@_each(_PACKAGE)
-def test_names_say_what_is_inside(path):
-  names = set(path.relative_to(_ROOT).with_suffix('').parts)
-  assert not names & _FORBIDDEN_NAMES
-
-
-@_each([*_PACKAGE, *_REST])
-def test_only_launch_defines_flags(path):
-  names = {
-      getattr(node, 'attr', getattr(node, 'id', ''))
-      for node in ast.walk(_parse(path))
+def test_names_say_what_is_inside():
+  parts = {
+      path: {*path.relative_to(_ROOT).with_suffix('').parts}
+      for path in _PACKAGE
   }
-  assert not {name for name in names if name.startswith('DEFINE_')}
+  assert not _names(p for p, names in parts.items() if names & _FORBIDDEN_NAMES)
 
 
+def test_only_launch_defines_flags():
+  names = {
+      path: {
+          getattr(node, 'attr', getattr(node, 'id', ''))
+          for node in ast.walk(_parse(path))
+      }
+      for path in [*_PACKAGE, *_REST]
+  }
+  assert not _names(
+      path
+      for path, found in names.items()
+      if any(name.startswith('DEFINE_') for name in found)
+  )
+
+
+@functools.cache
 def _classes():
   return {
       node.name: node
@@ -262,12 +207,49 @@ def _undocumented(path):
         yield f'{node.name}.{method.name}'
 
 
-@_each([*_MODULES.values(), *_REST])
-def test_public_names_are_documented(path):
-  if path in _REST and path.name.endswith('_test.py'):
-    assert ast.get_docstring(_parse(path))
-  else:
-    assert list(_undocumented(path)) == []
+def test_public_names_are_documented():
+  missing = {}
+  for path in [*_MODULES.values(), *_REST]:
+    if path in _REST and path.name.endswith('_test.py'):
+      names = [] if ast.get_docstring(_parse(path)) else ['the module']
+    else:
+      names = list(_undocumented(path))
+    if names:
+      missing[str(path.relative_to(_ROOT))] = names
+  assert not missing
+
+
+@pytest.mark.parametrize(
+    ('module', 'loaded'),
+    [
+        ('fsq_jax', set()),
+        ('fsq_jax.quantizers', {'quantizers'}),
+        ('fsq_jax.models', {'models', 'quantizers', 'runtime'}),
+    ],
+)
+def test_an_import_loads_no_more_than_it_needs(module, loaded):
+  code = (
+      f'import {module}, sys\n'
+      'names = [x.split(".") for x in sys.modules]\n'
+      'print({x[1] for x in names if x[0] == "fsq_jax" and len(x) > 1})'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code], cwd=_ROOT, capture_output=True, text=True,
+      check=True,
+  )
+  assert ast.literal_eval(done.stdout.replace('set()', '()')) in (loaded, ())
+
+
+def test_the_root_offers_its_names():
+  code = (
+      'import fsq_jax; print(fsq_jax.FSQ((8, 8)).codebook_size,'
+      ' set(dir(fsq_jax)) >= {"FSQ", "tokens"}, fsq_jax.quantizers.__name__)'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code], cwd=_ROOT, capture_output=True, text=True,
+      check=True,
+  )
+  assert done.stdout.split() == ['64', 'True', 'fsq_jax.quantizers']
 
 
 def test_repository_has_no_other_top_level_names():

@@ -11,15 +11,16 @@ import sys
 import time
 
 import chex
-from flax import struct
 import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import checkpoint
-from fsq_jax import integrity
-from fsq_jax import workdir
+from fsq_jax import checkpoints as checkpoints_lib
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import checkpointer as checkpoint
+from fsq_jax.checkpoints import integrity
+from fsq_jax.runtime import processes as runtime
 
 
 def _state(step):
@@ -47,7 +48,7 @@ _ABSTRACT = jax.tree.map(
 def saved(tmp_path_factory):
   """Folder of a run with the steps 1 and 2."""
   folder = tmp_path_factory.mktemp('saved')
-  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
   for step in (1, 2):
     checkpointer.save(step, _state(step), _record(step), {'psnr': 20.0 + step})
   checkpointer.wait()
@@ -62,7 +63,7 @@ def folder(saved, tmp_path):
 
 
 def _newest(folder):
-  return folder / workdir.CHECKPOINTS / '2'
+  return folder / workdirs.CHECKPOINTS / '2'
 
 
 def _files(folder):
@@ -71,7 +72,7 @@ def _files(folder):
 
 def _restore(folder):
   """Restores the newest step that can be, which must be what was saved."""
-  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
   try:
     restored = checkpointer.restore_newest(lambda record: _ABSTRACT)
   finally:
@@ -97,7 +98,7 @@ def test_any_file_may_be_lost(saved, names, tmp_path, how):
     if how != 'deleted':
       path.write_bytes(b'' if how == 'empty' else content[: len(content) // 2])
     taken[name] = _restore(folder)
-    assert (folder / workdir.DAMAGED / '2').is_dir() == (taken[name] == 1)
+    assert (folder / workdirs.DAMAGED / '2').is_dir() == (taken[name] == 1)
   # What holds values must be missed; the rest is Orbax's affair.
   for part in ('state/d/', 'record/metadata', 'manifest/metadata'):
     assert {taken[x] for x in names if x.startswith(part)} == {1}
@@ -125,10 +126,8 @@ def _flip(path, rng):
   path.write_bytes(content)
 
 
-class _Tree(struct.PyTreeNode):
-  kernel: jax.Array
-  scale: jax.Array
-  step: jax.Array
+def _part(*names):
+  return {name: _ABSTRACT[name] for name in names}
 
 
 def test_a_part_of_a_state_is_held_to_its_hashes(saved, names, tmp_path):
@@ -138,10 +137,10 @@ def test_a_part_of_a_state_is_held_to_its_hashes(saved, names, tmp_path):
     folder = shutil.copytree(saved, tmp_path / str(number))
     for damage in (lambda path: _flip(path, rng), lambda path: path.unlink()):
       damage(_newest(folder) / name)
-      checkpointer = checkpoint.Checkpointer(folder, read_only=True)
+      checkpointer = checkpoints_lib.Checkpointer(folder, read_only=True)
       try:
-        state = checkpointer.restore(2, _Tree(**_ABSTRACT), ('scale', 'step'))
-      except checkpoint.DamagedError:
+        state = checkpointer.restore_fields(2, _part('scale', 'step'))
+      except checkpoints_lib.DamagedError:
         refused += 1
       else:
         assert state.keys() == {'scale', 'step'}
@@ -153,7 +152,7 @@ def test_a_part_of_a_state_is_held_to_its_hashes(saved, names, tmp_path):
 
 
 def test_what_is_not_asked_for_is_not_read(saved, monkeypatch):
-  checkpointer = checkpoint.Checkpointer(saved, read_only=True)
+  checkpointer = checkpoints_lib.Checkpointer(saved, read_only=True)
   hash_arrays = integrity.hash_arrays
   hashed = []
 
@@ -162,14 +161,14 @@ def test_what_is_not_asked_for_is_not_read(saved, monkeypatch):
     return hash_arrays(state)
 
   monkeypatch.setattr(integrity, 'hash_arrays', hash_and_record)
-  checkpointer.restore(2, _Tree(**_ABSTRACT), ('scale',))
+  checkpointer.restore_fields(2, _part('scale'))
   assert hashed == ['scale']
   # In any order.
   chex.assert_trees_all_equal(checkpointer.restore(2, _ABSTRACT), _state(2))
-  checkpointer.restore(2, _Tree(**_ABSTRACT), ('step',))
-  other = _Tree(**{**_ABSTRACT, 'kernel': _ABSTRACT['scale']})
+  checkpointer.restore_fields(2, _part('step'))
+  other = {'kernel': _ABSTRACT['scale']}
   with pytest.raises(ValueError, match='other arrays than this model'):
-    checkpointer.restore(2, other, ('scale',))
+    checkpointer.restore_fields(2, other)
   checkpointer.close()
 
 
@@ -178,7 +177,7 @@ def test_a_number_is_free_again_once_its_step_is_set_aside(folder):
     if path.is_file():
       path.write_bytes(b'')
   for other in ('kept', None):
-    checkpointer = checkpoint.Checkpointer(folder, keep=2)
+    checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
     assert checkpointer.restore_newest(lambda _: _ABSTRACT).step == 1
     assert checkpointer.steps == [1]
     assert checkpointer.best_step == 1
@@ -189,12 +188,12 @@ def test_a_number_is_free_again_once_its_step_is_set_aside(folder):
     if other:
       (_newest(folder) / 'manifest' / 'metadata').unlink()
   assert _restore(folder) == 2
-  assert {x.name for x in (folder / workdir.DAMAGED).iterdir()} == {'2', '2_2'}
+  assert {x.name for x in (folder / workdirs.DAMAGED).iterdir()} == {'2', '2_2'}
 
 
 @pytest.mark.parametrize('content', [None, 'notes.txt', 'state/_METADATA'])
 def test_foreign_folders_are_passed_over(folder, content):
-  foreign = folder / workdir.CHECKPOINTS / '3'
+  foreign = folder / workdirs.CHECKPOINTS / '3'
   foreign.mkdir()
   if content:
     (foreign / content).parent.mkdir(exist_ok=True)
@@ -203,16 +202,16 @@ def test_foreign_folders_are_passed_over(folder, content):
 
 
 def test_a_step_under_another_number_is_passed_over(folder):
-  shutil.copytree(_newest(folder), folder / workdir.CHECKPOINTS / '3')
+  shutil.copytree(_newest(folder), folder / workdirs.CHECKPOINTS / '3')
   assert _restore(folder) == 2
 
 
 def test_nothing_is_changed_when_no_step_is_left(folder):
   for step in '12':
-    for path in _files(folder / workdir.CHECKPOINTS / step / 'state'):
+    for path in _files(folder / workdirs.CHECKPOINTS / step / 'state'):
       path.write_bytes(path.read_bytes()[:-1])
   before = {path: path.read_bytes() for path in _files(folder)}
-  checkpointer = checkpoint.Checkpointer(folder)
+  checkpointer = checkpoints_lib.Checkpointer(folder)
   with pytest.raises(ValueError, match='nothing was changed there') as e:
     checkpointer.restore_newest(lambda _: _ABSTRACT)
   checkpointer.close()
@@ -222,7 +221,7 @@ def test_nothing_is_changed_when_no_step_is_left(folder):
 
 
 def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
-  checkpointer = checkpoint.Checkpointer(saved, read_only=True)
+  checkpointer = checkpoints_lib.Checkpointer(saved, read_only=True)
   read = checkpointer._reader.restore
 
   def change(*args, **kwargs):
@@ -233,7 +232,7 @@ def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
 
   monkeypatch.setattr(checkpointer._reader, 'restore', change)
   with pytest.raises(
-      checkpoint.DamagedError,
+      checkpoints_lib.DamagedError,
       match=r'Step 2: arrays are not .*\n  kernel: \w{16} -> \w{16}$',
   ):
     checkpointer.restore(2, _ABSTRACT)
@@ -241,7 +240,7 @@ def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
 
 
 def test_other_arrays_are_an_error_and_no_damage(folder):
-  checkpointer = checkpoint.Checkpointer(folder)
+  checkpointer = checkpoints_lib.Checkpointer(folder)
   wanted = dict(
       _ABSTRACT,
       kernel=jax.ShapeDtypeStruct((50, 40), jnp.float32),
@@ -250,20 +249,20 @@ def test_other_arrays_are_an_error_and_no_damage(folder):
   )
   with pytest.raises(ValueError, match='saved -> wanted') as error:
     checkpointer.restore_newest(lambda _: wanted)
-  assert not isinstance(error.value, checkpoint.DamagedError)
+  assert not isinstance(error.value, checkpoints_lib.DamagedError)
   assert str(error.value).splitlines()[1:] == [
       '  bias: nothing -> float32[50]',
       '  kernel: float32[40, 50] -> float32[50, 40]',
       '  scale: bfloat16[50] -> float32[50]',
   ]
   checkpointer.close()
-  assert not (folder / workdir.DAMAGED).exists()
+  assert not (folder / workdirs.DAMAGED).exists()
 
 
 def test_what_an_interrupted_save_has_left_is_removed(folder):
-  left = folder / workdir.CHECKPOINTS / '3.orbax-checkpoint-tmp'
+  left = folder / workdirs.CHECKPOINTS / '3.orbax-checkpoint-tmp'
   shutil.copytree(_newest(folder), left)
-  reader = checkpoint.Checkpointer(folder, read_only=True)
+  reader = checkpoints_lib.Checkpointer(folder, read_only=True)
   assert reader.steps == [1, 2]
   reader.close()
   assert left.is_dir()  # A run may be at it.
@@ -276,14 +275,14 @@ def test_what_an_interrupted_save_has_left_is_removed(folder):
 
 
 def test_a_step_that_cannot_be_written_says_so(folder, monkeypatch):
-  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
 
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(checkpointer._manager, 'save', full)
   with pytest.raises(
-      checkpoint.SaveError,
+      checkpoints_lib.SaveError,
       match=r'Step 3, or .*No space left on device.*on disk are \[1, 2\]',
   ):
     checkpointer.save(3, _state(3), _record(3))
@@ -295,21 +294,21 @@ def test_a_manifest_of_another_format_is_not_taken(folder):
   manifest = json.loads(path.read_text())
   manifest.pop('sha256')
   manifest['format'] += 1
-  sha256 = checkpoint.integrity.hash_json(manifest)
+  sha256 = integrity.hash_json(manifest)
   path.write_text(json.dumps({**manifest, 'sha256': sha256}))
-  checkpointer = checkpoint.Checkpointer(folder, read_only=True)
-  with pytest.raises(checkpoint.DamagedError, match='format 2, not 1'):
+  checkpointer = checkpoints_lib.Checkpointer(folder, read_only=True)
+  with pytest.raises(checkpoints_lib.DamagedError, match='format 2, not 1'):
     checkpointer.restore_record(2)
   checkpointer.close()
 
 
 def _assert_refused(folder, match):
   """Asserts that no step is taken or moved, for an error of that text."""
-  with pytest.raises(checkpoint.ReadError, match=match):
+  with pytest.raises(checkpoints_lib.ReadError, match=match):
     _restore(folder)
-  checkpoints = (folder / workdir.CHECKPOINTS).iterdir()
+  checkpoints = (folder / workdirs.CHECKPOINTS).iterdir()
   assert {x.name for x in checkpoints} == {'1', '2'}
-  assert not (folder / workdir.DAMAGED).exists()
+  assert not (folder / workdirs.DAMAGED).exists()
 
 
 def test_files_that_cannot_be_opened_are_no_damage(folder):
@@ -359,9 +358,9 @@ def test_errors_of_the_system_are_no_damage(saved, monkeypatch, error, link):
     raise raised
 
   monkeypatch.setattr(_Reader, 'restore', fail)
-  with pytest.raises(checkpoint.ReadError) as refusal:
-    checkpoint.Checkpointer(saved, read_only=True)
-  assert f'{workdir.CHECKPOINTS}/1: the manifest' in str(refusal.value)
+  with pytest.raises(checkpoints_lib.ReadError) as refusal:
+    checkpoints_lib.Checkpointer(saved, read_only=True)
+  assert f'{workdirs.CHECKPOINTS}/1: the manifest' in str(refusal.value)
   assert str(error) in str(refusal.value)
 
 
@@ -388,7 +387,7 @@ def _as_one_of_two(monkeypatch, answers):
     return np.stack([kind, np.int32(answers[len(kinds) - 1])])
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(checkpoint.runtime, 'gather', allgather)
+  monkeypatch.setattr(runtime, 'gather', allgather)
   monkeypatch.setattr(
       checkpoint.multihost_utils, 'sync_global_devices', lambda name: None
   )
@@ -400,12 +399,12 @@ def _as_one_of_two(monkeypatch, answers):
 def test_what_another_process_finds_damaged_is_passed_over(
     folder, monkeypatch, caplog, at
 ):
-  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
   answers = [0] * at + [1] + [0] * 5
   hashed = []
-  hash_arrays = checkpoint.integrity.hash_arrays
+  hash_arrays = integrity.hash_arrays
   monkeypatch.setattr(
-      checkpoint.integrity,
+      integrity,
       'hash_arrays',
       lambda state: hashed.append(state) or hash_arrays(state),
   )
@@ -415,7 +414,7 @@ def test_what_another_process_finds_damaged_is_passed_over(
   assert kinds == [0] * len(answers)
   assert 'another process found it damaged' in caplog.text
   assert len(hashed) == 1 + (at == 4)
-  assert (folder / workdir.DAMAGED / '2').is_dir()
+  assert (folder / workdirs.DAMAGED / '2').is_dir()
   monkeypatch.undo()
   checkpointer.close()
 
@@ -426,11 +425,13 @@ def test_no_step_is_moved_when_another_process_cannot_read(
 ):
   if own == 'damaged':
     (_newest(folder) / 'record' / 'metadata').unlink()
-  checkpointer = checkpoint.Checkpointer(folder, keep=2)
+  checkpointer = checkpoints_lib.Checkpointer(folder, keep=2)
   _as_one_of_two(monkeypatch, [0, 2])
-  with pytest.raises(checkpoint.ReadError, match='another process cannot read'):
+  with pytest.raises(
+      checkpoints_lib.ReadError, match='another process cannot read'
+  ):
     checkpointer.restore_newest(lambda record: _ABSTRACT)
-  assert not (folder / workdir.DAMAGED).exists()
+  assert not (folder / workdirs.DAMAGED).exists()
   monkeypatch.undo()
   checkpointer.close()
 
@@ -442,10 +443,11 @@ import pathlib, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from fsq_jax import checkpoint, runtime
+from fsq_jax import checkpoints
+from fsq_jax.runtime import processes
 
 folder, address, number = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-runtime.join_processes(address, 2, int(number))
+processes.join_processes(address, 2, int(number))
 mesh = jax.make_mesh((2,), ('fsdp',))
 sharding = NamedSharding(mesh, PartitionSpec('fsdp'))
 values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
@@ -454,7 +456,7 @@ make = lambda step: {
         values.shape, sharding, lambda i: values[i] + step
     )
 }
-checkpointer = checkpoint.Checkpointer(folder, keep=2)
+checkpointer = checkpoints.Checkpointer(folder, keep=2)
 for step in (1, 2):
   checkpointer.save(step, make(step), {'at': step}, {'psnr': step})
 checkpointer.wait()
@@ -464,7 +466,7 @@ if jax.process_index() == 1:
   for path in folder.glob('checkpoints/2/state/ocdbt.process_1/d/*'):
     path.write_bytes(b'')
 multihost_utils.sync_global_devices('damaged')
-checkpointer = checkpoint.Checkpointer(folder, keep=2)
+checkpointer = checkpoints.Checkpointer(folder, keep=2)
 abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     make(0),
@@ -505,4 +507,4 @@ def test_two_processes_pass_over_what_one_finds_damaged(tmp_path):
   assert [process.returncode for process in processes] == [0, 0], logs
   assert 'Step 2: the state cannot be read' in logs[1]
   assert 'Step 2: another process found it damaged' in logs[0]
-  assert [x.name for x in (folder / workdir.DAMAGED).iterdir()] == ['2']
+  assert [x.name for x in (folder / workdirs.DAMAGED).iterdir()] == ['2']

@@ -9,13 +9,13 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _STATE = {'x': jnp.arange(4.0)}
@@ -24,14 +24,14 @@ _RECORD = {'config': {}, 'iterator': {'next_index': 3}}
 
 @pytest.fixture
 def checkpointer(tmp_path):
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+  checkpointer = checkpoints.Checkpointer(tmp_path, keep=2)
   yield checkpointer
   checkpointer.close()
 
 
 def _steps(folder):
   """Names on disk, whatever they are."""
-  return {path.name for path in (folder / workdir.CHECKPOINTS).iterdir()}
+  return {path.name for path in (folder / workdirs.CHECKPOINTS).iterdir()}
 
 
 def _builder(data, fsdp):
@@ -63,7 +63,7 @@ def test_a_state_keeps_its_bytes_on_other_devices(tmp_path):
   ):
     folder = tmp_path / str(number)
     folder.mkdir()
-    checkpointer = checkpoint.Checkpointer(folder)
+    checkpointer = checkpoints.Checkpointer(folder)
     checkpointer.save(7, state, _RECORD)
     state = checkpointer.restore(7, builder.abstract)
     checkpointer.close()
@@ -118,7 +118,7 @@ def test_the_record_comes_back_as_it_was(checkpointer):
 def test_the_newest_and_the_best_are_kept(tmp_path, keep, kept):
   psnr = {2: 20.0, 3: math.nan, 4: 19.5, 6: 20.5, 7: math.inf}
   best = [None, 2, 2, 2, 2, 6, 6]
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=keep)
+  checkpointer = checkpoints.Checkpointer(tmp_path, keep=keep)
   for step in range(1, 8):
     metrics = {'psnr': psnr[step], 'ssim': 0.5} if step in psnr else None
     checkpointer.save(step, _STATE, _RECORD, metrics)
@@ -129,7 +129,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep, kept):
     assert checkpointer.is_evaluated(step) == (step in psnr)
     if step == 4:  # What is best is known after a restart too.
       checkpointer.close()
-      checkpointer = checkpoint.Checkpointer(tmp_path, keep=keep)
+      checkpointer = checkpoints.Checkpointer(tmp_path, keep=keep)
   checkpointer.close()
 
 
@@ -150,14 +150,14 @@ def test_a_run_without_checkpoints_has_no_step(checkpointer, tmp_path):
 
 
 def test_a_step_that_is_not_finished_is_ignored(tmp_path):
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+  checkpointer = checkpoints.Checkpointer(tmp_path, keep=2)
   checkpointer.save(1, _STATE, _RECORD)
   checkpointer.save(2, _STATE, _RECORD)
   checkpointer.close()
   # What kill -9 leaves: the name under which Orbax writes, and some files.
-  finished = tmp_path / workdir.CHECKPOINTS / '2'
+  finished = tmp_path / workdirs.CHECKPOINTS / '2'
   finished.rename(finished.with_name('2.orbax-checkpoint-tmp'))
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=2)
+  checkpointer = checkpoints.Checkpointer(tmp_path, keep=2)
   assert checkpointer.latest_step == 1
   checkpointer.save(2, _STATE, {'again': True})
   checkpointer.wait()
@@ -167,9 +167,9 @@ def test_a_step_that_is_not_finished_is_ignored(tmp_path):
 
 
 def test_opening_removes_no_step(tmp_path):
-  checkpointer = checkpoint.Checkpointer(tmp_path, keep=3)
+  checkpointer = checkpoints.Checkpointer(tmp_path, keep=3)
   for step in (1, 2, 3):
     checkpointer.save(step, _STATE, _RECORD)
   checkpointer.close()
-  checkpoint.Checkpointer(tmp_path, keep=1).close()
+  checkpoints.Checkpointer(tmp_path, keep=1).close()
   assert _steps(tmp_path) == {'1', '2', '3'}

@@ -15,7 +15,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from experiments.weights import golden_networks
-from fsq_jax.models import classifiers
+from fsq_jax.perceptual import classifiers
 
 _GOLDEN = pathlib.Path(__file__).parent / 'testdata/frozen'
 # As small as those that the golden logits are of.

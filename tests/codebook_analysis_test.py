@@ -25,14 +25,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fsq_jax import codebook_analysis
-from fsq_jax import codebook_figures
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax import report
-from fsq_jax import train_step
+from fsq_jax.analysis import codebook as codebook_analysis
+from fsq_jax.analysis import figures as codebook_figures
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import results as results_lib
+from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _RUN = _ROOT / 'tests' / 'testdata' / 'run'
@@ -116,7 +117,7 @@ class _Run:
             method=lambda model, x: model.quantizer.indices_to_codes(x),
         )
     )
-    step = jax.jit(train_step.build_eval_step(self.model))
+    step = jax.jit(evaluators.build_eval_step(self.model))
     mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
     self.decoder = codebook_figures.Decoder(
         self.model, self.variables, mesh, batch_size
@@ -463,7 +464,7 @@ def test_tokens_that_are_none_and_images_that_are_not_finite(fsq):
   tally = codebook_analysis.Tally(3, fsq.decoder)
   tokens = fsq.tokens[:3].copy()
   tokens[0, 2, 3] = -1
-  output = train_step.EvalOutput(
+  output = results_lib.EvalOutput(
       metrics={'psnr': np.array([np.nan, 20.0, 30.0])},
       indices=tokens,
       reconstructions=fsq.reconstructions[:3],

@@ -5,7 +5,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import compiled
+from fsq_jax.runtime import compiled
 
 
 def _num_compiled(caplog, function, *arrays):

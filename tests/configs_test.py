@@ -17,18 +17,19 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from experiments.weights import golden_networks
+from fsq_jax import adversarial
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import networks
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import perceptual
 from fsq_jax import quantizers
-from fsq_jax import train_state
-from fsq_jax import train_step
-from fsq_jax.models import classifiers
-from fsq_jax.models import lpips
+from fsq_jax.perceptual import classifiers
+from fsq_jax.perceptual import distance
+from fsq_jax.perceptual import lpips
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import frozen_networks
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
@@ -114,7 +115,7 @@ def _trace(path):
 
 
 def _classifier(name):
-  return perceptual.OutputDistance(
+  return distance.OutputDistance(
       classifiers.CLASSIFIERS[name](precision='default')
   )
 
@@ -136,7 +137,7 @@ def _abstract_networks(config):
     )
   if config.discriminator.name == 'dino':
     params = jax.eval_shape(
-        models.build_discriminator(config.discriminator).init,
+        adversarial.build_discriminator(config.discriminator).init,
         jax.random.key(0), images,
     )['params']
     variables['discriminator'] = {'backbone': params['backbone']}
@@ -455,7 +456,7 @@ def _two_steps(text):
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  frozen = networks.load_networks(config, mesh)
+  frozen = frozen_networks.load_networks(config, mesh)
   before = jax.device_get(frozen.variables)
   step = jax.jit(
       train_step.build_train_step(

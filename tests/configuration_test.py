@@ -10,12 +10,14 @@ import pathlib
 import ml_collections
 import pytest
 
-from fsq_jax import config_rules
 from fsq_jax import configuration
-from fsq_jax import losses
 from fsq_jax import models
-from fsq_jax import optim
 from fsq_jax import quantizers
+from fsq_jax.configuration import compatibility
+from fsq_jax.configuration import loading
+from fsq_jax.configuration import schema
+from fsq_jax.train import losses
+from fsq_jax.train import optim
 
 _DEFAULT = configuration.load_config(
     pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'
@@ -95,16 +97,16 @@ def _wrong_values(name, value):
   return [math.nan, math.inf, True, '0.1', (0.1,)]  # Optional floats.
 
 
-_TYPOS = [(typo, name) for name in config_rules.FIELDS for typo in _typos(name)]
+_TYPOS = [(typo, name) for name in schema.FIELDS for typo in _typos(name)]
 _VALUES = [
     (name, value)
-    for name in config_rules.FIELDS
+    for name in schema.FIELDS
     for value in _wrong_values(name, _get(_DEFAULT.to_dict(), name))
 ]
 
 
 def test_rules_name_the_fields_of_default():
-  assert set(config_rules.FIELDS) == set(_fields(_DEFAULT.to_dict()))
+  assert set(schema.FIELDS) == set(_fields(_DEFAULT.to_dict()))
 
 
 def test_default_passes_with_any_kind_of_container():
@@ -329,7 +331,7 @@ def test_folder_that_exists_passes(tmp_path):
 
 def _allowed_names(field):
   """The names of a rule of names, out of its words."""
-  allowed = config_rules.FIELDS[field].allowed
+  allowed = schema.FIELDS[field].allowed
   return ast.literal_eval(allowed.removeprefix('one of '))
 
 
@@ -337,7 +339,7 @@ def _allowed_names(field):
     'field',
     [
         field
-        for field, rule in config_rules.FIELDS.items()
+        for field, rule in schema.FIELDS.items()
         if rule.allowed.startswith('one of ')
     ],
 )
@@ -378,7 +380,7 @@ def test_the_section_of_a_quantizer_has_every_field_and_its_default(name):
     assert section[field] == fields[field], field
 
 
-@pytest.mark.parametrize('name', config_rules.FIELDS)
+@pytest.mark.parametrize('name', schema.FIELDS)
 def test_no_field_hides_behind_a_method_of_the_config(name):
   # config.update would be the method, and --config.update fail.
   assert not set(name.split('.')) & set(dir(ml_collections.ConfigDict()))
@@ -407,7 +409,7 @@ def test_runs_from_before_a_field_go_on_with_what_they_had():
   current = ml_collections.ConfigDict(_changed())
   saved = current.to_dict()
   # Sections come before the fields that were added to them later.
-  for name, value in reversed(configuration._ADDED.items()):
+  for name, value in reversed(loading._ADDED.items()):
     *sections, field = name.split('.')
     section = saved
     for part in sections:
@@ -614,8 +616,8 @@ def test_another_model_or_optimizer_cannot_continue_a_run(name, value):
 
 
 def test_names_that_may_change_are_fields():
-  assert configuration._RESUMABLE.issubset(config_rules.FIELDS)
-  assert configuration._NOT_OF_STATE.issubset(config_rules.FIELDS)
+  assert compatibility._RESUMABLE.issubset(schema.FIELDS)
+  assert compatibility._NOT_OF_STATE.issubset(schema.FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -658,9 +660,9 @@ def test_paths_are_resolved(name, tmp_path, monkeypatch):
   ):
     given.update_from_flattened_dict({name: value})
     config = configuration.resolve_paths(given)
-    assert dict(configuration._flatten(config))[name] == resolved
+    assert dict(loading._flatten(config))[name] == resolved
     # A copy: the given one stays.
-    assert dict(configuration._flatten(given))[name] == value
+    assert dict(loading._flatten(given))[name] == value
     assert configuration.diff_configs(given, config) == []
     configuration.check_resumable(given, config)
     configuration.check_resumable(config, given)
@@ -668,11 +670,11 @@ def test_paths_are_resolved(name, tmp_path, monkeypatch):
 
 def test_every_field_that_is_a_path_is_resolved():
   # Those of which the comments in configs/default.py say so.
-  assert set(configuration.PATHS) <= config_rules.FIELDS.keys()
+  assert set(configuration.PATHS) <= schema.FIELDS.keys()
   ends = ('.checkpoint', '_dir', '.init_from', '.latent_statistics')
   assert set(configuration.PATHS) == {
       name
-      for name in config_rules.FIELDS
+      for name in schema.FIELDS
       if name.endswith(ends) or name.startswith('eval.networks.')
   }
 

@@ -10,6 +10,7 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
+from fsq_jax.configuration import schema
 from fsq_jax.models import conv
 
 _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'default.py'
@@ -352,4 +353,4 @@ def test_conv_goes_with_all_the_others(overrides):
 
 
 def test_the_rules_know_the_groups_of_the_norm():
-  assert configuration.config_rules._NUM_GROUPS == conv.NUM_GROUPS
+  assert schema._NUM_GROUPS == conv.NUM_GROUPS

@@ -9,11 +9,11 @@ import pytest
 
 from fsq_jax import quantizers
 from fsq_jax.quantizers import FSQ
+from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import convert
-from fsq_jax.quantizers import level_sets
 
 _NAMED_LEVELS = sorted(
-    {*level_sets.LEVELS.values(), *level_sets.COMMON_LEVELS}
+    {*conventions.LEVELS.values(), *conventions.COMMON_LEVELS}
 )
 # How each dialect spells digits k, as NumPy names the order, and scales them.
 _DIALECTS = {

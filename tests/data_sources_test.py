@@ -17,13 +17,13 @@ import skimage.data
 import tensorflow_datasets as tfds
 
 from fsq_jax import data
+from fsq_jax.data import builder
 from fsq_jax.data import decoding
 from fsq_jax.data import folder
 from fsq_jax.data import listing
 from fsq_jax.data import photos
-from fsq_jax.data import prepared
-from fsq_jax.data import sources
 from fsq_jax.data import synthetic
+from fsq_jax.data import tfds_source
 
 
 def _encode(image, format: str = 'PNG', **options) -> bytes:
@@ -228,7 +228,7 @@ def test_class_names_reach_the_sources(tmp_path, prepared_root):
         'resize_shorter': 0, 'max_damaged_share': 0.0, 'cache_mib': 0,
         'label_names': (), **fields,
     })  # fmt: skip
-    return sources.build_source(config, 'eval').label_names
+    return builder.build_source(config, 'eval').label_names
 
   assert names('folder', tmp_path) == ('cat', 'eel')
   given = ('eel', 'cat')
@@ -349,7 +349,7 @@ def test_the_content_hash_is_that_of_names_and_sizes(tmp_path):
 def test_an_image_too_long_for_resizing_is_left_out_by_name(tmp_path, caplog):
   _write(tmp_path / 'train' / 'long.png', size=(1, 30_000))
   source = folder.FolderSource(str(tmp_path), 'train', resize_shorter=64)
-  with pytest.raises(decoding.DamagedImageError, match='resize_shorter = 64'):
+  with pytest.raises(data.DamagedImageError, match='resize_shorter = 64'):
     source.load(0)
   assert 'long.png is left out: 1 x 30000 pixels' in caplog.text
   assert list(source.damaged) == [0]
@@ -410,10 +410,10 @@ def test_damage_is_counted_once_and_unreadable_storage_is_fatal(tmp_path):
     _write(tmp_path / 'train' / f'{number}.png')
   source = folder.FolderSource(str(tmp_path), 'train', max_damaged_share=0.5)
   (tmp_path / 'train' / '1.png').write_bytes(b'text')
-  with pytest.raises(decoding.DamagedImageError):
+  with pytest.raises(data.DamagedImageError):
     source.load(1)
   (tmp_path / 'train' / '1.png').unlink()
-  with pytest.raises(decoding.DamagedImageError):  # not read a second time
+  with pytest.raises(data.DamagedImageError):  # not read a second time
     source.load(1)
   assert list(source.damaged) == [1]
   (tmp_path / 'train' / '2.png').unlink()
@@ -428,7 +428,7 @@ def test_pipes_are_passed_over_and_endless_files_are_damaged(tmp_path):
     file.truncate(2**40)  # A hole, which takes no place.
   source = folder.FolderSource(str(tmp_path), 'train')
   assert len(source) == 2
-  with pytest.raises(decoding.DamagedImageError, match='1099511627776 bytes'):
+  with pytest.raises(data.DamagedImageError, match='1099511627776 bytes'):
     source.load(1)
   assert list(source.damaged) == [1]
 
@@ -487,22 +487,22 @@ def prepared_root(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize('name', ['tiny', 'tiny:1.0.0'])
 def test_prepared_data_are_read_by_name(prepared_root, name):
-  source = prepared.PreparedSource(name, prepared_root, 'train')
+  source = tfds_source.PreparedSource(name, prepared_root, 'train')
   assert source.identity['name'] == 'tiny/1.0.0'
   values = [int(source.load(i)[0, 0, 0]) for i in range(len(source))]
   assert sorted(values) == list(range(12))
-  half = prepared.PreparedSource(name, prepared_root, 'train[50%:]')
+  half = tfds_source.PreparedSource(name, prepared_root, 'train[50%:]')
   assert [int(half.load(i)[0, 0, 0]) for i in range(6)] == values[6:]
   assert half.describe(1).endswith('tiny-train.array_record-00000-of-00001 '
                                    'record 7')
-  both = prepared.PreparedSource(name, prepared_root, 'train+test[:2]')
+  both = tfds_source.PreparedSource(name, prepared_root, 'train+test[:2]')
   assert len(both) == 14
   assert both.describe(13).endswith('tiny-test.array_record-00000-of-00001 '
                                     'record 1')
 
 
 def test_prepared_data_have_labels_and_encoded_sizes(prepared_root):
-  source = prepared.PreparedSource('tiny', prepared_root, 'train')
+  source = tfds_source.PreparedSource('tiny', prepared_root, 'train')
   for i in range(len(source)):
     value = int(source.load(i)[0, 0, 0])
     size = len(_encode(np.full((8, 8, 3), value, np.uint8)))
@@ -513,16 +513,16 @@ def test_prepared_data_have_labels_and_encoded_sizes(prepared_root):
 def test_prepared_data_are_read_by_folder(prepared_root):
   version = f'{prepared_root}/tiny/1.0.0'
   for name in ('', 'tiny'):
-    source = prepared.PreparedSource(name, version, 'test', resize_shorter=4)
+    source = tfds_source.PreparedSource(name, version, 'test', resize_shorter=4)
     assert source.load(0).shape == (4, 4, 3)
   with pytest.raises(ValueError, match=r"holds 'tiny', but .* 'big'"):
-    prepared.PreparedSource('big', version, 'test')
+    tfds_source.PreparedSource('big', version, 'test')
 
 
 def test_missing_splits_list_those_there_are(prepared_root):
   for split in ('validation', 'train[:x]'):
     with pytest.raises(ValueError, match=r"it has \['test', 'train'\]"):
-      prepared.PreparedSource('tiny', prepared_root, split)
+      tfds_source.PreparedSource('tiny', prepared_root, split)
 
 
 def test_unprepared_data_are_an_error_that_says_where_and_how(
@@ -530,20 +530,22 @@ def test_unprepared_data_are_an_error_that_says_where_and_how(
 ):
   monkeypatch.setattr(tfds, 'builder', None)  # whatever downloads goes here
   for name in ('cifar10', 'tiny:2.0.0', 'tiny/config'):
-    with pytest.raises(prepared.NotPreparedError, match='--mode=prepare') as e:
-      prepared.PreparedSource(name, prepared_root, 'train')
+    with pytest.raises(
+        tfds_source.NotPreparedError, match='--mode=prepare'
+    ) as e:
+      tfds_source.PreparedSource(name, prepared_root, 'train')
     assert f'{prepared_root}/{name.split(":")[0]}' in str(e.value)
   with pytest.raises(ValueError, match='is empty'):
-    prepared.PreparedSource('', prepared_root, 'train')
+    tfds_source.PreparedSource('', prepared_root, 'train')
   with pytest.raises(ValueError, match="write 'name'"):
-    prepared.PreparedSource('../tiny', prepared_root, 'train')
+    tfds_source.PreparedSource('../tiny', prepared_root, 'train')
   with pytest.raises(ValueError, match="write 'name'"):
-    prepared.PreparedSource('tiny/..', f'{prepared_root}/tiny', 'train')
+    tfds_source.PreparedSource('tiny/..', f'{prepared_root}/tiny', 'train')
 
 
 def test_the_default_folder_is_that_of_tfds(monkeypatch, prepared_root):
   monkeypatch.setenv('TFDS_DATA_DIR', prepared_root)
-  assert prepared.find_prepared('tiny', '').endswith('/tiny/1.0.0')
+  assert tfds_source.find_prepared('tiny', '').endswith('/tiny/1.0.0')
 
 
 def test_the_newest_version_is_taken(tmp_path):
@@ -552,7 +554,7 @@ def test_the_newest_version_is_taken(tmp_path):
     path.mkdir(parents=True)
     (path / 'dataset_info.json').write_text('{}')
   (tmp_path / 'some' / '12.0.0').mkdir()
-  found = prepared.find_prepared('some', str(tmp_path))
+  found = tfds_source.find_prepared('some', str(tmp_path))
   assert found == str(tmp_path / 'some' / '10.0.0')
 
 
@@ -563,13 +565,13 @@ def test_damaged_records_name_file_and_record(tmp_path, prepared_root):
   content = bytearray(shard.read_bytes())
   content[content.index(b'IHDR')] ^= 1  # in the first record
   shard.write_bytes(content)
-  source = prepared.PreparedSource('', str(version), 'test')
+  source = tfds_source.PreparedSource('', str(version), 'test')
   with pytest.raises(ValueError, match='cannot be read: ') as caught:
     source.load(0)
   assert f'{shard} record 0 ' in str(caught.value)
   shard.unlink()
   with pytest.raises(ValueError, match='is missing') as caught:
-    prepared.PreparedSource('', str(version), 'test')
+    tfds_source.PreparedSource('', str(version), 'test')
   assert str(shard) in str(caught.value)
 
 
@@ -593,10 +595,10 @@ def test_damaged_records_name_file_and_record(tmp_path, prepared_root):
 def test_the_image_feature_is_found_by_its_type(features, expected):
   features = tfds.features.FeaturesDict({**features, 'label': np.int64})
   if expected:
-    assert prepared._find_image_feature(features, '') == expected
+    assert tfds_source._find_image_feature(features, '') == expected
   else:
     with pytest.raises(ValueError, match='image'):
-      prepared._find_image_feature(features, '')
+      tfds_source._find_image_feature(features, '')
 
 
 def _prepare_config(**values) -> ml_collections.ConfigDict:
@@ -633,7 +635,7 @@ def test_the_stamp_of_an_image_is_that_of_its_file(prepared_root, tmp_path):
   _write(tmp_path / 'train' / 'a.png')
   for source in (
       folder.FolderSource(str(tmp_path), 'train'),
-      prepared.PreparedSource('tiny', prepared_root, 'train'),
+      tfds_source.PreparedSource('tiny', prepared_root, 'train'),
   ):
     path = pathlib.Path(source.describe(0).partition(' record')[0])
     status = path.stat()

@@ -170,7 +170,7 @@ def test_batches_may_be_larger_than_the_split(tmp_path, caplog):
 def test_an_order_is_longer_than_any_run():
   # And in float64, in which Grain computes, still exact.
   for num in (1, 3, 2**31):
-    examples = pipelines.repeat_endlessly(grain.MapDataset.range(num))
+    examples = data.repeat_endlessly(grain.MapDataset.range(num))
     assert 2**51 < len(examples) <= 2**53
 
 

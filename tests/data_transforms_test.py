@@ -9,6 +9,7 @@ from PIL import Image
 from PIL import ImageFile
 import pytest
 
+from fsq_jax import data as data_lib
 from fsq_jax.data import decoding
 from fsq_jax.data import transforms
 
@@ -75,7 +76,7 @@ def test_resize_shorter_keeps_the_aspect():
   assert transforms.resize_shorter(image, 0) is image
   assert transforms.resize_shorter(image, 20) is image
   with pytest.raises(
-      decoding.DamagedImageError,
+      data_lib.DamagedImageError,
       match=r'^3 x 20000 pixels .*resize_shorter = 256, .* 256 x 1706667 of',
   ):
     transforms.resize_shorter(_noise(3, 20_000), 256)
@@ -84,14 +85,14 @@ def test_resize_shorter_keeps_the_aspect():
 def test_centre_crop_is_exact():
   image = _noise(11, 20)
   np.testing.assert_array_equal(
-      transforms.centre_crop(image, (8, 7)), image[1:9, 6:13]
+      data_lib.centre_crop(image, (8, 7)), image[1:9, 6:13]
   )
   np.testing.assert_array_equal(
-      transforms.centre_crop(image, (22, 22)),
+      data_lib.centre_crop(image, (22, 22)),
       transforms.resize(image[:, 4:15], (22, 22)),
   )
-  assert transforms.centre_crop(_noise(1, 1), (8, 8)).shape == (8, 8, 3)
-  assert transforms.centre_crop(_noise(20_000, 3), (8, 8)).shape == (8, 8, 3)
+  assert data_lib.centre_crop(_noise(1, 1), (8, 8)).shape == (8, 8, 3)
+  assert data_lib.centre_crop(_noise(20_000, 3), (8, 8)).shape == (8, 8, 3)
 
 
 def test_augment_follows_its_draws():
@@ -125,7 +126,7 @@ def test_what_augment_does_is_known_beforehand(color_jitter):
   image = _noise(50, 40)
   flips = set()
   for seed in range(20):
-    drawn = transforms.draw_augmentation(
+    drawn = data_lib.draw_augmentation(
         image, np.random.default_rng(seed), **options
     )
     top, left, height, width = drawn.crop
@@ -326,7 +327,7 @@ def test_float_grey_is_full_scale_at_one():
   assert decoded[0, :, 0].tolist() == [0, 64, 255]
   for wrong in (255.0, -0.1, np.nan):
     values[0, 1] = wrong
-    with pytest.raises(decoding.DamagedImageError, match='only 0 to 1'):
+    with pytest.raises(data_lib.DamagedImageError, match='only 0 to 1'):
       decoding.decode_image(_encode(values, 'TIFF'))
 
 
@@ -364,7 +365,7 @@ def test_claims_of_too_many_pixels_are_refused_unread(monkeypatch, size):
   monkeypatch.setattr(
       ImageFile.ImageFile, 'load', lambda self: loads.append(self)
   )
-  with pytest.raises(decoding.DamagedImageError, match='pixels'):
+  with pytest.raises(data_lib.DamagedImageError, match='pixels'):
     decoding.decode_image(_claim(*size))
   assert not loads
 
@@ -393,5 +394,5 @@ def _damage(kind: str) -> bytes:
      'header only', 'another format', 'wrong checksum'],
 )
 def test_damage_is_found(kind):
-  with pytest.raises(decoding.DamagedImageError):
+  with pytest.raises(data_lib.DamagedImageError):
     decoding.decode_image(_damage(kind))

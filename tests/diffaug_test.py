@@ -9,8 +9,8 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import diffaug
-from fsq_jax import partitioning
+from fsq_jax.adversarial import diffaug
+from fsq_jax.runtime import partitioning
 
 _SHAPE = (8, 16, 24, 3)
 _KEY = jax.random.key(3)

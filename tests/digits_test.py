@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fsq_jax.quantizers import BSQ
 from fsq_jax.quantizers import FSQ
+from fsq_jax.quantizers import LFQ
+from fsq_jax.quantizers import GroupedFSQ
+from fsq_jax.quantizers import ResidualFSQ
 from fsq_jax.quantizers import base
 from fsq_jax.quantizers import digits
-from fsq_jax.quantizers.grouped import GroupedFSQ
-from fsq_jax.quantizers.lfq import BSQ
-from fsq_jax.quantizers.lfq import LFQ
-from fsq_jax.quantizers.residual import ResidualFSQ
 
 _LARGE = {
     'fsq': lambda: FSQ((4,) * 15),

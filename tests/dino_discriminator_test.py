@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from fsq_jax import optim
-from fsq_jax.models import dino_discriminator
-from fsq_jax.models import vit_families
+from fsq_jax import adversarial
+from fsq_jax.adversarial import dino_discriminator
+from fsq_jax.models.pretrained import architectures
+from fsq_jax.runtime import parameter_paths
 
 _SIDE, _PATCH, _WIDTH, _HEADS = 16, 4, 12, 3
 _TOKENS = (_SIDE // _PATCH) ** 2
-_ARCHITECTURE = vit_families.build_architecture(
+_ARCHITECTURE = architectures.build_architecture(
     'dino', width=_WIDTH, depth=3, num_heads=_HEADS, mlp_dim=20,
     patch_size=_PATCH, activation='gelu_tanh',
 )
@@ -214,7 +215,7 @@ def test_gradients_reach_heads_and_images_but_not_the_backbone():
       _variables()['params'], _images()
   )
   assert np.all(np.max(np.abs(by_images), axis=(1, 2, 3)) > 1e-4)
-  heads, backbone = optim.split_frozen(
+  heads, backbone = parameter_paths.split_frozen(
       gradients, _module().frozen_parameters
   )
   assert backbone.keys() == {'backbone'}
@@ -311,7 +312,7 @@ def _write(directory, **config):
 
 
 def test_a_checkpoint_is_what_belongs_under_backbone(tmp_path):
-  loaded = dino_discriminator.load_discriminator_backbone(
+  loaded = adversarial.load_discriminator_backbone(
       _write(tmp_path), _module()
   )
   expected = _variables()['params']['backbone']
@@ -320,7 +321,7 @@ def test_a_checkpoint_is_what_belongs_under_backbone(tmp_path):
 
 def test_positions_are_resampled_for_another_image_size(tmp_path):
   module = _module(image_size=(24, 24))
-  loaded = dino_discriminator.load_discriminator_backbone(
+  loaded = adversarial.load_discriminator_backbone(
       _write(tmp_path), module
   )
   shapes = jax.eval_shape(module.init, jax.random.key(0), _images())
@@ -344,4 +345,4 @@ def test_checkpoints_of_another_architecture_are_refused(
   architecture = dataclasses.replace(_ARCHITECTURE, **fields)
   module = _module(architecture=architecture)
   with pytest.raises(ValueError, match=f'does not fit .*{message}'):
-    dino_discriminator.load_discriminator_backbone(_write(tmp_path), module)
+    adversarial.load_discriminator_backbone(_write(tmp_path), module)

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.models import discriminator
+from fsq_jax.adversarial import discriminators
 
 _DOWNSAMPLINGS = ['average', 'blur']
 
@@ -17,12 +17,12 @@ def _patch(**fields):
   defaults = {
       'channels': 32, 'num_stages': 2, 'downsampling': 'blur', 'grid_size': 3,
   }
-  return discriminator.PatchDiscriminator(**{**defaults, **fields})
+  return discriminators.PatchDiscriminator(**{**defaults, **fields})
 
 
 def _stylegan(**fields):
   defaults = {'filters': 4, 'multipliers': (2, 3), 'downsampling': 'blur'}
-  return discriminator.StyleGanDiscriminator(**{**defaults, **fields})
+  return discriminators.StyleGanDiscriminator(**{**defaults, **fields})
 
 
 _MODULES = {'patch': _patch, 'stylegan': _stylegan}

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import quantizers_test
 
+from fsq_jax import adversarial
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import perceptual
-from fsq_jax import train_state
-from fsq_jax import train_step
-from fsq_jax.models import classifiers
-from fsq_jax.models import inception
-from fsq_jax.models import lpips
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.perceptual import classifiers
+from fsq_jax.perceptual import distance
+from fsq_jax.perceptual import inception
+from fsq_jax.perceptual import lpips
+from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TESTDATA = _ROOT / 'tests' / 'testdata'
@@ -196,7 +198,7 @@ def _build(config, network=None):
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   step = train_step.build_train_step(model, optimizer, config, network)
-  return builder, step, train_step.build_eval_step(model)
+  return builder, step, evaluators.build_eval_step(model)
 
 
 def _abstract_networks(config):
@@ -209,12 +211,12 @@ def _abstract_networks(config):
         network.init, jax.random.key(0), images, images
     )
   elif config.losses.perceptual.name == 'vit':
-    loaded = perceptual.build_perceptual_loss(
+    loaded = distance.build_perceptual_loss(
         'vit', _ENCODER, dtype=jnp.bfloat16
     )
     network, variables['perceptual'] = loaded.module, loaded.variables
   if config.discriminator.name == 'dino':
-    discriminator = models.build_discriminator(config.discriminator)
+    discriminator = adversarial.build_discriminator(config.discriminator)
     params = jax.eval_shape(discriminator.init, jax.random.key(0), images)
     backbone = params['params']['backbone']
     variables['discriminator'] = {'backbone': backbone}

@@ -17,14 +17,15 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import evaluate
-from fsq_jax import evaluation
 from fsq_jax import models
-from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax import train
-from fsq_jax import train_step
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.evaluation import codebook_statistics
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import saved_run
+from fsq_jax.models import pixels as train_step
+from fsq_jax.runtime import partitioning
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _NUM_IMAGES = 256  # Of the synthetic evaluation split.
@@ -70,7 +71,7 @@ def _evaluate(config, model, variables, *, batch_size=32, num_devices=8,
   mesh = partitioning.create_mesh(
       {'data': num_devices, 'fsdp': 1}, jax.devices()[:num_devices]
   )
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model,
       _dataset(config, batch_size),
       mesh,
@@ -156,7 +157,7 @@ def test_every_number_of_codes_has_its_digits_without_compiling(caplog):
     # The first one compiles for all.
     caplog.clear()
     with jax.log_compiles():
-      statistics = evaluation.count_codes(quantizer)
+      statistics = codebook_statistics.count_codes(quantizer)
       statistics.update(codes[None], np.array([True]))
       histograms = statistics.result()['level_histograms']
     compiled = [x for x in caplog.messages if 'XLA compilation' in x]
@@ -184,13 +185,13 @@ def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
       f' {evaluation.metrics["ssim"]:.3f}'
   )
   (batch,) = _dataset(config, _NUM_IMAGES)
-  step = jax.jit(train_step.build_eval_step(model))
+  step = jax.jit(evaluators.build_eval_step(model))
   psnr = step(variables, batch['image']).metrics['psnr']
   assert evaluation.metrics['psnr'] == pytest.approx(
       np.mean(jax.device_get(psnr)), rel=1e-5
   )
-  evaluate.write_evaluation(tmp_path, 3, evaluation)
-  record = json.loads((tmp_path / workdir.EVALUATION).read_text())
+  saved_run.write_evaluation(tmp_path, 3, evaluation)
+  record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
   assert record['codebook'] == {}
   assert record['protocol']['quantizer'] == model.quantizer.spec()
 
@@ -260,12 +261,12 @@ def test_reconstructions_that_are_not_finite_are_reported(
   assert np.isnan(list(evaluation.metrics.values())).all()
   assert evaluation.codebook['num_tokens'] == _NUM_IMAGES * _NUM_TOKENS
 
-  evaluate.write_evaluation(tmp_path, 3, evaluation)
-  record = json.loads((tmp_path / workdir.EVALUATION).read_text())
+  saved_run.write_evaluation(tmp_path, 3, evaluation)
+  record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
   assert set(record['metrics'].values()) == {None}
   assert record['codebook']['usage'] == evaluation.codebook['usage']
   assert record['step'] == 3
-  assert [p.name for p in (tmp_path / workdir.RECONSTRUCTIONS).iterdir()] == [
+  assert [p.name for p in (tmp_path / workdirs.RECONSTRUCTIONS).iterdir()] == [
       'step_00000003.png'
   ]
 
@@ -309,7 +310,7 @@ class _SomeDamaged:
 def test_the_next_image_is_shown_for_one_that_cannot_be_read(
     model, variables, damaged, num_grid_images, shown
 ):
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model,
       _SomeDamaged(damaged),
       partitioning.create_mesh({'data': 8, 'fsdp': 1}),
@@ -325,7 +326,7 @@ def test_the_next_image_is_shown_for_one_that_cannot_be_read(
 
 
 def test_a_split_without_a_readable_image_is_refused(model, variables):
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model,
       _SomeDamaged(range(16)),
       partitioning.create_mesh({'data': 8, 'fsdp': 1}),
@@ -339,13 +340,13 @@ def test_a_split_without_a_readable_image_is_refused(model, variables):
 def test_a_run_evaluates_to_its_own_numbers(config, run, tmp_path):
   folder = tmp_path / 'copy'
   shutil.copytree(run, folder)
-  expected = (run / workdir.EVALUATION).read_bytes()
-  (folder / workdir.EVALUATION).unlink()
-  (folder / workdir.REPORT).unlink()
+  expected = (run / workdirs.EVALUATION).read_bytes()
+  (folder / workdirs.EVALUATION).unlink()
+  (folder / workdirs.REPORT).unlink()
   config = config.copy_and_resolve_references()
   config.data.eval_batch_size = 56  # Not a divisor of the split.
-  evaluation = evaluate.evaluate_workdir(config, folder)
-  actual = json.loads((folder / workdir.EVALUATION).read_text())
+  evaluation = saved_run.evaluate_workdir(config, folder)
+  actual = json.loads((folder / workdirs.EVALUATION).read_text())
   expected = json.loads(expected)
   assert actual.pop('metrics') == pytest.approx(
       expected.pop('metrics'), rel=1e-6, abs=1e-6
@@ -353,12 +354,12 @@ def test_a_run_evaluates_to_its_own_numbers(config, run, tmp_path):
   assert actual == expected
   assert actual['step'] == config.train.num_steps
   assert evaluation.codebook['usage'] == actual['codebook']['usage']
-  assert (folder / workdir.REPORT).is_file()
+  assert (folder / workdirs.REPORT).is_file()
   # It reads: the other checkpoint and the rows are still there.
-  assert sorted(p.name for p in (folder / workdir.CHECKPOINTS).iterdir()) == [
+  assert sorted(p.name for p in (folder / workdirs.CHECKPOINTS).iterdir()) == [
       '4', '8',
   ]
-  name = workdir.METRICS
+  name = workdirs.METRICS
   assert (folder / name).read_bytes() == (run / name).read_bytes()
 
 
@@ -366,10 +367,10 @@ def test_a_run_evaluates_to_its_own_numbers(config, run, tmp_path):
 def test_the_newest_checkpoint_is_evaluated(config, run, tmp_path):
   folder = tmp_path / 'copy'
   shutil.copytree(run, folder)
-  shutil.rmtree(folder / workdir.CHECKPOINTS / '8')
-  evaluate.evaluate_workdir(config, folder)
-  rows = [r for r in workdir.read_metrics(run) if r['split'] == 'eval']
-  record = json.loads((folder / workdir.EVALUATION).read_text())
+  shutil.rmtree(folder / workdirs.CHECKPOINTS / '8')
+  saved_run.evaluate_workdir(config, folder)
+  rows = [r for r in workdirs.read_metrics(run) if r['split'] == 'eval']
+  record = json.loads((folder / workdirs.EVALUATION).read_text())
   assert record['step'] == rows[0]['step'] == 4
   assert record['metrics']['psnr'] == rows[0]['psnr'] != rows[1]['psnr']
 
@@ -383,10 +384,10 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
   before = {
       path: path.read_bytes() for path in folder.rglob('*') if path.is_file()
   }
-  best = evaluate.evaluate_workdir(config, folder, which='best')
+  best = saved_run.evaluate_workdir(config, folder, which='best')
   config = config.copy_and_resolve_references()
   config.data.source = 'photos'
-  evaluate.evaluate_workdir(config, folder)
+  saved_run.evaluate_workdir(config, folder)
   new = {
       re.sub(
           r'_[0-9a-f]{8}(?=[._]\D)',
@@ -396,7 +397,7 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
       for path in folder.rglob('*')
       if path.is_file() and path not in before
   }
-  rows = [r for r in workdir.read_metrics(run) if r['split'] == 'eval']
+  rows = [r for r in workdirs.read_metrics(run) if r['split'] == 'eval']
   top = max(rows, key=lambda row: row['psnr'])
   assert new == {
       'evaluation_best.json',
@@ -421,7 +422,7 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   def label(which='newest', **overrides):
     given = config.copy_and_resolve_references()
     given.data.update({'source': 'folder', **overrides})
-    return evaluate._label(given, config, which)
+    return saved_run._label(given, config, which)
 
   for name in ('a', 'b'):
     _folder(tmp_path / name / 'photos', [1])
@@ -442,8 +443,8 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'b')
   assert label(data_dir='../a/photos') == label(data_dir=f'{first}/')
   assert label(data_dir='../a/photos') == labels[0]
-  own = evaluate._label(config, config, 'newest')
-  assert (own, evaluate._label(config, config, 'best')) == ('', 'best')
+  own = saved_run._label(config, config, 'newest')
+  assert (own, saved_run._label(config, config, 'best')) == ('', 'best')
 
 
 def test_the_protocol_has_folder_content_and_command(
@@ -484,7 +485,7 @@ def test_cached_images_keep_their_content(config, model, variables, tmp_path):
       {'source': 'folder', 'data_dir': _folder(tmp_path, range(12))}
   )
   mesh = partitioning.create_mesh({'data': 8, 'fsdp': 1})
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model, _dataset(config, 8), mesh, num_grid_images=1
   )
   first = evaluator.run(variables).protocol
@@ -494,7 +495,7 @@ def test_cached_images_keep_their_content(config, model, variables, tmp_path):
 
 
 def test_the_lines_say_how_many_images_were_measured(model, variables):
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model, _SomeDamaged([1, 3]), partitioning.create_mesh({'data': 8}),
       num_grid_images=1,
   )
@@ -542,7 +543,7 @@ def saved(tmp_path):
   """A copy of a finished run, and its config."""
   folder = pathlib.Path(__file__).parent / 'testdata' / 'run'
   shutil.copytree(folder, tmp_path / 'run')
-  text = (tmp_path / 'run' / workdir.CONFIG).read_text()
+  text = (tmp_path / 'run' / workdirs.CONFIG).read_text()
   return tmp_path / 'run', configuration.config_from_json(text)
 
 
@@ -556,20 +557,20 @@ def test_a_run_that_can_only_be_read_is_evaluated_to_another_folder(
   with pytest.raises(
       ValueError, match=r'run cannot be written .*another folder with --output'
   ):
-    evaluate.evaluate_workdir(config, folder, show=shown.append)
+    saved_run.evaluate_workdir(config, folder, show=shown.append)
   assert not shown
   output = tmp_path / 'new' / 'output'
-  result = evaluate.evaluate_workdir(
+  result = saved_run.evaluate_workdir(
       config, folder, output=output, show=shown.append
   )
   assert shown == [result]
-  record = json.loads((output / workdir.EVALUATION).read_text())
+  record = json.loads((output / workdirs.EVALUATION).read_text())
   assert record['metrics']['psnr'] == result.metrics['psnr']
   assert sorted(x.name for x in output.iterdir()) == [
-      workdir.EVALUATION, workdir.RECONSTRUCTIONS, workdir.REPORT
+      workdirs.EVALUATION, workdirs.RECONSTRUCTIONS, workdirs.REPORT
   ]
   # The page has the new numbers and the run's curves.
-  page = (output / workdir.REPORT).read_text()
+  page = (output / workdirs.REPORT).read_text()
   assert f'{record["metrics"]["psnr"]:.2f} dB' in page
   assert '<h1>run</h1>' in page
   assert 'learning_rate' in page
@@ -584,34 +585,34 @@ def test_numbers_are_shown_before_they_are_written(saved, monkeypatch):
   def fail(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(evaluate, 'write_evaluation', fail)
+  monkeypatch.setattr(saved_run, 'write_evaluation', fail)
   with pytest.raises(RuntimeError, match=r'No space left.*with --output'):
-    evaluate.evaluate_workdir(config, folder, show=shown.append)
+    saved_run.evaluate_workdir(config, folder, show=shown.append)
   assert shown[0].metrics['psnr'] > 0
 
 
 @pytest.mark.slow
 def test_damaged_checkpoints_are_never_evaluated(config, run, tmp_path):
   folder = shutil.copytree(run, tmp_path / 'copy')
-  newest = folder / workdir.CHECKPOINTS / '8'
+  newest = folder / workdirs.CHECKPOINTS / '8'
   for path in (newest / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(b'')
   # The numbers of another step are not what was asked for.
   with pytest.raises(ValueError, match=r'Step 8: .*STEP takes .* \[4, 8'):
-    evaluate.evaluate_workdir(config, folder)
-  evaluate.evaluate_workdir(config, folder, which='4')
+    saved_run.evaluate_workdir(config, folder)
+  saved_run.evaluate_workdir(config, folder, which='4')
   record = json.loads((folder / 'evaluation_checkpoint_4.json').read_text())
   assert record['step'] == 4
   # Without a record it is no step at all.
   (newest / 'record' / 'metadata').unlink()
-  evaluate.evaluate_workdir(config, folder)
-  record = json.loads((folder / workdir.EVALUATION).read_text())
+  saved_run.evaluate_workdir(config, folder)
+  record = json.loads((folder / workdirs.EVALUATION).read_text())
   assert record['step'] == 4
   with pytest.raises(ValueError, match=r"no undamaged checkpoint '8'"):
-    evaluate.evaluate_workdir(config, folder, which='8')
+    saved_run.evaluate_workdir(config, folder, which='8')
   with pytest.raises(ValueError, match=r"is 'last'; known: 'newest', 'best'"):
-    evaluate.evaluate_workdir(config, folder, which='last')
+    saved_run.evaluate_workdir(config, folder, which='last')
 
 
 @pytest.mark.slow
@@ -619,23 +620,23 @@ def test_another_model_is_refused(config, run):
   config = config.copy_and_resolve_references()
   config.model.quantizer.fsq.levels = (8, 5, 5)
   config.optim.learning_rate = 0.1
-  before = (run / workdir.EVALUATION).stat()
+  before = (run / workdirs.EVALUATION).stat()
   with pytest.raises(ValueError, match='another model') as error:
-    evaluate.evaluate_workdir(config, run)
+    saved_run.evaluate_workdir(config, run)
   assert str(error.value).splitlines()[1:] == [
       'model.quantizer.fsq.levels: (8, 8, 8) -> (8, 5, 5)'
   ]
-  assert (run / workdir.EVALUATION).stat() == before
+  assert (run / workdirs.EVALUATION).stat() == before
 
 
 def test_a_folder_without_checkpoints_is_refused(config, tmp_path):
   folder = tmp_path / 'none'
   with pytest.raises(ValueError, match='none is not a folder; give the w'):
-    evaluate.evaluate_workdir(config, folder)
+    saved_run.evaluate_workdir(config, folder)
   assert not folder.exists()
-  (folder / workdir.CHECKPOINTS).mkdir(parents=True)
+  (folder / workdirs.CHECKPOINTS).mkdir(parents=True)
   with pytest.raises(ValueError, match='has no checkpoint: nothing was tr'):
-    evaluate.evaluate_workdir(config, folder)
+    saved_run.evaluate_workdir(config, folder)
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
@@ -644,12 +645,12 @@ def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
   with pytest.raises(
       ValueError, match=r'eval_batch_size is 7, .*; allowed: a multiple of 8'
   ):
-    evaluate.evaluate_workdir(config, tmp_path)
+    saved_run.evaluate_workdir(config, tmp_path)
 
 
 def test_the_evaluation_step_scores_uint8_images(config, model, variables):
   (batch,) = _dataset(config, _NUM_IMAGES)
-  step = jax.jit(train_step.build_eval_step(model))
+  step = jax.jit(evaluators.build_eval_step(model))
   output = step(variables, batch['image'][:4])
   assert output.reconstructions.dtype == jnp.uint8
   assert output.reconstructions.shape == (4, 16, 16, 3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fsq_jax import frechet
-from fsq_jax import workdir
+from fsq_jax.evaluation import frechet
+from fsq_jax.workdir import files
 
 _ORIGIN = frechet.Origin('toy pool3', 'ab12', 'cd34')
 
@@ -279,7 +279,7 @@ def test_the_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
   def fail(*args):
     raise OSError('no space left')
 
-  monkeypatch.setattr(workdir.os, 'fsync', fail)
+  monkeypatch.setattr(files.os, 'fsync', fail)
   with pytest.raises(OSError, match='no space'):
     frechet.write_statistics(path, _statistics(_features(60, 7)), _ORIGIN)
   assert path.read_bytes() == before

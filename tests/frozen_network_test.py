@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from fsq_jax.models import frozen_network
-from fsq_jax.models import weight_files
+from fsq_jax import models
+from fsq_jax.perceptual import frozen_network
 
 _INSTRUCTIONS = 'The shop next door has one.'
 
@@ -171,15 +171,15 @@ def test_the_hash_of_a_directory_is_that_of_its_weights(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
   whole = b''.join((tmp_path / name).read_bytes() for name in sorted(names))
   expected = hashlib.sha256(whole).hexdigest()
-  assert weight_files.hash_weights(tmp_path) == expected
+  assert models.hash_weights(tmp_path) == expected
   # A whole file is read before parts, as by open_weights.
   only = _save(tmp_path / 'model.safetensors')
   expected = hashlib.sha256(only.read_bytes()).hexdigest()
-  assert weight_files.hash_weights(str(tmp_path)) == expected
+  assert models.hash_weights(str(tmp_path)) == expected
 
 
 def test_what_has_no_weights_has_no_hash(tmp_path):
   with pytest.raises(ValueError, match=r'neither model\.safetensors'):
-    weight_files.hash_weights(tmp_path)
+    models.hash_weights(tmp_path)
   with pytest.raises(ValueError, match=r'none\.npz cannot be read'):
-    weight_files.hash_weights(tmp_path / 'none.npz')
+    models.hash_weights(tmp_path / 'none.npz')

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fsq_jax.quantizers import FSQ
-from fsq_jax.quantizers import level_sets
+from fsq_jax.quantizers import conventions
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 # Outputs of the two reference implementations; keys are <levels>/<array>.
@@ -31,7 +31,7 @@ _GOLDEN_CASES = sorted(
     - {('paper', '2x2x2')}
 )
 _NAMED_LEVELS = sorted(
-    {*level_sets.LEVELS.values(), *level_sets.COMMON_LEVELS}
+    {*conventions.LEVELS.values(), *conventions.COMMON_LEVELS}
 )
 _DTYPES = ['float32', 'bfloat16', 'float16']
 _CONVENTIONS = ['symmetric', 'paper']

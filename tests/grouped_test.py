@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fsq_jax.quantizers import FSQ
-from fsq_jax.quantizers.grouped import GroupedFSQ
+from fsq_jax.quantizers import GroupedFSQ
 
 
 def _call(quantizer, z):

@@ -15,8 +15,8 @@ import pytest
 import skimage.data
 import tifffile
 
+from fsq_jax import data as image_errors
 from fsq_jax.data import decoding
-from fsq_jax.data import image_errors
 
 _IMAGES = pathlib.Path(__file__).parent / 'testdata' / 'images'
 _WHITE, _BLACK, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8

@@ -15,7 +15,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from experiments.weights import golden_networks
-from fsq_jax.models import inception
+from fsq_jax import perceptual
+from fsq_jax.perceptual import inception
 
 _GOLDEN = pathlib.Path(__file__).parent / 'testdata/frozen/inception.npz'
 
@@ -42,7 +43,7 @@ def _changed(arrays, path, **changes):
 
 @pytest.mark.parametrize('protocol', sorted(inception.PROTOCOLS))
 def test_features_are_those_of_the_originals(path, protocol):
-  module, variables, _ = inception.load_inception(path, protocol)
+  module, variables, _ = perceptual.load_inception(path, protocol)
   images = np.float32(golden_networks.make_images()) / 127.5 - 1
   features = jax.jit(module.apply)(variables, images)
   expected = np.load(_GOLDEN)[protocol]
@@ -87,28 +88,28 @@ def test_weights_that_do_not_define_fid_are_refused(arrays, tmp_path):
       arrays, path, **{'fc.weight': np.zeros((1000, 2048), np.float32)}
   )
   with pytest.raises(ValueError, match="may be torchvision's") as error:
-    inception.load_inception(path)
+    perceptual.load_inception(path)
   assert '(1000, 2048) fc.weight' in str(error.value)
   _changed(arrays, path, **{'fc.weight': None})
   with pytest.raises(ValueError, match=r'has no fc\.weight'):
-    inception.load_inception(path)
+    perceptual.load_inception(path)
   auxiliary = {'AuxLogits.conv0.conv.weight': np.zeros(1, np.float32)}
   with pytest.raises(ValueError, match=r'1 unexpected: AuxLogits\.conv0'):
-    inception.load_inception(_changed(arrays, path, **auxiliary))
+    perceptual.load_inception(_changed(arrays, path, **auxiliary))
 
 
 def test_files_that_lack_something_are_refused(arrays, tmp_path):
   path = tmp_path / 'inception.safetensors'
   with pytest.raises(ValueError, match=r'There is no file .*2015-12-05'):
-    inception.load_inception(path)
+    perceptual.load_inception(path)
   _changed(arrays, path, **{'Mixed_7c.branch_pool.bn.running_mean': None})
   with pytest.raises(ValueError, match=r'missing: Mixed_7c\.branch_pool\.bn'):
-    inception.load_inception(path)
+    perceptual.load_inception(path)
 
 
 def test_unknown_protocols_and_other_shapes_are_refused(path):
   with pytest.raises(ValueError, match=r"known: \['pytorch_fid', 'tf1'\]"):
-    inception.load_inception(path, 'clean')
+    perceptual.load_inception(path, 'clean')
   module = inception.InceptionV3()
   for shape, message in (((8, 8, 3), 'B, H, W, 3'), ((1, 8, 8, 1), 'B, H')):
     with pytest.raises(ValueError, match=message):

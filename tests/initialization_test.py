@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
-from fsq_jax import evaluate
-from fsq_jax import initialization
-from fsq_jax import latent_statistics
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax import train_state
-from fsq_jax import trained
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import builder as data
+from fsq_jax.evaluation import saved_run
+from fsq_jax.report import report
+from fsq_jax.runtime import parameter_paths
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import initialization
+from fsq_jax.train import latent_statistics
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -377,7 +380,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp('stage1')
   config = _load_config({**_RUN, 'optim.frozen': ('encoder/.*',)})
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.report, 'write_report', lambda folder: None)
+    patch.setattr(report, 'write_report', lambda folder: None)
     state = train.train_and_evaluate(config, folder)
   return folder, jax.device_get(state.eval_variables)
 
@@ -405,7 +408,7 @@ def test_a_run_starts_from_all_variables_of_another_one(finished):
   assert set(variables) == {'params', 'batch_stats', 'codebook', 'constants'}
   _assert_same(state.eval_variables, variables)
   _assert_same(
-      optim.merge_frozen(state.params, state.frozen_params),
+      parameter_paths.merge_frozen(state.params, state.frozen_params),
       variables['params'],
   )
   assert set(state.frozen_params) == {'decoder'}
@@ -415,8 +418,9 @@ def test_a_run_starts_from_all_variables_of_another_one(finished):
   # The steps begin anew; the codebook has been started.
   assert int(state.step) == 0
   assert np.asarray(state.model_state['codebook']['quantizer']['step']) == 2
-  _, restored = trained.restore(
-      trained.find(folder), partitioning.create_mesh(config.partitioning.mesh)
+  _, restored = saved_model.restore(
+      saved_model.find(folder),
+      partitioning.create_mesh(config.partitioning.mesh),
   )
   _assert_same(restored, variables)
 
@@ -461,22 +465,22 @@ def test_files_are_looked_for_before_anything_long(
   def refuse(*args, **kwargs):
     raise AssertionError('something was built')
 
-  monkeypatch.setattr(train.data, 'build_dataset', refuse)
-  monkeypatch.setattr(train.train_state, 'StateBuilder', refuse)
+  monkeypatch.setattr(data, 'build_dataset', refuse)
+  monkeypatch.setattr(train_state, 'StateBuilder', refuse)
   config = _load_config(fields)
   config.partitioning.mesh.update(data=8, fsdp=1)
   with pytest.raises(ValueError, match='nowhere'):
     train.train_and_evaluate(config, tmp_path / 'run')
   names = {path.name for path in (tmp_path / 'run').rglob('*')}
-  assert names <= {workdir.CHECKPOINTS, workdir.LOCK}
+  assert names <= {workdirs.CHECKPOINTS, workdirs.LOCK}
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_the_files_it_started_from(
     tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(train.report, 'write_report', lambda folder: None)
-  monkeypatch.setattr(evaluate.report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda folder: None)
   encoder = shutil.copytree(_SIGLIP, tmp_path / 'encoder')
   statistics = _write_statistics(tmp_path / 'statistics')
   folder = tmp_path / 'run'
@@ -484,11 +488,11 @@ def test_a_run_goes_on_without_the_files_it_started_from(
   config.model.encoder.checkpoint = str(encoder)
   config.model.encoder.architecture = 'checkpoint'
   state = jax.device_get(train.train_and_evaluate(config, folder))
-  evaluation = (folder / workdir.EVALUATION).read_bytes()
+  evaluation = (folder / workdirs.EVALUATION).read_bytes()
 
   # The run says itself what the checkpoint was.
-  text = (folder / workdir.CONFIG).read_text()
-  checkpointer = checkpoint.Checkpointer(folder)
+  text = (folder / workdirs.CONFIG).read_text()
+  checkpointer = checkpoints.Checkpointer(folder)
   record = checkpointer.restore_record(2)
   checkpointer.close()
   for saved in (json.loads(text), record['config']):
@@ -497,13 +501,13 @@ def test_a_run_goes_on_without_the_files_it_started_from(
 
   shutil.rmtree(encoder)
   shutil.rmtree(tmp_path / 'statistics')
-  evaluate.evaluate_workdir(configuration.config_from_json(text), folder)
-  assert (folder / workdir.EVALUATION).read_bytes() == evaluation
+  saved_run.evaluate_workdir(configuration.config_from_json(text), folder)
+  assert (folder / workdirs.EVALUATION).read_bytes() == evaluation
 
-  shutil.rmtree(folder / workdir.CHECKPOINTS / '2')
+  shutil.rmtree(folder / workdirs.CHECKPOINTS / '2')
   with pytest.raises(ValueError, match=r'There is no .*encoder'):
     train.train_and_evaluate(config, folder)
   config.model.encoder.architecture = _ARCHITECTURE
   again = jax.device_get(train.train_and_evaluate(config, folder))
-  assert json.loads((folder / workdir.RUN).read_text())['first_step'] == 1
+  assert json.loads((folder / workdirs.RUN).read_text())['first_step'] == 1
   chex.assert_trees_all_equal(again, state)

@@ -5,8 +5,8 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import integrity
-from fsq_jax import partitioning
+from fsq_jax.checkpoints import integrity
+from fsq_jax.runtime import partitioning
 
 
 def _reference(x):

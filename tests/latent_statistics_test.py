@@ -12,16 +12,18 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
-from fsq_jax import initialization
-from fsq_jax import latent_statistics
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax import train_state
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.report import report
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import initialization
+from fsq_jax.train import latent_statistics
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.workdir import files
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _SIGLIP = _ROOT / 'tests' / 'testdata' / 'encoders' / 'siglip'
@@ -108,7 +110,7 @@ def test_statistics_are_those_of_numpy(
   if num_devices == 1:
     mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
     monkeypatch.setattr(
-        latent_statistics.partitioning, 'create_mesh', lambda _: mesh
+        partitioning, 'create_mesh', lambda _: mesh
     )
   config.data.eval_batch_size = batch_size
   # Neither of these has a part in it.
@@ -186,7 +188,7 @@ def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   start = initialization.Start(config, model)
   state = builder.create(start.load(builder, mesh))
-  checkpointer = checkpoint.Checkpointer(tmp_path / 'run')
+  checkpointer = checkpoints.Checkpointer(tmp_path / 'run')
   checkpointer.save(1, state, {
       'config': json.loads(configuration.config_to_json(config)),
       'quantizer': model.quantizer.spec(),
@@ -224,7 +226,7 @@ def test_the_file_is_there_whole_or_not_at_all(config, tmp_path, monkeypatch):
     raise OSError('no space left')
 
   with monkeypatch.context() as patch:
-    patch.setattr(workdir.os, 'fsync', fail)
+    patch.setattr(files.os, 'fsync', fail)
     with pytest.raises(OSError, match='no space'):
       _write(config, tmp_path / 'new', 2.0)
   assert [x.name for x in path.parent.iterdir()] == [path.name]
@@ -260,7 +262,7 @@ def test_a_run_trains_and_evaluates_with_what_the_command_wrote(
   arrays = safetensors.numpy.load_file(path)
   _assert_are_of(arrays, latents)
 
-  monkeypatch.setattr(train.report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda folder: None)
   # Of files that are gone afterwards.
   encoder = shutil.copytree(_SIGLIP, tmp_path / 'encoder')
   config.model.encoder.checkpoint = str(encoder)
@@ -270,17 +272,17 @@ def test_a_run_trains_and_evaluates_with_what_the_command_wrote(
   constants = state.model_state['constants']['statistics']
   for name, x in arrays.items():
     np.testing.assert_array_equal(constants[name], x)
-  evaluation = (run / workdir.EVALUATION).read_bytes()
-  (run / workdir.EVALUATION).unlink()
+  evaluation = (run / workdirs.EVALUATION).read_bytes()
+  (run / workdirs.EVALUATION).unlink()
   shutil.rmtree(encoder)
   shutil.rmtree(statistics)
   printed = _launch('--mode=eval', f'--workdir={run}')
   assert 'psnr: ' in printed
   # Another process may round otherwise in the last digit.
-  actual = json.loads((run / workdir.EVALUATION).read_text())
+  actual = json.loads((run / workdirs.EVALUATION).read_text())
   expected = json.loads(evaluation)
   assert actual.pop('metrics') == pytest.approx(
       expected.pop('metrics'), rel=1e-5, abs=1e-6
   )
   assert actual['protocol'] == expected['protocol']
-  assert (run / workdir.REPORT).is_file()
+  assert (run / workdirs.REPORT).is_file()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fsq_jax.quantizers import FSQ
-from fsq_jax.quantizers import level_sets
+from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import recommended_levels
 
 
@@ -18,7 +18,7 @@ def test_recommended_levels_are_those_of_the_paper():
       4: 15, 6: 64, 8: 240, 9: 512, 10: 1000, 11: 1920, 12: 4375, 14: 15360,
       16: 64000,
   }  # fmt: skip
-  assert sorted(level_sets.LEVELS) == sorted(sizes)
+  assert sorted(conventions.LEVELS) == sorted(sizes)
   for bits, size in sizes.items():
     assert FSQ(levels=recommended_levels(bits)).codebook_size == size
   with pytest.raises(ValueError, match=r'7 bits; known: \[4, 6, 8'):
@@ -26,7 +26,7 @@ def test_recommended_levels_are_those_of_the_paper():
 
 
 def test_common_levels_can_be_built():
-  quantizers = [FSQ(levels=levels) for levels in level_sets.COMMON_LEVELS]
+  quantizers = [FSQ(levels=levels) for levels in conventions.COMMON_LEVELS]
   assert [fsq.codebook_size for fsq in quantizers] == [512, 240, 875, 1000]
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.quantizers import lfq as lfq_lib
-from fsq_jax.quantizers.lfq import BSQ
-from fsq_jax.quantizers.lfq import LFQ
+from fsq_jax.quantizers import BSQ
+from fsq_jax.quantizers import LFQ
+from fsq_jax.quantizers import lfq
 
 both = pytest.mark.parametrize('cls', [LFQ, BSQ])
 
@@ -279,5 +279,5 @@ def test_probabilities_of_bits_multiply():
   expected = np.prod(
       np.where(bits == 1, p[:, None], 1 - p[:, None]), axis=-1
   )
-  joint = jax.jit(lfq_lib._joint)(logits)
+  joint = jax.jit(lfq._joint)(logits)
   np.testing.assert_allclose(joint, expected, rtol=1e-5)

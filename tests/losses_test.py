@@ -5,7 +5,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import losses
+from fsq_jax.train import losses
 
 # What a loss is, in NumPy, for every name in the builder's table.
 _EXPECTED = {

@@ -20,7 +20,8 @@ import pytest
 from skimage import data
 
 from experiments.weights import convert_lpips
-from fsq_jax.models import lpips
+from fsq_jax import perceptual
+from fsq_jax.perceptual import lpips
 
 _WEIGHTS = os.environ.get('FSQ_JAX_WEIGHTS')
 # torchvision's `features`, one entry a layer: (channels, kernel, stride,
@@ -170,7 +171,9 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def networks(paths):
-  return {name: lpips.load_lpips(path, name) for name, path in paths.items()}
+  return {
+      name: perceptual.load_lpips(path, name) for name, path in paths.items()
+  }
 
 
 # What is computed.
@@ -248,7 +251,7 @@ def test_the_gradient_is_the_slope(networks):
 
 @pytest.mark.parametrize('precision', ['highest', 'default'])
 def test_all_products_have_the_precision_that_is_asked_for(paths, precision):
-  module, variables, _ = lpips.load_lpips(
+  module, variables, _ = perceptual.load_lpips(
       paths['alexnet'], 'alexnet', precision=precision
   )
   images = _images(0, 'alexnet')
@@ -285,16 +288,16 @@ def test_shapes_that_would_broadcast_are_refused(networks):
 
 def test_files_of_another_network_are_refused(paths):
   with pytest.raises(ValueError, match='not those of the network') as error:
-    lpips.load_lpips(paths['alexnet'], 'vgg16')
+    perceptual.load_lpips(paths['alexnet'], 'vgg16')
   assert 'missing: backbone/conv1_2/bias' in str(error.value)
   assert 'of another shape: backbone/conv1_1/kernel' in str(error.value)
   with pytest.raises(ValueError, match=r"known: \['alexnet', 'vgg16'\]"):
-    lpips.load_lpips(paths['vgg16'], 'vgg19')
+    perceptual.load_lpips(paths['vgg16'], 'vgg19')
 
 
 def test_a_missing_file_is_an_error_that_says_how_to_make_one(tmp_path):
   with pytest.raises(ValueError, match=r'convert_lpips\.py makes') as error:
-    lpips.load_lpips(tmp_path / 'none.safetensors', 'vgg16')
+    perceptual.load_lpips(tmp_path / 'none.safetensors', 'vgg16')
   assert 'There is no file' in str(error.value)
   assert '--network=vgg16' in str(error.value)
 
@@ -360,7 +363,7 @@ def _photograph(name, side):
 
 def _real(network):
   path = pathlib.Path(_WEIGHTS) / f'lpips_{network}.safetensors'
-  return lpips.load_lpips(path, network)
+  return perceptual.load_lpips(path, network)
 
 
 @on_real_weights

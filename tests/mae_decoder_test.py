@@ -9,15 +9,15 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import config_rules
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
-from fsq_jax.models import mae_decoder
-from fsq_jax.models import vit_families
+from fsq_jax.configuration import schema
+from fsq_jax.models.pretrained import architectures
+from fsq_jax.models.pretrained import mae_decoder
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 # No two sizes are equal, so that no two axes can be mixed up.
@@ -28,7 +28,7 @@ _WIDTH = 16
 
 
 def _decoder(normalization='none', grid=_GRID, **fields):
-  architecture = vit_families.build_architecture(
+  architecture = architectures.build_architecture(
       'mae', width=_WIDTH, depth=2, num_heads=2, mlp_dim=20, patch_size=_PATCH,
       **mae_decoder.NORMALIZATIONS[normalization],
   )
@@ -161,7 +161,7 @@ def test_presets_have_as_many_parameters_as_published(
   names = ('width', 'depth', 'num_heads', 'mlp_dim')
   assert tuple(fields[name] for name in names) == size
   decoder = mae_decoder.MaeDecoder(
-      vit_families.build_architecture('mae', patch_size=16, **fields),
+      architectures.build_architecture('mae', patch_size=16, **fields),
       input_width=768, grid_size=(14, 14),
   )
   latents = jax.ShapeDtypeStruct((1, 14, 14, 768), jnp.float32)
@@ -172,7 +172,7 @@ def test_presets_have_as_many_parameters_as_published(
 
 
 def test_it_starts_with_fixed_positions_and_a_small_class_token():
-  architecture = vit_families.build_architecture(
+  architecture = architectures.build_architecture(
       'mae', width=8, depth=1, num_heads=2, mlp_dim=8, patch_size=_PATCH
   )
   decoder = mae_decoder.MaeDecoder(architecture, _INPUT, (2, 2))
@@ -272,7 +272,7 @@ def test_every_field_is_read():
       model__dtype='bfloat16', model__remat=True, model__scan_unroll=3,
   )).decoder
   assert decoder == mae_decoder.MaeDecoder(
-      architecture=vit_families.build_architecture(
+      architecture=architectures.build_architecture(
           'mae', width=24, depth=2, num_heads=3, mlp_dim=20, patch_size=8
       ),
       input_width=12, grid_size=(2, 2), dtype=jnp.dtype('bfloat16'),
@@ -302,7 +302,7 @@ def test_names_are_those_of_the_rules():
       ('preset', {'none', *mae_decoder.PRESETS}),
       ('normalization', set(mae_decoder.NORMALIZATIONS)),
   ):
-    rule = config_rules.FIELDS[f'model.decoder.mae.{field}']
+    rule = schema.FIELDS[f'model.decoder.mae.{field}']
     assert rule.allowed == f'one of {sorted(names)}'
 
 

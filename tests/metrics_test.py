@@ -12,7 +12,9 @@ import pytest
 import skimage.data
 import skimage.metrics
 
-from fsq_jax import metrics
+from fsq_jax.evaluation import codebook_statistics
+from fsq_jax.evaluation import image_metrics
+from fsq_jax.models import pixels
 
 _IMAGE_METRICS = ('psnr', 'ssim', 'ssim_uniform', 'l1', 'mse')
 
@@ -68,7 +70,7 @@ def _expected(name, x, y):
 
 @pytest.mark.parametrize('name', _IMAGE_METRICS)
 def test_metric_equals_reference(name, pairs):
-  values = jax.jit(getattr(metrics, name))(*pairs)
+  values = jax.jit(getattr(image_metrics, name))(*pairs)
   expected = [_expected(name, x, y) for x, y in zip(*pairs, strict=True)]
   assert values.dtype == jnp.float32
   np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
@@ -82,7 +84,7 @@ def test_metric_equals_reference_at_any_size(name, size):
   noise = rng.normal(0, (2, 20, 90), (*size, 3, 3))
   noise = np.moveaxis(noise, -1, 0)  # One strength an image.
   others = np.uint8(np.clip(originals + noise, 0, 255))
-  values = jax.jit(getattr(metrics, name))(originals, others)
+  values = jax.jit(getattr(image_metrics, name))(originals, others)
   expected = [
       _expected(name, x, y) for x, y in zip(originals, others, strict=True)
   ]
@@ -92,9 +94,9 @@ def test_metric_equals_reference_at_any_size(name, size):
 def test_metrics_of_identical_images(pairs):
   originals = pairs[0][:2]
   reconstructions = originals.astype(np.float32) / 127.5 - 1
-  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  values = jax.jit(image_metrics.image_metrics)(originals, reconstructions)
   expected = {
-      'psnr': metrics.PSNR_CAP,
+      'psnr': image_metrics.PSNR_CAP,
       'ssim': 1,
       'ssim_uniform': 1,
       'l1': 0,
@@ -111,9 +113,9 @@ def test_image_metrics_are_those_of_the_rounded_images(pairs):
   # A third of a grey level away from each integer, below and above.
   shift = np.where(np.arange(80)[:, None] % 2, 1 / 3, -1 / 3)
   reconstructions = ((others + shift) / 127.5 - 1).astype(np.float32)
-  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  values = jax.jit(image_metrics.image_metrics)(originals, reconstructions)
   for name in _IMAGE_METRICS:
-    expected = jax.jit(getattr(metrics, name))(originals, others)
+    expected = jax.jit(getattr(image_metrics, name))(originals, others)
     np.testing.assert_allclose(values[name], expected, rtol=1e-6, atol=1e-7)
   np.testing.assert_array_equal(values['identical'], np.zeros(6))
 
@@ -123,10 +125,10 @@ def test_non_finite_image_is_reported(pairs, bad):
   originals, others = pairs
   reconstructions = others.astype(np.float32) / 127.5 - 1
   reconstructions[1, 5, 7, 2] = bad
-  values = jax.jit(metrics.image_metrics)(originals, reconstructions)
+  values = jax.jit(image_metrics.image_metrics)(originals, reconstructions)
   for name, value in values.items():
     assert np.isnan(value).tolist() == [False, True] + 4 * [False], name
-    mean = metrics.Mean()
+    mean = image_metrics.Mean()
     mean.update(value, np.ones(6, bool))
     assert math.isnan(mean.result())
     assert (mean.num_nonfinite, mean.num_values) == (1, 6)
@@ -134,7 +136,7 @@ def test_non_finite_image_is_reported(pairs, bad):
 
 @pytest.mark.parametrize('name', _IMAGE_METRICS)
 def test_metrics_refuse_what_would_broadcast(name):
-  metric = getattr(metrics, name)
+  metric = getattr(image_metrics, name)
   images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
   with pytest.raises(ValueError, match='equal shapes'):
     metric(images, images[:1])
@@ -145,7 +147,8 @@ def test_metrics_refuse_what_would_broadcast(name):
 
 
 @pytest.mark.parametrize(
-    ('metric', 'size'), [(metrics.ssim, 11), (metrics.ssim_uniform, 7)]
+    ('metric', 'size'),
+    [(image_metrics.ssim, 11), (image_metrics.ssim_uniform, 7)],
 )
 def test_ssim_refuses_images_below_its_window(metric, size):
   metric(*2 * [jnp.zeros((1, size, size, 3), jnp.uint8)])
@@ -156,21 +159,21 @@ def test_ssim_refuses_images_below_its_window(metric, size):
 def test_to_uint8_inverts_the_scaling_and_rounds_to_nearest():
   levels = np.arange(256)
   images = (levels / 127.5 - 1).astype(np.float32)
-  np.testing.assert_array_equal(metrics.to_uint8(images), levels)
-  np.testing.assert_array_equal(metrics.to_uint8(images + 0.003), levels)
-  np.testing.assert_array_equal(metrics.to_uint8(images - 0.003), levels)
+  np.testing.assert_array_equal(pixels.to_uint8(images), levels)
+  np.testing.assert_array_equal(pixels.to_uint8(images + 0.003), levels)
+  np.testing.assert_array_equal(pixels.to_uint8(images - 0.003), levels)
   outside = jnp.array([-np.inf, -1.5, 1.5, np.inf, np.nan])
   np.testing.assert_array_equal(
-      jax.jit(metrics.to_uint8)(outside), [0, 0, 255, 255, 0]
+      jax.jit(pixels.to_uint8)(outside), [0, 0, 255, 255, 0]
   )
   with pytest.raises(ValueError, match='uint8'):
-    metrics.to_uint8(levels)
+    pixels.to_uint8(levels)
 
 
 @pytest.mark.parametrize('batch_size', [1, 7, 64])
 def test_mean_does_not_depend_on_batches(batch_size):
   values = np.random.default_rng(0).normal(20, 9, 64).astype(np.float32)
-  means = metrics.Mean(), metrics.Mean()
+  means = image_metrics.Mean(), image_metrics.Mean()
   for start in range(0, 64, batch_size):
     batch = values[start : start + batch_size]
     padding = batch_size - len(batch)
@@ -184,7 +187,7 @@ def test_mean_does_not_depend_on_batches(batch_size):
 
 
 def test_mean_of_nothing_is_nan_and_shapes_are_checked():
-  mean = metrics.Mean()
+  mean = image_metrics.Mean()
   assert math.isnan(mean.result())
   with pytest.raises(ValueError, match='give'):
     mean.update(np.zeros(4), np.ones(1, bool))
@@ -198,7 +201,9 @@ def _digits_of(indices):
 
 
 def _fsq_statistics():
-  return metrics.CodebookStatistics(24, levels=_LEVELS, digits_of=_digits_of)
+  return codebook_statistics.CodebookStatistics(
+      24, levels=_LEVELS, digits_of=_digits_of
+  )
 
 
 def test_codebook_statistics_equal_closed_forms():
@@ -242,7 +247,7 @@ def test_uniform_independent_digits_have_all_the_bits():
 
 
 def test_invalid_tokens_and_padding_are_left_out():
-  statistics = metrics.CodebookStatistics(5)
+  statistics = codebook_statistics.CodebookStatistics(5)
   indices = np.array([[0, -1], [5, 4], [1, 2**31 - 1], [3, 3]], np.int32)
   statistics.update(indices, np.array([True, True, True, False]))
   codes, counts = statistics.histogram()
@@ -254,7 +259,7 @@ def test_invalid_tokens_and_padding_are_left_out():
 
 @pytest.mark.parametrize('batch_size', [1, 50, 400])
 def test_codebook_statistics_do_not_depend_on_batches(batch_size, monkeypatch):
-  monkeypatch.setattr(metrics, '_BUFFERED_CODES', 30)
+  monkeypatch.setattr(codebook_statistics, '_BUFFERED_CODES', 30)
   rng = np.random.default_rng(0)
   # -1 ... 23, where -1 is the most frequent.
   indices = np.minimum(rng.geometric(0.1, (400, 3, 2)), 25).astype(np.int32) - 2
@@ -276,7 +281,7 @@ def test_codebook_statistics_do_not_depend_on_batches(batch_size, monkeypatch):
 
 
 def test_largest_codebook_allocates_only_what_it_sees():
-  statistics = metrics.CodebookStatistics(2**31)
+  statistics = codebook_statistics.CodebookStatistics(2**31)
   statistics.update(np.array([[0, 2**31 - 1]], np.int32), np.ones(1, bool))
   result = statistics.result()
   assert result['perplexity'] == 2
@@ -293,22 +298,24 @@ def test_codebook_without_tokens_has_no_entropy():
 
 def test_codebook_statistics_refuse_what_does_not_fit():
   with pytest.raises(ValueError, match='2\\^31'):
-    metrics.CodebookStatistics(2**31 + 1)
+    codebook_statistics.CodebookStatistics(2**31 + 1)
   with pytest.raises(ValueError, match='product 24'):
-    metrics.CodebookStatistics(25, levels=_LEVELS, digits_of=_digits_of)
+    codebook_statistics.CodebookStatistics(
+        25, levels=_LEVELS, digits_of=_digits_of
+    )
   with pytest.raises(ValueError, match='both'):
-    metrics.CodebookStatistics(24, levels=_LEVELS)
+    codebook_statistics.CodebookStatistics(24, levels=_LEVELS)
   statistics = _fsq_statistics()
   with pytest.raises(ValueError, match='int32'):
     statistics.update(np.zeros((2, 3)), np.ones(2, bool))
   with pytest.raises(ValueError, match='mask'):
     statistics.update(np.zeros((2, 3), np.int32), np.ones(3, bool))
   with pytest.raises(ValueError, match='merged'):
-    statistics.merge(metrics.CodebookStatistics(25))
+    statistics.merge(codebook_statistics.CodebookStatistics(25))
 
 
 def test_wrong_digits_are_refused():
-  statistics = metrics.CodebookStatistics(
+  statistics = codebook_statistics.CodebookStatistics(
       24, levels=(2, 3, 4), digits_of=_digits_of
   )
   statistics.update(np.array([23], np.int32), np.ones(1, bool))
@@ -321,7 +328,7 @@ def test_every_number_has_a_definition(pairs):
   statistics.update(np.zeros((1, 1), np.int32), np.ones(1, bool))
   reconstructions = jnp.zeros((6, 96, 80, 3))
   names = {
-      *metrics.image_metrics(pairs[0], reconstructions),
+      *image_metrics.image_metrics(pairs[0], reconstructions),
       *statistics.result(),
   }
-  assert names == set(metrics.DEFINITIONS)
+  assert names == set(image_metrics.DEFINITIONS)

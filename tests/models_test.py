@@ -14,6 +14,7 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
+from fsq_jax.models import builder
 from fsq_jax.models import vit
 
 _CONFIG = configuration.load_config(
@@ -45,7 +46,7 @@ _DTYPES = ('float32', 'bfloat16')
 _VARIANTS = [
     *[
         (name, 'learned')
-        for name in sorted(models._PROJECTORS_IN)
+        for name in sorted(builder._PROJECTORS_IN)
         if name != 'none'
     ],
     *[('linear', name) for name in vit.POSITIONS if name != 'learned'],
@@ -129,8 +130,8 @@ def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
   )
 
 
-@pytest.mark.parametrize('projector_out', sorted(models._PROJECTORS_OUT))
-@pytest.mark.parametrize('projector_in', sorted(models._PROJECTORS_IN))
+@pytest.mark.parametrize('projector_out', sorted(builder._PROJECTORS_OUT))
+@pytest.mark.parametrize('projector_in', sorted(builder._PROJECTORS_IN))
 def test_every_pair_of_projectors_decodes_its_indices(
     projector_in, projector_out
 ):

@@ -15,9 +15,10 @@ import PIL.Image
 import pytest
 
 from fsq_jax import configuration
-from fsq_jax import train_state
-from fsq_jax import trained
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import loading
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.train import state as train_state
 import launch
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def _args(mode, root, folder):
 
 def test_every_mode_is_in_the_table():
   modes = flags.FLAGS['mode'].parser.enum_values
-  assert set(modes) == configuration._USES.keys() == {*_USED, 'prepare'}
+  assert set(modes) == loading._USES.keys() == {*_USED, 'prepare'}
 
 
 @pytest.mark.slow
@@ -210,7 +211,7 @@ def test_a_mode_names_what_is_missing(
   def work(*args, **kwargs):
     raise AssertionError('It is too late to say so.')
 
-  monkeypatch.setattr(trained, 'restore', work)
+  monkeypatch.setattr(saved_model, 'restore', work)
   monkeypatch.setattr(train_state.StateBuilder, 'create', work)
   changes, message = _MISSING[name]
   args = _args(mode, root, tmp_path)

@@ -12,17 +12,18 @@ from PIL import Image
 import pytest
 from skimage import metrics as skimage_metrics
 
-from fsq_jax import compiled
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import evaluate
 from fsq_jax import models
-from fsq_jax import native_evaluation
-from fsq_jax import native_size
-from fsq_jax import network_metrics
-from fsq_jax import partitioning
-from fsq_jax import trained
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import native_evaluation
+from fsq_jax.evaluation import network_metrics
+from fsq_jax.evaluation import saved_run
+from fsq_jax.models import native_size
+from fsq_jax.runtime import compiled
+from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _ENCODER = _ROOT / 'tests/testdata/encoders/dinov2'
@@ -99,7 +100,7 @@ class _Runs:
     """Evaluates by `evaluate_workdir`; records all reconstructions."""
     config = self._config.copy_and_resolve_references()
     config.eval.networks.update(networks)
-    found = trained.Checkpoint(self.folder, 3, self._own, {})
+    found = saved_model.Checkpoint(self.folder, 3, self._own, {})
     call = native_size.Reconstructor.__call__
 
     def recorded(reconstructor, variables, image):
@@ -110,9 +111,9 @@ class _Runs:
     self.reconstructions.clear()
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(native_size.Reconstructor, '__call__', recorded)
-      patch.setattr(trained, 'find', lambda *args: found)
-      patch.setattr(trained, 'restore', lambda *args: self._restored)
-      return evaluate.evaluate_workdir(config, self.folder)
+      patch.setattr(saved_model, 'find', lambda *args: found)
+      patch.setattr(saved_model, 'restore', lambda *args: self._restored)
+      return saved_run.evaluate_workdir(config, self.folder)
 
   def record(self):
     return json.loads((self.folder / 'evaluation_native.json').read_text())
@@ -122,7 +123,7 @@ class _Runs:
 def runs(request, root, built, tmp_path_factory):
   """An evaluated run of each kind."""
   folder = tmp_path_factory.mktemp('run')
-  (folder / workdir.EVALUATION).write_text('its own')
+  (folder / workdirs.EVALUATION).write_text('its own')
   runs = _Runs(folder, _config(root, request.param), *built[request.param])
   runs.kind = request.param
   runs.result = runs.evaluate()
@@ -205,11 +206,11 @@ def test_the_same_again_is_identical_and_leaves_the_runs_own_alone(runs):
   path.unlink()
   runs.evaluate()
   assert path.read_bytes() == first
-  assert (runs.folder / workdir.EVALUATION).read_text() == 'its own'
+  assert (runs.folder / workdirs.EVALUATION).read_text() == 'its own'
   assert {x.name for x in runs.folder.iterdir()} == {
-      'evaluation_native.json', workdir.EVALUATION, workdir.RECONSTRUCTIONS
+      'evaluation_native.json', workdirs.EVALUATION, workdirs.RECONSTRUCTIONS
   }
-  (grid,) = (runs.folder / workdir.RECONSTRUCTIONS).iterdir()
+  (grid,) = (runs.folder / workdirs.RECONSTRUCTIONS).iterdir()
   assert grid.name == 'native_step_00000003.png'
 
 
@@ -270,7 +271,7 @@ def test_networks_measure_images_as_they_are(root, built, tmp_path):
   # Now from kept statistics, which are not those of the run's crops.
   path = tmp_path / 'evaluation_native.json'
   first = path.read_bytes()
-  assert len(list((tmp_path / workdir.REFERENCES).iterdir())) == 1
+  assert len(list((tmp_path / workdirs.REFERENCES).iterdir())) == 1
   run.evaluate(fd_encoder=str(_ENCODER))
   assert path.read_bytes() == first
 
@@ -369,10 +370,10 @@ def test_images_smaller_than_a_network_takes_are_counted(
 def test_training_refuses_it_and_other_images_have_their_name(root, built):
   config = _config(root, 'tiles')
   with pytest.raises(ValueError, match=r'eval\.native_size is True.*--mode='):
-    evaluate.build_evaluator(config, built['tiles'][0], None, None, None)
+    evaluators.build_evaluator(config, built['tiles'][0], None, None, None)
   own = config.copy_and_resolve_references()
   own.data.data_dir = '/other'
-  label = evaluate._label(config, own, 'best')
+  label = saved_run._label(config, own, 'best')
   folder = pathlib.Path(config.data.data_dir).name
   assert re.fullmatch(
       f'best_native_folder_{folder}_validation_[0-9a-f]{{8}}', label

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from fsq_jax import configuration
-from fsq_jax import metrics
 from fsq_jax import models
-from fsq_jax import native_size
-from fsq_jax import partitioning
 from fsq_jax import quantizers
-from fsq_jax import train_step
-from fsq_jax.models import projector_in
-from fsq_jax.models import projector_out
+from fsq_jax.data import transforms
+from fsq_jax.models import autoencoder
+from fsq_jax.models import native_size
+from fsq_jax.models import pixels
+from fsq_jax.models import projectors
+from fsq_jax.runtime import partitioning
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 
@@ -47,9 +47,9 @@ class _Up(nn.Module):
 def _without_norm(stride):
   return models.Autoencoder(
       encoder=_Down(stride),
-      projector_in=projector_in.NoProjectorIn(code_dim=3),
+      projector_in=projectors.NoProjectorIn(code_dim=3),
       quantizer=quantizers.FSQ(levels=(8, 8, 8)),
-      projector_out=projector_out.NoProjectorOut(width=3),
+      projector_out=projectors.NoProjectorOut(width=3),
       decoder=_Up(stride),
   )
 
@@ -103,10 +103,10 @@ def _reconstructor(model, image_size=(16, 24)):
 
 def _forward(model, variables, images):
   output = jax.jit(model.apply)(
-      variables, train_step.to_float(jnp.asarray(images))
+      variables, pixels.to_float(jnp.asarray(images))
   )
   return (
-      np.asarray(metrics.to_uint8(output.reconstructions)),
+      np.asarray(pixels.to_uint8(output.reconstructions)),
       np.asarray(output.indices),
   )
 
@@ -138,12 +138,12 @@ def test_every_size_comes_back(kind):
 
 def test_padding_mirrors_the_bottom_and_the_right():
   image = _image(3, 5)
-  padded = native_size.pad(image, (8, 6))
+  padded = transforms.pad(image, (8, 6))
   assert padded.shape == (8, 6, 3)
   rows, columns = [0, 1, 2, 2, 1, 0, 0, 1], [0, 1, 2, 3, 4, 4]
   np.testing.assert_array_equal(padded, image[rows][:, columns])
-  assert native_size.pad(image, (3, 5)).shape == image.shape
-  one = native_size.pad(image[:1, :1], (16, 16))
+  assert transforms.pad(image, (3, 5)).shape == image.shape
+  one = transforms.pad(image[:1, :1], (16, 16))
   np.testing.assert_array_equal(one, np.broadcast_to(image[0, 0], one.shape))
 
 
@@ -205,7 +205,7 @@ def test_tiles_are_coded_by_themselves_and_stay_where_they_are(
   model = _build()
   variables = _variables(model)
   image = _image(3 * 16 - 5, 2 * 24 - 7)
-  padded = native_size.pad(image, (16, 24))
+  padded = transforms.pad(image, (16, 24))
   output = _reconstructor(model)(variables, image)
   assert output.indices.shape == (3 * 4, 2 * 6)
   for row in range(3):
@@ -227,12 +227,12 @@ def test_indices_may_have_several_in_a_place():
 
 
 def test_only_models_of_any_grid_have_a_stride():
-  assert native_size.stride_of(_conv()) == 4
-  assert native_size.stride_of(_build()) is None
+  assert autoencoder.stride_of(_conv()) == 4
+  assert autoencoder.stride_of(_build()) is None
   mixed = _conv().clone(decoder=_build().decoder)
-  assert native_size.stride_of(mixed) is None
+  assert autoencoder.stride_of(mixed) is None
   statistics = models.LatentStatistics(grid_size=(4, 6), width=256)
-  assert native_size.stride_of(_conv().clone(statistics=statistics)) is None
+  assert autoencoder.stride_of(_conv().clone(statistics=statistics)) is None
 
 
 def test_what_is_not_finite_is_said():

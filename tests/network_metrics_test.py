@@ -13,14 +13,16 @@ import pytest
 import safetensors.numpy
 
 from fsq_jax import configuration
-from fsq_jax import evaluate
-from fsq_jax import evaluation as evaluation_module
-from fsq_jax import metrics
 from fsq_jax import models
-from fsq_jax import network_metrics
-from fsq_jax import partitioning
-from fsq_jax import workdir
-from fsq_jax.models import lpips
+from fsq_jax import perceptual
+from fsq_jax import workdir as workdirs
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import network_metrics
+from fsq_jax.evaluation import results as results_lib
+from fsq_jax.evaluation import saved_run
+from fsq_jax.models import pixels
+from fsq_jax.perceptual import lpips
+from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _ENCODER = _ROOT / 'tests/testdata/encoders/dinov2'
@@ -84,7 +86,7 @@ def pairs(model, variables):
   """All images and what the model makes of them, uint8."""
   images = _Images(_NUM_IMAGES).images
   output = jax.jit(model.apply)(variables, _floats(images))
-  reconstructions = jax.jit(metrics.to_uint8)(output.reconstructions)
+  reconstructions = jax.jit(pixels.to_uint8)(output.reconstructions)
   return images, np.asarray(reconstructions)
 
 
@@ -126,7 +128,7 @@ def _evaluator(config, model, files, folder, *, batch_size=4, num_devices=1,
   mesh = partitioning.create_mesh(
       {'data': num_devices, 'fsdp': 1}, jax.devices()[:num_devices]
   )
-  return evaluate.build_evaluator(
+  return evaluators.build_evaluator(
       config, model, _Images(batch_size, **images), mesh, folder
   )
 
@@ -170,7 +172,7 @@ def mean_latents(pairs):
 def test_lpips_is_the_mean_of_one_direct_call(kept, files, pairs):
   for network in ('alexnet', 'vgg16'):
     name = f'lpips_{network}'
-    module, weights, _ = models.load_lpips(files[name], network)
+    module, weights, _ = perceptual.load_lpips(files[name], network)
     distances = jax.jit(module.apply)(weights, *map(_floats, pairs))
     assert np.std(distances) > 0
     assert kept[1].metrics[name] == pytest.approx(
@@ -181,7 +183,7 @@ def test_lpips_is_the_mean_of_one_direct_call(kept, files, pairs):
 def test_frechet_distances_are_those_of_numpy(
     kept, files, pairs, mean_latents
 ):
-  module, weights, _ = models.load_lpips(files['fd_vgg16'], 'vgg16')
+  module, weights, _ = perceptual.load_lpips(files['fd_vgg16'], 'vgg16')
   apply = jax.jit(lambda w, x: module.apply(w, x, method='pooled'))
   pooled = [apply(weights, _floats(x)) for x in pairs]
   assert pooled[0].shape == (_NUM_IMAGES, 512)
@@ -248,8 +250,8 @@ def _applied(calls, name):
 
 
 def _write(folder, evaluation):
-  evaluate.write_evaluation(folder, 1, evaluation)
-  return (folder / workdir.EVALUATION).read_bytes()
+  saved_run.write_evaluation(folder, 1, evaluation)
+  return (folder / workdirs.EVALUATION).read_bytes()
 
 
 def test_the_second_time_gives_the_same_from_what_was_kept(
@@ -339,14 +341,14 @@ def test_kept_statistics_of_pixels_that_have_changed_give_no_number(
       config, model, {'fd_encoder': str(_ENCODER)}, folder
   )
   # Under the same names, of the same sizes.
-  tally = evaluation_module.Tally.update
+  tally = results_lib.Tally.update
 
   def update(self, batch, *args):
     image = batch['image'].copy()
     image[0, 0, 0, 0] ^= 1
     tally(self, {**batch, 'image': image}, *args)
 
-  monkeypatch.setattr(evaluation_module.Tally, 'update', update)
+  monkeypatch.setattr(results_lib.Tally, 'update', update)
   caplog.set_level(logging.ERROR)
   assert np.isnan(evaluator.run(variables).metrics['fd_encoder'])
   assert 'other images' in caplog.text

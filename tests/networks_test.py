@@ -10,12 +10,13 @@ import pytest
 import safetensors.numpy
 
 from fsq_jax import configuration
-from fsq_jax import evaluate
 from fsq_jax import models
-from fsq_jax import networks
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax.models import lpips
+from fsq_jax.data import builder
+from fsq_jax.evaluation import saved_run
+from fsq_jax.perceptual import lpips
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import frozen_networks
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _FIELD = 'losses.perceptual.checkpoint'
@@ -80,7 +81,7 @@ def test_a_file_that_is_no_network_is_refused_before_images_are_read(
   def build_dataset(*_, **__):
     pytest.fail('Images were read.')
 
-  monkeypatch.setattr(train.data, 'build_dataset', build_dataset)
+  monkeypatch.setattr(builder, 'build_dataset', build_dataset)
   with pytest.raises(ValueError, match=problem) as error:
     train.train_and_evaluate(_load_config(str(path)), tmp_path / 'run')
   assert str(error.value).startswith(f'{_FIELD}: ')
@@ -92,18 +93,18 @@ def test_a_backbone_that_is_missing_is_refused_by_its_field(tmp_path):
   config.discriminator.dino.checkpoint = str(tmp_path / 'nothing')
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   with pytest.raises(ValueError, match=r'^discriminator\.dino\.checkpoint: '):
-    networks.load_networks(config, mesh)
+    frozen_networks.load_networks(config, mesh)
 
 
 def test_without_networks_nothing_is_loaded():
   config = configuration.load_config(_DEBUG)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  assert networks.load_networks(config, mesh) == (None, {}, {})
+  assert frozen_networks.load_networks(config, mesh) == (None, {}, {})
 
 
 def test_large_weights_are_spread_over_devices(weights):
   mesh = partitioning.create_mesh({'data': 1, 'fsdp': 8})
-  loaded = networks.load_networks(_load_config(weights[0]), mesh)
+  loaded = frozen_networks.load_networks(_load_config(weights[0]), mesh)
   kernel = loaded.variables['perceptual']['params']['backbone']['conv5_3'][
       'kernel'
   ]
@@ -146,4 +147,4 @@ def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
   assert int(train.train_and_evaluate(config, tmp_path).step) == 2
   # What the run has learned is evaluated without them.
   moved.unlink()
-  assert evaluate.evaluate_workdir(config, tmp_path).metrics['psnr'] > 0
+  assert saved_run.evaluate_workdir(config, tmp_path).metrics['psnr'] > 0

@@ -13,7 +13,7 @@ import nbclient
 import nbformat
 import pytest
 
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _FOLDER = _ROOT / 'experiments' / 'notebooks'
@@ -233,6 +233,6 @@ def test_notebooks_run(name, run_folder):
     if re.search(r'(subplots|figure|draw_levels|display)\(', cell.source):
       assert any('image/png' in x.get('data', ()) for x in cell.outputs)
   if name == 'train_a_tokenizer':
-    rows = workdir.read_metrics(run_folder / 'runs' / name)
+    rows = workdirs.read_metrics(run_folder / 'runs' / name)
     psnr = [row['psnr'] for row in rows if row['split'] == 'eval']
     assert psnr[-1] > psnr[0] + 3

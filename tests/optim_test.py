@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from fsq_jax import optim
+from fsq_jax.runtime import parameter_paths
+from fsq_jax.train import optim
 
 _CONFIG = {
     'name': 'adamw',
@@ -211,25 +212,27 @@ def test_first_factor_that_matches_multiplies_the_learning_rate(name):
 def test_split_takes_the_paths_that_match_as_a_whole():
   params = {**_params(), 'decoder2': {'bias_of_rows': jnp.zeros(2)}}
   patterns = ['.*/bias', 'encoder/norm/.*']
-  trained, frozen = optim.split_frozen(params, patterns)
+  trained, frozen = parameter_paths.split_frozen(params, patterns)
   assert set(_flat(frozen)) == {
       'encoder/blocks/bias', 'decoder/dense/bias', 'encoder/norm/scale'
   }
   assert set(_flat(trained)) == set(_flat(params)) - set(_flat(frozen))
-  merged = optim.merge_frozen(trained, frozen)
+  merged = parameter_paths.merge_frozen(trained, frozen)
   chex.assert_trees_all_equal(merged, params)
 
 
 def test_nothing_frozen_is_an_empty_tree():
-  trained, frozen = optim.split_frozen(_params(), ())
+  trained, frozen = parameter_paths.split_frozen(_params(), ())
   assert frozen == {}
   chex.assert_trees_all_equal(trained, _params())
-  chex.assert_trees_all_equal(optim.merge_frozen(trained, {}), _params())
+  chex.assert_trees_all_equal(
+      parameter_paths.merge_frozen(trained, {}), _params()
+  )
 
 
 def test_everything_frozen_is_refused():
   with pytest.raises(ValueError, match='leaves no parameter to train'):
-    optim.split_frozen(_params(), ('.*',))
+    parameter_paths.split_frozen(_params(), ('.*',))
 
 
 _wrong_pattern = pytest.mark.parametrize(
@@ -240,7 +243,7 @@ _wrong_pattern = pytest.mark.parametrize(
 @_wrong_pattern
 def test_pattern_that_matches_nothing_is_refused(pattern):
   with pytest.raises(ValueError, match='matches no parameter') as error:
-    optim.split_frozen(_params(), ('encoder/.*', pattern))
+    parameter_paths.split_frozen(_params(), ('encoder/.*', pattern))
   assert repr(pattern) in str(error.value)
   assert 'encoder/blocks/kernel' in str(error.value)
 

@@ -14,10 +14,11 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.runtime import parameter_paths
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 P = jax.sharding.PartitionSpec
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -234,7 +235,7 @@ def test_array_without_a_rule_is_named():
 
 def test_paths_are_joined_by_slashes():
   tree = {'encoder': {'kernel': 0}, 'rest': [1, (2,)]}
-  assert partitioning.tree_paths(tree) == {
+  assert parameter_paths.tree_paths(tree) == {
       'encoder': {'kernel': 'encoder/kernel'}, 'rest': ['rest/0', ('rest/1/0',)]
   }
 
@@ -570,7 +571,7 @@ _PROCESS = """
 import sys
 import jax
 import numpy as np
-from fsq_jax import partitioning
+from fsq_jax.runtime import partitioning
 
 process = int(sys.argv[2])
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, process)

@@ -12,11 +12,11 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from experiments.weights import golden_networks
+from fsq_jax import models
 from fsq_jax import perceptual
-from fsq_jax.models import classifiers
-from fsq_jax.models import lpips
-from fsq_jax.models import pretrained
-from fsq_jax.models import weight_files
+from fsq_jax.perceptual import classifiers
+from fsq_jax.perceptual import distance
+from fsq_jax.perceptual import lpips
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 _ENCODER = _TESTDATA / 'encoders' / 'dinov2'
@@ -74,15 +74,15 @@ def _images():
 
 
 def test_every_loss_of_the_builder_is_tested():
-  assert sorted(perceptual._LOSSES) == sorted(_NAMES)
+  assert sorted(distance._LOSSES) == sorted(_NAMES)
 
 
 @each_loss
 def test_every_loss_keeps_the_contract(paths, name):
-  module, variables, sha256 = perceptual.build_perceptual_loss(
+  module, variables, sha256 = distance.build_perceptual_loss(
       name, paths[name]
   )
-  assert sha256 == weight_files.hash_weights(paths[name])
+  assert sha256 == models.hash_weights(paths[name])
   assert set(variables) == {'params'}
   images, others = _images()
   compare = jax.jit(module.apply)
@@ -105,7 +105,7 @@ def test_activations_may_be_bfloat16_and_distances_remain_float32(
   images, others = _images()
 
   def compare(dtype):
-    module, variables, _ = perceptual.build_perceptual_loss(
+    module, variables, _ = distance.build_perceptual_loss(
         name, paths[name], dtype=dtype
     )
     program = jax.jit(module.apply).lower(variables, images, others).as_text()
@@ -122,7 +122,7 @@ def test_activations_may_be_bfloat16_and_distances_remain_float32(
 
 @each_loss
 def test_the_gradient_of_the_mean_reaches_every_image(paths, name):
-  module, variables, _ = perceptual.build_perceptual_loss(name, paths[name])
+  module, variables, _ = distance.build_perceptual_loss(name, paths[name])
   images, others = _images()
 
   @jax.jit
@@ -146,8 +146,8 @@ def test_the_gradient_of_the_mean_reaches_every_image(paths, name):
 @pytest.mark.parametrize('network', sorted(lpips.NETWORKS))
 def test_lpips_is_that_of_the_metric(paths, network):
   path = paths[f'lpips_{network}']
-  loss = perceptual.build_perceptual_loss(f'lpips_{network}', path)
-  metric = lpips.load_lpips(path, network)
+  loss = distance.build_perceptual_loss(f'lpips_{network}', path)
+  metric = perceptual.load_lpips(path, network)
   assert loss.module == lpips.Lpips(network, precision='default')
   jax.tree.map(
       np.testing.assert_array_equal, loss.variables, metric.variables
@@ -155,8 +155,8 @@ def test_lpips_is_that_of_the_metric(paths, network):
 
 
 def test_vit_compares_latents_without_the_final_affine(paths):
-  module, variables, _ = perceptual.build_perceptual_loss('vit', _ENCODER)
-  encoder = pretrained.load_encoder(_ENCODER, final_affine=False)
+  module, variables, _ = distance.build_perceptual_loss('vit', _ENCODER)
+  encoder = models.load_encoder(_ENCODER, final_affine=False)
   images, others = _images()
   encode = jax.jit(encoder.module.apply)
   a, b = (np.float64(encode(encoder.variables, x)) for x in (images, others))
@@ -172,7 +172,7 @@ def test_vit_compares_latents_without_the_final_affine(paths):
     [('convnext', 'convnext_small'), ('resnet50', 'resnet50')],
 )
 def test_classifiers_compare_logits(paths, name, key):
-  module, variables, _ = perceptual.build_perceptual_loss(name, paths[name])
+  module, variables, _ = distance.build_perceptual_loss(name, paths[name])
   images = np.float32(golden_networks.make_images()) / 127.5 - 1
   logits = np.load(_TESTDATA / 'frozen' / f'{key}.npz')['logits']
   expected = ((np.float64(logits[0]) - logits[1]) ** 2).mean()
@@ -185,7 +185,7 @@ def test_classifiers_compare_logits(paths, name, key):
 
 @each_loss
 def test_shapes_that_would_broadcast_are_refused(paths, name):
-  module, variables, _ = perceptual.build_perceptual_loss(name, paths[name])
+  module, variables, _ = distance.build_perceptual_loss(name, paths[name])
   images, others = _images()
   with pytest.raises(ValueError, match='of one shape'):
     jax.eval_shape(module.apply, variables, images, others[:1])
@@ -194,9 +194,9 @@ def test_shapes_that_would_broadcast_are_refused(paths, name):
 @each_loss
 def test_missing_weights_are_an_error(tmp_path, name):
   with pytest.raises(ValueError, match='There is no'):
-    perceptual.build_perceptual_loss(name, tmp_path / 'none')
+    distance.build_perceptual_loss(name, tmp_path / 'none')
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
   with pytest.raises(ValueError, match=r"'lpips'; known: \['convnext', 'lp"):
-    perceptual.build_perceptual_loss('lpips', tmp_path)
+    distance.build_perceptual_loss('lpips', tmp_path)

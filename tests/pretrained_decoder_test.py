@@ -18,9 +18,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from fsq_jax import models
-from fsq_jax import partitioning
-from fsq_jax.models import mae_decoder
-from fsq_jax.models import pretrained
+from fsq_jax.models.pretrained import mae_decoder
+from fsq_jax.runtime import partitioning
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata' / 'decoders'
 _DECODERS = pathlib.Path(os.environ.get('FSQ_JAX_DECODERS', _TESTDATA))
@@ -88,7 +87,7 @@ def test_a_golden_decoder_is_there():
 
 
 def test_variables_are_those_of_a_new_decoder():
-  decoder = pretrained.load_decoder(_RAE)
+  decoder = models.load_decoder(_RAE)
   latents = jnp.zeros((1, *decoder.module.grid_size, 48))
   expected = jax.eval_shape(decoder.module.init, jax.random.key(0), latents)
   assert jax.tree.map(jnp.shape, decoder.variables) == (
@@ -108,7 +107,7 @@ def test_variables_are_those_of_a_new_decoder():
 @pytest.mark.parametrize('normalization', mae_decoder.NORMALIZATIONS)
 def test_images_are_denormalised_to_the_range_of_pixels(normalization):
   golden = np.load(_RAE / 'expected.npz')
-  decoder = pretrained.load_decoder(_RAE, normalization)
+  decoder = models.load_decoder(_RAE, normalization)
   arch = decoder.module.architecture
   pixels = golden['image_nhwc'] * arch.std + arch.mean
   np.testing.assert_allclose(
@@ -119,26 +118,26 @@ def test_images_are_denormalised_to_the_range_of_pixels(normalization):
 
 
 def test_normalizations_are_those_of_the_encoders():
-  encoder = pretrained.load_encoder(_ENCODER).module.architecture
-  decoder = pretrained.load_decoder(_RAE, 'mae').module.architecture
+  encoder = models.load_encoder(_ENCODER).module.architecture
+  decoder = models.load_decoder(_RAE, 'mae').module.architecture
   assert (decoder.mean, decoder.std) == (encoder.mean, encoder.std)
   with pytest.raises(ValueError, match=r"'vgg'; known: \['dino', 'dinov2'"):
-    pretrained.load_decoder(_RAE, 'vgg')
+    models.load_decoder(_RAE, 'vgg')
 
 
 def test_a_decoder_within_a_whole_model_is_loaded_too(tmp_path):
   weights = {f'decoder.{key}': x for key, x in _weights().items()}
   weights['encoder.embeddings.cls_token'] = np.zeros(7)
   _assert_same(
-      pretrained.load_decoder(_write(tmp_path, weights)),
-      pretrained.load_decoder(_RAE),
+      models.load_decoder(_write(tmp_path, weights)),
+      models.load_decoder(_RAE),
   )
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_halves_are_widened(dtype, tmp_path):
   weights = {key: x.astype(dtype) for key, x in _weights().items()}
-  decoder = pretrained.load_decoder(_write(tmp_path, weights))
+  decoder = models.load_decoder(_write(tmp_path, weights))
   expected = weights['decoder_embed.weight'].astype(np.float32).T
   kernel = decoder.variables['params']['embed']['kernel']
   assert kernel.dtype == jnp.float32
@@ -151,7 +150,7 @@ def test_config_tells_epsilon_activation_and_biases(tmp_path):
       for key, x in _weights().items()
       if not key.endswith(('query.bias', 'key.bias', 'value.bias'))
   }
-  decoder = pretrained.load_decoder(_write(
+  decoder = models.load_decoder(_write(
       tmp_path, weights, qkv_bias=False, layer_norm_eps=1e-3,
       hidden_act='gelu_new',
   ))
@@ -167,8 +166,8 @@ def test_weights_are_loaded_into_their_shardings():
   def shardings(variables):
     return partitioning.state_shardings(variables, mesh, [('.*', 'fsdp')], 64)
 
-  expected = pretrained.load_decoder(_RAE)
-  decoder = pretrained.load_decoder(_RAE, shardings=shardings)
+  expected = models.load_decoder(_RAE)
+  decoder = models.load_decoder(_RAE, shardings=shardings)
   _assert_same(decoder, expected)
   leaves = traverse_util.flatten_dict(decoder.variables['params'], sep='/')
   kernel = leaves['blocks/mlp/in/kernel']
@@ -181,8 +180,8 @@ def test_no_device_holds_the_whole_of_what_is_sharded():
   def shardings(variables):
     return partitioning.state_shardings(variables, mesh, [('.*', 'fsdp')], 0)
 
-  decoder = pretrained.load_decoder(_RAE, shardings=shardings)
-  _assert_same(decoder, pretrained.load_decoder(_RAE))
+  decoder = models.load_decoder(_RAE, shardings=shardings)
+  _assert_same(decoder, models.load_decoder(_RAE))
   leaves = jax.tree.leaves(decoder.variables)
   # The constant positions too: 4 devices divide an axis of every array.
   assert not any(leaf.sharding.is_fully_replicated for leaf in leaves)
@@ -201,7 +200,7 @@ def test_every_key_is_needed(tmp_path):
   for key in weights:
     rest = {k: array for k, array in weights.items() if k != key}
     with pytest.raises(ValueError, match=f'1 missing: {key}'):
-      pretrained.load_decoder(_write(tmp_path, rest))
+      models.load_decoder(_write(tmp_path, rest))
 
 
 def test_one_error_names_all_that_is_wrong_with_the_keys(tmp_path):
@@ -212,7 +211,7 @@ def test_one_error_names_all_that_is_wrong_with_the_keys(tmp_path):
   weights['decoder_norm.weight'] = np.zeros(40, np.int64)
   del weights['trainable_cls_token']
   with pytest.raises(ValueError, match=r'The decoder of .* not fit') as error:
-    pretrained.load_decoder(_write(tmp_path, weights))
+    models.load_decoder(_write(tmp_path, weights))
   message = str(error.value)
   assert '1 missing: trainable_cls_token;' in message
   unexpected = 'decoder_layers.2.output.dense.bias, mask_token'
@@ -225,15 +224,15 @@ def test_encoders_and_masked_autoencoders_are_no_decoders(tmp_path):
   config = json.loads((_ENCODER / 'config.json').read_text())
   weights = safetensors_numpy.load_file(_ENCODER / 'model.safetensors')
   with pytest.raises(ValueError, match=r'missing: .*trainable_cls_token'):
-    pretrained.load_decoder(_write(tmp_path, weights, **config))
+    models.load_decoder(_write(tmp_path, weights, **config))
   # MAE's own decoder has a mask token in place of the class token.
   weights = {f'decoder.{key}': x for key, x in _weights().items()}
   token = weights.pop('decoder.trainable_cls_token')
   weights['decoder.mask_token'] = token
   with pytest.raises(ValueError, match=r'unexpected: decoder\.mask_token'):
-    pretrained.load_decoder(_write(tmp_path, weights))
+    models.load_decoder(_write(tmp_path, weights))
   with pytest.raises(ValueError, match=r"model_type .* known: \['vit_mae'\]"):
-    pretrained.load_decoder(_write(tmp_path, weights, model_type='dinov2'))
+    models.load_decoder(_write(tmp_path, weights, model_type='dinov2'))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_encoders_and_masked_autoencoders_are_no_decoders(tmp_path):
 )
 def test_configs_that_do_not_fit_are_refused(fields, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    pretrained.load_decoder(_write(tmp_path, _weights(), **fields))
+    models.load_decoder(_write(tmp_path, _weights(), **fields))
 
 
 def test_two_decoders_in_one_checkpoint_are_refused(tmp_path):
@@ -266,28 +265,28 @@ def test_two_decoders_in_one_checkpoint_are_refused(tmp_path):
       for key, x in _weights().items()
   }
   with pytest.raises(ValueError, match=r"2 times, .* \['a\.', 'b\.'\]"):
-    pretrained.load_decoder(_write(tmp_path, weights))
+    models.load_decoder(_write(tmp_path, weights))
 
 
 def test_a_normalization_that_is_no_name_is_refused():
   with pytest.raises(ValueError, match=r"normalization is \['mae'\]; known"):
-    pretrained.load_decoder(_RAE, ['mae'])
+    models.load_decoder(_RAE, ['mae'])
 
 
 def test_damaged_files_are_refused(tmp_path):
   weights = _weights()
   weights['decoder_norm.bias'][3] = np.nan
   with pytest.raises(ValueError, match=r'decoder_norm\.bias.* holds NaN'):
-    pretrained.load_decoder(_write(tmp_path, weights))
+    models.load_decoder(_write(tmp_path, weights))
   path = _write(tmp_path, _weights()) / 'model.safetensors'
   content = path.read_bytes()
   path.write_bytes(content[:len(content) // 2])
   with pytest.raises(ValueError, match='damaged or of another kind'):
-    pretrained.load_decoder(tmp_path)
+    models.load_decoder(tmp_path)
   with pytest.raises(ValueError, match='give its directory'):
-    pretrained.load_decoder(path)
+    models.load_decoder(path)
   with pytest.raises(ValueError, match='There is no'):
-    pretrained.load_decoder(tmp_path / 'absent')
+    models.load_decoder(tmp_path / 'absent')
   (tmp_path / 'config.json').unlink()
   with pytest.raises(ValueError, match=r'config\.json|damaged'):
-    pretrained.load_decoder(tmp_path)
+    models.load_decoder(tmp_path)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from fsq_jax.models import pretrained
-from fsq_jax.models import vit_families
+from fsq_jax import models
+from fsq_jax.models.pretrained import architectures
 
 _WIDTH, _DEPTH, _HEADS, _MLP, _PATCH, _SIDE = 12, 2, 3, 20, 4, 12
 _CONFIG = {
@@ -124,7 +124,7 @@ def _expected(image):
 
 
 def test_tokens_are_those_of_numpy(checkpoint):
-  encoder = pretrained.load_encoder(checkpoint)
+  encoder = models.load_encoder(checkpoint)
   images = np.random.default_rng(1).standard_normal((2, _SIDE, _SIDE, 3))
   images = images.astype(np.float32)
   apply = jax.jit(functools.partial(encoder.module.apply, method='tokens'))
@@ -135,8 +135,8 @@ def test_tokens_are_those_of_numpy(checkpoint):
 
 
 def test_the_architecture_is_dinos(checkpoint):
-  architecture = pretrained.build_encoder(checkpoint).architecture
-  assert architecture == vit_families.build_architecture(
+  architecture = models.build_encoder(checkpoint).architecture
+  assert architecture == architectures.build_architecture(
       'dino', width=_WIDTH, depth=_DEPTH, num_heads=_HEADS, mlp_dim=_MLP,
       patch_size=_PATCH, norm_epsilon=1e-12,
   )
@@ -157,8 +157,8 @@ def test_a_published_config_is_a_published_architecture(checkpoint, tmp_path):
       num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
       patch_size=8, image_size=224, layer_norm_eps=1e-6,
   )
-  module = pretrained.build_encoder(path)
-  assert module.architecture == vit_families.ARCHITECTURES['dino_S/8']
+  module = models.build_encoder(path)
+  assert module.architecture == models.ARCHITECTURES['dino_S/8']
   assert module.grid_size == (28, 28)
 
 
@@ -169,13 +169,13 @@ def test_other_models_of_that_type_are_refused(checkpoint, tmp_path, field):
       checkpoint, tmp_path, 'preprocessor_config.json', **{field: [0.5] * 3}
   )
   with pytest.raises(ValueError, match=rf'{field} of .* is \[0.5, .*another'):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)
 
 
 def test_normalization_need_not_be_written_down(checkpoint, tmp_path):
   _copy(checkpoint, tmp_path, 'config.json')
   (tmp_path / 'preprocessor_config.json').unlink()
-  assert pretrained.build_encoder(tmp_path) == pretrained.build_encoder(
+  assert models.build_encoder(tmp_path) == models.build_encoder(
       checkpoint
   )
 
@@ -183,4 +183,4 @@ def test_normalization_need_not_be_written_down(checkpoint, tmp_path):
 def test_registers_are_refused(checkpoint, tmp_path):
   path = _copy(checkpoint, tmp_path, 'config.json', num_register_tokens=4)
   with pytest.raises(ValueError, match="family 'dino' have none"):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)

@@ -22,12 +22,10 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from fsq_jax import models
-from fsq_jax import partitioning
 from fsq_jax import quantizers
-from fsq_jax.models import pretrained
-from fsq_jax.models import projector_in
-from fsq_jax.models import projector_out
+from fsq_jax.models import projectors
 from fsq_jax.models import vit
+from fsq_jax.runtime import partitioning
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata' / 'encoders'
 _ENCODERS = pathlib.Path(os.environ.get('FSQ_JAX_ENCODERS', _TESTDATA))
@@ -105,7 +103,7 @@ def _arrays():
 )
 def test_tokens_are_those_of_the_reference(checkpoint, expected, image, tokens):
   golden = np.load(expected)
-  encoder = pretrained.load_encoder(
+  encoder = models.load_encoder(
       checkpoint,
       image_size=golden[image].shape[1],
       final_affine='no_affine' not in tokens,
@@ -122,8 +120,8 @@ def test_tokens_are_those_of_the_reference(checkpoint, expected, image, tokens):
     'path', [*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION]
 )
 def test_the_final_affine_is_all_that_can_be_left_out(path):
-  encoder = pretrained.load_encoder(path)
-  plain = pretrained.load_encoder(path, final_affine=False)
+  encoder = models.load_encoder(path)
+  plain = models.load_encoder(path, final_affine=False)
   leaves = _leaves(encoder)
   assert leaves.keys() - _leaves(plain).keys() == {'norm/scale', 'norm/bias'}
   images = np.random.default_rng(0).standard_normal(
@@ -146,7 +144,7 @@ def test_golden_encoders_of_all_families_are_there():
 @pytest.mark.skipif(not _REAL, reason='FSQ_JAX_REAL_ENCODER is not set.')
 def test_a_trained_encoder_is_the_original():
   golden = np.load(pathlib.Path(_REAL) / 'expected.npz')
-  encoder = pretrained.load_encoder(_REAL, image_size=224)
+  encoder = models.load_encoder(_REAL, image_size=224)
   assert encoder.module.architecture == models.ARCHITECTURES['dinov2_S/14']
   np.testing.assert_allclose(
       _tokens(encoder, golden['image_224']),
@@ -162,7 +160,7 @@ def test_a_trained_encoder_is_the_original():
 @pytest.mark.parametrize('family', _FAMILIES)
 @pytest.mark.parametrize('prefix', ['', 'model.', 'vision_model.'])
 def test_prefixes_may_be_there_or_not(family, prefix, tmp_path):
-  expected = pretrained.load_encoder(_TESTDATA / family)
+  expected = models.load_encoder(_TESTDATA / family)
   theirs = {'siglip': 'vision_model.', 'mae': 'vit.'}.get(family, '')
   weights = {}
   for key, array in _weights(family).items():
@@ -172,7 +170,7 @@ def test_prefixes_may_be_there_or_not(family, prefix, tmp_path):
   weights['text_model.encoder.layers.0.layer_norm1.weight'] = np.zeros(7)
   weights['classifier.weight'] = np.zeros(7)
   _assert_same(
-      pretrained.load_encoder(_copy(family, tmp_path, weights)), expected
+      models.load_encoder(_copy(family, tmp_path, weights)), expected
   )
 
 
@@ -184,16 +182,16 @@ def test_a_vision_tower_alone_is_loaded_too(tmp_path):
       if key.startswith('vision_model.')
   }
   _copy('siglip', tmp_path, weights, **config.pop('vision_config'))
-  expected = pretrained.load_encoder(_TESTDATA / 'siglip')
+  expected = models.load_encoder(_TESTDATA / 'siglip')
   config = json.loads((tmp_path / 'config.json').read_text())
   del config['vision_config']
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  _assert_same(pretrained.load_encoder(tmp_path), expected)
+  _assert_same(models.load_encoder(tmp_path), expected)
 
 
 def test_a_vision_config_may_leave_everything_to_its_defaults(tmp_path):
   _copy('siglip', tmp_path, vision_config={'model_type': 'siglip_vision_model'})
-  module = pretrained.build_encoder(tmp_path)
+  module = models.build_encoder(tmp_path)
   assert module.architecture == models.ARCHITECTURES['siglip_B/16']
   assert module.image_size == (224, 224)
 
@@ -212,16 +210,16 @@ def test_weights_may_be_in_several_files(family, tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   index.write_text(json.dumps({'metadata': {}, 'weight_map': files}))
   _assert_same(
-      pretrained.load_encoder(tmp_path),
-      pretrained.load_encoder(_TESTDATA / family),
+      models.load_encoder(tmp_path),
+      models.load_encoder(_TESTDATA / family),
   )
   (tmp_path / 'model-00002-of-00003.safetensors').unlink()
   with pytest.raises(ValueError, match=r'lacks .*00002-of-00003.*index\.json'):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
   files[next(iter(files))] = '../model.safetensors'
   index.write_text(json.dumps({'weight_map': files}))
   with pytest.raises(ValueError, match='no weight_map from keys to names'):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
 
 
 
@@ -252,24 +250,24 @@ def test_big_vision_checkpoints_of_all_kinds_are_one(scan, prefix, tmp_path):
   arrays = _scanned(arrays) if scan else arrays
   np.savez(tmp_path / 'encoder.npz', **arrays)
   _assert_same(
-      pretrained.load_encoder(tmp_path / 'encoder.npz'),
-      pretrained.load_encoder(_BIG_VISION),
+      models.load_encoder(tmp_path / 'encoder.npz'),
+      models.load_encoder(_BIG_VISION),
   )
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_halves_are_widened(dtype, tmp_path):
-  expected = pretrained.load_encoder(_BIG_VISION)
+  expected = models.load_encoder(_BIG_VISION)
   arrays = {key: array.astype(dtype) for key, array in _arrays().items()}
   np.savez(tmp_path / 'encoder.npz', **arrays)
-  encoder = pretrained.load_encoder(tmp_path / 'encoder.npz')
+  encoder = models.load_encoder(tmp_path / 'encoder.npz')
   weights = {k: x.astype(dtype) for k, x in _weights('siglip').items()}
-  other = pretrained.load_encoder(_copy('siglip', tmp_path / 'hf', weights))
+  other = models.load_encoder(_copy('siglip', tmp_path / 'hf', weights))
   for leaf in jax.tree.leaves((encoder.variables, other.variables)):
     assert leaf.dtype == jnp.float32
   for ours, theirs in (
       (encoder, expected),
-      (other, pretrained.load_encoder(_TESTDATA / 'siglip')),
+      (other, models.load_encoder(_TESTDATA / 'siglip')),
   ):
     leaves, wanted = _leaves(ours), _leaves(theirs)
     for name in wanted:
@@ -292,7 +290,7 @@ def test_the_gate_of_dinov2_is_the_first_half(tmp_path):
     ):  # fmt: skip
       fused[f'{mlp}.{name}'] = rng.standard_normal(shape).astype(np.float32)
   _copy('dinov2', tmp_path, {**weights, **fused}, use_swiglu_ffn=True)
-  encoder = pretrained.load_encoder(tmp_path)
+  encoder = models.load_encoder(tmp_path)
   assert encoder.module.architecture.mlp == 'gated'
   assert encoder.module.architecture.activation == 'silu'
   leaves = _leaves(encoder)
@@ -319,7 +317,7 @@ def test_dinov3_may_have_gates_and_other_biases(tmp_path):
       'dinov3', tmp_path, weights, use_gated_mlp=True, hidden_act='silu',
       mlp_bias=False, key_bias=True,
   )
-  encoder = pretrained.load_encoder(tmp_path)
+  encoder = models.load_encoder(tmp_path)
   leaves = _leaves(encoder)
   assert encoder.module.architecture.activation == 'silu'
   assert not any(name.startswith('blocks/mlp/') and name.endswith('bias')
@@ -336,7 +334,7 @@ def test_dinov3_may_have_gates_and_other_biases(tmp_path):
 
 @pytest.mark.parametrize('family', _FAMILIES)
 def test_image_sizes_may_be_of_two_sides(family):
-  encoder = pretrained.load_encoder(_TESTDATA / family, image_size=(64, 100))
+  encoder = models.load_encoder(_TESTDATA / family, image_size=(64, 100))
   patch = encoder.module.architecture.patch_size
   assert encoder.module.grid_size == (64 // patch, 100 // patch)
   images = np.random.default_rng(0).uniform(-1, 1, (2, 80, 50, 3))
@@ -349,8 +347,8 @@ def test_image_sizes_may_be_of_two_sides(family):
 def test_module_alone_is_that_of_the_weights():
   for path in (*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION):
     for arguments in ((), (96, False)):
-      module = pretrained.build_encoder(path, *arguments)
-      assert module == pretrained.load_encoder(path, *arguments).module
+      module = models.build_encoder(path, *arguments)
+      assert module == models.load_encoder(path, *arguments).module
 
 
 @pytest.mark.parametrize(
@@ -371,7 +369,7 @@ def test_no_device_holds_the_whole_of_what_is_sharded(path, monkeypatch):
     return make(shape, sharding, read)
 
   monkeypatch.setattr(jax, 'make_array_from_callback', record)
-  encoder = pretrained.load_encoder(
+  encoder = models.load_encoder(
       path, 64,
       shardings=lambda variables: partitioning.state_shardings(
           variables, mesh, [('.*', 'fsdp')], 0
@@ -398,8 +396,8 @@ def test_weights_are_loaded_into_their_shardings(path):
     asked.append(variables)
     return partitioning.state_shardings(variables, mesh, [('.*', 'fsdp')], 64)
 
-  expected = pretrained.load_encoder(path, 64)
-  encoder = pretrained.load_encoder(path, 64, shardings=shardings)
+  expected = models.load_encoder(path, 64)
+  encoder = models.load_encoder(path, 64, shardings=shardings)
   assert all(
       type(leaf) is jax.ShapeDtypeStruct for leaf in jax.tree.leaves(asked)
   )
@@ -422,14 +420,14 @@ def test_weights_are_loaded_into_their_shardings(path):
 
 
 def test_loaded_encoders_are_encoders_of_autoencoders():
-  encoder = pretrained.load_encoder(
+  encoder = models.load_encoder(
       _TESTDATA / 'dinov2_with_registers', 56, final_affine=False
   )
   model = models.Autoencoder(
       encoder=encoder.module,
-      projector_in=projector_in.LinearProjectorIn(code_dim=3),
+      projector_in=projectors.LinearProjectorIn(code_dim=3),
       quantizer=quantizers.FSQ(levels=(8, 5, 4)),
-      projector_out=projector_out.LinearProjectorOut(width=8),
+      projector_out=projectors.LinearProjectorOut(width=8),
       decoder=vit.VitDecoder(
           patch_size=14, width=8, depth=1, num_heads=2, mlp_dim=16,
           position='sincos', grid_size=(4, 4),
@@ -462,7 +460,7 @@ def test_one_error_names_all_that_is_wrong_with_the_keys(family, tmp_path):
   weights[dtype] = weights[dtype].astype(np.int64)
   _copy(family, tmp_path, weights)
   with pytest.raises(ValueError, match='does not fit') as error:
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
   message = str(error.value)
   assert f'1 missing: {missing};' in message
   assert f'1 unexpected: {unexpected};' in message
@@ -485,7 +483,7 @@ def test_every_key_of_the_encoder_is_needed(family, tmp_path):
     rest = {k: array for k, array in weights.items() if k != key}
     _copy(family, tmp_path, rest)
     with pytest.raises(ValueError, match=f'1 missing: {key}'):
-      pretrained.load_encoder(tmp_path)
+      models.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize('scan', [False, True])
@@ -498,7 +496,7 @@ def test_every_array_of_big_vision_is_needed(scan, tmp_path):
     rest = {k: array for k, array in arrays.items() if k != key}
     np.savez(path, **rest)
     with pytest.raises(ValueError, match=key):
-      pretrained.load_encoder(path)
+      models.load_encoder(path)
 
 
 def test_big_vision_arrays_of_another_shape_are_named(tmp_path):
@@ -511,7 +509,7 @@ def test_big_vision_arrays_of_another_shape_are_named(tmp_path):
     arrays = {**_arrays(), key: array.astype(np.float32)}
     np.savez(tmp_path / 'encoder.npz', **arrays)
     with pytest.raises(ValueError, match=key):
-      pretrained.load_encoder(tmp_path / 'encoder.npz')
+      models.load_encoder(tmp_path / 'encoder.npz')
 
 
 @pytest.mark.parametrize('family', ['siglip', 'big_vision_siglip'])
@@ -528,7 +526,7 @@ def test_numbers_that_are_none_are_refused(family, tmp_path):
     path = tmp_path / 'encoder.npz'
     np.savez(path, **arrays)
   with pytest.raises(ValueError, match=f'{key}.* holds NaN or infinity'):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)
 
 
 @pytest.mark.parametrize(
@@ -563,7 +561,7 @@ def test_numbers_that_are_none_are_refused(family, tmp_path):
 def test_configs_that_do_not_fit_are_refused(fields, message, tmp_path):
   _copy('dinov2', tmp_path, **fields)
   with pytest.raises(ValueError, match=message):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +582,7 @@ def test_indices_of_other_files_are_refused(name, message, tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   index.write_text(json.dumps({'weight_map': {'layernorm.bias': name}}))
   with pytest.raises(ValueError, match=message) as error:
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
   assert str(tmp_path) in str(error.value)
 
 
@@ -593,13 +591,13 @@ def test_configs_that_are_no_json_objects_are_refused(content, tmp_path):
   _copy('dinov2', tmp_path)
   (tmp_path / 'config.json').write_text(content)
   with pytest.raises(ValueError, match=r'config\.json'):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
 
 
 def test_registers_of_a_family_without_them_are_refused(tmp_path):
   _copy('mae', tmp_path, num_register_tokens=4)
   with pytest.raises(ValueError, match=r"config\.json is 4; .*'mae' have none"):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
 
 
 def test_fields_that_dinov3_needs_are_named(tmp_path):
@@ -612,7 +610,7 @@ def test_fields_that_dinov3_needs_are_named(tmp_path):
     rest = {name: x for name, x in config.items() if name != field}
     path.write_text(json.dumps(rest))
     with pytest.raises(ValueError, match=rf'{field} of .*config\.json is None'):
-      pretrained.build_encoder(tmp_path)
+      models.build_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -622,43 +620,43 @@ def test_fields_that_dinov3_needs_are_named(tmp_path):
     ids=repr,
 )
 def test_image_sizes_that_are_no_integers_are_refused(image_size):
-  for function in (pretrained.load_encoder, pretrained.build_encoder):
+  for function in (models.load_encoder, models.build_encoder):
     with pytest.raises(ValueError, match=r'image_size is .* one or two integ'):
       function(_TESTDATA / 'siglip', image_size)
 
 
 @pytest.mark.parametrize('family', ['siglip', 'dinov3'])
 def test_image_sizes_that_no_memory_holds_are_refused(family):
-  for function in (pretrained.load_encoder, pretrained.build_encoder):
+  for function in (models.load_encoder, models.build_encoder):
     with pytest.raises(ValueError, match=r'image_size is .* can be held'):
       function(_TESTDATA / family, 10**7)
 
 
 def test_image_sizes_may_be_numpy_integers():
-  module = pretrained.build_encoder(_TESTDATA / 'siglip', np.int64(64))
-  assert module == pretrained.build_encoder(_TESTDATA / 'siglip', 64)
+  module = models.build_encoder(_TESTDATA / 'siglip', np.int64(64))
+  assert module == models.build_encoder(_TESTDATA / 'siglip', 64)
   sizes = [np.int32(64), 32]
-  module = pretrained.build_encoder(_TESTDATA / 'siglip', sizes)
-  assert module == pretrained.build_encoder(_TESTDATA / 'siglip', (64, 32))
+  module = models.build_encoder(_TESTDATA / 'siglip', sizes)
+  assert module == models.build_encoder(_TESTDATA / 'siglip', (64, 32))
 
 
 def test_image_sizes_below_a_patch_are_refused():
   with pytest.raises(ValueError, match=r'image_size is \(64, 8\)'):
-    pretrained.load_encoder(_TESTDATA / 'siglip', (64, 8))
+    models.load_encoder(_TESTDATA / 'siglip', (64, 8))
 
 
 def test_paths_without_a_checkpoint_are_refused(tmp_path):
   for name in ('absent', 'a\0b', 1000 * 'a'):
     with pytest.raises(ValueError, match='There is no'):
-      pretrained.load_encoder(tmp_path / name)
+      models.load_encoder(tmp_path / name)
   with pytest.raises(ValueError, match=r'neither model\.safetensors nor'):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
   _copy('siglip', tmp_path)
   with pytest.raises(ValueError, match='give its directory'):
-    pretrained.load_encoder(tmp_path / 'model.safetensors')
+    models.load_encoder(tmp_path / 'model.safetensors')
   (tmp_path / 'config.json').unlink()
   with pytest.raises(ValueError, match=r'has no config\.json'):
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize('share', [0, 0.0001, 0.1, 0.5, 0.999])
@@ -670,7 +668,7 @@ def test_truncated_files_are_refused(share, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:int(share * len(content))])
     with pytest.raises(ValueError, match='damaged or of another kind'):
-      pretrained.load_encoder(
+      models.load_encoder(
           path.parent if path.suffix == '.safetensors' else path
       )
 
@@ -683,7 +681,7 @@ def test_a_flipped_bit_of_an_npz_file_is_named(name, tmp_path):
   content[content.index(np.load(_BIG_VISION)[key].tobytes())] ^= 1
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f'CRC-32 .*{key}'):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)
 
 
 @pytest.mark.parametrize(
@@ -697,7 +695,7 @@ def test_two_encoders_in_one_checkpoint_are_refused(prefixes, tmp_path):
   }
   _copy('dinov2', tmp_path, weights)
   with pytest.raises(ValueError, match='holds the whole model 2') as error:
-    pretrained.load_encoder(tmp_path)
+    models.load_encoder(tmp_path)
   assert str(tmp_path) in str(error.value)
   assert str(list(prefixes)) in str(error.value)
 
@@ -709,15 +707,15 @@ def test_copies_in_the_state_of_an_optimizer_are_passed_over(tmp_path):
       arrays[f'opt/0/{moment}/{key}'] = np.zeros_like(array)
   np.savez(tmp_path / 'encoder.npz', **arrays)
   _assert_same(
-      pretrained.load_encoder(tmp_path / 'encoder.npz'),
-      pretrained.load_encoder(_BIG_VISION),
+      models.load_encoder(tmp_path / 'encoder.npz'),
+      models.load_encoder(_BIG_VISION),
   )
 
 
 def test_shardings_of_other_variables_are_refused():
   for shardings in (lambda _: None, lambda variables: variables['params']):
     with pytest.raises(ValueError, match='a tree of shardings like the varia'):
-      pretrained.load_encoder(_TESTDATA / 'siglip', shardings=shardings)
+      models.load_encoder(_TESTDATA / 'siglip', shardings=shardings)
 
 
 def test_mutated_files_load_or_raise_value_error(tmp_path):
@@ -741,7 +739,7 @@ def test_mutated_files_load_or_raise_value_error(tmp_path):
       content[where] = rng.integers(0, 256, len(where))
       path.write_bytes(content.tobytes())
       try:
-        pretrained.load_encoder(npz if path == npz else path.parent)
+        models.load_encoder(npz if path == npz else path.parent)
       except ValueError:
         refused += 1
     assert refused > 10
@@ -763,7 +761,7 @@ def test_pickled_objects_are_refused_and_nothing_is_executed(tmp_path):
   key = 'params/img/Transformer/encoder_norm/scale'
   np.savez(tmp_path / 'encoder.npz', **{**_arrays(), key: trap})
   with pytest.raises(ValueError, match=f'{key} is object instead of one of'):
-    pretrained.load_encoder(tmp_path / 'encoder.npz')
+    models.load_encoder(tmp_path / 'encoder.npz')
   pickled = trap.dumps()
   for name in ('encoder.npz', 'hf/model.safetensors', 'hf/pytorch_model.bin'):
     _copy('siglip', tmp_path / 'hf')
@@ -771,7 +769,7 @@ def test_pickled_objects_are_refused_and_nothing_is_executed(tmp_path):
       (tmp_path / 'hf/model.safetensors').unlink()
     (tmp_path / name).write_bytes(pickled)
     with pytest.raises(ValueError, match=r'damaged or of another|pickles'):
-      pretrained.load_encoder((tmp_path / name).parent / (
+      models.load_encoder((tmp_path / name).parent / (
           'encoder.npz' if name == 'encoder.npz' else ''
       ))
   assert not sprung.exists()
@@ -793,7 +791,7 @@ def test_arrays_that_claim_more_than_they_hold_are_refused(tmp_path):
     file.write(bytes(48 * 4))
   message = f'{key} claims 40000000000000 bytes and holds 192'
   with pytest.raises(ValueError, match=message):
-    pretrained.load_encoder(tmp_path / 'encoder.npz')
+    models.load_encoder(tmp_path / 'encoder.npz')
 
 
 def test_small_files_with_large_headers_or_other_compression_are_refused(
@@ -808,19 +806,19 @@ def test_small_files_with_large_headers_or_other_compression_are_refused(
     file.write(header)
   # Before the header, which the file would be read to its end for.
   with pytest.raises(ValueError, match=r'npy format \(2, 0\)'):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as archive:
     archive.writestr('a.npy', bytes(100))
   # Damage there raises errors of its own, with memory of its choice.
   with pytest.raises(ValueError, match='compressed otherwise than by NumPy'):
-    pretrained.load_encoder(path)
+    models.load_encoder(path)
 
 
 def test_checkpoints_of_other_models_are_refused(tmp_path):
   np.savez(tmp_path / 'other.npz', kernel=np.ones(3))
   with pytest.raises(ValueError, match=r'no keys like .*kernel'):
-    pretrained.load_encoder(tmp_path / 'other.npz')
+    models.load_encoder(tmp_path / 'other.npz')
   for family in _FAMILIES:
     other = 'mae' if family != 'mae' else 'siglip'
     with pytest.raises(ValueError, match=r'missing: .* and \d+ more'):
-      pretrained.load_encoder(_copy(family, tmp_path, _weights(other)))
+      models.load_encoder(_copy(family, tmp_path, _weights(other)))

@@ -8,17 +8,18 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.models import pretrained_vit
+from fsq_jax import models
 from fsq_jax.models import resampling
-from fsq_jax.models import vit_blocks
-from fsq_jax.models import vit_families
+from fsq_jax.models.pretrained import architectures
+from fsq_jax.models.pretrained import blocks as vit_blocks
+from fsq_jax.models.pretrained import encoder as pretrained_vit
 
 # Pixels that no patch fills are at two of the sides.
 _SIZE = (9, 13)
 _GRID = (2, 3)
 _GATED = {'mlp': 'gated', 'activation': 'silu'}
 _VARIANTS = [
-    *((family, {}) for family in vit_families.FAMILIES),
+    *((family, {}) for family in architectures.FAMILIES),
     ('dinov2', _GATED),
     ('dinov3', _GATED),
     ('dinov3', {'biases': ('key',)}),
@@ -27,7 +28,7 @@ _VARIANTS = [
 
 
 def _architecture(family, **overrides):
-  return vit_families.build_architecture(
+  return architectures.build_architecture(
       family, width=16, depth=2, num_heads=2, mlp_dim=20, patch_size=4,
       **overrides,
   )
@@ -219,7 +220,7 @@ def test_applying_changes_no_variable():
   jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
-@pytest.mark.parametrize('family', vit_families.FAMILIES)
+@pytest.mark.parametrize('family', architectures.FAMILIES)
 def test_latents_are_the_tokens_of_the_patches_of_normalised_images(family):
   module = _module(family)
   variables = _init(module)
@@ -336,7 +337,7 @@ def test_families_are_as_published(
 
 def _count(name, image_size):
   module = pretrained_vit.PretrainedVit(
-      vit_families.ARCHITECTURES[name], (image_size, image_size)
+      models.ARCHITECTURES[name], (image_size, image_size)
   )
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   variables = jax.eval_shape(module.init, jax.random.key(0), images)
@@ -361,9 +362,9 @@ def test_published_sizes_have_as_many_parameters(name, image_size, millions):
   assert _count(name, image_size) == pytest.approx(millions, abs=0.06)
 
 
-@pytest.mark.parametrize('name', vit_families.ARCHITECTURES)
+@pytest.mark.parametrize('name', models.ARCHITECTURES)
 def test_published_sizes_have_heads_of_a_whole_number_of_channels(name):
-  arch = vit_families.ARCHITECTURES[name]
+  arch = models.ARCHITECTURES[name]
   assert arch.width // arch.num_heads in (64, 72, 96)
   assert arch.patch_size == int(name.split('/')[1])
 

@@ -15,11 +15,12 @@ import pytest
 
 from experiments.fault_suite import group_processes
 from fsq_jax import configuration
-from fsq_jax import partitioning
-from fsq_jax import runtime
 from fsq_jax import train
-from fsq_jax import trained
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.runtime import partitioning
+from fsq_jax.runtime import preemption
+from fsq_jax.runtime import processes as runtime
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _NUM_STEPS = 24
@@ -70,12 +71,12 @@ def _wait(processes, folder):
 
 
 def _steps(folder):
-  names = (path.name for path in (folder / workdir.CHECKPOINTS).iterdir())
+  names = (path.name for path in (folder / workdirs.CHECKPOINTS).iterdir())
   return {int(name) for name in names if name.isdigit()}
 
 
 def _assert_same_numbers(folder, expected):
-  rows, wanted = (workdir.read_metrics(x) for x in (folder, expected))
+  rows, wanted = (workdirs.read_metrics(x) for x in (folder, expected))
   assert len(rows) == len(wanted) == _NUM_STEPS + 1
   for row, want in zip(rows, wanted, strict=True):
     for values in (row, want):
@@ -102,7 +103,7 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
   folder = tmp_path / 'run'
   processes = _launch(folder, 2)
   deadline = time.monotonic() + 300
-  while not (folder.exists() and len(workdir.read_metrics(folder)) >= 3):
+  while not (folder.exists() and len(workdirs.read_metrics(folder)) >= 3):
     assert all(process.poll() is None for process in processes), (
         folder.with_suffix('.log0').read_text()
     )
@@ -129,7 +130,7 @@ def stopped(tmp_path_factory):
   folder = tmp_path_factory.mktemp('stopped')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-        runtime.StopRequest, 'is_due', lambda self, step=None: step == 17
+        preemption.StopRequest, 'is_due', lambda self, step=None: step == 17
     )
     with pytest.raises(train.Preempted):
       train.train_and_evaluate(_config(), folder)
@@ -164,12 +165,12 @@ def test_several_processes_go_on_from_what_one_has_saved(
 
 
 def _lock(folder):
-  return workdir.lock(folder)
+  return workdirs.lock(folder)
 
 
 def _hide_run(folder):
   """Keeps run.json from being written."""
-  (folder / workdir.RUN).mkdir()
+  (folder / workdirs.RUN).mkdir()
   return contextlib.nullcontext()
 
 
@@ -190,7 +191,7 @@ def test_a_process_that_cannot_start_ends_the_others(
   assert 'launch.py: Stopped because process 0 has failed' in logs[1]
   for log in logs:
     assert 'Traceback' not in log
-  assert not (folder / workdir.METRICS).exists()
+  assert not (folder / workdirs.METRICS).exists()
 
 
 @pytest.mark.slow
@@ -210,21 +211,21 @@ def test_parts_of_large_arrays_are_saved_undamaged(tmp_path):
   }
   assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
   # The last step is now gone: they go on from the one before.
-  shutil.rmtree(folder / workdir.CHECKPOINTS / '3')
+  shutil.rmtree(folder / workdirs.CHECKPOINTS / '3')
   assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 2.' in log
-  assert not (folder / workdir.DAMAGED).exists()
-  found = trained.find(folder)
+  assert not (folder / workdirs.DAMAGED).exists()
+  found = saved_model.find(folder)
   assert found.step == 3
-  trained.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
+  saved_model.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
 
 
 _JOIN = """
-from fsq_jax import runtime
-runtime.join_processes()
+from fsq_jax.runtime import processes
+processes.join_processes()
 import jax
-runtime.is_any(False)  # Both have to be there.
+processes.is_any(False)  # Both have to be there.
 print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 

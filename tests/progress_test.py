@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from fsq_jax import progress
+from fsq_jax.workdir import progress
 
 _SCALARS = {
     'loss': 0.75,

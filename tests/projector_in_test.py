@@ -6,13 +6,13 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import partitioning
 from fsq_jax import quantizers
-from fsq_jax.models import projector_in
+from fsq_jax.models import projectors
+from fsq_jax.runtime import partitioning
 
 
 def test_standardized_latents_have_mean_0_and_variance_1_in_training():
-  module = projector_in.StandardizedProjectorIn(code_dim=3)
+  module = projectors.StandardizedProjectorIn(code_dim=3)
   key_0, key_1 = jax.random.split(jax.random.key(0))
   latents = 5 * jax.random.normal(key_0, (8, 4, 5, 6)) + 2
   variables = jax.jit(module.init)(key_1, latents)
@@ -49,7 +49,7 @@ def test_standardized_latents_have_mean_0_and_variance_1_in_training():
 
 
 def test_linear_projector_is_the_same_in_training():
-  module = projector_in.LinearProjectorIn(code_dim=3)
+  module = projectors.LinearProjectorIn(code_dim=3)
   # Some tokens are so small that the epsilon of LayerNorm counts.
   key_0, key_1 = jax.random.split(jax.random.key(0))
   latents = jax.random.normal(key_0, (2, 4, 5, 6))
@@ -94,11 +94,11 @@ def _entropies(module, variables, quantizer):
 @pytest.mark.parametrize(
     ('module', 'bound'),
     [
-        (projector_in.LinearProjectorIn(4), 'tanh'),
-        (projector_in.MlpProjectorIn(4, width=512, bound='none'), 'tanh'),
-        (projector_in.MlpProjectorIn(4, width=512, bound='tanh'), 'clip'),
+        (projectors.LinearProjectorIn(4), 'tanh'),
+        (projectors.MlpProjectorIn(4, width=512, bound='none'), 'tanh'),
+        (projectors.MlpProjectorIn(4, width=512, bound='tanh'), 'clip'),
         (
-            projector_in.AttentionProjectorIn(
+            projectors.AttentionProjectorIn(
                 4, width=256, depth=1, num_heads=4, mlp_dim=64, bound='none'
             ),
             'tanh',
@@ -114,7 +114,7 @@ def test_digits_of_unit_normal_latents_start_evenly(module, bound, level):
 
 
 def test_gains_of_the_original_waste_a_fifth_to_a_third_of_the_bits():
-  module = projector_in.MlpProjectorIn(4, width=512, bound='tanh')
+  module = projectors.MlpProjectorIn(4, width=512, bound='tanh')
   variables = jax.jit(module.init)(
       jax.random.key(0), jnp.zeros((1, 2, 2, 64))
   )
@@ -133,7 +133,7 @@ def test_gains_of_the_original_waste_a_fifth_to_a_third_of_the_bits():
 @pytest.mark.parametrize(('channels', 'expected'), [(768, 660_490),
                                                     (1024, 792_074)])
 def test_mlp_has_the_size_of_the_original(channels, expected):
-  module = projector_in.MlpProjectorIn(5, width=512, bound='none')
+  module = projectors.MlpProjectorIn(5, width=512, bound='none')
   shapes = jax.eval_shape(
       module.init, jax.random.key(0), jnp.zeros((1, 2, 2, channels))
   )
@@ -141,7 +141,7 @@ def test_mlp_has_the_size_of_the_original(channels, expected):
 
 
 def test_attention_mixes_tokens_of_one_image():
-  module = projector_in.AttentionProjectorIn(
+  module = projectors.AttentionProjectorIn(
       3, width=8, depth=1, num_heads=2, mlp_dim=12, bound='none'
   )
   latents = jax.random.normal(jax.random.key(0), (2, 2, 3, 6))
@@ -158,7 +158,7 @@ def test_attention_mixes_tokens_of_one_image():
 
 @pytest.mark.parametrize('bound', ['none', 'tanh'])
 def test_bound_and_gain_act_on_each_channel(bound):
-  module = projector_in.MlpProjectorIn(3, width=8, bound=bound)
+  module = projectors.MlpProjectorIn(3, width=8, bound=bound)
   latents = 5 * jax.random.normal(jax.random.key(0), (2, 4, 5, 6))
   variables = jax.jit(module.init)(jax.random.key(1), latents)
   params = variables['params']
@@ -178,8 +178,8 @@ def test_bound_and_gain_act_on_each_channel(bound):
 @pytest.mark.parametrize(
     'build',
     [
-        lambda dtype: projector_in.MlpProjectorIn(3, 16, 'none', dtype),
-        lambda dtype: projector_in.AttentionProjectorIn(
+        lambda dtype: projectors.MlpProjectorIn(3, 16, 'none', dtype),
+        lambda dtype: projectors.AttentionProjectorIn(
             3, 16, 1, 2, 12, 'none', dtype
         ),
     ],
@@ -196,12 +196,12 @@ def test_bfloat16_is_inside_of_the_hidden_layers(build):
 
 
 def test_latents_that_are_no_codes_are_refused():
-  module = projector_in.NoProjectorIn(3)
+  module = projectors.NoProjectorIn(3)
   with pytest.raises(ValueError, match='Latents have 8 channels, codes 3'):
     module.apply({}, jnp.zeros((1, 2, 2, 8)))
 
 
 def test_unknown_bound_is_refused():
-  module = projector_in.MlpProjectorIn(3, width=8, bound='clip')
+  module = projectors.MlpProjectorIn(3, width=8, bound='clip')
   with pytest.raises(ValueError, match=r"'clip'; known: \['none', 'tanh'\]"):
     jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, 2, 8)))

@@ -7,9 +7,9 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax import models
 from fsq_jax import quantizers
-from fsq_jax.models import projector_out
+from fsq_jax.models import builder
+from fsq_jax.models import projectors
 
 _WITH_DIGITS = {
     'symmetric': quantizers.FSQ(levels=(8, 5, 3)),
@@ -37,7 +37,7 @@ def _random_digits(quantizer, num=50):
 
 def _levels(quantizer, width=6):
   """The module, a random table of embeddings, and its function of codes."""
-  module = projector_out.LevelsProjectorOut(width, quantizer.clone())
+  module = projectors.LevelsProjectorOut(width, quantizer.clone())
   codes = jnp.zeros((1, quantizer.code_dim))
   shapes = jax.eval_shape(module.init, jax.random.key(0), codes)
   table = np.random.default_rng(1).normal(size=shapes['params']['table'].shape)
@@ -60,7 +60,7 @@ def test_code_steps_are_distances_of_neighbouring_codes(name):
 def test_codes_without_a_grid_have_steps_of_1():
   vq = quantizers.VectorQuantizer(codebook_size=16, code_dim=3)
   assert vq.code_steps == (1.0, 1.0, 1.0)
-  assert models._code_scales(vq) == (1.0, 1.0, 1.0)
+  assert builder._code_scales(vq) == (1.0, 1.0, 1.0)
 
 
 @_each_quantizer
@@ -71,7 +71,7 @@ def test_scaled_codes_span_two(name):
   lower = np.zeros((*quantizer.index_shape, len(quantizer.levels)), np.int32)
   upper = lower + np.asarray(quantizer.levels) - 1
   lower, upper = map(quantizer.digits_to_codes, (lower, upper))
-  scales = np.asarray(models._code_scales(quantizer))
+  scales = np.asarray(builder._code_scales(quantizer))
   np.testing.assert_allclose((upper - lower) / scales, 2, rtol=1e-6)
 
 
@@ -79,14 +79,14 @@ def test_scaled_codes_span_two(name):
     ('width', 'expected'), [(768, 1_381_632), (1024, 2_366_464)]
 )
 def test_fourier_has_the_size_of_the_original(width, expected):
-  module = projector_out.FourierProjectorOut(
+  module = projectors.FourierProjectorOut(
       width, num_frequencies=128, sigma=0.187, code_steps=(1.0,) * 5
   )
   assert _num_parameters(module, jnp.zeros((1, 2, 2, 5))) == expected
 
 
 def test_mlp_and_levels_have_sizes_in_closed_form():
-  mlp = projector_out.MlpProjectorOut(12, code_scales=(3.5, 2.0, 1.0))
+  mlp = projectors.MlpProjectorOut(12, code_scales=(3.5, 2.0, 1.0))
   codes = jnp.zeros((1, 2, 2, 3))
   assert _num_parameters(mlp, codes) == 4 * 12 + 2 * 13 * 12
   for quantizer, rows in (
@@ -95,7 +95,7 @@ def test_mlp_and_levels_have_sizes_in_closed_form():
       (quantizers.ResidualFSQ(levels=(5, 4), num_stages=3), 3 * 9),
       (quantizers.LFQ(num_bits=4), 4 * 2),
   ):
-    levels = projector_out.LevelsProjectorOut(12, quantizer)
+    levels = projectors.LevelsProjectorOut(12, quantizer)
     codes = jnp.zeros((1, 2, 2, quantizer.code_dim))
     assert _num_parameters(levels, codes) == rows * 12
 
@@ -106,7 +106,7 @@ def test_mlp_and_levels_have_sizes_in_closed_form():
     [(0.187, (0.5016, 0.0633, 0.002)), (10.0, (0.0, 0.0, 0.0))],
 )
 def test_similarity_of_fourier_features_has_a_closed_form(sigma, similarities):
-  module = projector_out.FourierProjectorOut(
+  module = projectors.FourierProjectorOut(
       2, num_frequencies=20_000, sigma=sigma, code_steps=(1.0, 0.25)
   )
   codes = jnp.zeros((1, 2))
@@ -116,7 +116,7 @@ def test_similarity_of_fourier_features_has_a_closed_form(sigma, similarities):
   for channel in range(2):
     steps = np.zeros((4, 2), np.float32)
     steps[:, channel] = np.arange(4) - 1.5
-    x = np.float64(projector_out.fourier_features(steps, frequencies))
+    x = np.float64(projectors.fourier_features(steps, frequencies))
     # Features have length 1 up to sqrt(num_frequencies).
     similarity = x @ x[0] / len(frequencies[0])
     np.testing.assert_allclose(
@@ -130,7 +130,7 @@ def test_similarity_of_fourier_features_has_a_closed_form(sigma, similarities):
 
 def test_fourier_counts_in_steps_of_the_codes():
   coarse, fine = (
-      projector_out.FourierProjectorOut(
+      projectors.FourierProjectorOut(
           3, num_frequencies=7, sigma=0.187, code_steps=steps
       )
       for steps in ((1.0, 1.0), (1.0, 0.25))
@@ -235,7 +235,7 @@ def test_slope_of_levels_is_a_central_difference(level, convention):
 
 def test_levels_start_as_a_linear_map():
   quantizer = quantizers.FSQ(levels=(8, 5, 3))
-  module = projector_out.LevelsProjectorOut(200, quantizer.clone())
+  module = projectors.LevelsProjectorOut(200, quantizer.clone())
   codes = quantizer.digits_to_codes(_random_digits(quantizer))
   variables = jax.jit(module.init)(jax.random.key(0), codes)
   y = np.float64(jax.jit(module.apply)(variables, codes))
@@ -256,16 +256,16 @@ def test_bfloat16_is_what_the_decoder_gets(name):
   known = {
       'width': 3 if name == 'none' else 24,
       'code_steps': quantizer.code_steps,
-      'code_scales': models._code_scales(quantizer),
+      'code_scales': builder._code_scales(quantizer),
       'quantizer': quantizer.clone(),
   }
   codes = quantizer.digits_to_codes(_random_digits(quantizer))
   config = {'projector_out': {'name': name, name: section}}
 
   def build(dtype):
-    return models._build_projector(
+    return builder._build_projector(
         'projector_out',
-        models._PROJECTORS_OUT,
+        builder._PROJECTORS_OUT,
         config,
         {**known, 'dtype': jnp.dtype(dtype)},
     )
@@ -282,7 +282,7 @@ def test_bfloat16_is_what_the_decoder_gets(name):
 
 
 def test_codes_that_are_no_decoder_latents_are_refused():
-  module = projector_out.NoProjectorOut(8)
+  module = projectors.NoProjectorOut(8)
   with pytest.raises(ValueError, match='3 channels, the decoder 8'):
     module.apply({}, jnp.zeros((2, 3)))
 
@@ -290,4 +290,4 @@ def test_codes_that_are_no_decoder_latents_are_refused():
 def test_levels_of_a_quantizer_without_digits_are_refused():
   vq = quantizers.VectorQuantizer(codebook_size=16, code_dim=3)
   with pytest.raises(ValueError, match='VectorQuantizer have no levels'):
-    projector_out.LevelsProjectorOut(8, vq)
+    projectors.LevelsProjectorOut(8, vq)

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import fsq_jax
-from fsq_jax import provenance
+from fsq_jax.workdir import provenance
 
 
 def _git(folder, *arguments):

@@ -15,13 +15,13 @@ from absl.testing import flagsaver
 import jax
 import pytest
 
-from fsq_jax import config_rules
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
 from fsq_jax import tokens
-from fsq_jax import train_state
+from fsq_jax.configuration import schema
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
 import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -159,7 +159,7 @@ def test_launch_commands_name_existing_configs_and_fields(command):
   flags.pop('config', None)
   for name in flags:
     if name.startswith('config.'):
-      assert name.removeprefix('config.') in config_rules.FIELDS, name
+      assert name.removeprefix('config.') in schema.FIELDS, name
     else:
       assert name in launch.flags.FLAGS, name
   if mode := flags.get('mode'):
@@ -228,7 +228,7 @@ def test_scripts_of_commands_exist_and_have_their_flags(command):
 def test_headers_of_configs_name_themselves_and_existing_fields(path):
   header = ast.get_docstring(ast.parse(path.read_text()))
   for name in re.findall(r'--config\.([\w.]*\w)=', header):
-    assert name in config_rules.FIELDS, name
+    assert name in schema.FIELDS, name
   if path.stem != 'default':
     assert re.search(r'launch\.py --config=(\S+)', header)[1] == (
         f'configs/{path.name}'
@@ -295,7 +295,7 @@ def test_every_key_of_the_original_has_its_place():
   assert set(YAML_KEYS.split()) <= set(keys)
   for key, ours in rows:
     fields = re.findall(r'`(\w+\.[\w.]+)`', ours)
-    assert set(fields) <= config_rules.FIELDS.keys(), key
+    assert set(fields) <= schema.FIELDS.keys(), key
     assert fields or re.search('always|not needed', ours), key
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fsq_jax import network_metrics
-from fsq_jax import report
+from fsq_jax import report as report_lib
+from fsq_jax.evaluation import network_metrics
 from fsq_jax.report import curves
+from fsq_jax.report import grid as grid_lib
+from fsq_jax.report import report
 
 _VOID = {'br', 'img', 'input', 'meta'}
 _EVIL = '<script>alert("x")</script>'
@@ -57,7 +59,7 @@ def _write(workdir, **files):
 
 
 def _read(workdir):
-  path = report.write_report(workdir)
+  path = report_lib.write_report(workdir)
   assert path == str(workdir / 'report.html')
   with open(path, encoding='utf-8') as file:
     return file.read()
@@ -104,8 +106,9 @@ def workdir(tmp_path):
     loss = {'loss': 1 / step, 'learning_rate': 0.1, 'gradient_norm': None}
     rows.append({'step': step, 'split': 'train', **loss})
     rows.append({'step': step, 'split': 'eval', 'psnr': 20 + step / 500})
-    grid = report.reconstruction_grid(_images(0, 4), _images(step, 4))
-    report.save_png(workdir / 'reconstructions' / f'step_{step:08}.png', grid)
+    grid = report_lib.reconstruction_grid(_images(0, 4), _images(step, 4))
+    path = workdir / 'reconstructions' / f'step_{step:08}.png'
+    report_lib.save_png(path, grid)
   lines = [json.dumps(row) for row in rows]
   (workdir / 'metrics.jsonl').write_text('\n'.join(lines))
   return workdir
@@ -373,12 +376,12 @@ def test_report_replaces_the_old_one_whole(workdir, monkeypatch):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(report.os, 'replace', fail)
+    patch.setattr(report_lib.os, 'replace', fail)
     with pytest.raises(OSError, match='disk full'):
-      report.write_report(workdir)
+      report_lib.write_report(workdir)
   assert (workdir / 'report.html').read_text() == 'old'
   assert not list(workdir.glob('*.tmp'))
-  report.write_report(workdir)
+  report_lib.write_report(workdir)
   assert (workdir / 'report.html').read_text() != 'old'
 
 
@@ -389,51 +392,53 @@ def test_report_replaces_the_old_one_whole(workdir, monkeypatch):
 def test_grid_holds_every_pixel(num, height, width, columns, scale):
   originals = _images(0, num, height, width)
   reconstructions = _images(1, num, height, width)
-  grid = report.reconstruction_grid(originals, reconstructions, columns=columns)
+  grid = report_lib.reconstruction_grid(
+      originals, reconstructions, columns=columns
+  )
   columns = columns or {9: 8, 3: 3}[num]
   cell = np.array([height, width]) * scale
   rows = -(-num // columns)
   assert grid.dtype == np.uint8
   assert grid.shape == (
-      rows * (2 * cell[0] + report._GAP) + (rows - 1) * report._PAIR_GAP,
-      report._MARGIN + columns * cell[1] + (columns - 1) * report._GAP,
+      rows * (2 * cell[0] + grid_lib._GAP) + (rows - 1) * grid_lib._PAIR_GAP,
+      grid_lib._MARGIN + columns * cell[1] + (columns - 1) * grid_lib._GAP,
       3,
   )
   white = np.ones(grid.shape[:2], bool)
-  white[:, : report._MARGIN] = False
+  white[:, : grid_lib._MARGIN] = False
   for i in range(num):
-    left = report._MARGIN + i % columns * (cell[1] + report._GAP)
-    top = i // columns * (2 * cell[0] + report._GAP + report._PAIR_GAP)
+    left = grid_lib._MARGIN + i % columns * (cell[1] + grid_lib._GAP)
+    top = i // columns * (2 * cell[0] + grid_lib._GAP + grid_lib._PAIR_GAP)
     for images in (originals, reconstructions):
       place = np.s_[top : top + cell[0], left : left + cell[1]]
       expected = np.kron(images[i], np.ones((scale, scale, 1), np.uint8))
       np.testing.assert_array_equal(grid[place], expected)
       # Grey letters stand beside each row.
-      assert grid[top : top + cell[0], : report._MARGIN].min() < 160
+      assert grid[top : top + cell[0], : grid_lib._MARGIN].min() < 160
       white[place] = False
-      top += cell[0] + report._GAP
+      top += cell[0] + grid_lib._GAP
   assert (grid[white] == 255).all()
 
 
 @pytest.mark.parametrize('size', [16, 28, 32, 64, 128, 256])
 def test_grid_is_about_as_wide_as_a_page(size):
   images = np.zeros((24, size, size, 3), np.uint8)
-  assert 1000 < report.reconstruction_grid(images, images).shape[1] < 1400
+  assert 1000 < report_lib.reconstruction_grid(images, images).shape[1] < 1400
 
 
 def test_grid_refuses_other_shapes_and_types():
   images = _images(0, 2)
   with pytest.raises(ValueError, match='equal shapes'):
-    report.reconstruction_grid(images, images[:1])
+    report_lib.reconstruction_grid(images, images[:1])
   with pytest.raises(ValueError, match='at least one'):
-    report.reconstruction_grid(images[:0], images[:0])
+    report_lib.reconstruction_grid(images[:0], images[:0])
   with pytest.raises(ValueError, match='to_uint8'):
-    report.reconstruction_grid(images, images.astype(np.float32))
+    report_lib.reconstruction_grid(images, images.astype(np.float32))
 
 
 def test_png_returns_the_pixels(tmp_path):
   image = _images(0, 1)[0]
-  report.save_png(tmp_path / 'new' / 'image.png', image)
+  report_lib.save_png(tmp_path / 'new' / 'image.png', image)
   data = (tmp_path / 'new' / 'image.png').read_bytes()
   np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(data)), image)
 
@@ -452,7 +457,7 @@ def _analysis(**changes):
   cell = {'level': 2, 'own': True, 'rms': 3.14, 'image': png,
           'difference': png}
   return {
-      'version': report.ANALYSIS_VERSION,
+      'version': report_lib.ANALYSIS_VERSION,
       'step': 1500,
       'protocol': {'source': 'photos', 'split': 'test'},
       'quantizer': {'name': 'fsq'},

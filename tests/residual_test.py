@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.quantizers.residual import ResidualFSQ
+from fsq_jax.quantizers import ResidualFSQ
 
 
 @functools.cache

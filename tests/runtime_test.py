@@ -16,7 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from fsq_jax import runtime
+from fsq_jax.runtime import host
+from fsq_jax.runtime import preemption
+from fsq_jax.runtime import processes
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +27,7 @@ def test_glibc_is_asked_to_keep_memory(monkeypatch):
   asked = []
   library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
   assert asked == [(-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20)]
 
 
@@ -42,18 +44,18 @@ def test_one_heap_is_for_hosts_without_accelerators(
   library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
   config = types.SimpleNamespace(jax_platforms=platforms)
-  monkeypatch.setattr(runtime.jax, 'config', config)
+  monkeypatch.setattr(host.jax, 'config', config)
   monkeypatch.setattr(
       importlib.metadata, 'entry_points', lambda group: plugins
   )
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
   assert ((-8, 1) in asked) == alone
 
 
 _ALLOCATE = """
 import ctypes, resource, threading
-from fsq_jax import runtime
-runtime.keep_freed_memory()
+from fsq_jax.runtime import host
+host.keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.malloc.argtypes = [ctypes.c_size_t]
@@ -91,9 +93,9 @@ def test_other_systems_are_left_alone(monkeypatch, error):
     raise error('no such library')
 
   monkeypatch.setattr(ctypes, 'CDLL', load)
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: object())
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
 
 
 def _join(monkeypatch, *others):
@@ -120,19 +122,19 @@ def _join(monkeypatch, *others):
 @pytest.mark.parametrize('others', [(), (False, False), (False, True)])
 def test_a_process_that_fails_tells_the_others(monkeypatch, others):
   told = _join(monkeypatch, *others)
-  with pytest.raises(OSError, match='full'), runtime.fail_together():
+  with pytest.raises(OSError, match='full'), processes.fail_together():
     raise OSError('full')
   assert told == ([True] if others else [])
 
 
 def test_a_process_fails_with_another_and_not_without(monkeypatch):
   told = _join(monkeypatch, False, False)
-  with runtime.fail_together():
+  with processes.fail_together():
     pass
   _join(monkeypatch, False, True)
   with (
-      pytest.raises(runtime.PeerError, match='process 2 has failed'),
-      runtime.fail_together(),
+      pytest.raises(processes.PeerError, match='process 2 has failed'),
+      processes.fail_together(),
   ):
     pass
   assert told == [False]
@@ -148,14 +150,14 @@ def test_several_processes_stop_after_a_step_alone(monkeypatch):
   monkeypatch.setattr(
       multihost_utils, 'reached_preemption_sync_point', is_reached
   )
-  with runtime.catch_signals() as request:
+  with preemption.catch_signals() as request:
     os.kill(os.getpid(), signal.SIGINT)
     assert request.is_due()
     assert request.is_due(1)
     assert not request.together
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    assert runtime.StopRequest().together
-    assert not runtime.StopRequest(together=False).together
+    assert preemption.StopRequest().together
+    assert not preemption.StopRequest(together=False).together
     request.together = True
     assert [request.is_due(step) for step in (2, None, 3)] == [
         False, False, True,

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.quantizers import simvq
+from fsq_jax import quantizers
 
 _GOLDEN = np.load(pathlib.Path(__file__).parent / 'testdata' / 'simvq.npz')
 _CASES = [
@@ -20,7 +20,7 @@ _CASES = [
 
 def _build(**fields):
   fields = {'codebook_size': 16, 'code_dim': 4, **fields}
-  return simvq.SimVQ(**fields)
+  return quantizers.SimVQ(**fields)
 
 
 def _init(quantizer):

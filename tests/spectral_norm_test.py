@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from fsq_jax.models import spectral_norm
+from fsq_jax.adversarial import spectral_norm
 
 _FEATURES, _INPUTS = 5, 4
 

@@ -15,14 +15,17 @@ import optax
 import pytest
 
 from fsq_jax import configuration
-from fsq_jax import initialization
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax import train_state
-from fsq_jax import train_step
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.models import pixels
+from fsq_jax.report import report
+from fsq_jax.runtime import parameter_paths
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import initialization
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 _SIGLIP = pathlib.Path(__file__).parent / 'testdata' / 'encoders' / 'siglip'
@@ -106,7 +109,7 @@ def _perturb(state):
     noise = rng.normal(0, 0.05, x.shape)
     return jax.device_put(np.float32(np.asarray(x) + noise), x.sharding)
 
-  paths = partitioning.tree_paths(state.params)
+  paths = parameter_paths.tree_paths(state.params)
   return state.replace(params=jax.tree.map(perturb, paths, state.params))
 
 
@@ -133,7 +136,7 @@ def _num_bytes(tree):
 
 def _encode(model, params):
   encode = jax.jit(lambda params, images: model.encoder.apply(
-      {'params': params}, train_step.to_float(images)
+      {'params': params}, pixels.to_float(images)
   ))
   return np.float64(encode(params, _images()))
 
@@ -312,9 +315,8 @@ def test_a_part_of_the_encoder_may_be_frozen():
   state = _perturb(state)
   latents = [
       _encode(
-          training.model, optim.merge_frozen(tree, start.frozen_params)[
-              'encoder'
-          ]
+          training.model,
+          parameter_paths.merge_frozen(tree, start.frozen_params)['encoder'],
       )
       for tree in (state.params, start.teacher_params)
   ]
@@ -349,7 +351,7 @@ def runs(tmp_path_factory):
   }
   states = {}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.report, 'write_report', lambda folder: None)
+    patch.setattr(report, 'write_report', lambda folder: None)
     for number, config in configs.items():
       state = train.train_and_evaluate(config, folder / str(number))
       states[number] = jax.device_get(state)
@@ -365,11 +367,11 @@ def test_stage_1_leaves_the_encoder_as_it_was_published(runs):
   assert state.teacher_params == {}
   for tree in (state.params, state.ema_params, state.opt_state):
     assert not any('encoder' in path for path in _leaves(tree))
-  facts = json.loads((folder / '1' / workdir.RUN).read_text())
+  facts = json.loads((folder / '1' / workdirs.RUN).read_text())
   assert facts['num_frozen_parameters'] == sum(
       x.size for x in jax.tree.leaves(published)
   )
-  rows = workdir.read_metrics(folder / '1')
+  rows = workdirs.read_metrics(folder / '1')
   assert not any('distillation_loss' in row for row in rows)
 
 
@@ -386,13 +388,13 @@ def test_stage_2_trains_the_encoder_and_keeps_its_start(runs):
   for path, x in before.items():
     assert np.any(after[path] != x), path
   rows = [
-      row for row in workdir.read_metrics(folder / '2')
+      row for row in workdirs.read_metrics(folder / '2')
       if row['split'] == 'train'
   ]
   losses = [row['distillation_loss'] for row in rows]
   assert len(losses) == 3
   assert losses[0] < 1e-12 < losses[1] < losses[2]
-  facts = json.loads((folder / '2' / workdir.RUN).read_text())
+  facts = json.loads((folder / '2' / workdirs.RUN).read_text())
   assert facts['started_from'] == {
       'train.init_from': str(folder / '1'), 'step': 3
   }
@@ -402,17 +404,17 @@ def test_stage_2_trains_the_encoder_and_keeps_its_start(runs):
 def test_stage_2_goes_on_without_stage_1_bit_for_bit(
     runs, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(train.report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda folder: None)
   folder, configs, states = runs
   shutil.copytree(folder, tmp_path / 'copy')
-  steps = tmp_path / 'copy' / '2' / workdir.CHECKPOINTS
+  steps = tmp_path / 'copy' / '2' / workdirs.CHECKPOINTS
   shutil.rmtree(steps / '3')
   shutil.move(folder / '1', folder / 'elsewhere')
   try:
     state = train.train_and_evaluate(configs[2], tmp_path / 'copy' / '2')
   finally:
     shutil.move(folder / 'elsewhere', folder / '1')
-  run = json.loads((tmp_path / 'copy' / '2' / workdir.RUN).read_text())
+  run = json.loads((tmp_path / 'copy' / '2' / workdirs.RUN).read_text())
   assert run['first_step'] == 2
   assert run['started_from']['step'] == 3
   _assert_same(state, states[2])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import skimage.metrics
 
-from fsq_jax import metrics
-from fsq_jax import tiled_metrics
+from fsq_jax.evaluation import image_metrics
+from fsq_jax.evaluation import tiled_metrics
 
 
 def _pair(height, width):
@@ -30,7 +30,7 @@ def test_tiles_give_the_metrics_of_the_whole_image(
   monkeypatch.setattr(tiled_metrics, '_MAX_TILE', max_tile)
   pair = _pair(*size)
   actual = tiled_metrics.image_metrics(*pair)
-  expected = jax.jit(metrics.image_metrics)(
+  expected = jax.jit(image_metrics.image_metrics)(
       pair[0][None], pair[1][None] / np.float32(127.5) - 1
   )
   assert actual.keys() == expected.keys()

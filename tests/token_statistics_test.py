@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fsq_jax import token_statistics
+from fsq_jax.analysis import token_statistics
 
 _LEVELS = (3, 2, 4)
 

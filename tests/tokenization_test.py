@@ -23,15 +23,17 @@ from experiments.fault_suite import group_processes
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import partitioning
+from fsq_jax import tokenizer as tokenizer_lib
 from fsq_jax import tokens
 from fsq_jax.data import folder as data_folder
 from fsq_jax.data import transforms
+from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import tokenizer as tokenization
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import tokenization
-from fsq_jax.tokens import writer as writers
+from fsq_jax.tokens import tokenization as tokenization_lib
+from fsq_jax.tokens import writer
 
 _ROOT = pathlib.Path(__file__).parents[1]
 # A trained run; see trained_test.
@@ -44,7 +46,7 @@ def once_loaded(monkeypatch):
   monkeypatch.setattr(tokenization, 'load_tokenizer', _load_tokenizer)
 
 
-_load_tokenizer = functools.cache(tokenization.load_tokenizer)
+_load_tokenizer = functools.cache(tokenizer_lib.load_tokenizer)
 
 
 def _config(**fields):
@@ -117,7 +119,7 @@ def test_images_come_back_as_the_model_reconstructs_them(
   assert [x['name'] for x in manifest.damaged] == ['a/10.png', 'b/31.png']
   restored = _pixels(tmp_path / 'out')
   assert len(restored) == 43
-  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
   for example in tokens.TokenSource(tmp_path / 'tokens'):
     image = np.asarray(Image.open(root / 'validation' / example.name))
     np.testing.assert_array_equal(
@@ -247,7 +249,7 @@ def test_views_are_random_crops_as_in_training(tmp_path, root, color_jitter):
       )
   assert len({x.tobytes() for x in crops}) > 210
   assert {x.is_flipped for x in examples} == {False, True}
-  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
   np.testing.assert_array_equal(
       [x.tokens for x in examples], tokenizer.encode(np.stack(crops))
   )
@@ -278,7 +280,7 @@ def test_images_of_several_views_get_names_of_their_own(tmp_path, root):
   restored = _pixels(tmp_path / 'out')
   assert len(restored) == num
   source = tokens.TokenSource(tmp_path / 'tokens')
-  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
   decoded = tokenizer.decode(np.stack([x.tokens for x in source]))
   assert 'a/00.png.view1' in restored
   for example, image in zip(source, decoded, strict=True):
@@ -303,10 +305,10 @@ def test_a_change_of_views_needs_another_folder(tmp_path, root):
 
 def _first_images(config, num):
   """What the model gets of the first images of `photos`."""
-  source = tokenization._open_source(config.data, config.tokenize)
-  tokenizer = tokenization.load_tokenizer(_RUN, 'newest', 8)
-  job = tokenization._make_job(config, tokenizer, source)
-  run = tokenization._Run(config.data, tokenizer, source, job, None)
+  source = tokenization_lib._open_source(config.data, config.tokenize)
+  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
+  job = tokenization_lib._make_job(config, tokenizer, source)
+  run = tokenization_lib._Run(config.data, tokenizer, source, job, None)
   return run._load(0, range(num)).images
 
 
@@ -385,7 +387,7 @@ def test_images_of_a_part_of_a_run_are_compared_too(tmp_path, copy):
   config = _folder_config(copy)
   folder = tmp_path / 'x'
   with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(writers.TokenWriter, 'finish', _raise_killed)
+    monkeypatch.setattr(writer.TokenWriter, 'finish', _raise_killed)
     with pytest.raises(_KilledError):
       tokens.tokenize_workdir(config, _RUN, folder=folder)
   path = copy / 'validation' / 'a' / '44.png'
@@ -527,7 +529,7 @@ def test_a_shard_damaged_meanwhile_is_written_again(tmp_path, root, harm):
   tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
   folder = tmp_path / 'x'
   with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(writers.TokenWriter, 'finish', _raise_killed)
+    monkeypatch.setattr(writer.TokenWriter, 'finish', _raise_killed)
     with pytest.raises(_KilledError):
       tokens.tokenize_workdir(config, _RUN, folder=folder)
   path = folder / 'tokens-00001-of-00003.array_record'
@@ -567,7 +569,7 @@ def test_images_that_wait_are_no_larger_than_their_crop(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
   job = types.SimpleNamespace(fit='crop', image_size=(8, 8), views=1)
-  run = tokenization._Run(config, None, source, job, None)
+  run = tokenization_lib._Run(config, None, source, job, None)
   chunk = run._load(0, range(10))
   assert len(chunk.images) == 9  # One is damaged.
   assert all(image.base is None for image in chunk.images)
@@ -579,7 +581,7 @@ def test_few_whole_images_wait_at_a_time(root):
   job = types.SimpleNamespace(
       fit='pad', batch_size=32, images_per_shard=45, views=1
   )
-  run = tokenization._Run(config, None, source, job, None)
+  run = tokenization_lib._Run(config, None, source, job, None)
   sizes = [len(x.images) + len(x.damaged) for x in run._read([0])]
   assert sizes == [8, 8, 8, 8, 8, 5]
 
@@ -671,7 +673,7 @@ def test_every_quantizer_with_tokens_goes_through_files(
   )
   manifest = tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
   source = tokens.TokenSource(tmp_path / 'x')
-  tokenizer = tokenization.load_tokenizer(folder, 'newest', 8)
+  tokenizer = tokenizer_lib.load_tokenizer(folder, 'newest', 8)
   index_shape = tokenizer.model.quantizer.index_shape
   assert manifest.job.index_shape == index_shape
   assert source[0].tokens.shape == (4, 4, *index_shape)
@@ -851,7 +853,7 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
 def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):
   """The plan of a shard is the same whichever shards are done."""
   keys = [(1, 1), (2, 2), (1, 1), (3, 3), (2, 2)]
-  assert tokenization.group_equal(keys) == [[0, 2], [1, 4], [3]]
+  assert tokenization_lib.group_equal(keys) == [[0, 2], [1, 4], [3]]
 
 
 def test_the_manifest_has_no_time_and_no_place(tmp_path, root):

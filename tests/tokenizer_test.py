@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fsq_jax import batching
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import partitioning
-from fsq_jax import train_step
+from fsq_jax.configuration import loading
+from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.quantizers import convert
+from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import batching
 
 _ROOT = pathlib.Path(__file__).parents[1]
 # A trained run; see trained_test.
@@ -59,7 +60,7 @@ def folder(tokenizer, tmp_path):
 
 def test_tokens_and_images_are_those_of_the_evaluation(tokenizer):
   images = _images(40, 16, 16)
-  output = jax.jit(train_step.build_eval_step(tokenizer.model))(
+  output = jax.jit(evaluators.build_eval_step(tokenizer.model))(
       tokenizer.variables, images
   )
   tokens = tokenizer.encode(images)
@@ -334,7 +335,7 @@ def test_changed_configs_and_dialects_are_refused(folder):
 
 def test_fields_of_later_versions_do_not_change_a_hash(folder, monkeypatch):
   before = Tokenizer.from_pretrained(folder).model_hash
-  monkeypatch.setitem(configuration._ADDED, 'model.encoder.later_field', 0)
+  monkeypatch.setitem(loading._ADDED, 'model.encoder.later_field', 0)
   after = Tokenizer.from_pretrained(folder)
   assert after.config.model.encoder.later_field == 0
   assert after.model_hash == before
@@ -389,7 +390,7 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
   for name in ('config.json', 'README.md'):
     assert 'somebody' not in (folder / name).read_text()
   again = Tokenizer.from_pretrained(folder)
-  for name, value in configuration._flatten(again.config):
+  for name, value in loading._flatten(again.config):
     assert name not in configuration.PATHS or value in (name, '')
   protocol = evaluation['protocol']
   del protocol['command']

@@ -39,7 +39,7 @@ _NAMES = ('a/1.png', 'ü/2 .png', 'x' * 300, '3', '4', 'b\udcff.png')
 
 
 def _job(storage='array_record', quantizer=_FSQ, **fields):
-  return manifests.Job(**{
+  return tokens.Job(**{
       'storage': storage,
       'quantizer': quantizer.spec(),
       'codebook_size': quantizer.codebook_size,
@@ -66,7 +66,7 @@ def _view_job(storage='array_record', **fields):
 def _examples(job, num, grids=((4, 3),), first=0):
   rng = np.random.default_rng(first)
   return [
-      shards.Example(
+      tokens.Example(
           rng.integers(
               0,
               job.codebook_size,
@@ -211,7 +211,7 @@ def test_tokens_of_the_paper_mean_the_same_in_other_programs(tmp_path, levels):
   job = _job(quantizer=paper, source=source, images_per_shard=2)
   writer = writers.TokenWriter(tmp_path / 'tokens', job)
   examples = [
-      shards.Example(x.reshape(20, 25), str(i), -1, (16, 12), (16, 12))
+      tokens.Example(x.reshape(20, 25), str(i), -1, (16, 12), (16, 12))
       for i, x in enumerate(written)
   ]
   writer.write(0, examples, damaged=[], source_bytes=None)
@@ -514,7 +514,7 @@ def _write_grids(folder, grids, labels=None, **fields):
   labels = [0] * len(grids) if labels is None else labels
   writer = writers.TokenWriter(folder, job)
   examples = [
-      shards.Example(grid, str(i), label, (16, 12), (16, 12))
+      tokens.Example(grid, str(i), label, (16, 12), (16, 12))
       for i, (grid, label) in enumerate(zip(grids, labels, strict=True))
   ]
   writer.write(0, examples, damaged=[], source_bytes=None)

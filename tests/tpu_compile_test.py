@@ -12,10 +12,10 @@ import pytest
 from experiments.tpu_compile import hlo_costs
 from experiments.tpu_compile import tpu_compile
 from fsq_jax import configuration
-from fsq_jax import partitioning
-from fsq_jax.models import vit
-from fsq_jax.models import vit_blocks
-from fsq_jax.models import vit_families
+from fsq_jax.models import layers
+from fsq_jax.models.pretrained import architectures
+from fsq_jax.models.pretrained import blocks as vit_blocks
+from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _FOLDER = _ROOT / 'experiments' / 'tpu_compile'
@@ -102,7 +102,7 @@ def _compile_blocks(module, width, with_gradients):
 
 
 class _PretrainedBlocks(vit_blocks.nn.Module):
-  architecture: vit_families.Architecture
+  architecture: architectures.Architecture
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
   scan_unroll: int = 1
@@ -113,9 +113,9 @@ class _PretrainedBlocks(vit_blocks.nn.Module):
 
 
 _BLOCKS = {
-    'vit': vit.Transformer(3, 4, 64, jnp.float32, False, 1),
+    'vit': layers.Transformer(3, 4, 64, jnp.float32, False, 1),
     'pretrained': _PretrainedBlocks(
-        vit_families.build_architecture(
+        architectures.build_architecture(
             'mae', patch_size=4, width=32, depth=3, num_heads=4, mlp_dim=64
         )
     ),

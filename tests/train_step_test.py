@@ -15,11 +15,12 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.models import pixels as train_step
 from fsq_jax.quantizers import builder
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step_lib
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 
@@ -78,7 +79,7 @@ def _build(
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   step = jax.jit(
-      train_step.build_train_step(wrap(model), optimizer, config),
+      train_step_lib.build_train_step(wrap(model), optimizer, config),
       in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
       out_shardings=(builder.shardings, partitioning.replicated(mesh)),
   )

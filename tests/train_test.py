@@ -16,17 +16,20 @@ import jax
 import numpy as np
 import pytest
 
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import evaluation
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import runtime
 from fsq_jax import train
-from fsq_jax import train_state
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.evaluation import results as results_lib
+from fsq_jax.report import report
+from fsq_jax.runtime import partitioning
+from fsq_jax.runtime import preemption
+from fsq_jax.train import loop
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.workdir import files as workdir
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = 'configs/debug.py'
@@ -92,18 +95,34 @@ def journal(monkeypatch):
   The report is left out: drawing it takes longer than the steps.
   """
   taken, after = {}, {}
-  take_step = train._Trainer._take_step
 
-  def record(trainer):
-    take_step(trainer)
-    step, _, indices = trainer.pending
+  def record(step, batch):
+    indices = batch['index']
     np.testing.assert_array_equal(taken.setdefault(step, indices), indices)
     if step in after:
       after.pop(step)()
 
-  monkeypatch.setattr(train._Trainer, '_take_step', record)
-  monkeypatch.setattr(train.report, 'write_report', lambda folder: None)
+  _call_after_steps(monkeypatch, record)
+  monkeypatch.setattr(report, 'write_report', lambda folder: None)
   return taken, after
+
+
+def _call_after_steps(monkeypatch, function):
+  """Calls a function of step and batch after each step is logged."""
+
+  class Call(loop.Hook):
+
+    def after_step(self, step, state, scalars, batch):
+      function(step, batch)
+
+  run = loop.run
+  monkeypatch.setattr(
+      loop,
+      'run',
+      lambda *args, hooks, **kwargs: run(
+          *args, hooks=[hooks[0], Call(), *hooks[1:]], **kwargs
+      ),
+  )
 
 
 def _crash():
@@ -114,7 +133,7 @@ def _rows(folder):
   """metrics.jsonl but for the speed."""
   return [
       {k: v for k, v in row.items() if k != 'images_per_second'}
-      for row in workdir.read_metrics(folder)
+      for row in workdirs.read_metrics(folder)
   ]
 
 
@@ -132,7 +151,7 @@ def _read_state(config, folder, step=None):
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  checkpointer = checkpoint.Checkpointer(folder)
+  checkpointer = checkpoints.Checkpointer(folder)
   state = checkpointer.restore(
       step or checkpointer.latest_step, builder.abstract
   )
@@ -167,7 +186,7 @@ def finished(straight, tmp_path):
 def _assert_same_run(folder, state, expected_folder, expected_state):
   chex.assert_trees_all_equal(jax.device_get(state), expected_state)
   assert _rows(folder) == _rows(expected_folder)
-  for name in (workdir.EVALUATION, workdir.QUANTIZER):
+  for name in (workdirs.EVALUATION, workdirs.QUANTIZER):
     assert (folder / name).read_bytes() == (expected_folder / name).read_bytes()
 
 
@@ -230,7 +249,7 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
     with pytest.raises(train.Preempted) as preempted:
       train.train_and_evaluate(config, tmp_path)
     assert preempted.value.step == step
-    assert str(step) in _names(tmp_path / workdir.CHECKPOINTS)
+    assert str(step) in _names(tmp_path / workdirs.CHECKPOINTS)
   assert handlers == [
       signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
   ]
@@ -245,7 +264,7 @@ def test_a_signal_stops_an_evaluation_that_is_made_up_for(
   del journal  # No report.
   config = _load_config()
   counts = []  # Batches of each evaluation.
-  start, update = evaluation.Tally.__init__, evaluation.Tally.update
+  start, update = results_lib.Tally.__init__, results_lib.Tally.update
 
   def count_from_0(*args):
     start(*args)
@@ -258,13 +277,13 @@ def test_a_signal_stops_an_evaluation_that_is_made_up_for(
     if counts[-1] == 2 and len(counts) in (1, 2, 4):
       os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(evaluation.Tally, '__init__', count_from_0)
-  monkeypatch.setattr(evaluation.Tally, 'update', update_and_ask)
+  monkeypatch.setattr(results_lib.Tally, '__init__', count_from_0)
+  monkeypatch.setattr(results_lib.Tally, 'update', update_and_ask)
   for step in (6, 6, 12):
     with pytest.raises(train.Preempted) as preempted:
       train.train_and_evaluate(config, tmp_path)
     assert preempted.value.step == step
-    assert str(step) in _names(tmp_path / workdir.CHECKPOINTS)
+    assert str(step) in _names(tmp_path / workdirs.CHECKPOINTS)
     assert (step, 'eval') not in [
         (row['step'], row['split']) for row in _rows(tmp_path)
     ]
@@ -280,29 +299,29 @@ def test_a_damaged_checkpoint_costs_no_more_than_its_steps(
     straight, finished, journal
 ):
   taken, _ = journal
-  for path in (finished / workdir.CHECKPOINTS / '12' / 'state').rglob('*'):
+  for path in (finished / workdirs.CHECKPOINTS / '12' / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[::-1])
   state = train.train_and_evaluate(_load_config(), finished)
   assert sorted(taken) == [10, 11, 12]
   _assert_same_run(finished, state, *straight('plain'))
-  assert (finished / workdir.DAMAGED / '12').is_dir()
+  assert (finished / workdirs.DAMAGED / '12').is_dir()
   assert train.train_and_evaluate(_load_config(), finished).step == _NUM_STEPS
 
 
 @pytest.mark.slow
 def test_one_run_writes_into_a_folder(finished):
-  before = {x: x.stat() for x in finished.rglob('*') if x.name != workdir.LOCK}
+  before = {x: x.stat() for x in finished.rglob('*') if x.name != workdirs.LOCK}
   with (
-      workdir.lock(finished),
+      workdirs.lock(finished),
       pytest.raises(ValueError, match=rf'process {os.getpid()} on \S+; wait'),
   ):
     train.train_and_evaluate(_load_config(), finished)
-  after = {x: x.stat() for x in finished.rglob('*') if x.name != workdir.LOCK}
+  after = {x: x.stat() for x in finished.rglob('*') if x.name != workdirs.LOCK}
   assert {x: y.st_mtime_ns for x, y in after.items() if x.is_file()} == {
       x: y.st_mtime_ns for x, y in before.items() if x.is_file()
   }
-  with workdir.lock(finished):
+  with workdirs.lock(finished):
     pass  # Free again.
 
 
@@ -310,27 +329,27 @@ def test_one_run_writes_into_a_folder(finished):
 def test_a_full_disk_ends_a_run_whose_steps_are_intact(
     tmp_path, journal, monkeypatch
 ):
-  save = checkpoint.Checkpointer.save
+  save = checkpoints.Checkpointer.save
 
   def fill(self, step, *args):
     if step == 6:
       monkeypatch.setattr(self._manager, 'save', _raise_full)
     save(self, step, *args)
 
-  monkeypatch.setattr(checkpoint.Checkpointer, 'save', fill)
+  monkeypatch.setattr(checkpoints.Checkpointer, 'save', fill)
   with pytest.raises(train.RunError, match=r'No space .* disk are \[3\]'):
     train.train_and_evaluate(_load_config(), tmp_path)
-  assert {'3'} == _names(tmp_path / workdir.CHECKPOINTS)
+  assert {'3'} == _names(tmp_path / workdirs.CHECKPOINTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'name', [workdir.RUN, workdir.CONFIG, workdir.METRICS]
+    'name', [workdirs.RUN, workdirs.CONFIG, workdirs.METRICS]
 )
 def test_a_full_disk_ends_a_run_before_its_first_step(
     tmp_path, monkeypatch, name
 ):
-  write_bytes = workdir.write_bytes
+  write_bytes = workdirs.write_bytes
 
   def fill(path, data):
     if path.name == name:
@@ -340,7 +359,7 @@ def test_a_full_disk_ends_a_run_before_its_first_step(
   monkeypatch.setattr(workdir, 'write_bytes', fill)
   with pytest.raises(train.RunError, match=r'stopped: .* No space left'):
     train.train_and_evaluate(_load_config(), tmp_path)
-  with workdir.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     pass  # Free again.
 
 
@@ -349,7 +368,7 @@ def _raise_full(*args, **kwargs):
 
 
 def test_a_second_signal_is_not_caught():
-  with runtime.catch_signals() as stop_request:
+  with preemption.catch_signals() as stop_request:
     assert not stop_request.is_due(1)
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 5
@@ -384,7 +403,7 @@ def _launch(config, folder):
 def _wait_for_step(process, folder, step):
   """Returns when the process has logged that step."""
   for _ in range(6000):
-    rows = workdir.read_metrics(folder) if folder.exists() else []
+    rows = workdirs.read_metrics(folder) if folder.exists() else []
     if rows and rows[-1]['step'] >= step:
       return
     assert process.poll() is None, folder.with_suffix('.log').read_text()
@@ -410,7 +429,7 @@ def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
     _wait_for_step(process, folder, step)
     process.send_signal(number)
     assert process.wait(timeout=60) == code, log.read_text()
-    steps = _names(folder / workdir.CHECKPOINTS)
+    steps = _names(folder / workdirs.CHECKPOINTS)
     saved.append(max(int(name) for name in steps if name.isdigit()))
   process = _launch(config, folder)
   assert process.wait(timeout=120) == 0, log.read_text()
@@ -440,7 +459,7 @@ def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
 def test_another_config_is_refused(finished, section, field, value, line):
   config = _load_config()
   (config[section] if section else config)[field] = value
-  files = (workdir.CONFIG, workdir.METRICS, workdir.RUN)
+  files = (workdirs.CONFIG, workdirs.METRICS, workdirs.RUN)
   before = [(finished / name).read_bytes() for name in files]
   with pytest.raises(ValueError, match='not the one of this run') as error:
     train.train_and_evaluate(config, finished)
@@ -462,7 +481,7 @@ def test_another_config_is_taken_when_that_is_allowed(finished, journal):
   dataset = data.build_dataset(config.data, split='train', seed=config.seed)
   for step, batch in zip((13, 14), dataset.iterator(), strict=False):
     np.testing.assert_array_equal(taken[step], batch['index'])
-  saved = _read_json(finished / workdir.CONFIG)
+  saved = _read_json(finished / workdirs.CONFIG)
   assert saved['data']['batch_size'] == 16
   steps = [row['step'] for row in _rows(finished) if row['split'] == 'train']
   assert steps == list(range(1, 15))
@@ -485,22 +504,22 @@ def test_a_run_that_diverges_says_when_and_on_what(tmp_path, journal):
   assert f'synthetic image {taken[4][0]}, ' in message
   assert 'train.max_bad_steps = 3. The last checkpoint is of step 3;' in message
   assert 'lower optim.learning_rate' in message
-  assert _names(tmp_path / workdir.CHECKPOINTS) == {'2', '3'}
+  assert _names(tmp_path / workdirs.CHECKPOINTS) == {'2', '3'}
   state = _read_state(config, tmp_path)
   chex.assert_tree_all_finite(state)
   assert (int(state.step), int(state.bad_steps)) == (3, 2)
-  rows = workdir.read_metrics(tmp_path)
+  rows = workdirs.read_metrics(tmp_path)
   assert [row['loss'] is None for row in rows] == [False, True, True]
 
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_again(straight, finished):
-  (finished / workdir.EVALUATION).unlink()
-  (finished / workdir.REPORT).unlink()
+  (finished / workdirs.EVALUATION).unlink()
+  (finished / workdirs.REPORT).unlink()
   state = train.train_and_evaluate(_load_config(), finished)
-  assert _read_json(finished / workdir.RUN)['first_step'] == _NUM_STEPS
+  assert _read_json(finished / workdirs.RUN)['first_step'] == _NUM_STEPS
   _assert_same_run(finished, state, *straight('plain'))
-  assert (finished / workdir.REPORT).is_file()
+  assert (finished / workdirs.REPORT).is_file()
 
 
 @pytest.mark.slow
@@ -508,7 +527,7 @@ def test_a_run_goes_on_without_a_damaged_description(
     straight, finished, journal
 ):
   del journal  # No report.
-  path = finished / workdir.RUN
+  path = finished / workdirs.RUN
   path.write_text(path.read_text()[:100])
   state = train.train_and_evaluate(_load_config(), finished)
   _assert_same_run(finished, state, *straight('plain'))
@@ -544,17 +563,18 @@ def test_the_profile_is_of_the_steps_named(tmp_path, journal, monkeypatch):
 
   log(jax.profiler, 'start_trace', lambda folder: 'start')
   log(jax.profiler, 'stop_trace', lambda: 'stop')
-  log(train._Trainer, '_take_step', lambda trainer: trainer.step + 1)
+  _call_after_steps(monkeypatch, lambda step, batch: events.append(step))
   config = _load_config()
   config.train.profile_steps = (2, 5)
   after[4] = _crash
   with pytest.raises(_Crash):
     train.train_and_evaluate(config, tmp_path)
-  assert events == [1, 'start', 2, 3, 4, 'stop']
+  # The crash comes before step 4 is noted.
+  assert events == [1, 'start', 2, 3, 'stop']
   events.clear()
   train.train_and_evaluate(config, tmp_path)  # Goes on from step 3.
   assert events == ['start', 4, 5, 'stop', *range(6, _NUM_STEPS + 1)]
-  traces = list((tmp_path / workdir.PROFILE).rglob('*.xplane.pb'))
+  traces = list((tmp_path / workdirs.PROFILE).rglob('*.xplane.pb'))
   assert len(traces) == 2
 
 
@@ -562,23 +582,23 @@ def test_the_profile_is_of_the_steps_named(tmp_path, journal, monkeypatch):
 def test_a_workdir_describes_its_run(straight):
   folder, _ = straight('plain')
   config = _load_config()
-  assert _names(folder) - {workdir.TENSORBOARD} == {
+  assert _names(folder) - {workdirs.TENSORBOARD} == {
       '.lock', 'checkpoints', 'config.json', 'evaluation.json', 'metrics.jsonl',
       'quantizer.json', 'reconstructions', 'report.html', 'run.json',
   }
-  saved = configuration.config_from_json((folder / workdir.CONFIG).read_text())
+  saved = configuration.config_from_json((folder / workdirs.CONFIG).read_text())
   assert configuration.diff_configs(saved, config) == []
-  quantizer = _read_json(folder / workdir.QUANTIZER)
+  quantizer = _read_json(folder / workdirs.QUANTIZER)
   assert quantizer['levels'] == [8, 8, 8]
-  run = _read_json(folder / workdir.RUN)
+  run = _read_json(folder / workdirs.RUN)
   assert run['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
   assert run['num_parameters'] == 6707
   assert run['first_step'] == 0
-  assert _names(folder / workdir.RECONSTRUCTIONS) == {
+  assert _names(folder / workdirs.RECONSTRUCTIONS) == {
       'step_00000006.png', 'step_00000012.png',
   }
-  assert {'9', '12'} <= _names(folder / workdir.CHECKPOINTS)
-  rows = workdir.read_metrics(folder)
+  assert {'9', '12'} <= _names(folder / workdirs.CHECKPOINTS)
+  rows = workdirs.read_metrics(folder)
   assert [(row['step'], row['split']) for row in rows] == [
       *((step, 'train') for step in range(1, 7)), (6, 'eval'),
       *((step, 'train') for step in range(7, 13)), (12, 'eval'),
@@ -595,7 +615,7 @@ def test_a_run_without_quantizer_has_no_tokens_anywhere(tmp_path, capsys):
   config.train.eval_every_steps = 3
   train.train_and_evaluate(config, tmp_path)
   lines = capsys.readouterr().err
-  rows = workdir.read_metrics(tmp_path)
+  rows = workdirs.read_metrics(tmp_path)
   evaluations = [row for row in rows if row['split'] == 'eval']
   assert [row['step'] for row in evaluations] == [3, 6]
   for row in evaluations:
@@ -607,12 +627,12 @@ def test_a_run_without_quantizer_has_no_tokens_anywhere(tmp_path, capsys):
   steps = [row for row in rows if row['split'] == 'train']
   assert {row['invalid_tokens'] for row in steps} == {0}
   assert {row['quantizer_loss'] for row in steps} == {0}
-  record = _read_json(tmp_path / workdir.EVALUATION)
+  record = _read_json(tmp_path / workdirs.EVALUATION)
   assert record['codebook'] == {}
-  assert _read_json(tmp_path / workdir.QUANTIZER) == {
+  assert _read_json(tmp_path / workdirs.QUANTIZER) == {
       'name': 'none', 'code_dim': 8, 'code': 'latent',
   }
-  page = (tmp_path / workdir.REPORT).read_text()
+  page = (tmp_path / workdirs.REPORT).read_text()
   assert 'A continuous autoencoder reconstructs' in page
   assert 'Codebook' not in page
 
@@ -637,7 +657,7 @@ def test_the_evaluation_is_that_of_the_average_of_the_parameters(straight):
   pixels = (np.asarray(output.reconstructions, np.float64) + 1) * 127.5
   pixels = np.rint(np.clip(pixels, 0, 255))
   mse = np.mean(((pixels - images) / 255) ** 2, axis=(1, 2, 3))
-  record = _read_json(folder / workdir.EVALUATION)
+  record = _read_json(folder / workdirs.EVALUATION)
   assert record['step'] == _NUM_STEPS
   assert record['metrics']['psnr'] == pytest.approx(
       np.mean(-10 * np.log10(mse)), rel=1e-5
@@ -645,6 +665,6 @@ def test_the_evaluation_is_that_of_the_average_of_the_parameters(straight):
   used = np.unique(output.indices)
   assert record['codebook']['num_used_codes'] == len(used)
   assert record['codebook']['usage'] == len(used) / 512
-  row = workdir.read_metrics(folder)[-1]
+  row = workdirs.read_metrics(folder)[-1]
   assert row['psnr'] == record['metrics']['psnr']
   assert row['usage'] == record['codebook']['usage']

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
-from fsq_jax import partitioning
-from fsq_jax import train_step
-from fsq_jax import trained
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import loading
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.runtime import partitioning
 
 # What launch.py --config=configs/debug.py wrote at version 0.1.0, and the
 # tokens of 64 images.
@@ -20,7 +21,7 @@ _RUN = pathlib.Path(__file__).parent / 'testdata' / 'run'
 
 @pytest.mark.parametrize('which', ['newest', 'best', '8'])
 def test_a_run_of_an_earlier_version_is_found(which):
-  found = trained.find(_RUN, which)
+  found = saved_model.find(_RUN, which)
   assert found.step == 8
   assert found.quantizer['levels'] == [8, 8, 8]
   assert found.config.model.quantizer.name == 'fsq'
@@ -51,22 +52,22 @@ def test_a_run_of_an_earlier_version_is_found(which):
 def test_a_folder_without_checkpoints_says_why(make, problem, which, tmp_path):
   make(tmp_path / 'run')
   with pytest.raises(ValueError, match=problem):
-    trained.find(tmp_path / 'run', which)
+    saved_model.find(tmp_path / 'run', which)
 
 
 def test_steps_that_are_not_there_are_told_from_the_others():
   with pytest.raises(ValueError, match=(
       r"no checkpoint 7; allowed: 'newest', 'best' and the steps \[8\]"
   )):
-    trained.find(_RUN, '7')
+    saved_model.find(_RUN, '7')
 
 
 def test_without_an_evaluation_none_is_best(monkeypatch):
-  monkeypatch.setattr(checkpoint.Checkpointer, 'best_step', None)
+  monkeypatch.setattr(checkpoints.Checkpointer, 'best_step', None)
   with pytest.raises(ValueError, match=(
       r"no best checkpoint: none of the steps \[8\] .* Use 'newest' or one"
   )):
-    trained.find(_RUN, 'best')
+    saved_model.find(_RUN, 'best')
 
 
 def test_the_steps_that_are_damaged_are_told_why(tmp_path):
@@ -76,7 +77,7 @@ def test_the_steps_that_are_damaged_are_told_why(tmp_path):
       r"no undamaged checkpoint 'newest'; there are the steps \[8\]"
       r'(.|\n)*the record cannot be read'
   )):
-    trained.find(run)
+    saved_model.find(run)
 
 
 def test_a_path_of_an_earlier_version_is_looked_for_from_here(
@@ -91,8 +92,8 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
     config.data.data_dir = 'images'
     return config
 
-  monkeypatch.setattr(configuration, 'config_from_json', read_relative)
-  assert trained.find(_RUN).config.data.data_dir == f'{tmp_path}/images'
+  monkeypatch.setattr(loading, 'config_from_json', read_relative)
+  assert saved_model.find(_RUN).config.data.data_dir == f'{tmp_path}/images'
 
 
 @pytest.mark.parametrize(
@@ -105,27 +106,27 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
     ],
 )
 def test_files_that_a_run_was_made_of_may_be_elsewhere(fields, same):
-  saved = trained.find(_RUN).config
+  saved = saved_model.find(_RUN).config
   saved.model.latent_statistics = '/a'
   given = saved.copy_and_resolve_references()
   given.update_from_flattened_dict(fields)
   if same:
-    trained.check_same_model(saved, given)
+    saved_model.check_same_model(saved, given)
   else:
     with pytest.raises(ValueError, match='another model'):
-      trained.check_same_model(saved, given)
+      saved_model.check_same_model(saved, given)
 
 
 @pytest.mark.slow
 def test_a_run_of_an_earlier_version_gives_the_same_tokens():
-  found = trained.find(_RUN)
+  found = saved_model.find(_RUN)
   mesh = partitioning.create_mesh(
       found.config.partitioning.mesh, jax.devices()[:2]
   )
-  model, variables = trained.restore(found, mesh)
+  model, variables = saved_model.restore(found, mesh)
   expected = np.load(_RUN / 'expected.npz')
   images = partitioning.shard_batch(expected['images'], mesh)
-  output = jax.jit(train_step.build_eval_step(model))(variables, images)
+  output = jax.jit(evaluators.build_eval_step(model))(variables, images)
   # Another processor may round a latent that lies between two levels.
   assert np.mean(output.indices != expected['tokens']) < 1e-2
   assert len(np.unique(expected['tokens'])) > 100

@@ -8,7 +8,7 @@ import pytest
 
 from fsq_jax import models
 from fsq_jax.models import resampling
-from fsq_jax.models import vit_families
+from fsq_jax.models.pretrained import architectures
 
 _ENCODERS = pathlib.Path(__file__).parent / 'testdata' / 'encoders'
 _CHECKPOINTS = (
@@ -58,13 +58,13 @@ _pixels = strategies.floats(-1e3, 1e3)
 @strategies.composite
 def _architectures(draw):
   num_heads = draw(strategies.integers(1, 64))
-  biases = draw(strategies.sets(strategies.sampled_from(vit_families.BIASES)))
+  biases = draw(strategies.sets(strategies.sampled_from(architectures.BIASES)))
   positive = strategies.floats(1e-30, 1e6)
 
   def one_of(values):
     return draw(strategies.sampled_from(values))
 
-  return vit_families.Architecture(
+  return architectures.Architecture(
       width=4 * num_heads * draw(strategies.integers(1, 64)),
       depth=draw(_counts),
       num_heads=num_heads,
@@ -72,12 +72,12 @@ def _architectures(draw):
       patch_size=draw(_counts),
       num_class_tokens=one_of((0, 1)),
       num_registers=draw(strategies.integers(0, 2**31)),
-      position=one_of(vit_families.POSITIONS),
+      position=one_of(architectures.POSITIONS),
       position_kernel=one_of(sorted(resampling.KERNELS)),
       rope_theta=draw(positive),
-      mlp=one_of(vit_families.MLPS),
-      activation=one_of(vit_families.ACTIVATIONS),
-      biases=tuple(b for b in vit_families.BIASES if b in biases),
+      mlp=one_of(architectures.MLPS),
+      activation=one_of(architectures.ACTIVATIONS),
+      biases=tuple(b for b in architectures.BIASES if b in biases),
       layer_scale=one_of((False, True)),
       norm_epsilon=draw(positive),
       mean=draw(strategies.tuples(_pixels, _pixels, _pixels)),
@@ -172,5 +172,5 @@ def _good(field):
   """The field as it may be, so that nothing else is wrong with the text."""
   name = field.partition('=')[0]
   counts = {'width': 8, 'num_heads': 2, 'num_class_tokens': 1}
-  siglip = vit_families.FAMILIES['siglip']
+  siglip = architectures.FAMILIES['siglip']
   return f'{name}={counts.get(name, siglip.get(name, 4))!r}'

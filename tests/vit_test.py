@@ -7,6 +7,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from fsq_jax.models import layers
 from fsq_jax.models import vit
 
 # No two sizes are equal, so that no two axes can be mixed up.
@@ -88,7 +89,7 @@ def _float64(variables):
 
 
 def test_block_is_that_of_numpy():
-  block = vit.Block(num_heads=2, mlp_dim=20, dtype=jnp.float32)
+  block = layers.Block(num_heads=2, mlp_dim=20, dtype=jnp.float32)
   # Some tokens are so small that the epsilon of LayerNorm counts.
   x = jax.random.normal(jax.random.key(0), (2, 6, 8))
   x *= jnp.logspace(-3, 1, 6)[:, None]
@@ -120,7 +121,7 @@ def test_encoder_is_that_of_numpy(position):
   if position == 'learned':
     x += p['positions']['embedding'].reshape(6, 8)
   else:
-    x += vit.sincos_positions(2, 3, 8).reshape(6, 8)
+    x += layers.sincos_positions(2, 3, 8).reshape(6, 8)
   latents = _call(encoder, variables, images)
   assert latents.dtype == jnp.float32
   expected = _blocks(x, p).reshape(2, 2, 3, 8)
@@ -156,7 +157,7 @@ def test_blocks_start_small_and_unlike_each_other():
 
 
 def test_sincos_positions_are_those_of_mae():
-  positions = vit.sincos_positions(2, 2, 8)
+  positions = layers.sincos_positions(2, 2, 8)
   assert positions.shape == (2, 2, 8)
   assert positions.dtype == np.float32
   at_0, at_1 = [0, 0, 1, 1], [0.841471, 0.01, 0.540302, 0.99995]
@@ -169,14 +170,14 @@ def test_sincos_positions_are_those_of_mae():
 
 
 def test_sincos_positions_tell_every_place_of_a_grid_apart():
-  positions = vit.sincos_positions(5, 7, 16)
+  positions = layers.sincos_positions(5, 7, 16)
   assert positions.shape == (5, 7, 16)
   assert len(np.unique(positions.reshape(35, 16), axis=0)) == 35
 
 
 def test_sincos_positions_need_a_multiple_of_four_channels():
   with pytest.raises(ValueError, match='that 4 divides, not 6'):
-    vit.sincos_positions(2, 2, 6)
+    layers.sincos_positions(2, 2, 6)
 
 
 def _dots(jaxpr):
@@ -192,7 +193,7 @@ def _dots(jaxpr):
 
 def test_gradients_of_kernels_contract_one_axis():
   # With two, XLA's CPU backend transposes the activations in memory.
-  mlp = vit.Mlp(mlp_dim=16, dtype=jnp.float32)
+  mlp = layers.Mlp(mlp_dim=16, dtype=jnp.float32)
   x = jnp.ones((2, 4, 8))
   variables = mlp.init(jax.random.key(0), x)
   jaxpr = jax.make_jaxpr(

@@ -10,10 +10,10 @@ from jax.extend import core
 import numpy as np
 import pytest
 
+from fsq_jax import quantizers
+from fsq_jax.quantizers import codebook as estimators
 from fsq_jax.quantizers import ema_codebook
-from fsq_jax.quantizers import estimators
 from fsq_jax.quantizers import lookup
-from fsq_jax.quantizers import vq
 
 _TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 
@@ -32,7 +32,7 @@ def _train(quantizer, variables, z):
 
 def _build(**fields):
   fields = {'codebook_size': 16, 'code_dim': 4, **fields}
-  return vq.VectorQuantizer(**fields)
+  return quantizers.VectorQuantizer(**fields)
 
 
 def _init(quantizer):
@@ -822,6 +822,6 @@ def test_wrong_fields_are_refused_by_name(fields, match):
 
 
 def test_sizes_are_known_without_variables():
-  quantizer = vq.VectorQuantizer(16, 4)
+  quantizer = quantizers.VectorQuantizer(16, 4)
   assert (quantizer.codebook_size, quantizer.code_dim) == (16, 4)
   assert quantizer == _build()

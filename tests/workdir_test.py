@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from fsq_jax import workdir
+from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import files
 
 
 def _names(folder):
@@ -19,7 +20,7 @@ def _names(folder):
 
 
 def _write_rows(folder, steps, *, first_step=0):
-  writer = workdir.MetricWriter(folder, first_step=first_step)
+  writer = workdirs.MetricWriter(folder, first_step=first_step)
   for step in steps:
     writer.write(step, 'train', {'loss': step / 2})
   writer.flush()
@@ -27,14 +28,14 @@ def _write_rows(folder, steps, *, first_step=0):
 
 
 def _steps(folder):
-  return [row['step'] for row in workdir.read_metrics(folder)]
+  return [row['step'] for row in workdirs.read_metrics(folder)]
 
 
 def _read_events(folder):
   """Returns (step, tag, value) and purged steps of the event files."""
   event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
   values, purged = [], []
-  for path in sorted((folder / workdir.TENSORBOARD).iterdir()):
+  for path in sorted((folder / workdirs.TENSORBOARD).iterdir()):
     data = path.read_bytes()
     while data:
       # A record: length, checksum, that many bytes, checksum.
@@ -50,17 +51,17 @@ def _read_events(folder):
 
 def test_create_makes_the_folder_and_its_parents(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  folder = workdir.create('runs/first')
+  folder = workdirs.create('runs/first')
   assert folder == tmp_path / 'runs' / 'first'
   assert folder.is_dir()
   (folder / 'kept').touch()
-  assert workdir.create(folder) == folder
+  assert workdirs.create(folder) == folder
   assert _names(folder) == ['kept']
 
 
 def test_create_expands_the_home_folder(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert workdir.create('~/run') == tmp_path / 'run'
+  assert workdirs.create('~/run') == tmp_path / 'run'
 
 
 @pytest.mark.parametrize('below', ['', 'run'])
@@ -68,7 +69,7 @@ def test_create_refuses_a_file(tmp_path, below):
   path = tmp_path / 'file'
   path.write_text('kept')
   with pytest.raises(ValueError, match=r'is a file|cannot be written') as error:
-    workdir.create(path / below)
+    workdirs.create(path / below)
   assert str(path / below) in str(error.value)
   assert '--workdir' in str(error.value)
   assert path.read_text() == 'kept'
@@ -79,7 +80,7 @@ def test_create_refuses_a_file(tmp_path, below):
 def test_create_refuses_a_read_only_folder(tmp_path, below):
   tmp_path.chmod(0o500)
   with pytest.raises(ValueError, match='Permission denied'):
-    workdir.create(tmp_path / below)
+    workdirs.create(tmp_path / below)
 
 
 def test_create_refuses_a_folder_where_no_file_can_be_made(
@@ -90,7 +91,7 @@ def test_create_refuses_a_folder_where_no_file_can_be_made(
 
   monkeypatch.setattr(pathlib.Path, 'touch', touch)
   with pytest.raises(ValueError, match='Read-only file system'):
-    workdir.create(tmp_path)
+    workdirs.create(tmp_path)
 
 
 def test_create_allows_a_process_of_the_same_id_on_another_host(
@@ -103,7 +104,7 @@ def test_create_allows_a_process_of_the_same_id_on_another_host(
     os.unlink(path)
 
   monkeypatch.setattr(pathlib.Path, 'touch', touch_and_lose)
-  assert workdir.create(tmp_path) == tmp_path
+  assert workdirs.create(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -111,12 +112,12 @@ def test_create_allows_a_process_of_the_same_id_on_another_host(
     [('', 'another process'), ('process 1 on a\n', 'process 1 on a')],
 )
 def test_a_folder_that_is_being_written_is_refused(tmp_path, text, holder):
-  (tmp_path / workdir.LOCK).write_text(text)
-  with open(tmp_path / workdir.LOCK, 'a') as held:
+  (tmp_path / workdirs.LOCK).write_text(text)
+  with open(tmp_path / workdirs.LOCK, 'a') as held:
     fcntl.flock(held, fcntl.LOCK_EX)
     with (
         pytest.raises(ValueError, match=f'being written by {holder}; wait'),
-        workdir.lock(tmp_path),
+        workdirs.lock(tmp_path),
     ):
       pass
 
@@ -124,7 +125,7 @@ def test_a_folder_that_is_being_written_is_refused(tmp_path, text, holder):
 def test_writing_replaces_the_file(tmp_path):
   path = tmp_path / 'file'
   for data in (b'a longer text', b'short', b''):
-    workdir.write_bytes(path, data)
+    workdirs.write_bytes(path, data)
     assert path.read_bytes() == data
   assert _names(tmp_path) == ['file']
 
@@ -134,7 +135,7 @@ def test_failure_leaves_the_old_file_and_no_temporary(
     tmp_path, monkeypatch, failing
 ):
   path = tmp_path / 'file'
-  workdir.write_bytes(path, b'old')
+  workdirs.write_bytes(path, b'old')
 
   def fail(*_):
     # What is on disk by now is not under the file's own name.
@@ -143,9 +144,9 @@ def test_failure_leaves_the_old_file_and_no_temporary(
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   with monkeypatch.context() as patch:
-    patch.setattr(workdir.os, failing, fail)
+    patch.setattr(files.os, failing, fail)
     with pytest.raises(OSError, match='No space left'):
-      workdir.write_bytes(path, b'new')
+      workdirs.write_bytes(path, b'new')
   assert path.read_bytes() == b'old'
   assert _names(tmp_path) == ['file']
 
@@ -159,7 +160,7 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
       'd': None,
       'e': True,
   }
-  workdir.write_json(path, value)
+  workdirs.write_json(path, value)
   text = path.read_text()
   assert text.endswith('}\n')
   assert 'NaN' not in text
@@ -174,12 +175,12 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
 
 
 def test_rows_come_back_in_order(tmp_path):
-  assert workdir.read_metrics(tmp_path) == []
-  writer = workdir.MetricWriter(tmp_path, first_step=0)
+  assert workdirs.read_metrics(tmp_path) == []
+  writer = workdirs.MetricWriter(tmp_path, first_step=0)
   writer.write(1, 'train', {'loss': 0.5, 'gradient_norm': math.inf})
   writer.write(1, 'eval', {'psnr': math.nan, 'ssim': 0.25})
   # A row is readable as soon as it is written.
-  assert workdir.read_metrics(tmp_path) == [
+  assert workdirs.read_metrics(tmp_path) == [
       {'step': 1, 'split': 'train', 'loss': 0.5, 'gradient_norm': None},
       {'step': 1, 'split': 'eval', 'psnr': None, 'ssim': 0.25},
   ]
@@ -203,7 +204,7 @@ def test_rows_after_the_first_step_are_dropped(tmp_path, first_step, kept):
 )
 def test_a_damaged_last_line_is_left_out(tmp_path, tail):
   _write_rows(tmp_path, [1, 2])
-  path = tmp_path / workdir.METRICS
+  path = tmp_path / workdirs.METRICS
   path.write_bytes(path.read_bytes() + tail)
   assert _steps(tmp_path) == [1, 2]
   _write_rows(tmp_path, [3], first_step=2)
@@ -220,8 +221,8 @@ def test_a_resumed_file_equals_an_undisturbed_one(tmp_path):
   _write_rows(whole, range(1, 9))
   _write_rows(resumed, range(1, 7))
   _write_rows(resumed, range(5, 9), first_step=4)
-  assert (whole / workdir.METRICS).read_bytes() == (
-      resumed / workdir.METRICS
+  assert (whole / workdirs.METRICS).read_bytes() == (
+      resumed / workdirs.METRICS
   ).read_bytes()
 
 
@@ -244,11 +245,11 @@ def test_rows_are_written_without_tensorboardx(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorboardX', None)
   _write_rows(tmp_path, [1, 2])
   assert _steps(tmp_path) == [1, 2]
-  assert _names(tmp_path) == [workdir.METRICS]
+  assert _names(tmp_path) == [workdirs.METRICS]
 
 
 def test_a_full_disk_is_reported_once(tmp_path):
-  writer = workdir.MetricWriter(tmp_path, first_step=0)
+  writer = workdirs.MetricWriter(tmp_path, first_step=0)
   writer._file.close()
   with open('/dev/full', 'a', encoding='utf-8') as writer._file:
     with pytest.raises(OSError, match='No space left'):

@@ -16,7 +16,7 @@ import pathlib
 import sys
 from typing import Any
 
-from fsq_jax import runtime
+from fsq_jax.runtime import host
 
 RESULTS = pathlib.Path(__file__).with_name('results.json')
 GROUPS = ('fsq', 'lookup', 'vit', 'compile', 'memory', 'input', 'evaluation',
@@ -125,7 +125,7 @@ def _measure(
     groups: list[str], rounds: int, torch_python: str
 ) -> dict[str, Any]:
   # These import JAX, whose threads must find one heap.
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
   import jax
 
   from experiments.benchmarks import blocks

@@ -14,13 +14,14 @@ import jax
 from experiments.benchmarks import blocks
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import evaluate
-from fsq_jax import metrics
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import image_metrics
+from fsq_jax.models import pixels
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'configs/fsq_888.py'
@@ -29,15 +30,17 @@ CONFIG = 'configs/fsq_888.py'
 _FIRST_STEP = """
 import os, runpy, sys, time
 import jax
-from fsq_jax import train
-take_step = train._Trainer._take_step
-def take_one(trainer):
-  take_step(trainer)
-  jax.block_until_ready(trainer.state)
-  times = os.times()
-  print('first step', time.time(), times.user + times.system, flush=True)
-  os._exit(0)
-train._Trainer._take_step = take_one
+from fsq_jax.train import loop
+class TakeOne(loop.Hook):
+  def after_step(self, step, state, scalars, batch):
+    jax.block_until_ready(state)
+    times = os.times()
+    print('first step', time.time(), times.user + times.system, flush=True)
+    os._exit(0)
+run = loop.run
+loop.run = lambda *args, hooks, **kwargs: run(
+    *args, hooks=[TakeOne(), *hooks], **kwargs
+)
 sys.argv = ['launch.py', *sys.argv[1:]]
 runpy.run_path('launch.py', run_name='__main__')
 """
@@ -88,19 +91,19 @@ def evaluation_figures(rounds: int) -> dict[str, Any]:
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   variables = builder.create().eval_variables
   dataset = data.build_dataset(config.data, split='eval', seed=config.seed)
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluators.Evaluator(
       model, dataset, mesh, num_grid_images=config.eval.num_grid_images
   )
   images = partitioning.shard_batch(next(iter(dataset))['image'], mesh)
   forward = jax.jit(
       lambda variables, images: model.apply(
-          variables, train_step.to_float(images)
+          variables, pixels.to_float(images)
       )
   )
-  scored = jax.jit(train_step.build_eval_step(model))
+  scored = jax.jit(evaluators.build_eval_step(model))
 
   reconstructions = forward(variables, images).reconstructions
-  metric_values = jax.jit(metrics.image_metrics)
+  metric_values = jax.jit(image_metrics.image_metrics)
 
   def over_batches(function) -> blocks.Block:
     def run() -> None:

@@ -13,9 +13,10 @@ from experiments import sweep
 from experiments.benchmarks import blocks
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import partitioning
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import tokens
+from fsq_jax.runtime import partitioning
+from fsq_jax.tokenizer import tokenizer as tokenizer_lib
 
 CONFIG = 'configs/fsq_888.py'
 # Fields of each model beside those of CONFIG; and images, without a start that
@@ -67,7 +68,7 @@ def _case(
   config.data.cache_mib = 0
   encode = jax.jit(
       lambda variables, x: tokenizer.model.apply(
-          variables, x, method=tokenizers.images_to_tokens
+          variables, x, method=tokenizer_lib.images_to_tokens
       )
   )
 

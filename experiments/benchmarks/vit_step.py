@@ -14,10 +14,10 @@ import numpy as np
 from experiments import sweep
 from experiments.benchmarks import blocks
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 CONFIG = 'configs/default.py'
 BATCH_SIZE = 64

@@ -25,8 +25,9 @@ _RESULTS = pathlib.Path(__file__).with_name('results.json')
 _WRITE = """
 import sys
 import numpy as np
-from fsq_jax import data, export
+from fsq_jax import data
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import export
 
 workdir, folder = sys.argv[1:]
 tokenizer = Tokenizer.from_workdir(workdir, batch_size=10**6)

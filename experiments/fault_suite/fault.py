@@ -13,9 +13,10 @@ import numpy as np
 
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import train_state
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import loop
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENCODERS = ROOT / 'tests' / 'testdata' / 'encoders'
@@ -62,6 +63,14 @@ class Training(NamedTuple):
   model: models.Autoencoder
   optimizer: Any
   builder: train_state.StateBuilder
+
+
+def add_hook(hook: loop.Hook) -> None:
+  """Has every later run of this process call a hook after the one that logs."""
+  run = loop.run
+  loop.run = lambda *args, hooks, **kwargs: run(
+      *args, hooks=[hooks[0], hook, *hooks[1:]], **kwargs
+  )
 
 
 def toy_config(**fields: Any) -> ml_collections.ConfigDict:

@@ -14,9 +14,8 @@ from experiments.fault_suite import fault
 from fsq_jax import quantizers
 from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import convert
-from fsq_jax.quantizers import level_sets
 
-_LEVELS = (*level_sets.LEVELS.values(), (7, 5, 5, 5), (4,) * 15)
+_LEVELS = (*conventions.LEVELS.values(), (7, 5, 5, 5), (4,) * 15)
 _EXHAUSTIVE = 2**16
 # Quantizers whose latents may be anything, small.
 _KINDS = {

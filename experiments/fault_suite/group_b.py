@@ -12,17 +12,18 @@ import numpy as np
 import safetensors.numpy
 
 from experiments.fault_suite import fault
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import integrity
-from fsq_jax import partitioning
 from fsq_jax import tokenizer
-from fsq_jax import tokenizer_files
 from fsq_jax import train
-from fsq_jax import train_step
-from fsq_jax import trained
 from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import integrity
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.runtime import partitioning
+from fsq_jax.tokenizer import files as tokenizer_files
+from fsq_jax.train import step as train_step
 
 RUN = {
     'train__num_steps': 8,
@@ -41,7 +42,7 @@ class SavedRun:
     config = fault.toy_config(**RUN)
     train.train_and_evaluate(config, self.folder)
     self.abstract = fault.build_training(config).builder.abstract
-    checkpointer = checkpoint.Checkpointer(self.folder, read_only=True)
+    checkpointer = checkpoints.Checkpointer(self.folder, read_only=True)
     self.steps = checkpointer.steps
     self.states = {
         x: checkpointer.restore(x, self.abstract) for x in self.steps
@@ -56,7 +57,7 @@ class SavedRun:
 
   def restore(self, folder: pathlib.Path) -> tuple[int, bool]:
     """Returns the step that a copy goes on from, and whether it is as saved."""
-    checkpointer = checkpoint.Checkpointer(folder, keep=2)
+    checkpointer = checkpoints.Checkpointer(folder, keep=2)
     restored = checkpointer.restore_newest(lambda _: self.abstract)
     checkpointer.close()
     return restored.step, (
@@ -182,7 +183,7 @@ def _mismatches(folder: pathlib.Path, quick: bool) -> fault.Outcome:
         saved.abstract,
     )
   good, lines = {}, []
-  checkpointer = checkpoint.Checkpointer(saved.folder, read_only=True)
+  checkpointer = checkpoints.Checkpointer(saved.folder, read_only=True)
   for name, abstract in others.items():
     error = fault.refusal(checkpointer.restore, saved.steps[-1], abstract)
     good[name] = error is not None and '->' in str(error)
@@ -199,12 +200,12 @@ def _mismatches(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 def _previous(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   run = shutil.copytree(_PREVIOUS, folder / 'run')
   expected = np.load(run / 'expected.npz')
-  found = trained.find(run)
+  found = saved_model.find(run)
   mesh = partitioning.create_mesh(
       found.config.partitioning.mesh, jax.devices()[:1]
   )
-  model, variables = trained.restore(found, mesh)
-  step = jax.jit(train_step.build_eval_step(model))
+  model, variables = saved_model.restore(found, mesh)
+  step = jax.jit(evaluators.build_eval_step(model))
   tokens = np.asarray(step(variables, expected['images']).indices)
   other = int(np.sum(tokens != expected['tokens']))
   versions = json.loads((run / workdirs.RUN).read_text('utf-8'))['versions']

@@ -11,10 +11,10 @@ import numpy as np
 
 from experiments.fault_suite import fault
 from experiments.fault_suite import group_b
-from fsq_jax import checkpoint
-from fsq_jax import integrity
+from fsq_jax import checkpoints
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import integrity
 
 
 def _overrides(**fields) -> list[str]:
@@ -134,7 +134,7 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 
 def _hash_newest(folder: pathlib.Path) -> str:
-  checkpointer = checkpoint.Checkpointer(folder, read_only=True)
+  checkpointer = checkpoints.Checkpointer(folder, read_only=True)
   arrays = checkpointer._read_manifest(checkpointer.latest_step)['arrays']
   checkpointer.close()
   return integrity.hash_json(arrays)

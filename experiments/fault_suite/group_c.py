@@ -13,6 +13,8 @@ from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.data import synthetic
+from fsq_jax.report import report as report_lib
+from fsq_jax.train import loop
 
 RUN = {
     'train__num_steps': 24,
@@ -48,20 +50,20 @@ class _Crash(Exception):  # noqa: N818
 def record(stops: dict) -> dict[int, tuple]:
   """Notes the images of each step, and does what `stops` has for some."""
   taken = {}
-  take_step = train._Trainer._take_step
 
-  def take(trainer):
-    take_step(trainer)
-    step, _, indices = trainer.pending
-    before = taken.setdefault(step, tuple(indices.tolist()))
-    if before != tuple(indices.tolist()):
-      raise AssertionError(f'step {step} has other images than before')
-    if step in stops:
-      stops.pop(step)()
+  class Record(loop.Hook):
+    """Notes the images, and does what is to be done."""
 
-  train._Trainer._take_step = take
+    def after_step(self, step, state, scalars, batch):
+      indices = tuple(batch['index'].tolist())
+      if taken.setdefault(step, indices) != indices:
+        raise AssertionError(f'step {step} has other images than before')
+      if step in stops:
+        stops.pop(step)()
+
+  fault.add_hook(Record())
   # Drawing it takes longer than the steps.
-  train.report.write_report = lambda folder: None
+  report_lib.write_report = lambda folder: None
   return taken
 
 

@@ -12,12 +12,15 @@ import numpy as np
 
 from experiments.fault_suite import fault
 from experiments.fault_suite import group_c
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import data
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import loop
+from fsq_jax.train import step as train_step
+from fsq_jax.workdir import progress
 
 
 def _hash(tree) -> str:
@@ -45,7 +48,7 @@ class _Steps:
         out_shardings=(shardings, replicated),
     )
     self._evaluate = jax.jit(
-        train_step.build_eval_step(self._training.model),
+        evaluators.build_eval_step(self._training.model),
         out_shardings=replicated,
     )
 
@@ -141,7 +144,7 @@ def _moved_checkpoint(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       ((1, (1, 1)), (8, (2, 4)), (8, (1, 8)), (2, (2, 1)))
   ):
     run = workdirs.create(folder / str(number))
-    checkpointer = checkpoint.Checkpointer(run)
+    checkpointer = checkpoints.Checkpointer(run)
     checkpointer.save(1, state, {})
     checkpointer.wait()
     config.partitioning.mesh.data, config.partitioning.mesh.fsdp = sizes
@@ -185,8 +188,8 @@ def _dying_readers(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     import sys, time
     from experiments.fault_suite import fault
     from fsq_jax import train
-    from fsq_jax.data import synthetic
-    load = synthetic.SyntheticSource.load
+from fsq_jax.data import synthetic
+        load = synthetic.SyntheticSource.load
     count = [0]
     def dying(source, index):
       count[0] += 1
@@ -237,27 +240,27 @@ def _clocks(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       'train__eval_every_steps': 0,
   }
   lines, kept, offset, stops = {}, {}, [0.0], {}
-  clock, trainers = time.time, []
+  clock, saving = time.time, []
   time.time = lambda: clock() + offset[0]
   group_c.record(stops)
-  take_step = train._Trainer._take_step
+  run = loop.run
 
-  def take(trainer):
-    trainers[:] = [trainer]
-    take_step(trainer)
+  def run_and_note(*args, hooks, **kwargs):
+    saving[:] = hooks[-1:]
+    return run(*args, hooks=hooks, **kwargs)
 
-  train._Trainer._take_step = take
+  loop.run = run_and_note
 
   def jump(seconds):
     # Orbax counts its patience by the clock: not while it writes.
-    trainers[0].checkpointer.wait()
+    saving[0].finish(0, None)
     offset[0] = seconds
     os.environ['TZ'] = 'Asia/Tokyo' if seconds < 0 else 'America/Denver'
     time.tzset()
 
   for name, seconds in {'still': 0.0, 'back': -1e6, 'forth': 1e6}.items():
     said = lines.setdefault(name, [])
-    train.progress.tqdm.tqdm.write = lambda text, said=said, **_: (
+    progress.tqdm.tqdm.write = lambda text, said=said, **_: (
         said.append(text)
     )
     stops[10] = lambda seconds=seconds: jump(seconds)

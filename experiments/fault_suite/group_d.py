@@ -12,7 +12,6 @@ from experiments.fault_suite import fault
 from fsq_jax import data
 from fsq_jax.data import decoding
 from fsq_jax.data import pipelines
-from fsq_jax.data import transforms
 
 
 def encode(image: np.ndarray | Image.Image, kind: str = 'PNG', **options):
@@ -161,7 +160,7 @@ def _unusual(folder: pathlib.Path, quick: bool) -> fault.Outcome:
         np.abs(image - np.asarray(expected, np.float64)).max()
         if image.shape == np.shape(expected) else np.inf
     )
-    crop = transforms.centre_crop(image, (16, 16))
+    crop = data.centre_crop(image, (16, 16))
     if difference > tolerance or crop.shape != (16, 16, 3):
       errors[name] = float(difference)
   return fault.Outcome(

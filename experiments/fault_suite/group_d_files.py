@@ -12,7 +12,7 @@ import numpy as np
 from experiments.fault_suite import fault
 from experiments.fault_suite import group_d
 from fsq_jax.data import folder as folders
-from fsq_jax.data import prepared
+from fsq_jax.data import tfds_source
 
 
 def _huge(kind: str) -> bytes:
@@ -68,7 +68,8 @@ def _bombs(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   code = """if True:
     import sys
     from experiments.fault_suite import fault
-    from fsq_jax.data import decoding, folder
+    from fsq_jax import data
+from fsq_jax.data import folder
     source = folder.FolderSource(sys.argv[1], 'train', max_damaged_share=1.0)
     names = [source.describe(i) for i in range(len(source))]
     source.load(names.index(next(x for x in names if 'small' in x)))
@@ -76,7 +77,7 @@ def _bombs(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     for i in range(len(source)):
       try:
         source.load(i)
-      except decoding.DamagedImageError:
+      except data.DamagedImageError:
         pass
     print(len(source.damaged), fault.peak_mb() - before)
   """
@@ -178,7 +179,7 @@ def _records(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   (shard,) = root.glob('*.array_record*')
   original = shard.read_bytes()
   images = [
-      prepared.PreparedSource('', str(root), 'train').load(i)
+      tfds_source.PreparedSource('', str(root), 'train').load(i)
       for i in range(num)
   ]
   start, end = (
@@ -191,7 +192,7 @@ def _records(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     content = bytearray(original)
     content[rng.integers(start, end)] ^= 1 << rng.integers(8)
     shard.write_bytes(content)
-    source = prepared.PreparedSource(
+    source = tfds_source.PreparedSource(
         '', str(root), 'train', max_damaged_share=1.0
     )
     before = named

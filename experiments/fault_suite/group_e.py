@@ -9,12 +9,15 @@ from jax import numpy as jnp
 import numpy as np
 
 from experiments.fault_suite import fault
-from fsq_jax import checkpoint
+from fsq_jax import checkpoints
 from fsq_jax import data
-from fsq_jax import partitioning
 from fsq_jax import train
-from fsq_jax import train_step
 from fsq_jax import workdir as workdirs
+from fsq_jax.models import pixels
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import loop
+from fsq_jax.train import losses
+from fsq_jax.train import step as train_step
 
 # Pixels of an image that is to be a fault, and the fault.
 _FAULTY = {3: jnp.nan, 5: jnp.inf, 7: -jnp.inf}
@@ -45,7 +48,7 @@ _VARIANTS = {
 
 def _inject() -> None:
   """Makes images of certain pixels into NaN, infinity, or bad gradients."""
-  to_float = train_step.to_float
+  to_float = pixels.to_float
 
   @jax.custom_vjp
   def spoil(x, gradient):
@@ -65,8 +68,8 @@ def _inject() -> None:
       floats = jnp.where(faulty, value, floats)
     return floats
 
-  train_step.to_float = replaced
-  build_loss = train_step.losses.build_reconstruction_loss
+  pixels.to_float = replaced
+  build_loss = losses.build_reconstruction_loss
 
   def build(name):
     loss = build_loss(name)
@@ -82,7 +85,7 @@ def _inject() -> None:
 
     return wrapped
 
-  train_step.losses.build_reconstruction_loss = build
+  losses.build_reconstruction_loss = build
 
 
 def _step(training: fault.Training):
@@ -154,7 +157,7 @@ def _diverged(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     except train.DivergedError as error:
       message = str(error)
       first = int(message.split('Step ')[1].split(':')[0]) - limit + 1
-      checkpointer = checkpoint.Checkpointer(run)
+      checkpointer = checkpoints.Checkpointer(run)
       step = checkpointer.latest_step
       training = fault.build_training(config)
       state = checkpointer.restore(step, training.builder.abstract)
@@ -198,16 +201,17 @@ def _explosion(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   train.train_and_evaluate(fault.toy_config(**base), folder / 'calm')
   calm, warnings[:] = len(warnings), []
   at = {30, 31, 32, 45}
-  original = train._Trainer._take_step
+  run = loop.run
 
-  def take(trainer):
-    original(trainer)
-    step, scalars, indices = trainer.pending
-    factor = 150.0 if step in at else 1.0
-    scalars = {**scalars, 'loss': scalars['loss'] * factor}
-    trainer.pending = step, scalars, indices
+  def run_and_explode(*args, train_step, **kwargs):
+    def explode(state, batch):
+      state, scalars = train_step(state, batch)
+      factor = 150.0 if int(state.step) in at else 1.0
+      return state, {**scalars, 'loss': scalars['loss'] * factor}
 
-  train._Trainer._take_step = take
+    return run(*args, train_step=explode, **kwargs)
+
+  loop.run = run_and_explode
   train.train_and_evaluate(fault.toy_config(**base), folder / 'exploding')
   return fault.Outcome(
       calm == 0 and warnings == [30, 45],

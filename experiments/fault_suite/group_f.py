@@ -7,9 +7,10 @@ import re
 import time
 
 from experiments.fault_suite import fault
-from fsq_jax import config_rules
 from fsq_jax import configuration
 from fsq_jax import train
+from fsq_jax.configuration import schema
+from fsq_jax.report import report
 
 _PATHS = re.compile(
     r'data\.(name|data_dir|train_split|eval_split)|eval\.networks\..*'
@@ -72,12 +73,12 @@ def _mutations(num: int) -> list[tuple[str, str, str]]:
       type(None): ('nan', 'inf', 'x'),
   }
   made = []
-  names = [x for x in config_rules.FIELDS]
+  names = [x for x in schema.FIELDS]
   while len(made) < num:
     name = rng.choice(names)
     if rng.random() < 0.4:
       typo = _typo(name, rng)
-      if typo not in config_rules.FIELDS:
+      if typo not in schema.FIELDS:
         made.append((f'--config.{typo}=1', f'nearest: {name}', 'typo'))
       continue
     value = config
@@ -140,7 +141,7 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     config.train.num_steps = 2
     config.train.compilation_cache = ''
     # Drawing it takes longer than the steps.
-    train.report.write_report = lambda folder: None
+    report.write_report = lambda folder: None
     state = train.train_and_evaluate(config, folder / path.stem)
     good = int(state.step) == 2 and fault.all_finite(state)
     (ran if good else failed).append(path.stem)

@@ -15,16 +15,15 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from experiments.fault_suite import fault
-from fsq_jax import frechet
-from fsq_jax import initialization
+from fsq_jax import models
+from fsq_jax import perceptual
 from fsq_jax import workdir as workdirs
 from fsq_jax.data import folder as folders
-from fsq_jax.data import prepared
-from fsq_jax.models import classifiers
-from fsq_jax.models import inception
-from fsq_jax.models import lpips
-from fsq_jax.models import pretrained
-from fsq_jax.models import weight_files
+from fsq_jax.data import tfds_source
+from fsq_jax.evaluation import frechet
+from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.perceptual import classifiers
+from fsq_jax.train import initialization
 
 _ORIGIN = frechet.Origin('network', 'sha256', 'images')
 _GRID = (2, 2)
@@ -69,11 +68,11 @@ def _read_latents(path):
 
 # All that reads arrays of a file or directory.
 _LOADERS = {
-    'encoder': pretrained.load_encoder,
-    'decoder': pretrained.load_decoder,
-    'lpips': lambda path: lpips.load_lpips(path, 'alexnet'),
+    'encoder': models.load_encoder,
+    'decoder': models.load_decoder,
+    'lpips': lambda path: perceptual.load_lpips(path, 'alexnet'),
     'classifier': lambda path: classifiers.load_classifier(path, 'resnet50'),
-    'inception': inception.load_inception,
+    'inception': perceptual.load_inception,
     'weights': lambda path: _read_all(
         weight_files.open_weights, path, {'a': (1,)}
     ),
@@ -191,7 +190,7 @@ def _originals() -> dict[str, tuple[bytes, str, object]]:
       'latent statistics': (latents, 'l.safetensors', _read_latents),
       'config.json': (
           (fault.ENCODERS / 'siglip/config.json').read_bytes(), 'config.json',
-          lambda path: pretrained.build_encoder(path.parent),
+          lambda path: models.build_encoder(path.parent),
       ),
   }
 
@@ -341,13 +340,13 @@ def _escapes(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   for name in names:
     attempt(f'split {name!r}', folders.FolderSource, str(root), name)
     if name:
-      attempt(f'data.name {name!r}', prepared.find_prepared, name, str(root))
+      attempt(f'data.name {name!r}', tfds_source.find_prepared, name, str(root))
   # A version where only a name that leads upwards finds it.
   (root / 'tiny').mkdir()
   (root / '1.0.0').mkdir()
   (root / '1.0.0/dataset_info.json').write_text('{"name": "tiny"}')
   for name in ('tiny/..', 'tiny/.', 'tiny:../1.0.0', 'a/b/c', 'tiny\n'):
-    attempt(f'data.name {name!r}', prepared.find_prepared, name, str(root))
+    attempt(f'data.name {name!r}', tfds_source.find_prepared, name, str(root))
   index = root / 'weights'
   index.mkdir()
   shutil.copy(outside / 'weights/config.json', index)
@@ -360,8 +359,8 @@ def _escapes(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     (index / 'model.safetensors.index.json').write_text(
         json.dumps({'weight_map': {'a': name}})
     )
-    attempt(f'weight_map {name!r}', pretrained.load_encoder, index)
-    attempt(f'hash {name!r}', weight_files.hash_weights, index)
+    attempt(f'weight_map {name!r}', models.load_encoder, index)
+    attempt(f'hash {name!r}', models.hash_weights, index)
   for field in (
       'data.data_dir', 'data.name', 'data.train_split', 'data.eval_split',
       'model.encoder.checkpoint', 'model.decoder.mae.checkpoint',

@@ -11,6 +11,7 @@ from packaging import requirements
 
 from experiments.fault_suite import fault
 from fsq_jax import train
+from fsq_jax.train import loop
 
 _NO_NETWORK = """
 import os, sys
@@ -149,19 +150,18 @@ def _long_run(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       compiled.append(event)
 
   jax.monitoring.register_event_duration_secs_listener(count)
-  take_step = train._Trainer._take_step
   at_warm = []
 
-  def take(trainer):
-    take_step(trainer)
-    if trainer.step % every == 0:
-      memory[trainer.step] = round(fault.resident_mb(), 2)
-    if trainer.step == 2 * every + 1:
-      at_warm.append(len(compiled))
-    if trainer.step == num_steps - 1:
-      at_warm.append(len(compiled))
+  class Measure(loop.Hook):
+    """Notes memory and compilations."""
 
-  train._Trainer._take_step = take
+    def after_step(self, step, state, scalars, batch):
+      if step % every == 0:
+        memory[step] = round(fault.resident_mb(), 2)
+      if step in (2 * every + 1, num_steps - 1):
+        at_warm.append(len(compiled))
+
+  fault.add_hook(Measure())
   train.train_and_evaluate(
       fault.toy_config(
           train__num_steps=num_steps, train__eval_every_steps=2 * every,

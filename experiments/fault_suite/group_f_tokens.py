@@ -12,7 +12,7 @@ from experiments.fault_suite import fault
 from fsq_jax import quantizers
 from fsq_jax import tokens
 from fsq_jax.quantizers import convert
-from fsq_jax.tokens import manifest as manifests
+from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
 
@@ -30,8 +30,8 @@ _FIELDS = (
 _WRONG = (None, -1, 2.5, 10**18, 'x', [], [3], {}, {'x': 1}, True)
 
 
-def _job(storage: str, quantizer: quantizers.Quantizer = _FSQ) -> manifests.Job:
-  return manifests.Job(
+def _job(storage: str, quantizer: quantizers.Quantizer = _FSQ) -> tokens.Job:
+  return tokens.Job(
       storage=storage,
       quantizer=quantizer.spec(),
       codebook_size=quantizer.codebook_size,
@@ -46,10 +46,10 @@ def _job(storage: str, quantizer: quantizers.Quantizer = _FSQ) -> manifests.Job:
   )
 
 
-def _examples(job: manifests.Job, rng: np.random.Generator):
+def _examples(job: tokens.Job, rng: np.random.Generator):
   shape = (8, 4, 4, *job.index_shape)
   return [
-      shards.Example(x, str(i), -1, (16, 16), (16, 16))
+      tokens.Example(x, str(i), -1, (16, 16), (16, 16))
       for i, x in enumerate(
           rng.integers(0, job.codebook_size, shape, dtype=np.int32)
       )
@@ -87,7 +87,7 @@ def _harm_bytes(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 def _harm_manifest(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
   """Leaves out a field of the manifest, or gives it a value of another kind."""
-  path = folder / manifests.FILE
+  path = folder / manifest.FILE
   values = json.loads(path.read_text())
   name = rng.choice(_FIELDS)
   if rng.integers(4):
@@ -104,9 +104,9 @@ def _harm_manifest(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 def _harm_content(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
   """Puts tokens of another kind in a file's place, with the right hash."""
-  path = folder / manifests.FILE
+  path = folder / manifest.FILE
   values = json.loads(path.read_text())
-  job = manifests.read(folder).job
+  job = manifest.read(folder).job
   kind = rng.integers(5)
   if kind == 1:
     job = _job(job.storage, _GROUPED)
@@ -133,7 +133,7 @@ def _harm_content(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 def _harm_model(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
   """Makes the tokens those of another dialect or model, rightly described."""
-  path = folder / manifests.FILE
+  path = folder / manifest.FILE
   values = json.loads(path.read_text())
   if rng.integers(2):
     values['quantizer'] = _PAPER.spec()
@@ -153,13 +153,13 @@ def _use(folder: pathlib.Path) -> None:
 def _fuzz_files(folder: pathlib.Path, num: int) -> list[str]:
   """Harms token files; returns what was not refused."""
   rng = np.random.default_rng(0)
-  for storage in manifests.STORAGES:
+  for storage in manifest.STORAGES:
     _write(folder / storage, storage, rng)
     _use(folder / storage)
   kinds = _harm_bytes, _harm_manifest, _harm_content, _harm_model
   passed = []
   for i in range(num):
-    storage = manifests.STORAGES[i % 2]
+    storage = manifest.STORAGES[i % 2]
     harmed = folder / 'harmed'
     shutil.copytree(folder / storage, harmed)
     harm = kinds[i // 2 % len(kinds)]

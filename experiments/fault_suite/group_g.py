@@ -14,7 +14,7 @@ from experiments.fault_suite import fault
 from fsq_jax import tokens
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokens import image_states
-from fsq_jax.tokens import manifest as manifests
+from fsq_jax.tokens import manifest
 
 _NUM_IMAGES = 2000
 
@@ -82,7 +82,7 @@ def _is_reconstructed(
   paths = sorted(images.iterdir())
   originals = np.stack([np.asarray(Image.open(path)) for path in paths])
   restored = [np.asarray(Image.open(out / f'{x.name}.png')) for x in paths]
-  batch_size = manifests.read(folder).job.batch_size
+  batch_size = manifest.read(folder).job.batch_size
   tokenizer = Tokenizer.from_workdir(run, batch_size=batch_size)
   return np.array_equal(tokenizer.reconstruct(originals), np.stack(restored))
 
@@ -95,7 +95,7 @@ def _killed(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   wanted_kills, kills, same, restored = 2 if quick else 20, 0, 0, 0
   num_runs = 0
   while kills < wanted_kills:
-    storage = manifests.STORAGES[num_runs % 2]
+    storage = manifest.STORAGES[num_runs % 2]
     command = [
         sys.executable, 'launch.py', '--mode=tokenize', f'--workdir={run}',
         '--config.data.source=folder', f'--config.data.data_dir={images}',

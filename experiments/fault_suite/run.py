@@ -37,8 +37,8 @@ from experiments.fault_suite import group_f_runs
 from experiments.fault_suite import group_f_tokens
 from experiments.fault_suite import group_g
 from experiments.fault_suite import group_processes
-from fsq_jax import provenance
 from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import provenance
 
 _FOLDER = pathlib.Path(__file__).parent
 _GROUPS = (

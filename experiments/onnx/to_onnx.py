@@ -50,7 +50,7 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
   from jax.extend import core
   import jax2onnx
 
-  from fsq_jax import tokenizer as tokenizers
+  from fsq_jax.tokenizer import tokenizer as tokenizers
 
   model = tokenizer.model
   tokens = (*tokenizer.grid_size, *model.quantizer.index_shape)

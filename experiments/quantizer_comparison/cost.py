@@ -11,11 +11,11 @@ import numpy as np
 from experiments import sweep
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import runtime
-from fsq_jax import train_state
-from fsq_jax import train_step
+from fsq_jax.runtime import host
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 STEPS_A_BLOCK = 10
 BLOCKS = 15
@@ -46,7 +46,7 @@ def measure(
     quantizer_bytes of parameters and codebook state; temporary_bytes that the
     compiled step needs at most.
   """
-  runtime.keep_freed_memory()
+  host.keep_freed_memory()
   trainings = {
       name: _prepare(sweep.make_config(config_path, overrides))
       for name, overrides in variants.items()

@@ -10,15 +10,16 @@ from jax import numpy as jnp
 import ml_collections
 
 from experiments.tpu_compile import hlo_costs
+from fsq_jax import adversarial
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import optim
-from fsq_jax import partitioning
-from fsq_jax import perceptual
-from fsq_jax import train_state
-from fsq_jax import train_step
-from fsq_jax.models import classifiers
-from fsq_jax.models import lpips
+from fsq_jax.perceptual import classifiers
+from fsq_jax.perceptual import distance
+from fsq_jax.perceptual import lpips
+from fsq_jax.runtime import partitioning
+from fsq_jax.train import optim
+from fsq_jax.train import state as train_state
+from fsq_jax.train import step as train_step
 
 
 class Step(NamedTuple):
@@ -105,7 +106,7 @@ def _abstract_networks(
   if module is not None:
     variables['perceptual'] = jax.eval_shape(module.init, key, images, images)
   if config.discriminator.name == 'dino':
-    discriminator = models.build_discriminator(config.discriminator)
+    discriminator = adversarial.build_discriminator(config.discriminator)
     params = jax.eval_shape(discriminator.init, key, images)['params']
     variables['discriminator'] = {'backbone': params['backbone']}
   return module, variables
@@ -113,10 +114,10 @@ def _abstract_networks(
 
 def _compare_logits(name: str, dtype: jnp.dtype) -> nn.Module:
   classifier = classifiers.CLASSIFIERS[name](precision='default', dtype=dtype)
-  return perceptual.OutputDistance(classifier)
+  return distance.OutputDistance(classifier)
 
 
-# As `perceptual.build_perceptual_loss` builds them of files.
+# As `distance.build_perceptual_loss` builds them of files.
 _PERCEPTUAL = {
     'none': lambda _: None,
     'lpips_vgg16': lambda dtype: lpips.Lpips('vgg16', 'default', dtype),

@@ -133,7 +133,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 
   from experiments.tpu_compile import hlo_costs
   from experiments.tpu_compile import steps
-  from fsq_jax import partitioning
+  from fsq_jax.runtime import partitioning
 
   config = steps.load_config(
       ROOT, case.config, {'data.batch_size': case.batch_size, **case.fields}
@@ -331,7 +331,7 @@ def main() -> None:
     figures = compile_case(cases[arguments.case])
     arguments.to.write_text(json.dumps(figures), encoding='utf-8')
     return
-  from fsq_jax import workdir
+  from fsq_jax import workdir as workdirs
 
   results = {'cases': {}}
   if RESULTS.is_file():
@@ -343,7 +343,7 @@ def main() -> None:
       results['cases'][name] = _run_case(case)
     known = results['cases']
     results['cases'] = {x: known[x] for x in cases if x in known}
-    workdir.write_json(RESULTS, results)
+    workdirs.write_json(RESULTS, results)
   print_tables(results)
 
 

@@ -22,10 +22,10 @@ import numpy as np
 
 from experiments import sweep
 from fsq_jax import data
-from fsq_jax import partitioning
-from fsq_jax import train_step
-from fsq_jax import trained
 from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.models import pixels as train_step
+from fsq_jax.runtime import partitioning
 
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = 'configs/vqrae_fsq_dinov2_s.py'
@@ -120,9 +120,9 @@ def probe_encoders(
   """
   results = {}
   for name in names:
-    found = trained.find(workdir / name)
+    found = saved_model.find(workdir / name)
     mesh = partitioning.create_mesh(found.config.partitioning.mesh)
-    model, variables = trained.restore(found, mesh)
+    model, variables = saved_model.restore(found, mesh)
     gram, product = 0.0, 0.0
     known = found.config, model, variables
     for latents, pixels in _pairs(*known, split='train_once'):

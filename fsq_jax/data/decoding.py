@@ -38,10 +38,8 @@ MAX_BYTES = image_errors.MAX_BYTES
 DamagedImageError = image_errors.DamagedImageError
 check_num_pixels = image_errors.check_num_pixels
 check_num_bytes = image_errors.check_num_bytes
-
 # Bytes that `identify` needs.
 PREFIX_BYTES = 64
-
 # First bytes by format of Pillow. Pillow also knows formats that start other
 # programs (EPS) and formats without a signature (TGA); none of those.
 _SIGNATURES = {
@@ -61,7 +59,7 @@ _SIGNATURES = {
         b'\xff\x4f\xff\x51', b'\0\0\0\x0cjP  \r\n\x87\n',
     ),
     'ICO': (b'\0\0\1\0',),
-}  # fmt: skip
+}
 # Images that are not read, for messages.
 _UNREAD_SIGNATURES = {
     'JPEG XL': (b'\xff\x0a', b'\0\0\0\x0cJXL \r\n\x87\n'),
@@ -77,7 +75,6 @@ _UNREAD_SIGNATURES = {
 }
 # Formats that Pillow may have been built without: its name of the feature.
 _OPTIONAL = {'WEBP': 'webp', 'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
-
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

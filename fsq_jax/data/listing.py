@@ -13,19 +13,19 @@ EXTENSIONS = (
     '.apng', '.avif', '.bmp', '.dib', '.gif', '.ico', '.j2c', '.j2k', '.jfif',
     '.jp2', '.jpe', '.jpeg', '.jpf', '.jpg', '.jpx', '.mpo', '.pbm', '.pfm',
     '.pgm', '.png', '.pnm', '.ppm', '.tif', '.tiff', '.webp',
-)  # fmt: skip
+)
 _NEEDED_FORMATS = {
     '.avif': 'AVIF', '.j2c': 'JPEG2000', '.j2k': 'JPEG2000',
     '.jp2': 'JPEG2000', '.jpf': 'JPEG2000', '.jpx': 'JPEG2000',
     '.webp': 'WEBP',
-}  # fmt: skip
+}
 # Images by name that are not read.
 _UNREAD_EXTENSIONS = {
     '.ai', '.arw', '.bpg', '.cr2', '.cr3', '.cur', '.dcm', '.dds', '.dng',
     '.emf', '.eps', '.exr', '.fits', '.hdr', '.heic', '.heif', '.icns', '.jxl',
     '.jxr', '.nef', '.orf', '.pam', '.pcx', '.psd', '.qoi', '.raf', '.ras',
     '.raw', '.rw2', '.sgi', '.svg', '.tga', '.wmf', '.xbm', '.xcf', '.xpm',
-}  # fmt: skip
+}
 # Not images by name: what lies beside images.
 _OTHER_EXTENSIONS = {
     '.array_record', '.arrow', '.avi', '.bz2', '.cfg', '.csv', '.db', '.docx',
@@ -36,7 +36,7 @@ _OTHER_EXTENSIONS = {
     '.sqlite', '.tar', '.tex', '.tfrecord', '.tgz', '.toml', '.tsv', '.txt',
     '.url', '.wav', '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml',
     '.zip', '.zst', '.7z',
-}  # fmt: skip
+}
 # Decides whether a file is text.
 _TEXT_BYTES = 512
 

@@ -29,7 +29,6 @@ TRAIN_PHOTOS = {
 }
 # Never trained on.
 VALIDATION_PHOTOS = ('coffee.png', 'chelsea.png')
-
 # Crops are endless; this many are called an epoch.
 CROPS_PER_EPOCH = 10_000
 

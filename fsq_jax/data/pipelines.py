@@ -35,7 +35,7 @@ class Dataset:
     'mask': [b] bool, in evaluation only: False for unreadable images and for
       what fills up the last batch; their pixels are 0.
     'upscaled': [b] bool, in evaluation only: True for images that were scaled
-      up, see `image_source.ImageSource.upscaled`.
+      up, see `data.ImageSource.upscaled`.
 
   Attributes:
     num_examples: in the split, readable or not.

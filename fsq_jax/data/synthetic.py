@@ -8,7 +8,6 @@ from fsq_jax.data import image_source
 
 NUM_TRAIN = 8192
 NUM_VALIDATION = 256
-
 _NUM_DISCS = 3
 
 

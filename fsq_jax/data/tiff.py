@@ -24,25 +24,24 @@ _ORIENTATION = 0x0112
 _USED_TAGS = {
     254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320,
     322, 323, 324, 325, 338, 339, 530,
-}  # fmt: skip
+}
 # Those of whole numbers, as formats of `struct`.
 _TAG_TYPES = {1: 'B', 3: 'H', 4: 'I', 6: 'b', 8: 'h', 9: 'i', 16: 'Q'}
-
 # Compressions of bytes, whatever samples these are.
 _BYTE_COMPRESSIONS = {
     1: 'no', 5: 'LZW', 8: 'deflate', 32946: 'deflate', 32773: 'PackBits',
     34925: 'LZMA', 50000: 'Zstandard',
-}  # fmt: skip
+}
 _OTHER_COMPRESSIONS = {
     2: 'CCITT RLE', 3: 'CCITT fax 3', 4: 'CCITT fax 4', 6: 'old JPEG',
     7: 'JPEG', 34712: 'JPEG 2000', 50001: 'WebP', 50002: 'JPEG XL',
-}  # fmt: skip
+}
 _PHOTOMETRICS = {
     0: 'MinIsWhite', 1: 'MinIsBlack', 2: 'RGB', 3: 'palette',
     4: 'transparency mask', 5: 'CMYK', 6: 'YCbCr', 8: 'CIELAB', 9: 'ICCLAB',
     10: 'ITULAB', 32803: 'colour filter array', 32844: 'LogL',
     32845: 'LogLuv', 34892: 'linear raw',
-}  # fmt: skip
+}
 _WHITE, _BLACK, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _NUM_COLORS = {
     _WHITE: 1, _BLACK: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3, _LAB: 3

@@ -227,3 +227,25 @@ def _crop_sides(
       for side, available in zip(size, image.shape[:2], strict=True)
   )
   return height, width
+
+
+def pad(image: np.ndarray, multiples: tuple[int, int]) -> np.ndarray:
+  """Pads an image to sides that are multiples.
+
+  It is mirrored at its bottom and right, over and over where it is small. A
+  mirror image has the colours and the texture that GroupNorm's statistics, over
+  the whole image, had without it, where repeated edges would be stripes; and
+  it is defined for a single pixel.
+
+  Args:
+    image: [H, W, 3], both sides at least 1.
+    multiples: of the height and of the width, pixels.
+
+  Returns:
+    [H', W', 3] of the same dtype, with the image at its top left.
+  """
+  added = [
+      (0, -side % multiple)
+      for side, multiple in zip(image.shape[:2], multiples, strict=True)
+  ]
+  return np.pad(image, (*added, (0, 0)), mode='symmetric')

@@ -7,9 +7,9 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import partitioning
 from fsq_jax import quantizers
 from fsq_jax.quantizers import convert
+from fsq_jax.runtime import partitioning
 
 # As in RAE: a latent that never varies stays finite.
 _VARIANCE_EPSILON = 1e-5
@@ -173,3 +173,15 @@ class Autoencoder(nn.Module):
     )
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
     return latents + (sizes * noise).astype(latents.dtype)
+
+
+def stride_of(model: Autoencoder) -> int | None:
+  """What the sides of images have to be multiples of, or None.
+
+  None are models that are tied to one grid of latents: by their positions, or
+  by statistics of latents. Parts that are not have a `stride`.
+  """
+  strides = [getattr(x, 'stride', None) for x in (model.encoder, model.decoder)]
+  if None in strides or model.statistics is not None:
+    return None
+  return max(strides)

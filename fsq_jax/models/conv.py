@@ -15,7 +15,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import partitioning
+from fsq_jax.runtime import partitioning
 
 # Channels of every layer are a multiple.
 NUM_GROUPS = 32

@@ -4,10 +4,10 @@ from fsq_jax.quantizers import convert
 from fsq_jax.quantizers.base import Quantizer
 from fsq_jax.quantizers.base import QuantizerOutput
 from fsq_jax.quantizers.builder import build_quantizer
+from fsq_jax.quantizers.conventions import recommended_levels
 from fsq_jax.quantizers.digits import DigitQuantizer
 from fsq_jax.quantizers.fsq import FSQ
 from fsq_jax.quantizers.grouped import GroupedFSQ
-from fsq_jax.quantizers.level_sets import recommended_levels
 from fsq_jax.quantizers.lfq import BSQ
 from fsq_jax.quantizers.lfq import LFQ
 from fsq_jax.quantizers.none import NoQuantizer

@@ -1,4 +1,4 @@
-"""What the quantizers with a table of codes share."""
+"""Base class of quantizers with a codebook, and gradient estimators."""
 
 from typing import Any
 
@@ -6,8 +6,62 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.quantizers import base
-from fsq_jax.quantizers import estimators
 from fsq_jax.quantizers import lookup
+
+# Cosine of the angle below which vectors count as antiparallel.
+_ANTIPARALLEL = -1 + 1e-6
+_SHORTEST = 1e-12
+
+
+def straight_through(x: jax.Array, codes: jax.Array) -> jax.Array:
+  """Returns codes whose gradient goes to x as it is.
+
+  Args:
+    x: [..., d] float32 latents.
+    codes: [..., d] float32, the same shape; they get no gradient.
+  """
+  return _replace_value(x, codes)
+
+
+def rotation(x: jax.Array, codes: jax.Array) -> jax.Array:
+  """Returns codes whose gradient goes to x as if x were turned and stretched.
+
+  The rotation trick (arXiv 2410.06424): the Jacobian is |q| / |x| times the
+  rotation, in the plane of both, that takes x to q. Straight-through where it
+  is not defined: antiparallel vectors, and zero vectors.
+
+  Args:
+    x: [..., d] float32 latents.
+    codes: [..., d] float32, the same shape; they get no gradient.
+  """
+  source, target = jax.lax.stop_gradient((x, codes))
+  u, v = lookup.normalize(source), lookup.normalize(target)
+  # Lengths without squares, which overflow.
+  source_length, target_length = _dot(source, u), _dot(target, v)
+  defined = (
+      (source_length > _SHORTEST)
+      & (target_length > _SHORTEST)
+      & (_dot(u, v) > _ANTIPARALLEL)
+  )
+  w = jnp.where(defined, u + v, 1)
+  w /= jnp.linalg.norm(w, axis=-1, keepdims=True)
+  # A reflection that takes u to -v, and one that takes -v to v.
+  turned = x - 2 * _dot(x, w) * w + 2 * _dot(x, u) * v
+  stretch = target_length / jnp.maximum(source_length, _SHORTEST)
+  return _replace_value(jnp.where(defined, stretch * turned, x), codes)
+
+
+ESTIMATORS = {'straight_through': straight_through, 'rotation': rotation}
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns inner products [..., 1]; a matmul might round to bfloat16."""
+  return jnp.sum(x * y, axis=-1, keepdims=True)
+
+
+def _replace_value(x: jax.Array, value: jax.Array) -> jax.Array:
+  """Returns `value`, exactly, with the gradient of x."""
+  return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
 
 
 class CodebookQuantizer(base.Quantizer):
@@ -48,7 +102,7 @@ class CodebookQuantizer(base.Quantizer):
           f'{lookup.MAX_DISTANCES} codes; use FSQ or LFQ, which need none.'
       )
     base.check_name('metric', self.metric, lookup.METRICS)
-    base.check_name('gradient', self.gradient, estimators.ESTIMATORS)
+    base.check_name('gradient', self.gradient, ESTIMATORS)
     self._set_numbers('commitment_weight')
     super().__post_init__()
 
@@ -83,7 +137,7 @@ class CodebookQuantizer(base.Quantizer):
 
   def _pass_gradient(self, x: jax.Array, codes: jax.Array) -> jax.Array:
     """Returns codes with a gradient for x, channels on `channel_axis`."""
-    return self._channels_back(estimators.ESTIMATORS[self.gradient](x, codes))
+    return self._channels_back(ESTIMATORS[self.gradient](x, codes))
 
 
 def same_in_every_program(entries: jax.Array) -> jax.Array:

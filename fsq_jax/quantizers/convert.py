@@ -23,7 +23,7 @@ from fsq_jax.quantizers import digits as digits_lib
 _FIELDS = (
     'name', 'levels', 'convention', 'bound', 'bins', 'eps', 'num_groups',
     'num_stages', 'num_bits', 'bit_order',
-)  # fmt: skip
+)
 
 
 def quantizer_from_spec(spec: Mapping[str, Any]) -> digits_lib.DigitQuantizer:

@@ -11,7 +11,6 @@ from fsq_jax.quantizers import base
 
 FIRST_FASTEST = 'first dimension fastest'
 LAST_FASTEST = 'last dimension fastest'
-
 # float32 holds all whole numbers up to here.
 _MOST_WHOLE = 2**24
 

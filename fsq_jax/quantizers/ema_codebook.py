@@ -22,7 +22,6 @@ _SPLIT_NOISE = 1e-3
 _KMEANS_ITERATIONS = 10
 
 
-
 class EmaCodebook(NamedTuple):
   """Entries and the averages that they come from, all float32.
 

@@ -11,7 +11,6 @@ import numpy as np
 from fsq_jax.quantizers import base
 from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import digits as digits_lib
-from fsq_jax.quantizers import level_sets
 
 _NOISE_PER = ('element', 'example')
 
@@ -90,7 +89,7 @@ class FSQ(digits_lib.DigitQuantizer):
             f'{self.convention!r} knows {list(allowed)}.'
         )
     base.check_name('noise_per', self.noise_per, _NOISE_PER)
-    self.levels = level_sets.checked(
+    self.levels = conventions.checked(
         self.levels, lowest=convention.lowest_level
     )
     if self.eps is not None:

@@ -8,18 +8,14 @@ from jax import numpy as jnp
 # Most distances, tokens times entries, that are in memory at once over all
 # devices: 1 GiB of float32.
 MAX_DISTANCES = 2**28
-
 # Rows in a chunk of a program that is exported for any number of them: the last
 # chunk is filled up, so that few cost little.
 _EXPORTED_ROWS = 1024
-
 # Distances among which the position of the smallest is looked for at a time.
 _BLOCK = 128
-
 # exp(-distance / temperature) weighs the entries in the entropy loss, as in
 # MaskGIT and MAGVIT.
 ENTROPY_TEMPERATURE = 0.01
-
 # Those of a float32 but for sign and mantissa.
 _EXPONENT_BITS = 0x7F800000
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import digits as digits_lib
-from fsq_jax.quantizers import level_sets
 
 
 class ResidualFSQ(digits_lib.DigitQuantizer):
@@ -53,8 +53,8 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   stage_dropout: float = 0.0
 
   def __post_init__(self):
-    self.levels = level_sets.checked(self.levels, lowest=2)
-    most = int(math.log2(level_sets.MAX_LEVEL) / math.log2(max(self.levels)))
+    self.levels = conventions.checked(self.levels, lowest=2)
+    most = int(math.log2(conventions.MAX_LEVEL) / math.log2(max(self.levels)))
     self._set_integers('num_stages', low=1, high=most)
     self._set_numbers('stage_dropout')
     if self.stage_dropout > 1 or (self.stage_dropout and self.num_stages == 1):

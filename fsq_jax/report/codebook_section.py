@@ -354,5 +354,3 @@ def _nearest(analysis: Mapping[str, Any]) -> str:
       ' Euclidean distance of the two codes there. "Equal" is the share of'
       f' tokens that are the same.</p>{"".join(rows)}',
   )
-
-

@@ -10,7 +10,6 @@ import numpy as np
 
 # A curve with more points is drawn as means between minima and maxima.
 _MAX_POINTS = 500
-
 # (title, split, keys, scale of the y axis).
 _CURVES = (
     (

@@ -82,4 +82,3 @@ def heat_cell(text: str, strength: float, title: str) -> str:
 def decimals(value: float | None) -> str:
   """Returns two decimals; a dash for None."""
   return '\N{EN DASH}' if value is None else f'{value:.2f}'
-

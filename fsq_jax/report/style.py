@@ -1,5 +1,7 @@
 """Style and script of a report."""
 
+
+
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1e21;
   --soft: #656b73; --line: #dfe2e6; --tile: #f5f6f8; --mark: #3f7fd6;
@@ -113,7 +115,6 @@ dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
   .swap { grid-template-columns: minmax(0, 1fr); }
   .whole { max-width: 190px; } }
 """
-
 SCRIPT = """
 const slider = document.getElementById('slider');
 if (slider) {

@@ -1,5 +1,6 @@
 """Token files: data sets as tokens, written once and read in any order."""
 
+from fsq_jax.tokenizer.tokenizer import load_tokenizer
 from fsq_jax.tokens.detokenization import detokenize_workdir
 from fsq_jax.tokens.manifest import Job
 from fsq_jax.tokens.manifest import Manifest
@@ -11,7 +12,6 @@ from fsq_jax.tokens.summary import describe
 from fsq_jax.tokens.tokenization import Interrupted
 from fsq_jax.tokens.tokenization import default_folder
 from fsq_jax.tokens.tokenization import is_complete
-from fsq_jax.tokens.tokenization import load_tokenizer
 from fsq_jax.tokens.tokenization import tokenize_workdir
 
 __all__ = [

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from fsq_jax import progress
-from fsq_jax import runtime
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
-from fsq_jax.tokens import manifest as manifests
+from fsq_jax.runtime import host
+from fsq_jax.runtime import processes
+from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import tokenization
+from fsq_jax.workdir import progress
 
 _NUM_THREADS = 2
 # Of most file systems.
@@ -49,13 +50,13 @@ def detokenize_workdir(
   Raises:
     ValueError: token files that are damaged, or that another model made.
   """
-  runtime.keep_freed_memory()  # Before JAX has threads.
-  with runtime.fail_together():
+  host.keep_freed_memory()  # Before JAX has threads.
+  with processes.fail_together():
     source = sources.TokenSource(tokens)
     folder = pathlib.Path(images).expanduser().absolute()
     _check_names(source, folder)
   job = source.manifest.job
-  tokenizer = tokenization.load_tokenizer(workdir, which, job.batch_size)
+  tokenizer = tokenizers.load_tokenizer(workdir, which, job.batch_size)
   # Whole batches, so that as many images are decoded together as by one.
   size = job.batch_size
   if job.fit == 'pad':
@@ -64,7 +65,7 @@ def detokenize_workdir(
       jax.process_index() * size, len(source), jax.process_count() * size
   )
   shares = [range(i, min(i + size, len(source))) for i in starts]
-  with runtime.fail_together():
+  with processes.fail_together():
     source.check_decodable(tokenizer.spec, tokenizer.model_hash)
     workdirs.create(folder, '--images')
     _write_images(source, tokenizer, shares, folder)
@@ -107,7 +108,7 @@ def _write_images(
 def _decode(
     tokenizer: tokenizers.Tokenizer,
     batch: list[shards.Example],
-    job: manifests.Job,
+    job: manifest.Job,
 ) -> list[np.ndarray]:
   """Returns the [H, W, 3] uint8 image of each example."""
   images = [None] * len(batch)
@@ -126,7 +127,7 @@ def _decode(
   return images
 
 
-def _file(example: shards.Example, job: manifests.Job) -> str:
+def _file(example: shards.Example, job: manifest.Job) -> str:
   view = f'.view{example.view}' if job.views > 1 else ''
   return os.path.normpath(f'{example.name}{view}.png')
 

@@ -13,14 +13,13 @@ import jax
 import numpy as np
 
 from fsq_jax import data
-from fsq_jax import progress
 from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import progress
 
 HASHES_FILE = 'image_hashes.npy'
 # Of this copy of the images, so that it may be deleted: hashes are compared
 # where a time is not known.
 TIMES_FILE = '.image_times.npy'
-
 _UNKNOWN = (0, 0, 0)
 # A file that changes twice within the resolution of its times shows one time.
 # FAT's is the coarsest, 2 s.

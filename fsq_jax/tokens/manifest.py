@@ -16,7 +16,6 @@ from fsq_jax.quantizers import convert
 FILE = 'manifest.json'
 # Of what a killed run has done, until the manifest is there.
 UNFINISHED = '.unfinished'
-
 _FORMAT = 'fsq_jax tokens'
 # 2: one view of each image. 3: several.
 _VERSIONS = (2, 3)
@@ -296,7 +295,6 @@ _OBJECT = ('an object', lambda x: isinstance(x, dict))
 _COUNT = ('an integer >= 0', _is_count)
 _POSITIVE = ('1 ... 2^31', lambda x: _is_count(x) and 1 <= x <= 2**31)
 _HASH = ('64 hexadecimal digits', _is_hash)
-
 _Check = tuple[str, Callable[[Any], bool]]
 _FIELDS: Mapping[str, _Check] = {
     'format': (repr(_FORMAT), lambda x: x == _FORMAT),

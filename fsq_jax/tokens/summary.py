@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from fsq_jax import metrics
+from fsq_jax.evaluation import codebook_statistics
+from fsq_jax.evaluation import image_metrics
 from fsq_jax.tokens import manifest as manifests
 
 # Two different grids of a million share a hash with probability 3e-8.
 GRID_HASH_BYTES = 8
-
 _BITS_OF_PIXEL = 24
 # Share of grids that repeat others above which there is a warning.
 _MAX_REPEATED = 0.01
-
 _DEFINITIONS = {
     'distinct_grids': 'number of different token grids, of num_images',
     'num_without_label': 'number of images whose label is -1',
@@ -54,7 +53,7 @@ def summarize(
   """
   num_images = num_pixels = num_bytes = num_without_label = 0
   grid_hashes = []
-  statistics = metrics.CodebookStatistics(job.codebook_size)
+  statistics = codebook_statistics.CodebookStatistics(job.codebook_size)
   for record in records:
     num_images += record['num_images']
     num_pixels += record['num_pixels']
@@ -86,7 +85,7 @@ def summarize(
           None if num_bytes is None else 8 * num_bytes / num_bits
       ),
       'definitions': {
-          **{name: metrics.DEFINITIONS[name] for name in codebook},
+          **{name: image_metrics.DEFINITIONS[name] for name in codebook},
           **_DEFINITIONS,
       },
   }

@@ -17,15 +17,17 @@ import numpy as np
 
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import progress
-from fsq_jax import runtime
 from fsq_jax import tokenizer as tokenizers
-from fsq_jax import trained
 from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.runtime import host
+from fsq_jax.runtime import preemption
+from fsq_jax.runtime import processes
 from fsq_jax.tokens import image_states
-from fsq_jax.tokens import manifest as manifests
+from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
+from fsq_jax.workdir import progress
 
 # Images that are in memory together where they are not cropped.
 NUM_WHOLE = 8
@@ -64,7 +66,7 @@ def tokenize_workdir(
     which: str = 'newest',
     folder: str | os.PathLike[str] | None = None,
     verify_images: bool = False,
-) -> manifests.Manifest:
+) -> manifest.Manifest:
   """Writes the tokens of a data set, in the order of its images.
 
   Each image has one token grid, of the crop that evaluation takes, or one for
@@ -94,44 +96,48 @@ def tokenize_workdir(
     Interrupted: by SIGTERM or SIGINT, of any process.
     PeerError: another of several processes has failed.
   """
-  runtime.keep_freed_memory()  # Before JAX has threads.
+  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, mode='tokenize')
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
   # Before the model, which takes long: they may be missing.
-  with runtime.fail_together():
+  with processes.fail_together():
     source = _open_source(data_config, config.tokenize)
-  tokenizer = load_tokenizer(workdir, which, config.data.eval_batch_size)
+  tokenizer = tokenizers.load_tokenizer(
+      workdir, which, config.data.eval_batch_size
+  )
   with contextlib.ExitStack() as stack:
-    with runtime.fail_together():
-      trained.check_same_model(tokenizer.config, configuration.resolve(config))
+    with processes.fail_together():
+      saved_model.check_same_model(
+          tokenizer.config, configuration.resolve(config)
+      )
       job = _make_job(config, tokenizer, source)
       writer = writers.TokenWriter(folder, job)
       if jax.process_index() == 0 and not writer.is_finished:
-        unfinished = folder / manifests.UNFINISHED
+        unfinished = folder / manifest.UNFINISHED
         stack.enter_context(workdirs.lock(unfinished, '--tokens'))
         writer.start()
     run = _Run(data_config, tokenizer, source, job, writer, verify_images)
     if writer.is_finished:
-      with runtime.fail_together():
+      with processes.fail_together():
         run.check_images()
     else:
-      request = stack.enter_context(runtime.catch_signals(together=False))
-      with runtime.fail_together():
+      request = stack.enter_context(preemption.catch_signals(together=False))
+      with processes.fail_together():
         is_whole = run.write_shards(request)
-      if runtime.is_any(not is_whole):
+      if processes.is_any(not is_whole):
         raise Interrupted
-    with runtime.fail_together():
+    with processes.fail_together():
       if jax.process_index() == 0:
         writer.finish(max_damaged_share=config.data.max_damaged_share)
-    return manifests.read(folder)
+    return manifest.read(folder)
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
   """Returns whether a folder has all token files of an earlier run."""
-  return (pathlib.Path(folder).expanduser() / manifests.FILE).is_file()
+  return (pathlib.Path(folder).expanduser() / manifest.FILE).is_file()
 
 
 def default_folder(
@@ -157,30 +163,10 @@ def default_folder(
   return pathlib.Path(workdir) / 'tokens' / name
 
 
-def load_tokenizer(
-    workdir: str | os.PathLike[str], which: str, batch_size: int = 64
-) -> tokenizers.Tokenizer:
-  """Loads the tokenizer of a run, or one that was saved as a folder.
-
-  Args:
-    workdir: folder of either.
-    which: checkpoint of a run; a saved tokenizer has but one.
-    batch_size: images that devices take together.
-
-  Returns:
-    The tokenizer, on the devices of this process.
-  """
-  if (pathlib.Path(workdir).expanduser() / 'model.safetensors').exists():
-    return tokenizers.Tokenizer.from_pretrained(workdir, batch_size=batch_size)
-  return tokenizers.Tokenizer.from_workdir(
-      workdir, which, batch_size=batch_size
-  )
-
-
 def apply_filled(
     function: Callable[[np.ndarray], np.ndarray],
     x: np.ndarray,
-    job: manifests.Job,
+    job: manifest.Job,
 ) -> np.ndarray:
   """Applies a function to at most a batch, which it gets whole under 'crop'.
 
@@ -223,7 +209,7 @@ def _make_job(
     config: ml_collections.ConfigDict,
     tokenizer: tokenizers.Tokenizer,
     source: data.ImageSource,
-) -> manifests.Job:
+) -> manifest.Job:
   quantizer = tokenizer.model.quantizer
   augmentation = None
   if config.tokenize.views > 1:
@@ -233,7 +219,7 @@ def _make_job(
         'flip': config.data.flip,
         'color_jitter': config.data.color_jitter,
     }
-  return manifests.Job(
+  return manifest.Job(
       storage=config.tokenize.storage,
       quantizer=tokenizer.spec,
       codebook_size=quantizer.codebook_size,
@@ -258,7 +244,7 @@ class _Run:
       config: ml_collections.ConfigDict,
       tokenizer: tokenizers.Tokenizer,
       source: data.ImageSource,
-      job: manifests.Job,
+      job: manifest.Job,
       writer: writers.TokenWriter,
       verify_images: bool = False,
   ):
@@ -281,7 +267,7 @@ class _Run:
     if not isinstance(self._source, data.EncodedSource):
       return  # What they are is in the job.
     folder = self._writer.folder
-    content = manifests.read(folder).content_sha256
+    content = manifest.read(folder).content_sha256
     if content is None:
       logging.warning(
           '%s was written by an earlier version, without hashes of the images:'
@@ -309,7 +295,7 @@ class _Run:
         num_threads=self._config.num_threads,
     )
 
-  def write_shards(self, request: runtime.StopRequest) -> bool:
+  def write_shards(self, request: preemption.StopRequest) -> bool:
     """Writes those of this process's shards that are not there yet.
 
     Args:

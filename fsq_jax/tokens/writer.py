@@ -15,7 +15,7 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import source as sources
+from fsq_jax.tokens import source
 from fsq_jax.tokens import summary
 
 _JOB = 'job.json'
@@ -104,7 +104,7 @@ class TokenWriter:
         record is not None
         and 'grid_hashes' in record  # Earlier programs did not write them.
         and path.is_file()
-        and sources.hash_file(path) == record['sha256']
+        and source.hash_file(path) == record['sha256']
     )
 
   def damaged(self, shard: int) -> list[Damage]:
@@ -138,7 +138,7 @@ class TokenWriter:
     shards.write(temporary, examples, self._job)
     with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
-    digest = sources.hash_file(temporary)
+    digest = source.hash_file(temporary)
     os.replace(temporary, path)
     tokens = [x.tokens.reshape(-1) for x in examples]
     codes, counts = np.unique(

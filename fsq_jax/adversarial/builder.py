@@ -1,0 +1,54 @@
+"""Builds the discriminator that the `discriminator` section describes."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+from jax import numpy as jnp
+
+from fsq_jax import models
+from fsq_jax.adversarial import dino_discriminator
+from fsq_jax.adversarial import discriminators
+
+_DISCRIMINATORS = {
+    'dino': dino_discriminator.DinoDiscriminator,
+    'patch': discriminators.PatchDiscriminator,
+    'stylegan': discriminators.StyleGanDiscriminator,
+}
+
+
+def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
+  """Builds the discriminator that the section of that name describes.
+
+  Args:
+    config: the `discriminator` section; see configs/default.py. No file is
+      read: see `load_discriminator_backbone`.
+
+  Returns:
+    The unbound module, of images to [B, N] logits.
+
+  Raises:
+    ValueError: an unknown name or architecture.
+  """
+  name = config['name']
+  if name not in _DISCRIMINATORS:
+    raise ValueError(
+        f'discriminator.name is {name!r}; known: {sorted(_DISCRIMINATORS)}.'
+    )
+  fields = {
+      field: tuple(value) if isinstance(value, list | tuple) else value
+      for field, value in config[name].items()
+      if field != 'checkpoint'
+  }
+  if name == 'dino':
+    try:
+      architecture = models.parse_architecture(fields['architecture'])
+    except ValueError as error:
+      raise ValueError(f'discriminator.dino: {error}') from error
+    fields['dtype'] = jnp.dtype(fields['dtype'])
+    # As in the discriminators that it is known from.
+    fields['architecture'] = dataclasses.replace(
+        architecture, activation='gelu_tanh'
+    )
+  return _DISCRIMINATORS[name](**fields)

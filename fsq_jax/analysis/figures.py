@@ -1,0 +1,322 @@
+"""What tokens decode to: one of them swapped, a code alone, alike grids."""
+
+import base64
+from collections.abc import Mapping, Sequence
+import io
+import math
+from typing import Any
+
+from einops import rearrange
+import jax
+from jax import numpy as jnp
+import numpy as np
+import PIL.Image
+
+from fsq_jax import models
+from fsq_jax import quantizers
+from fsq_jax.models import pixels
+from fsq_jax.runtime import partitioning
+
+# Rows of a figure of swaps, one for each digit, and images in a row.
+_MAX_SWAPPED_DIGITS = 12
+_MAX_SWAPS = 9
+# A swap is shown with so many patches on each side of the token's own.
+_PATCHES_AROUND = 2
+_NUM_NEAREST = 5
+
+
+class Decoder:
+  """Decodes any number of token grids, in batches of one shape."""
+
+  def __init__(
+      self,
+      model: models.Autoencoder,
+      variables: Mapping[str, Any],
+      mesh: jax.sharding.Mesh,
+      batch_size: int,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: an autoencoder with tokens.
+      variables: of the model.
+      mesh: from `partitioning.create_mesh`.
+      batch_size: grids decoded at a time.
+    """
+    self.quantizer = model.quantizer
+    self._variables = variables
+    self._mesh = mesh
+    self._batch_size = batch_size
+
+    def codes(module, tokens):
+      return module.quantizer.indices_to_codes(tokens)
+
+    def decode(variables, tokens):
+      images = model.apply(variables, tokens, method='decode_from_indices')
+      return pixels.to_uint8(images)
+
+    def distances(variables, queries, tokens):
+      queries = model.apply(variables, queries, method=codes)
+      others = model.apply(variables, tokens, method=codes)
+      # A query at a time, so that nothing is [queries, tokens, h, w, d].
+      return jax.lax.map(
+          lambda query: jnp.mean(
+              jnp.sum(jnp.square(others - query), axis=-1), axis=(1, 2)
+          ),
+          queries,
+      )
+
+    # Every process gets all of it.
+    jit_kwargs = {'out_shardings': partitioning.replicated(mesh)}
+    self._codes = jax.jit(
+        lambda variables, tokens: model.apply(variables, tokens, method=codes),
+        **jit_kwargs,
+    )
+    self._decode = jax.jit(decode, **jit_kwargs)
+    self._distances = jax.jit(distances, **jit_kwargs)
+
+  def codes(self, indices: np.ndarray) -> np.ndarray:
+    """Returns float32 codes [..., code_dim] of int32 indices."""
+    return np.asarray(self._codes(self._variables, self._put(indices)))
+
+  def decode(self, tokens: np.ndarray) -> np.ndarray:
+    """Returns [n, H, W, 3] uint8 images of [n, h, w, *index_shape] tokens."""
+    images = [
+        np.asarray(self._decode(self._variables, block))
+        for block in self._blocks(tokens)
+    ]
+    return np.concatenate(images)[: len(tokens)]
+
+  def distances(self, queries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Returns how far the codes of token grids are from each other.
+
+    Args:
+      queries: [q, h, w, *index_shape] int32.
+      tokens: [n, h, w, *index_shape] int32.
+
+    Returns:
+      [q, n] float32: mean over positions of the squared Euclidean distance of
+      the codes there; NaN where a token is invalid.
+    """
+    queries = self._put(queries)
+    distances = [
+        np.asarray(self._distances(self._variables, queries, block))
+        for block in self._blocks(tokens)
+    ]
+    return np.concatenate(distances, axis=1)[:, : len(tokens)]
+
+  def _blocks(self, tokens: np.ndarray):
+    for start in range(0, len(tokens), self._batch_size):
+      block = tokens[start : start + self._batch_size]
+      rest = self._batch_size - len(block)
+      yield self._put(np.concatenate([block, block[:1].repeat(rest, axis=0)]))
+
+  def _put(self, x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_process_local_data(
+        partitioning.replicated(self._mesh), x
+    )
+
+
+def png(image: np.ndarray, max_side: int = 256) -> str:
+  """Returns a PNG in base64, for JSON and HTML.
+
+  Args:
+    image: [H, W, 3] uint8.
+    max_side: larger images are shrunk, by a whole number, to at most this.
+  """
+  shown = PIL.Image.fromarray(image)
+  shown = shown.reduce(math.ceil(max(shown.size) / max_side))
+  file = io.BytesIO()
+  shown.save(file, 'png')
+  return base64.b64encode(file.getvalue()).decode()
+
+
+def swatches(decoder: Decoder, codes: Sequence[int], grid: tuple[int, int]):
+  """Returns a PNG for each code: the middle patch of a grid of that code.
+
+  Args:
+    decoder: of a model whose tokens have one index.
+    codes: indices.
+    grid: rows and columns of tokens.
+  """
+  tokens = np.asarray(codes, np.int32)[:, None, None]
+  images = decoder.decode(np.broadcast_to(tokens, (len(codes), *grid)))
+  middle = _patch((grid[0] // 2, grid[1] // 2), grid, images.shape[1:3])
+  return [png(image[middle]) for image in images]
+
+
+def swap(
+    decoder: Decoder, tokens: np.ndarray, position: tuple[int, int]
+) -> dict[str, Any]:
+  """Decodes a grid with one token changed, in one way after the other.
+
+  Where codes have digits, each digit of the token takes each of its levels,
+  the others as they are. Where they have none, the token becomes the codes at
+  rank 1, 2, 4, ... of Euclidean distance from its own.
+
+  Args:
+    decoder: of the model.
+    tokens: [h, w, *index_shape] int32, valid ones.
+    position: row and column of the token.
+
+  Returns:
+    Plain values and PNGs, ready for JSON; 'rows' holds one dict for each digit.
+  """
+  if isinstance(decoder.quantizer, quantizers.DigitQuantizer):
+    rows = _digit_swaps(decoder.quantizer, tokens[position])
+    num_digits = tokens[position].size * len(decoder.quantizer.levels)
+  else:
+    rows, num_digits = [_code_swaps(decoder, tokens[position])], 0
+  grids = [tokens]
+  for row in rows:
+    for cell in row['cells']:
+      grid = tokens.copy()
+      grid[position] = cell.pop('token')
+      grids.append(grid)
+  plain, *images = decoder.decode(np.stack(grids))
+  grid, size = tokens.shape[:2], plain.shape[:2]
+  around = _patch(position, grid, size, margin=_PATCHES_AROUND)
+  patch = _patch(position, grid, size)
+  changes = [image.astype(np.int32) - plain for image in images]
+  largest = max(int(np.abs(change[around]).max()) for change in changes)
+  gain = 127 / max(largest, 1)
+  cells = (cell for row in rows for cell in row['cells'])
+  for cell, image, change in zip(cells, images, changes, strict=True):
+    cell['rms'] = float(np.sqrt(np.mean(np.square(change[patch]))))
+    cell['image'] = png(image[around])
+    shown = np.rint(128 + gain * change[around]).clip(0, 255)
+    cell['difference'] = png(shown.astype(np.uint8))
+  ends = np.cumsum([len(row['cells']) for row in rows])
+  for row, end in zip(rows, ends, strict=True):
+    squares = np.square(changes[end - len(row['cells']) : end])
+    inside = sum(int(square[patch].sum()) for square in squares)
+    row['share_in_patch'] = inside / max(int(squares.sum()), 1)
+  return {
+      'position': list(position),
+      # Left, top, width, height of the patch, in shares of the image.
+      'box': [
+          patch[1].start / size[1],
+          patch[0].start / size[0],
+          (patch[1].stop - patch[1].start) / size[1],
+          (patch[0].stop - patch[0].start) / size[0],
+      ],
+      'token': tokens[position].tolist(),
+      'num_digits': num_digits,
+      'gain': gain,
+      'rows': rows,
+      'reconstruction': png(plain),
+  }
+
+
+def nearest(
+    decoder: Decoder, tokens: np.ndarray, index: np.ndarray, num_queries: int
+) -> list[dict[str, Any]]:
+  """Finds the grids whose codes are nearest to those of some of the grids.
+
+  Args:
+    decoder: of the model.
+    tokens: [n, h, w, *index_shape] int32.
+    index: [n] numbers of their images.
+    num_queries: grids, evenly spread, for which the nearest are found.
+
+  Returns:
+    For each query, the query and its nearest with distances and PNGs, ready
+    for JSON; [] of fewer than two grids.
+  """
+  valid = np.all(tokens >= 0, axis=tuple(range(1, tokens.ndim)))
+  tokens, index = tokens[valid], index[valid]
+  if len(tokens) < 2:
+    return []
+  queries = (np.arange(num_queries) + 0.5) * len(tokens) / num_queries
+  queries = np.unique(queries.astype(int))
+  distances = decoder.distances(tokens[queries], tokens)
+  results = []
+  for query, row in zip(queries, distances, strict=True):
+    order = np.argsort(row, kind='stable')
+    order = order[order != query][:_NUM_NEAREST]
+    images = decoder.decode(tokens[[query, *order]])
+    results.append({
+        'index': int(index[query]),
+        'image': png(images[0]),
+        'nearest': [
+            {
+                'index': int(index[i]),
+                'distance': float(row[i]),
+                'equal_tokens': float(np.mean(tokens[i] == tokens[query])),
+                'image': png(image),
+            }
+            for i, image in zip(order, images[1:], strict=True)
+        ],
+    })
+  return results
+
+
+def _digit_swaps(
+    quantizer: quantizers.DigitQuantizer, token: np.ndarray
+) -> list[dict[str, Any]]:
+  """Rows of swaps of a token [*index_shape], which are under 'token'."""
+  digits = np.asarray(quantizer.indices_to_digits(token))
+  own = rearrange(digits[None], 'one ... d -> (one ...) d')
+  rows = []
+  for slot, dimension in list(np.ndindex(own.shape))[:_MAX_SWAPPED_DIGITS]:
+    level = quantizer.levels[dimension]
+    values = np.linspace(0, level - 1, min(level, _MAX_SWAPS)).round()
+    values = np.union1d(values.astype(int), [own[slot, dimension]])
+    changed = own[None].repeat(len(values), axis=0)
+    changed[:, slot, dimension] = values
+    changed = changed.reshape(len(values), *digits.shape)
+    swapped = np.asarray(quantizer.digits_to_indices(changed))
+    rows.append({
+        'slot': slot,
+        'dimension': dimension,
+        'cells': [
+            {
+                'level': int(value),
+                'own': bool(value == own[slot, dimension]),
+                'token': index,
+            }
+            for value, index in zip(values, swapped, strict=True)
+        ],
+    })
+  return rows
+
+
+def _code_swaps(decoder: Decoder, token: np.ndarray) -> dict[str, Any]:
+  """A row of swaps of a token [], which are under 'token'."""
+  size = decoder.quantizer.codebook_size
+  codes = decoder.codes(np.arange(size, dtype=np.int32))
+  distances = np.linalg.norm(codes - codes[token], axis=-1)
+  order = np.argsort(distances, kind='stable')
+  order = np.concatenate([[token], order[order != token]])
+  powers = math.floor(math.log2(size - 1)) if size > 1 else -1
+  ranks = np.linspace(0, powers, min(powers + 1, _MAX_SWAPS - 1)).round()
+  ranks = [0, *(2**ranks.astype(int)).tolist()]
+  return {
+      'cells': [
+          {
+              'code': int(order[rank]),
+              'rank': rank,
+              'distance': float(distances[order[rank]]),
+              'own': rank == 0,
+              'token': order[rank],
+          }
+          for rank in ranks
+      ]
+  }
+
+
+def _patch(
+    position: tuple[int, int],
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    *,
+    margin: int = 0,
+) -> tuple[slice, slice]:
+  """Pixels of a token in an image of `size`, with patches around it."""
+  return tuple(
+      slice(
+          max(i - margin, 0) * side // num,
+          min(i + 1 + margin, num) * side // num,
+      )
+      for i, num, side in zip(position, grid, size, strict=True)
+  )

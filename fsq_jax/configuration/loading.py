@@ -1,0 +1,332 @@
+"""Configs: loading, checking, JSON, and what changed between two of them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+import difflib
+import functools
+import json
+import operator
+import os
+import pathlib
+import runpy
+import sys
+from typing import Any
+
+import ml_collections
+
+from fsq_jax.configuration import rules
+from fsq_jax.configuration import schema
+
+Config = ml_collections.ConfigDict
+# Fields and sections that earlier runs have saved no value of, and what it was.
+# Functions compute it from the section that the field belongs to.
+_ADDED = {
+    'data.allow_upscaling': lambda data: (
+        0 < data.get('resize_shorter', 0) < max(data.get('image_size', (0,)))
+    ),
+    'data.label_names': (),
+    'discriminator.dino.dtype': 'float32',
+    'losses.perceptual.dtype': 'float32',
+    'partitioning.mesh.tensor': 1,
+    'tokenize': {
+        'split': 'eval',
+        'fit': 'crop',
+        'storage': 'array_record',
+        'images_per_shard': 4096,
+    },
+    'tokenize.views': 1,
+}
+# Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
+# of its model, so modes that read one need no other weights.
+_USES = {
+    'train': schema.USES,
+    'eval': {'images'},
+    'report': {'images'},
+    'tokenize': {'images'},
+    'detokenize': set(),
+    'export': set(),
+    'prepare': set(),
+    'latent_statistics': {'images', 'initialization'},
+}
+# Fields that are paths: absolute in the config of a run, which later commands
+# use from other folders. Not train.compilation_cache, which only training uses.
+PATHS = (
+    'data.data_dir', 'discriminator.dino.checkpoint',
+    'losses.perceptual.checkpoint', 'model.decoder.mae.checkpoint',
+    'model.encoder.checkpoint', 'model.latent_statistics', 'train.init_from',
+    *(name for name in schema.FIELDS if name.startswith('eval.networks.'))
+)
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+  """Runs the `get_config()` of a config file.
+
+  Meanwhile the folder above the file's can be imported from, so that a config
+  may start from its neighbour: `from configs import default`.
+
+  Args:
+    path: a Python file. It is executed: load only files you trust.
+
+  Returns:
+    The config, locked against new fields, not checked.
+
+  Raises:
+    ValueError: no such file, or one that fails or returns something else.
+  """
+  path = pathlib.Path(path).absolute()
+  if not path.is_file():
+    raise ValueError(f'There is no config file {path}.')
+  if path.suffix == '.json':
+    raise ValueError(
+        f'{path} is JSON; a config file is Python. A run whose config.json this'
+        ' is needs only its --workdir, except to train.'
+    )
+  root = str(path.parent.parent)
+  sys.path.insert(0, root)
+  try:
+    get_config = runpy.run_path(str(path)).get('get_config')
+    config = get_config() if callable(get_config) else None
+  except Exception as error:
+    raise ValueError(
+        f'Config file {path} fails with {type(error).__name__}: {error}'
+    ) from error
+  finally:
+    sys.path.remove(root)
+  if not callable(get_config):
+    raise ValueError(
+        f'Config file {path} has no function get_config(); define one that'
+        ' returns an ml_collections.ConfigDict, as configs/debug.py does.'
+    )
+  if not isinstance(config, Config):
+    raise ValueError(
+        f'get_config() of {path} returns {type(config).__name__}; return an'
+        ' ml_collections.ConfigDict.'
+    )
+  return config.lock()
+
+
+def check_config(
+    config: Mapping[str, Any] | Config,
+    num_devices: int | None = None,
+    *,
+    mode: str = 'train',
+) -> None:
+  """Raises one ValueError that lists everything that is wrong with a config.
+
+  Looks at no device, and at no file but the folder of data.source 'folder' and
+  the description of an encoder whose architecture is 'checkpoint'.
+
+  Args:
+    config: see configs/default.py. Integers may stand for floats and lists
+      for tuples.
+    num_devices: devices of all processes; None leaves out what depends on it.
+    mode: of launch.py. What it does not use may be missing: images, weights
+      that a new run starts from, networks of the losses.
+
+  Raises:
+    ValueError: missing, unknown or wrong fields, and what is allowed.
+  """
+  uses = _USES[mode]
+  fields = dict(flatten(config))
+  for name, part in schema.PLACEHOLDERS.items():
+    if part not in uses and name in fields and fields[name] is None:
+      fields[name] = ''
+  problems = describe_unknown(fields)
+  for name, rule in schema.FIELDS.items():
+    if name not in fields:
+      problems.append(f'{name} is missing; allowed: {rule.allowed}.')
+    elif not rule.fits(fields[name]):
+      given = fields.pop(name)
+      problems.append(f'{name} is {given!r}; allowed: {rule.allowed}.')
+  # Rules between fields hold for those that are right by themselves.
+  for rule in schema.cross_rules(num_devices, uses):
+    values = {name: fields[name] for name in rule.fields if name in fields}
+    if len(values) == len(rule.fields) and not rule.fits(*values.values()):
+      given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
+      problems.append(f'{given}; allowed: {rule.allowed}.')
+  problems.extend(_quantizer_problems(fields))
+  if not problems:
+    problems.extend(_model_problems(config))
+  if problems:
+    raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
+
+
+def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what the quantizer refuses, if its fields are all there."""
+  quantizer = fields.get('model.quantizer.name')
+  prefix = f'model.quantizer.{quantizer}.'
+  names = [name for name in schema.FIELDS if name.startswith(prefix)]
+  if not names or any(name not in fields for name in names):
+    return
+  # Here, since it imports JAX, which the command line starts without.
+  from fsq_jax import quantizers
+
+  options = {name.removeprefix(prefix): fields[name] for name in names}
+  try:
+    quantizers.build_quantizer({'name': quantizer, **options})
+  except ValueError as error:
+    yield f'model.quantizer.{quantizer}: {error}'
+
+
+def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
+  """Yields why parts that are right by themselves make no model."""
+  # Here, for the same reason.
+  from fsq_jax import models
+
+  try:
+    models.build_autoencoder(config['model'], config['data']['image_size'])
+  except ValueError as error:
+    yield str(error)
+
+
+def describe_unknown(names: Iterable[str]) -> list[str]:
+  """Says which dotted names are not fields, and which fields come close."""
+  problems = []
+  for name in names:
+    if name not in schema.FIELDS:
+      nearest = difflib.get_close_matches(
+          name, schema.FIELDS, n=3, cutoff=0
+      )
+      if not any(x.startswith(f'{name}.') for x in schema.FIELDS):
+        nearest = find_fields(name)[:3] or nearest
+      problems.append(
+          f'{name} is not a field of a config; nearest: {", ".join(nearest)}.'
+      )
+  return problems
+
+
+def find_fields(name: str) -> list[str]:
+  """Returns the dotted names that end with a name, shortest first."""
+  names = [x for x in schema.FIELDS if f'.{x}'.endswith(f'.{name}')]
+  return sorted(names, key=lambda x: (x.count('.'), x))
+
+
+def find_rule(name: str) -> rules.Rule:
+  """Returns what the field of a dotted name may hold."""
+  return schema.FIELDS[name]
+
+
+def config_to_json(config: Config) -> str:
+  """Writes a config as plain JSON, references resolved, tuples as lists."""
+  return json.dumps(config.to_dict(), indent=2, allow_nan=False) + '\n'
+
+
+def config_from_json(text: str) -> Config:
+  """Reads what `config_to_json` wrote; every list becomes a tuple again.
+
+  Args:
+    text: a JSON object: a config, or a saved tokenizer's config.json.
+
+  Returns:
+    The config, locked against new fields, not checked.
+
+  Raises:
+    ValueError: other text.
+  """
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'The saved config is not JSON: {error}.') from error
+  if not isinstance(values, dict):
+    raise ValueError(
+        f'The saved config is JSON of a {type(values).__name__}; it must be an'
+        ' object.'
+    )
+  if isinstance(values.get('config'), dict):
+    values = values['config']
+  config = Config(_with_tuples(values))
+  for name, value in _ADDED.items():
+    *sections, field = name.split('.')
+    section = config
+    for part in sections:
+      section = section.get(part) if isinstance(section, Config) else None
+    if isinstance(section, Config) and field not in section:
+      section[field] = value(section) if callable(value) else value
+  return config.lock()
+
+
+def diff_configs(
+    saved: Mapping[str, Any] | Config, current: Mapping[str, Any] | Config
+) -> list[str]:
+  """Lists the fields that differ as 'field: saved -> current'.
+
+  A relative path, as runs of earlier versions have saved it, equals the
+  absolute one that it is in the current folder.
+  """
+  saved, current = (
+      {name: _absolute(name, value) for name, value in flatten(config)}
+      for config in (saved, current)
+  )
+  absent = object()
+
+  def show(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else 'absent'
+
+  return [
+      f'{name}: {show(saved, name)} -> {show(current, name)}'
+      for name in sorted(saved | current)
+      if saved.get(name, absent) != current.get(name, absent)
+  ]
+
+
+def resolve(config: Config) -> Config:
+  """Returns a copy that can be used from another folder and without files.
+
+  Paths become absolute. The architecture 'checkpoint' of a pretrained encoder
+  becomes the one that its checkpoint has.
+
+  Args:
+    config: one that `check_config` accepts.
+  """
+  from fsq_jax import models
+
+  config = resolve_paths(config)
+  encoder = config.model.encoder
+  if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
+    module = models.build_encoder(encoder.checkpoint)
+    encoder.architecture = models.describe_architecture(module.architecture)
+  return config
+
+
+def resolve_paths(config: Config) -> Config:
+  """Returns a copy whose paths are absolute, `~` expanded; '' and None stay.
+
+  Runs of earlier versions have paths as they were given: relative ones are
+  looked for from the current folder.
+  """
+  # Not ConfigDict(config), which shares its sections.
+  config = config.copy_and_resolve_references()
+  for name, value in flatten(config):
+    if name in PATHS:
+      *sections, field = name.split('.')
+      section = functools.reduce(operator.getitem, sections, config)
+      section[field] = _absolute(name, value)
+  return config
+
+
+def _absolute(name: str, value: Any) -> Any:
+  """Makes the value of a field of `PATHS` absolute; keeps '' and others."""
+  if name in PATHS and isinstance(value, str) and value:
+    return os.path.abspath(os.path.expanduser(value))
+  return value
+
+
+def flatten(
+    config: Mapping[str, Any] | Config, prefix: str = ''
+) -> Iterator[tuple[str, Any]]:
+  """Yields dotted names and values, lists as tuples, empty sections whole."""
+  if isinstance(config, Config):
+    config = config.to_dict()
+  for key, value in config.items():
+    if isinstance(value, Mapping) and value:
+      yield from flatten(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', _with_tuples(value)
+
+
+def _with_tuples(value: Any) -> Any:
+  """Replaces lists by tuples at any depth."""
+  if isinstance(value, Mapping):
+    return {key: _with_tuples(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(map(_with_tuples, value))
+  return value

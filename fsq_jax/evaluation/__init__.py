@@ -1,0 +1,1 @@
+"""Evaluation: metrics, codebook statistics, whole splits."""

@@ -1,0 +1,197 @@
+"""Evaluation over a whole split: image metrics and codebook statistics."""
+
+from collections.abc import Callable, Iterator, Mapping
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import ml_collections
+
+from fsq_jax import data
+from fsq_jax import workdir as workdirs
+from fsq_jax.evaluation import image_metrics
+from fsq_jax.evaluation import network_metrics
+from fsq_jax.evaluation import results as results_lib
+from fsq_jax.models import pixels
+from fsq_jax.runtime import partitioning
+
+
+class Evaluator:
+  """Evaluates parameters on a split, each image once.
+
+  The numbers depend neither on the batch size nor on the number of devices.
+  """
+
+  def __init__(
+      self,
+      model: nn.Module,
+      dataset: data.Dataset,
+      mesh: jax.sharding.Mesh,
+      *,
+      num_grid_images: int,
+      networks: network_metrics.NetworkMetrics | None = None,
+  ):
+    """Functions are compiled on first call.
+
+    Args:
+      model: an autoencoder.
+      dataset: built with split='eval'.
+      mesh: from `partitioning.create_mesh`.
+      num_grid_images: originals and reconstructions to return.
+      networks: what networks measure, of the same data set; None for nothing.
+    """
+    if networks is None:
+      networks = network_metrics.NetworkMetrics({}, mesh, images={})
+    self._networks = networks
+    self._quantizer = model.quantizer
+    self._dataset = dataset
+    self._mesh = mesh
+    self._num_grid_images = num_grid_images
+    # Every process gets the results of the whole batch.
+    self._eval_step = jax.jit(
+        build_eval_step(model),
+        out_shardings=partitioning.replicated(mesh),
+    )
+    self._gather = jax.jit(
+        lambda batch: batch, out_shardings=partitioning.replicated(mesh)
+    )
+
+  def run(
+      self,
+      variables: Mapping[str, Any],
+      *,
+      before_batch: Callable[[], None] = lambda: None,
+  ) -> results_lib.Evaluation:
+    """Evaluates the variables of the model.
+
+    Args:
+      variables: params and the model's other collections.
+      before_batch: called before each batch is counted; an error that it raises
+        abandons the evaluation.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      ValueError: the split holds no readable image.
+    """
+    tally = results_lib.Tally(
+        self._quantizer, self._networks, self._dataset, self._num_grid_images
+    )
+    for results in self.outputs(variables):
+      before_batch()
+      tally.update(*results)
+    return tally.result()
+
+  def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Goes through the split once.
+
+    Args:
+      variables: as in `run`.
+
+    Yields:
+      For each batch the arguments of `results.Tally.update`.
+    """
+    pending = None
+    for local_batch in self._dataset:
+      batch = partitioning.shard_batch(local_batch, self._mesh)
+      output = self._eval_step(variables, batch['image'])
+      # A batch is looked at while devices work on the next one.
+      previous, pending = pending, (self._gather(batch), output, batch['image'])
+      if previous is not None:
+        yield _fetch(*previous)
+    if pending is not None:
+      yield _fetch(*pending)
+
+
+def _fetch(
+    batch: Any, output: results_lib.EvalOutput, images: jax.Array
+) -> tuple[Any, ...]:
+  """Waits for a batch whose results may still be under way."""
+  return *jax.device_get((batch, output)), images, output.reconstructions
+
+
+def build_evaluator(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> Evaluator:
+  """Builds what the `eval` section of a config describes.
+
+  Args:
+    config: the whole config.
+    model: an autoencoder.
+    dataset: built with split='eval'.
+    mesh: from `partitioning.create_mesh`.
+    folder: of the run, where statistics of the originals are kept.
+
+  Returns:
+    The evaluator.
+
+  Raises:
+    ValueError: weights of networks that are missing or damaged, images that
+      are too small for a network, or native_size, which training has not.
+  """
+  if config.eval.native_size:
+    raise ValueError(
+        'eval.native_size is True; allowed in training: False, since it'
+        ' evaluates the crops that it trains on. Set it with --mode=eval.'
+    )
+  return Evaluator(
+      model,
+      dataset,
+      mesh,
+      num_grid_images=config.eval.num_grid_images,
+      networks=build_networks(config, dataset, mesh, folder),
+  )
+
+
+def build_networks(
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> network_metrics.NetworkMetrics:
+  """Loads the networks of eval.networks, to measure a data set."""
+  networks = network_metrics.NetworkMetrics(
+      config.eval.networks,
+      mesh,
+      images={
+          name: value
+          for name, value in (dataset.fingerprint | dataset.protocol).items()
+          if name
+          not in ('batch_size', 'process_count', 'data_dir', 'skipped_files')
+      },
+      folder=folder / workdirs.REFERENCES,
+  )
+  if not config.eval.native_size:
+    networks.check_size(config.data.image_size)
+  return networks
+
+
+def build_eval_step(
+    model: nn.Module,
+) -> Callable[[Any, jax.Array], results_lib.EvalOutput]:
+  """Builds the function that reconstructs and scores one batch.
+
+  Args:
+    model: the autoencoder.
+
+  Returns:
+    A pure function of the model's variables and [B, H, W, 3] uint8 images. The
+    metrics compare the images with reconstructions rounded to uint8.
+  """
+
+  def step_fn(variables, images):
+    with partitioning.mesh_of(images):
+      output = model.apply(variables, pixels.to_float(images))
+    return results_lib.EvalOutput(
+        metrics=image_metrics.image_metrics(images, output.reconstructions),
+        indices=output.indices,
+        reconstructions=pixels.to_uint8(output.reconstructions),
+    )
+
+  return step_fn

@@ -1,0 +1,209 @@
+"""Evaluates a checkpoint of a run (mode eval)."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import ml_collections
+
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import report
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import native_evaluation
+from fsq_jax.evaluation import results as results_lib
+from fsq_jax.runtime import host
+from fsq_jax.runtime import partitioning
+from fsq_jax.runtime import processes
+
+# Fields of the data section that say which images are evaluated, and how.
+_EVALUATION_IMAGES = (
+    'source', 'name', 'data_dir', 'eval_split', 'resize_shorter',
+)
+# Digits of a hash in the name of a file.
+_SHORT_HASH = 8
+
+
+def write_evaluation(
+    folder: pathlib.Path,
+    step: int,
+    result: results_lib.Evaluation,
+    label: str = '',
+) -> None:
+  """Writes evaluation.json and the grid of reconstructions of one step.
+
+  Args:
+    folder: the run's folder.
+    step: steps taken.
+    result: what to write.
+    label: added to the names of the files, for what is not the run's own
+      evaluation: another split or the best checkpoint.
+  """
+  record = {
+      'step': step,
+      'metrics': result.metrics,
+      'codebook': result.codebook,
+      'protocol': result.protocol,
+  }
+  name = f'evaluation_{label}.json' if label else workdirs.EVALUATION
+  workdirs.write_json(folder / name, record)
+  grids = folder / workdirs.RECONSTRUCTIONS
+  grids.mkdir(exist_ok=True)
+  grid = report.reconstruction_grid(
+      result.originals, result.reconstructions
+  )
+  name = f'{label}_step_{step:08d}.png' if label else f'step_{step:08d}.png'
+  report.save_png(grids / name, grid)
+
+
+def evaluate_workdir(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    which: str = 'newest',
+    output: str | os.PathLike[str] | None = None,
+    show: Callable[[results_lib.Evaluation], None] = lambda result: None,
+) -> results_lib.Evaluation:
+  """Evaluates a checkpoint of a run.
+
+  The newest checkpoint on the run's own split rewrites evaluation.json and the
+  report. Anything else gets files of its own: evaluation_best.json of the best
+  checkpoint, evaluation_native.json of images at their own size
+  (eval.native_size), and, of other images, a name with a hash of the fields
+  that say which, such as evaluation_photos_test_1f0c2d3e.json.
+
+  Args:
+    config: of the run; its data section may name other evaluation images.
+    workdir: the run's folder.
+    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
+      of a step.
+    output: folder that files are written to, in place of the run's.
+    show: called with the evaluation before anything of it is written.
+
+  Returns:
+    The evaluation, also written to the folder.
+
+  Raises:
+    ValueError: a config that is not valid or not that of the checkpoint's
+      model, no checkpoint, or a folder that cannot be written.
+    RuntimeError: what was evaluated and shown cannot be written.
+  """
+  host.keep_freed_memory()  # Before JAX has threads.
+  configuration.check_config(config, jax.device_count(), mode='eval')
+  config = configuration.resolve(config)
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  found = saved_model.find(workdir, which)
+  saved_model.check_same_model(found.config, config)
+  folder = prepare_output(found.folder, output)
+  native = config.eval.native_size
+  # All native images pass every process, whose devices do the same.
+  share = (
+      partitioning.Share(0, 1)
+      if native
+      else partitioning.process_share(mesh)
+  )
+  dataset = data.build_dataset(
+      config.data,
+      split='eval_native' if native else 'eval',
+      seed=config.seed,
+      process_index=share.index,
+      process_count=share.count,
+  )
+  # Before anything that takes long: files may be missing.
+  networks = evaluators.build_networks(config, dataset, mesh, folder)
+  model, variables = saved_model.restore(found, mesh)
+  kwargs = {
+      'num_grid_images': config.eval.num_grid_images, 'networks': networks
+  }
+  if native:
+    evaluator = native_evaluation.NativeEvaluator(
+        model, dataset, mesh, tuple(config.data.image_size), **kwargs
+    )
+  else:
+    evaluator = evaluators.Evaluator(model, dataset, mesh, **kwargs)
+  result = evaluator.run(variables)
+  show(result)
+  if jax.process_index() == 0:
+    label = _label(config, found.config, which)
+    with writing_to(folder):
+      write_evaluation(folder, found.step, result, label)
+      if not label:
+        report.write_report(found.folder, folder)
+  return result
+
+
+def prepare_output(
+    folder: pathlib.Path, output: str | os.PathLike[str] | None
+) -> pathlib.Path:
+  """Returns the folder for what is found about a run, known to be writable.
+
+  Args:
+    folder: of the run.
+    output: the folder to take in its place, created if missing; None for none.
+
+  Raises:
+    ValueError: nothing can be written there.
+  """
+  path = folder if output is None else pathlib.Path(output)
+  # Of several processes one writes.
+  with processes.fail_together():
+    if jax.process_index() == 0:
+      path = workdirs.create(path, '--output')
+  return path.expanduser().absolute()
+
+
+@contextlib.contextmanager
+def writing_to(folder: pathlib.Path) -> Iterator[None]:
+  """Says where files could have gone if the body cannot write them.
+
+  Raises:
+    RuntimeError: in place of an OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise RuntimeError(
+        f'{error.filename or folder} cannot be written ({error.strerror}); give'
+        ' another folder with --output.'
+    ) from error
+
+
+def _label(
+    config: ml_collections.ConfigDict,
+    own: ml_collections.ConfigDict,
+    which: str,
+) -> str:
+  """Names what is not the run's own evaluation; '' for what is."""
+  words = [] if which == 'newest' else [which]
+  if which.isdecimal():
+    words = [f'checkpoint_{which}']
+  if config.eval.native_size:
+    words.append('native')
+  images, own_images = _images(config), _images(own)
+  if images != own_images:
+    text = json.dumps(images, sort_keys=True)
+    words += [
+        config.data.name or config.data.source,
+        pathlib.Path(images['data_dir']).name,
+        config.data.eval_split,
+        hashlib.sha256(text.encode()).hexdigest()[:_SHORT_HASH],
+    ]
+  return '_'.join(re.findall(r'\w+', ' '.join(words)))
+
+
+def _images(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the fields that say which images are evaluated, and how."""
+  fields = {name: config.data[name] for name in _EVALUATION_IMAGES}
+  if config.data.data_dir:
+    path = pathlib.Path(config.data.data_dir).expanduser()
+    # Where a folder lies decides, not how that is written.
+    fields['data_dir'] = str(path.resolve())
+  return fields

@@ -1,0 +1,195 @@
+"""Reconstructions of images at their own size, whatever that is.
+
+A model takes images of one size, or of sides that its stride divides. Any other
+image is padded at its bottom and right, reconstructed, and cropped to what it
+was.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from fsq_jax.data import transforms
+from fsq_jax.models import autoencoder
+from fsq_jax.models import pixels
+from fsq_jax.runtime import compiled
+from fsq_jax.runtime import partitioning
+
+# Tiles in one call of the model, a power of 2.
+_MAX_TILES = 32
+
+
+class Reconstruction(NamedTuple):
+  """What becomes of an image.
+
+  Attributes:
+    image: [H, W, 3] uint8.
+    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid
+      of all tiles.
+    num_seen: (rows, columns) of indices that see the image; those behind them
+      are of padding alone.
+    finite: whether what the decoder made, padding included, is free of NaN and
+      infinity, for which the image has no value.
+  """
+
+  image: np.ndarray
+  indices: np.ndarray
+  num_seen: tuple[int, int]
+  finite: bool
+
+
+def reconstruct(
+    model: autoencoder.Autoencoder,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Codes and decodes images of a size that the model takes.
+
+  Args:
+    model: the autoencoder.
+    variables: params and the model's other collections.
+    images: [B, H, W, 3] uint8.
+
+  Returns:
+    Reconstructions, the same shape, uint8; indices, int32; and one bool,
+    whether all reconstructions are finite.
+  """
+  output = model.apply(variables, pixels.to_float(images))
+  return (
+      pixels.to_uint8(output.reconstructions),
+      output.indices,
+      jnp.all(jnp.isfinite(output.reconstructions)),
+  )
+
+
+class Reconstructor:
+  """Reconstructs images of any size with one model.
+
+  A model with a stride, a convolutional one, takes the whole padded image, and
+  is compiled for each padded size; executables of the sizes used last are kept.
+  Its GroupNorm sees the padding, so that every pixel may differ a little from
+  what it would be without. Other
+  models take tiles of the size that they were trained with, each by itself,
+  and edges of tiles may show.
+  """
+
+  def __init__(
+      self,
+      model: autoencoder.Autoencoder,
+      image_size: tuple[int, int],
+      mesh: jax.sharding.Mesh,
+  ):
+    """The model is compiled on first call.
+
+    Args:
+      model: an autoencoder.
+      image_size: (height, width) in pixels that it was built for.
+      mesh: from `partitioning.create_mesh`. All devices do the same.
+    """
+    stride = autoencoder.stride_of(model)
+    self._whole = stride is not None
+    self._multiples = (stride, stride) if self._whole else tuple(image_size)
+    self._reconstruct = compiled.Compiled(
+        lambda variables, images: reconstruct(model, variables, images),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+  @property
+  def protocol(self) -> str:
+    """What is done to images, in words."""
+    height, width = self._multiples
+    text = (
+        f'sides padded to multiples of {height} x {width} pixels by mirroring'
+        ' at the bottom and the right, cropped back'
+    )
+    if not self._whole:
+      text += f'; in tiles of {height} x {width}, each by itself'
+    return text
+
+  def __call__(
+      self, variables: Mapping[str, Any], image: np.ndarray
+  ) -> Reconstruction:
+    """Reconstructs one image.
+
+    Args:
+      variables: params and the model's other collections.
+      image: [H, W, 3] uint8, both sides at least 1.
+
+    Returns:
+      The reconstruction, of the same size.
+
+    Raises:
+      ValueError: an array of another shape or dtype.
+      compiled.TooLargeError: the device has too little memory for the image.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+      raise ValueError(
+          f'An image is [H, W, 3] uint8, not {list(image.shape)}'
+          f' {image.dtype}.'
+      )
+    if not image.size:
+      raise ValueError(f'An image of {list(image.shape)} has no pixel.')
+    padded = transforms.pad(image, self._multiples)
+    padded_size = padded.shape[:2]
+    if self._whole:
+      images, indices, finite = jax.device_get(
+          self._reconstruct(variables, padded[None])
+      )
+      padded, indices = images[0], indices[0]
+    else:
+      padded, indices, finite = self._run_on_tiles(variables, padded)
+    height, width = image.shape[:2]
+    rows, columns = (
+        math.ceil(side * num / padded_side)
+        for side, num, padded_side in zip(
+            (height, width), indices.shape[:2], padded_size, strict=True
+        )
+    )
+    return Reconstruction(
+        padded[:height, :width], indices, (rows, columns), bool(finite)
+    )
+
+  def _run_on_tiles(
+      self, variables, image: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns the image and the indices put together out of tiles.
+
+    Tiles go straight to their place: large images are not copied again.
+    """
+    height, width = self._multiples
+    places = [
+        (row, column)
+        for row in range(image.shape[0] // height)
+        for column in range(image.shape[1] // width)
+    ]
+
+    def cell(place, side_h, side_w):
+      row, column = place
+      return np.s_[
+          row * side_h : (row + 1) * side_h,
+          column * side_w : (column + 1) * side_w,
+      ]
+
+    reconstruction, grid, all_finite = np.empty_like(image), None, True
+    while places:
+      # Powers of 2, for which there are few executables, and no tile too much.
+      size = min(_MAX_TILES, 2 ** (len(places).bit_length() - 1))
+      taken, places = places[:size], places[size:]
+      tiles = np.stack([image[cell(x, height, width)] for x in taken])
+      images, indices, finite = jax.device_get(
+          self._reconstruct(variables, tiles)
+      )
+      h, w = indices.shape[1:3]
+      if grid is None:
+        shape = image.shape[0] // height * h, image.shape[1] // width * w
+        grid = np.empty((*shape, *indices.shape[3:]), indices.dtype)
+      for place, tile, tokens in zip(taken, images, indices, strict=True):
+        reconstruction[cell(place, height, width)] = tile
+        grid[cell(place, h, w)] = tokens
+      all_finite = all_finite and bool(finite)
+    return reconstruction, grid, all_finite

@@ -1,0 +1,1 @@
+"""Pretrained encoders and decoders, and their weight files."""

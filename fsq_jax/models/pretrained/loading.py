@@ -1,0 +1,289 @@
+"""Pretrained encoders and decoders, loaded from published checkpoints."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import numbers
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+from jax import numpy as jnp
+
+from fsq_jax.models.pretrained import descriptions
+from fsq_jax.models.pretrained import encoder as pretrained_vit
+from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import mae_decoder
+from fsq_jax.models.pretrained import parameters
+
+# Parts of vision towers that make no tokens: what pools or classifies them,
+# masks them, and numbers that follow from others.
+_UNUSED = re.compile(
+    r'(head|MAPHead_0|pooler|rope_embeddings)[./]'
+    r'|embeddings\.(mask_token|position_ids)$'
+)
+Shardings = Callable[[Any], Any]
+
+
+class PretrainedEncoder(NamedTuple):
+  """An encoder and its weights.
+
+  Attributes:
+    module: `module.apply(variables, images)` maps images in [-1, 1] to latents;
+      with method='tokens', normalised images to all tokens.
+    variables: float32 parameters, those of the blocks stacked.
+  """
+
+  module: pretrained_vit.PretrainedVit
+  variables: Mapping[str, Any]
+
+
+class PretrainedDecoder(NamedTuple):
+  """A decoder and its weights.
+
+  Attributes:
+    module: `module.apply(variables, latents)` maps latents to images in
+      [-1, 1]; with method='logits', to normalised pixels of patches.
+    variables: float32 parameters, those of the blocks stacked, and the fixed
+      positions in the collection `constants`.
+  """
+
+  module: mae_decoder.MaeDecoder
+  variables: Mapping[str, Any]
+
+
+def load_encoder(
+    path: str | os.PathLike[str],
+    image_size: int | tuple[int, int] | None = None,
+    final_affine: bool = True,
+    *,
+    shardings: Shardings | None = None,
+) -> PretrainedEncoder:
+  """Loads SigLIP, DINO, DINOv2 with or without registers, DINOv3 or MAE.
+
+  Args:
+    path: a Hugging Face directory (config.json, and model.safetensors or
+      model.safetensors.index.json) or a big_vision SigLIP .npz file.
+    image_size: pixels a side, or (height, width), that the encoder is to take;
+      position embeddings are resampled as the family does it. By default what
+      the checkpoint was trained for.
+    final_affine: whether the last LayerNorm keeps its scale and bias.
+    shardings: from the variables as `jax.ShapeDtypeStruct` to a tree of
+      shardings, such as `partitioning.state_shardings` with a mesh and rules.
+      Devices then receive their shards, and no device the whole. The host
+      holds one parameter at a time.
+
+  Returns:
+    The module and its variables.
+
+  Raises:
+    ValueError: files that are missing, damaged, or of another kind; the keys
+      that are missing, unexpected, or of another shape are listed.
+  """
+  path = pathlib.Path(path).expanduser()
+  with weight_files.open_weights(path) as weights:
+    description = _describe(path, weights)
+    module = _build_encoder(description, image_size, final_affine)
+    # The final scale and bias are looked for even where they are not used.
+    whole = _build_encoder(description, None, final_affine=True)
+    sources = parameters.find_sources(
+        _shapes(_abstract_variables(whole)), description, weights,
+        part='vision tower', unused=_UNUSED,
+    )
+    variables = _load(module, sources, description, weights, shardings)
+  return PretrainedEncoder(module, variables)
+
+
+def load_decoder(
+    path: str | os.PathLike[str],
+    normalization: str = 'none',
+    *,
+    shardings: Shardings | None = None,
+) -> PretrainedDecoder:
+  """Loads a decoder of RAE (github.com/bytetriper/RAE).
+
+  Args:
+    path: a directory with config.json, of ViT-MAE's kind with hidden_size the
+      channels of the latents, and model.safetensors or
+      model.safetensors.index.json.
+    normalization: the encoder family by whose mean and deviation its pixels
+      are normalised, which RAE takes from the encoder and no file tells; a key
+      of `mae_decoder.NORMALIZATIONS`.
+    shardings: as in `load_encoder`.
+
+  Returns:
+    The module and its variables.
+
+  Raises:
+    ValueError: files that are missing, damaged, or of another kind; the keys
+      that are missing, unexpected, or of another shape are listed.
+  """
+  path = pathlib.Path(path).expanduser()
+  with weight_files.open_weights(path) as weights:
+    description = _describe_decoder(path)
+    module = _build_decoder(description, normalization)
+    sources = parameters.find_sources(
+        _shapes(_abstract_variables(module)), description, weights,
+        part='decoder', unused=None,
+    )
+    variables = _load(module, sources, description, weights, shardings)
+  return PretrainedDecoder(module, variables)
+
+
+def build_decoder(
+    path: str | os.PathLike[str], normalization: str = 'none'
+) -> mae_decoder.MaeDecoder:
+  """Builds the module of `load_decoder` and reads no weights.
+
+  Args:
+    path: as there; only config.json is read.
+    normalization: as there.
+
+  Raises:
+    ValueError: a config.json that describes no such decoder.
+  """
+  path = pathlib.Path(path).expanduser()
+  return _build_decoder(_describe_decoder(path), normalization)
+
+
+def build_encoder(
+    path: str | os.PathLike[str],
+    image_size: int | tuple[int, int] | None = None,
+    final_affine: bool = True,
+) -> pretrained_vit.PretrainedVit:
+  """Builds the module of `load_encoder` and reads no weights.
+
+  Args:
+    path: as there; only config.json or the headers of the .npz file are read.
+    image_size: as there.
+    final_affine: as there.
+
+  Raises:
+    ValueError: files that describe no known encoder.
+  """
+  path = pathlib.Path(path).expanduser()
+  if os.path.isdir(path):
+    return _build_encoder(_describe(path, None), image_size, final_affine)
+  with weight_files.open_weights(path) as weights:
+    description = _describe(path, weights)
+  return _build_encoder(description, image_size, final_affine)
+
+
+def _describe(path, weights) -> descriptions.Description:
+  if os.path.isdir(path):
+    config = path / 'config.json'
+    description = descriptions.describe_config(
+        weight_files.read_json(config), str(config)
+    )
+    if description.family == 'dino':
+      _check_normalization(path / 'preprocessor_config.json', description)
+    return description
+  return descriptions.describe_big_vision(weights)
+
+
+def _check_normalization(path, description) -> None:
+  """Checks that a model of type 'vit', which others are too, is DINO's."""
+  if not path.exists():
+    return
+  config = weight_files.read_json(path)
+  for name in ('mean', 'std'):
+    expected = list(getattr(description.architecture, name))
+    given = config.get(f'image_{name}', expected)
+    if given != expected:
+      raise ValueError(
+          f'image_{name} of {path} is {given!r}. Models of model_type \'vit\''
+          f' are read as DINO, which is trained with {expected}; this one is'
+          ' another.'
+      )
+
+
+def _describe_decoder(path) -> descriptions.Description:
+  config = path / 'config.json'
+  return descriptions.describe_decoder(
+      weight_files.read_json(config), str(config)
+  )
+
+
+def _build_decoder(description, normalization) -> mae_decoder.MaeDecoder:
+  if normalization not in list(mae_decoder.NORMALIZATIONS):
+    raise ValueError(
+        f'normalization is {normalization!r}; known:'
+        f' {sorted(mae_decoder.NORMALIZATIONS)}.'
+    )
+  arch = description.architecture
+  side = description.image_size // arch.patch_size
+  return mae_decoder.MaeDecoder(
+      architecture=dataclasses.replace(
+          arch, **mae_decoder.NORMALIZATIONS[normalization]
+      ),
+      input_width=description.input_width,
+      grid_size=(side, side),
+  )
+
+
+def _build_encoder(
+    description, image_size, final_affine
+) -> pretrained_vit.PretrainedVit:
+  if image_size is None:
+    image_size = description.image_size
+  sides = image_size
+  if not isinstance(sides, Sequence):
+    sides = (sides, sides)
+  if len(sides) != 2 or not all(isinstance(x, numbers.Integral) for x in sides):
+    raise ValueError(
+        f'image_size is {image_size!r}; give one or two integers, pixels.'
+    )
+  image_size = (int(sides[0]), int(sides[1]))
+  descriptions.check_image_size(
+      image_size, description.architecture, 'image_size'
+  )
+  return pretrained_vit.PretrainedVit(
+      architecture=description.architecture,
+      image_size=image_size,
+      final_affine=final_affine,
+  )
+
+
+def _abstract_variables(module: nn.Module) -> Any:
+  if isinstance(module, mae_decoder.MaeDecoder):
+    shape = (1, *module.grid_size, module.input_width)
+  else:
+    shape = (1, *module.image_size, 3)
+  inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), inputs)
+
+
+def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes by path, of all collections together."""
+  return {
+      name: leaf.shape
+      for collection in variables.values()
+      for name, leaf in traverse_util.flatten_dict(collection, sep='/').items()
+  }
+
+
+def _load(module, sources, description, weights, shardings) -> Any:
+  """Reads the variables of a module and puts them where they belong."""
+  abstract = _abstract_variables(module)
+  targets = jax.tree.map(lambda _: None, abstract)
+  if shardings is not None:
+    targets = shardings(abstract)
+    if jax.tree.structure(targets) != jax.tree.structure(abstract):
+      raise ValueError(
+          'shardings must return a tree of shardings like the variables that it'
+          f' is called with, not {jax.tree.structure(targets)}.'
+      )
+  by_name = {source.parameter: source for source in sources}
+  variables = {}
+  for collection, leaves in targets.items():
+    loaded = {}
+    for name, sharding in traverse_util.flatten_dict(leaves, sep='/').items():
+      value = parameters.read_source(
+          by_name[name], description, module.grid_size, weights
+      )
+      loaded[name] = parameters.place_value(value, sharding)
+    variables[collection] = traverse_util.unflatten_dict(loaded, sep='/')
+  return variables

@@ -1,0 +1,243 @@
+"""A tokenizer as programs that plain JAX runs, without this package.
+
+encode, decode, and the conversions between codes and indices, as StableHLO for
+CPUs, NVIDIA GPUs and TPUs and for any number of images. Weights are an
+argument: one file of them serves all programs, and programs stay small.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import jax
+from jax import export
+from jax import numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors.numpy
+
+import fsq_jax
+from fsq_jax import configuration
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.runtime import processes
+from fsq_jax.tokenizer import tokenizer as tokenizers
+
+FOLDER = 'export'
+MANIFEST = 'manifest.json'
+WEIGHTS = 'weights.safetensors'
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+_FORMAT = 'fsq_jax export, version 1'
+_METHODS = {
+    'encode': tokenizers.images_to_tokens,
+    'decode': tokenizers.tokens_to_images,
+    'codes_to_indices': lambda model, x: model.quantizer.codes_to_indices(x),
+    'indices_to_codes': lambda model, x: model.quantizer.indices_to_codes(x),
+}
+_UNCHECKED = (
+    'Programs cannot refuse values. Of a token outside of 0 ... codebook_size -'
+    ' 1, such as the -1 that encode gives where a latent is NaN,'
+    ' indices_to_codes makes NaN, and decode an image that is black where the'
+    ' NaN reaches, which is everywhere in models whose decoder sees the whole'
+    ' grid. Other images of the batch are not touched.'
+)
+_EXAMPLE = """\
+import jax
+import numpy as np
+import safetensors.numpy
+from jax import export  # It needs the package flatbuffers.
+
+weights = safetensors.numpy.load_file('{weights}')
+weights = jax.device_put(weights)
+with open('{name}.stablehlo', 'rb') as file:
+  {name} = jax.jit(export.deserialize(bytearray(file.read())).call)
+x = np.zeros({shape}, np.{dtype})
+y = {name}(weights, x)
+"""
+
+
+def export_workdir(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    which: str = 'newest',
+) -> pathlib.Path:
+  """Exports a checkpoint of a run.
+
+  Args:
+    config: of the run.
+    workdir: the run's folder, or one of `Tokenizer.save_pretrained`.
+    folder: as in `write`; by default, `FOLDER` in the workdir.
+    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
+      of a step.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: a config that is not that of the checkpoint's model, no
+      checkpoint, or a folder that holds something.
+  """
+  folder = folder or pathlib.Path(workdir) / FOLDER
+  with processes.fail_together():
+    _check_new(folder)
+  tokenizer = tokenizers.load_tokenizer(workdir, which)
+  with processes.fail_together():
+    saved_model.check_same_model(
+        tokenizer.config, configuration.resolve(config)
+    )
+    if jax.process_index() == 0:
+      write(tokenizer, folder)
+  return pathlib.Path(folder).expanduser().absolute()
+
+
+def write(
+    tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Writes programs, weights and a manifest to a folder.
+
+  A program takes the weights, path to array, as its first argument, and images
+  of config.data.image_size, tokens or codes as its second one. What
+  `Tokenizer` does around it, it does not: images are not fitted, tokens not
+  checked. Of a tokenizer that was saved with decoder_only there is no encode.
+
+  manifest.json is written last; without it an export is not finished. It holds
+  the version of JAX (that one or a newer one reads the programs), dialect, hash
+  of the model, shapes, hashes of the files, and lines that load them.
+
+  Args:
+    tokenizer: what to export.
+    folder: a new or empty folder.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    ValueError: the folder holds something, or cannot be written.
+  """
+  _check_new(folder)
+  folder = workdirs.create(folder, '--export')
+  programs = export_programs(tokenizer)
+  weights = {
+      path: np.asarray(x) for path, x in _flatten(tokenizer.variables).items()
+  }
+  facts = {
+      'model_hash': tokenizer.model_hash,
+      'quantizer': tokenizer.spec,
+      'codebook_size': tokenizer.model.quantizer.codebook_size,
+      'image_size': list(tokenizer.config.data.image_size),
+      'grid_size': list(tokenizer.grid_size),
+  }
+  files = {
+      WEIGHTS: safetensors.numpy.save(
+          weights, {name: json.dumps(value) for name, value in facts.items()}
+      )
+  }
+  files |= {
+      f'{name}.stablehlo': bytes(program.serialize())
+      for name, program in programs.items()
+  }
+  for name, content in files.items():
+    workdirs.write_bytes(folder / name, content)
+  functions = {
+      name: _describe(name, program) for name, program in programs.items()
+  }
+  workdirs.write_json(
+      folder / MANIFEST,
+      {
+          'format': _FORMAT,
+          'fsq_jax': fsq_jax.__version__,
+          'jax': jax.__version__,
+          'calling_convention_version': (
+              programs['decode'].calling_convention_version
+          ),
+          'platforms': list(PLATFORMS),
+          'step': tokenizer.step,
+          **facts,
+          'functions': functions,
+          'out_of_range': _UNCHECKED,
+          'sha256': {
+              name: hashlib.sha256(content).hexdigest()
+              for name, content in files.items()
+          },
+      },
+  )
+  return folder
+
+
+def export_programs(
+    tokenizer: tokenizers.Tokenizer,
+) -> dict[str, export.Exported]:
+  """Lowers the programs, and runs none.
+
+  Args:
+    tokenizer: of the model; on whatever devices its weights are, programs are
+      for one.
+
+  Returns:
+    By name: programs of the weights, path to array, and x with b along its
+    first axis.
+  """
+  model = tokenizer.model
+  grid = tokenizer.grid_size
+  tokens = ((*grid, *model.quantizer.index_shape), jnp.int32)
+  inputs = {
+      'encode': ((*tokenizer.config.data.image_size, 3), jnp.uint8),
+      'decode': tokens,
+      'codes_to_indices': ((*grid, model.quantizer.code_dim), jnp.float32),
+      'indices_to_codes': tokens,
+  }
+  if tokenizer.stored and tokenizer.stored.decoder_only:
+    del inputs['encode']
+  weights = {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for path, x in _flatten(tokenizer.variables).items()
+  }
+  programs = {}
+  for name, (shape, dtype) in inputs.items():
+
+    def program(weights, x, method=_METHODS[name]):
+      variables = traverse_util.unflatten_dict(weights, sep='/')
+      return model.apply(variables, x, method=method)
+
+    batch = export.symbolic_shape('b')
+    programs[name] = export.export(jax.jit(program), platforms=PLATFORMS)(
+        weights, jax.ShapeDtypeStruct((*batch, *shape), dtype)
+    )
+  return programs
+
+
+def _check_new(folder: str | os.PathLike[str]) -> None:
+  folder = pathlib.Path(folder).expanduser()
+  if folder.is_dir() and any(folder.iterdir()):
+    problem = 'is not empty'
+    if not (folder / MANIFEST).exists():
+      problem += f' and has no {MANIFEST}, as an export that was cut short'
+    raise ValueError(
+        f'{folder} {problem}; remove it or give a new folder with --export.'
+    )
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
+  return traverse_util.flatten_dict(dict(variables), sep='/')
+
+
+def _describe(name: str, program: export.Exported) -> dict[str, Any]:
+  x = program.in_avals[-1]
+  (y,) = program.out_avals
+  example = _EXAMPLE.format(
+      weights=WEIGHTS, name=name, shape=(2, *x.shape[1:]), dtype=x.dtype
+  )
+  return {
+      'file': f'{name}.stablehlo',
+      **{
+          key: {'dtype': str(a.dtype), 'shape': ['b', *a.shape[1:]]}
+          for key, a in (('x', x), ('y', y))
+      },
+      'example': example.splitlines(),
+  }

@@ -1,0 +1,141 @@
+"""The folder of a run: names of its files, atomic writing, metric rows."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import os
+import pathlib
+import socket
+from typing import Any
+import uuid
+
+from absl import logging
+
+CONFIG = 'config.json'
+QUANTIZER = 'quantizer.json'
+RUN = 'run.json'
+METRICS = 'metrics.jsonl'
+EVALUATION = 'evaluation.json'
+CODEBOOK = 'codebook.json'
+REPORT = 'report.html'
+CHECKPOINTS = 'checkpoints'
+DAMAGED = 'damaged'
+LOCK = '.lock'
+RECONSTRUCTIONS = 'reconstructions'
+REFERENCES = 'reference_statistics'
+TENSORBOARD = 'tensorboard'
+PROFILE = 'profile'
+
+
+def create(
+    path: str | os.PathLike[str], flag: str = '--workdir'
+) -> pathlib.Path:
+  """Creates the folder of a run and shows that it can be written.
+
+  Args:
+    path: the folder; parents are created too.
+    flag: that names it.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    ValueError: the path is a file, or nothing can be written there.
+  """
+  folder = pathlib.Path(path).expanduser().absolute()
+  if folder.is_file():
+    raise ValueError(f'{folder} is a file; give a folder with {flag}.')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.probe-{os.getpid()}'
+    probe.touch()
+    # Processes of other hosts may have the same id, and be quicker.
+    probe.unlink(missing_ok=True)
+  except OSError as error:
+    raise ValueError(
+        f'{folder} cannot be written ({error.strerror}); give another folder'
+        f' with {flag}.'
+    ) from error
+  return folder
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
+  """Keeps a second run from writing into the folder of a run.
+
+  The lock goes when the process ends, however it ends. It holds between hosts
+  where the file system says so (NFS 4 and Lustre with flock do).
+
+  Args:
+    folder: the run's folder.
+    flag: that names it.
+
+  Raises:
+    ValueError: another process writes there.
+  """
+  with open(folder / LOCK, 'a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      # It is empty until the holder has written who it is.
+      holder = file.read().strip() or 'another process'
+      raise ValueError(
+          f'{folder} is being written by {holder}; wait until that run has'
+          f' ended, or give another {flag}.'
+      ) from error
+    except OSError as error:
+      logging.warning(
+          'No lock of %s (%s): nothing keeps another run from writing there.',
+          folder, error.strerror,
+      )
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
+    file.truncate(0)
+
+
+def unused(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path, or the path with a number that makes it a new one."""
+  numbers = itertools.count(2)
+  candidate = path
+  while candidate.exists():
+    candidate = path.with_name(f'{path.name}_{next(numbers)}')
+  return candidate
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file so that it is there either whole or not at all."""
+  path = pathlib.Path(path)
+  # By chance: processes of other hosts may have the same id. Names have limits.
+  name = os.fsdecode(os.fsencode(path.name)[:200])
+  temporary = path.with_name(f'.{name}.{uuid.uuid4().hex}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes plain values as JSON, atomically; non-finite numbers as null."""
+  text = json.dumps(finite_or_null(value), indent=2, allow_nan=False)
+  write_bytes(path, (text + '\n').encode())
+
+
+def finite_or_null(value: Any) -> Any:
+  """Replaces non-finite floats by None, in dicts and lists too."""
+  if isinstance(value, Mapping):
+    return {str(k): finite_or_null(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite_or_null(v) for v in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

@@ -1,0 +1,84 @@
+"""What a run was made with: command, versions, devices, git state."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from absl import logging
+import jax
+
+import fsq_jax
+
+_PACKAGES = (
+    'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
+)
+
+
+def describe() -> dict[str, Any]:
+  """Returns JSON-able facts about this process; nothing of its environment."""
+  return {
+      'command': command(),
+      'started': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+      'versions': {
+          'fsq_jax': fsq_jax.__version__,
+          'python': platform.python_version(),
+          **{name: importlib.metadata.version(name) for name in _PACKAGES},
+      },
+      'devices': [
+          f'{d.platform}:{d.id} {d.device_kind}' for d in jax.devices()
+      ],
+      'num_processes': jax.process_count(),
+      'git': git_revision(),
+  }
+
+
+def command() -> str:
+  """Returns the command line of this process."""
+  return shlex.join(sys.argv)
+
+
+def read_started_from(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run's run.json says that it started from.
+
+  Args:
+    path: of run.json.
+
+  Returns:
+    The facts; {}, with a warning, where the file is damaged: a run goes on
+    without them.
+  """
+  try:
+    return json.loads(path.read_text('utf-8')).get('started_from', {})
+  except FileNotFoundError:
+    return {}
+  except (AttributeError, ValueError) as error:
+    logging.warning(
+        '%s is damaged (%s): what the run started from is not known any more.',
+        path, error,
+    )
+    return {}
+
+
+def git_revision() -> str | None:
+  """Returns the commit of the package's checkout, '+' if changed, or None."""
+  root = pathlib.Path(fsq_jax.__file__).parents[1]
+  if not (root / '.git').exists():
+    return None  # An installed package may lie in somebody else's checkout.
+
+  def git(*arguments: str) -> str:
+    command = ['git', '-C', str(root), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+  try:
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', 'HEAD') + ('+' if changed else '')
+  except (OSError, subprocess.SubprocessError):
+    return None
