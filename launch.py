@@ -14,7 +14,6 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 """
 
 import ast
-from collections.abc import Iterable
 import contextlib
 import difflib
 import functools
@@ -120,6 +119,7 @@ _DEBUG = flags.DEFINE_bool(
 )
 
 _ROOT = pathlib.Path(__file__).resolve().parent
+_Path = str | pathlib.Path
 # Modes that find the config in the workdir.
 _OF_A_RUN = ('eval', 'report', 'tokenize', 'detokenize', 'export')
 
@@ -335,66 +335,14 @@ def _run(config: ml_collections.ConfigDict) -> int:
     from fsq_jax.runtime import processes as runtime
 
     runtime.join_processes(*processes)
-  if _MODE.value == 'train':
-    return _train(config, workdir)
-  if _MODE.value == 'tokenize':
-    return _tokenize(config, workdir)
-  if _MODE.value == 'prepare':
-    from fsq_jax import data
+  if _MODE.value != 'prepare':
+    from fsq_jax.runtime import host
 
-    data.prepare(config.data)
-    return 0
-  for line in _use(config, workdir):
-    sys.stdout.write(f'{line}\n')
-  return 0
+    host.keep_freed_memory()  # Before JAX has threads.
+  return _MODES[_MODE.value](config, workdir)
 
 
-def _use(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
-) -> Iterable[Any]:
-  """Runs a mode that writes files; returns what to say of them."""
-  which = _CHECKPOINT.value
-  if _MODE.value == 'eval':
-    from fsq_jax.evaluation import saved_run
-
-    saved_run.evaluate_workdir(
-        config, workdir, which=which, output=_OUTPUT.value, show=_show
-    )
-    return []
-  if _MODE.value == 'report':
-    from fsq_jax.analysis import codebook as codebook_analysis
-
-    return [
-        codebook_analysis.analyze_workdir(
-            config, workdir, which=which, output=_OUTPUT.value
-        )
-    ]
-  if _MODE.value == 'detokenize':
-    from fsq_jax import tokens
-
-    folder = _TOKENS.value or tokens.default_folder(config, workdir)
-    images = _IMAGES.value or f'{folder}_images'
-    tokens.detokenize_workdir(workdir, folder, images, which=which)
-    return [images]
-  if _MODE.value == 'export':
-    from fsq_jax.tokenizer import export
-
-    folder = _EXPORT.value
-    return [export.export_workdir(config, workdir, folder, which=which)]
-  from fsq_jax.train import latent_statistics
-
-  return [latent_statistics.measure_to_workdir(config, workdir)]
-
-
-def _show(result: Any) -> None:
-  """Prints the numbers of an evaluation before they are written."""
-  sys.stdout.write(''.join(f'{line}\n' for line in result.lines()))
-  sys.stdout.flush()
-
-
-def _train(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
-) -> int:
+def _train(config: ml_collections.ConfigDict, workdir: _Path) -> int:
   from fsq_jax import train
 
   try:
@@ -420,9 +368,31 @@ def _train(
   return 0
 
 
-def _tokenize(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
-) -> int:
+def _eval(config: ml_collections.ConfigDict, workdir: _Path) -> int:
+  from fsq_jax.evaluation import saved_run
+
+  saved_run.evaluate_workdir(
+      config,
+      workdir,
+      which=_CHECKPOINT.value,
+      output=_OUTPUT.value,
+      # Numbers are printed before they are written.
+      show=lambda result: _print(*result.lines()),
+  )
+  return 0
+
+
+def _report(config: ml_collections.ConfigDict, workdir: _Path) -> int:
+  from fsq_jax.analysis import codebook
+
+  return _print(
+      codebook.analyze_workdir(
+          config, workdir, which=_CHECKPOINT.value, output=_OUTPUT.value
+      )
+  )
+
+
+def _tokenize(config: ml_collections.ConfigDict, workdir: _Path) -> int:
   from fsq_jax import tokens
 
   folder = _TOKENS.value or tokens.default_folder(config, workdir)
@@ -435,11 +405,60 @@ def _tokenize(
   except tokens.Interrupted:
     sys.stderr.write('Interrupted. Run the same command again to continue.\n')
     return _INTERRUPTED
-  lines = [str(folder), *tokens.describe(manifest)]
-  if was_complete:
-    lines.insert(1, 'nothing written: the folder is already complete')
-  for line in lines:
-    sys.stdout.write(f'{line}\n')
+  notes = ['nothing written: the folder is already complete'] * was_complete
+  return _print(folder, *notes, *tokens.describe(manifest))
+
+
+def _detokenize(config: ml_collections.ConfigDict, workdir: _Path) -> int:
+  from fsq_jax import tokens
+
+  folder = _TOKENS.value or tokens.default_folder(config, workdir)
+  images = _IMAGES.value or f'{folder}_images'
+  tokens.detokenize_workdir(workdir, folder, images, which=_CHECKPOINT.value)
+  return _print(images)
+
+
+def _export(config: ml_collections.ConfigDict, workdir: _Path) -> int:
+  from fsq_jax.tokenizer import export
+
+  return _print(
+      export.export_workdir(
+          config, workdir, _EXPORT.value, which=_CHECKPOINT.value
+      )
+  )
+
+
+def _prepare(config: ml_collections.ConfigDict, workdir: _Path) -> int:
+  from fsq_jax import data
+
+  del workdir  # Data sets have folders of their own.
+  data.prepare(config.data)
+  return 0
+
+
+def _latent_statistics(
+    config: ml_collections.ConfigDict, workdir: _Path
+) -> int:
+  from fsq_jax.train import latent_statistics
+
+  return _print(latent_statistics.measure_to_workdir(config, workdir))
+
+
+_MODES = {
+    'train': _train,
+    'eval': _eval,
+    'report': _report,
+    'tokenize': _tokenize,
+    'detokenize': _detokenize,
+    'export': _export,
+    'prepare': _prepare,
+    'latent_statistics': _latent_statistics,
+}
+
+
+def _print(*lines: Any) -> int:
+  sys.stdout.write(''.join(f'{line}\n' for line in lines))
+  sys.stdout.flush()
   return 0
 
 

@@ -16,7 +16,8 @@ _DEBUG = '--config=configs/debug.py'
 _STUBS = """
 import runpy, sys, types
 import fsq_jax
-import fsq_jax.configuration
+import fsq_jax.analysis, fsq_jax.configuration, fsq_jax.evaluation
+import fsq_jax.runtime
 
 class Preempted(Exception):
   step = 5
@@ -46,7 +47,8 @@ fsq_jax.train = types.SimpleNamespace(
 def join_processes(*args):
   print('join', *args)
 
-fsq_jax.runtime = types.SimpleNamespace(join_processes=join_processes)
+fsq_jax.runtime.processes = types.SimpleNamespace(join_processes=join_processes)
+fsq_jax.runtime.host = types.SimpleNamespace(keep_freed_memory=lambda: None)
 def evaluate_workdir(config, workdir, *, which, output, show):
   print('eval', config.seed, workdir, which, output)
   show(types.SimpleNamespace(lines=lambda: ['psnr: 27.5']))
@@ -55,15 +57,19 @@ def analyze_workdir(config, workdir, *, which, output):
   print('report', config.seed, workdir, which, output)
   return f'{workdir}/report.html'
 
-fsq_jax.codebook_analysis = types.SimpleNamespace(
+fsq_jax.analysis.codebook = types.SimpleNamespace(
     analyze_workdir=analyze_workdir
 )
-fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
+fsq_jax.evaluation.saved_run = types.SimpleNamespace(
+    evaluate_workdir=evaluate_workdir
+)
 def export_workdir(config, workdir, folder, *, which):
   print('export', config.seed, workdir, folder, which)
   return 'written'
 
-fsq_jax.export = types.SimpleNamespace(export_workdir=export_workdir)
+sys.modules['fsq_jax.tokenizer'] = types.SimpleNamespace(
+    export=types.SimpleNamespace(export_workdir=export_workdir)
+)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )

@@ -28,7 +28,6 @@ from fsq_jax.evaluation import codebook_statistics
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
-from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 
 # Images shown: spread over the split, those of them whose token is swapped, the
@@ -101,7 +100,6 @@ def analyze_workdir(
       written.
     RuntimeError: the files cannot be written in the end.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, jax.device_count(), mode='report')
   if config.eval.native_size:
     raise ValueError(

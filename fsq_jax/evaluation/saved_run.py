@@ -20,7 +20,6 @@ from fsq_jax.checkpoints import saved_model
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import native_evaluation
 from fsq_jax.evaluation import results as results_lib
-from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import processes
 
@@ -96,7 +95,6 @@ def evaluate_workdir(
       model, no checkpoint, or a folder that cannot be written.
     RuntimeError: what was evaluated and shown cannot be written.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, jax.device_count(), mode='eval')
   config = configuration.resolve(config)
   mesh = partitioning.create_mesh(config.partitioning.mesh)

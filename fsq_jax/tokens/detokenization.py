@@ -12,7 +12,6 @@ from PIL import Image
 
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
-from fsq_jax.runtime import host
 from fsq_jax.runtime import processes
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
@@ -50,7 +49,6 @@ def detokenize_workdir(
   Raises:
     ValueError: token files that are damaged, or that another model made.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   with processes.fail_together():
     source = sources.TokenSource(tokens)
     folder = pathlib.Path(images).expanduser().absolute()

@@ -20,7 +20,6 @@ from fsq_jax import data
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.runtime import host
 from fsq_jax.runtime import preemption
 from fsq_jax.runtime import processes
 from fsq_jax.tokens import image_states
@@ -96,7 +95,6 @@ def tokenize_workdir(
     Interrupted: by SIGTERM or SIGINT, of any process.
     PeerError: another of several processes has failed.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, mode='tokenize')
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()

@@ -64,7 +64,6 @@ def train_and_evaluate(
     RunError: something cannot be written, as on a full disk, or another of
       several processes cannot start.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
   host.use_compilation_cache(config.train.compilation_cache)

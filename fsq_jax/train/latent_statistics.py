@@ -19,7 +19,6 @@ from fsq_jax import models
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.models import pixels
-from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
 from fsq_jax.train import optim
@@ -52,7 +51,6 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   Raises:
     ValueError: a config that is not valid, or an encoder that would be random.
   """
-  host.keep_freed_memory()  # Before JAX has threads.
   configuration.check_config(
       config, jax.device_count(), mode='latent_statistics'
   )
