@@ -560,7 +560,7 @@ def _tokenize() -> ml_collections.ConfigDict:
   tokenize.split = 'eval'
   # Views of each image, >= 1. 1 is the crop that evaluation takes, for 'photos'
   # of split 'train' a regular grid of crops; N >= 2 are N random ones, with
-  # crop_scale, flip and color_jitter of `data` as in training, drawn by `seed`.
+  # crop_scale and flip of `data` as in training, drawn by `seed`.
   tokenize.views = 1
   # 'crop' to data.image_size, as evaluation does, or 'pad', which keeps all
   # pixels, for one view: grids then differ in size as images do.

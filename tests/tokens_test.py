@@ -57,9 +57,7 @@ def _job(storage='array_record', quantizer=_FSQ, **fields):
 
 def _view_job(storage='array_record', **fields):
   """Three views of each image."""
-  augmentation = {
-      'seed': 1, 'crop_scale': [1.0, 2.0], 'flip': True, 'color_jitter': 0.5
-  }  # fmt: skip
+  augmentation = {'seed': 1, 'crop_scale': [1.0, 2.0], 'flip': True}
   return _job(storage, views=3, augmentation=augmentation, **fields)
 
 

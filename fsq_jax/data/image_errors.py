@@ -1,7 +1,5 @@
 """The error of images that cannot be used, and the limits of their size."""
 
-
-
 MAX_PIXELS = 10**8
 # More than any format needs for them, at four channels of 16 bits.
 MAX_BYTES = 2**30

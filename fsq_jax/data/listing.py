@@ -28,15 +28,16 @@ _UNREAD_EXTENSIONS = {
 }
 # Not images by name: what lies beside images.
 _OTHER_EXTENSIONS = {
-    '.array_record', '.arrow', '.avi', '.bz2', '.cfg', '.csv', '.db', '.docx',
-    '.gz', '.h5', '.hdf5', '.htm', '.html', '.ini', '.ipynb', '.json',
-    '.jsonl', '.lock', '.log', '.mat', '.md', '.md5', '.mkv', '.mov', '.mp3',
-    '.mp4', '.npy', '.npz', '.parquet', '.pdf', '.pickle', '.pkl', '.pt',
-    '.pth', '.py', '.pyc', '.rar', '.rst', '.safetensors', '.sh', '.sha256',
-    '.sqlite', '.tar', '.tex', '.tfrecord', '.tgz', '.toml', '.tsv', '.txt',
-    '.url', '.wav', '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml',
-    '.zip', '.zst', '.7z',
-}
+    '.array_record', '.arrow', '.avi', '.bin', '.bz2', '.cfg', '.ckpt', '.csv',
+    '.dat', '.db', '.doc', '.docx', '.flac', '.flo', '.gz', '.h5', '.hdf5',
+    '.htm', '.html', '.ini', '.ipynb', '.json', '.jsonl', '.lock', '.log',
+    '.mat', '.md', '.md5', '.mkv', '.mov', '.mp3', '.mp4', '.npy', '.npz',
+    '.onnx', '.parquet', '.pb', '.pdf', '.pickle', '.pkl', '.pt', '.pth', '.py',
+    '.pyc', '.rar', '.rst', '.safetensors', '.sh', '.sha256', '.sqlite', '.tar',
+    '.tex', '.tfrecord', '.tgz', '.toml', '.tsv', '.txt', '.url', '.wav',
+    '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml', '.zip', '.zst',
+    '.7z',
+}  # fmt: skip
 # Decides whether a file is text.
 _TEXT_BYTES = 512
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
 from einops import rearrange
 from flax import linen as nn
 import jax
@@ -130,6 +131,13 @@ class VectorQuantizer(codebook.CodebookQuantizer):
           "train=True updates the codebook, but the collection 'codebook' is"
           " immutable; call apply with mutable=['codebook'] and keep the"
           ' variables that it returns, or use train=False.'
+      )
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and self.axis_name is None:
+      logging.warning(
+          'Replicas along %s update codebooks of their own, which drift apart'
+          ' where their batches differ; set axis_name to share the statistics.',
+          manual,
       )
     return True
 

@@ -76,8 +76,8 @@ class Job:
     source: fingerprint of the images.
     label_names: of the classes, by label; () where they have none.
     views: random crops of each image; 1 is no random one but the evaluation's.
-    augmentation: 'seed', 'crop_scale', 'flip' and 'color_jitter' of several
-      views, see `data.draw_augmentation`; None for one view.
+    augmentation: 'seed', 'crop_scale' and 'flip' of several views, see
+      `data.draw_augmentation`; None for one view.
   """
 
   storage: str
@@ -231,8 +231,8 @@ def check_same_job(path: pathlib.Path, job: Job) -> None:
     saved = json.loads(path.read_bytes())
   except ValueError as error:
     raise ValueError(f'{path} is damaged, no JSON: {error}.') from error
-  wanted = job.to_json()
-  saved = _ADDED | saved if isinstance(saved, dict) else {}
+  saved = _flatten(_ADDED | saved if isinstance(saved, dict) else {})
+  wanted = _flatten(job.to_json())
   differences = [
       f'  {key}: {saved.get(key)!r} -> {value!r}'
       for key, value in wanted.items()
@@ -240,11 +240,27 @@ def check_same_job(path: pathlib.Path, job: Job) -> None:
       if key != 'layout' and saved.get(key) != value
   ]
   if differences:
+    note = ''
+    if wanted['source.content'] != saved.get('source.content'):
+      note = (
+          '\nsource.content differs: images were added, removed, renamed or'
+          ' changed, or are others.'
+      )
     raise ValueError(
         f'{path} is of other tokens (there -> now):\n'
         + '\n'.join(differences)
+        + note
         + '\nGive another folder with --tokens, or delete that one.'
     )
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the values of nested objects under dotted names."""
+  flat = {}
+  for key, value in values.items():
+    nested = _flatten(value) if isinstance(value, Mapping) else {'': value}
+    flat |= {f'{key}.{name}'.rstrip('.'): x for name, x in nested.items()}
+  return flat
 
 
 def _is_count(x: Any) -> bool:

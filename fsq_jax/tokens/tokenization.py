@@ -215,7 +215,6 @@ def _make_job(
         'seed': config.seed,
         'crop_scale': list(config.data.crop_scale),
         'flip': config.data.flip,
-        'color_jitter': config.data.color_jitter,
     }
   return manifest.Job(
       storage=config.tokenize.storage,
@@ -447,7 +446,8 @@ class _Run:
     )
     size = self._job.image_size
     drawn = data.draw_augmentation(
-        image, np.random.default_rng(seed), size=size, **options
+        image, np.random.default_rng(seed), size=size, color_jitter=0.0,
+        **options,
     )
     crop = np.array(data.apply_augmentation(image, drawn, size))
     return crop, (drawn.crop, drawn.is_flipped)
