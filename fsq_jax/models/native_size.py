@@ -94,6 +94,7 @@ class Reconstructor:
     self._sizes = image_sizes.ImageSizes(model, image_size)
     self._reconstruct = compiled.Compiled(
         lambda *arguments: reconstruct(model, *arguments),
+        max_shapes=image_sizes.MAX_SHAPES,
         out_shardings=partitioning.replicated(mesh),
     )
 

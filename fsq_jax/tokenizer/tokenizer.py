@@ -246,7 +246,8 @@ class Tokenizer:
         cropped; images of config.data.image_size stay as they are. 'pad' keeps
         all pixels: bottom and right are mirrored to what the model takes, and
         `decode` crops them away. A ViT then takes tiles of the size that it was
-        trained with.
+        trained with, a convolutional model whole images; of these, few sizes
+        are compiled (`image_sizes`).
 
     Returns:
       [B, h, w, *index_shape] int32, -1 where a latent was NaN; index_shape, of
@@ -437,7 +438,7 @@ def _compile(
     with partitioning.mesh_of(x):
       return model.apply(variables, x, size, method=method)
 
-  return compiled.Compiled(function)
+  return compiled.Compiled(function, max_shapes=image_sizes.MAX_SHAPES)
 
 
 def _to_array(x: np.ndarray, name: str) -> np.ndarray:
