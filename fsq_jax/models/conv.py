@@ -4,7 +4,8 @@ Both are those of github.com/google-research/maskgit (and, for images, of
 MAGVIT), which the FSQ paper (arXiv 2309.15505) trains with: VQGAN's without
 attention. They take images of any size that their stride divides, whatever
 size they were initialized or trained with; GroupNorm's statistics, over the
-whole image, are all that knows of its size.
+whole image, are all that knows of its size. Given the size of images within
+larger arrays, they compute what they would without the rest.
 """
 
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ class ConvEncoder(nn.Module):
       filters = self.filters * multiplier
       if level:
         x = reduce(x, 'b (h p) (w q) c -> b h w c', 'mean', p=2, q=2)
-        mask = None if mask is None else mask[:, ::2, ::2]
+        if mask is not None:
+          mask = mask[:, ::2, ::2]
       for i in range(self.num_res_blocks):
         x = _block(self, filters, f'level_{level}_block_{i}')(x, mask)
     for i in range(self.num_res_blocks):
@@ -208,11 +210,9 @@ class ConvDecoder(nn.Module):
       for i in range(self.num_res_blocks):
         x = _block(self, filters, f'level_{level}_block_{i}')(x, mask)
       if level:
-        x, mask = (
-            None if y is None
-            else repeat(y, 'b h w c -> b (h p) (w q) c', p=2, q=2)
-            for y in (x, mask)
-        )
+        x = repeat(x, 'b h w c -> b (h p) (w q) c', p=2, q=2)
+        if mask is not None:
+          mask = repeat(mask, 'b h w c -> b (h p) (w q) c', p=2, q=2)
         x = _conv(filters, 3, f'level_{level}_upsample', self.dtype)(
             _keep(x, mask)
         )
