@@ -26,6 +26,20 @@ def test_the_shapes_used_last_are_kept(caplog):
   assert function({'w': np.float32(2)}, np.ones(7)) == 14
 
 
+def test_an_argument_that_is_left_out_is_a_shape_of_its_own(caplog):
+  function = compiled.Compiled(
+      lambda variables, x, y: x if y is None else x + y, max_shapes=2
+  )
+  x, y = np.ones(3), np.ones(3)
+  counts = [
+      _num_compiled(caplog, function, *arrays)
+      for arrays in ((x, None), (x, y), (x, None))
+  ]
+  assert counts == [1, 1, 0]
+  np.testing.assert_array_equal(function({}, x, None), x)
+  np.testing.assert_array_equal(function({}, x, y), 2 * x)
+
+
 def test_what_needs_more_memory_than_is_free_is_not_run(monkeypatch):
   function = compiled.Compiled(lambda w, x: w * jnp.outer(x, x).cumsum(0))
   np.testing.assert_allclose(

@@ -151,6 +151,31 @@ def test_parts_are_those_of_numpy(part):
   np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize('part', ['encoder', 'decoder'])
+def test_what_is_beyond_the_size_changes_nothing(part):
+  if part == 'encoder':
+    module, reference = conv.ConvEncoder(**_FIELDS), _encode
+    x, size, result = _images((10, 14)), (4, 6), (2, 3)
+  else:
+    module, reference = conv.ConvDecoder(**_FIELDS), _decode
+    x, size, result = jax.random.normal(jax.random.key(0), (2, 5, 7, 5)), (
+        2, 3), (4, 6)
+  variables = _init(module, x)
+  p = jax.tree.map(np.float64, variables['params'])
+  inside = x[:, : size[0], : size[1]]
+  # Not as filling is, but as it would show.
+  x = jnp.full_like(x, np.nan).at[:, : size[0], : size[1]].set(inside)
+  y = jax.jit(module.apply)(variables, x, size=np.array(size, np.int32))
+  expected = np.stack([reference(np.float64(image), p) for image in inside])
+  rows, columns = result
+  np.testing.assert_allclose(
+      y[:, :rows, :columns], expected, rtol=2e-5, atol=2e-5
+  )
+  if part == 'decoder':
+    assert not np.any(y[:, rows:])
+    assert not np.any(y[:, :, columns:])
+
+
 @pytest.mark.parametrize(
     ('quantizer', 'code_dim'),
     [({'name': 'vq', 'vq.code_dim': 256}, 256),

@@ -187,6 +187,28 @@ def test_a_conv_model_takes_what_its_stride_divides_as_it_is(size):
   np.testing.assert_array_equal(output.indices, indices[0])
 
 
+def test_a_conv_model_is_compiled_for_few_sizes():
+  model = _conv()
+  variables = _variables(model)
+  reconstructor = _reconstructor(model)
+  # Of 5 to 8 by 9 to 12 latents of 4 x 4, which is in two buckets.
+  sizes = [(17, 33), (19, 45), (21, 39), (24, 46), (25, 37), (30, 47), (29, 43)]
+  for size in sizes:
+    image = _image(*size)
+    output = reconstructor(variables, image)
+    padded = transforms.pad(image, (4, 4))
+    assert output.indices.shape == tuple(np.floor_divide(padded.shape[:2], 4))
+    assert output.num_seen == output.indices.shape
+    assert output.finite
+    if size in sizes[::3]:
+      images, indices = _forward(model, variables, padded[None])
+      np.testing.assert_array_equal(output.indices, indices[0])
+      expected = images[0, : size[0], : size[1]].astype(int)
+      assert np.abs(output.image - expected).max() <= 1
+  shapes = {key[0] for key in reconstructor._reconstruct._executables}
+  assert {x[0] for x in shapes} == {(1, 24, 48, 3), (1, 32, 48, 3)}
+
+
 def test_an_image_of_one_tile_is_the_forward_pass():
   model = _build()
   variables = _variables(model)

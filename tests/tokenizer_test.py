@@ -155,7 +155,7 @@ def test_a_vit_takes_tiles_by_themselves(tokenizer):
   assert np.mean(tokens[:, 4:, 8:] != tile) < 0.05
 
 
-def test_a_convolutional_model_takes_whole_images():
+def _convolutional():
   conv = {'filters': 32, 'channel_multipliers': (1, 1, 1), 'num_res_blocks': 1}
   fields = {
       f'model.{part}.{name}': value
@@ -164,13 +164,43 @@ def test_a_convolutional_model_takes_whole_images():
           'name': 'conv', **{f'conv.{x}': y for x, y in conv.items()}
       }.items()
   }
-  tokenizer = _untrained(**fields)
+  return _untrained(**fields)
+
+
+def test_a_convolutional_model_takes_whole_images():
+  tokenizer = _convolutional()
   images = _images(2, 19, 30)
   tokens = tokenizer.encode(images, 'pad')
   assert tokens.shape == (2, 5, 8)
   assert tokenizer.decode(tokens, (19, 30)).shape == images.shape
   # What lies far below changes the tokens of the top: GroupNorm sees it.
   assert tokenizer.reconstruct(images[:, :16, :16]).shape == (2, 16, 16, 3)
+
+
+def test_convolutional_models_are_compiled_for_few_sizes():
+  tokenizer = _convolutional()
+  exact = _convolutional()
+  exact._sizes._has_buckets = False
+  # Of 5 and 6 by 9 to 12 tokens of 4 x 4 pixels, in one bucket; the last one
+  # fills it.
+  for size in ((17, 33), (24, 36), (20, 48), (19, 42), (23, 47)):
+    images = _images(2, *size)
+    tokens = tokenizer.encode(images, 'pad')
+    assert tokens.shape == (2, *tokenizer.tokens_of(size))
+    whole = tokenizer.decode(tokens)
+    assert whole.shape[1:3] == tuple(4 * x for x in tokens.shape[1:3])
+    restored = tokenizer.decode(tokens, size)
+    np.testing.assert_array_equal(restored, whole[:, : size[0], : size[1]])
+    if size in ((17, 33), (20, 48)):
+      np.testing.assert_array_equal(tokens, exact.encode(images, 'pad'))
+      others = exact.decode(tokens, size)
+      assert np.abs(restored.astype(int) - others).max() <= 1
+  for function in (tokenizer._encode, tokenizer._decode):
+    assert len(function._executables) == 2
+  # Cropping is as ever: of no other size.
+  np.testing.assert_array_equal(
+      tokenizer.encode(images), exact.encode(images)
+  )
 
 
 def test_executables_of_few_sizes_are_kept():

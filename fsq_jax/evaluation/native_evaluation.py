@@ -25,9 +25,9 @@ _GRID_SIDE = 256
 class NativeEvaluator:
   """Evaluates parameters on a split, each image once and whole.
 
-  Networks that measure, and convolutional models, are compiled for every size
-  of image, in seconds each; a split of many sizes takes far longer than one of
-  crops. All devices do the same.
+  Networks that measure are compiled for every size of image, in seconds each;
+  with them a split of many sizes takes far longer than one of crops. All
+  devices do the same.
   """
 
   def __init__(

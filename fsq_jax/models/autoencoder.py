@@ -100,40 +100,72 @@ class Autoencoder(nn.Module):
   statistics: LatentStatistics | None = None
 
   def __call__(
-      self, images: jax.Array, *, train: bool = False
+      self,
+      images: jax.Array,
+      *,
+      train: bool = False,
+      size: jax.Array | None = None,
   ) -> AutoencoderOutput:
-    """Reconstructs [B, H, W, 3] images in [-1, 1]."""
-    latents = partitioning.constrain(self.encoder(images))
+    """Reconstructs [B, H, W, 3] images in [-1, 1]; size: see `encode`."""
+    latents = partitioning.constrain(self.encoder(images, **_sized(size)))
     quantized = self._quantize(latents, train=train)
+    if size is not None:
+      size = size // self.encoder.stride
     return AutoencoderOutput(
-        reconstructions=self.decode(quantized.z_q),
+        reconstructions=self.decode(quantized.z_q, size=size),
         quantizer_loss=quantized.loss,
         indices=quantized.indices,
         latents=latents,
     )
 
   def encode(
-      self, images: jax.Array, *, train: bool = False
+      self,
+      images: jax.Array,
+      *,
+      train: bool = False,
+      size: jax.Array | None = None,
   ) -> quantizers.QuantizerOutput:
-    """Encodes [B, H, W, 3] images in [-1, 1] to codes, loss and indices."""
-    return self._quantize(self.encoder(images), train=train)
+    """Encodes images to codes, loss and indices.
 
-  def decode(self, codes: jax.Array) -> jax.Array:
-    """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images."""
+    Args:
+      images: [B, H, W, 3] in [-1, 1].
+      train: whether parameters are trained.
+      size: for models that take it (`takes_size`): [2] int32, the height and
+        width of the images where H and W are larger, multiples of the stride.
+        What is beyond is ignored, and what it becomes means nothing.
+    """
+    return self._quantize(self.encoder(images, **_sized(size)), train=train)
+
+  def decode(
+      self, codes: jax.Array, *, size: jax.Array | None = None
+  ) -> jax.Array:
+    """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images.
+
+    Args:
+      codes: from `encode`.
+      size: as in `encode`, but the rows and columns of the codes.
+    """
     latents = partitioning.constrain(self.projector_out(codes))
     if self.statistics is not None:
       latents = self.statistics.denormalize(latents)
-    return partitioning.constrain(self.decoder(latents))
+    return partitioning.constrain(self.decoder(latents, **_sized(size)))
 
-  def encode_to_indices(self, images: jax.Array) -> jax.Array:
+  def encode_to_indices(
+      self, images: jax.Array, *, size: jax.Array | None = None
+  ) -> jax.Array:
     """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.
 
-    These are [B, h, w], or [B, h, w, *index_shape] where codes have several.
+    These are [B, h, w], or [B, h, w, *index_shape] where codes have several;
+    size: see `encode`.
     """
-    return self.encode(images).indices
+    return self.encode(images, size=size).indices
 
   def decode_from_indices(
-      self, indices: jax.Array, *, spec: Mapping[str, Any] | None = None
+      self,
+      indices: jax.Array,
+      *,
+      spec: Mapping[str, Any] | None = None,
+      size: jax.Array | None = None,
   ) -> jax.Array:
     """Decodes int32 indices to [B, H, W, 3] images.
 
@@ -141,10 +173,11 @@ class Autoencoder(nn.Module):
       indices: what `encode_to_indices` returned.
       spec: `quantizer.spec()` of the quantizer that made them, as kept beside
         the tokens; another than this quantizer's raises ValueError.
+      size: see `decode`.
     """
     if spec is not None:
       convert.check_same_dialect(spec, self.quantizer.spec())
-    return self.decode(self.quantizer.indices_to_codes(indices))
+    return self.decode(self.quantizer.indices_to_codes(indices), size=size)
 
   def _quantize(
       self, latents: jax.Array, *, train: bool
@@ -185,3 +218,23 @@ def stride_of(model: Autoencoder) -> int | None:
   if None in strides or model.statistics is not None:
     return None
   return max(strides)
+
+
+def takes_size(model: Autoencoder) -> bool:
+  """Whether the model takes the `size` of `Autoencoder.encode`.
+
+  Both the encoder and the decoder have to ignore what is beyond it, and nothing
+  between them may mix positions.
+  """
+  return stride_of(model) is not None and all(
+      getattr(part, 'takes_size', default)
+      for part, default in (
+          (model.encoder, False), (model.decoder, False),
+          (model.projector_in, True),
+      )
+  )
+
+
+def _sized(size: jax.Array | None) -> dict[str, jax.Array]:
+  """Arguments of encoders and decoders, of which not all take a size."""
+  return {} if size is None else {'size': size}

@@ -4,7 +4,8 @@ Both are those of github.com/google-research/maskgit (and, for images, of
 MAGVIT), which the FSQ paper (arXiv 2309.15505) trains with: VQGAN's without
 attention. They take images of any size that their stride divides, whatever
 size they were initialized or trained with; GroupNorm's statistics, over the
-whole image, are all that knows of its size.
+whole image, are all that knows of its size. Given the size of images within
+larger arrays, they compute what they would without the rest.
 """
 
 from collections.abc import Sequence
@@ -43,11 +44,13 @@ class ResidualBlock(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Transforms [B, h, w, C] to [B, h, w, filters]."""
+  def __call__(
+      self, x: jax.Array, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """Transforms [B, h, w, C] to [B, h, w, filters]; mask: see `_mask`."""
     y = x = partitioning.constrain(x)
     for i in range(2):
-      y = _normalize(f'norm_{i}', y)
+      y = _normalize(f'norm_{i}', y, mask)
       y = _conv(self.filters, 3, f'conv_{i}', self.dtype, use_bias=False)(y)
       y = partitioning.constrain(y)
     if x.shape[-1] == self.filters:
@@ -79,6 +82,7 @@ class ConvEncoder(nn.Module):
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
+  takes_size = True
 
   @property
   def stride(self) -> int:
@@ -91,14 +95,19 @@ class ConvEncoder(nn.Module):
     return self.latent_width
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(
+      self, images: jax.Array, *, size: jax.Array | None = None
+  ) -> jax.Array:
     """Encodes images.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1]; stride divides H and W.
+      size: (height, width) of the images where H and W are larger, multiples of
+        stride. What is beyond is ignored.
 
     Returns:
-      [B, h, w, latent_width] float32 latents, h = H / stride, w = W / stride.
+      [B, h, w, latent_width] float32 latents, h = H / stride, w = W / stride;
+      those beyond size mean nothing.
 
     Raises:
       ValueError: a side of the images is no multiple of the stride.
@@ -110,17 +119,21 @@ class ConvEncoder(nn.Module):
           f' {len(self.channel_multipliers) - 1} times; crop or pad both sides'
           f' to multiples of {self.stride}.'
       )
+    mask = _mask(images, size)
+    images = _keep(images, mask)
     x = _conv(self.filters, 3, 'input', self.dtype, use_bias=False)(images)
     for level, multiplier in enumerate(self.channel_multipliers):
       filters = self.filters * multiplier
       if level:
         x = reduce(x, 'b (h p) (w q) c -> b h w c', 'mean', p=2, q=2)
+        if mask is not None:
+          mask = mask[:, ::2, ::2]
       for i in range(self.num_res_blocks):
-        x = _block(self, filters, f'level_{level}_block_{i}')(x)
+        x = _block(self, filters, f'level_{level}_block_{i}')(x, mask)
     for i in range(self.num_res_blocks):
-      x = _block(self, filters, f'final_block_{i}')(x)
+      x = _block(self, filters, f'final_block_{i}')(x, mask)
     return _conv(self.latent_width, 1, 'latents', jnp.float32)(
-        _normalize('norm', x)
+        _normalize('norm', x, mask)
     )
 
 
@@ -149,6 +162,7 @@ class ConvDecoder(nn.Module):
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
+  takes_size = True
 
   @property
   def stride(self) -> int:
@@ -161,14 +175,19 @@ class ConvDecoder(nn.Module):
     return self.latent_width
 
   @nn.compact
-  def __call__(self, latents: jax.Array) -> jax.Array:
+  def __call__(
+      self, latents: jax.Array, *, size: jax.Array | None = None
+  ) -> jax.Array:
     """Decodes latents.
 
     Args:
       latents: [B, h, w, latent_width].
+      size: (rows, columns) of the latents where h and w are larger. What is
+        beyond is ignored.
 
     Returns:
-      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1].
+      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1]; 0 beyond
+      size.
 
     Raises:
       ValueError: latents have another number of channels.
@@ -180,20 +199,25 @@ class ConvDecoder(nn.Module):
           ' projector_out makes.'
       )
     filters = self.filters * self.channel_multipliers[-1]
-    x = _conv(filters, 3, 'input', self.dtype)(latents)
+    mask = _mask(latents, size)
+    x = _conv(filters, 3, 'input', self.dtype)(_keep(latents, mask))
     for i in range(self.num_res_blocks):
-      x = _block(self, filters, f'first_block_{i}')(x)
+      x = _block(self, filters, f'first_block_{i}')(x, mask)
     for level, multiplier in reversed(
         list(enumerate(self.channel_multipliers))
     ):
       filters = self.filters * multiplier
       for i in range(self.num_res_blocks):
-        x = _block(self, filters, f'level_{level}_block_{i}')(x)
+        x = _block(self, filters, f'level_{level}_block_{i}')(x, mask)
       if level:
         x = repeat(x, 'b h w c -> b (h p) (w q) c', p=2, q=2)
-        x = _conv(filters, 3, f'level_{level}_upsample', self.dtype)(x)
-    x = _normalize('norm', x)
-    return _conv(3, 3, 'pixels', jnp.float32)(x)
+        if mask is not None:
+          mask = repeat(mask, 'b h w c -> b (h p) (w q) c', p=2, q=2)
+        x = _conv(filters, 3, f'level_{level}_upsample', self.dtype)(
+            _keep(x, mask)
+        )
+    x = _normalize('norm', x, mask)
+    return _keep(_conv(3, 3, 'pixels', jnp.float32)(x), mask)
 
 
 def _block(module: nn.Module, filters: int, name: str) -> nn.Module:
@@ -210,9 +234,30 @@ def _conv(
   )
 
 
-def _normalize(name: str, x: jax.Array) -> jax.Array:
-  """GroupNorm and swish, float32."""
+def _normalize(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """GroupNorm, with the statistics of what the mask keeps, and swish."""
   norm = nn.GroupNorm(
       num_groups=NUM_GROUPS, epsilon=1e-6, dtype=jnp.float32, name=name
   )
-  return nn.swish(norm(x.astype(jnp.float32)))
+  kept = None if mask is None else jnp.repeat(mask, x.shape[-1], axis=-1)
+  return _keep(nn.swish(norm(x.astype(jnp.float32), mask=kept)), mask)
+
+
+def _mask(x: jax.Array, size: jax.Array | None) -> jax.Array | None:
+  """Returns [1, h, w, 1] bool, whether [B, h, w, C] is within size.
+
+  A 3 x 3 convolution of what the mask keeps, zeros elsewhere, is within size
+  what it would be if x ended there.
+  """
+  if size is None:
+    return None
+  rows, columns = (
+      jnp.arange(num, dtype=jnp.int32) < side
+      for num, side in zip(x.shape[1:3], size, strict=True)
+  )
+  return (rows[:, None] & columns)[None, :, :, None]
+
+
+def _keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Returns x with zeros where the mask is False."""
+  return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))

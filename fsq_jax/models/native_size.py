@@ -13,8 +13,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax.data import transforms
 from fsq_jax.models import autoencoder
+from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
@@ -46,6 +46,7 @@ def reconstruct(
     model: autoencoder.Autoencoder,
     variables: Mapping[str, Any],
     images: jax.Array,
+    size: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Codes and decodes images of a size that the model takes.
 
@@ -53,12 +54,13 @@ def reconstruct(
     model: the autoencoder.
     variables: params and the model's other collections.
     images: [B, H, W, 3] uint8.
+    size: see `Autoencoder.encode`.
 
   Returns:
     Reconstructions, the same shape, uint8; indices, int32; and one bool,
     whether all reconstructions are finite.
   """
-  output = model.apply(variables, pixels.to_float(images))
+  output = model.apply(variables, pixels.to_float(images), size=size)
   return (
       pixels.to_uint8(output.reconstructions),
       output.indices,
@@ -70,11 +72,10 @@ class Reconstructor:
   """Reconstructs images of any size with one model.
 
   A model with a stride, a convolutional one, takes the whole padded image, and
-  is compiled for each padded size; executables of the sizes used last are kept.
-  Its GroupNorm sees the padding, so that every pixel may differ a little from
-  what it would be without. Other
-  models take tiles of the size that they were trained with, each by itself,
-  and edges of tiles may show.
+  is compiled for few sizes (`image_sizes`). Its GroupNorm sees the mirrored
+  padding, so that every pixel may differ a little from what it would be
+  without. Other models take tiles of the size that they were trained with, each
+  by itself, and edges of tiles may show.
   """
 
   def __init__(
@@ -90,23 +91,22 @@ class Reconstructor:
       image_size: (height, width) in pixels that it was built for.
       mesh: from `partitioning.create_mesh`. All devices do the same.
     """
-    stride = autoencoder.stride_of(model)
-    self._whole = stride is not None
-    self._multiples = (stride, stride) if self._whole else tuple(image_size)
+    self._sizes = image_sizes.ImageSizes(model, image_size)
     self._reconstruct = compiled.Compiled(
-        lambda variables, images: reconstruct(model, variables, images),
+        lambda *arguments: reconstruct(model, *arguments),
+        max_shapes=image_sizes.MAX_SHAPES,
         out_shardings=partitioning.replicated(mesh),
     )
 
   @property
   def protocol(self) -> str:
     """What is done to images, in words."""
-    height, width = self._multiples
+    height, width = self._sizes.multiples
     text = (
         f'sides padded to multiples of {height} x {width} pixels by mirroring'
         ' at the bottom and the right, cropped back'
     )
-    if not self._whole:
+    if not self._sizes.whole:
       text += f'; in tiles of {height} x {width}, each by itself'
     return text
 
@@ -134,11 +134,13 @@ class Reconstructor:
       )
     if not image.size:
       raise ValueError(f'An image of {list(image.shape)} has no pixel.')
-    padded = transforms.pad(image, self._multiples)
+    padded = self._sizes.pad(image)
     padded_size = padded.shape[:2]
-    if self._whole:
-      images, indices, finite = jax.device_get(
-          self._reconstruct(variables, padded[None])
+    if self._sizes.whole:
+      images, indices, finite = self._sizes.call(
+          lambda x, size: jax.device_get(self._reconstruct(variables, x, size)),
+          padded[None],
+          self._sizes.multiples,
       )
       padded, indices = images[0], indices[0]
     else:
@@ -161,7 +163,7 @@ class Reconstructor:
 
     Tiles go straight to their place: large images are not copied again.
     """
-    height, width = self._multiples
+    height, width = self._sizes.multiples
     places = [
         (row, column)
         for row in range(image.shape[0] // height)

@@ -139,6 +139,8 @@ class AttentionProjectorIn(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
   scan_unroll: int = 1
+  # Attention sees all latents; see `autoencoder.takes_size`.
+  takes_size = False
 
   @nn.compact
   def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:

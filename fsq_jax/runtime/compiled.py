@@ -33,7 +33,7 @@ class Compiled:
     """Functions are compiled on first call.
 
     Args:
-      function: of variables, a tree of arrays, and of arrays.
+      function: of variables, a tree of arrays, and of arrays or None.
       max_shapes: executables to keep.
       **jit_options: of `jax.jit`.
     """
@@ -48,7 +48,9 @@ class Compiled:
     Raises:
       TooLargeError: the device has not the memory that this takes.
     """
-    key = tuple((x.shape, np.dtype(x.dtype)) for x in arrays)
+    key = tuple(
+        None if x is None else (x.shape, np.dtype(x.dtype)) for x in arrays
+    )
     jitted = self._executables.pop(key, None)
     if jitted is None:
       # Of a function of its own, with which JAX drops all that it cached.
@@ -84,7 +86,7 @@ def _check_memory(jitted, variables, arrays) -> None:
     return
   needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
   if needed > free:
-    shapes = ', '.join(str(list(x.shape)) for x in arrays)
+    shapes = ', '.join(str(list(x.shape)) for x in arrays if x is not None)
     raise TooLargeError(
         f'Arrays of {shapes} need {needed / 2**30:.1f} GiB of memory on the'
         f' device, which has {free / 2**30:.1f} GiB free; use smaller images'

@@ -17,7 +17,7 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import transforms
-from fsq_jax.models import autoencoder
+from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as metrics
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import compiled
@@ -91,15 +91,7 @@ class Tokenizer:
     self.model = tokenizer_files.build_model(config, dtype)
     self._image_size = tuple(config.data.image_size)
     self._batcher = batching.Batcher(mesh, batch_size)
-    stride = autoencoder.stride_of(self.model)
-    self._whole = stride is not None
-    # Pixels and latents of the smallest image that is not padded.
-    if self._whole:
-      self._multiples = (stride, stride)
-      self._grid = (stride // self.model.encoder.stride,) * 2
-    else:
-      self._multiples = self._image_size
-      self._grid = tuple(self.model.encoder.grid_size)
+    self._sizes = image_sizes.ImageSizes(self.model, self._image_size)
     self._encode = _compile(self.model, images_to_tokens)
     self._decode = _compile(self.model, tokens_to_images)
 
@@ -240,7 +232,7 @@ class Tokenizer:
     return tuple(
         math.ceil(side / multiple) * num
         for side, multiple, num in zip(
-            size, self._multiples, self._grid, strict=True
+            size, self._sizes.multiples, self._sizes.grid, strict=True
         )
     )
 
@@ -254,7 +246,8 @@ class Tokenizer:
         cropped; images of config.data.image_size stay as they are. 'pad' keeps
         all pixels: bottom and right are mirrored to what the model takes, and
         `decode` crops them away. A ViT then takes tiles of the size that it was
-        trained with.
+        trained with, a convolutional model whole images; of these, few sizes
+        are compiled (`image_sizes`).
 
     Returns:
       [B, h, w, *index_shape] int32, -1 where a latent was NaN; index_shape, of
@@ -269,9 +262,9 @@ class Tokenizer:
           ' load the whole one.'
       )
     images = self._fit(_check_images(images), fit)
-    if self._whole or images.shape[1:3] == self._image_size:
-      return self._batcher.map(
-          self._encode, self.variables, images, self._image_size
+    if self._sizes.whole or images.shape[1:3] == self._image_size:
+      return self._map(
+          self._encode, images, self._sizes.multiples, self._image_size
       )
     return self._batcher.map_tiles(
         self._encode, self.variables, images, self._image_size
@@ -308,7 +301,8 @@ class Tokenizer:
       largest = tuple(
           num // latents * pixels
           for num, latents, pixels in zip(
-              tokens.shape[1:3], self._grid, self._multiples, strict=True
+              tokens.shape[1:3], self._sizes.grid, self._sizes.multiples,
+              strict=True,
           )
       )
       if np.any(np.greater(size, largest)):
@@ -316,13 +310,13 @@ class Tokenizer:
             f'Images of {tokens.shape[1:3]} tokens have {largest} pixels; they'
             f' cannot be cropped to {size}. Give a size of at most that.'
         )
-    if self._whole or tokens.shape[1:3] == self._grid:
-      images = self._batcher.map(
-          self._decode, self.variables, tokens, self.grid_size
+    if self._sizes.whole or tokens.shape[1:3] == self._sizes.grid:
+      images = self._map(
+          self._decode, tokens, self._sizes.grid, self.grid_size
       )
     else:
       images = self._batcher.map_tiles(
-          self._decode, self.variables, tokens, self._grid
+          self._decode, self.variables, tokens, self._sizes.grid
       )
     return images if size is None else images[:, : size[0], : size[1]]
 
@@ -341,6 +335,23 @@ class Tokenizer:
     size = images.shape[1:3] if fit == 'pad' else None
     return self.decode(self.encode(images, fit), size)
 
+  def _map(
+      self,
+      function: Callable[..., jax.Array],
+      x: np.ndarray,
+      cell: tuple[int, int],
+      usual_size: tuple[int, int],
+  ) -> np.ndarray:
+    """Applies a compiled function to images or tokens that are not cut."""
+
+    def call(x, size):
+      return self._batcher.map(
+          lambda variables, batch: function(variables, batch, size),
+          self.variables, x, usual_size,
+      )
+
+    return self._sizes.call(call, x, cell)
+
   def _stored(self) -> tokenizer_files.Stored:
     if self.stored is None:
       self.stored = tokenizer_files.describe(
@@ -353,7 +364,7 @@ class Tokenizer:
     if fit not in FITS:
       raise ValueError(f'fit is {fit!r}; known: {list(FITS)}.')
     if fit == 'pad':
-      return np.stack([transforms.pad(x, self._multiples) for x in images])
+      return np.stack([self._sizes.pad(x) for x in images])
     if images.shape[1:3] == self._image_size:
       return images
     length = self.config.data.resize_shorter
@@ -372,12 +383,12 @@ class Tokenizer:
         or tokens.ndim != 3 + len(shape)
         or tokens.shape[3:] != shape
         or not tokens.size
-        or np.any(np.mod(tokens.shape[1:3], self._grid))
+        or np.any(np.mod(tokens.shape[1:3], self._sizes.grid))
     ):
       raise ValueError(
           f'Tokens are {tokens.dtype}{list(tokens.shape)}; give integers'
           f' [{", ".join(["B", "h", "w", *map(str, shape)])}], with h and w'
-          f' multiples of {self._grid}, and none of these 0.'
+          f' multiples of {self._sizes.grid}, and none of these 0.'
       )
     limit = self.model.quantizer.codebook_size
     if tokens.min() < 0 or tokens.max() >= limit:
@@ -396,24 +407,38 @@ def _local_mesh() -> jax.sharding.Mesh:
   return partitioning.create_mesh(_WHOLE, jax.local_devices())
 
 
-def images_to_tokens(model: models.Autoencoder, images: jax.Array) -> jax.Array:
-  """Encodes [B, H, W, 3] uint8 to [B, h, w, *index_shape] int32."""
-  return model.encode_to_indices(metrics.to_float(images))
+def images_to_tokens(
+    model: models.Autoencoder,
+    images: jax.Array,
+    size: jax.Array | None = None,
+) -> jax.Array:
+  """Encodes [B, H, W, 3] uint8 to [B, h, w, *index_shape] int32.
+
+  size: see `Autoencoder.encode`.
+  """
+  return model.encode_to_indices(metrics.to_float(images), size=size)
 
 
-def tokens_to_images(model: models.Autoencoder, tokens: jax.Array) -> jax.Array:
-  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, 3] uint8."""
-  return metrics.to_uint8(model.decode_from_indices(tokens))
+def tokens_to_images(
+    model: models.Autoencoder,
+    tokens: jax.Array,
+    size: jax.Array | None = None,
+) -> jax.Array:
+  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, 3] uint8.
+
+  size: see `Autoencoder.decode`.
+  """
+  return metrics.to_uint8(model.decode_from_indices(tokens, size=size))
 
 
 def _compile(
     model: nn.Module, method: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-  def function(variables, x):
+  def function(variables, x, size):
     with partitioning.mesh_of(x):
-      return model.apply(variables, x, method=method)
+      return model.apply(variables, x, size, method=method)
 
-  return compiled.Compiled(function)
+  return compiled.Compiled(function, max_shapes=image_sizes.MAX_SHAPES)
 
 
 def _to_array(x: np.ndarray, name: str) -> np.ndarray:
