@@ -29,7 +29,6 @@ from fsq_jax.data import folder as data_folder
 from fsq_jax.data import transforms
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
-from fsq_jax.tokenizer import tokenizer as tokenization
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import tokenization as tokenization_lib
@@ -43,7 +42,7 @@ _RUN = _ROOT / 'tests' / 'testdata' / 'run'
 @pytest.fixture(autouse=True)
 def once_loaded(monkeypatch):
   """Loads, and compiles, each tokenizer once."""
-  monkeypatch.setattr(tokenization, 'load_tokenizer', _load_tokenizer)
+  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', _load_tokenizer)
 
 
 _load_tokenizer = functools.cache(tokenizer_lib.load_tokenizer)
@@ -840,7 +839,7 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
   # Batches of as many devices: with others, sums differ in their last bits.
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1}, jax.devices()[:2])
   tokenizer = Tokenizer.from_workdir(_RUN, mesh=mesh, batch_size=8)
-  monkeypatch.setattr(tokenization, 'load_tokenizer', lambda *_: tokenizer)
+  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', lambda *_: tokenizer)
   config = _config(tokenize__split='train')
   tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'one')
   assert _files(folder) == _files(tmp_path / 'one')
