@@ -46,7 +46,12 @@ fsq_jax.train = types.SimpleNamespace(
 def join_processes(*args):
   print('join', *args)
 
-fsq_jax.runtime = types.SimpleNamespace(join_processes=join_processes)
+def stub(package, **modules):
+  sys.modules[f'fsq_jax.{package}'] = types.SimpleNamespace(**modules)
+
+stub(
+    'runtime', processes=types.SimpleNamespace(join_processes=join_processes)
+)
 def evaluate_workdir(config, workdir, *, which, output, show):
   print('eval', config.seed, workdir, which, output)
   show(types.SimpleNamespace(lines=lambda: ['psnr: 27.5']))
@@ -55,15 +60,20 @@ def analyze_workdir(config, workdir, *, which, output):
   print('report', config.seed, workdir, which, output)
   return f'{workdir}/report.html'
 
-fsq_jax.codebook_analysis = types.SimpleNamespace(
-    analyze_workdir=analyze_workdir
+stub(
+    'analysis', codebook=types.SimpleNamespace(analyze_workdir=analyze_workdir)
 )
-fsq_jax.evaluate = types.SimpleNamespace(evaluate_workdir=evaluate_workdir)
+stub(
+    'evaluation',
+    saved_run=types.SimpleNamespace(evaluate_workdir=evaluate_workdir),
+)
 def export_workdir(config, workdir, folder, *, which):
   print('export', config.seed, workdir, folder, which)
   return 'written'
 
-fsq_jax.export = types.SimpleNamespace(export_workdir=export_workdir)
+stub(
+    'tokenizer', export=types.SimpleNamespace(export_workdir=export_workdir)
+)
 fsq_jax.data = types.SimpleNamespace(
     prepare=lambda config: print('prepare', config.source)
 )
