@@ -42,6 +42,11 @@ def _write(path, value: int = 0, size=(4, 6)):
   path.write_bytes(_encode(np.full((*size, 3), value, np.uint8)))
 
 
+def _content_hash(source):
+  digests = [source.digests[i] for i in range(len(source))]
+  return data.content_hash(np.frombuffer(b''.join(digests), np.uint8))
+
+
 def test_the_content_hash_changes_with_an_image_of_the_same_size(tmp_path):
   paths = [tmp_path / 'train' / f'{i}.bmp' for i in range(3)]
   paths[0].parent.mkdir()
@@ -56,19 +61,13 @@ def test_the_content_hash_changes_with_an_image_of_the_same_size(tmp_path):
 
   before = read()
   digests = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
-  assert data.content_hash(before) == (
+  assert _content_hash(before) == (
       hashlib.sha256(b''.join(digests)).hexdigest()
-  )
-  # Of an image that no process has read there are zeros.
-  assert data.content_hash(before, {0: digests[0], 2: digests[2]}) == (
-      hashlib.sha256(digests[0] + bytes(32) + digests[2]).hexdigest()
   )
   paths[1].write_bytes(_encode(np.full((4, 6, 3), 9, np.uint8), 'BMP'))
   after = read()
   assert after.identity == before.identity
-  assert data.content_hash(after) != data.content_hash(before)
-  drawn = synthetic.SyntheticSource('train', size=(8, 8))
-  assert data.content_hash(drawn) == drawn.identity['content']
+  assert _content_hash(after) != _content_hash(before)
 
 
 def test_folder_lists_images_sorted_at_any_depth(tmp_path):
@@ -729,6 +728,29 @@ def test_photographs_smaller_than_a_tile_are_refused():
   assert len(enlarged) == 2
 
 
+def test_photographs_that_are_scaled_up_are_counted():
+  # Coffee is 400 x 600 pixels, Chelsea 300 x 451.
+  tiles = photos.ValidationTiles(size=(200, 200), resize_shorter=400)
+  assert not tiles.upscaled
+  for index in range(len(tiles)):
+    tiles.load(index)
+  assert {tiles.describe(i).split()[0] for i in tiles.upscaled} == {
+      'chelsea.png'
+  }
+  assert len(tiles.upscaled) == 2 * 3
+  # Of the photographs for training, the rocket has 427 rows, the stereo pair
+  # 500 and all others more than 510.
+  training = photos.TrainPhotos(resize_shorter=428)
+  grid = photos.TrainGrid(size=(200, 200), resize_shorter=428)
+  assert not grid.upscaled  # Though all crops have been looked at.
+  for source in (training, grid):
+    for index in range(0, len(source), 5):
+      source.load(index)
+    assert {source.describe(i).split()[0] for i in source.upscaled} == {
+        'rocket.jpg'
+    }
+
+
 def test_synthetic_images_are_fixed_and_disjoint():
   size = (12, 20)
   train = synthetic.SyntheticSource('train', size=size)
@@ -751,11 +773,11 @@ def test_reading_imports_neither_tensorflow_nor_skimage(prepared_root):
   code = f"""
 import sys
 from fsq_jax import data
-from fsq_jax.data import photos, prepared
+from fsq_jax.data import photos, tfds_source
 photos.TrainPhotos().load(0)
 for module in ('tensorflow_datasets', 'skimage'):
   assert module not in sys.modules, module
-prepared.PreparedSource('tiny', {prepared_root!r}, 'train').load(0)
+tfds_source.PreparedSource('tiny', {prepared_root!r}, 'train').load(0)
 assert 'tensorflow' not in sys.modules
 """
   result = subprocess.run(

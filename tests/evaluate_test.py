@@ -23,6 +23,7 @@ from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import codebook_statistics
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
 from fsq_jax.models import pixels as train_step
 from fsq_jax.runtime import partitioning
@@ -400,9 +401,9 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
   rows = [r for r in workdirs.read_metrics(run) if r['split'] == 'eval']
   top = max(rows, key=lambda row: row['psnr'])
   assert new == {
-      'evaluation_best.json',
+      f'evaluation_best_step_{top["step"]:08d}.json',
       f'reconstructions/best_step_{top["step"]:08d}.png',
-      'evaluation_photos_validation_HASH.json',
+      'evaluation_photos_validation_HASH_step_00000008.json',
       'reconstructions/photos_validation_HASH_step_00000008.png',
   }
   assert best.metrics['psnr'] == pytest.approx(top['psnr'], rel=1e-6)
@@ -445,6 +446,26 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   assert label(data_dir='../a/photos') == labels[0]
   own = saved_run._label(config, config, 'newest')
   assert (own, saved_run._label(config, config, 'best')) == ('', 'best')
+
+
+def test_evaluations_of_several_steps_are_kept(tmp_path):
+  image = np.zeros((1, 8, 8, 3), np.uint8)
+  for label in ('', 'best', 'native'):
+    for step in (4, 8):
+      evaluation = results_lib.Evaluation({'psnr': step}, {}, {}, image, image)
+      saved_run.write_evaluation(tmp_path, step, evaluation, label)
+  steps = {
+      path.name: json.loads(path.read_text())['metrics']['psnr']
+      for path in tmp_path.glob('*.json')
+  }
+  assert steps == {
+      'evaluation.json': 8,
+      'evaluation_best_step_00000004.json': 4,
+      'evaluation_best_step_00000008.json': 8,
+      'evaluation_native_step_00000004.json': 4,
+      'evaluation_native_step_00000008.json': 8,
+  }
+  assert len(list((tmp_path / workdirs.RECONSTRUCTIONS).iterdir())) == 6
 
 
 def test_the_protocol_has_folder_content_and_command(
@@ -602,7 +623,8 @@ def test_damaged_checkpoints_are_never_evaluated(config, run, tmp_path):
   with pytest.raises(ValueError, match=r'Step 8: .*STEP takes .* \[4, 8'):
     saved_run.evaluate_workdir(config, folder)
   saved_run.evaluate_workdir(config, folder, which='4')
-  record = json.loads((folder / 'evaluation_checkpoint_4.json').read_text())
+  path = folder / 'evaluation_checkpoint_step_00000004.json'
+  record = json.loads(path.read_text())
   assert record['step'] == 4
   # Without a record it is no step at all.
   (newest / 'record' / 'metadata').unlink()

@@ -23,7 +23,6 @@ from fsq_jax.quantizers import lookup
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokenizer import export
-from fsq_jax.workdir import files
 
 _ROOT = pathlib.Path(__file__).parents[1]
 # A trained run; see trained_test.
@@ -298,7 +297,7 @@ def _unfinished(monkeypatch, tokenizer, folder):
     write(path, data)
 
   with monkeypatch.context() as patch:
-    patch.setattr(files, 'write_bytes', fail_at_third)
+    patch.setattr(workdirs, 'write_bytes', fail_at_third)
     with pytest.raises(OSError, match='No space'):
       export.write(tokenizer, folder)
 

@@ -12,13 +12,13 @@ import safetensors.numpy
 
 from fsq_jax import checkpoints
 from fsq_jax import configuration
+from fsq_jax import data
 from fsq_jax import models
+from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.data import builder as data
 from fsq_jax.evaluation import saved_run
-from fsq_jax.report import report
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
@@ -479,7 +479,6 @@ def test_files_are_looked_for_before_anything_long(
 def test_a_run_goes_on_without_the_files_it_started_from(
     tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(report, 'write_report', lambda folder: None)
   monkeypatch.setattr(report, 'write_report', lambda folder: None)
   encoder = shutil.copytree(_SIGLIP, tmp_path / 'encoder')
   statistics = _write_statistics(tmp_path / 'statistics')

@@ -29,6 +29,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ENCODER = _ROOT / 'tests/testdata/encoders/dinov2'
 # By the order of their files; None is damaged, and the last one grey.
 _SIZES = ((49, 33), (11, 40), None, (1, 1), (7, 9), (300, 17), (20, 24))
+# What an evaluation writes at step 3.
+_FILE = 'evaluation_native_step_00000003.json'
 _PATCH = 4  # Pixels a side of a token, of both models.
 _KINDS = {
     'tiles': {},
@@ -116,7 +118,7 @@ class _Runs:
       return saved_run.evaluate_workdir(config, self.folder)
 
   def record(self):
-    return json.loads((self.folder / 'evaluation_native.json').read_text())
+    return json.loads((self.folder / _FILE).read_text())
 
 
 @pytest.fixture(scope='module', params=sorted(_KINDS))
@@ -201,14 +203,14 @@ def test_the_protocol_says_what_is_done_to_images(runs):
 
 
 def test_the_same_again_is_identical_and_leaves_the_runs_own_alone(runs):
-  path = runs.folder / 'evaluation_native.json'
+  path = runs.folder / _FILE
   first = path.read_bytes()
   path.unlink()
   runs.evaluate()
   assert path.read_bytes() == first
   assert (runs.folder / workdirs.EVALUATION).read_text() == 'its own'
   assert {x.name for x in runs.folder.iterdir()} == {
-      'evaluation_native.json', workdirs.EVALUATION, workdirs.RECONSTRUCTIONS
+      _FILE, workdirs.EVALUATION, workdirs.RECONSTRUCTIONS
   }
   (grid,) = (runs.folder / workdirs.RECONSTRUCTIONS).iterdir()
   assert grid.name == 'native_step_00000003.png'
@@ -269,7 +271,7 @@ def test_networks_measure_images_as_they_are(root, built, tmp_path):
   distance = np.sum((m1 - m2) ** 2) + np.trace(s1 + s2) - 2 * np.sum(roots)
   assert result.metrics['fd_encoder'] == pytest.approx(distance, rel=1e-4)
   # Now from kept statistics, which are not those of the run's crops.
-  path = tmp_path / 'evaluation_native.json'
+  path = tmp_path / _FILE
   first = path.read_bytes()
   assert len(list((tmp_path / workdirs.REFERENCES).iterdir())) == 1
   run.evaluate(fd_encoder=str(_ENCODER))

@@ -1,6 +1,8 @@
 """Tests of runs by several processes, joined on the loopback interface."""
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import random
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+from PIL import Image
 import pytest
 
 from experiments.fault_suite import group_processes
@@ -32,22 +36,46 @@ _OVERRIDES = {
     # A latent that lies between two levels may fall otherwise where sums differ
     # in their last bits, and later steps with it.
     'model.quantizer.name': 'none',
+    'data.source': 'folder',
+    'data.max_damaged_share': 0.1,
 }
+_NUM_IMAGES = 30
+# Of each split. Images are 16 x 16 pixels.
+_DAMAGED = (3, 14)
+_SMALL = (2, 7, 11, 29)
 
 
 # The first port that JAX takes for jobs of SLURM.
 _SLURM_PORTS = 2**16 - 2**12
 
 
-def _config():
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+  """A folder of images, of which some are damaged, and some are scaled up."""
+  root = tmp_path_factory.mktemp('images')
+  rng = np.random.default_rng(0)
+  for split in ('train', 'validation'):
+    (root / split).mkdir()
+    for i in range(_NUM_IMAGES):
+      size = (9, 14) if i in _SMALL else (20, 24)
+      path = root / split / f'{i:02}.png'
+      Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path)
+      if i in _DAMAGED:
+        path.write_bytes(path.read_bytes()[:-20])
+  return root
+
+
+def _config(images):
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
-  config.update_from_flattened_dict(_OVERRIDES)
+  config.update_from_flattened_dict(
+      {**_OVERRIDES, 'data.data_dir': str(images)}
+  )
   return config
 
 
-def _launch(folder, num_processes, num_devices=2, **overrides):
+def _launch(folder, images, num_processes, num_devices=2, **overrides):
   """Starts launch.py several times, with some devices each."""
-  overrides = _OVERRIDES | overrides
+  overrides = {**_OVERRIDES, 'data.data_dir': images, **overrides}
   return group_processes.launch(
       folder,
       num_processes,
@@ -86,22 +114,37 @@ def _assert_same_numbers(folder, expected):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert row.pop('split') == want.pop('split')
     assert row == pytest.approx(want, rel=1e-5)
+  protocol, wanted = (
+      json.loads((x / workdirs.EVALUATION).read_text())['protocol']
+      for x in (folder, expected)
+  )
+  assert protocol.pop('command')
+  assert protocol == {k: v for k, v in wanted.items() if k != 'command'}
 
 
 @pytest.fixture(scope='module')
-def straight(tmp_path_factory):
+def straight(images, tmp_path_factory):
   """Folder of a run by this process, with eight devices."""
   folder = tmp_path_factory.mktemp('straight')
-  train.train_and_evaluate(_config(), folder)
+  train.train_and_evaluate(_config(images), folder)
+  protocol = json.loads((folder / workdirs.EVALUATION).read_text())['protocol']
+  digests = [
+      hashlib.sha256(path.read_bytes()).digest()
+      for path in sorted((images / 'validation').iterdir())
+  ]
+  assert protocol['content'] == hashlib.sha256(b''.join(digests)).hexdigest()
+  assert protocol['num_images'] == _NUM_IMAGES - len(_DAMAGED)
+  assert protocol['num_damaged_images'] == len(_DAMAGED)
+  assert protocol['num_upscaled_images'] == len(_SMALL)
   return folder
 
 
 @pytest.mark.slow
 def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
-    tmp_path, straight
+    tmp_path, images, straight
 ):
   folder = tmp_path / 'run'
-  processes = _launch(folder, 2)
+  processes = _launch(folder, images, 2)
   deadline = time.monotonic() + 300
   while not (folder.exists() and len(workdirs.read_metrics(folder)) >= 3):
     assert all(process.poll() is None for process in processes), (
@@ -120,12 +163,12 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
   assert 'step 2/24' in logs[0]
   assert 'step 2/24' not in logs[1]
 
-  train.train_and_evaluate(_config(), folder)
+  train.train_and_evaluate(_config(images), folder)
   _assert_same_numbers(folder, straight)
 
 
 @pytest.fixture(scope='module')
-def stopped(tmp_path_factory):
+def stopped(images, tmp_path_factory):
   """Folder of the same run, stopped after step 17."""
   folder = tmp_path_factory.mktemp('stopped')
   with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +176,7 @@ def stopped(tmp_path_factory):
         preemption.StopRequest, 'is_due', lambda self, step=None: step == 17
     )
     with pytest.raises(train.Preempted):
-      train.train_and_evaluate(_config(), folder)
+      train.train_and_evaluate(_config(images), folder)
   return folder
 
 
@@ -147,12 +190,13 @@ def stopped(tmp_path_factory):
     ],
 )
 def test_several_processes_go_on_from_what_one_has_saved(
-    tmp_path, straight, stopped, num_processes, num_devices, sizes
+    tmp_path, images, straight, stopped, num_processes, num_devices, sizes
 ):
   folder = tmp_path / 'run'
   shutil.copytree(stopped, folder)
   processes = _launch(
       folder,
+      images,
       num_processes,
       num_devices,
       **{f'partitioning.mesh.{axis}': size for axis, size in sizes.items()},
@@ -180,12 +224,12 @@ def _hide_run(folder):
     [(_lock, 2, 'is being written by'), (_hide_run, 1, 'Is a directory')],
 )
 def test_a_process_that_cannot_start_ends_the_others(
-    tmp_path, prevent, code, reason
+    tmp_path, images, prevent, code, reason
 ):
   folder = tmp_path / 'run'
   folder.mkdir()
   with prevent(folder):
-    assert _wait(_launch(folder, 2, 2), folder) == [code, 1]
+    assert _wait(_launch(folder, images, 2), folder) == [code, 1]
   logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
   assert reason in logs[0]
   assert 'launch.py: Stopped because process 0 has failed' in logs[1]
@@ -195,7 +239,7 @@ def test_a_process_that_cannot_start_ends_the_others(
 
 
 @pytest.mark.slow
-def test_parts_of_large_arrays_are_saved_undamaged(tmp_path):
+def test_parts_of_large_arrays_are_saved_undamaged(tmp_path, images):
   folder = tmp_path / 'run'
   overrides = {
       'train.num_steps': 3,
@@ -209,10 +253,10 @@ def test_parts_of_large_arrays_are_saved_undamaged(tmp_path):
       'partitioning.mesh.fsdp': 2,
       'partitioning.fsdp_min_size': 0,
   }
-  assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
+  assert _wait(_launch(folder, images, 2, 1, **overrides), folder) == [0, 0]
   # The last step is now gone: they go on from the one before.
   shutil.rmtree(folder / workdirs.CHECKPOINTS / '3')
-  assert _wait(_launch(folder, 2, 1, **overrides), folder) == [0, 0]
+  assert _wait(_launch(folder, images, 2, 1, **overrides), folder) == [0, 0]
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 2.' in log
   assert not (folder / workdirs.DAMAGED).exists()

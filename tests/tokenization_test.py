@@ -29,7 +29,6 @@ from fsq_jax.data import folder as data_folder
 from fsq_jax.data import transforms
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
-from fsq_jax.tokenizer import tokenizer as tokenization
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import tokenization as tokenization_lib
@@ -43,7 +42,7 @@ _RUN = _ROOT / 'tests' / 'testdata' / 'run'
 @pytest.fixture(autouse=True)
 def once_loaded(monkeypatch):
   """Loads, and compiles, each tokenizer once."""
-  monkeypatch.setattr(tokenization, 'load_tokenizer', _load_tokenizer)
+  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', _load_tokenizer)
 
 
 _load_tokenizer = functools.cache(tokenizer_lib.load_tokenizer)
@@ -128,6 +127,8 @@ def test_images_come_back_as_the_model_reconstructs_them(
     assert example.size == image.shape[:2]
     assert example.label == 'ab'.index(example.name[0])
   assert manifest.job.label_names == ('a', 'b')
+  # Images of 9 x 33 pixels, to a crop of 16 x 16.
+  assert manifest.summary['num_upscaled_images'] == 15 * (fit == 'crop')
   sizes = sum(
       path.stat().st_size
       for path in (root / 'validation').rglob('*.png')
@@ -217,6 +218,7 @@ def test_views_are_random_crops_as_in_training(tmp_path, root):
   assert manifest.num_images == 5 * 43
   assert len(manifest.damaged) == 2
   assert manifest.summary['distinct_grids'] > 200
+  assert manifest.summary['num_upscaled_images'] == 15  # Not of views.
   assert manifest.job.augmentation == {
       'seed': 7, 'crop_scale': [0.5, 2.0], 'flip': True
   }  # fmt: skip
@@ -367,7 +369,9 @@ def test_an_image_of_the_same_name_and_size_is_noticed(
       i: hashlib.sha256(pathlib.Path(source.describe(i)).read_bytes()).digest()
       for i in range(45)
   }
-  assert manifest.content_sha256 == data.content_hash(source, digests)
+  assert manifest.content_sha256 == (
+      hashlib.sha256(b''.join(digests[i] for i in range(45))).hexdigest()
+  )
   np.testing.assert_array_equal(
       np.load(folder / 'image_hashes.npy'),
       [list(digests[i]) for i in range(45)],
@@ -608,7 +612,13 @@ def test_batches_do_not_depend_on_what_is_left_of_a_shard(
 
 def test_original_sizes_are_those_before_resizing(tmp_path, root):
   config = _folder_config(root, data__resize_shorter=18)
-  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'tokens')
+  # Images of 16 x 16 and of 9 x 33 pixels.
+  assert manifest.summary['num_upscaled_images'] == 30
+  assert any(
+      line.startswith('scaled up: 30 images')
+      for line in tokens.describe(manifest)
+  )
   for example in tokens.TokenSource(tmp_path / 'tokens'):
     with Image.open(root / 'validation' / example.name) as image:
       assert example.original_size == image.size[::-1]
@@ -806,6 +816,17 @@ def test_sigkill_and_the_same_command_again(tmp_path):
 
 @pytest.mark.slow
 def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
+  images = tmp_path / 'images' / 'train'
+  images.mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  for i in range(820):
+    # Smooth, so that no latent lies at the border of two codes.
+    pixels = rng.integers(0, 256, (3, 3, 3), np.uint8)
+    size = (9, 33) if i % 10 == 0 else (24, 20)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    image.save(images / f'{i:03}.png')
+  for i in (1, 17, 815):
+    (images / f'{i:03}.png').write_bytes(b'text')
   folder = tmp_path / 'x'
   run = tmp_path / 'run'
   run.symlink_to(_RUN)
@@ -813,8 +834,11 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
   def launch():
     return group_processes.launch(
         run, 2, '--mode=tokenize', f'--tokens={folder}',
-        '--config.tokenize.images_per_shard=20',
+        '--config.data.source=folder',
+        f'--config.data.data_dir={images.parent}',
+        '--config.tokenize.images_per_shard=2',
         '--config.tokenize.split=train',
+        '--config.tokenize.views=2',
         env=dict(
             os.environ,
             XLA_FLAGS='--xla_force_host_platform_device_count=2',
@@ -838,14 +862,28 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
   # Batches of as many devices: with others, sums differ in their last bits.
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1}, jax.devices()[:2])
   tokenizer = Tokenizer.from_workdir(_RUN, mesh=mesh, batch_size=8)
-  monkeypatch.setattr(tokenization, 'load_tokenizer', lambda *_: tokenizer)
-  config = _config(tokenize__split='train')
-  tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'one')
+  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', lambda *_: tokenizer)
+  config = _config(
+      data__source='folder', data__data_dir=str(images.parent),
+      tokenize__split='train', tokenize__views=2,
+      tokenize__images_per_shard=2,
+  )  # fmt: skip
+  manifest = tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'one')
   assert _files(folder) == _files(tmp_path / 'one')
+  times = [
+      np.load(path / image_states.TIMES_FILE)
+      for path in (folder, tmp_path / 'one')
+  ]
+  np.testing.assert_array_equal(*times)
+  assert times[0].all()
+  assert [x['name'] for x in manifest.damaged] == [
+      '001.png', '017.png', '815.png'
+  ]
+  assert manifest.summary['num_upscaled_images'] == 82
   # Process 0 has shown its own 205 of 410 files, and both the summary.
-  assert '4100/4100 images' in logs[0]
+  assert '820/820 images' in logs[0]
   assert 'images/s' not in logs[1]
-  assert all('8192 images in 410 files' in log for log in logs)
+  assert all('1634 images in 410 files' in log for log in logs)
 
 
 def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):

@@ -14,16 +14,17 @@ import time
 import chex
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
+from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import results as results_lib
-from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
 from fsq_jax.train import loop
@@ -213,6 +214,42 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
   # Every image comes once an epoch.
   indices = np.concatenate(list(taken.values()))
   assert len(set(indices.tolist())) == _NUM_STEPS * config.data.batch_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_one_image_is_learned_and_resumed(journal, tmp_path, batch_size):
+  taken, after = journal
+  (tmp_path / 'images' / 'train').mkdir(parents=True)
+  pixels = np.full((16, 16, 3), (250, 120, 30), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / 'images' / 'train' / 'a.png')
+  config = _load_config()
+  config.data.source = 'folder'
+  config.data.data_dir = str(tmp_path / 'images')
+  config.data.eval_split = 'train'
+  config.data.batch_size = batch_size
+  # All devices take each image together.
+  config.partitioning.mesh = {'data': 1, 'fsdp': 1, 'tensor': -1}
+  config.optim.learning_rate = 1e-2
+  config.train.num_steps = 8
+  config.train.eval_every_steps = 0
+  state = train.train_and_evaluate(config, tmp_path / 'straight')
+  losses = [
+      row['reconstruction_loss']
+      for row in _rows(tmp_path / 'straight')
+      if row['split'] == 'train'
+  ]
+  assert losses[-1] < 0.3 * losses[0]
+  assert sorted(taken) == [1, 2, 3, 4, 5, 6, 7, 8]
+  assert all(indices.tolist() == [0] * batch_size for indices in taken.values())
+  if batch_size == 1:
+    after[5] = _crash
+    with pytest.raises(_Crash):
+      train.train_and_evaluate(config, tmp_path / 'run')
+    resumed = train.train_and_evaluate(config, tmp_path / 'run')
+    _assert_same_run(
+        tmp_path / 'run', resumed, tmp_path / 'straight', jax.device_get(state)
+    )
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.data import synthetic
-from fsq_jax.report import report as report_lib
 from fsq_jax.train import loop
 
 RUN = {
@@ -63,7 +62,7 @@ def record(stops: dict) -> dict[int, tuple]:
 
   fault.add_hook(Record())
   # Drawing it takes longer than the steps.
-  report_lib.write_report = lambda folder: None
+  report.write_report = lambda folder: None
   return taken
 
 

@@ -8,9 +8,9 @@ import time
 
 from experiments.fault_suite import fault
 from fsq_jax import configuration
+from fsq_jax import report
 from fsq_jax import train
 from fsq_jax.configuration import schema
-from fsq_jax.report import report
 
 _PATHS = re.compile(
     r'data\.(name|data_dir|train_split|eval_split)|eval\.networks\..*'

@@ -124,8 +124,8 @@ def _only_declared(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     if done.returncode:
       codes['said'] = done.stderr[-500:]
   code = (
-      'from fsq_jax.data import prepared\n'
-      f'prepared.prepare("cifar10", {str(folder)!r})'
+      'from fsq_jax.data import tfds_source\n'
+      f'tfds_source.prepare("cifar10", {str(folder)!r})'
   )
   done = fault.run_python(
       'import sys\nsys.modules["tensorflow"] = None\n' + code

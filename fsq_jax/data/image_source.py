@@ -187,29 +187,17 @@ class EncodedSource(ImageSource):
     check_damaged_share(damaged, len(self), self._max_damaged_share)
 
 
-def content_hash(
-    source: ImageSource, digests: Mapping[int, bytes] | None = None
-) -> str:
-  """Returns a hash of the content of all images, for a source read to its end.
+def content_hash(digests: np.ndarray) -> str:
+  """Returns a hash of the content of all encoded images of a source.
 
   Args:
-    source: the images.
-    digests: sha256 by index of the encoded images; by default those that this
-      process has read, `source.digests`. Several processes that have read a
-      part each pass the union.
+    digests: [n, 32] uint8, sha256 of each encoded image by index; zeros for an
+      image that has not been read, such as a file that is too large.
 
   Returns:
-    For an `EncodedSource` the hex sha256 of all digests in the order of the
-    index, where an image without one, such as a file that is too large to be
-    read, has 32 zero bytes. For other sources `identity['content']`.
+    The hex sha256 of all digests.
   """
-  if not isinstance(source, EncodedSource):
-    return source.identity['content']
-  digests = source.digests if digests is None else digests
-  result = hashlib.sha256()
-  for index in range(len(source)):
-    result.update(digests.get(index, NO_DIGEST))
-  return result.hexdigest()
+  return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def check_damaged_share(

@@ -9,7 +9,6 @@ import importlib.util
 import math
 import pathlib
 
-from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
@@ -33,15 +32,32 @@ VALIDATION_PHOTOS = ('coffee.png', 'chelsea.png')
 CROPS_PER_EPOCH = 10_000
 
 
-class TrainPhotos(image_source.ImageSource):
+class _PhotoSource(image_source.ImageSource):
+  """Images that are photographs, or parts of them."""
+
+  def __init__(
+      self, split: str, names: Sequence[str], resize_shorter: int
+  ):
+    self._photos, self._is_upscaled, content = _load_photos(
+        names, resize_shorter
+    )
+    super().__init__('skimage', split, content)
+
+  def _take(self, name: str, index: int) -> np.ndarray:
+    """Returns a photograph, of which the image with this index is made."""
+    if self._is_upscaled[name]:
+      self.record_upscaled(index)
+    return self._photos[name]
+
+
+class TrainPhotos(_PhotoSource):
   """Whole training photographs, each as often as its share says.
 
   For random crops: seven images, repeated. `TrainGrid` is for a single pass.
   """
 
   def __init__(self, *, resize_shorter: int = 0):
-    self._photos, content = _load_photos(list(TRAIN_PHOTOS), resize_shorter)
-    super().__init__('skimage', 'train', content)
+    super().__init__('train', list(TRAIN_PHOTOS), resize_shorter)
     self._turns = [
         name for name, share in TRAIN_PHOTOS.items() for _ in range(share)
     ]
@@ -53,13 +69,12 @@ class TrainPhotos(image_source.ImageSource):
     return self._turns[index % len(self._turns)]
 
   def load(self, index: int) -> np.ndarray:
-    return self._photos[self.describe(index)]
+    return self._take(self.describe(index), index)
 
 
-class _Crops(image_source.ImageSource):
+class _Crops(_PhotoSource):
   """Crops of photographs at given places."""
 
-  _photos: dict[str, np.ndarray]
   # (photograph, top, left) of each.
   _places: list[tuple[str, int, int]]
   _size: tuple[int, int]
@@ -73,8 +88,11 @@ class _Crops(image_source.ImageSource):
 
   def load(self, index: int) -> np.ndarray:
     name, top, left = self._places[index]
+    return self._crop(self._take(name, index), top, left)
+
+  def _crop(self, photo: np.ndarray, top: int, left: int) -> np.ndarray:
     height, width = self._size
-    return self._photos[name][top : top + height, left : left + width]
+    return photo[top : top + height, left : left + width]
 
 
 class TrainGrid(_Crops):
@@ -88,8 +106,7 @@ class TrainGrid(_Crops):
   evaluation_crop = 'regular grid in whole photographs'
 
   def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
-    self._photos, content = _load_photos(list(TRAIN_PHOTOS), resize_shorter)
-    super().__init__('skimage', 'train_grid', content)
+    super().__init__('train_grid', list(TRAIN_PHOTOS), resize_shorter)
     self._size = tuple(size)
     num_shares = sum(TRAIN_PHOTOS.values())
     self._places = [
@@ -107,9 +124,9 @@ class TrainGrid(_Crops):
     ]
     # Photographs have black margins.
     first = {}
-    for index, place in enumerate(self._places):
-      pixels = np.ascontiguousarray(self.load(index))
-      first.setdefault(hashlib.sha256(pixels).digest(), place)
+    for name, top, left in self._places:
+      pixels = np.ascontiguousarray(self._crop(self._photos[name], top, left))
+      first.setdefault(hashlib.sha256(pixels).digest(), (name, top, left))
     self._places = list(first.values())
 
 
@@ -123,8 +140,7 @@ class ValidationTiles(_Crops):
   evaluation_crop = 'disjoint tiles of whole photographs'
 
   def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
-    self._photos, content = _load_photos(VALIDATION_PHOTOS, resize_shorter)
-    super().__init__('skimage', 'validation', content)
+    super().__init__('validation', VALIDATION_PHOTOS, resize_shorter)
     self._size = height, width = tuple(size)
     self._places = [
         (name, row * height, column * width)
@@ -162,8 +178,12 @@ def _regular_grid(
 
 def _load_photos(
     names: Sequence[str], resize_shorter: int
-) -> tuple[dict[str, np.ndarray], str]:
-  """Returns [h, w, 3] uint8 photographs by name, and a hash of their files."""
+) -> tuple[dict[str, np.ndarray], dict[str, bool], str]:
+  """Loads photographs.
+
+  Returns:
+    [h, w, 3] uint8 by name; whether each was scaled up; a hash of their files.
+  """
   package = importlib.util.find_spec('skimage')
   if package is None:
     raise ValueError(
@@ -171,18 +191,11 @@ def _load_photos(
         'pip install scikit-image'
     )
   folder = pathlib.Path(package.submodule_search_locations[0]) / 'data'
-  photos, content = {}, hashlib.sha256()
+  photos, is_upscaled, content = {}, {}, hashlib.sha256()
   for name in names:
     data = (folder / name).read_bytes()
     content.update(data)
     image = decoding.decode_image(data)
-    if min(image.shape[:2]) < resize_shorter:
-      logging.warning(
-          '%s is scaled up: its shorter side has %d pixels,'
-          ' data.resize_shorter is %d.',
-          name,
-          min(image.shape[:2]),
-          resize_shorter,
-      )
+    is_upscaled[name] = min(image.shape[:2]) < resize_shorter
     photos[name] = transforms.resize_shorter(image, resize_shorter)
-  return photos, content.hexdigest()[:16]
+  return photos, is_upscaled, content.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-import hashlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -247,15 +246,14 @@ class Tally:
 
 
 def _content(dataset: data.Dataset) -> str:
-  """Returns a hash of the images of a data set that was read to its end.
+  """Returns a hash of all images of a data set that was read to its end.
 
-  The sha256 of those of the encoded images, by index, over all processes.
+  Several processes have read a part each, and all call this.
   """
   digests = dataset.digests
   if not len(digests):
     return dataset.fingerprint['content']
-  digests = processes.gather(digests).max(axis=0)
-  return hashlib.sha256(digests.tobytes()).hexdigest()
+  return data.content_hash(processes.gather(digests).max(axis=0))
 
 
 def select(

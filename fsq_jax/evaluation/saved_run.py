@@ -52,15 +52,16 @@ def write_evaluation(
       'codebook': result.codebook,
       'protocol': result.protocol,
   }
-  name = f'evaluation_{label}.json' if label else workdirs.EVALUATION
+  # The run's own evaluation is always of its newest checkpoint.
+  suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
+  name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
   workdirs.write_json(folder / name, record)
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
   grid = report.reconstruction_grid(
       result.originals, result.reconstructions
   )
-  name = f'{label}_step_{step:08d}.png' if label else f'step_{step:08d}.png'
-  report.save_png(grids / name, grid)
+  report.save_png(grids / f'{suffix}.png', grid)
 
 
 def evaluate_workdir(
@@ -74,10 +75,11 @@ def evaluate_workdir(
   """Evaluates a checkpoint of a run.
 
   The newest checkpoint on the run's own split rewrites evaluation.json and the
-  report. Anything else gets files of its own: evaluation_best.json of the best
-  checkpoint, evaluation_native.json of images at their own size
-  (eval.native_size), and, of other images, a name with a hash of the fields
-  that say which, such as evaluation_photos_test_1f0c2d3e.json.
+  report. Anything else gets files of its own, with the step in their names:
+  evaluation_best_step_00004000.json for the best checkpoint,
+  evaluation_native_step_00008000.json for images at their own size
+  (eval.native_size), and, for other images, a name with a hash of the fields
+  that select them: evaluation_photos_test_1f0c2d3e_step_00008000.json.
 
   Args:
     config: of the run; its data section may name other evaluation images.
@@ -182,7 +184,7 @@ def _label(
   """Names what is not the run's own evaluation; '' for what is."""
   words = [] if which == 'newest' else [which]
   if which.isdecimal():
-    words = [f'checkpoint_{which}']
+    words = ['checkpoint']  # The step is in the name anyway.
   if config.eval.native_size:
     words.append('native')
   images, own_images = _images(config), _images(own)

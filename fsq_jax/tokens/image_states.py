@@ -54,8 +54,8 @@ class ImageStates(NamedTuple):
 
   @property
   def content_hash(self) -> str:
-    """What `data.content_hash` returns for these images."""
-    return hashlib.sha256(self.digests.tobytes()).hexdigest()
+    """`data.content_hash` of these images."""
+    return data.content_hash(self.digests)
 
 
 def stack(states: Sequence[ImageState]) -> ImageStates:

@@ -18,6 +18,10 @@ _MAX_REPEATED = 0.01
 _DEFINITIONS = {
     'distinct_grids': 'number of different token grids, of num_images',
     'num_without_label': 'number of images whose label is -1',
+    'num_upscaled_images': (
+        'number of images of the source, each counted once, that were scaled'
+        ' up to data.image_size or data.resize_shorter'
+    ),
     'tokens_per_image': 'mean number of tokens of an image',
     'bits_per_image': 'tokens_per_image * log2(K)',
     'entropy_bits_per_image': (
@@ -42,7 +46,7 @@ def summarize(
 
   Args:
     records: of the shards, with codes, counts, grid_hashes, num_images,
-      num_pixels, num_without_label and source_bytes.
+      num_pixels, num_upscaled, num_without_label and source_bytes.
     job: what they are of.
 
   Returns:
@@ -51,13 +55,14 @@ def summarize(
   Raises:
     ValueError: there is no image.
   """
-  num_images = num_pixels = num_bytes = num_without_label = 0
+  num_images = num_pixels = num_bytes = num_without_label = num_upscaled = 0
   grid_hashes = []
   statistics = codebook_statistics.CodebookStatistics(job.codebook_size)
   for record in records:
     num_images += record['num_images']
     num_pixels += record['num_pixels']
     num_without_label += record['num_without_label']
+    num_upscaled += record['num_upscaled']
     grid_hashes.append(bytes.fromhex(record['grid_hashes']))
     sizes = num_bytes, record['source_bytes']
     num_bytes = None if None in sizes else sum(sizes)
@@ -75,6 +80,7 @@ def summarize(
       **codebook,
       'distinct_grids': len(np.unique(hashes)),
       'num_without_label': num_without_label,
+      'num_upscaled_images': num_upscaled,
       'tokens_per_image': num_tokens / num_images,
       'bits_per_image': num_bits / num_images,
       'entropy_bits_per_image': (
@@ -117,6 +123,11 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
           ' themselves repeat, take random crops of the training images:'
           ' --config.tokenize.split=train --config.tokenize.views=2, or more'
       )
+  if num := summary.get('num_upscaled_images'):
+    yield (
+        f'scaled up: {num} images, which have fewer pixels than data.image_size'
+        ' or data.resize_shorter asks for'
+    )
   if num := summary.get('num_without_label'):
     yield (
         f'no class label (-1): {num} images; classes are the sub-folders of a'

@@ -47,6 +47,7 @@ class _Chunk(NamedTuple):
     damaged: the others, each once, whatever the number of views.
     num_views: of all of them.
     states: of these and the damaged ones, by index, where they have any.
+    num_upscaled: of the source's images that are scaled up, each once, too.
   """
 
   shard: int
@@ -56,6 +57,7 @@ class _Chunk(NamedTuple):
   damaged: list[writers.Damage]
   num_views: int
   states: dict[int, image_states.ImageState]
+  num_upscaled: int
 
 
 def tokenize_workdir(
@@ -328,6 +330,7 @@ class _Run:
 
   def _write_shard(self, shard, parts, bar, request) -> bool:
     examples, damaged, sizes, states = [], [], [], {}
+    num_upscaled = 0
     for chunk, tokens in parts:
       examples += [
           example._replace(tokens=x)
@@ -336,6 +339,7 @@ class _Run:
       damaged += chunk.damaged
       sizes.append(chunk.num_bytes)
       states |= chunk.states
+      num_upscaled += chunk.num_upscaled
       bar.update(chunk.num_views)
       if request.is_due():
         self._writer.stop()
@@ -347,6 +351,7 @@ class _Run:
         damaged=damaged,
         source_bytes=None if None in sizes else sum(sizes),
         states=image_states.stack(list(states.values())) if states else None,
+        num_upscaled=num_upscaled,
     )
     bar.log()
     return True
@@ -394,6 +399,7 @@ class _Run:
   def _load(self, shard: int, numbers: range) -> _Chunk:
     """Loads views by number: all those of an image follow each other."""
     images, examples, sizes, damaged, states = [], [], [], [], {}
+    num_upscaled = 0
     by_image = itertools.groupby(numbers, lambda x: x // self._job.views)
     for index, group in by_image:
       views = [number % self._job.views for number in group]
@@ -416,6 +422,7 @@ class _Run:
           image, self._job.image_size
       ):
         self._source.record_upscaled(index)
+      num_upscaled += views[0] == 0 and index in self._source.upscaled
       for view in views:
         fitted, drawn = self._fit(image, index, view)
         images.append(fitted)
@@ -428,7 +435,8 @@ class _Run:
         sizes.append(facts.num_bytes)
     num_bytes = None if None in sizes else sum(sizes)
     return _Chunk(
-        shard, images, examples, num_bytes, damaged, len(numbers), states
+        shard, images, examples, num_bytes, damaged, len(numbers), states,
+        num_upscaled,
     )
 
   def _fit(

@@ -102,7 +102,7 @@ class TokenWriter:
     path = self.folder / self._job.shard_file(shard)
     return (
         record is not None
-        and 'grid_hashes' in record  # Earlier programs did not write them.
+        and 'num_upscaled' in record  # Earlier programs did not write it.
         and path.is_file()
         and source.hash_file(path) == record['sha256']
     )
@@ -123,6 +123,7 @@ class TokenWriter:
       damaged: Sequence[Damage],
       source_bytes: int | None,
       states: image_states.ImageStates | None = None,
+      num_upscaled: int = 0,
   ) -> None:
     """Writes a shard; when this returns it is on disk.
 
@@ -132,6 +133,7 @@ class TokenWriter:
       damaged: those of its images that could not be read.
       source_bytes: of the images as the source has them; None if unknown.
       states: of all its images, readable or not; None where they have none.
+      num_upscaled: number of images that were scaled up.
     """
     path = self.folder / self._job.shard_file(shard)
     temporary = self._unfinished / path.name
@@ -154,6 +156,7 @@ class TokenWriter:
             'grids': sorted({x.tokens.shape[:2] for x in examples}),
             'num_pixels': sum(_num_pixels(x, self._job) for x in examples),
             'num_without_label': sum(x.label < 0 for x in examples),
+            'num_upscaled': num_upscaled,
             'source_bytes': source_bytes,
             'grid_hashes': ''.join(_hash_grid(x.tokens) for x in examples),
             'digests': states and states.digests.tobytes().hex(),
