@@ -332,9 +332,9 @@ def _run(config: ml_collections.ConfigDict) -> int:
     workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DISTRIBUTED.value or any(x is not None for x in processes):
-    from fsq_jax.runtime import processes as runtime
+    from fsq_jax.runtime import processes as processes_lib
 
-    runtime.join_processes(*processes)
+    processes_lib.join_processes(*processes)
   if _MODE.value != 'prepare':
     from fsq_jax.runtime import host
 
@@ -377,7 +377,7 @@ def _eval(config: ml_collections.ConfigDict, workdir: _Path) -> int:
       which=_CHECKPOINT.value,
       output=_OUTPUT.value,
       # Numbers are printed before they are written.
-      show=lambda result: _print(*result.lines()),
+      show=lambda lines: _print(*lines),
   )
   return 0
 

@@ -18,9 +18,9 @@ import pytest
 
 from fsq_jax import checkpoints as checkpoints_lib
 from fsq_jax import workdir as workdirs
-from fsq_jax.checkpoints import checkpointer as checkpoint
+from fsq_jax.checkpoints import checkpointer as checkpointer_lib
 from fsq_jax.checkpoints import integrity
-from fsq_jax.runtime import processes as runtime
+from fsq_jax.runtime import processes as processes_lib
 
 
 def _state(step):
@@ -36,7 +36,7 @@ def _record(step):
   return {'config': {'seed': 3}, 'iterator': {'next_index': step}}
 
 
-_Reader = checkpoint.ocp.CompositeCheckpointHandler
+_Reader = checkpointer_lib.ocp.CompositeCheckpointHandler
 
 _ABSTRACT = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -387,9 +387,9 @@ def _as_one_of_two(monkeypatch, answers):
     return np.stack([kind, np.int32(answers[len(kinds) - 1])])
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(runtime, 'gather', allgather)
+  monkeypatch.setattr(processes_lib, 'gather', allgather)
   monkeypatch.setattr(
-      checkpoint.multihost_utils, 'sync_global_devices', lambda name: None
+      checkpointer_lib.multihost_utils, 'sync_global_devices', lambda name: None
   )
   return kinds
 

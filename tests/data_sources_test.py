@@ -43,8 +43,7 @@ def _write(path, value: int = 0, size=(4, 6)):
 
 
 def _content_hash(source):
-  digests = [source.digests[i] for i in range(len(source))]
-  return data.content_hash(np.frombuffer(b''.join(digests), np.uint8))
+  return data.content_hash(source.digests)
 
 
 def test_the_content_hash_changes_with_an_image_of_the_same_size(tmp_path):

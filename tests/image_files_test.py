@@ -15,7 +15,7 @@ import pytest
 import skimage.data
 import tifffile
 
-from fsq_jax import data as image_errors
+from fsq_jax import data as data_lib
 from fsq_jax.data import decoding
 
 _IMAGES = pathlib.Path(__file__).parent / 'testdata' / 'images'
@@ -251,7 +251,7 @@ def test_tiff_of_integers_with_and_without_predictor(kind, bits):
 def test_negative_samples_are_refused(bits):
   samples = np.full((3, 4, 1), -1)
   data = _write_tiff(samples, bits=bits, photometric=_BLACK)
-  with pytest.raises(image_errors.DamagedImageError, match='only 0 to 1'):
+  with pytest.raises(data_lib.DamagedImageError, match='only 0 to 1'):
     decoding.decode_image(data)
 
 
@@ -371,7 +371,7 @@ def _float_tiff(num_samples, photometric):
     ],
 )
 def test_tiff_that_is_not_read_is_refused_by_name(data, reason):
-  with pytest.raises(image_errors.DamagedImageError, match=reason):
+  with pytest.raises(data_lib.DamagedImageError, match=reason):
     decoding.decode_image(data)
 
 
@@ -569,7 +569,7 @@ def test_avif():
   exif[0x0112] = 6
   data = _save(Image.fromarray(pixels), 'AVIF', exif=exif, **options)
   _check(data, np.rot90(pixels, -1), 4)
-  with pytest.raises(image_errors.DamagedImageError, match='AVIF'):
+  with pytest.raises(data_lib.DamagedImageError, match='AVIF'):
     decoding.decode_image(data[: len(data) // 2])
 
 
@@ -616,5 +616,5 @@ _HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
     ],
 )
 def test_the_reason_says_what_the_file_is(data, reason):
-  with pytest.raises(image_errors.DamagedImageError, match=reason):
+  with pytest.raises(data_lib.DamagedImageError, match=reason):
     decoding.decode_image(data)

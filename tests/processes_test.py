@@ -24,7 +24,7 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
-from fsq_jax.runtime import processes as runtime
+from fsq_jax.runtime import processes as processes_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _NUM_STEPS = 24
@@ -309,7 +309,7 @@ def test_slurm_tells_processes_of_each_other():
 
 def test_flags_of_processes_belong_together():
   with pytest.raises(ValueError, match='all are needed'):
-    runtime.join_processes('127.0.0.1:1', 2)
+    processes_lib.join_processes('127.0.0.1:1', 2)
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from experiments.fault_suite import group_processes
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import tokenizer as tokenizer_lib
+from fsq_jax import tokenizer as tokenizers
 from fsq_jax import tokens
-from fsq_jax.data import folder as data_folder
+from fsq_jax.data import folder as folder_lib
 from fsq_jax.data import transforms
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
@@ -42,10 +42,10 @@ _RUN = _ROOT / 'tests' / 'testdata' / 'run'
 @pytest.fixture(autouse=True)
 def once_loaded(monkeypatch):
   """Loads, and compiles, each tokenizer once."""
-  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', _load_tokenizer)
+  monkeypatch.setattr(tokenizers, 'load_tokenizer', _load_tokenizer)
 
 
-_load_tokenizer = functools.cache(tokenizer_lib.load_tokenizer)
+_load_tokenizer = functools.cache(tokenizers.load_tokenizer)
 
 
 def _config(**fields):
@@ -118,7 +118,7 @@ def test_images_come_back_as_the_model_reconstructs_them(
   assert [x['name'] for x in manifest.damaged] == ['a/10.png', 'b/31.png']
   restored = _pixels(tmp_path / 'out')
   assert len(restored) == 43
-  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
   for example in tokens.TokenSource(tmp_path / 'tokens'):
     image = np.asarray(Image.open(root / 'validation' / example.name))
     np.testing.assert_array_equal(
@@ -249,7 +249,7 @@ def test_views_are_random_crops_as_in_training(tmp_path, root):
     )
   assert len({x.tobytes() for x in crops}) > 210
   assert {x.is_flipped for x in examples} == {False, True}
-  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
   np.testing.assert_array_equal(
       [x.tokens for x in examples], tokenizer.encode(np.stack(crops))
   )
@@ -280,7 +280,7 @@ def test_images_of_several_views_get_names_of_their_own(tmp_path, root):
   restored = _pixels(tmp_path / 'out')
   assert len(restored) == num
   source = tokens.TokenSource(tmp_path / 'tokens')
-  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
   decoded = tokenizer.decode(np.stack([x.tokens for x in source]))
   assert 'a/00.png.view1' in restored
   for example, image in zip(source, decoded, strict=True):
@@ -306,7 +306,7 @@ def test_a_change_of_views_needs_another_folder(tmp_path, root):
 def _first_images(config, num):
   """What the model gets of the first images of `photos`."""
   source = tokenization_lib._open_source(config.data, config.tokenize)
-  tokenizer = tokenizer_lib.load_tokenizer(_RUN, 'newest', 8)
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
   job = tokenization_lib._make_job(config, tokenizer, source)
   run = tokenization_lib._Run(config.data, tokenizer, source, job, None)
   return run._load(0, range(num)).images
@@ -405,9 +405,9 @@ def test_images_of_a_part_of_a_run_are_compared_too(tmp_path, copy):
 
 def _count_reads(monkeypatch):
   reads = []
-  read = data_folder.FolderSource.read
+  read = folder_lib.FolderSource.read
   monkeypatch.setattr(
-      data_folder.FolderSource,
+      folder_lib.FolderSource,
       'read',
       lambda self, index: (reads.append(index), read(self, index))[1],
   )
@@ -441,7 +441,7 @@ def test_hashes_are_compared_where_times_tell_nothing(
 ):
   # As on a file system that keeps no times.
   monkeypatch.setattr(
-      data_folder.FolderSource, 'stamp', lambda self, index: (1, 2, 3)
+      folder_lib.FolderSource, 'stamp', lambda self, index: (1, 2, 3)
   )
   config = _folder_config(copy)
   folder = tmp_path / 'x'
@@ -681,7 +681,7 @@ def test_every_quantizer_with_tokens_goes_through_files(
   )
   manifest = tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
   source = tokens.TokenSource(tmp_path / 'x')
-  tokenizer = tokenizer_lib.load_tokenizer(folder, 'newest', 8)
+  tokenizer = tokenizers.load_tokenizer(folder, 'newest', 8)
   index_shape = tokenizer.model.quantizer.index_shape
   assert manifest.job.index_shape == index_shape
   assert source[0].tokens.shape == (4, 4, *index_shape)
@@ -862,7 +862,7 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
   # Batches of as many devices: with others, sums differ in their last bits.
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1}, jax.devices()[:2])
   tokenizer = Tokenizer.from_workdir(_RUN, mesh=mesh, batch_size=8)
-  monkeypatch.setattr(tokenizer_lib, 'load_tokenizer', lambda *_: tokenizer)
+  monkeypatch.setattr(tokenizers, 'load_tokenizer', lambda *_: tokenizer)
   config = _config(
       data__source='folder', data__data_dir=str(images.parent),
       tokenize__split='train', tokenize__views=2,

@@ -15,12 +15,12 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax.models import pixels as train_step
+from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import builder
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
-from fsq_jax.train import step as train_step_lib
+from fsq_jax.train import step as step_lib
 
 _DEBUG = pathlib.Path(__file__).parents[1] / 'configs' / 'debug.py'
 
@@ -79,7 +79,7 @@ def _build(
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
   step = jax.jit(
-      train_step_lib.build_train_step(wrap(model), optimizer, config),
+      step_lib.build_train_step(wrap(model), optimizer, config),
       in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
       out_shardings=(builder.shardings, partitioning.replicated(mesh)),
   )
@@ -344,7 +344,7 @@ def test_the_learning_rate_is_reported(training):
 
 def test_pixels_become_floats_between_minus_1_and_1():
   pixels = jnp.arange(256, dtype=jnp.uint8)
-  values = train_step.to_float(pixels)
+  values = pixels_lib.to_float(pixels)
   assert values.dtype == jnp.float32
   np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-6)
   assert (values[0], values[255]) == (-1, 1)
@@ -374,7 +374,7 @@ def _run_on(mesh, projector):
     # As in training: 'standardized' takes its statistics from the batch.
     output, _ = training.model.apply(
         {'params': state.params, **state.model_state},
-        train_step.to_float(images),
+        pixels_lib.to_float(images),
         train=True,
         mutable=list(state.model_state),
     )

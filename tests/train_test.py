@@ -30,7 +30,7 @@ from fsq_jax.runtime import preemption
 from fsq_jax.train import loop
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
-from fsq_jax.workdir import files as workdir
+from fsq_jax.workdir import files as files_lib
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = 'configs/debug.py'
@@ -393,7 +393,7 @@ def test_a_full_disk_ends_a_run_before_its_first_step(
       _raise_full()
     write_bytes(path, data)
 
-  monkeypatch.setattr(workdir, 'write_bytes', fill)
+  monkeypatch.setattr(files_lib, 'write_bytes', fill)
   with pytest.raises(train.RunError, match=r'stopped: .* No space left'):
     train.train_and_evaluate(_load_config(), tmp_path)
   with workdirs.lock(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fsq_jax import quantizers
-from fsq_jax.quantizers import codebook as estimators
+from fsq_jax.quantizers import codebook as codebook_lib
 from fsq_jax.quantizers import ema_codebook
 from fsq_jax.quantizers import lookup
 
@@ -387,8 +387,8 @@ def test_entropy_loss_stays_in_its_range_with_finite_gradient():
 
 def test_rotation_gives_the_worked_example():
   x, q = jnp.float32([1, 2, 2]), jnp.float32([0, 3, 4])
-  np.testing.assert_array_equal(estimators.rotation(x, q), q)
-  jacobian = np.asarray(jax.jacobian(estimators.rotation)(x, q), np.float64)
+  np.testing.assert_array_equal(codebook_lib.rotation(x, q), q)
+  jacobian = np.asarray(jax.jacobian(codebook_lib.rotation)(x, q), np.float64)
   turn = jacobian * 3 / 5  # |x| / |q|
   np.testing.assert_allclose(turn @ turn.T, np.eye(3), atol=1e-6)
   np.testing.assert_allclose(np.linalg.det(turn), 1, rtol=1e-6)
@@ -410,8 +410,8 @@ def test_rotation_gives_the_worked_example():
 )
 def test_rotation_is_straight_through_where_it_is_not_defined(x, q):
   x, q = jnp.float32(x), jnp.float32(q)
-  np.testing.assert_array_equal(estimators.rotation(x, q), q)
-  jacobian = jax.jacobian(estimators.rotation)(x, q)
+  np.testing.assert_array_equal(codebook_lib.rotation(x, q), q)
+  jacobian = jax.jacobian(codebook_lib.rotation)(x, q)
   np.testing.assert_array_equal(jacobian, np.eye(3))
 
 
@@ -748,8 +748,8 @@ def test_latents_of_any_length_have_a_token_by_the_cosine_metric(size):
 @pytest.mark.parametrize('size', [1e-4, 1e4, 1e20, 1e30])
 def test_rotation_has_its_gradient_at_any_length(size):
   x, q = jnp.float32([1, 2, 2]), jnp.float32([0, 3, 4])
-  expected = jax.jacobian(estimators.rotation)(x, q)
-  jacobian = jax.jacobian(estimators.rotation)(x * size, q)
+  expected = jax.jacobian(codebook_lib.rotation)(x, q)
+  jacobian = jax.jacobian(codebook_lib.rotation)(x * size, q)
   np.testing.assert_allclose(jacobian * size, expected, atol=1e-6)
 
 

@@ -24,7 +24,7 @@ from experiments import sweep
 from fsq_jax import data
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.models import pixels as train_step
+from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.runtime import partitioning
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -145,7 +145,7 @@ def _pairs(
   params = {'params': variables['params']['encoder']}
   patch = config.model.decoder.patch_size
   for batch in data.build_dataset(config.data, split=split, seed=0):
-    images = np.asarray(train_step.to_float(batch['image'][batch['mask']]))
+    images = np.asarray(pixels_lib.to_float(batch['image'][batch['mask']]))
     latents = np.asarray(encode(params, images), np.float64)
     constant = np.ones((*latents.shape[:3], 1))
     pixels = rearrange(

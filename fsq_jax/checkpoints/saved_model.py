@@ -14,7 +14,7 @@ import ml_collections
 from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import workdir as workdirs
-from fsq_jax.checkpoints import checkpointer as checkpoint
+from fsq_jax.checkpoints import checkpointer as checkpointer_lib
 from fsq_jax.models import variables
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import partitioning
@@ -55,13 +55,13 @@ def find(
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(_explain_missing(folder))
   with contextlib.closing(
-      checkpoint.Checkpointer(folder, read_only=True)
+      checkpointer_lib.Checkpointer(folder, read_only=True)
   ) as checkpointer:
     reasons = []
     for step in _candidates(checkpointer, which):
       try:
         record = checkpointer.restore_record(step)
-      except checkpoint.DamagedError as error:
+      except checkpointer_lib.DamagedError as error:
         logging.warning('Passed over. %s', error)
         reasons.append(str(error))
         continue
@@ -115,7 +115,7 @@ def _explain_missing(folder: pathlib.Path) -> str:
 
 
 def _candidates(
-    checkpointer: checkpoint.Checkpointer, which: str
+    checkpointer: checkpointer_lib.Checkpointer, which: str
 ) -> list[int]:
   if which == 'newest':
     return checkpointer.steps[::-1]
@@ -157,11 +157,11 @@ def restore(
       config.partitioning.fsdp_min_size,
   )
   with contextlib.closing(
-      checkpoint.Checkpointer(found.folder, read_only=True)
+      checkpointer_lib.Checkpointer(found.folder, read_only=True)
   ) as checkpointer:
     try:
       fields = checkpointer.restore_fields(found.step, abstract)
-    except checkpoint.DamagedError as error:
+    except checkpointer_lib.DamagedError as error:
       raise ValueError(
           f'{found.folder}: {error} --checkpoint=STEP takes another of'
           f' {checkpointer.steps}.'

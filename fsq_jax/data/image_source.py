@@ -45,9 +45,6 @@ class ImageSource(abc.ABC):
     damaged: reason by index, of the images found unreadable so far.
     upscaled: indices of the images so far that were scaled up: they have fewer
       pixels than data.resize_shorter or data.image_size asks for.
-    digests: sha256 by index, of the encoded images read so far, unreadable
-      ones included. Empty where images are not stored encoded: there
-      `identity['content']` is a hash of all pixels.
     skipped: number of the files beside the images that are not read, by kind
       ('.heic', '.json'), where images are files of a folder.
     evaluation_crop: what an evaluation cuts out of an image, in words.
@@ -61,13 +58,22 @@ class ImageSource(abc.ABC):
     self.identity = {'name': name, 'split': split, 'content': content}
     self.damaged: dict[int, str] = {}
     self.upscaled: set[int] = set()
-    self.digests: dict[int, bytes] = {}
     self._lock = threading.Lock()
     self.skipped: Mapping[str, int] = {}
 
   @abc.abstractmethod
   def __len__(self) -> int:
     """Number of examples."""
+
+  @property
+  def digests(self) -> np.ndarray:
+    """sha256 of each encoded image by index, [n, 32] uint8.
+
+    n is the number of examples, with `NO_DIGEST` for images that have not been
+    read so far; or 0 where images are not stored encoded: there
+    `identity['content']` is a hash of their content.
+    """
+    return np.zeros((0, 32), np.uint8)
 
   @abc.abstractmethod
   def load(self, index: int) -> np.ndarray:
@@ -133,6 +139,14 @@ class EncodedSource(ImageSource):
     self._max_damaged_share = max_damaged_share
     self._cache: dict[int, np.ndarray] = {}
     self._cache_bytes_left = cache_mib * 2**20
+    self._digests: np.ndarray | None = None
+
+  @property
+  def digests(self) -> np.ndarray:
+    with self._lock:
+      if self._digests is None:
+        self._digests = np.zeros((len(self), 32), np.uint8)
+    return self._digests
 
   @abc.abstractmethod
   def read(self, index: int) -> bytes:
@@ -158,7 +172,8 @@ class EncodedSource(ImageSource):
       raise decoding.DamagedImageError(self.damaged[index])
     try:
       encoded = self.read(index)
-      self.digests[index] = hashlib.sha256(encoded).digest()
+      digest = hashlib.sha256(encoded).digest()
+      self.digests[index] = np.frombuffer(digest, np.uint8)
       image = decoding.decode_image(encoded)
       size = image.shape[:2]
       image = transforms.resize_shorter(image, self._resize_shorter)

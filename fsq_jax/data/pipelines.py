@@ -77,17 +77,8 @@ class Dataset:
 
   @property
   def digests(self) -> np.ndarray:
-    """sha256 of the encoded images read so far by this process, [n, 32] uint8.
-
-    n is num_examples, with 0 for images that are not read; n is 0 where images
-    are not stored encoded: there fingerprint['content'] is of their pixels.
-    """
-    if not isinstance(self._source, image_source.EncodedSource):
-      return np.zeros((0, 32), np.uint8)
-    digests = np.zeros((self.num_examples, 32), np.uint8)
-    for index, digest in self._source.digests.copy().items():
-      digests[index] = np.frombuffer(digest, np.uint8)
-    return digests
+    """`ImageSource.digests` of the images read so far by this process."""
+    return self._source.digests
 
   def name(self, index: int) -> str:
     """Returns the name of the image with this 'index' in its split, or ''."""

@@ -22,7 +22,7 @@ from fsq_jax import models
 from fsq_jax import perceptual
 from fsq_jax.evaluation import frechet
 from fsq_jax.evaluation import image_metrics
-from fsq_jax.models import pixels as train_step
+from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 
@@ -303,7 +303,7 @@ class _Metric(NamedTuple):
 
 def _measure(name, module, variables, *images) -> jax.Array:
   """Applies a network to uint8 images."""
-  floats = [train_step.to_float(x) for x in images]
+  floats = [pixels_lib.to_float(x) for x in images]
   return _METRICS[name].apply(module, variables, *floats)
 
 

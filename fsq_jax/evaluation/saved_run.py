@@ -1,6 +1,6 @@
 """Evaluates a checkpoint of a run (mode eval)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import hashlib
 import json
@@ -36,7 +36,7 @@ def write_evaluation(
     step: int,
     result: results_lib.Evaluation,
     label: str = '',
-) -> None:
+) -> pathlib.Path:
   """Writes evaluation.json and the grid of reconstructions of one step.
 
   Args:
@@ -45,6 +45,9 @@ def write_evaluation(
     result: what to write.
     label: added to the names of the files, for what is not the run's own
       evaluation: another split or the best checkpoint.
+
+  Returns:
+    The path of the JSON file.
   """
   record = {
       'step': step,
@@ -55,13 +58,15 @@ def write_evaluation(
   # The run's own evaluation is always of its newest checkpoint.
   suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
   name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
-  workdirs.write_json(folder / name, record)
+  path = folder / name
+  workdirs.write_json(path, record)
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
   grid = report.reconstruction_grid(
       result.originals, result.reconstructions
   )
   report.save_png(grids / f'{suffix}.png', grid)
+  return path
 
 
 def evaluate_workdir(
@@ -70,7 +75,7 @@ def evaluate_workdir(
     *,
     which: str = 'newest',
     output: str | os.PathLike[str] | None = None,
-    show: Callable[[results_lib.Evaluation], None] = lambda result: None,
+    show: Callable[[Iterable[Any]], None] = lambda lines: None,
 ) -> results_lib.Evaluation:
   """Evaluates a checkpoint of a run.
 
@@ -87,7 +92,8 @@ def evaluate_workdir(
     which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
       of a step.
     output: folder that files are written to, in place of the run's.
-    show: called with the evaluation before anything of it is written.
+    show: called with lines for a person: the numbers, before anything of them
+      is written, and then the file that was written.
 
   Returns:
     The evaluation, also written to the folder.
@@ -130,13 +136,14 @@ def evaluate_workdir(
   else:
     evaluator = evaluators.Evaluator(model, dataset, mesh, **kwargs)
   result = evaluator.run(variables)
-  show(result)
+  show(result.lines())
   if jax.process_index() == 0:
     label = _label(config, found.config, which)
     with writing_to(folder):
-      write_evaluation(folder, found.step, result, label)
+      path = write_evaluation(folder, found.step, result, label)
       if not label:
         report.write_report(found.folder, folder)
+    show([path])
   return result
 
 

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax.evaluation import image_metrics as metrics
+from fsq_jax.evaluation import image_metrics as image_metrics_lib
 
 # Pixels a side of tiles, powers of 2.
 _MIN_TILE = 16
@@ -16,7 +16,8 @@ _MAX_TILE = 256
 # begin in one reach as far into the other.
 _OVERLAP = 10
 _WINDOWS = {
-    'ssim': metrics.ssim_map, 'ssim_uniform': metrics.ssim_uniform_map
+    'ssim': image_metrics_lib.ssim_map,
+    'ssim_uniform': image_metrics_lib.ssim_uniform_map,
 }
 
 
@@ -49,13 +50,14 @@ def image_metrics(
   num = math.prod(original.shape)
   mse = sums['squared'] / num / 255**2
   values = {
-      'psnr': -10 * math.log10(max(mse, 10 ** (-metrics.PSNR_CAP / 10))),
+      'psnr': -10
+      * math.log10(max(mse, 10 ** (-image_metrics_lib.PSNR_CAP / 10))),
       'l1': sums['absolute'] / num / 255,
       'mse': mse,
       'identical': float(not sums['different']),
   }
   for name in _WINDOWS:
-    min_side = metrics.IMAGE_METRICS[name][1]
+    min_side = image_metrics_lib.IMAGE_METRICS[name][1]
     if min(size) >= min_side:
       num_windows = math.prod(side - min_side + 1 for side in size)
       values[name] = sums[name] / (num_windows * original.shape[2])
@@ -102,7 +104,7 @@ def _sum_tile(originals, reconstructions, own, left) -> dict[str, jax.Array]:
   }
   for name, function in _WINDOWS.items():
     values = function(originals, reconstructions)
-    num = jnp.minimum(own, left - metrics.IMAGE_METRICS[name][1] + 1)
+    num = jnp.minimum(own, left - image_metrics_lib.IMAGE_METRICS[name][1] + 1)
     sums[name] = jnp.where(_mask(values, num), values, 0)
   return {name: jnp.sum(x, axis=(0, 2, 3)) for name, x in sums.items()}
 

@@ -107,4 +107,13 @@ def _free_bytes() -> int | None:
   except OSError:
     return None
   sizes = dict(line.split(':') for line in lines)
-  return int(sizes['MemAvailable'].split()[0]) * 1024
+  free = int(sizes['MemAvailable'].split()[0]) * 1024
+  try:
+    # A container may have less than the machine.
+    limit, used = (
+        int(pathlib.Path('/sys/fs/cgroup', name).read_text())
+        for name in ('memory.max', 'memory.current')
+    )
+  except (OSError, ValueError):  # No cgroup, or a limit of 'max'.
+    return free
+  return min(free, limit - used)

@@ -18,7 +18,7 @@ from fsq_jax import models
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import transforms
 from fsq_jax.models import image_sizes
-from fsq_jax.models import pixels as metrics
+from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
@@ -416,7 +416,7 @@ def images_to_tokens(
 
   size: see `Autoencoder.encode`.
   """
-  return model.encode_to_indices(metrics.to_float(images), size=size)
+  return model.encode_to_indices(pixels_lib.to_float(images), size=size)
 
 
 def tokens_to_images(
@@ -428,7 +428,7 @@ def tokens_to_images(
 
   size: see `Autoencoder.decode`.
   """
-  return metrics.to_uint8(model.decode_from_indices(tokens, size=size))
+  return pixels_lib.to_uint8(model.decode_from_indices(tokens, size=size))
 
 
 def _compile(

@@ -116,12 +116,16 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
   if (distinct := summary.get('distinct_grids')) is not None:
     yield f'distinct token grids: {distinct}'
     if num_images - distinct > _MAX_REPEATED * num_images:
+      advice = ''
+      if views == 1:
+        advice = (
+            ' If the images themselves repeat, --config.tokenize.views=N takes'
+            ' N random crops of each.'
+        )
       yield (
           f'warning: {(num_images - distinct) / num_images:.1%} of the token'
           ' grids repeat others. Flat images have equal grids, and so have many'
-          ' where the tokenizer has hardly been trained. If the images'
-          ' themselves repeat, take random crops of the training images:'
-          ' --config.tokenize.split=train --config.tokenize.views=2, or more'
+          f' where the tokenizer has hardly been trained.{advice}'
       )
   if num := summary.get('num_upscaled_images'):
     yield (

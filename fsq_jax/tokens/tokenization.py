@@ -416,7 +416,7 @@ class _Run:
         continue
       finally:
         if stamp is not None:
-          digest = self._source.digests.get(index, data.NO_DIGEST)
+          digest = self._source.digests[index].tobytes()
           states[index] = image_states.ImageState(digest, stamp)
       if self._job.fit == 'crop' and data.is_smaller(
           image, self._job.image_size

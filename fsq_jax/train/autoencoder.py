@@ -1,4 +1,4 @@
-"""Stage 1: trains an autoencoder by its config, evaluates it, reports."""
+"""Trains an autoencoder by its config, evaluates it, writes the report."""
 
 from collections.abc import Mapping
 import contextlib
@@ -141,49 +141,6 @@ def _train(
       )
   )
 
-  log = hooks.Log(
-      progress,
-      writer,
-      every_steps=config.train.log_every_steps,
-      num_steps=num_steps,
-      max_bad_steps=config.train.max_bad_steps,
-      describe_image=run.dataset.describe,
-      latest_saved=lambda: checkpointer.latest_step,
-  )
-
-  def save(step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
-    log.flush()
-    checkpointer.save(step, state, run.record(), metrics)
-    progress.restart_clock()
-
-  def evaluate(step: int, state: Any) -> dict[str, float]:
-    log.flush()
-    result = evaluator.run(
-        state.eval_variables,
-        # An evaluation may take longer than a host that is reclaimed has left.
-        before_batch=lambda: stop.check(step, state),
-    )
-    if is_writer:
-      saved_run.write_evaluation(folder, step, result)
-      if not _is_logged(folder, step):
-        writer.write(step, 'eval', result.scalars())
-    progress.say(f'Step {step}: {result.summary()}')
-    progress.restart_clock()
-    return result.scalars()
-
-  stop = hooks.Stop(stop_request, save, checkpointer.wait)
-  evaluation = hooks.Evaluate(
-      evaluate,
-      every_steps=config.train.eval_every_steps,
-      num_steps=num_steps,
-      is_evaluated=checkpointer.is_evaluated,
-  )
-  saving = hooks.SaveSteps(
-      save,
-      checkpointer.wait,
-      evaluation,
-      every_steps=config.train.checkpoint_every_steps,
-  )
   state = loop.run(
       state,
       run.iterator,
@@ -192,13 +149,68 @@ def _train(
           partitioning.shard_batch(batch['image'], mesh),
           run.networks.variables,
       ),
-      hooks=[log, hooks.Profile(profiler), stop, evaluation, saving],
+      hooks=_build_hooks(run, evaluator, writer, profiler, stop_request),
       num_steps=num_steps,
   )
   if is_writer:
     writer.flush()
     progress.say(f'Report: {report.write_report(folder)}')
   return state
+
+
+def _build_hooks(
+    run: '_Run',
+    evaluator: evaluators.Evaluator,
+    writer: workdirs.MetricWriter | None,
+    profiler: host.Profiler,
+    stop_request: preemption.StopRequest,
+) -> list[loop.Hook]:
+  """Returns the hooks in the order in which they act after a step."""
+  options, checkpointer = run.config.train, run.checkpointer
+  log = hooks.Log(
+      run.progress,
+      writer,
+      every_steps=options.log_every_steps,
+      num_steps=options.num_steps,
+      max_bad_steps=options.max_bad_steps,
+      describe_image=run.dataset.describe,
+      latest_saved=lambda: checkpointer.latest_step,
+  )
+
+  def save(step: int, state: Any, metrics: Mapping[str, float] | None) -> None:
+    log.flush()
+    checkpointer.save(step, state, run.record(), metrics)
+    run.progress.restart_clock()
+
+  def evaluate(step: int, state: Any) -> dict[str, float]:
+    log.flush()
+    result = evaluator.run(
+        state.eval_variables,
+        # An evaluation may take longer than a host that is reclaimed has left.
+        before_batch=lambda: stop.check(step, state),
+    )
+    if writer is not None:
+      saved_run.write_evaluation(run.folder, step, result)
+      if not _is_logged(run.folder, step):
+        writer.write(step, 'eval', result.scalars())
+    run.progress.say(f'Step {step}: {result.summary()}')
+    run.progress.restart_clock()
+    return result.scalars()
+
+  stop = hooks.Stop(stop_request, save, checkpointer.wait)
+  evaluation = hooks.Evaluate(
+      evaluate,
+      every_steps=options.eval_every_steps,
+      num_steps=options.num_steps,
+      is_evaluated=checkpointer.is_evaluated,
+  )
+  saving = hooks.SaveSteps(
+      save,
+      checkpointer.wait,
+      evaluation,
+      every_steps=options.checkpoint_every_steps,
+  )
+  return [log, hooks.Profile(profiler), stop, evaluation, saving]
 
 
 class _Run:
@@ -212,11 +224,11 @@ class _Run:
       checkpointer: checkpoints.Checkpointer,
       progress: progress_lib.Progress,
   ):
-    self._config = config
-    self._folder = folder
+    self.config = config
+    self.folder = folder
     self._mesh = mesh
-    self._checkpointer = checkpointer
-    self._progress = progress
+    self.checkpointer = checkpointer
+    self.progress = progress
     self.model = models.build_autoencoder(config.model, config.data.image_size)
     self._start = None
     if checkpointer.latest_step is None:
@@ -230,9 +242,9 @@ class _Run:
     """Builds a split, this process's part of each batch."""
     share = partitioning.process_share(self._mesh)
     return data.build_dataset(
-        self._config.data,
+        self.config.data,
         split=split,
-        seed=self._config.seed,
+        seed=self.config.seed,
         process_index=share.index,
         process_count=share.count,
     )
@@ -249,7 +261,7 @@ class _Run:
     def check(record: Mapping[str, Any]) -> Any:
       configuration.check_resumable(
           configuration.config_from_json(json.dumps(record['config'])),
-          self._config,
+          self.config,
           allow_config_change=allow_config_change,
       )
       convert.check_same_dialect(
@@ -260,14 +272,14 @@ class _Run:
         data.check_fingerprint(record['fingerprint'], self.dataset.fingerprint)
       return builder.abstract
 
-    restored = self._checkpointer.restore_newest(check)
+    restored = self.checkpointer.restore_newest(check)
     if restored is None:
       self._started_from = self._start.facts
       for name, value in self._started_from.items():
-        self._progress.say(f'Starts from {name} {value}')
+        self.progress.say(f'Starts from {name} {value}')
       return builder.create(self._start.load(builder, self._mesh))
     self._started_from = provenance.read_started_from(
-        self._folder / workdirs.RUN
+        self.folder / workdirs.RUN
     )
     record = restored.record
     try:
@@ -276,15 +288,15 @@ class _Run:
       logging.warning('The input starts anew. %s', error)
     else:
       self.iterator.set_state(record['iterator'])
-    self._progress.say(
-        f'Continuing {self._folder} from step {restored.step}.'
+    self.progress.say(
+        f'Continuing {self.folder} from step {restored.step}.'
     )
     return restored.state
 
   def record(self) -> dict[str, Any]:
     """Returns what a checkpoint holds beside the state, JSON-able."""
     return {
-        'config': json.loads(configuration.config_to_json(self._config)),
+        'config': json.loads(configuration.config_to_json(self.config)),
         'quantizer': self.model.quantizer.spec(),
         'networks': self.networks.hashes,
         'fingerprint': dict(self.dataset.fingerprint),
@@ -300,7 +312,7 @@ class _Run:
         for params in (state.params, state.frozen_params)
     )
     workdirs.write_json(
-        self._folder / workdirs.RUN,
+        self.folder / workdirs.RUN,
         {
             **provenance.describe(),
             'mesh': dict(self._mesh.shape),
@@ -314,12 +326,12 @@ class _Run:
         },
     )
     workdirs.write_json(
-        self._folder / workdirs.CONFIG, self.record()['config']
+        self.folder / workdirs.CONFIG, self.record()['config']
     )
     workdirs.write_json(
-        self._folder / workdirs.QUANTIZER, self.model.quantizer.spec()
+        self.folder / workdirs.QUANTIZER, self.model.quantizer.spec()
     )
-    self._progress.say(
+    self.progress.say(
         f'{num_trained:,} trainable and {num_frozen:,} frozen parameters,'
         f' training step compiled in {compile_seconds:.1f} s.'
     )

@@ -1,0 +1,149 @@
+"""Tests of the training loop and of what its hooks do around steps."""
+
+from typing import NamedTuple
+
+import pytest
+
+from fsq_jax.train import hooks
+from fsq_jax.train import loop
+
+
+class _State(NamedTuple):
+  step: int
+
+
+class _Request:
+  """Asks to stop after a step, or during an evaluation."""
+
+  def __init__(self, after=None, during=False):
+    self._after = after
+    self._during = during
+
+  def is_due(self, step=None):
+    return self._during if step is None else step == self._after
+
+
+class _Log(loop.Hook):
+  """Notes what the loop calls."""
+
+  def __init__(self, events):
+    self._events = events
+
+  def start(self, step, state):
+    self._events.append(('start', step))
+
+  def before_step(self, step):
+    self._events.append(('before', step))
+
+  def after_step(self, step, state, scalars, batch):
+    assert state.step == step
+    assert scalars == {'loss': batch}
+    self._events.append(('after', step))
+
+  def finish(self, step, state):
+    self._events.append(('finish', step))
+
+
+def _run(
+    first, num_steps, request=None, *, every=(0, 100), evaluated=(), events
+):
+  """Runs the loop; events get what is evaluated and saved, in order."""
+
+  def save(step, state, metrics):
+    assert state.step == step
+    events.append(('save', step, metrics))
+
+  def evaluate(step, state):
+    stop.check(step, state)
+    events.append(('evaluate', step))
+    return {'psnr': float(step)}
+
+  def wait():
+    events.append('wait')
+
+  stop = hooks.Stop(request or _Request(), save, wait)
+  evaluation = hooks.Evaluate(
+      evaluate,
+      every_steps=every[0],
+      num_steps=num_steps,
+      is_evaluated=lambda step: step in evaluated,
+  )
+  saving = hooks.SaveSteps(save, wait, evaluation, every_steps=every[1])
+  return loop.run(
+      _State(first),
+      iter(range(first + 1, num_steps + 1)),
+      train_step=lambda state, batch: (_State(state.step + 1), {'loss': batch}),
+      hooks=[stop, evaluation, saving],
+      num_steps=num_steps,
+  )
+
+
+def test_the_loop_calls_its_hooks_around_each_step():
+  events = []
+  state = loop.run(
+      _State(3),
+      iter([4, 5]),
+      train_step=lambda state, batch: (_State(state.step + 1), {'loss': batch}),
+      hooks=[_Log(events)],
+      num_steps=5,
+  )
+  assert state.step == 5
+  assert events == [
+      ('start', 3), ('before', 4), ('after', 4), ('before', 5), ('after', 5),
+      ('finish', 5),
+  ]
+
+
+def test_steps_are_saved_when_due_and_with_their_evaluation():
+  events = []
+  _run(0, 7, every=(3, 2), events=events)
+  assert events == [
+      ('save', 2, None),
+      ('evaluate', 3), ('save', 3, {'psnr': 3.0}),
+      ('save', 4, None),
+      ('evaluate', 6), ('save', 6, {'psnr': 6.0}),
+      ('evaluate', 7), ('save', 7, {'psnr': 7.0}),
+      'wait',
+  ]  # fmt: skip
+
+
+def test_a_stop_saves_the_step_before_anything_else_is_done_with_it():
+  events = []
+  with pytest.raises(loop.Preempted) as stopped:
+    _run(0, 7, _Request(after=3), every=(3, 2), events=events)
+  assert stopped.value.step == 3
+  assert events == [('save', 2, None), ('save', 3, None), 'wait']
+
+
+def test_a_stop_during_an_evaluation_saves_without_it():
+  events = []
+  with pytest.raises(loop.Preempted):
+    _run(0, 7, _Request(during=True), every=(3, 100), events=events)
+  assert events == [('save', 3, None), 'wait']
+
+
+@pytest.mark.parametrize(
+    ('first', 'evaluated', 'expected'),
+    [
+        # A stop has kept the step from being evaluated.
+        (3, (), [('evaluate', 3)]),
+        (3, (3,), []),
+        # No evaluation was due, and a run that starts has none to make up for.
+        (2, (), []),
+        (0, (), []),
+    ],
+)
+def test_an_evaluation_that_is_owed_comes_first(first, evaluated, expected):
+  events = []
+  _run(first, 5, every=(3, 100), evaluated=evaluated, events=events)
+  start = [] if first >= 3 else [('evaluate', 3), ('save', 3, {'psnr': 3.0})]
+  assert events == [
+      *expected, *start, ('evaluate', 5), ('save', 5, {'psnr': 5.0}), 'wait'
+  ]  # fmt: skip
+
+
+def test_a_finished_run_is_evaluated_again_and_takes_no_step():
+  events = []
+  state = _run(7, 7, events=events)
+  assert state.step == 7
+  assert events == [('evaluate', 7), 'wait']
