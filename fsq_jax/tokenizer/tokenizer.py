@@ -345,8 +345,10 @@ class Tokenizer:
     """Applies a compiled function to images or tokens that are not cut."""
 
     def call(x, size):
+      # Tiles are compiled without a size, too.
+      sizes = () if size is None else (size,)
       return self._batcher.map(
-          lambda variables, batch: function(variables, batch, size),
+          lambda variables, batch: function(variables, batch, *sizes),
           self.variables, x, usual_size,
       )
 
@@ -434,7 +436,7 @@ def tokens_to_images(
 def _compile(
     model: nn.Module, method: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-  def function(variables, x, size):
+  def function(variables, x, size=None):
     with partitioning.mesh_of(x):
       return model.apply(variables, x, size, method=method)
 
