@@ -517,7 +517,9 @@ def test_cached_images_keep_their_content(config, model, variables, tmp_path):
 
 def test_the_lines_say_how_many_images_were_measured(model, variables):
   evaluator = evaluators.Evaluator(
-      model, _SomeDamaged([1, 3]), partitioning.create_mesh({'data': 8}),
+      model,
+      _SomeDamaged([1, 3]),
+      partitioning.create_mesh({'data': 8, 'fsdp': 1}),
       num_grid_images=1,
   )
   result = evaluator.run(variables)
