@@ -371,8 +371,11 @@ def test_the_section_of_a_quantizer_has_every_field_and_its_default(name):
   fields = {
       field.name: field.default for field in dataclasses.fields(quantizer)
   }
-  # `parent` and `name` are linen's; configs keep channels last.
-  assert section.keys() == fields.keys() - {'parent', 'name', 'channel_axis'}
+  # `parent` and `name` are linen's; configs keep channels last, and train on
+  # global arrays, which need no axis_name.
+  assert section.keys() == fields.keys() - {
+      'axis_name', 'channel_axis', 'name', 'parent'
+  }
   # Sizes have no default: dataclasses.MISSING, or None where a base needs one.
   sizes = {'levels', 'num_groups', 'num_stages', 'num_bits', 'codebook_size',
            'code_dim'}
@@ -660,9 +663,9 @@ def test_paths_are_resolved(name, tmp_path, monkeypatch):
   ):
     given.update_from_flattened_dict({name: value})
     config = configuration.resolve_paths(given)
-    assert dict(loading._flatten(config))[name] == resolved
+    assert dict(loading.flatten(config))[name] == resolved
     # A copy: the given one stays.
-    assert dict(loading._flatten(given))[name] == value
+    assert dict(loading.flatten(given))[name] == value
     assert configuration.diff_configs(given, config) == []
     configuration.check_resumable(given, config)
     configuration.check_resumable(config, given)

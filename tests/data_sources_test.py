@@ -306,8 +306,8 @@ def test_skipped_files_are_counted_by_kind(tmp_path, caplog):
 @pytest.mark.parametrize(
     ('name', 'content'),
     [('x.heic', b'text'), ('x.svg', b'<svg/>'), ('x.NEF', b'II*\0'),
-     ('x', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'), ('x.bin', b'\x9c\xff\0'),
-     ('x', b'%!PS-Adobe'), ('x.dat', b'\xe4' * 600)],
+     ('x', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'), ('x.raw16', b'\x9c\xff\0'),
+     ('x', b'%!PS-Adobe'), ('x.pix', b'\xe4' * 600)],
 )  # fmt: skip
 def test_too_many_unread_images_are_an_error(tmp_path, name, content):
   for number in range(8):

@@ -391,7 +391,7 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
   saved_run.evaluate_workdir(config, folder)
   new = {
       re.sub(
-          r'_[0-9a-f]{8}(?=[._]\D)',
+          r'_[0-9a-f]{8}(?=_step_)',
           '_HASH',
           path.relative_to(folder).as_posix(),
       )

@@ -420,7 +420,7 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
   for name in ('config.json', 'README.md'):
     assert 'somebody' not in (folder / name).read_text()
   again = Tokenizer.from_pretrained(folder)
-  for name, value in loading._flatten(again.config):
+  for name, value in loading.flatten(again.config):
     assert name not in configuration.PATHS or value in (name, '')
   protocol = evaluation['protocol']
   del protocol['command']
