@@ -380,7 +380,7 @@ def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp('stage1')
   config = _load_config({**_RUN, 'optim.frozen': ('encoder/.*',)})
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write_report', lambda folder: None)
+    patch.setattr(report, 'write_report', lambda *_: None)
     state = train.train_and_evaluate(config, folder)
   return folder, jax.device_get(state.eval_variables)
 
@@ -479,7 +479,7 @@ def test_files_are_looked_for_before_anything_long(
 def test_a_run_goes_on_without_the_files_it_started_from(
     tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda *_: None)
   encoder = shutil.copytree(_SIGLIP, tmp_path / 'encoder')
   statistics = _write_statistics(tmp_path / 'statistics')
   folder = tmp_path / 'run'

@@ -262,7 +262,7 @@ def test_a_run_trains_and_evaluates_with_what_the_command_wrote(
   arrays = safetensors.numpy.load_file(path)
   _assert_are_of(arrays, latents)
 
-  monkeypatch.setattr(report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda *_: None)
   # Of files that are gone afterwards.
   encoder = shutil.copytree(_SIGLIP, tmp_path / 'encoder')
   config.model.encoder.checkpoint = str(encoder)
@@ -284,5 +284,7 @@ def test_a_run_trains_and_evaluates_with_what_the_command_wrote(
   assert actual.pop('metrics') == pytest.approx(
       expected.pop('metrics'), rel=1e-5, abs=1e-6
   )
+  assert '--mode=eval' in actual['protocol'].pop('command')
+  del expected['protocol']['command']
   assert actual['protocol'] == expected['protocol']
   assert (run / workdirs.REPORT).is_file()

@@ -351,7 +351,7 @@ def runs(tmp_path_factory):
   }
   states = {}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write_report', lambda folder: None)
+    patch.setattr(report, 'write_report', lambda *_: None)
     for number, config in configs.items():
       state = train.train_and_evaluate(config, folder / str(number))
       states[number] = jax.device_get(state)
@@ -404,7 +404,7 @@ def test_stage_2_trains_the_encoder_and_keeps_its_start(runs):
 def test_stage_2_goes_on_without_stage_1_bit_for_bit(
     runs, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda *_: None)
   folder, configs, states = runs
   shutil.copytree(folder, tmp_path / 'copy')
   steps = tmp_path / 'copy' / '2' / workdirs.CHECKPOINTS

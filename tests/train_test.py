@@ -104,7 +104,7 @@ def journal(monkeypatch):
       after.pop(step)()
 
   _call_after_steps(monkeypatch, record)
-  monkeypatch.setattr(report, 'write_report', lambda folder: None)
+  monkeypatch.setattr(report, 'write_report', lambda *_: None)
   return taken, after
 
 

@@ -141,7 +141,7 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     config.train.num_steps = 2
     config.train.compilation_cache = ''
     # Drawing it takes longer than the steps.
-    report.write_report = lambda folder: None
+    report.write_report = lambda *_: None
     state = train.train_and_evaluate(config, folder / path.stem)
     good = int(state.step) == 2 and fault.all_finite(state)
     (ran if good else failed).append(path.stem)
