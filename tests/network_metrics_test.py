@@ -118,7 +118,12 @@ class _Images:
       mask = index < _NUM_IMAGES - self._num_unreadable
       images = self.images[np.minimum(index, _NUM_IMAGES - 1)].copy()
       images[~mask] = 0
-      yield {'image': images, 'index': index, 'mask': mask}
+      yield {
+          'image': images,
+          'index': index,
+          'mask': mask,
+          'upscaled': np.zeros(len(index), bool),
+      }
 
 
 def _evaluator(config, model, files, folder, *, batch_size=4, num_devices=1,
