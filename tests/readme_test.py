@@ -117,7 +117,8 @@ def test_a_run_becomes_token_files_and_images_again(tmp_path):
   )
   training = folder / 'synthetic_train_4_views' / 'manifest.json'
   summary = json.loads(training.read_text())['summary']
-  assert summary['distinct_grids'] > 3 * 8192
+  # Synthetic images have the size of the crop, so that views differ in flips.
+  assert 1.5 * 8192 < summary['distinct_grids'] <= 2 * 8192
 
 
 def test_sizes_of_train_states_are_those_of_siglip_l():
@@ -260,7 +261,7 @@ def test_nobody_is_told_to_install_a_name_that_is_not_registered():
 
 def test_the_map_of_the_code_is_true():
   block = re.search(r'## Map of the code\n.*?```text\n(.*?)```', README, re.S)
-  named = set(re.findall(r'^  +(\w+\.py|\w+/)', block.group(1), re.M))
+  named = set(re.findall(r'^  (\w+\.py|\w+/)', block.group(1), re.M))
   package = ROOT / 'fsq_jax'
   there = {
       path.name + ('/' if path.is_dir() else '')

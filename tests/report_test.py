@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -376,7 +377,7 @@ def test_report_replaces_the_old_one_whole(workdir, monkeypatch):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(report_lib.os, 'replace', fail)
+    patch.setattr(os, 'replace', fail)
     with pytest.raises(OSError, match='disk full'):
       report_lib.write_report(workdir)
   assert (workdir / 'report.html').read_text() == 'old'
