@@ -110,7 +110,7 @@ class ImageSource(abc.ABC):
           ' data.image_size or data.resize_shorter asks for. The last: %s',
           count,
           len(self),
-          self.describe(index),
+          printable(self.describe(index)),
       )
 
 
@@ -198,8 +198,14 @@ class EncodedSource(ImageSource):
         return
       self.damaged[index] = reason
       damaged = {self.describe(i): why for i, why in self.damaged.items()}
-    logging.warning('Image %s is left out: %s.', self.describe(index), reason)
+    name = printable(self.describe(index))
+    logging.warning('Image %s is left out: %s.', name, reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
+
+
+def printable(name: str) -> str:
+  """Returns a file name with the bytes escaped that are not UTF-8."""
+  return name.encode(errors='backslashreplace').decode()
 
 
 def content_hash(digests: np.ndarray) -> str:
