@@ -536,7 +536,7 @@ def test_token_grids_that_repeat_are_warned_of(
   text = _write_grids(tmp_path / 'x', grids)
   assert f'distinct token grids: {200 - num_repeated}' in text
   assert ('warning: 1.5% of the token grids repeat' in text) == is_warned_of
-  assert ('--config.tokenize.views=2' in text) == is_warned_of
+  assert ('--config.tokenize.views=N' in text) == is_warned_of
 
 
 def test_grids_of_other_shapes_are_other_grids(tmp_path):

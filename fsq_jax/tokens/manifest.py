@@ -241,7 +241,7 @@ def check_same_job(path: pathlib.Path, job: Job) -> None:
   ]
   if differences:
     note = ''
-    if wanted['source.content'] != saved.get('source.content'):
+    if wanted.get('source.content') != saved.get('source.content'):
       note = (
           '\nsource.content differs: images were added, removed, renamed or'
           ' changed, or are others.'
