@@ -21,12 +21,16 @@ os.environ['XLA_FLAGS'] = (
 
 # Files that take minutes: no process should be left with one at the end.
 _LONG = (
-    'configs_test', 'train_test', 'adversary_test', 'processes_test',
-    'train_step_test', 'models_test', 'stages_test', 'notebooks_test',
-    'partitioning_test', 'experiments_test',
+    'adversarial/adversary_test.py', 'configuration/configs_test.py',
+    'experiments/experiments_test.py', 'experiments/notebooks_test.py',
+    'models/builder_test.py', 'models/pretrained/loading_test.py',
+    'quantizers/quantizers_test.py', 'runtime/partitioning_test.py',
+    'runtime/processes_test.py', 'train/autoencoder_test.py',
+    'train/initialization_test.py', 'train/stages_test.py',
+    'train/step_test.py',
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
   """Puts the files that take longest first."""
-  items.sort(key=lambda item: item.path.stem not in _LONG)
+  items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))

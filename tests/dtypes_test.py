@@ -9,7 +9,6 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
-import quantizers_test
 
 from fsq_jax import adversarial
 from fsq_jax import configuration
@@ -221,44 +220,6 @@ def _abstract_networks(config):
     backbone = params['params']['backbone']
     variables['discriminator'] = {'backbone': backbone}
   return network, variables
-
-
-@pytest.mark.parametrize('config', quantizers_test._CASES)
-def test_quantizers_give_the_same(config):
-  def run():
-    quantizer = quantizers_test._build(config)
-    z = np.random.default_rng(0).normal(size=(8, 9, quantizer.code_dim))
-    z = jnp.asarray(z, jnp.float32)
-    variables = quantizers_test._init(quantizer, z)
-
-    @jax.jit
-    def train(variables, z):
-      out, changed = quantizer.apply(
-          variables, z, train=True, mutable=['codebook'],
-          rngs={'quantizer': jax.random.key(2)},
-      )
-      return out, {**variables, **changed}
-
-    results = [variables]
-    for _ in range(2):
-      out, variables = train(variables, z)
-      results += [out, variables]
-    if config['name'] != 'none':
-      decode = {'method': 'indices_to_codes'}
-      codes = quantizer.apply(variables, out.indices, **decode)
-      results.append(codes)
-      results.append(
-          quantizer.apply(variables, codes, method='codes_to_indices')
-      )
-      # Of NumPy's usual integers, too.
-      indices = np.asarray(out.indices, np.int64)
-      results.append(quantizer.apply(variables, indices, **decode))
-    return jax.device_get(results)
-
-  expected = run()
-  with _flags():
-    actual = run()
-  _check_same(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', _CONFIGS)

@@ -147,7 +147,8 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     (ran if good else failed).append(path.stem)
   done = fault.run_python(
       'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))',
-      '-n', '0', '-q', '-p', 'no:cacheprovider', 'tests/configs_test.py',
+      '-n', '0', '-q', '-p', 'no:cacheprovider',
+      'tests/configuration/configs_test.py',
       '-k', 'reduced and siglip_l' if quick else 'reduced', timeout=3300,
   )
   counts = re.search(r'(\d+) passed', done.stdout)

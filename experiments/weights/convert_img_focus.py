@@ -13,7 +13,8 @@ fsq_jax; in an environment of your own:
 
 writes vit_s14/config.json and vit_s14/model.safetensors, for
 `models.load_encoder('vit_s14')`, and vit_s14/expected.npz: a random image
-and the tokens that onnxruntime makes of it. tests/pretrained_test.py compares
+and the tokens that onnxruntime makes of it.
+tests/models/pretrained/loading_test.py compares
 ours with those where FSQ_JAX_REAL_ENCODER names the directory.
 """
 

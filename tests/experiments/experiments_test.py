@@ -1,0 +1,211 @@
+"""Tests of the experiments: sweeps go on, READMEs show what was measured."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from experiments import sweep
+from experiments.benchmarks import benchmarks
+from experiments.codebook_size import codebook_size
+from experiments.export import across_versions
+from experiments.fault_suite import run as fault_suite
+from experiments.onnx import to_onnx
+from experiments.perceptual_ablation import perceptual_ablation
+from experiments.quantizer_comparison import compare
+from experiments.quantizer_comparison import settings
+from experiments.vqrae_frozen_vit import vqrae_frozen_vit
+from fsq_jax import configuration
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_DEBUG = 'configs/debug.py'
+_SCRIPTS = {
+    'codebook_size': codebook_size,
+    'perceptual_ablation': perceptual_ablation,
+    'quantizer_comparison': compare,
+    'vqrae_frozen_vit': vqrae_frozen_vit,
+}
+
+
+def _results(name):
+  path = _ROOT / 'experiments' / name / 'results.json'
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_what_is_not_trained_yet(tmp_path, monkeypatch):
+  runs = {
+      'levels': {'model.quantizer.fsq.levels': (5, 5), 'train.num_steps': 3},
+      'vq': {'model.quantizer.name': 'vq', 'train.num_steps': 3},
+  }
+  sweep.train(_DEBUG, {'levels': runs['levels']}, tmp_path)
+  assert sweep.read_numbers(tmp_path / 'levels')['codebook_size'] == 25
+  grid = tmp_path / 'grid.png'
+  sweep.draw_reconstructions(
+      tmp_path, ['levels', 'levels'], grid, num_images=5, enlargement=2
+  )
+  pixels = np.asarray(PIL.Image.open(grid))
+  # Originals over both runs, 16 x 16 pixels each.
+  assert pixels.shape == (2 * 3 * 16, 2 * 5 * 16, 3)
+  originals, first, second = np.split(pixels, 3)
+  np.testing.assert_array_equal(first, second)
+  assert np.any(originals != first)
+  started = []
+
+  def run(command):
+    started.append(command)
+    return 75
+
+  monkeypatch.setattr(sweep, '_run', run)
+  with pytest.raises(SystemExit) as stopped:
+    sweep.train(_DEBUG, runs, tmp_path)
+  assert stopped.value.code == 75
+  (command,) = started
+  assert f'--workdir={tmp_path / "vq"}' in command
+  assert '--config.model.quantizer.name=vq' in command
+  # A run of other steps is not the one that is asked for.
+  runs['levels']['train.num_steps'] = 4
+  started.clear()
+  with pytest.raises(SystemExit):
+    sweep.train(_DEBUG, runs, tmp_path)
+  assert '--config.train.num_steps=4' in started[0]
+  collected = sweep.collect(tmp_path, ['levels'])
+  assert set(collected) == {'made_with', 'runs'}
+  assert collected['made_with']['devices']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('number', 'send'),
+    [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)],
+    ids=['ctrl_c_in_the_terminal', 'sigterm_to_the_sweep'],
+)
+def test_a_sweep_that_is_stopped_has_saved_its_run(tmp_path, number, send):
+  script = (
+      'import pathlib, sys; from experiments import sweep; sweep.train('
+      f"'{_DEBUG}', {{'long': {{'train.num_steps': 1000000}}}},"
+      ' pathlib.Path(sys.argv[1]))'
+  )
+  process = subprocess.Popen(
+      [sys.executable, '-c', script, str(tmp_path)],
+      cwd=_ROOT,
+      start_new_session=True,
+  )
+  checkpoints = tmp_path / 'long' / 'checkpoints'
+  deadline = time.monotonic() + 300
+  while not list(checkpoints.glob('[1-9]*')):
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  send(process.pid, number)
+  assert process.wait(timeout=120) == 75
+  # The run is over, and its last step is on disk, where it would go on.
+  steps = [int(path.name) for path in checkpoints.glob('[0-9]*')]
+  rows = (tmp_path / 'long' / 'metrics.jsonl').read_text().splitlines()
+  assert max(steps) >= max(json.loads(row)['step'] for row in rows)
+  size = (tmp_path / 'long' / 'metrics.jsonl').stat().st_size
+  time.sleep(1)
+  assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size == size
+
+
+def test_every_run_has_a_config_that_can_be_used():
+  runs = settings.tuning_runs('')
+  for bits in (4, 6, 8, 9, 10, 11, 12, 14, 16):
+    for quantizer in settings.LABELS:
+      name = settings.run_name(quantizer, bits, 0)
+      runs[name] = settings.final_run(quantizer, bits, 0, '')
+  for fields in runs.values():
+    configuration.check_config(sweep.make_config(settings.CONFIG, fields))
+
+
+def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
+  runs = vqrae_frozen_vit.settings(tmp_path, str(tmp_path), str(tmp_path))
+  assert runs.keys() == vqrae_frozen_vit.LABELS.keys()
+  for fields in runs.values():
+    config = sweep.make_config(vqrae_frozen_vit.CONFIG, fields)
+    configuration.check_config(config)
+
+
+def test_runs_with_networks_have_configs_that_can_be_used(tmp_path):
+  runs = perceptual_ablation.settings(tmp_path, str(tmp_path), 'a', 'b')
+  assert runs.keys() - {perceptual_ablation.START} == (
+      perceptual_ablation.LABELS.keys()
+  )
+  for fields in runs.values():
+    config = sweep.make_config(perceptual_ablation.CONFIG, fields)
+    configuration.check_config(config)
+
+
+def test_a_finished_run_may_be_found_elsewhere(tmp_path, monkeypatch):
+  fields = {'train.num_steps': 2, 'eval.networks.fd_vgg16': 'here'}
+  config = sweep.make_config(_DEBUG, fields)
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text(
+      configuration.config_to_json(config)
+  )
+  (tmp_path / 'run' / 'evaluation.json').write_text('{"step": 2}')
+  started = []
+  monkeypatch.setattr(sweep, '_run', lambda command: started.append(command))
+  sweep.train(
+      _DEBUG, {'run': fields | {'eval.networks.fd_vgg16': 'there'}}, tmp_path
+  )
+  assert not started
+  sweep.train(_DEBUG, {'run': fields | {'optim.b1': 0.8}}, tmp_path)
+  assert len(started) == 1
+
+
+def test_the_settings_are_those_that_tuning_chose():
+  for quantizer, rows in _results('quantizer_comparison')['tuning'].items():
+    best = max(rows, key=lambda name: rows[name]['psnr'])
+    assert settings.CHOSEN[quantizer] == best
+
+
+@pytest.mark.parametrize('name', _SCRIPTS)
+def test_readmes_show_the_tables_of_the_results(name, capsys):
+  _SCRIPTS[name].print_tables(_results(name))
+  tables = capsys.readouterr().out.strip().split('\n\n')
+  readme = (_ROOT / 'experiments' / name / 'README.md').read_text()
+  for table in tables:
+    assert table in readme
+  assert tables[0] in (_ROOT / 'README.md').read_text()
+
+
+def test_the_table_of_faults_is_that_of_the_results():
+  results = _results('fault_suite')
+  readme = (_ROOT / 'experiments/fault_suite/README.md').read_text()
+  assert fault_suite.table(results) in readme
+  assert list(results) == list(fault_suite.FAULTS)
+  for name, result in results.items():
+    fault = fault_suite.FAULTS[name]
+    assert result['injected'] == fault.injected
+    assert result['required'] == fault.required
+
+
+def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
+  benchmarks.print_tables(_results('benchmarks'))
+  tables = capsys.readouterr().out.strip().split('\n\n')
+  readme = (_ROOT / 'experiments' / 'benchmarks' / 'README.md').read_text()
+  for table in tables:
+    assert table in readme
+
+
+@pytest.mark.parametrize(
+    ('name', 'table'),
+    [('export', across_versions.table), ('onnx', to_onnx.table)],
+)
+def test_readmes_of_exports_show_their_results(name, table):
+  readme = (_ROOT / 'experiments' / name / 'README.md').read_text()
+  assert table(_results(name)) in readme
+
+
+@pytest.mark.parametrize('name', _SCRIPTS)
+def test_plots_are_drawn_from_the_results(name, tmp_path):
+  _SCRIPTS[name].plot(_results(name), tmp_path / 'plot.png')
+  assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')

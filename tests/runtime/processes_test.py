@@ -1,0 +1,326 @@
+"""Tests of runs by several processes, joined on the loopback interface."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from experiments.fault_suite import group_processes
+from fsq_jax import configuration
+from fsq_jax import train
+from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.runtime import partitioning
+from fsq_jax.runtime import preemption
+from fsq_jax.runtime import processes as processes_lib
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_NUM_STEPS = 24
+_OVERRIDES = {
+    'train.num_steps': _NUM_STEPS,
+    'train.log_every_steps': 1,
+    'train.checkpoint_every_steps': 10,
+    'train.eval_every_steps': 24,
+    # A latent that lies between two levels may fall otherwise where sums differ
+    # in their last bits, and later steps with it.
+    'model.quantizer.name': 'none',
+    'data.source': 'folder',
+    'data.max_damaged_share': 0.1,
+}
+_NUM_IMAGES = 30
+# Of each split. Images are 16 x 16 pixels.
+_DAMAGED = (3, 14)
+_SMALL = (2, 7, 11, 29)
+
+
+# The first port that JAX takes for jobs of SLURM.
+_SLURM_PORTS = 2**16 - 2**12
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+  """A folder of images, of which some are damaged, and some are scaled up."""
+  root = tmp_path_factory.mktemp('images')
+  rng = np.random.default_rng(0)
+  for split in ('train', 'validation'):
+    (root / split).mkdir()
+    for i in range(_NUM_IMAGES):
+      size = (9, 14) if i in _SMALL else (20, 24)
+      path = root / split / f'{i:02}.png'
+      Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path)
+      if i in _DAMAGED:
+        path.write_bytes(path.read_bytes()[:-20])
+  return root
+
+
+def _config(images):
+  config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
+  config.update_from_flattened_dict(
+      {**_OVERRIDES, 'data.data_dir': str(images)}
+  )
+  return config
+
+
+def _launch(folder, images, num_processes, num_devices=2, **overrides):
+  """Starts launch.py several times, with some devices each."""
+  overrides = {**_OVERRIDES, 'data.data_dir': images, **overrides}
+  return group_processes.launch(
+      folder,
+      num_processes,
+      *(f'--config.{name}={value}' for name, value in overrides.items()),
+      env=dict(
+          os.environ,
+          XLA_FLAGS=f'--xla_force_host_platform_device_count={num_devices}',
+      ),
+  )
+
+
+def _wait(processes, folder):
+  """Returns the exit codes."""
+  try:
+    return [process.wait(timeout=300) for process in processes]
+  except subprocess.TimeoutExpired:
+    for i, process in enumerate(processes):
+      process.kill()
+      sys.stderr.write(folder.with_suffix(f'.log{i}').read_text())
+    raise
+
+
+def _steps(folder):
+  names = (path.name for path in (folder / workdirs.CHECKPOINTS).iterdir())
+  return {int(name) for name in names if name.isdigit()}
+
+
+def _assert_same_numbers(folder, expected):
+  rows, wanted = (workdirs.read_metrics(x) for x in (folder, expected))
+  assert len(rows) == len(wanted) == _NUM_STEPS + 1
+  for row, want in zip(rows, wanted, strict=True):
+    for values in (row, want):
+      values.pop('images_per_second', None)
+    # Other matrices on each device: float32 sums of other parts.
+    norms = [values.pop('gradient_norm', 0) for values in (row, want)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert row.pop('split') == want.pop('split')
+    assert row == pytest.approx(want, rel=1e-5)
+  protocol, wanted = (
+      json.loads((x / workdirs.EVALUATION).read_text())['protocol']
+      for x in (folder, expected)
+  )
+  assert protocol.pop('command')
+  assert protocol == {k: v for k, v in wanted.items() if k != 'command'}
+
+
+@pytest.fixture(scope='module')
+def straight(images, tmp_path_factory):
+  """Folder of a run by this process, with eight devices."""
+  folder = tmp_path_factory.mktemp('straight')
+  train.train_and_evaluate(_config(images), folder)
+  protocol = json.loads((folder / workdirs.EVALUATION).read_text())['protocol']
+  digests = [
+      hashlib.sha256(path.read_bytes()).digest()
+      for path in sorted((images / 'validation').iterdir())
+  ]
+  assert protocol['content'] == hashlib.sha256(b''.join(digests)).hexdigest()
+  assert protocol['num_images'] == _NUM_IMAGES - len(_DAMAGED)
+  assert protocol['num_damaged_images'] == len(_DAMAGED)
+  assert protocol['num_upscaled_images'] == len(_SMALL)
+  return folder
+
+
+@pytest.mark.slow
+def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
+    tmp_path, images, straight
+):
+  folder = tmp_path / 'run'
+  processes = _launch(folder, images, 2)
+  deadline = time.monotonic() + 300
+  while not (folder.exists() and len(workdirs.read_metrics(folder)) >= 3):
+    assert all(process.poll() is None for process in processes), (
+        folder.with_suffix('.log0').read_text()
+    )
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  processes[1].send_signal(signal.SIGTERM)  # Not the one that writes.
+  assert _wait(processes, folder) == [75, 75]
+  logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  saved = max(_steps(folder))
+  assert 3 <= saved < _NUM_STEPS
+  for log in logs:
+    assert f'Interrupted; step {saved} is saved.' in log
+  # Only one of them writes and speaks.
+  assert 'step 2/24' in logs[0]
+  assert 'step 2/24' not in logs[1]
+
+  train.train_and_evaluate(_config(images), folder)
+  _assert_same_numbers(folder, straight)
+
+
+@pytest.fixture(scope='module')
+def stopped(images, tmp_path_factory):
+  """Folder of the same run, stopped after step 17."""
+  folder = tmp_path_factory.mktemp('stopped')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+        preemption.StopRequest, 'is_due', lambda self, step=None: step == 17
+    )
+    with pytest.raises(train.Preempted):
+      train.train_and_evaluate(_config(images), folder)
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('num_processes', 'num_devices', 'sizes'),
+    [
+        (4, 2, {'data': 8, 'fsdp': 1, 'tensor': 1}),
+        # Both read all images.
+        (2, 1, {'data': 1, 'fsdp': 1, 'tensor': 2}),
+    ],
+)
+def test_several_processes_go_on_from_what_one_has_saved(
+    tmp_path, images, straight, stopped, num_processes, num_devices, sizes
+):
+  folder = tmp_path / 'run'
+  shutil.copytree(stopped, folder)
+  processes = _launch(
+      folder,
+      images,
+      num_processes,
+      num_devices,
+      **{f'partitioning.mesh.{axis}': size for axis, size in sizes.items()},
+  )
+  assert _wait(processes, folder) == [0] * num_processes
+  log = folder.with_suffix('.log0').read_text()
+  assert 'from step 17' in log
+  assert f'{num_processes * num_devices} x cpu, mesh {sizes}' in log
+  _assert_same_numbers(folder, straight)
+
+
+def _lock(folder):
+  return workdirs.lock(folder)
+
+
+def _hide_run(folder):
+  """Keeps run.json from being written."""
+  (folder / workdirs.RUN).mkdir()
+  return contextlib.nullcontext()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('prevent', 'code', 'reason'),
+    [(_lock, 2, 'is being written by'), (_hide_run, 1, 'Is a directory')],
+)
+def test_a_process_that_cannot_start_ends_the_others(
+    tmp_path, images, prevent, code, reason
+):
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  with prevent(folder):
+    assert _wait(_launch(folder, images, 2), folder) == [code, 1]
+  logs = [folder.with_suffix(f'.log{i}').read_text() for i in range(2)]
+  assert reason in logs[0]
+  assert 'launch.py: Stopped because process 0 has failed' in logs[1]
+  for log in logs:
+    assert 'Traceback' not in log
+  assert not (folder / workdirs.METRICS).exists()
+
+
+@pytest.mark.slow
+def test_parts_of_large_arrays_are_saved_undamaged(tmp_path, images):
+  folder = tmp_path / 'run'
+  overrides = {
+      'train.num_steps': 3,
+      'train.checkpoint_every_steps': 1,
+      'train.eval_every_steps': 0,
+      'train.compilation_cache': tmp_path / 'programs',
+      # More of a kernel on each device than is hashed at a time.
+      'model.encoder.mlp_dim': 9216,
+      'model.quantizer.name': 'fsq',
+      'partitioning.mesh.data': 1,
+      'partitioning.mesh.fsdp': 2,
+      'partitioning.fsdp_min_size': 0,
+  }
+  assert _wait(_launch(folder, images, 2, 1, **overrides), folder) == [0, 0]
+  # The last step is now gone: they go on from the one before.
+  shutil.rmtree(folder / workdirs.CHECKPOINTS / '3')
+  assert _wait(_launch(folder, images, 2, 1, **overrides), folder) == [0, 0]
+  log = folder.with_suffix('.log0').read_text()
+  assert 'from step 2.' in log
+  assert not (folder / workdirs.DAMAGED).exists()
+  found = saved_model.find(folder)
+  assert found.step == 3
+  saved_model.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
+
+
+_JOIN = """
+from fsq_jax.runtime import processes
+processes.join_processes()
+import jax
+processes.is_any(False)  # Both have to be there.
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+
+
+@pytest.mark.slow
+def test_slurm_tells_processes_of_each_other():
+  with socket.socket() as listener:
+    port = 0
+    while port < _SLURM_PORTS:  # JAX takes one that the job's number says.
+      port = random.randrange(_SLURM_PORTS, 2**16)
+      with contextlib.suppress(OSError):
+        listener.bind(('127.0.0.1', port))
+  slurm = {
+      'SLURM_JOB_ID': str(port - _SLURM_PORTS),
+      'SLURM_STEP_NODELIST': 'localhost',
+      'SLURM_STEP_NUM_NODES': '1',
+      'SLURM_NTASKS': '2',
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=3',
+  }
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', _JOIN],
+          cwd=_ROOT,
+          env=os.environ
+          | slurm
+          | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+      )
+      for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  for i, output in enumerate(outputs):
+    assert f'{i} 2 6\n' in output, output
+
+
+def test_flags_of_processes_belong_together():
+  with pytest.raises(ValueError, match='all are needed'):
+    processes_lib.join_processes('127.0.0.1:1', 2)
+
+
+@pytest.mark.slow
+def test_an_environment_that_says_nothing_is_refused():
+  result = subprocess.run(
+      [
+          sys.executable, 'launch.py', '--config=configs/debug.py',
+          '--distributed',
+      ],
+      cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False,
+  )
+  assert result.returncode == 2
+  assert 'cannot be joined' in result.stderr
+  assert '--coordinator_address=HOST:PORT' in result.stderr
