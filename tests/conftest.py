@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 # Toy programs spend their time in the compiler, not in the arithmetic, and the
 # same ones are needed again. As variables of the environment, for commands that
 # tests start; the process that starts the others makes the folder for all.
@@ -19,6 +21,8 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_force_host_platform_device_count=8'
 )
 
+_MAX_FAST_SECONDS = 5.0
+
 # Files that take minutes: no process should be left with one at the end.
 _LONG = (
     'adversarial/adversary_test.py', 'configuration/configs_test.py',
@@ -34,3 +38,40 @@ _LONG = (
 def pytest_collection_modifyitems(items):
   """Puts the files that take longest first."""
   items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))
+
+
+def _processor_seconds():
+  """Seconds of all threads of this process and of its finished children."""
+  times = os.times()
+  return times.user + times.system + times.children_user + times.children_system
+
+
+_STARTED = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Starts the clock: fixtures count for the first test that needs them."""
+  item.stash[_STARTED] = _processor_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+  """In CI, fails a test of the fast tier that has become slow.
+
+  Processor time is compared, since other processes do not add to it.
+  """
+  result = yield
+  seconds = _processor_seconds() - item.stash[_STARTED]
+  if (
+      os.environ.get('CI')
+      and seconds > _MAX_FAST_SECONDS
+      and item.get_closest_marker('slow') is None
+  ):
+    pytest.fail(
+        f'{seconds:.1f} s of processor time; at most {_MAX_FAST_SECONDS} s are'
+        ' allowed in the fast tier. Make the test cheaper, or mark it'
+        ' @pytest.mark.slow.',
+        pytrace=False,
+    )
+  return result
