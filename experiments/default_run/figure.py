@@ -22,8 +22,8 @@ import skimage.data
 from fsq_jax.tokenizer import Tokenizer
 
 _FOLDER = pathlib.Path(__file__).parent
-# Upper left corner of the image above, in coffee.png.
-_EXAMPLE = (128, 288)
+# Upper left corner of the image above, an eye in chelsea.png.
+_EXAMPLE = (96, 160)
 
 
 def _split(photo, size):
@@ -59,7 +59,7 @@ def _draw_pipeline(figure, row, tokenizer, image):
   # Each of the three level indices is one of red, green and blue.
   levels = np.asarray(tokenizer.spec['levels'])
   grid = np.stack(np.unravel_index(np.asarray(tokens[0]), levels), -1)
-  columns = row.subgridspec(1, 5, width_ratios=(1, 1, 1, 1, 1))
+  columns = row.subgridspec(1, 5, width_ratios=(1, 1.25, 1, 1.25, 1))
   axes = [figure.add_subplot(column) for column in columns]
   _show(axes[0], image, f'image, {image.shape[0]} x {image.shape[1]}')
   _show(
@@ -68,20 +68,24 @@ def _draw_pipeline(figure, row, tokenizer, image):
       f'{tokens[0].size} tokens of {np.prod(levels)} codes',
   )
   _show(axes[4], tokenizer.decode(tokens)[0], 'reconstruction')
-  for i, text in ((1, 'ViT encoder\n\nFSQ: round 3\nchannels to\n8 levels'),
-                  (3, 'ViT decoder')):  # fmt: skip
+  boxes = {
+      1: 'ViT encoder\nto 3 channels\n\nFSQ: round each\nto 8 levels',
+      3: 'ViT decoder',
+  }
+  for i, text in boxes.items():
     axes[i].axis('off')
     axes[i].set(xlim=(0, 1), ylim=(0, 1))
     axes[i].add_patch(
         patches.FancyBboxPatch(
-            (0.22, 0.2), 0.56, 0.6, boxstyle='round,pad=0.02', fc='#eef2f7',
+            (0.14, 0.2), 0.72, 0.6, boxstyle='round,pad=0.02', fc='#eef2f7',
             ec='#52667a',
         )
     )
-    axes[i].text(0.5, 0.5, text, ha='center', va='center', fontsize=9)
-    for start, end in ((0.0, 0.18), (0.82, 1.0)):
+    axes[i].text(0.5, 0.5, text, ha='center', va='center', fontsize=8)
+    for start, end in ((-0.12, 0.12), (0.88, 1.12)):
       axes[i].annotate(
-          '', (end, 0.5), (start, 0.5), arrowprops={'arrowstyle': '->'}
+          '', (end, 0.5), (start, 0.5), arrowprops={'arrowstyle': '->'},
+          annotation_clip=False,
       )
 
 
@@ -96,7 +100,7 @@ def draw(workdir: pathlib.Path, path: pathlib.Path) -> None:
   figure = plt.figure(figsize=(9, 7.2), dpi=100)
   rows = figure.add_gridspec(3, 1, height_ratios=(1, 1.75, 1.75), hspace=0.2)
   top, left = _EXAMPLE
-  image = originals['coffee'][top : top + size[0], left : left + size[1]]
+  image = originals['chelsea'][top : top + size[0], left : left + size[1]]
   _draw_pipeline(figure, rows[0], tokenizer, image)
   for row, (name, photo) in zip(list(rows)[1:], originals.items(), strict=True):
     tiles = _split(photo, size)
