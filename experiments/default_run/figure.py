@@ -97,26 +97,28 @@ def draw(workdir: pathlib.Path, path: pathlib.Path) -> None:
       'coffee': skimage.data.coffee(),
       'chelsea': skimage.data.chelsea(),
   }
-  figure = plt.figure(figsize=(9, 7.2), dpi=100)
-  rows = figure.add_gridspec(3, 1, height_ratios=(1, 1.75, 1.75), hspace=0.2)
+  figure = plt.figure(figsize=(12, 4.4), dpi=100)
+  rows = figure.add_gridspec(2, 1, height_ratios=(1, 1.35), hspace=0.22)
   top, left = _EXAMPLE
   image = originals['chelsea'][top : top + size[0], left : left + size[1]]
   _draw_pipeline(figure, rows[0], tokenizer, image)
-  for row, (name, photo) in zip(list(rows)[1:], originals.items(), strict=True):
+  widths = [photo.shape[1] / photo.shape[0] for photo in originals.values()]
+  pairs = rows[1].subgridspec(1, 2, width_ratios=widths, wspace=0.05)
+  for column, (name, photo) in zip(pairs, originals.items(), strict=True):
     tiles = _split(photo, size)
     images = tiles.reshape(-1, *tiles.shape[2:])
     tokens = tokenizer.encode(images)
     restored = _join(tokenizer.decode(tokens).reshape(tiles.shape))
     original = _join(tiles)
     bits = np.log2(np.prod(tokenizer.spec['levels'])) * tokens.size
-    pair = row.subgridspec(1, 2, wspace=0.03)
+    pair = column.subgridspec(1, 2, wspace=0.03)
     shape = f'{original.shape[1]} x {original.shape[0]}'
     _show(figure.add_subplot(pair[0]), original, f'{name}, {shape}, held out')
     _show(
         figure.add_subplot(pair[1]),
         restored,
-        f'reconstruction, {bits / original[..., 0].size:.2f} bits per pixel,'
-        f' {_psnr(original, restored):.1f} dB',
+        f'{bits / original[..., 0].size:.2f} bits per pixel,'
+        f' {_psnr(original, restored):.1f} dB PSNR',
     )
   figure.savefig(path, bbox_inches='tight', pad_inches=0.05)
   plt.close(figure)
