@@ -157,7 +157,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
       axis.set(xlabel='codebook size, log2 K', ylabel=title)
   for axis in axes:
     axis.grid(alpha=0.3)
-  axes[1].set_ylim(0, 1.02)
+  axes[1].set_ylim(0.8, 1)
   axes[1].legend()
   figure.savefig(path, dpi=110)
   plt.close(figure)
