@@ -47,8 +47,16 @@ def compact(notebook: nbformat.NotebookNode) -> None:
     cell.metadata.pop('execution', None)
     if cell.cell_type != 'code':
       continue
-    cell.outputs = [x for x in cell.outputs if x.get('name') != 'stderr']
+    outputs = []
     for output in cell.outputs:
+      if output.get('name') == 'stderr':
+        continue
+      if outputs and 'stdout' == output.get('name') == outputs[-1].get('name'):
+        outputs[-1].text += output.text
+      else:
+        outputs.append(output)
+    cell.outputs = outputs
+    for output in outputs:
       if 'image/png' in output.get('data', ()):
         output.data = {'image/png': _compress(output.data['image/png'])}
         output.metadata = {}
