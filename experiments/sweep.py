@@ -1,4 +1,4 @@
-"""Runs of one config with fields changed, each resumable by itself."""
+"""Trains variants of a config as resumable runs and collects the results."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
@@ -26,12 +26,13 @@ Overrides = Mapping[str, Any]
 
 _INTERRUPTED = 75  # As launch.py: run the same command again.
 
-# Fields that say where the same data set, network or run is; it may have moved.
+# Paths of data sets, networks and runs. They may differ between machines, so a
+# finished run with other paths is still valid.
 _PLACES = re.compile(
     r'data\.data_dir|train\.init_from|eval\.networks\..*|.*\.checkpoint'
 )
 
-# What is kept of an evaluation.
+# Metrics stored in results.json.
 _NUMBERS = (
     'psnr', 'ssim', 'codebook_size', 'num_used_codes', 'usage', 'perplexity',
     'entropy_bits', 'entropy_share',
@@ -48,17 +49,17 @@ def main(
     runs: str = 'quantizers',
     paths: Mapping[str, str] | None = None,
 ) -> None:
-  """Parses the flags that all sweeps have, runs if asked to, and shows.
+  """Command line of a sweep: optionally trains, then plots and prints.
 
   Args:
-    description: what the script does.
-    folder: gets results.json, of what `run` returns, and plot.png.
-    run: from the folder of the runs, data.data_dir and the values of `paths` by
-      their names to the results.
+    description: help text of the script.
+    folder: results.json and plot.png are written here.
+    run: trains the runs and returns the results. Called with the workdir,
+      data.data_dir and the `paths` as keyword arguments.
     print_tables: prints the results.
-    plot: draws them.
-    runs: name of the folder of the runs under runs/.
-    paths: further flags that --run needs, with what they are.
+    plot: draws the results to a path.
+    runs: name of the default workdir under runs/.
+    paths: names and help texts of further flags that --run requires.
   """
   paths = paths or {}
   results = folder / 'results.json'
@@ -69,13 +70,13 @@ def main(
   parser.add_argument(
       '--run',
       action='store_true',
-      help='train what is not trained yet; else print what is stored',
+      help='train the missing runs; default: print the stored results',
   )
   parser.add_argument(
       '--workdir',
       default=ROOT / 'runs' / runs,
       type=lambda x: pathlib.Path(x).absolute(),
-      help=f'folder of the runs (default: runs/{runs})',
+      help=f'parent folder of the runs (default: runs/{runs})',
   )
   parser.add_argument(
       '--data_dir',
@@ -94,7 +95,7 @@ def main(
     record = run(arguments.workdir, arguments.data_dir, **values)
     workdirs.write_json(results, record)
   elif not results.is_file():
-    parser.error(f'there is no {results} yet; use --run')
+    parser.error(f'{results} does not exist; use --run')
   record = _read_json(results)
   plot(record, folder / 'plot.png')
   print_tables(record)
@@ -105,18 +106,18 @@ def train(
     runs: Mapping[str, Overrides],
     workdir: pathlib.Path,
 ) -> None:
-  """Trains the runs that are not finished, one after the other.
+  """Trains the unfinished runs one after the other.
 
-  Each is a command of its own, which goes on where it was stopped. A run whose
-  folder holds another config than it should is refused by that command.
+  Each run is a launch.py command, which resumes from its latest checkpoint and
+  raises an error if its folder has a different config.
 
   Args:
-    config_path: relative to the repository.
-    runs: name, and dotted fields of the config with their values.
-    workdir: gets a folder for each run.
+    config_path: config, relative to the repository.
+    runs: dotted config overrides of each run, by name.
+    workdir: parent folder of the runs.
 
   Raises:
-    SystemExit: a run fails or is interrupted, with its exit code.
+    SystemExit: a run failed or was interrupted; has the exit code of the run.
   """
   for number, (name, overrides) in enumerate(runs.items(), start=1):
     if _is_finished(config_path, overrides, workdir / name):
@@ -134,21 +135,22 @@ def train(
 
 
 def _run(command: list[str]) -> int:
-  """Runs a command and returns its exit code, 75 if it was asked to stop.
+  """Runs a command and returns its exit code; 75 if it was interrupted.
 
-  A run that is asked to stop saves first, so it is waited for. Ctrl-C reaches
-  it from the terminal, and a second one would kill it; SIGTERM is passed on.
+  An interrupted run saves before it exits, so it is waited for. The terminal
+  sends Ctrl-C to the run too, and a second SIGINT would kill it; SIGTERM is
+  forwarded.
   """
   stopped = []
   process = subprocess.Popen(command)
 
-  def pass_on(number: int, _) -> None:
+  def forward(number: int, _) -> None:
     stopped.append(number)
     if number == signal.SIGTERM:
       process.terminate()
 
   previous = {
-      number: signal.signal(number, pass_on)
+      number: signal.signal(number, forward)
       for number in (signal.SIGINT, signal.SIGTERM)
   }
   try:
@@ -160,26 +162,26 @@ def _run(command: list[str]) -> int:
 
 
 def read_numbers(folder: pathlib.Path) -> dict[str, float]:
-  """Returns image metrics and codebook statistics of a finished run."""
+  """Returns the image metrics and codebook statistics of a finished run."""
   evaluation = _read_json(folder / 'evaluation.json')
   numbers = {**evaluation['metrics'], **evaluation['codebook']}
   return {name: numbers[name] for name in _NUMBERS}
 
 
 def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
-  """Returns what finished runs gave and what they were made with.
+  """Returns the metrics and the provenance of finished runs.
 
   Args:
-    workdir: holds a folder for each run.
-    names: of the runs.
+    workdir: parent folder of the runs.
+    names: names of the runs.
 
   Returns:
-    'runs': the numbers of each; 'made_with': versions, devices and commits.
+    'runs': the metrics of each; 'made_with': versions, devices and commits.
   """
   numbers = {name: read_numbers(workdir / name) for name in names}
-  facts = [_read_json(workdir / name / 'run.json') for name in numbers]
+  metadata = [_read_json(workdir / name / 'run.json') for name in numbers]
   made_with = {
-      name: sorted({json.dumps(fact[name]) for fact in facts})
+      name: sorted({json.dumps(x[name]) for x in metadata})
       for name in ('versions', 'devices', 'git')
   }
   return {
@@ -199,14 +201,14 @@ def draw_reconstructions(
     num_images: int,
     enlargement: int = 1,
 ) -> None:
-  """Draws held-out images over what each run makes of them.
+  """Draws held-out images over the reconstructions of each run.
 
   Args:
-    workdir: holds a folder for each run; all evaluate the same images.
-    names: of the runs, one row each.
-    path: of the PNG.
-    num_images: images in a row, spread over the split.
-    enlargement: pixels a side of the square that a pixel becomes.
+    workdir: parent folder of the runs; all evaluate the same images.
+    names: names of the runs, one row each.
+    path: output path of the PNG.
+    num_images: images per row, evenly spaced in the split.
+    enlargement: integer factor by which the image is enlarged.
   """
   rows = []
   for name in names:
@@ -230,14 +232,14 @@ def draw_reconstructions(
 def make_config(
     config_path: str, overrides: Overrides
 ) -> configuration.Config:
-  """Loads a config and sets the fields that a run changes.
+  """Loads a config and applies overrides.
 
   Args:
-    config_path: relative to the repository.
+    config_path: config, relative to the repository.
     overrides: dotted fields and their values.
 
   Returns:
-    The config, not checked.
+    The config, not validated.
   """
   config = configuration.load_config(ROOT / config_path)
   config.update_from_flattened_dict(dict(overrides))
@@ -247,7 +249,7 @@ def make_config(
 def _is_finished(
     config_path: str, overrides: Overrides, folder: pathlib.Path
 ) -> bool:
-  """Whether a folder holds the evaluation of the run's last step."""
+  """Whether a folder has the evaluation of the last step of this config."""
   files = folder / 'config.json', folder / 'evaluation.json'
   if not all(path.is_file() for path in files):
     return False

@@ -1,11 +1,11 @@
-"""Prints and writes the figures of speed.
+"""Runs the benchmarks and prints the tables of the README.
 
   python -m experiments.benchmarks.benchmarks --write --torch_python=PYTHON
 
 PYTHON is the interpreter of an environment with torch and
-vector-quantize-pytorch; without one those comparisons are left out, and
-results.json keeps the ones it has. What is compared alternates in short
-blocks, so that other load of the machine falls on both.
+vector-quantize-pytorch; without it those comparisons are skipped and keep their
+stored results. Alternatives run alternately in short blocks, so that other load
+on the machine affects all of them.
 """
 
 import argparse
@@ -30,16 +30,16 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 _LAYOUTS = {
-    'laid_out_kept': 'laid out, activations kept',
-    'laid_out_remat': 'laid out, remat of each block',
+    'laid_out_kept': 'unrolled, activations kept',
+    'laid_out_remat': 'unrolled, remat of each block',
     'scan_kept': 'scan, activations kept',
-    'scan_products': 'scan, remat of all but matrix products',
+    'scan_products': 'scan, remat, matmul results saved',
     'scan_remat': 'scan, remat of each block',
 }
 
 
 def _memory_lines(figures: dict[str, Any]):
-  yield '| 4 blocks | temporary memory, MiB | processor time of a step |'
+  yield '| 4 blocks | temporary memory (MiB) | CPU time per step (ratio) |'
   yield '|---|---|---|'
   for name, label in _LAYOUTS.items():
     figure = figures[name]
@@ -50,30 +50,34 @@ def _memory_lines(figures: dict[str, Any]):
 
 
 def _lines(results: dict[str, Any]):
-  yield '| figure | measured | of processor time | reach | stretch |'
+  yield (
+      '| benchmark | wall-clock ratio | CPU-time ratio | target |'
+      ' stretch goal |'
+  )
   yield '|---|---|---|---|---|'
-  for label, figure, reach, stretch in _figures(results):
-    measured, processor = (
+  for label, figure, target, stretch in _figures(results):
+    wall, cpu = (
         '' if value is None else f'{value:.2f}' for value in figure
     )
-    yield f'| {label} | {measured} | {processor} | {reach} | {stretch} |'
+    yield f'| {label} | {wall} | {cpu} | {target} | {stretch} |'
 
 
 def _figures(results: dict[str, Any]):
-  """Yields label, (figure of wall time, of processor time), two targets."""
+  """Yields label, (wall-clock ratio, CPU-time ratio), target, stretch goal."""
   fsq, vit = results['fsq'], results['vit']
   yield (
-      'FSQ with indices, 2^20 x 4 float32, by a stream copy',
+      'FSQ forward with indices, 2^20 x 4 float32, relative to a memory copy',
       (fsq['fsq']['ratio'], fsq['fsq']['cpu_ratio']), '2.0', '1.5',
   )
   by_torch = fsq['by_pytorch']
   yield (
-      'vector-quantize-pytorch 1.32.0 by FSQ',
+      'vector-quantize-pytorch 1.32.0 relative to our FSQ',
       (by_torch['ratio'], by_torch['cpu_ratio']), '20', '40',
   )
-  for name, label in (('laid_out', 'laid out'), ('scan', 'under scan')):
+  for name, label in (('laid_out', 'unrolled blocks'), ('scan', 'lax.scan')):
     yield (
-        f"ViT autoencoder's step, blocks {label}, PyTorch eager by ours",
+        f'ViT autoencoder training step, {label}: PyTorch (eager) relative to'
+        ' ours',
         tuple(
             vit['pytorch'][ratio] / vit[name][ratio]
             for ratio in ('ratio', 'cpu_ratio')
@@ -82,21 +86,21 @@ def _figures(results: dict[str, Any]):
     )
   nearest = results['lookup']['nearest']
   yield (
-      'look-up of VQ by the product inside it',
+      'VQ nearest-neighbour search relative to its matmul',
       (nearest['ratio'], nearest['cpu_ratio']), '1.0', '',
   )
   yield (
-      'compile time, 24 blocks by 6, under scan',
+      'compile time of 24 blocks relative to 6, lax.scan',
       (None, results['compile']['ratio']), '1.3', '1.1',
   )
   real = results['input']['real_input']
   yield (
-      'step with real input by step with a fixed batch',
+      'step with the data pipeline relative to a cached batch',
       (real['ratio'], real['cpu_ratio']), '1.05', '1.02',
   )
   start = results['start']
   yield (
-      'process start to first step, programs cached, s',
+      'process start to first step, compilation cached (s, no ratio)',
       (start['seconds'], start['cpu_seconds']), '10', '6',
   )
   evaluation = results['evaluation']
@@ -105,17 +109,19 @@ def _figures(results: dict[str, Any]):
       ('forward_and_metrics', 'forward pass and metrics'),
   ):
     yield (
-        f'evaluation, throughput by jitted {label}',
+        f'evaluation throughput relative to the jitted {label}',
         tuple(
             evaluation[name][ratio] / evaluation['evaluation'][ratio]
             for ratio in ('ratio', 'cpu_ratio')
         ),
         '0.9', '0.97',
     )
-  for name, label in (('vit_s', 'ViT-S/8, 64 x 64'), ('default_run', 'small')):
+  for name, label in (
+      ('vit_s', 'ViT-S/8, 64 x 64'), ('default_run', 'small model')
+  ):
     case = results['tokenize'][name]
     yield (
-        f'tokenizing PNG files, throughput by jitted encoder, {label}',
+        f'tokenizing PNG files, throughput relative to the encoder, {label}',
         tuple(1 / case['tokenize'][ratio] for ratio in ('ratio', 'cpu_ratio')),
         '0.9', '0.97',
     )
@@ -124,7 +130,7 @@ def _figures(results: dict[str, Any]):
 def _measure(
     groups: list[str], rounds: int, torch_python: str
 ) -> dict[str, Any]:
-  # These import JAX, whose threads must find one heap.
+  # Before JAX starts its threads, which then share one malloc arena.
   host.keep_freed_memory()
   import jax
 
@@ -155,7 +161,7 @@ def _measure(
   }
   results = {}
   for name in groups:
-    # How much else wanted the cores.
+    # Load by other processes.
     load = {'load_average': os.getloadavg()[0]}
     results[name] = measures[name]() | machine | load
     sys.stdout.write(f'{name}: {json.dumps(_rounded(results[name]))}\n')
@@ -166,19 +172,19 @@ def _measure(
 
 
 def _rounded(value: Any) -> Any:
-  """Rounds all numbers of a tree to four digits."""
+  """Rounds all floats of a tree to four significant figures."""
   if isinstance(value, dict):
     return {key: _rounded(part) for key, part in value.items()}
   return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
 def main() -> None:
-  """Measures what is asked for."""
+  """Runs the selected groups and prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', nargs='+', choices=GROUPS, default=GROUPS)
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--torch_python', default='')
-  parser.add_argument('--write', action='store_true', help='results.json')
+  parser.add_argument('--write', action='store_true', help='write results.json')
   arguments = parser.parse_args()
   results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
   measured = _measure(

@@ -1,7 +1,7 @@
-"""Times alternatives in short alternating blocks, so that load hits them all.
+"""Times alternatives in short alternating blocks.
 
-What is compared are medians of the ratios within one round: the machine's
-speed may drift from round to round.
+Ratios are computed within one round and their median is reported, since the
+speed of the machine may drift between rounds.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ import subprocess
 import time
 from typing import Any
 
-# Takes a number of calls; returns their wall and processor seconds.
+# Runs a number of calls; returns their wall-clock and CPU seconds.
 Block = Callable[[int], tuple[float, float]]
 
 
 def block_of(function: Callable[[], Any]) -> Block:
-  """Makes a block of a function that returns when its work is done."""
+  """Returns a block that calls a synchronous function."""
 
   def run(calls: int) -> tuple[float, float]:
     wall, processor = time.perf_counter(), time.process_time()
@@ -31,18 +31,18 @@ def block_of(function: Callable[[], Any]) -> Block:
 def alternate(
     blocks: Mapping[str, Block], *, baseline: str, calls: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-  """Runs each block once a round.
+  """Runs each block once per round.
 
   Args:
-    blocks: by name.
-    baseline: the one whose time is 1.
-    calls: in a block.
-    rounds: how often each block is run, after one that is not counted.
+    blocks: blocks by name.
+    baseline: the block that ratios are relative to.
+    calls: calls per block.
+    rounds: timed rounds, after one warm-up call of each block.
 
   Returns:
-    For each name: ms, median wall time of a call; ratio, median over rounds of
-    its wall time by that of the baseline; cpu_ms and cpu_ratio, the same of the
-    seconds that all threads of the process computed.
+    For each name: ms, median wall-clock time per call; ratio, median over
+    rounds of its wall-clock time relative to the baseline; cpu_ms and
+    cpu_ratio, the same for the CPU time of all threads of the process.
   """
   for block in blocks.values():
     block(1)
@@ -74,11 +74,11 @@ class TorchPeer:
     )
 
   def build(self, name: str, **arguments: Any) -> dict[str, Any]:
-    """Builds and calls what `torch_peer` has by this name; says its version."""
+    """Builds and warms up a function of `torch_peer`; returns its version."""
     return self._ask({'name': name, 'build': arguments})
 
   def block(self, name: str) -> Block:
-    """Returns the block of what was built by this name."""
+    """Returns the block of a built function."""
 
     def run(calls: int) -> tuple[float, float]:
       answer = self._ask({'name': name, 'calls': calls})
@@ -96,5 +96,7 @@ class TorchPeer:
     self._process.stdin.flush()
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError('The interpreter of --torch_python has failed.')
+      raise RuntimeError(
+          'The process of --torch_python exited; see its error above.'
+      )
     return json.loads(line)

@@ -1,4 +1,4 @@
-"""FSQ by a stream copy and by PyTorch; the look-up of VQ by plain products."""
+"""Benchmarks FSQ and the nearest-neighbour search of VQ."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from fsq_jax.quantizers import lookup
 
 NUM_VECTORS = 2**20
 LEVELS = (8, 5, 5, 5)
-# Vectors, entries and dimensions of the look-up.
+# Vectors, codebook entries and dimensions of the nearest-neighbour search.
 LOOKUP = (4096, 16384, 64)
 
 
 def fsq_figures(
     rounds: int, peer: blocks.TorchPeer | None
 ) -> dict[str, Any]:
-  """FSQ's forward pass with indices, and what it is compared with."""
+  """Times the forward pass of FSQ, memory copies and PyTorch's FSQ."""
   z = jax.random.normal(jax.random.key(0), (NUM_VECTORS, len(LEVELS)))
   quantizer = quantizers.FSQ(levels=LEVELS, commitment_weight=0.0)
 
@@ -26,7 +26,7 @@ def fsq_figures(
     output = quantizer.apply({}, z)
     return output.z_q, output.indices
 
-  # 36 MiB are read and written: z, codes of its size, indices of a quarter.
+  # A copy with the memory traffic of FSQ, 36 MiB: z, codes, indices.
   stream = jnp.ones((NUM_VECTORS * (2 * len(LEVELS) + 1) // 2,))
   alternatives = {
       'stream_copy': _jitted_block(lambda x: x + 1, stream),
@@ -49,7 +49,7 @@ def fsq_figures(
 
 
 def lookup_figures(rounds: int) -> dict[str, Any]:
-  """The nearest entries of a codebook by the matrix product inside."""
+  """Times the nearest-neighbour search of VQ relative to its matmul."""
   num_vectors, codebook_size, code_dim = LOOKUP
   keys = jax.random.split(jax.random.key(0))
   x = jax.random.normal(keys[0], (num_vectors, code_dim))

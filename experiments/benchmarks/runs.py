@@ -1,4 +1,4 @@
-"""Whole runs: real input, evaluation, and from process start to first step."""
+"""Benchmarks the data pipeline, evaluation and start-up."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ from fsq_jax.train import step as train_step
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'configs/fsq_888.py'
 
-# Runs launch.py until its first step is on the device, then leaves.
+# Runs launch.py until its first step is done, then exits.
 _FIRST_STEP = """
 import os, runpy, sys, time
 import jax
@@ -47,7 +47,7 @@ runpy.run_path('launch.py', run_name='__main__')
 
 
 def input_figures(rounds: int) -> dict[str, Any]:
-  """Steps on images that are read meanwhile by steps on one fixed batch."""
+  """Times steps with the data pipeline relative to a cached batch."""
   config = configuration.load_config(ROOT / CONFIG)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
@@ -83,7 +83,7 @@ def input_figures(rounds: int) -> dict[str, Any]:
 
 
 def evaluation_figures(rounds: int) -> dict[str, Any]:
-  """The evaluation of a split by the jitted forward pass on fixed batches."""
+  """Times the evaluation of a split relative to jitted forward passes."""
   config = configuration.load_config(ROOT / CONFIG)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
@@ -129,7 +129,7 @@ def evaluation_figures(rounds: int) -> dict[str, Any]:
 
 
 def start_figures(rounds: int) -> dict[str, Any]:
-  """Seconds from the start of a process to its first step, programs cached."""
+  """Times process start to first step with a warm compilation cache."""
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   walls, processors = [], []
   with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def start_figures(rounds: int) -> dict[str, Any]:
       ended, processor = map(float, output.split('first step')[1].split())
       walls.append(ended - started)
       processors.append(processor)
-  # The first one has compiled.
+  # The first run compiles.
   return {
       'seconds': statistics.median(walls[1:]),
       'cpu_seconds': statistics.median(processors[1:]),

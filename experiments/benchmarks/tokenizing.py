@@ -1,4 +1,4 @@
-"""Mode tokenize by the encoder alone, of image files of two sizes of model."""
+"""Benchmarks the mode tokenize relative to its encoder, for two models."""
 
 import pathlib
 import tempfile
@@ -19,8 +19,8 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import tokenizer as tokenizer_lib
 
 CONFIG = 'configs/fsq_888.py'
-# Fields of each model beside those of CONFIG; and images, without a start that
-# loads, compiles and hashes.
+# Config overrides and number of images of each model. The time of NUM_START
+# images, mostly start-up, is subtracted.
 CASES = {
     'default_run': ({}, 4096),
     'vit_s': (
@@ -41,7 +41,7 @@ NUM_START = 256
 
 
 def tokenize_figures(rounds: int) -> dict[str, Any]:
-  """Time of an image from file to token file, by that of its encoder."""
+  """Times image file to token file relative to the jitted encoder."""
   figures = {}
   for name, (fields, num_images) in CASES.items():
     config = sweep.make_config(
@@ -114,7 +114,7 @@ def _case(
 def _write_images(
     config: ml_collections.ConfigDict, num_images: int, folder: pathlib.Path
 ) -> list[np.ndarray]:
-  """Writes crops of photographs as PNG; returns as many in batches."""
+  """Writes crops of photographs as PNG and returns them in batches."""
   config.data.batch_size = BATCH_SIZE
   dataset = data.build_dataset(config.data, split='train', seed=0)
   batches = dataset.iterator()
@@ -130,7 +130,7 @@ def _write_images(
 def _build_tokenizer(
     config: ml_collections.ConfigDict,
 ) -> tokenizers.Tokenizer:
-  """A tokenizer that has not been trained."""
+  """Returns an untrained tokenizer."""
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
   model = models.build_autoencoder(config.model, config.data.image_size)
   images = np.zeros((1, *config.data.image_size, 3), np.float32)

@@ -1,10 +1,10 @@
-"""PyTorch's side of the comparisons, in an interpreter that has it.
+"""PyTorch side of the benchmarks, run by an interpreter that has PyTorch.
 
-`peer.TorchPeer` starts this file and talks to it in lines of JSON: a name and
-a number of calls in, the seconds they took out. It imports neither JAX nor
-fsq_jax. The vision transformer is the network of fsq_jax.models.vit: a linear
-patch embedding, learned positions, pre-LayerNorm blocks with one matrix for
-queries, keys and values, and GELU by tanh; FSQ of symmetric codes between.
+`blocks.TorchPeer` starts this file and exchanges lines of JSON with it: a name
+and a number of calls in, their seconds out. It imports neither JAX nor fsq_jax.
+The vision transformer is the network of fsq_jax.models.vit: a linear patch
+embedding, learned positions, pre-LayerNorm blocks with one kernel for queries,
+keys and values, tanh-approximated GELU, and symmetric FSQ as the bottleneck.
 """
 
 import json
@@ -32,7 +32,7 @@ class Block(nn.Module):
     self.mlp_out = nn.Linear(mlp_dim, width)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Transforms [B, N, C] tokens; returns the same shape."""
+    """Returns transformed tokens, [B, N, C]."""
     batch, tokens, width = x.shape
     qkv = self.qkv(self.attention_norm(x))
     qkv = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """Images to FSQ codes and back, half of the blocks on either side."""
+  """ViT autoencoder with FSQ; half of the blocks in encoder and decoder."""
 
   def __init__(
       self, image_side: int, patch_size: int, width: int, num_heads: int,
@@ -94,7 +94,7 @@ def build_vit_step(
     batch_size: int, image_side: int, patch_size: int, width: int,
     num_heads: int, mlp_dim: int, num_blocks: int,
 ):
-  """Returns a function that takes one training step."""
+  """Returns a function that runs one training step."""
   model = Autoencoder(
       image_side, patch_size, width, num_heads, mlp_dim, num_blocks
   )
@@ -117,7 +117,7 @@ def build_vit_step(
 def build_products(
     num_rows: int, dense: list[tuple[int, int]], num_blocks: int
 ):
-  """Returns a function of the products that `vit_step.Products` has."""
+  """Returns a function that runs the matmuls of `vit_step.Products`."""
   operands = [
       (
           torch.randn(num_rows, rows),

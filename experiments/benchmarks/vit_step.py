@@ -1,4 +1,4 @@
-"""A training step of a ViT autoencoder: by PyTorch, by depth, by memory."""
+"""Benchmarks a ViT autoencoder training step: PyTorch, compile time, memory."""
 
 import functools
 import resource
@@ -27,25 +27,25 @@ WIDTH = 192
 NUM_HEADS = 3
 MLP_DIM = 768
 NUM_BLOCKS = 4
-# Inputs and outputs of the dense layers of a block.
+# Input and output channels of the dense layers of a block.
 DENSE = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, MLP_DIM), (MLP_DIM, WIDTH))
 
 
 class Step:
-  """A compiled training step with the state that it moves on.
+  """A compiled training step and its state.
 
   Attributes:
-    compiled: the step.
-    trace_seconds: of tracing and lowering, processor time.
-    compile_seconds: of the compiler, processor time.
+    compiled: the compiled step.
+    trace_seconds: CPU time of tracing and lowering.
+    compile_seconds: CPU time of the compiler.
   """
 
   def __init__(self, *, num_blocks: int, **fields: Any):
-    """Builds one.
+    """Compiles the step.
 
     Args:
-      num_blocks: of encoder and decoder together.
-      **fields: of the `model` section.
+      num_blocks: blocks of encoder and decoder together.
+      **fields: further config overrides, dotted.
     """
     config = sweep.make_config(CONFIG, _settings(num_blocks) | fields)
     mesh = partitioning.create_mesh(config.partitioning.mesh)
@@ -68,7 +68,7 @@ class Step:
     self._state = None
 
   def __call__(self) -> None:
-    """Takes one step and waits for it."""
+    """Runs one step and waits for it."""
     if self._state is None:
       self._state = self._builder.create()
       self._images = jax.device_put(self._images)
@@ -77,13 +77,13 @@ class Step:
 
 
 class Products:
-  """The matrix products of the dense layers of all blocks, and nothing else.
+  """The matmuls of the dense layers of all blocks, and nothing else.
 
-  Of each layer three: its output, and the gradients at its input and kernel.
+  Three per layer: the output, the input gradient and the kernel gradient.
   """
 
   def __init__(self):
-    """Compiles them, in the forms that the step has them in."""
+    """Draws the operands; the matmuls have the layouts of the training step."""
     num_rows = BATCH_SIZE * (SIDE // PATCH) ** 2
     rng = np.random.default_rng(0)
 
@@ -101,7 +101,7 @@ class Products:
     )
 
   def __call__(self) -> None:
-    """Computes each once, after another."""
+    """Runs each matmul once."""
     for _ in range(NUM_BLOCKS):
       for operands in self._operands:
         for function in self._functions:
@@ -111,9 +111,9 @@ class Products:
 def torch_figures(
     rounds: int, peer: blocks.TorchPeer | None
 ) -> dict[str, Any]:
-  """One step with blocks under scan, laid out, and by PyTorch's eager mode.
+  """Times a step with scan, with unrolled blocks, and in PyTorch (eager).
 
-  And the matrix products of a step alone, in both.
+  Also times the matmuls of a step alone, in JAX and PyTorch.
   """
   alternatives = {
       'laid_out': blocks.block_of(
@@ -140,7 +140,7 @@ def torch_figures(
 
 
 def compile_figures(rounds: int) -> dict[str, Any]:
-  """Processor seconds from the model to the program, by depth, under scan."""
+  """Measures the CPU time of tracing and compiling by depth, with scan."""
   seconds = {6: [], 24: []}
   for _ in range(rounds):
     for num_blocks, own in seconds.items():
@@ -157,10 +157,10 @@ def compile_figures(rounds: int) -> dict[str, Any]:
 
 
 def memory_figures(rounds: int) -> dict[str, Any]:
-  """Bytes and time of a step with and without remat.
+  """Measures memory and time of a step with and without remat.
 
-  Of the policies of JAX one is compared that the package does not offer: to
-  keep the results of matrix products and compute the rest again.
+  Includes a JAX policy that the package does not offer: saving the results of
+  matmuls and recomputing the rest.
   """
   variants: dict[str, Step] = {
       f'{layout}_{"remat" if remat else "kept"}': Step(

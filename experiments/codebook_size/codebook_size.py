@@ -1,12 +1,11 @@
-"""FSQ and VQ from 2^4 codes on CIFAR-10.
+"""Reconstruction and usage of FSQ and VQ against codebook size, on CIFAR-10.
 
   python -m experiments.codebook_size.codebook_size --run [--data_dir=DIR]
 
-After figure 3 of the FSQ paper (arXiv 2309.15505), with PSNR in place of FID.
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; runs that experiments/quantizer_comparison
-has trained there are used. Writes results.json and plot.png beside this script
-and prints the table. Without --run plot and table are made from results.json.
+After figure 3 of the FSQ paper (arXiv 2309.15505), with PSNR instead of FID.
+With --run, trains the missing runs under --workdir, where interrupted runs
+resume and the runs of experiments/quantizer_comparison are reused, and writes
+results.json next to this script. Then draws plot.png and prints the table.
 """
 
 from collections.abc import Mapping
@@ -22,8 +21,7 @@ from experiments.quantizer_comparison import settings
 from fsq_jax import quantizers
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Sizes of each curve. The paper recommends levels for more sizes than VQ is
-# trained at.
+# log2 of the codebook sizes of each curve. FSQ has more sizes than VQ.
 BITS = {
     'fsq': (4, 6, 8, 9, 10, 11, 12, 14, 16),
     'vq_ema': (4, 6, 8, 10, 12, 14),
@@ -31,20 +29,20 @@ BITS = {
 }
 LABELS = {
     'fsq': 'FSQ',
-    'vq_ema': 'VQ, k-means and restarts',
+    'vq_ema': 'VQ, k-means init and dead-code reset',
     'vq_plain': 'VQ, plain',
 }
 
 
 def seeds(quantizer: str, bits: int) -> tuple[int, ...]:
-  """Returns the seeds: two for FSQ and VQ at the sizes that both have."""
+  """Returns the seeds: two for FSQ and VQ at sizes that both have, else one."""
   if quantizer != 'vq_plain' and bits in BITS['vq_ema']:
     return (0, 1)
   return (0,)
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
-  """Trains; returns what is stored."""
+  """Trains the missing runs and returns the results."""
   keys = {
       settings.run_name(quantizer, bits, seed): (quantizer, bits, seed)
       # Whole curves of one seed first.
@@ -65,7 +63,7 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
 def _rows(
     results: Mapping[str, Any], quantizer: str, bits: int
 ) -> list[dict[str, Any]]:
-  """Returns the numbers of a quantizer at one size, one row a seed."""
+  """Returns the metrics of a quantizer at one size, one row per seed."""
   return [
       results['runs'][settings.run_name(quantizer, bits, seed)]
       for seed in seeds(quantizer, bits)
@@ -73,14 +71,14 @@ def _rows(
 
 
 def print_tables(results: Mapping[str, Any]) -> None:
-  """Prints a Markdown table; values of two seeds stand side by side."""
+  """Prints a Markdown table; values of two seeds are separated by a slash."""
   columns = (
       ('psnr', '.2f'), ('num_used_codes', ',d'), ('usage', '.1%'),
       ('entropy_bits', '.2f'), ('entropy_share', '.1%'),
   )  # fmt: skip
   sys.stdout.write(
       '| quantizer | codes | PSNR, dB | used codes | usage |'
-      ' bits a token | share of log2 K |\n' + '|---' * 7 + '|\n'
+      ' bits per token | normalized entropy |\n' + '|---' * 7 + '|\n'
   )
   for quantizer in BITS:
     for bits in BITS[quantizer]:
@@ -98,14 +96,14 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws the three curves against the codebook's size; a point a seed."""
+  """Draws PSNR, usage and entropy against codebook size; a dot per seed."""
   matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
   panels = (
       ('psnr', 'reconstruction: PSNR, dB'),
       ('usage', 'codebook usage'),
-      ('entropy_bits', 'compression cost: bits a token'),
+      ('entropy_bits', 'entropy, bits per token'),
   )
   figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout='constrained')
   for axis, (column, title) in zip(axes, panels, strict=True):
@@ -127,7 +125,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   axes[1].set_ylim(0, 1.03)
   axes[1].legend()
   even = axes[2].plot([2**4, 2**16], [4, 16], 'k:', linewidth=1)
-  axes[2].legend(even, ['all codes as likely'], loc='upper left')
+  axes[2].legend(even, ['uniform: log2 K'], loc='upper left')
   figure.savefig(path, dpi=110)
   plt.close(figure)
 

@@ -1,10 +1,10 @@
-"""Takes one part of a smaller default run away at a time.
+"""Ablation of the default run: changes one setting at a time.
 
   python experiments/default_run/ablation.py --run
 
-Each variant is a run of its own under --workdir and goes on where it was
-stopped. The results are written to ablation.json beside this script; without
---run the table is printed from that file.
+Each variant is a smaller run under --workdir and resumes if interrupted. The
+results are written to ablation.json next to this script; without --run only the
+table is printed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COLUMNS = ('psnr', 'ssim', 'usage', 'perplexity')
 
 
 def run_variant(name: str, workdir: pathlib.Path) -> dict[str, float]:
-  """Trains one variant and returns the numbers of its evaluation."""
+  """Trains one variant and returns its metrics."""
   config = configuration.load_config(HERE.parents[1] / 'configs/fsq_888.py')
   config.update_from_flattened_dict({**SMALLER, **VARIANTS[name]})
   folder = workdir / name.replace(' ', '_')
@@ -44,7 +44,7 @@ def run_variant(name: str, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
-  """Prints the results as a Markdown table."""
+  """Prints a Markdown table of the results."""
   print('| variant | PSNR, dB | SSIM | usage | perplexity |')  # noqa: T201
   print('|---|---|---|---|---|')  # noqa: T201
   for name, row in results.items():
@@ -55,7 +55,7 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-  """Runs every variant, or prints the stored results."""
+  """Optionally trains the variants, then prints the results."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--run', action='store_true', help='train the variants')
   parser.add_argument('--workdir', default='runs/ablation', type=pathlib.Path)

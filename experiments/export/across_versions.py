@@ -1,10 +1,10 @@
-r"""Exports a run with each of several versions of JAX and runs it with each.
+r"""Exports a run with several versions of JAX and loads each export with each.
 
   python experiments/export/across_versions.py --workdir=runs/fsq_888 \
       --python=OLD/bin/python --python=NEW/bin/python
 
-The environments hold this package's dependencies. results.json keeps what
-became of the tokens and images; README.md shows it.
+The environments hold this package's dependencies. The differences of tokens and
+images are written to results.json.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from typing import Any
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RESULTS = pathlib.Path(__file__).with_name('results.json')
-# Writes programs to argv[2], and what the tokenizer makes of the images that
-# the run in argv[1] is evaluated on.
+# Exports the run in argv[1] to argv[2], and saves tokens and reconstructions of
+# its evaluation images.
 _WRITE = """
 import sys
 import numpy as np
@@ -40,7 +40,7 @@ batches = list(dataset)
 images = np.concatenate(
     [batch['image'][batch['mask']] for batch in batches]
 )
-# A power of two, which is one batch of the tokenizer without any filling.
+# A power of two: one batch of the tokenizer without padding.
 images = images[: 2 ** (len(images).bit_length() - 1)]
 tokens = tokenizer.encode(images)
 export.write(tokenizer, folder)
@@ -49,7 +49,7 @@ np.savez(
     reconstructions=tokenizer.decode(tokens),
 )
 """
-# Runs them, without this package, and prints what differs.
+# Runs the export without this package and prints the differences.
 _READ = """
 import json, sys
 sys.modules['fsq_jax'] = None
@@ -89,13 +89,13 @@ print(json.dumps(result))
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """Returns the results as Markdown."""
+  """Returns a Markdown table of the results."""
   lines = [
-      '| written by | read by | tokens that differ | pixels that differ |',
+      '| exported with | loaded with | differing tokens | differing pixels |',
       '|---|---|---|---|',
   ]
   for row in results['rows']:
-    cells = ['refused', 'refused']
+    cells = ['fails to load', 'fails to load']
     if 'refused' not in row:
       cells = [
           f'{row["tokens_differing"]:,} of {row["num_tokens"]:,}',
@@ -116,7 +116,7 @@ def _run(python: str, script: str, *args: str) -> str:
 
 
 def main() -> None:
-  """Measures and writes results.json."""
+  """Exports, compares and writes results.json."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True)
   parser.add_argument('--python', action='append', required=True)

@@ -1,4 +1,4 @@
-"""What a fault test is, what it gives, and what several of them need."""
+"""Types and shared helpers of the fault tests."""
 
 from collections.abc import Callable, Mapping
 import pathlib
@@ -23,12 +23,12 @@ ENCODERS = ROOT / 'tests' / 'testdata' / 'encoders'
 
 
 class Outcome(NamedTuple):
-  """What a fault test measured.
+  """Result of a fault test.
 
   Attributes:
-    passed: whether that is what is required.
-    measured: a line for the table.
-    figures: the numbers in it, and others, JSON-able.
+    passed: whether the requirement is met.
+    measured: text of the table.
+    figures: its numbers and further ones, JSON-serializable.
   """
 
   passed: bool
@@ -40,12 +40,12 @@ class Fault(NamedTuple):
   """One fault test.
 
   Attributes:
-    injected: what goes wrong, in words.
-    required: what has to happen then.
-    test: a function of an empty folder, and of whether to inject only a few,
-      to what was measured. It has a process of its own.
-    num_devices: CPU devices that it needs.
-    limit_seconds: after which it has failed.
+    injected: description of the fault.
+    required: description of the required behaviour.
+    test: called with an empty folder and whether to inject only a few faults,
+      in its own process.
+    num_devices: number of CPU devices.
+    limit_seconds: timeout, after which the test has failed.
   """
 
   injected: str
@@ -56,7 +56,7 @@ class Fault(NamedTuple):
 
 
 class Training(NamedTuple):
-  """The parts of a run outside of the loop."""
+  """The parts of a run that exist before the loop."""
 
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
@@ -66,7 +66,7 @@ class Training(NamedTuple):
 
 
 def add_hook(hook: loop.Hook) -> None:
-  """Has every later run of this process call a hook after the one that logs."""
+  """Adds a hook to all later runs of this process, after the logging hook."""
   run = loop.run
   loop.run = lambda *args, hooks, **kwargs: run(
       *args, hooks=[hooks[0], hook, *hooks[1:]], **kwargs
@@ -74,7 +74,7 @@ def add_hook(hook: loop.Hook) -> None:
 
 
 def toy_config(**fields: Any) -> ml_collections.ConfigDict:
-  """Returns configs/debug.py with dotted fields (a__b) replaced."""
+  """Returns configs/debug.py with overrides; a__b is the field a.b."""
   config = configuration.load_config(ROOT / 'configs' / 'debug.py')
   for name, value in fields.items():
     *sections, key = name.split('__')
@@ -100,18 +100,18 @@ def build_training(
 
 
 def reset_peak() -> float:
-  """Forgets the largest memory so far; returns what is held, in MB (Linux)."""
+  """Resets the peak memory; returns the resident memory in MB (Linux)."""
   pathlib.Path('/proc/self/clear_refs').write_text('5')
   return resident_mb()
 
 
 def peak_mb() -> float:
-  """The largest memory since `reset_peak`, in MB (Linux)."""
+  """Returns the peak memory since `reset_peak`, in MB (Linux)."""
   return _status_mb('VmHWM')
 
 
 def resident_mb() -> float:
-  """The memory that this process holds, in MB (Linux)."""
+  """Returns the resident memory of this process in MB (Linux)."""
   return _status_mb('VmRSS')
 
 
@@ -123,7 +123,7 @@ def _status_mb(name: str) -> float:
 def run_python(
     code: str, *arguments: Any, timeout: float = 300, **options: Any
 ) -> subprocess.CompletedProcess:
-  """Runs Python code in another process of this checkout."""
+  """Runs Python code in a new process in this checkout."""
   return subprocess.run(
       [sys.executable, '-c', code, *map(str, arguments)],
       cwd=ROOT,
@@ -136,7 +136,7 @@ def run_python(
 
 
 def launch(*arguments: Any, timeout: float = 300, **options: Any):
-  """Runs launch.py and returns what it did."""
+  """Runs launch.py and returns the completed process."""
   return subprocess.run(
       [sys.executable, 'launch.py', *map(str, arguments)],
       cwd=ROOT,
@@ -149,9 +149,9 @@ def launch(*arguments: Any, timeout: float = 300, **options: Any):
 
 
 def refusal(function: Callable[..., Any], *arguments: Any, **options: Any):
-  """Calls a function and returns its ValueError, None if it raises none.
+  """Calls a function and returns its ValueError, or None if it returns.
 
-  Whatever else it raises is a crash, and passes through.
+  Other exceptions are crashes and propagate.
   """
   try:
     function(*arguments, **options)
@@ -161,7 +161,7 @@ def refusal(function: Callable[..., Any], *arguments: Any, **options: Any):
 
 
 def same(one: Any, other: Any) -> bool:
-  """Whether two trees of arrays are equal to the bit."""
+  """Whether two trees of arrays are bitwise equal."""
   one, other = jax.device_get((one, other))
   leaves = jax.tree.leaves(one), jax.tree.leaves(other)
   return jax.tree.structure(one) == jax.tree.structure(other) and all(
@@ -171,7 +171,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def all_finite(tree: Any) -> bool:
-  """Whether no array of a tree holds NaN or infinity."""
+  """Whether all arrays of a tree are finite."""
   return all(
       np.isfinite(np.asarray(x, np.float64)).all()
       for x in jax.tree.leaves(jax.device_get(tree))

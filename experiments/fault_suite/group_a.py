@@ -1,6 +1,6 @@
-"""Faults of quantizers: extreme, narrow and missing values; impossible levels.
+"""Faults of quantizers: extreme, low-precision and NaN values; invalid levels.
 
-Reference values are NumPy's in float64, written from the definitions.
+Reference values are computed in NumPy float64 from the definitions.
 """
 
 import math
@@ -17,7 +17,7 @@ from fsq_jax.quantizers import convert
 
 _LEVELS = (*conventions.LEVELS.values(), (7, 5, 5, 5), (4,) * 15)
 _EXHAUSTIVE = 2**16
-# Quantizers whose latents may be anything, small.
+# Small quantizers of all kinds.
 _KINDS = {
     'symmetric': lambda: quantizers.FSQ((8, 5, 5)),
     'clip': lambda: quantizers.FSQ((8, 5, 5), bound='clip'),
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 def _apply(quantizer, z, **options):
-  """Compiles and runs a quantizer with variables of its own."""
+  """Initializes, compiles and applies a quantizer."""
   variables = jax.jit(quantizer.init)(jax.random.key(0), z)
   options = {'rngs': {'quantizer': jax.random.key(1)}, **options}
   return jax.jit(lambda v, z: quantizer.apply(v, z, **options))(variables, z)
@@ -177,7 +177,7 @@ def _nan(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     bad = rng.random(len(z)) < 0.1
     z[bad, rng.integers(0, quantizer.code_dim, bad.sum())] = np.nan
     indices = np.asarray(_apply(quantizer, z).indices)
-    # One index a vector, or several, of which those with a NaN are marked.
+    # One or several indices per vector; a NaN marks at least one of them.
     marked = (indices.reshape(len(z), -1) < 0).any(axis=1)
     silent += int((bad & ~marked).sum())
     false += int((marked & ~bad).sum())
@@ -191,7 +191,7 @@ def _nan(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 
 def _too_many_codes(folder: pathlib.Path, quick: bool) -> fault.Outcome:
-  # 2^31 - 1 is a prime; this is the largest product of allowed levels below.
+  # 2^31 - 1 is prime; this is the largest product of allowed levels below it.
   largest = (2**15, 2**16 - 1)
   quantizer = quantizers.FSQ(largest)
   top = quantizer.codebook_size - 1
@@ -283,7 +283,7 @@ def _gradient(folder: pathlib.Path, quick: bool) -> fault.Outcome:
         jax.grad(lambda z, q=quantizer: jnp.sum(q.apply({}, z).z_q))
     )(z)
     error = np.abs(np.asarray(gradient, np.float64) - expected)
-    # By the slope at 0: float32 has no more digits of 1 - tanh^2 than that.
+    # Relative to the slope at 0: float32 resolves 1 - tanh^2 only absolutely.
     worst[bound] = float((error / expected.max(axis=0)).max())
   return fault.Outcome(
       max(worst.values()) <= 1e-6,
@@ -294,15 +294,15 @@ def _gradient(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   )
 
 
-def _dialects(folder: pathlib.Path, quick: bool) -> fault.Outcome:
+def _conventions(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   pairs = refused = mismatches = codes = 0
   for levels in ((8, 8, 8), (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5)):
-    dialects = {
+    variants = {
         name: quantizers.FSQ(levels, convention=name)
         for name in conventions.CONVENTIONS
     }
-    for one in dialects.values():
-      for other in dialects.values():
+    for one in variants.values():
+      for other in variants.values():
         if one is other:
           continue
         pairs += 1
@@ -312,9 +312,9 @@ def _dialects(folder: pathlib.Path, quick: bool) -> fault.Outcome:
         )
         indices = np.arange(one.codebook_size, dtype=np.int32)
         converted = convert.convert_indices(indices, *specs)
-        digits = one.indices_to_digits(indices)
+        level_indices = one.indices_to_digits(indices)
         mismatches += int(
-            (np.asarray(other.indices_to_digits(converted)) != digits).sum()
+            np.sum(other.indices_to_digits(converted) != level_indices)
         )
         expected = convert.convert_codes(one.indices_to_codes(indices), *specs)
         mismatches += int(
@@ -364,6 +364,6 @@ FAULTS = {
     ),
     'A10': fault.Fault(
         'tokens of another dialect',
-        'refused unless converted, 0 mismatches then', _dialects,
+        'refused unless converted, 0 mismatches then', _conventions,
     ),
 }

@@ -1,4 +1,4 @@
-"""Faults of checkpoints: flipped bits, lost files, other arrays."""
+"""Faults of checkpoints: flipped bits, missing files, mismatched arrays."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ _PREVIOUS = fault.ROOT / 'tests' / 'testdata' / 'run'
 
 
 class SavedRun:
-  """A finished run with two steps, and what is in them."""
+  """A finished run with two checkpoints, and their contents."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder / 'run'
@@ -52,11 +52,11 @@ class SavedRun:
 
   @property
   def newest(self) -> pathlib.Path:
-    """Folder of the newest step."""
+    """Folder of the latest checkpoint."""
     return self.folder / workdirs.CHECKPOINTS / str(self.steps[-1])
 
   def restore(self, folder: pathlib.Path) -> tuple[int, bool]:
-    """Returns the step that a copy goes on from, and whether it is as saved."""
+    """Restores a copy; returns its step and whether it equals the original."""
     checkpointer = checkpoints.Checkpointer(folder, keep=2)
     restored = checkpointer.restore_newest(lambda _: self.abstract)
     checkpointer.close()
@@ -67,7 +67,7 @@ class SavedRun:
 
 
 def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the files below a folder."""
+  """Returns all files in a folder, recursively."""
   return sorted(x for x in folder.rglob('*') if x.is_file())
 
 
@@ -80,7 +80,7 @@ def _flips(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   number = 20 if quick else 400
   for i in range(number):
     copy = shutil.copytree(saved.folder, folder / 'copy')
-    # Half of them in any file alike, half where the bytes are.
+    # Half of the flips uniform over files, half uniform over bytes.
     weights = [x.stat().st_size if i % 2 else 1 for x in files]
     path = rng.choices(files, weights)[0].relative_to(saved.folder)
     content = bytearray((copy / path).read_bytes())

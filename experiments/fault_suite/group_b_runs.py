@@ -1,4 +1,4 @@
-"""Faults of whole runs: killed, on a full disk, in a folder in use."""
+"""Faults of whole runs: kills, a full disk, a workdir that is in use."""
 
 import pathlib
 import random
@@ -28,9 +28,9 @@ def _overrides(**fields) -> list[str]:
 def _start(
     folder: pathlib.Path, beside: pathlib.Path | None = None, **fields
 ) -> subprocess.Popen:
-  """Starts a toy run; its log and programs are beside it, or that path."""
+  """Starts a toy run; log and compilation cache are next to it or `beside`."""
   beside = beside or folder
-  # Compiled once for all starts.
+  # All starts compile once.
   fields['train__compilation_cache'] = beside.with_suffix('.programs')
   with open(beside.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
@@ -98,7 +98,7 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     run, ballast = disk / 'run', disk / 'ballast'
     fields = {'train__num_steps': 40, 'train__checkpoint_every_steps': 2,
               'train__eval_every_steps': 0}
-    # Leaves room for some steps and not for the next.
+    # Leaves room for some checkpoints, but not for all.
     ballast.write_bytes(bytes(3_200_000))
     process = _start(run, folder / 'run', **fields)
     code = process.wait(timeout=300)
@@ -117,7 +117,7 @@ def _full_disk(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     equal = _hash_newest(run) == _hash_newest(straight)
   finally:
     subprocess.run(['umount', disk], check=True)
-  # Threads of Orbax and TensorStore may have a word after it.
+  # Threads of Orbax and TensorStore may log after the message.
   last = ''.join(x for x in said.splitlines()[-12:] if x.startswith('launch'))
   clear = last.startswith('launch.py: ') and str(run) in last
   clear &= 'No space left' in last
@@ -211,7 +211,7 @@ def _two_writers(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   finally:
     first.send_signal(signal.SIGKILL)
     first.wait()
-  # A lock does not outlive its process.
+  # The lock is released when its process ends.
   third = _start(run, train__num_steps=10**6, train__eval_every_steps=0)
   before = _last_step(run)
   while _last_step(run) <= before and third.poll() is None:

@@ -1,4 +1,4 @@
-"""Faults of time and place: stops, signals, other devices, clocks, readers."""
+"""Faults of stopping and resuming: crashes, signals, changed configs."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ RUN = {
     'train__checkpoint_every_steps': 4,
     'train__eval_every_steps': 12,
 }
-# All that has a state of its own, and a discriminator that starts on the way.
+# Everything with its own state, and a discriminator that starts at step 9.
 EVERYTHING = {
     **RUN,
     'data__batch_size': 16,
@@ -43,25 +43,25 @@ EVERYTHING = {
 
 
 class _Crash(Exception):  # noqa: N818
-  """Stands for anything that ends a run between two steps."""
+  """Simulates a crash between two steps."""
 
 
 def record(stops: dict) -> dict[int, tuple]:
-  """Notes the images of each step, and does what `stops` has for some."""
+  """Records the image indices of each step and calls `stops` at its steps."""
   taken = {}
 
   class Record(loop.Hook):
-    """Notes the images, and does what is to be done."""
+    """Records the image indices and calls the stops."""
 
     def after_step(self, step, state, scalars, batch):
       indices = tuple(batch['index'].tolist())
       if taken.setdefault(step, indices) != indices:
-        raise AssertionError(f'step {step} has other images than before')
+        raise AssertionError(f'the images of step {step} have changed')
       if step in stops:
         stops.pop(step)()
 
   fault.add_hook(Record())
-  # Drawing it takes longer than the steps.
+  # Takes longer than the steps.
   report.write_report = lambda *_: None
   return taken
 
@@ -71,7 +71,7 @@ def _crash():
 
 
 def _rows(folder: pathlib.Path) -> list[dict]:
-  """The rows of metrics.jsonl without the speed."""
+  """Returns the rows of metrics.jsonl without the throughput."""
   return [
       {k: v for k, v in row.items() if k != 'images_per_second'}
       for row in workdirs.read_metrics(folder)
@@ -79,10 +79,10 @@ def _rows(folder: pathlib.Path) -> list[dict]:
 
 
 def _resume(folder: pathlib.Path, variants: dict) -> fault.Outcome:
-  """Stops runs in different ways and compares them with straight ones."""
+  """Interrupts runs and compares them with uninterrupted ones."""
   stops = {}
   taken = record(stops)
-  # Of 20 images, so that batches cross the borders of epochs.
+  # 20 images: batches cross epoch boundaries.
   synthetic.NUM_TRAIN = 20
   same = {}
   for name, fields in variants.items():
@@ -131,7 +131,7 @@ def _resume_everything(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 
 def _start(folder: pathlib.Path, num_steps: int) -> subprocess.Popen:
-  """Starts launch.py on a toy run and returns when it has taken steps."""
+  """Starts launch.py on a toy run; returns after the first steps."""
   with open(folder.with_suffix('.log'), 'ab') as log:
     process = subprocess.Popen(
         [
@@ -157,7 +157,7 @@ def _start(folder: pathlib.Path, num_steps: int) -> subprocess.Popen:
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-  """The steps that a run has saved."""
+  """Returns the steps of the saved checkpoints."""
   paths = (folder / workdirs.CHECKPOINTS).glob('*')
   return [int(path.name) for path in paths if path.name.isdigit()]
 
@@ -177,7 +177,7 @@ def _signals(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     (saved,) = steps(run)
     lost.append(after - saved)
     good += code == 75 and saved >= before
-  # A second one, while the first is dealt with.
+  # A second signal during the handling of the first.
   process = _start(folder / 'twice', 10**6)
   os.kill(process.pid, signal.SIGSTOP)
   process.send_signal(signal.SIGTERM)
@@ -191,7 +191,7 @@ def _signals(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   process.send_signal(signal.SIGINT)
   code = process.wait(timeout=120)
   second = time.monotonic() - started
-  # It may have been through with the first one by then.
+  # The first may have been handled by then.
   at_once = code in (-signal.SIGINT, 75) and second < 5
   return fault.Outcome(
       good == len(numbers) and not any(lost) and at_once,

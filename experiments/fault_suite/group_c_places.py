@@ -1,4 +1,4 @@
-"""Faults of what runs are on and beside: devices, repeats, readers, clocks."""
+"""Faults of the environment: device counts, reader threads, clocks."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from fsq_jax.workdir import progress
 
 
 def _hash(tree) -> str:
-  """A hash of all bytes of a tree of arrays."""
+  """Returns a hash of all bytes of a tree of arrays."""
   digest = hashlib.sha256()
   for x in jax.tree.leaves(jax.device_get(tree)):
     digest.update(np.asarray(x).tobytes())
@@ -53,11 +53,12 @@ class _Steps:
     )
 
   def run(self, batches, states=None) -> list[tuple]:
-    """Returns state before, loss, state after, tokens of each step.
+    """Returns (state before, loss, state after, tokens) of each step.
 
     Args:
       batches: images on the host.
-      states: where each step starts, on the host; None: where the last ended.
+      states: initial state of each step, on the host; None: the state after the
+        previous step.
     """
     state, rows = self._training.builder.create(), []
     for i, images in enumerate(batches):
@@ -149,7 +150,7 @@ def _moved_checkpoint(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     checkpointer.wait()
     config.partitioning.mesh.data, config.partitioning.mesh.fsdp = sizes
     builder = fault.build_training(config, count).builder
-    # Saved anew from there: 4, 1, 8, 8, 2 devices.
+    # Each restore is saved again: 4, 1, 8, 8, 2 devices.
     state = checkpointer.restore(1, builder.abstract)
     checkpointer.close()
     equal.append(_hash(state) == expected)
@@ -215,7 +216,7 @@ from fsq_jax.data import synthetic
     ended = time.monotonic()
     died = re.search(r'dies at ([\d.]+)', done.stderr)
     steps = re.findall(r'step (\d+)/100', done.stderr)
-    # Python leaves by SystemExit without a word, with its code.
+    # SystemExit exits silently with its code.
     named = kind.split('(')[0] in done.stderr or (
         kind, done.returncode
     ) == ('SystemExit(3)', 3)
@@ -252,7 +253,7 @@ def _clocks(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   loop.run = run_and_note
 
   def jump(seconds):
-    # Orbax counts its patience by the clock: not while it writes.
+    # Not while Orbax writes: its timeout uses the wall clock.
     saving[0].finish(0, None)
     offset[0] = seconds
     os.environ['TZ'] = 'Asia/Tokyo' if seconds < 0 else 'America/Denver'

@@ -1,4 +1,4 @@
-"""Faults of data: damaged, unusual, huge and misnamed images; few of them."""
+"""Faults of data: corrupted, unusual and mismatched images, small data sets."""
 
 import io
 import pathlib
@@ -24,7 +24,7 @@ def encode(image: np.ndarray | Image.Image, kind: str = 'PNG', **options):
 
 
 def photo(seed: int, size=(16, 16)) -> np.ndarray:
-  """Smooth colours, which JPEG keeps."""
+  """Returns an image with smooth colours, which JPEG preserves."""
   rng = np.random.default_rng(seed)
   small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
   return np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC))
@@ -40,7 +40,7 @@ def _config(root: pathlib.Path, **fields) -> ml_collections.ConfigDict:
 
 
 def write(root: pathlib.Path, num: int, split: str = 'train') -> pathlib.Path:
-  """Writes a split of images that are numbered."""
+  """Writes a split of numbered images."""
   (root / split).mkdir(parents=True, exist_ok=True)
   for i in range(num):
     path = root / split / f'{i:04}.png'
@@ -49,11 +49,11 @@ def write(root: pathlib.Path, num: int, split: str = 'train') -> pathlib.Path:
 
 
 def _damage(index: int) -> bytes:
-  """Returns a file that is damaged in one of eight ways."""
+  """Returns a file corrupted in one of eight ways."""
   png = encode(photo(index, (64, 64)))
   jpeg = encode(photo(index, (64, 64)), 'JPEG')
   crc = bytearray(png)
-  crc[-14] ^= 1  # The CRC of the pixels.
+  crc[-14] ^= 1  # CRC of the pixels.
   flipped = bytearray(png)
   flipped[png.index(b'IDAT') + 9] ^= 16
   return (
@@ -83,7 +83,7 @@ def _damaged(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       found[share, split] = (
           dataset.damaged == number and shown == set(range(num)) - set(bad)
       )
-    # One more than allowed.
+    # One above the limit.
     (root / 'train' / f'{min(shown):04}.png').write_bytes(b'')
     dataset = data.build_dataset(
         _config(root, max_damaged_share=allowed), split='train', seed=0
@@ -127,7 +127,7 @@ def _unusual(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       'palette': (encode(palette), np.asarray(palette.convert('RGB')), 0),
       'CMYK': (
           encode(cmyk, 'TIFF'),
-          # Multiplied out: (255 - ink)(255 - black) / 255.
+          # (255 - ink)(255 - black) / 255.
           (255 - np.asarray(cmyk, np.float64)[..., :3])
           * (255 - np.asarray(cmyk, np.float64)[..., 3:]) / 255, 1,
       ),
@@ -202,7 +202,7 @@ def _few(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 
 class _One(data.ImageSource):
-  """A source of one image."""
+  """An image source with one image."""
 
   def __init__(self, image: np.ndarray):
     super().__init__('one', 'train', 'one')

@@ -1,4 +1,4 @@
-"""Faults of files of images: bombs, names, damaged records."""
+"""Faults of image files: decompression bombs, names, corrupted records."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def _huge(kind: str) -> bytes:
     )
 
   if kind == 'PNG':
-    # Real pixels, well packed.
+    # Real pixels, highly compressible.
     rows = zlib.compress(bytes(50_000_000), 9)
     header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
     return (
@@ -61,7 +61,7 @@ def _bombs(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   (folder / 'train').mkdir()
   for kind in kinds:
     (folder / 'train' / f'{kind}.png').write_bytes(_huge(kind))
-  # Nothing but a hole; it takes no place on the disk.
+  # A sparse file, without disk usage.
   with open(folder / 'train' / 'hole.png', 'wb') as file:
     file.truncate(2**36)
   (folder / 'train' / 'small.png').write_bytes(group_d.encode(group_d.photo(0)))
@@ -132,7 +132,7 @@ def _names(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     )
     try:
       done = fault.run_python(code, root, timeout=20)
-      # Refused by name, or passed over where it is no file.
+      # An error that names it, or skipped if it is not a regular file.
       named[name] = 'odd' in done.stderr or not done.returncode
     except subprocess.TimeoutExpired:
       named[name] = False

@@ -1,4 +1,4 @@
-"""Faults of numerics in training: NaN, explosions, narrow types, a GAN."""
+"""Faults of numerics in training: NaN, loss spikes, low precision, GANs."""
 
 import logging as python_logging
 import pathlib
@@ -19,7 +19,7 @@ from fsq_jax.train import loop
 from fsq_jax.train import losses
 from fsq_jax.train import step as train_step
 
-# Pixels of an image that is to be a fault, and the fault.
+# Marker pixel values of an image, and the fault that it triggers.
 _FAULTY = {3: jnp.nan, 5: jnp.inf, 7: -jnp.inf}
 _BAD_GRADIENTS = {9: jnp.nan, 11: jnp.inf}
 
@@ -47,15 +47,15 @@ _VARIANTS = {
 
 
 def _inject() -> None:
-  """Makes images of certain pixels into NaN, infinity, or bad gradients."""
+  """Turns marked images into NaN, infinity or non-finite gradients."""
   to_float = pixels.to_float
 
   @jax.custom_vjp
-  def spoil(x, gradient):
+  def scale_gradient(x, gradient):
     del gradient
     return x
 
-  spoil.defvjp(
+  scale_gradient.defvjp(
       lambda x, gradient: (x, gradient),
       lambda gradient, cotangent: (cotangent * gradient, None),
   )
@@ -81,7 +81,7 @@ def _inject() -> None:
             jnp.all(images == pixel / 127.5 - 1, axis=(1, 2, 3))
         )
         gradient = jnp.where(faulty, value, gradient)
-      return loss(spoil(reconstructions, gradient), images)
+      return loss(scale_gradient(reconstructions, gradient), images)
 
     return wrapped
 
@@ -89,7 +89,7 @@ def _inject() -> None:
 
 
 def _step(training: fault.Training):
-  """Compiles a step that keeps the state it is given."""
+  """Compiles a step that does not donate its state."""
   return jax.jit(
       train_step.build_train_step(
           training.model, training.optimizer, training.config
@@ -98,7 +98,7 @@ def _step(training: fault.Training):
 
 
 def _batches(config, num: int):
-  """Yields batches of the config's images that can be written to."""
+  """Yields writable batches of the config's images."""
   dataset = data.build_dataset(config.data, split='train', seed=config.seed)
   for _, batch in zip(range(num), dataset, strict=False):
     yield batch['image'].copy()
@@ -225,9 +225,9 @@ def _losses(config, num_steps: int, change=lambda x: x) -> list[float]:
   """Trains on the config's images and returns the reconstruction losses.
 
   Args:
-    config: the whole config.
-    num_steps: to take.
-    change: of each parameter at the start.
+    config: the config.
+    num_steps: number of steps.
+    change: applied to each parameter after initialization.
   """
   training = fault.build_training(config)
   step = jax.jit(

@@ -1,4 +1,4 @@
-"""Faults of configs and commands; what is installed; long runs."""
+"""Faults of configs and commands."""
 
 import json
 import pathlib
@@ -17,9 +17,8 @@ _PATHS = re.compile(
     r'|.*\.(checkpoint|latent_statistics|compilation_cache|init_from)'
 )
 
-# Runs launch.py on each line of arguments in a process of its own, which has
-# imported what it needs before: prints the exit code, whether a device was
-# asked for, the seconds, and what was said.
+# Runs launch.py with each line of arguments in a forked process, with imports
+# done: prints the exit code, whether a device was used, seconds and the output.
 _REFUSE_ALL = """if True:
   import contextlib, io, json, os, sys, time
   import launch
@@ -61,7 +60,7 @@ def _typo(name: str, rng: random.Random) -> str:
 
 
 def _mutations(num: int) -> list[tuple[str, str, str]]:
-  """Returns arguments, what has to be in the message, and their kind."""
+  """Returns arguments, required parts of the message, and their kind."""
   rng = random.Random(0)
   config = configuration.load_config(fault.ROOT / 'configs/default.py')
   wrong = {
@@ -85,7 +84,7 @@ def _mutations(num: int) -> list[tuple[str, str, str]]:
     for key in name.split('.'):
       value = value[key]
     if _PATHS.fullmatch(name) or name == 'optim.frozen':
-      continue  # Any text, or any expression, may be right.
+      continue  # Any text or expression may be valid.
     if name.startswith('model.encoder.arch'):
       continue
     text = rng.choice(wrong[type(value)])
@@ -140,7 +139,7 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     config.optim.warmup_steps = 1
     config.train.num_steps = 2
     config.train.compilation_cache = ''
-    # Drawing it takes longer than the steps.
+    # Takes longer than the steps.
     report.write_report = lambda *_: None
     state = train.train_and_evaluate(config, folder / path.stem)
     good = int(state.step) == 2 and fault.all_finite(state)

@@ -1,4 +1,4 @@
-"""Faults of files from elsewhere: pickles, mutations, bombs, paths."""
+"""Faults of untrusted files: pickles, mutations, bombs, paths."""
 
 import functools
 import io
@@ -31,7 +31,7 @@ _WIDTH = 3
 
 
 class _Trap:
-  """Executes something as soon as it is unpickled."""
+  """Executes code when it is unpickled."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -41,7 +41,7 @@ class _Trap:
 
 
 def _read_all(open_function, path, shapes):
-  """Reads arrays that have the right shapes, as loaders do."""
+  """Reads the arrays with expected shapes, as loaders do."""
   with open_function(path) as weights:
     misfits = weight_files.list_misfits(
         weights.headers, shapes, lambda key: key not in shapes
@@ -66,7 +66,7 @@ def _read_latents(path):
   )
 
 
-# All that reads arrays of a file or directory.
+# All loaders of arrays from a file or directory.
 _LOADERS = {
     'encoder': models.load_encoder,
     'decoder': models.load_decoder,
@@ -83,13 +83,13 @@ _LOADERS = {
 
 
 def _malicious(folder: pathlib.Path, sprung: pathlib.Path):
-  """Writes pickles under every name that a loader takes; yields paths."""
+  """Writes pickles under every file name of the loaders; yields paths."""
   trap = pickle.dumps(_Trap(sprung))
   objects = io.BytesIO()
   np.save(objects, np.array([_Trap(sprung)], object), allow_pickle=True)
   archive = io.BytesIO()
   with zipfile.ZipFile(archive, 'w') as file:
-    # As torch.save writes.
+    # The format of torch.save.
     file.writestr('archive/data.pkl', trap)
     file.writestr('archive/version', '3')
   arrays = io.BytesIO()
@@ -131,7 +131,7 @@ def _pickles(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       if fault.refusal(load, path) is None:
         accepted.append([name, path.name])
   executed = sprung.exists() or bool(looked_up)
-  # The trap works where something is unpickled.
+  # Check that the trap works when unpickled.
   pickle.loads(pickle.dumps(_Trap(sprung)))
   works = sprung.exists() and bool(looked_up)
   return fault.Outcome(
@@ -153,7 +153,7 @@ def _arrays() -> dict[str, np.ndarray]:
 
 
 def _originals() -> dict[str, tuple[bytes, str, object]]:
-  """Small files of each kind: content, name and loader."""
+  """Returns small files of each kind: content, name and loader."""
   arrays = _arrays()
   shapes = {key: x.shape for key, x in arrays.items()}
   stored, packed = io.BytesIO(), io.BytesIO()
@@ -196,12 +196,12 @@ def _originals() -> dict[str, tuple[bytes, str, object]]:
 
 
 def _mutate(content: bytes, rng: np.random.Generator) -> bytes:
-  """Returns the bytes with some flipped, cut, doubled or of another size."""
+  """Returns the bytes with a random mutation: flipped, cut, repeated."""
   content = bytearray(content)
   at = int(rng.integers(len(content)))
   kind = rng.integers(6)
   if kind <= 1:
-    # Where headers and directories are.
+    # Headers and directories.
     ends = (rng.integers(min(600, len(content))), -rng.integers(1, 400))
     for _ in range(rng.integers(1, 4)):
       where = int(rng.choice([at, *ends]))
@@ -220,7 +220,7 @@ def _mutate(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _bombs() -> dict[str, tuple[bytes, str]]:
-  """Small files that ask for much: content and name."""
+  """Returns small files that claim large sizes: content and name."""
   header = np.lib.format.header_data_from_array_1_0(np.zeros(1, np.float32))
   made = {}
 
@@ -250,7 +250,7 @@ def _bombs() -> dict[str, tuple[bytes, str]]:
   made['npz, LZMA'] = archive(
       zipfile.ZIP_LZMA, (claim.getvalue(), 1), (zeros, 1)
   )
-  # A dictionary of 4 GB.
+  # A dictionary size of 4 GB.
   lzma = bytearray(archive(zipfile.ZIP_LZMA, (zeros, 1)))
   start = lzma.index(b'\x05\x00\x5d') + 3
   lzma[start : start + 4] = b'\xff' * 4
@@ -279,7 +279,7 @@ def _fuzz(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   def attempt(name, path, load):
     try:
       error = fault.refusal(load, path)
-    except BaseException as crash:  # Panics of Rust are no Exceptions.
+    except BaseException as crash:  # Rust panics are not Exceptions.
       crashes.setdefault(name, set()).add(f'{type(crash).__name__}: {crash}')
     else:
       refused[name] = refused.get(name, 0) + (error is not None)
@@ -341,7 +341,7 @@ def _escapes(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     attempt(f'split {name!r}', folders.FolderSource, str(root), name)
     if name:
       attempt(f'data.name {name!r}', tfds_source.find_prepared, name, str(root))
-  # A version where only a name that leads upwards finds it.
+  # A version folder that only a path with .. reaches.
   (root / 'tiny').mkdir()
   (root / '1.0.0').mkdir()
   (root / '1.0.0/dataset_info.json').write_text('{"name": "tiny"}')

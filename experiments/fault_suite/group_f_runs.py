@@ -1,4 +1,4 @@
-"""Faults of surroundings: no network, nothing undeclared; long runs."""
+"""Faults of the environment: no network, missing packages; long runs."""
 
 import importlib.metadata
 import os
@@ -61,7 +61,7 @@ def _no_network(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 
 def _declared() -> set[str]:
-  """Names of the installed distributions that installing this one brings."""
+  """Returns the installed distributions required by this package."""
   found, pending = set(), [('fsq_jax', ())]
   while pending:
     name, extras = pending.pop()
@@ -153,7 +153,7 @@ def _long_run(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   at_warm = []
 
   class Measure(loop.Hook):
-    """Notes memory and compilations."""
+    """Records memory and compilations."""
 
     def after_step(self, step, state, scalars, batch):
       if step % every == 0:

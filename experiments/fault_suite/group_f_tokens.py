@@ -1,4 +1,4 @@
-"""Faults of tokens from elsewhere: arrays, specs and files."""
+"""Faults of untrusted tokens: arrays, specs and files."""
 
 from collections.abc import Sequence
 import hashlib
@@ -20,7 +20,7 @@ _FSQ = quantizers.FSQ((8, 5, 5))
 _PAPER = quantizers.FSQ((8, 5, 5), convention='paper')
 _GROUPED = quantizers.GroupedFSQ((8, 5), num_groups=2)
 _MODEL = 'ab' * 32
-# Fields of a manifest that decoding depends on.
+# Manifest fields that decoding depends on.
 _FIELDS = (
     'format', 'version', 'storage', 'quantizer', 'codebook_size', 'index_shape',
     'dtype', 'model_hash', 'fit', 'image_size', 'batch_size',
@@ -66,7 +66,7 @@ def _write(folder: pathlib.Path, storage: str, rng) -> None:
 
 
 def _harm_bytes(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
-  """Flips, cuts, lengthens, deletes or exchanges files of tokens."""
+  """Flips bytes of, truncates, extends, deletes or swaps token files."""
   path, other = rng.choice(paths, 2, replace=False)
   content = path.read_bytes()
   kind = rng.integers(5)
@@ -86,14 +86,14 @@ def _harm_bytes(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 
 def _harm_manifest(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
-  """Leaves out a field of the manifest, or gives it a value of another kind."""
+  """Removes a field of the manifest, or sets a value of another type."""
   path = folder / manifest.FILE
   values = json.loads(path.read_text())
   name = rng.choice(_FIELDS)
   if rng.integers(4):
     wrong = [
         x for x in _WRONG
-        # The common grid may be unknown.
+        # The common grid may be None.
         if x != values[name] and not (name == 'grid' and x is None)
     ]  # fmt: skip
     values[name] = wrong[rng.integers(len(wrong))]
@@ -103,7 +103,7 @@ def _harm_manifest(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 
 def _harm_content(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
-  """Puts tokens of another kind in a file's place, with the right hash."""
+  """Replaces a file by tokens of another kind, with a valid hash."""
   path = folder / manifest.FILE
   values = json.loads(path.read_text())
   job = manifest.read(folder).job
@@ -132,7 +132,7 @@ def _harm_content(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 
 def _harm_model(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
-  """Makes the tokens those of another dialect or model, rightly described."""
+  """Relabels the tokens consistently with another convention or model."""
   path = folder / manifest.FILE
   values = json.loads(path.read_text())
   if rng.integers(2):
@@ -143,7 +143,7 @@ def _harm_model(folder: pathlib.Path, paths: Sequence[pathlib.Path], rng):
 
 
 def _use(folder: pathlib.Path) -> None:
-  """Does what detokenizing does before it decodes."""
+  """Runs the checks of detokenizing."""
   source = tokens.TokenSource(folder)
   source.check_decodable(_FSQ.spec(), _MODEL)
   for example in source:
@@ -151,7 +151,7 @@ def _use(folder: pathlib.Path) -> None:
 
 
 def _fuzz_files(folder: pathlib.Path, num: int) -> list[str]:
-  """Harms token files; returns what was not refused."""
+  """Corrupts token files; returns the corruptions that raise no error."""
   rng = np.random.default_rng(0)
   for storage in manifest.STORAGES:
     _write(folder / storage, storage, rng)
@@ -171,7 +171,7 @@ def _fuzz_files(folder: pathlib.Path, num: int) -> list[str]:
 
 
 def _fuzz_arrays(cases: int) -> int:
-  """Harms arrays of tokens or their specs; returns how many were refused."""
+  """Corrupts token arrays or specs; returns the number of errors."""
   rng = np.random.default_rng(0)
   good = rng.integers(0, 200, (4, 8))
   refused = 0

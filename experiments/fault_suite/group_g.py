@@ -1,4 +1,4 @@
-"""Faults of token files while they are written."""
+"""Faults during the writing of token files."""
 
 import pathlib
 import random
@@ -20,7 +20,7 @@ _NUM_IMAGES = 2000
 
 
 def _write_images(folder: pathlib.Path, num: int) -> None:
-  """Writes smooth images of the size that the debug config takes."""
+  """Writes smooth images with the size of the debug config."""
   rng = np.random.default_rng(0)
   folder.mkdir(parents=True)
   for i in range(num):
@@ -30,7 +30,7 @@ def _write_images(folder: pathlib.Path, num: int) -> None:
 
 
 def _files(folder: pathlib.Path) -> dict[str, bytes]:
-  # But for the times of the images, which a run may find too new to keep.
+  # Except the modification times of the images, which are not stored if recent.
   return {
       path.name: path.read_bytes()
       for path in folder.iterdir()
@@ -41,16 +41,16 @@ def _files(folder: pathlib.Path) -> dict[str, bytes]:
 def _kill_again_and_again(
     command: list[str], folder: pathlib.Path, num: int, rng: random.Random
 ) -> int:
-  """Starts a command until it ends; kills the first `num` starts.
+  """Restarts a command until it ends; kills the first `num` starts.
 
   Args:
-    command: that writes token files.
-    folder: that it writes them to.
-    num: kills at most.
-    rng: chooses the moments, from the first image on.
+    command: command that writes token files.
+    folder: its output folder.
+    num: maximum number of kills.
+    rng: chooses the times of the kills, after the first image.
 
   Returns:
-    Kills that came before the command had ended.
+    Number of kills before the command ended.
   """
   kills = 0
   while True:
@@ -76,7 +76,7 @@ def _kill_again_and_again(
 def _is_reconstructed(
     run: pathlib.Path, images: pathlib.Path, folder: pathlib.Path
 ) -> bool:
-  """Whether the images of token files are those that the model makes."""
+  """Whether token files decode to the reconstructions of the model."""
   out = folder.with_name(f'{folder.name}_images')
   tokens.detokenize_workdir(run, folder, out)
   paths = sorted(images.iterdir())

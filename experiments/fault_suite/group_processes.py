@@ -1,4 +1,4 @@
-"""Faults of several processes on one machine."""
+"""Faults of multi-process training on one machine."""
 
 from collections.abc import Mapping
 import pathlib
@@ -19,16 +19,16 @@ def launch(
     *overrides: str,
     env: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
-  """Starts launch.py several times on the debug config, joined.
+  """Starts launch.py on the debug config in several connected processes.
 
   Args:
-    folder: their workdir; their logs are beside it, as NAME.log0 and so on.
-    num_processes: how many.
-    *overrides: more of the command line.
-    env: environment variables; those of this process by default.
+    folder: workdir; the logs are next to it, NAME.log0 and so on.
+    num_processes: number of processes.
+    *overrides: further command-line arguments.
+    env: environment variables; default: the current environment.
 
   Returns:
-    The processes, the one that writes first.
+    The processes; the first one writes checkpoints.
   """
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))

@@ -1,12 +1,11 @@
-"""Runs fault tests: each injects a fault and measures what becomes of it.
+"""Runs fault tests: each injects a fault and measures the effect.
 
   python -m experiments.fault_suite.run [--only=D1,F3] [--quick]
 
-Without --only all are run, one after the other, each in a process of its own:
-one that dies or hangs has failed. What each measured is written to
-results.json, beside the others' results, and to the table of README.md.
---quick injects fewer faults and writes nothing. The exit code is 1 if one has
-failed.
+Runs all tests, or the tests of --only, one after the other, each in its own
+process: a crash or a timeout is a failure. Each result is written to
+results.json and to the table of README.md. --quick injects fewer faults and
+writes nothing. The exit code is 1 if a test has failed.
 """
 
 import argparse
@@ -61,12 +60,12 @@ FAULTS: dict[str, faults.Fault] = {
 
 
 def main() -> int:
-  """Runs what the command line names."""
+  """Runs the selected tests; returns the exit code."""
   parser = argparse.ArgumentParser(
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--only', help='ids, separated by commas')
+  parser.add_argument('--only', help='comma-separated ids')
   parser.add_argument('--quick', action='store_true', help='fewer faults')
   parser.add_argument('--child', help=argparse.SUPPRESS)
   arguments = parser.parse_args()
@@ -76,12 +75,12 @@ def main() -> int:
     return 0
   names = arguments.only.split(',') if arguments.only else list(FAULTS)
   if unknown := sorted(set(names) - FAULTS.keys()):
-    parser.error(f'there is no {unknown}; known: {list(FAULTS)}')
-  # Before results.json changes, which is in the checkout.
-  facts = provenance.describe()
+    parser.error(f'unknown ids {unknown}; available: {list(FAULTS)}')
+  # Read before results.json changes, which makes the checkout dirty.
+  metadata = provenance.describe()
   passed = True
   for name in names:
-    result = _run(name, arguments.quick, facts)
+    result = _run(name, arguments.quick, metadata)
     passed &= result['verdict'] == 'passed'
     sys.stdout.write(
         f'{name} {result["verdict"]} in {result["seconds"]} s:'
@@ -93,16 +92,16 @@ def main() -> int:
   return 0 if passed else 1
 
 
-def _run(name: str, quick: bool, facts: dict[str, Any]) -> dict[str, Any]:
-  """Runs one fault test in a process of its own.
+def _run(name: str, quick: bool, metadata: dict[str, Any]) -> dict[str, Any]:
+  """Runs one fault test in its own process.
 
   Args:
-    name: of the test.
-    quick: whether to inject a few faults only.
-    facts: of `provenance.describe`.
+    name: id of the test.
+    quick: whether to inject only a few faults.
+    metadata: versions and commit, from `provenance.describe`.
 
   Returns:
-    What results.json holds of it.
+    The entry of results.json.
   """
   fault = FAULTS[name]
   started = time.monotonic()
@@ -122,7 +121,7 @@ def _run(name: str, quick: bool, facts: dict[str, Any]) -> dict[str, Any]:
             **os.environ,
             'JAX_PLATFORMS': 'cpu',
             'XLA_FLAGS': flags,
-            # What a test starts again is not compiled again.
+            # Commands that a test starts repeatedly compile once.
             'JAX_COMPILATION_CACHE_DIR': str(pathlib.Path(folder, 'programs')),
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         },
@@ -135,7 +134,7 @@ def _run(name: str, quick: bool, facts: dict[str, Any]) -> dict[str, Any]:
       _, log = process.communicate(timeout=fault.limit_seconds)
       ended = f'ended with code {process.returncode}'
     except subprocess.TimeoutExpired:
-      os.killpg(process.pid, signal.SIGKILL)  # What it started, too.
+      os.killpg(process.pid, signal.SIGKILL)  # And its subprocesses.
       _, log = process.communicate()
       ended = f'hung for {fault.limit_seconds} s'
     if outcome.is_file():
@@ -154,14 +153,14 @@ def _run(name: str, quick: bool, facts: dict[str, Any]) -> dict[str, Any]:
       'figures': values['figures'],
       'seconds': round(time.monotonic() - started),
       'command': shlex.join(['python', *command[1:3], f'--only={name}']),
-      'commit': facts['git'],
+      'commit': metadata['git'],
       'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
-      'versions': {x: facts['versions'][x] for x in _PACKAGES},
+      'versions': {x: metadata['versions'][x] for x in _PACKAGES},
   }
 
 
 def _run_here(name: str, folder: pathlib.Path, quick: bool) -> None:
-  """Runs one fault test and writes what it measured into its folder."""
+  """Runs one fault test in this process and writes outcome.json."""
   work = folder / 'work'
   work.mkdir()
   outcome = FAULTS[name].test(work, quick)
@@ -179,7 +178,7 @@ def _store(name: str, result: dict[str, Any]) -> None:
   readme = _FOLDER / 'README.md'
   text = readme.read_text('utf-8')
   before, _, rest = text.partition(_HEADER)
-  # Rows up to the first line that is none.
+  # Skip the old rows.
   lines = rest.splitlines(keepends=True)
   while lines and lines[0].startswith('|'):
     lines.pop(0)
@@ -188,7 +187,7 @@ def _store(name: str, result: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-  """Returns the table of the README, of results.json."""
+  """Returns the table of the README."""
   columns = ('injected', 'required', 'measured', 'verdict')
   return _HEADER + ''.join(
       f'| {name} | {" | ".join(result[x] for x in columns)} |\n'

@@ -1,9 +1,9 @@
-"""Converts a run's tokenizer to ONNX and compares what ONNX Runtime gives.
+"""Converts a tokenizer to ONNX and compares ONNX Runtime with JAX.
 
   python experiments/onnx/to_onnx.py --workdir=runs/fsq_888 --output=onnx
 
-It needs an environment of its own, which README.md says how to install.
-results.json keeps what became of the tokens and images; README.md shows it.
+Needs a separate environment, see README.md. The differences of tokens and
+images are written to results.json.
 """
 
 import argparse
@@ -18,16 +18,16 @@ import numpy as np
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _RESULTS = pathlib.Path(__file__).with_name('results.json')
-# Images that a program takes; jax2onnx has no decode for any number of them.
+# jax2onnx cannot convert `decode` with a symbolic batch dimension.
 _BATCH_SIZE = 64
 _VERSIONS = ('jax', 'jax2onnx', 'onnx', 'onnxruntime')
 sys.path.insert(0, str(_ROOT))
 
 
 def table(results: Mapping[str, Any]) -> str:
-  """Returns the results as Markdown."""
+  """Returns a Markdown table of the results."""
   lines = [
-      '| run | images | tokens that differ | pixels that differ | by at most |',
+      '| run | images | differing tokens | differing pixels | at most |',
       '|---|---|---|---|---|',
   ]
   for name, row in results['runs'].items():
@@ -40,11 +40,11 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def convert(tokenizer: Any, folder: pathlib.Path) -> None:
-  """Writes encode.onnx and decode.onnx, for `_BATCH_SIZE` images.
+  """Writes encode.onnx and decode.onnx with batch size `_BATCH_SIZE`.
 
   Args:
     tokenizer: a `Tokenizer`.
-    folder: an existing one.
+    folder: existing output folder.
   """
   import jax
   from jax.extend import core
@@ -62,8 +62,8 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
       ('decode', tokenizers.tokens_to_images, tokens, np.int32),
   ):
     x = jax.ShapeDtypeStruct((_BATCH_SIZE, *shape), dtype)
-    # jax2onnx traces with functions of its own in the place of JAX's, which
-    # Flax's scan over blocks does not bear: it gets a program that is traced.
+    # jax2onnx replaces functions of JAX while it traces, which breaks Flax's
+    # scan over blocks: pass it a function that has been traced already.
     program = core.jaxpr_as_fun(
         jax.make_jaxpr(
             lambda x, method=method: model.apply(
@@ -78,7 +78,7 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
 
 
 def compare(tokenizer: Any, folder: pathlib.Path) -> dict[str, int]:
-  """Runs both on images of the run's evaluation; counts what differs."""
+  """Counts differences between ONNX Runtime and JAX on held-out images."""
   import onnxruntime
 
   from fsq_jax import data
@@ -90,7 +90,7 @@ def compare(tokenizer: Any, folder: pathlib.Path) -> dict[str, int]:
   )
   images = np.concatenate([x['image'][x['mask']] for x in dataset])
   images = images[: 2 ** (len(images).bit_length() - 1)]
-  # Warnings of constants that jax2onnx leaves unused.
+  # Hides warnings about unused constants.
   onnxruntime.set_default_logger_severity(3)
 
   def run(name: str, x: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def compare(tokenizer: Any, folder: pathlib.Path) -> dict[str, int]:
 
 
 def main() -> None:
-  """Converts, measures, and writes results.json."""
+  """Converts, compares and writes results.json."""
   from fsq_jax.tokenizer import Tokenizer
 
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

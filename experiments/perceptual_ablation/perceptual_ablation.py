@@ -1,12 +1,11 @@
-"""What do LPIPS and a discriminator change, and what do they cost?
+"""Ablation of LPIPS and the adversarial loss.
 
   python -m experiments.perceptual_ablation.perceptual_ablation --run
       --data_dir=DIR --vgg16=FILE --alexnet=FILE
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; writes results.json, plot.png and
-reconstructions.png beside this script and prints the table. Without --run plot
-and table are made from results.json.
+With --run, trains the missing runs under --workdir, where interrupted runs
+resume, and writes results.json and reconstructions.png next to this script.
+Then draws plot.png and prints the table.
 """
 
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ LABELS = {
     'gan': 'L2 + LPIPS + GAN',
 }
 _METRICS = ('psnr', 'ssim', 'lpips_alexnet', 'fd_vgg16', 'usage')
-# Drawn over the steps, where a run has them.
+# Plotted against the step, if a run has them.
 _LOSSES = (
     'reconstruction_loss', 'perceptual_loss', 'adversarial_loss',
     'discriminator_loss', 'real_logits', 'fake_logits',
@@ -42,18 +41,18 @@ _ENLARGEMENT = 2
 def settings(
     workdir: pathlib.Path, data_dir: str, vgg16: str, alexnet: str
 ) -> dict[str, dict[str, Any]]:
-  """Returns the fields of the config that each run changes, by its name.
+  """Returns the config overrides of each run, by name.
 
   Args:
-    workdir: folder of the runs.
-    data_dir: holds train/ and val/.
-    vgg16: weights of LPIPS and of fd_vgg16.
-    alexnet: weights of LPIPS.
+    workdir: parent folder of the runs.
+    data_dir: folder with train/ and val/.
+    vgg16: weights of LPIPS (VGG16), also used for fd_vgg16.
+    alexnet: weights of LPIPS (AlexNet).
   """
   shared = {
       'data.data_dir': data_dir,
       'data.eval_split': 'val',
-      # 64 tokens an image: few enough that it matters where they go.
+      # 64 tokens per image: narrow enough for the losses to matter.
       'model.encoder.patch_size': 8,
       'model.encoder.width': 192,
       'model.encoder.num_heads': 6,
@@ -98,7 +97,7 @@ def settings(
 def run(
     workdir: pathlib.Path, data_dir: str, vgg16: str, alexnet: str
 ) -> dict[str, Any]:
-  """Trains, draws the reconstructions; returns what is stored."""
+  """Trains the missing runs, draws reconstructions, returns the results."""
   runs = settings(workdir, data_dir, vgg16, alexnet)
   sweep.train(CONFIG, runs, workdir)
   results = sweep.collect(workdir, runs)
@@ -130,7 +129,7 @@ def run(
 
 
 def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns what networks measured, the weights by which, and of how much."""
+  """Returns the network metrics, their weight files, the number of images."""
   text = (folder / workdirs.EVALUATION).read_text('utf-8')
   evaluation = json.loads(text)
   protocol = evaluation['protocol']
@@ -144,8 +143,8 @@ def _read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
 def print_tables(results: Mapping[str, Any]) -> None:
   """Prints a Markdown table of the runs."""
   sys.stdout.write(
-      '| losses | PSNR, dB | SSIM | LPIPS, AlexNet | fd_vgg16 |'
-      ' used codes |\n' + '|---' * 6 + '|\n'
+      '| losses | PSNR, dB | SSIM | LPIPS (AlexNet) | fd_vgg16 |'
+      ' usage |\n' + '|---' * 6 + '|\n'
   )
   for name, label in LABELS.items():
     row = results['runs'][name]
@@ -157,7 +156,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws the losses of all runs over their steps, one panel a loss."""
+  """Draws the losses of all runs against the step, one panel per loss."""
   matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
@@ -167,7 +166,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
       points = results['runs'][name]['curves'].get(loss)
       if points:
         steps, values = np.array(points).T
-        # Means over five logged steps: single batches scatter.
+        # Means over five logged steps; single batches are noisy.
         count = len(values) // 5 * 5
         values = values[:count].reshape(-1, 5).mean(axis=1)
         axis.plot(steps[4:count:5], values, color=f'C{number}', label=label)
@@ -188,7 +187,7 @@ if __name__ == '__main__':
       plot=plot,
       runs='perceptual_ablation',
       paths={
-          'vgg16': "weights of LPIPS' VGG16, from experiments/weights",
-          'alexnet': "weights of LPIPS' AlexNet, from experiments/weights",
+          'vgg16': 'LPIPS weights for VGG16, see experiments/weights',
+          'alexnet': 'LPIPS weights for AlexNet, see experiments/weights',
       },
   )

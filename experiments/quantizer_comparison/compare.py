@@ -2,10 +2,9 @@
 
   python -m experiments.quantizer_comparison.compare --run [--data_dir=DIR]
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; measures what the quantizers cost; writes
-results.json and plot.png beside this script; prints the tables. Without --run
-the plot and the tables are made from results.json.
+With --run, trains the missing runs under --workdir, where interrupted runs
+resume, measures time and memory, and writes results.json next to this script.
+Then draws plot.png and prints the tables.
 """
 
 from collections.abc import Mapping
@@ -22,12 +21,12 @@ from experiments.quantizer_comparison import settings
 
 HERE = pathlib.Path(__file__).resolve().parent
 BITS = (9, 10, 14)
-# (quantizer, bits): seeds; one for the rest.
+# Seeds by (quantizer, bits); the default is one seed.
 SEEDS = {(name, 10): (0, 1, 2) for name in ('fsq', 'vq_ema', 'simvq')}
 
 
 def runs() -> list[tuple[str, int, int]]:
-  """Returns quantizer, bits and seed of every run of the comparison."""
+  """Returns (quantizer, bits, seed) of every run of the comparison."""
   return [
       (quantizer, bits, seed)
       for bits in BITS
@@ -37,7 +36,7 @@ def runs() -> list[tuple[str, int, int]]:
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
-  """Trains and measures; returns what is stored."""
+  """Trains the missing runs, measures costs, returns the results."""
   sweep.train(settings.CONFIG, settings.tuning_runs(data_dir), workdir)
   tuning = _tuning(workdir)
   final = {
@@ -54,7 +53,7 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
 
 
 def measure_costs() -> dict[str, dict[str, float]]:
-  """Returns what each quantizer costs at each size, by '<name>_<bits>'."""
+  """Returns time and memory of each quantizer, by '<name>_<bits>'."""
   costs = {}
   for bits in BITS:
     variants = {
@@ -66,7 +65,7 @@ def measure_costs() -> dict[str, dict[str, float]]:
 
 
 def _tuning(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Returns the numbers of all candidates; stops if others are chosen."""
+  """Returns the metrics of all candidates; exits if CHOSEN is not the best."""
   names = iter(settings.tuning_runs(''))
   tuning = {
       quantizer: {
@@ -81,8 +80,8 @@ def _tuning(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
   }
   if best != settings.CHOSEN:
     sys.exit(
-        f'Tuning chooses {best}; settings.CHOSEN is {settings.CHOSEN}. Put the'
-        ' former there and run this again.'
+        f'settings.CHOSEN is {settings.CHOSEN}, but tuning selects {best}.'
+        ' Update settings.CHOSEN and run this again.'
     )
   return tuning
 
@@ -91,9 +90,9 @@ def print_tables(results: Mapping[str, Any]) -> None:
   """Prints the comparison and the tuning as Markdown tables."""
   write = sys.stdout.write
   write(
-      '| codes | quantizer | PSNR, dB | SSIM | usage | perplexity | bits a'
-      ' token / log2 K | step time / FSQ | quantizer, bytes | step memory, MiB'
-      ' |\n'
+      '| codes | quantizer | PSNR, dB | SSIM | usage | perplexity |'
+      ' normalized entropy | step time (relative to FSQ) |'
+      ' quantizer params + state (bytes) | temporary memory (MiB) |\n'
       + '|---' * 10
       + '|\n'
   )
@@ -124,7 +123,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
 def _rows(
     results: Mapping[str, Any], quantizer: str, bits: int
 ) -> list[dict[str, Any]]:
-  """Returns the numbers of a quantizer at one size, one row a seed."""
+  """Returns the metrics of a quantizer at one size, one row per seed."""
   return [
       results['runs'][settings.run_name(*key)]
       for key in runs()
@@ -133,7 +132,7 @@ def _rows(
 
 
 def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
-  """Returns the mean of a column and, over seeds, its standard deviation."""
+  """Formats the mean of a column and its standard deviation over seeds."""
   values = [row[column] for row in rows]
   text = format(statistics.mean(values), form)
   if len(values) > 1:
@@ -142,12 +141,12 @@ def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws decibels and used codes of every quantizer against its size."""
+  """Draws PSNR and normalized entropy against codebook size."""
   matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
   figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
-  columns = (('psnr', 'PSNR, dB'), ('entropy_share', 'bits a token / log2 K'))
+  columns = (('psnr', 'PSNR, dB'), ('entropy_share', 'normalized entropy'))
   for quantizer, label in settings.LABELS.items():
     for axis, (column, title) in zip(axes, columns, strict=True):
       values = [
@@ -158,7 +157,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
       axis.set(xlabel='codebook size, log2 K', ylabel=title)
   for axis in axes:
     axis.grid(alpha=0.3)
-  axes[1].set_ylim(0, 1.02)
+  axes[1].set_ylim(0.8, 1)
   axes[1].legend()
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -1,4 +1,4 @@
-"""What a quantizer costs a training step: time, memory, bytes of its own."""
+"""Measures step time and memory of quantizers in a training step."""
 
 from collections.abc import Mapping
 import statistics
@@ -17,12 +17,12 @@ from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
 from fsq_jax.train import step as train_step
 
-STEPS_A_BLOCK = 10
+STEPS_PER_BLOCK = 10
 BLOCKS = 15
 
 
 class _Training(NamedTuple):
-  """A compiled training step, its state, and what both take."""
+  """A compiled training step, its state, and their memory."""
 
   step: Any
   state: Any
@@ -33,18 +33,18 @@ class _Training(NamedTuple):
 def measure(
     config_path: str, variants: Mapping[str, sweep.Overrides], baseline: str
 ) -> dict[str, dict[str, float]]:
-  """Measures training steps on one batch, in turn, in this process.
+  """Times training steps on one batch, alternating between variants.
 
   Args:
-    config_path: relative to the repository.
-    variants: name, and fields of the config with their values.
-    baseline: the variant whose step time is 1.
+    config_path: config, relative to the repository.
+    variants: dotted config overrides of each variant, by name.
+    baseline: the variant that step times are relative to.
 
   Returns:
-    For each variant: step_ms, the median of all blocks; step_ratio, the
-    median over rounds of its time by the baseline's in the same round;
-    quantizer_bytes of parameters and codebook state; temporary_bytes that the
-    compiled step needs at most.
+    For each variant: step_ms, the median over all blocks; step_ratio, the
+    median over rounds of its step time relative to the baseline in the same
+    round; quantizer_bytes, parameters and codebook state; temporary_bytes, the
+    temporary memory of the compiled step.
   """
   host.keep_freed_memory()
   trainings = {
@@ -57,14 +57,14 @@ def measure(
   def time_block(name: str) -> float:
     state, step = states[name], trainings[name].step
     started = time.perf_counter()
-    for _ in range(STEPS_A_BLOCK):
+    for _ in range(STEPS_PER_BLOCK):
       state, _ = step(state, images)
     jax.block_until_ready(state)
     states[name] = state
-    return (time.perf_counter() - started) / STEPS_A_BLOCK * 1e3
+    return (time.perf_counter() - started) / STEPS_PER_BLOCK * 1e3
 
   for name in trainings:
-    time_block(name)  # Warms caches up.
+    time_block(name)  # Warm-up.
   rounds = [
       {name: time_block(name) for name in trainings} for _ in range(BLOCKS)
   ]
@@ -108,7 +108,7 @@ def _prepare(config: configuration.Config) -> _Training:
 
 
 def _images(config_path: str) -> np.ndarray:
-  """Noise: what a step costs does not depend on what it sees."""
+  """Returns a batch of noise; step time does not depend on the images."""
   config = sweep.make_config(config_path, {})
   shape = (config.data.batch_size, *config.data.image_size, 3)
   return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What is trained: quantizers, the settings tried for each, and the budget."""
+"""Quantizers, candidate settings and training budget of the comparison."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from fsq_jax import quantizers
 
 CONFIG = 'configs/cifar10_fsq_888.py'
 
-# Of every run of this folder and of experiments/codebook_size.
+# For all runs of this experiment and of experiments/codebook_size.
 BUDGET = {
     'train.num_steps': 4000,
     'train.eval_every_steps': 0,
     'train.checkpoint_every_steps': 1000,
     'train.keep_checkpoints': 1,
 }
-# Settings are chosen on training images that tuning does not train on.
+# Settings are selected on held-out training images.
 TUNING_BUDGET = {
     **BUDGET,
     'train.num_steps': 1500,
@@ -47,7 +47,7 @@ _LFQ = {'model.quantizer.name': 'lfq'}
 def _weighted(
     fields: dict[str, Any], variant: str, variant_fields: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-  """Returns a recommended setting at three weights, and a variant of it."""
+  """Returns a setting with three loss weights, and a variant."""
   weight = 'losses.quantizer_weight'
   return {
       'loss x 1': {**fields, weight: 1.0},
@@ -57,9 +57,8 @@ def _weighted(
   }
 
 
-# Four settings for each quantizer: the recommended one at three weights of its
-# loss, and the variant that is most often published beside it. FSQ needs
-# no loss, and has four variants.
+# Four settings per quantizer: the recommended one with three loss weights, and
+# the most commonly published variant. FSQ needs no loss and has four variants.
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
     'fsq': {
         'tanh, no loss': {},
@@ -97,7 +96,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
         {'model.projector_in.name': 'standardized'},
     ),
 }
-# What tuning chose, from results.json; compare.py refuses others.
+# Selected by tuning, see results.json; compare.py exits if they differ.
 CHOSEN = {
     'fsq': 'tanh, no loss',
     'vq_ema': 'loss x 1',
@@ -106,8 +105,8 @@ CHOSEN = {
     'lfq': 'loss x 0.1',
 }
 
-# VQ from random codes, with dead ones left alone, as FSQ was first compared
-# with it; only in experiments/codebook_size.
+# VQ with random initialization and no dead-code reset, as in the first
+# comparisons with FSQ; only used in experiments/codebook_size.
 _PLAIN = {
     'model.quantizer.vq.codebook_init': 'normal',
     'model.quantizer.vq.restart': 'none',
@@ -115,11 +114,11 @@ _PLAIN = {
 
 
 def chosen(quantizer: str) -> dict[str, Any]:
-  """Returns the fields that tuning chose for a quantizer.
+  """Returns the config overrides selected by tuning.
 
   Args:
-    quantizer: one of `CHOSEN`; or 'vq_plain', which is 'vq_ema' without its
-      start and restarts.
+    quantizer: a key of `CHOSEN`; or 'vq_plain', which is 'vq_ema' without
+      k-means initialization and dead-code reset.
   """
   if quantizer == 'vq_plain':
     return {**chosen('vq_ema'), **_PLAIN}
@@ -127,7 +126,7 @@ def chosen(quantizer: str) -> dict[str, Any]:
 
 
 def size(quantizer: str, bits: int) -> dict[str, Any]:
-  """Returns the fields that give a quantizer about 2^bits codes."""
+  """Returns the config overrides for a codebook of about 2^bits codes."""
   if quantizer == 'fsq':
     levels = quantizers.recommended_levels(bits)
     return {'model.quantizer.fsq.levels': levels}
@@ -138,14 +137,14 @@ def size(quantizer: str, bits: int) -> dict[str, Any]:
 
 
 def run_name(quantizer: str, bits: int, seed: int) -> str:
-  """Returns the name of a run's folder."""
+  """Returns the folder name of a run."""
   return f'{quantizer}_{bits}_bits_seed_{seed}'
 
 
 def final_run(
     quantizer: str, bits: int, seed: int, data_dir: str
 ) -> dict[str, Any]:
-  """Returns the fields of a run with the settings that tuning chose."""
+  """Returns the config overrides of a run with the selected settings."""
   return {
       **BUDGET,
       'data.data_dir': data_dir,
@@ -156,7 +155,7 @@ def final_run(
 
 
 def tuning_runs(data_dir: str) -> dict[str, dict[str, Any]]:
-  """Returns name and fields of every run that settings are chosen by."""
+  """Returns the config overrides of every tuning run, by name."""
   return {
       f'tuning_{quantizer}_{number}': {
           **TUNING_BUDGET,

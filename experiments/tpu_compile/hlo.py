@@ -1,4 +1,4 @@
-"""The text of a compiled program, taken apart."""
+"""Parses HLO text."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ _ARRAY = re.compile(r'([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?')
 
 
 class Array(NamedTuple):
-  """One array of a type: dtype, sizes, and whether it is in HBM."""
+  """Type of one array: dtype, shape, and whether it is in HBM."""
 
   dtype: str
   shape: tuple[int, ...]
@@ -20,7 +20,7 @@ class Array(NamedTuple):
 
   @property
   def num_bytes(self) -> int:
-    """Bytes without padding."""
+    """Size in bytes, without padding."""
     bits = re.search(r'\d+', self.dtype)
     size = _BYTES.get(self.dtype) or int(bits.group()) / 8 if bits else 1
     return int(math.prod(self.shape) * size)
@@ -28,7 +28,7 @@ class Array(NamedTuple):
 
 @dataclasses.dataclass
 class Instruction:
-  """One line of a computation."""
+  """One instruction of a computation."""
 
   name: str
   arrays: list[Array]
@@ -38,21 +38,21 @@ class Instruction:
   is_root: bool
 
 
-# Name to instruction, in order.
+# Instructions by name, in order.
 Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """Takes the text of a program apart.
+  """Parses the text of an HLO module.
 
   Args:
-    text: HLO, such as `jax.stages.Compiled.as_text()`.
+    text: HLO text, such as `jax.stages.Compiled.as_text()`.
 
   Returns:
-    The computations by their names, and the name of the one that is run.
+    The computations by name, and the name of the entry computation.
 
   Raises:
-    ValueError: another text.
+    ValueError: the text is not HLO.
   """
   computations: dict[str, Computation] = {}
   entry = ''
@@ -74,7 +74,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _parse_line(root: str | None, name: str, text: str) -> Instruction:
-  """Splits what stands behind ' = ': type, opcode, operands, the rest."""
+  """Parses the right-hand side: type, opcode, operands, attributes."""
   kind, _, text = _split_type(text)
   opcode, _, text = text.partition('(')
   depth, end = 1, 0
@@ -84,7 +84,7 @@ def _parse_line(root: str | None, name: str, text: str) -> Instruction:
   inside, rest, opcode = text[:end - 1], text[end:], opcode.strip()
   operands = [x.lstrip('%') for x in re.findall(r'%?[\w.\-]+(?=, |$)', inside)]
   if opcode in ('constant', 'parameter'):
-    # Their value stands where others have operands.
+    # Their value is in the place of the operands.
     operands, rest = [], f'{inside}){rest}'
   return Instruction(name, _arrays(kind), opcode, operands, rest, bool(root))
 

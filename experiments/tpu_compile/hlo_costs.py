@@ -1,8 +1,8 @@
-"""What a compiled program costs, counted in the text of its HLO.
+"""Counts FLOPs, HBM traffic and collectives in HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its trip
-count, and says nothing of collectives. Here every instruction counts as often
-as it runs.
+XLA's own `cost_analysis` counts the body of a loop once, regardless of its trip
+count, and does not report collectives. Here every instruction is counted once
+per execution.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ COLLECTIVES = (
     'all-gather', 'all-reduce', 'all-to-all', 'collective-permute',
     'reduce-scatter',
 )
-# Which compute nothing and read nothing from memory by themselves.
+# Instructions without computation or memory traffic.
 _FREE = frozenset({
     'after-all', 'bitcast', 'conditional', 'constant', 'get-tuple-element',
     'opt-barrier', 'parameter', 'partition-id', 'replica-id', 'tuple', 'while',
@@ -26,14 +26,14 @@ _FREE = frozenset({
 
 
 class Product(NamedTuple):
-  """Matrix products or convolutions of one kind.
+  """A matmul or convolution.
 
   Attributes:
-    dtypes: of the operands, such as 'bf16 x bf16'.
-    count: how often they run.
-    flops: of all runs, two for each multiplication and addition, without those
-      by zeros that dilation puts between values.
-    op_name: where in the model it comes from.
+    dtypes: dtypes of the operands, such as 'bf16 x bf16'.
+    count: number of executions.
+    flops: FLOPs of all executions, two per multiply-add, without
+      multiplications by the zeros of a dilation.
+    op_name: its origin in the model.
   """
 
   dtypes: str
@@ -46,12 +46,12 @@ class Collective(NamedTuple):
   """One collective.
 
   Attributes:
-    kind: of `COLLECTIVES`.
-    arrays: of the result; of a reduce-scatter, of the operand.
-    num_bytes: of these.
-    group_size: devices that take part.
-    count: how often it runs.
-    op_name: where in the model it comes from.
+    kind: an entry of `COLLECTIVES`.
+    arrays: result arrays; for a reduce-scatter, operands.
+    num_bytes: bytes of `arrays`.
+    group_size: number of participating devices.
+    count: number of executions.
+    op_name: its origin in the model.
   """
 
   kind: str
@@ -63,14 +63,14 @@ class Collective(NamedTuple):
 
   @property
   def sent_bytes(self) -> float:
-    """What every chip sends, by the ring algorithm, in all runs."""
+    """Bytes sent per chip by the ring algorithm, over all executions."""
     share = (self.group_size - 1) / self.group_size
     factor = {'all-reduce': 2 * share, 'collective-permute': 1.0}
     return self.count * self.num_bytes * factor.get(self.kind, share)
 
 
 class Costs(NamedTuple):
-  """What one run of a program costs one chip."""
+  """Costs of one execution, per chip."""
 
   products: list[Product]
   collectives: list[Collective]
@@ -78,7 +78,7 @@ class Costs(NamedTuple):
 
 
 class Program:
-  """A compiled program, parsed."""
+  """A parsed HLO module."""
 
   def __init__(self, text: str):
     """Parses the text.
@@ -89,7 +89,7 @@ class Program:
     self._computations, self._entry = hlo.parse(text)
 
   def costs(self) -> Costs:
-    """Adds up everything, as often as it runs."""
+    """Returns the costs, with every instruction counted per execution."""
     products, collectives, hbm_bytes = [], {}, 0.0
     for computation, instruction, count, is_fused in self._walk(
         self._entry, 1.0, False
@@ -101,8 +101,8 @@ class Program:
         products.append(Product(dtypes, count, flops, _op_name(instruction)))
       kind = instruction.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
-        # One that runs beside others is written in each of the fusions that it
-        # runs beside, loops too, and has one channel.
+        # An asynchronous collective is repeated in each fusion that it overlaps
+        # with, with the same channel: count it once.
         channel = re.search(r'channel_id=\d+', instruction.rest)
         key = channel.group() if channel else len(collectives)
         if key not in collectives or count < collectives[key].count:
@@ -116,7 +116,7 @@ class Program:
   def _walk(
       self, name: str, count: float, is_fused: bool
   ) -> Iterator[tuple[hlo.Computation, hlo.Instruction, float, bool]]:
-    """Yields every instruction with the number of its runs."""
+    """Yields every instruction with its number of executions."""
     computation = self._computations[name]
     for instruction in computation.values():
       yield computation, instruction, count, is_fused
@@ -141,8 +141,9 @@ class Program:
         ]
         for x in ('condition', 'body')
     )
-    # From 0 to below a constant, as all loops of scans and of products whose
-    # operand is gathered piece by piece; these take several steps a trip.
+    # The counter runs from 0 to below a constant, in loops of scans and of
+    # matmuls with an operand gathered shard by shard. The latter advance it
+    # by several steps per iteration.
     (compare,) = (x for x in condition.values() if x.is_root)
     counter, limit = (condition.get(x) for x in compare.operands[:2])
     if (
@@ -152,8 +153,8 @@ class Program:
         or 'direction=LT' not in compare.rest
     ):
       raise ValueError(
-          f'The loop {instruction.name!r} ends by {compare}; only loops up to a'
-          ' constant can be counted.'
+          f'The loop {instruction.name!r} has the condition {compare}; expected'
+          ' a counter below a constant.'
       )
     index = int(re.search(r'index=(\d+)', counter.rest).group(1))
     (root,) = (x for x in body.values() if x.is_root)
@@ -161,7 +162,7 @@ class Program:
     return -(-hlo.read_constant(limit) // step)
 
   def _added(self, body: hlo.Computation, name: str) -> int:
-    """Returns the constants that a value is the sum of, beside the counter."""
+    """Returns the sum of the constants added to the counter."""
     instruction = body[name]
     if instruction.opcode == 'constant':
       return hlo.read_constant(instruction)
@@ -170,8 +171,8 @@ class Program:
     if instruction.opcode == 'get-tuple-element':
       return 0
     raise ValueError(
-        f'The counter of a loop is made by {instruction}; only sums with'
-        ' constants can be followed.'
+        f'The counter of a loop is computed by {instruction}; expected a sum'
+        ' with constants.'
     )
 
   def _operands(self, computation, instruction) -> list[hlo.Array]:
@@ -196,7 +197,7 @@ class Program:
     if kind == 'reduce-scatter':
       arrays = self._operands(computation, instruction)
     elif instruction.opcode.endswith('-start') and kind != 'all-reduce':
-      # (operands, results, ...): the results are as many as the operands.
+      # (operands, results, ...), with as many results as operands.
       num_operands = len(instruction.operands)
       arrays = arrays[num_operands:2 * num_operands]
     return Collective(
@@ -209,7 +210,7 @@ class Program:
     )
 
   def _traffic(self, computation, instruction) -> float:
-    """Bytes that an instruction reads from HBM and writes there."""
+    """Returns the bytes that an instruction reads from and writes to HBM."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith('-done') or opcode == 'call':
       return 0.0
@@ -219,7 +220,7 @@ class Program:
       update = computation.get(instruction.operands[1])
       return 2.0 * _hbm_bytes(update.arrays) if update else 0.0
     if opcode.endswith('-start'):
-      # Each side once; the type repeats the operands.
+      # Read and write; the type contains operands and results.
       return _hbm_bytes(instruction.arrays)
     called = _called(instruction) if opcode == 'fusion' else []
     fused = self._computations[called[0]] if called else None
@@ -230,7 +231,7 @@ class Program:
     return total
 
   def _read(self, operand, fused, index: int) -> float:
-    """Bytes of an operand that a fusion reads: of a slice, the slice."""
+    """Returns the bytes that a fusion reads; of a sliced operand, the slice."""
     whole = _hbm_bytes(operand.arrays)
     if fused is None or not whole:
       return whole
@@ -251,7 +252,7 @@ class Program:
     return min(whole, sum(sizes))
 
   def _written(self, instruction, fused) -> float:
-    """Bytes of its result; of one updated in place, the update."""
+    """Returns the bytes written; for an in-place update, only the update."""
     whole = _hbm_bytes(instruction.arrays)
     if fused is None or not whole:
       return whole
@@ -272,13 +273,13 @@ def convolution_flops(
     result: Sequence[int],
     instruction: hlo.Instruction,
 ) -> float:
-  """FLOPs of a convolution, without products with padding or dilation.
+  """Returns the FLOPs of a convolution, without padding and dilation.
 
   Args:
     lhs: shape of the input.
     rhs: shape of the kernel.
     result: shape of the result.
-    instruction: with window and dim_labels.
+    instruction: the convolution, with window and dim_labels.
   """
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest)
   lhs_labels, rhs_labels, out_labels = labels.groups()
@@ -287,7 +288,7 @@ def convolution_flops(
   flops = 2.0 * result[out_labels.index('b')] * result[out_labels.index('f')]
   flops *= rhs[rhs_labels.index('i')]
   if groups:
-    # The batch of the input is contracted, a group for each feature.
+    # The batch axis of the input is contracted, one group per feature.
     flops *= lhs[lhs_labels.index('b')] / int(groups.group(1))
     flops /= result[out_labels.index('b')]
   spatial = sorted(x for x in out_labels if x.isdigit())
@@ -325,7 +326,7 @@ def _window(text: str) -> dict[str, list[int]]:
 
 
 def _called(instruction: hlo.Instruction) -> list[str]:
-  """Names of the computations that an instruction runs once."""
+  """Returns the computations that an instruction executes once."""
   if instruction.opcode == 'conditional':
     branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.rest)
     if branches:
@@ -340,7 +341,7 @@ def _called(instruction: hlo.Instruction) -> list[str]:
 
 
 def _users(computation, name: str) -> Iterator[hlo.Instruction]:
-  """Yields what reads a value, behind bitcasts too."""
+  """Yields the users of a value, looking through bitcasts."""
   for instruction in computation.values():
     if name in instruction.operands:
       if instruction.opcode == 'bitcast':
@@ -350,7 +351,7 @@ def _users(computation, name: str) -> Iterator[hlo.Instruction]:
 
 
 def _is_target(computation, update: hlo.Instruction, name: str) -> bool:
-  """Whether an update in place is of the value, or of a bitcast of it."""
+  """Whether an in-place update writes to a value or a bitcast of it."""
   target = update.operands[0]
   while target != name and computation[target].opcode == 'bitcast':
     (target,) = computation[target].operands
@@ -362,9 +363,10 @@ def _hbm_bytes(arrays: Sequence[hlo.Array]) -> float:
 
 
 def _group_size(text: str) -> int:
-  """Devices of one group of a collective, in the three ways they are written.
+  """Returns the number of devices per group of a collective.
 
-  They are {{0,1},{2,3}}, [groups,size]<=[...] and mesh[...] {axes}.
+  Replica groups have three formats: {{0,1},{2,3}}, [groups,size]<=[...] and
+  mesh[...] {axes}.
   """
   named = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', text)
   if named:
@@ -377,7 +379,7 @@ def _group_size(text: str) -> int:
   listed = re.search(r'replica_groups=\{\{([\d,]*)\}', text)
   if listed:
     return len(listed.group(1).split(','))
-  return 2  # Pairs of a permutation.
+  return 2  # A collective-permute has pairs.
 
 
 def _op_name(instruction: hlo.Instruction) -> str:

@@ -1,4 +1,4 @@
-"""Training steps of full-size configs, lowered without weights or devices."""
+"""Lowers training steps of full-size configs without weights or devices."""
 
 from collections.abc import Mapping
 import pathlib
@@ -23,12 +23,13 @@ from fsq_jax.train import step as train_step
 
 
 class Step(NamedTuple):
-  """A training step, lowered as `train` lowers it.
+  """A lowered training step, the same as in training.
 
   Attributes:
-    lowered: to be compiled.
-    state_bytes: of the whole train state.
-    whole: what of it no axis of the mesh divides, to bytes.
+    lowered: the lowered step.
+    state_bytes: bytes of the unsharded train state.
+    whole: bytes of the arrays that stay replicated because no mesh axis divides
+      them, by path.
   """
 
   lowered: jax.stages.Lowered
@@ -39,7 +40,7 @@ class Step(NamedTuple):
 def load_config(
     root: pathlib.Path, name: str, fields: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-  """Loads a config and changes some of its fields."""
+  """Loads a config and applies overrides."""
   config = configuration.load_config(root / 'configs' / f'{name}.py')
   config.update_from_flattened_dict(dict(fields))
   return config.copy_and_resolve_references()
@@ -50,8 +51,8 @@ def build_step(
 ) -> Step:
   """Lowers the training step of a config for a mesh.
 
-  The networks of the losses are there as they are in training, but for their
-  values: shapes, types and shardings.
+  The frozen loss networks have the shapes, dtypes and shardings of training,
+  but no values.
   """
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
@@ -84,7 +85,7 @@ def build_step(
 
 
 def count_model_flops(config: ml_collections.ConfigDict) -> float:
-  """FLOPs of all products of a step, nothing computed twice for memory."""
+  """Returns the matmul FLOPs of a step without rematerialization."""
   config = config.copy_and_resolve_references()
   config.model.remat = False
   config.discriminator.dino.remat = False
@@ -98,7 +99,7 @@ def count_model_flops(config: ml_collections.ConfigDict) -> float:
 def _abstract_networks(
     config: ml_collections.ConfigDict,
 ) -> tuple[nn.Module | None, dict[str, Any]]:
-  """The module of the perceptual loss, and the shapes of frozen variables."""
+  """Returns the perceptual module and the abstract frozen variables."""
   images = jax.ShapeDtypeStruct((1, *config.data.image_size, 3), jnp.float32)
   key = jax.random.key(0)
   options, variables = config.losses.perceptual, {}
@@ -117,7 +118,7 @@ def _compare_logits(name: str, dtype: jnp.dtype) -> nn.Module:
   return distance.OutputDistance(classifier)
 
 
-# As `distance.build_perceptual_loss` builds them of files.
+# As in `distance.build_perceptual_loss`, which loads the weights.
 _PERCEPTUAL = {
     'none': lambda _: None,
     'lpips_vgg16': lambda dtype: lpips.Lpips('vgg16', 'default', dtype),

@@ -1,12 +1,12 @@
-"""Compiles the full-size training steps for TPUs, on a machine without one.
+"""Compiles the full-size training steps for TPUs, without a TPU.
 
-Each case is a config on a mesh of a TPU topology; what its compiled program
-takes of memory, computes, moves and sends is written to results.json. Cases
-that are there are not compiled again, unless --again is given.
+Each case is a config on a mesh of a TPU topology. Memory, FLOPs, HBM traffic
+and collectives of the compiled step are written to results.json. Finished cases
+are skipped, unless --again is given.
 
   python experiments/tpu_compile/tpu_compile.py
 
-It needs libtpu beside JAX; README.md says how to install both.
+Needs libtpu, see README.md.
 """
 
 import argparse
@@ -28,14 +28,14 @@ sys.path.insert(0, str(ROOT))
 
 
 class Chip(NamedTuple):
-  """Figures of Google's documentation, cloud.google.com/tpu/docs/<name>.
+  """Peak values of a chip, from cloud.google.com/tpu/docs/<name>.
 
   Attributes:
-    flops: per second, bf16.
-    hbm: bytes.
+    flops: bf16 FLOP/s.
+    hbm: bytes of HBM.
     hbm_bandwidth: bytes per second.
-    ici_bandwidth: bytes per second that a chip sends, half of the figure for
-      both directions.
+    ici_bandwidth: bytes per second in one direction, half of the documented
+      bidirectional value.
   """
 
   flops: float
@@ -68,11 +68,11 @@ class Case(NamedTuple):
 
   Attributes:
     config: name of a file in configs.
-    topology: of `jax.experimental.topologies`.
-    batch_size: images, over all chips.
-    mesh: sizes of partitioning.mesh; None for the config's own.
-    fields: of the config that differ.
-    label: what the table calls the model.
+    topology: name of a topology of `jax.experimental.topologies`.
+    batch_size: global batch size.
+    mesh: axis sizes of partitioning.mesh; None for the mesh of the config.
+    fields: config overrides.
+    label: name of the model in the table; default: the config.
   """
 
   config: str
@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
   @property
   def name(self) -> str:
-    """A key for results.json."""
+    """Key in results.json."""
     mesh = self.mesh or {}
     sizes = ','.join(f'{axis}={size}' for axis, size in mesh.items())
     label = self.label or self.config
@@ -92,7 +92,7 @@ class Case(NamedTuple):
 
 
 def list_cases() -> list[Case]:
-  """Returns all cases, those first whose answers matter most."""
+  """Returns all cases, the most important first."""
   stage_1, stage_2 = 'vqrae_fsq_siglip_l', 'vqrae_fsq_siglip_l_stage2'
   data, fsdp = {'data': -1, 'fsdp': 1}, {'data': 1, 'fsdp': -1}
   tensor = {'data': 1, 'fsdp': -1, 'tensor': 4}
@@ -102,7 +102,7 @@ def list_cases() -> list[Case]:
       Case(stage_1, 'v5e:4x4', 1024, data),
       Case(stage_1, 'v5e:4x4', 1024, tensor),
   ]
-  # As many images a chip, on more of them.
+  # The same batch size per chip, on more chips.
   for topology, num_images in (('v5e:8x8', 4096), ('v5e:16x16', 16384)):
     for sizes in ({'fsdp': 16}, {'fsdp': 16, 'tensor': 4}):
       cases.append(Case(stage_1, topology, num_images, {'data': -1, **sizes}))
@@ -114,7 +114,7 @@ def list_cases() -> list[Case]:
       Case('default', 'v5e:4x4', 1024, tensor, _VIT_H, 'vit_h_16'),
       Case(stage_1, 'v6e:4x4', 1024),
   ]
-  # More than fits, to see that the compiler says so.
+  # Does not fit: checks that the compiler reports it.
   cases.append(Case(stage_1, 'v5e:4x4', 4096))
   in_float32 = {
       'losses.perceptual.dtype': 'float32',
@@ -126,8 +126,8 @@ def list_cases() -> list[Case]:
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-  """Compiles a case and returns its figures."""
-  # Here, so that tables are printed and tested without a TPU's compiler.
+  """Compiles a case and returns its measurements."""
+  # Imported here, so that the tables can be printed without libtpu.
   import jax
   from jax.experimental import topologies
 
@@ -139,7 +139,7 @@ def compile_case(case: Case) -> dict[str, Any]:
       ROOT, case.config, {'data.batch_size': case.batch_size, **case.fields}
   )
   sizes = dict(case.mesh or config.partitioning.mesh)
-  # A quarter of the time that the compiler takes at 0, its default.
+  # Takes a quarter of the compile time of the default, 0.
   jax.config.update('jax_exec_time_optimization_effort', -1.0)
   devices = topologies.get_topology_desc(
       platform='tpu', topology_name=case.topology
@@ -192,12 +192,12 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def summarize(costs, chip: Chip, model_tflops: float) -> dict[str, Any]:
-  """Returns sums and the roofline of a program.
+  """Returns totals and roofline bounds of a compiled step.
 
   Args:
     costs: `hlo_costs.Costs`.
-    chip: of `CHIPS`.
-    model_tflops: products of the model for one chip, nothing computed twice.
+    chip: an entry of `CHIPS`.
+    model_tflops: matmul TFLOP of the model per chip, without recomputation.
   """
   by_dtype, collectives = collections.Counter(), {}
   for product in costs.products:
@@ -236,36 +236,32 @@ def summarize(costs, chip: Chip, model_tflops: float) -> dict[str, Any]:
 
 
 def print_tables(results: Mapping[str, Any]) -> None:
-  """Prints the tables of the READMEs: what comes out, and of what."""
+  """Prints two tables: bounds, and the quantities they are computed from."""
   rows = [_describe(name, x) for name, x in results['cases'].items()]
   _print_table(
-      ('model', 'chips', 'images', 'data x fsdp x tensor', 'HBM at peak, GiB',
-       'step, ms at least', 'MFU at most'),
+      ('model', 'chips', 'images', 'mesh (data x fsdp x tensor)',
+       'peak HBM (GiB)', 'step time lower bound (ms)', 'MFU upper bound'),
       [(*case, *outcome) for case, outcome, _ in rows],
   )
   sys.stdout.write('\n')
   _print_table(
-      ('model', 'chips', 'data x fsdp x tensor', 'arguments, GiB',
-       'of these donated', 'temporaries, GiB', 'TFLOP', 'of two bf16',
-       'HBM, GB',
-       'sent, GB: ' + ', '.join(_KINDS.values()),
-       'products / HBM / ICI, ms'),
+      ('model', 'chips', 'mesh (data x fsdp x tensor)', 'arguments (GiB)',
+       'donated', 'temporaries (GiB)', 'matmul TFLOP', 'bf16 x bf16',
+       'HBM traffic (GB)', 'sent (GB): ' + ' / '.join(_KINDS),
+       'matmul / HBM / ICI bound (ms)'),
       [(case[0], case[1], case[3], *parts) for case, _, parts in rows if parts],
   )
 
 
-# Collectives by what the table calls them.
-_KINDS = {
-    'all-gather': 'gather',
-    'all-reduce': 'reduce',
-    'reduce-scatter': 'scatter',
-    'all-to-all': 'all to all',
-    'collective-permute': 'permute',
-}
+# In the order of the table.
+_KINDS = (
+    'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+    'collective-permute',
+)
 
 
 def _describe(name: str, figures: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-  """Returns the cells that say which case, what it takes, and of what."""
+  """Returns the cells of a case: name and mesh, bounds, quantities."""
   case = (
       name.partition('/')[0],
       figures['topology'],
@@ -273,7 +269,8 @@ def _describe(name: str, figures: Mapping[str, Any]) -> tuple[Any, Any, Any]:
       ' x '.join(str(n) for n in figures['mesh'].values()),
   )
   if 'needs_gib' in figures:
-    return case, (f'temporaries of {figures["needs_gib"]}', '-', '-'), ()
+    needed = f'out of memory, temporaries {figures["needs_gib"]}'
+    return case, (needed, '-', '-'), ()
   memory = figures['memory_gib']
   sent = (
       figures['collectives'].get(kind, {'sent_gbytes': 0.0})['sent_gbytes']
@@ -302,7 +299,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _run_case(case: Case) -> dict[str, Any]:
-  """Compiles in a process of its own, which gives back its memory."""
+  """Compiles a case in a subprocess, which frees its memory."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'figures.json'
     environment = {
@@ -310,7 +307,7 @@ def _run_case(case: Case) -> dict[str, Any]:
         'JAX_PLATFORMS': 'cpu',
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-        # One that was stopped may have left its lock.
+        # An interrupted process may have left its lock.
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
     command = [sys.executable, __file__, '--case', case.name, '--to', path]
@@ -319,12 +316,14 @@ def _run_case(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-  """Compiles what results.json lacks and prints the tables."""
+  """Compiles the missing cases and prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--again', action='store_true', help='forget results')
-  parser.add_argument('--only', default='', help='part of the names of cases')
-  parser.add_argument('--case', help='compile one in this process')
-  parser.add_argument('--to', type=pathlib.Path, help='file for its figures')
+  parser.add_argument(
+      '--again', action='store_true', help='recompile finished cases'
+  )
+  parser.add_argument('--only', default='', help='substring of the case names')
+  parser.add_argument('--case', help='compile one case in this process')
+  parser.add_argument('--to', type=pathlib.Path, help='output file of --case')
   arguments = parser.parse_args()
   cases = {case.name: case for case in list_cases()}
   if arguments.case:

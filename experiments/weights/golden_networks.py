@@ -1,16 +1,16 @@
-"""Makes tests/testdata/frozen: what the originals of frozen networks compute.
+"""Writes tests/testdata/frozen: outputs of the original frozen networks.
 
-The original weights are not to be had everywhere and are large, so tests fill
-both the originals and ours with the same random arrays: shapes by key are in
-the files, the values follow from a seed. None of the packages is a dependency
-of fsq_jax; in an environment of your own:
+The original weights are large and not available everywhere, so the originals
+and our networks are filled with the same random arrays: the shapes are stored
+in the files, the values are determined by a seed. None of the packages is a
+dependency of fsq_jax; use a separate environment:
 
   pip install numpy torch torchvision pytorch-fid torch-fidelity
   export PYTHONPATH=.
   python experiments/weights/golden_networks.py tests/testdata/frozen
 
-Each file holds `shapes`, JSON of the shape of every array of the state dict,
-and the outputs, for the images of `make_images`.
+Each file contains `shapes`, JSON with the shape of every array of the state
+dict, and the outputs for the images of `make_images`.
 """
 
 import argparse
@@ -21,20 +21,20 @@ import tempfile
 
 import numpy as np
 
-# Rows are more after the resampling of every network, columns are fewer.
+# Every network upsamples the rows and downsamples the columns.
 IMAGE_SIZE = (57, 340)
 
 
 def make_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-  """Draws a state dict in which no activation vanishes or explodes.
+  """Draws a state dict with which no activation vanishes or explodes.
 
   Args:
-    shapes: by key of PyTorch; () and integers are counts of batches.
+    shapes: by PyTorch key; () is a batch counter.
 
   Returns:
-    Arrays by key, float32; the same ones everywhere.
+    Float32 arrays by key, the same on every machine.
   """
-  # Of NumPy's generators the one whose numbers never change.
+  # The only NumPy generator with a stable stream across versions.
   rng = np.random.RandomState(0)
   arrays = {}
   for key in sorted(shapes):
@@ -52,7 +52,7 @@ def make_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def make_images() -> np.ndarray:
-  """Draws two images [2, H, W, 3], uint8: noise on a coarse pattern."""
+  """Draws two uint8 images [2, H, W, 3]: noise on a coarse pattern."""
   rng = np.random.RandomState(1)
   coarse = rng.uniform(0, 255, (2, 8, 8, 3))
   rows, columns = (np.arange(side) * 8 // side for side in IMAGE_SIZE)
@@ -62,8 +62,8 @@ def make_images() -> np.ndarray:
 
 
 def _tensors(network):
-  """A random state dict for a network of PyTorch, and its shapes as JSON."""
-  import torch  # Here and below, since tests import this module without it.
+  """Returns a random state dict of a network, and its shapes as JSON."""
+  import torch  # Here and below: tests import this module without torch.
 
   shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
   arrays = make_arrays(shapes)
@@ -82,7 +82,7 @@ def run_inception() -> dict[str, np.ndarray]:
           num_classes=1008, aux_logits=False, init_weights=False
       )
   )
-  # In place of the download.
+  # Instead of the download.
   inception.load_state_dict_from_url = lambda *_, **__: tensors
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory) / 'weights.pth'
@@ -104,9 +104,9 @@ def run_classifiers() -> dict[str, dict[str, np.ndarray]]:
   """Runs small classifiers of torchvision, as the loss of TiTok does.
 
   Returns:
-    By the name of the full-size one: logits [2, 10] of a network with fewer
-    blocks, and narrower where the class can be; and `full_shapes`, JSON of the
-    state dict of the full-size one.
+    By name of the full-size network: logits [2, 10] of a network with fewer
+    blocks, also narrower if the class supports it; and `full_shapes`, JSON of
+    the state dict of the full-size network.
   """
   import torch
   import torchvision
@@ -147,12 +147,12 @@ def run_classifiers() -> dict[str, dict[str, np.ndarray]]:
 
 
 def main() -> None:
-  """Writes all files to the directory named on the command line."""
+  """Writes all files to the directory given on the command line."""
   parser = argparse.ArgumentParser(
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('directory', type=pathlib.Path, help='to write to')
+  parser.add_argument('directory', type=pathlib.Path, help='output directory')
   directory = parser.parse_args().directory
   directory.mkdir(parents=True, exist_ok=True)
   np.savez_compressed(directory / 'inception.npz', **run_inception())
