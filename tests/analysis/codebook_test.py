@@ -585,4 +585,5 @@ def test_the_mode_runs_by_launch(tmp_path):
       command, cwd=_ROOT, capture_output=True, text=True, check=True
   )
   assert result.stdout == f'{tmp_path}/run/report.html\n'
-  assert 'One level index changed' in (tmp_path / 'run' / 'report.html').read_text()
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert 'One level index changed' in page

@@ -194,15 +194,14 @@ def test_indices_of_waves_symmetric_tanh():
 
 def test_digits_are_half_open_integers_in_the_stated_order():
   digits = jnp.asarray([4, 3, 2])
-  symmetric = FSQ(levels=(8, 6, 5))
-  paper = FSQ(levels=(8, 6, 5), convention='paper')
-  assert int(symmetric.digits_to_indices(digits)) == 4 * 30 + 3 * 5 + 2
-  assert int(paper.digits_to_indices(digits)) == 4 + 3 * 8 + 2 * 48
-  codes = symmetric.digits_to_codes(digits)
-  np.testing.assert_array_equal(codes, [0.5, 0.5, 0])
-  np.testing.assert_array_equal(paper.digits_to_codes(digits), [0, 0, 0])
-  np.testing.assert_array_equal(symmetric.indices_to_digits(137), digits)
-  np.testing.assert_array_equal(paper.indices_to_digits(124), digits)
+  for convention, index, codes in (
+      ('symmetric', 4 * 30 + 3 * 5 + 2, [0.5, 0.5, 0]),
+      ('paper', 4 + 3 * 8 + 2 * 48, [0, 0, 0]),
+  ):
+    fsq = FSQ(levels=(8, 6, 5), convention=convention)
+    assert int(jax.jit(fsq.digits_to_indices)(digits)) == index
+    np.testing.assert_array_equal(jax.jit(fsq.digits_to_codes)(digits), codes)
+    np.testing.assert_array_equal(jax.jit(fsq.indices_to_digits)(index), digits)
 
 
 @both_conventions
@@ -415,9 +414,10 @@ def test_indices_of_any_width_are_checked_before_they_wrap(dtype):
 def test_digits_out_of_range_are_no_token():
   fsq = FSQ(levels=(8, 5))
   digits = jnp.asarray([[7, 4], [8, 0], [0, 5], [-1, 0]])
-  np.testing.assert_array_equal(fsq.digits_to_indices(digits), [39, -1, -1, -1])
+  indices = jax.jit(fsq.digits_to_indices)(digits)
+  np.testing.assert_array_equal(indices, [39, -1, -1, -1])
   np.testing.assert_array_equal(
-      fsq.digits_to_codes(digits),
+      jax.jit(fsq.digits_to_codes)(digits),
       [[3.5, 2], [np.nan, -2], [-3.5, np.nan], [np.nan, -2]],
   )
   with pytest.raises(ValueError, match='2 channels'):

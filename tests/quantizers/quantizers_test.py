@@ -507,7 +507,7 @@ def test_nan_is_never_a_token(case):
   assert np.all(again[-3:] == -1)
 
 
-@_cases('fsq0', 'vq0')
+@_cases('fsq0')
 def test_channels_may_stand_on_another_axis(case):
   config = _CASES[case]
   last, first = _build(config), _build(config, channel_axis=1)
@@ -611,7 +611,8 @@ def test_builder_takes_placeholders_and_leaves_the_config_alone():
   assert config.name == 'fsq'
 
 
-@_cases('fsq0', 'vq0')
+@pytest.mark.slow
+@_cases()
 def test_x64_and_strict_promotion_change_no_result(case):
   config = _CASES[case]
 
