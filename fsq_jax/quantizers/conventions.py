@@ -83,8 +83,7 @@ class Convention:
   """A convention for given levels: bounded latents to level indices to codes.
 
   Methods take and return float32 [..., d]. Level index k has the code
-  (k - origin) / scale. All class attributes but the first two are recorded in
-  `FSQ.spec`.
+  (k - origin) / scale. Class attributes do not depend on the levels.
 
   Attributes:
     lowest_level: smallest number of levels of a channel.

@@ -7,8 +7,8 @@ stored beside tokens as JSON. Tokens are only decoded under their own spec:
   indices = convert.convert_indices(indices, spec, quantizer.spec())
 
 Conversion keeps the level indices; it changes the order of channels in an index
-and the scale of codes. The result is not what the other quantizer would make of
-the same latents: bounds and rounding differ too.
+and the scale of codes. The other quantizer may give the same latents other
+tokens: bounds and rounding differ too.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from fsq_jax.quantizers import builder
 from fsq_jax.quantizers import digits as digits_lib
 from fsq_jax.quantizers import specs
 
-# Keys of specs that are fields of quantizers; the others follow from them.
+# Keys of specs that are fields of quantizers; all other keys follow from them.
 _FIELDS = (
     'name', 'levels', 'convention', 'bound', 'bins', 'eps', 'num_groups',
     'num_stages', 'num_bits', 'bit_order',
@@ -71,7 +71,7 @@ def convert_indices(
 
   Raises:
     ValueError: the conventions have different levels, the last axis of indices
-      is not that of the source, or an index is neither -1 nor in its range.
+      has a wrong size, or an index is neither -1 nor in range.
   """
   source, target = _quantizers(source, target)
   indices = np.asarray(indices)

@@ -78,9 +78,11 @@ class FSQ(digits_lib.DigitQuantizer):
   def __post_init__(self):
     checks.check_name('convention', self.convention, conventions.CONVENTIONS)
     checks.check_name('noise_per', self.noise_per, _NOISE_PER)
-    convention = conventions.CONVENTIONS[self.convention]
-    for name in ('bound', 'bins'):
-      allowed = {'bound': convention.bounds, 'bins': convention.bins}[name]
+    convention = self._convention
+    for name, allowed in (
+        ('bound', convention.bounds),
+        ('bins', convention.bins),
+    ):
       if getattr(self, name) not in allowed:
         raise ValueError(
             f'{name} is {getattr(self, name)!r}; convention '
@@ -101,27 +103,26 @@ class FSQ(digits_lib.DigitQuantizer):
       self, z: jax.Array, *, train: bool = False
   ) -> base.QuantizerOutput:
     z = jnp.asarray(z)
-    convention = self._convention
-    bounded = convention.bound(
-        self._channels_last(z, 'Latents').astype(jnp.float32)
-    )
-    steps = convention.to_steps(bounded)
-    level_indices = convention.round(steps)
+    x = self._channels_last(z, 'Latents').astype(jnp.float32)
+    grid = self._grid
+    bounded = grid.bound(x)
+    steps = grid.to_steps(bounded)
+    level_indices = grid.round(steps)
     if self._needs_clipping:
       level_indices = self._clip(level_indices)
-    codes = jax.lax.stop_gradient(convention.codes(level_indices))
+    codes = jax.lax.stop_gradient(grid.codes(level_indices))
     # Straight-through. The sum with an exact zero is exact; y + sg(codes - y)
     # loses codes much smaller than y.
-    slope = convention.half / convention.scale
+    slope = grid.half / grid.scale
     z_q = codes + (bounded - jax.lax.stop_gradient(bounded)) * slope
     # From codes, which are written to memory anyway: from level indices, XLA's
     # CPU backend keeps tanh in memory too and takes twice the time.
-    indices = self._pack(convention.nearest(jax.lax.stop_gradient(z_q)))
+    indices = self._pack(grid.nearest(jax.lax.stop_gradient(z_q)))
     if train and self.noise:
-      z_q += self._noise_in_steps(codes.shape, z.ndim) / convention.scale
+      z_q += self._noise_in_steps(codes.shape, z.ndim) / grid.scale
     loss = jnp.zeros((), jnp.float32)
     if self._commitment_weight > 0:
-      error = codes - steps / convention.scale
+      error = codes - steps / grid.scale
       loss = self._commitment_weight * jnp.mean(jnp.square(error))
     return base.QuantizerOutput(
         z_q=self._channels_back(z_q).astype(z.dtype),
@@ -131,7 +132,7 @@ class FSQ(digits_lib.DigitQuantizer):
 
   @property
   def code_steps(self) -> tuple[float, ...]:
-    return tuple(float(1 / scale) for scale in self._convention.scale)
+    return tuple(float(1 / scale) for scale in self._grid.scale)
 
   def spec(self) -> dict[str, Any]:
     convention = self._convention
@@ -149,14 +150,16 @@ class FSQ(digits_lib.DigitQuantizer):
     }
 
   @property
-  def _convention(self) -> conventions.Convention:
-    convention = conventions.CONVENTIONS[self.convention]
-    return convention(self.levels, self.bound, self.bins, self._eps)
+  def _convention(self) -> type[conventions.Convention]:
+    return conventions.CONVENTIONS[self.convention]
+
+  @property
+  def _grid(self) -> conventions.Convention:
+    return self._convention(self.levels, self.bound, self.bins, self._eps)
 
   @property
   def _eps(self) -> float:
-    default = conventions.CONVENTIONS[self.convention].eps
-    return float(default if self.eps is None else self.eps)
+    return self._convention.eps if self.eps is None else self.eps
 
   @property
   def _commitment_weight(self) -> float:
@@ -172,11 +175,11 @@ class FSQ(digits_lib.DigitQuantizer):
   def _needs_clipping(self) -> bool:
     """Whether a bounded latent may round to a level index outside [0, L)."""
     # tanh may exceed 1 by a rounding.
-    half = self._convention.half * (1 + 1e-6)
+    half = self._grid.half * (1 + 1e-6)
     return self.bound == 'clip' or np.any(2 * half >= self.levels)
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
-    digits = jnp.stack(self._convention.nearest(codes), axis=-1)
+    digits = jnp.stack(self._grid.nearest(codes), axis=-1)
     digits = self._clip(digits)
     return jnp.where(jnp.isnan(digits), -1, digits).astype(jnp.int32)
 
@@ -184,7 +187,7 @@ class FSQ(digits_lib.DigitQuantizer):
     return jnp.clip(level_indices, 0, np.asarray(self.levels, np.float32) - 1)
 
   def _codes(self, digits: jax.Array) -> jax.Array:
-    codes = self._convention.codes(digits.astype(jnp.float32))
+    codes = self._grid.codes(digits.astype(jnp.float32))
     return jnp.where(self._is_valid(digits), codes, jnp.nan)
 
   def _noise_in_steps(self, shape: Sequence[int], rank: int) -> jax.Array:

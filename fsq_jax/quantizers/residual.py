@@ -121,11 +121,10 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     return self._channels_back(self._first_stages(digits, count))
 
   def _first_stages(self, digits: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns codes [..., d] of the first stages.
+    """Returns codes [..., d] of level indices [..., stages, d].
 
-    Args:
-      digits: [..., stages, d] int32.
-      count: int32 number of stages that broadcasts to the codes; 0 is all.
+    `count` is the int32 number of stages that are used, 0 for all; it
+    broadcasts to the codes.
     """
     codes = self._codes(digits)
     for num in range(1, digits.shape[-2]):

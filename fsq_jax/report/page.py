@@ -275,7 +275,7 @@ def _finite(value: Any) -> bool:
 
 
 def _number(value: Any) -> str:
-  """Formats a number: thousands separators, or 6 significant digits; a dash."""
+  """Formats a number; other values by `str`, missing and infinite as a dash."""
   if not _finite(value):
     is_number = value is None or isinstance(value, float)
     return '\N{EN DASH}' if is_number else str(value)

@@ -41,7 +41,7 @@ def _away_from_boundaries(steps, levels):
 
 
 def _assert_digits(fsq, z, steps):
-  """Checks digits against float64 steps before clipping and rounding."""
+  """Checks level indices against float64 steps before clipping and rounding."""
   levels = np.asarray(fsq.levels)
   digits = np.asarray(fsq.indices_to_digits(_call(fsq, z).indices))
   away = _away_from_boundaries(steps, levels)

@@ -44,7 +44,7 @@ def test_every_code_between_all_conventions(levels):
           convert.convert_indices(indices, specs[source], specs[target]),
           np.ravel_multi_index(digits.T, levels, order=order),
       )
-    # What a convention decodes is what the digits say.
+    # Decoded codes follow from the level indices.
     codes = jax.jit(FSQ(levels, source).indices_to_codes)(indices)
     expected = scale(digits, np.asarray(levels))
     np.testing.assert_allclose(codes, expected, atol=3e-7)
@@ -80,7 +80,7 @@ def test_orders_of_bits(name):
   np.testing.assert_array_equal(
       convert.convert_indices(there, lsb, msb), every
   )
-  # Bits are the digits of two levels.
+  # Bits are level indices of two levels.
   fsq = FSQ((2,) * 4).spec()
   np.testing.assert_array_equal(
       convert.convert_indices(every, msb, fsq), every

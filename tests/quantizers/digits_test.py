@@ -1,4 +1,4 @@
-"""What quantizers made of digits share: no codebook in memory, and limits."""
+"""Quantizers with level indices: no codebook in memory, index orders."""
 
 import time
 import tracemalloc
@@ -94,7 +94,7 @@ def test_no_trace_of_training_holds_a_codebook(quantizer):
 
   z = jnp.zeros((16, quantizer.code_dim))
   trace = jax.make_jaxpr(jax.grad(loss, has_aux=True))(z, jax.random.key(0))
-  # Digits of residual FSQ are [16, 4, 4].
+  # Level indices of residual FSQ are [16, 4, 4].
   assert _largest_array(trace) <= 2 * 16 * 16
 
 

@@ -21,7 +21,7 @@ _GOLDEN = {
     'paper': dict(np.load(_TESTDATA / 'fsq_paper.npz')),
     'symmetric': dict(np.load(_TESTDATA / 'fsq_symmetric.npz')),
 }
-# At two levels the paper convention is ill-conditioned, and refused.
+# At two levels the paper convention is ill-conditioned, and rejected.
 _GOLDEN_CASES = sorted(
     {
         (convention, key.split('/')[0])
@@ -182,8 +182,8 @@ def test_indices_of_waves(levels, paper, symmetric, loss):
 
 
 def test_indices_of_waves_symmetric_tanh():
-  # The published numbers let the first channel run fastest: digits are the
-  # same, in the other order.
+  # In the published numbers the first channel varies fastest: equal level
+  # indices in the other order.
   fsq = FSQ(levels=(8, 6, 5))
   digits = fsq.indices_to_digits(_call(fsq, _waves(3)).indices)
   np.testing.assert_array_equal(
@@ -431,7 +431,7 @@ _latents = hnp.arrays(
 
 @functools.cache
 def _compiled(convention, bound):
-  """Returns latents [6, 3] -> (output, digits), compiled once."""
+  """Returns latents [6, 3] -> (output, level indices), compiled once."""
   fsq = FSQ((8, 5, 3), convention, bound)
 
   def call(z):
@@ -515,6 +515,6 @@ def test_spec_names_the_dialect_and_leaves_training_out():
   paper = FSQ(levels=(8, 6, 5), convention='paper')
   assert paper.spec()['index_order'] == 'first dimension fastest'
   assert paper.spec()['eps'] == 1e-3
-  # The default written out is the same dialect; so is another loss weight.
+  # An explicit default, or another loss weight, is the same convention.
   same = FSQ((8, 6, 5), 'paper', eps=1e-3, commitment_weight=0.5)
   assert same.spec() == paper.spec()

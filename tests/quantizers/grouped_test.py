@@ -55,7 +55,7 @@ def test_sizes_are_those_of_one_index():
   assert grouped.levels == (8, 6, 5)
   assert grouped.index_shape == (4,)
   assert FSQ((8, 6, 5)).index_shape == ()
-  # Digits are those of each index, so that pooled indices have some too.
+  # Level indices belong to one index, so that pooled indices have them too.
   indices = jnp.arange(240)
   np.testing.assert_array_equal(
       grouped.indices_to_digits(indices),

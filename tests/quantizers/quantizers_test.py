@@ -275,7 +275,7 @@ def test_results_do_not_depend_on_the_number_of_devices(
   )
 
 
-# Those with statistics of the whole batch; one that only has a mean.
+# Quantizers with statistics of the whole batch, and one with a mean only.
 _WITH_STATISTICS = {
     'lfq': {'name': 'lfq', 'num_bits': 4, 'entropy_group_bits': 3},
     'bsq': {'name': 'bsq', 'num_bits': 4},
@@ -406,7 +406,7 @@ def test_replicas_with_an_axis_name_equal_one_device(name, kind):
       for copy in of_replicas:
         np.testing.assert_array_equal(copy, of_replicas[0])
       np.testing.assert_allclose(of_replicas[0], x, rtol=1e-4, atol=1e-5)
-    # The next step of both starts from the same.
+    # The next step has the same state for both.
     state = jax.tree.map(lambda x: jnp.asarray(x[0]), states)
 
 
@@ -647,7 +647,7 @@ def test_x64_and_strict_promotion_change_no_result(case):
     return jax.device_get(results)
 
   expected = run()
-  # What is float64 by accident then meets a float32.
+  # Accidental float64 arrays then meet float32 arrays.
   with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
     actual = run()
   chex.assert_trees_all_equal_dtypes(actual, expected)

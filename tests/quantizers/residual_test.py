@@ -44,7 +44,7 @@ def _normal(shape, seed=0):
 
 
 def _definition(z, levels, num_stages):
-  """Returns float64 codes and digits of each stage, one after the other.
+  """Returns float64 codes and level indices of each stage, in sequence.
 
   Also where float32 cannot round otherwise, at any stage.
   """

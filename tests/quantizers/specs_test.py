@@ -30,7 +30,7 @@ def test_tokens_of_another_convention_are_refused_by_what_differs():
     other = FSQ(**{'levels': (8, 6, 5), **fields}).spec()
     with pytest.raises(ValueError, match=match) as error:
       specs.check_same_spec(other, fsq.spec())
-    # Other levels have no digits in common.
+    # Tokens of other levels cannot be converted.
     convertible = 'levels' not in fields
     assert ('convert.convert_indices' in str(error.value)) == convertible
   specs.check_same_spec(saved | {'levels': (8, 6, 5)}, fsq.spec())

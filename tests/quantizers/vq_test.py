@@ -267,7 +267,7 @@ def test_distances_have_no_token_where_they_are_not_finite():
 
 
 def _equations(jaxpr):
-  """Yields all equations of a program, those of inner programs too."""
+  """Yields all equations of a jaxpr, including inner jaxprs."""
   for equation in jaxpr.eqns:
     yield equation
     for inner in core.jaxprs_in_params(equation.params):
@@ -330,7 +330,7 @@ def test_chunks_give_the_same_within_the_bound(
   chunked = program.lower().compile()(x, codebook)
   np.testing.assert_array_equal(chunked[0], whole[0])
   chex.assert_trees_all_close(chunked[1], whole[1], rtol=1e-4, atol=1e-6)
-  # What is not distances is smaller here, but for the entries' [200, 3].
+  # All other arrays are smaller here, except the entries, [200, 3].
   assert max(_all_sizes(program.jaxpr)) <= max(bound, 600)
 
 
@@ -666,7 +666,7 @@ def test_eight_devices_learn_what_one_learns(fields):
 
 @pytest.mark.slow
 def test_codes_restart_below_the_share_that_the_field_sets():
-  # The first code gets all latents; the others' counts halve every update.
+  # The first code gets all latents; the counts of others halve per update.
   entries = np.full((16, 4), 50, np.float32) + _normal(1, 16, 4)
   entries[0] = 0
   z = _normal(0, 64, 4)

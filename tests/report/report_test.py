@@ -445,7 +445,7 @@ def test_png_returns_the_pixels(tmp_path):
 
 
 def _analysis(**changes):
-  """What --mode=report might have found, of two digits."""
+  """An analysis as of --mode=report, of two dimensions."""
   png = base64.b64encode(_png(_images(0, 1)[0])).decode()
   image = {
       'index': 7, 'psnr': 21.456, 'original': png, 'reconstruction': png,
@@ -548,7 +548,7 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
     assert link.startswith(('data:image/png;base64,', '#')), link[:80]
   assert 'left:50.000%;top:25.000%;width:12.500%' in page
   assert page.count('aria-label="line between original and recon') == 1
-  assert parsed.tags.count('input') == 2  # That of the grids, and the line.
+  assert parsed.tags.count('input') == 2  # Slider and line.
 
 
 def test_cells_say_how_often_codes_are_neighbours(workdir):
