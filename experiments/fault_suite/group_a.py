@@ -308,7 +308,7 @@ def _conventions(folder: pathlib.Path, quick: bool) -> fault.Outcome:
         pairs += 1
         specs = one.spec(), other.spec()
         refused += (
-            fault.refusal(convert.check_same_dialect, *specs) is not None
+            fault.refusal(quantizers.check_same_spec, *specs) is not None
         )
         indices = np.arange(one.codebook_size, dtype=np.int32)
         converted = convert.convert_indices(indices, *specs)

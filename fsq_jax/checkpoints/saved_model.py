@@ -16,7 +16,7 @@ from fsq_jax import models
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import checkpointer as checkpointer_lib
 from fsq_jax.models import variables
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 
 
@@ -147,7 +147,7 @@ def restore(
   """
   config = found.config
   model = models.build_autoencoder(config.model, config.data.image_size)
-  convert.check_same_dialect(found.quantizer, model.quantizer.spec())
+  specs.check_same_spec(found.quantizer, model.quantizer.spec())
   abstract = partitioning.place_abstract(
       variables.abstract_eval_fields(
           model, config.data.image_size, tuple(config.optim.frozen)

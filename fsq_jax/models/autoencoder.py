@@ -8,7 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax import quantizers
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 
 # As in RAE: a latent that never varies stays finite.
@@ -176,7 +176,7 @@ class Autoencoder(nn.Module):
       size: see `decode`.
     """
     if spec is not None:
-      convert.check_same_dialect(spec, self.quantizer.spec())
+      specs.check_same_spec(spec, self.quantizer.spec())
     return self.decode(self.quantizer.indices_to_codes(indices), size=size)
 
   def _quantize(

@@ -13,6 +13,7 @@ from fsq_jax.quantizers.lfq import LFQ
 from fsq_jax.quantizers.none import NoQuantizer
 from fsq_jax.quantizers.residual import ResidualFSQ
 from fsq_jax.quantizers.simvq import SimVQ
+from fsq_jax.quantizers.specs import check_same_spec
 from fsq_jax.quantizers.vq import VectorQuantizer
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     'SimVQ',
     'VectorQuantizer',
     'build_quantizer',
+    'check_same_spec',
     'convert',
     'recommended_levels',
 ]

@@ -1,10 +1,11 @@
-"""The table of quantizers, and the builder that chooses by name."""
+"""Builds quantizers from a config by name."""
 
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import fsq
 from fsq_jax.quantizers import grouped
 from fsq_jax.quantizers import lfq
@@ -26,7 +27,7 @@ QUANTIZERS = {
 
 
 def build_quantizer(config: Mapping[str, Any]) -> base.Quantizer:
-  """Builds the quantizer that a config names.
+  """Builds the quantizer named in a config.
 
   Args:
     config: ConfigDict or mapping; `name` chooses the quantizer, every other
@@ -37,18 +38,15 @@ def build_quantizer(config: Mapping[str, Any]) -> base.Quantizer:
   """
   options = dict(config)
   name = options.pop('name', None)
-  if name not in list(QUANTIZERS):
-    raise ValueError(
-        f'model.quantizer.name is {name!r}; known: {sorted(QUANTIZERS)}.'
-    )
+  checks.check_name('model.quantizer.name', name, QUANTIZERS)
   quantizer = QUANTIZERS[name]
   # `parent` and `name` are the fields that linen adds.
   fields = {field.name for field in dataclasses.fields(quantizer)}
   fields -= {'parent', 'name'}
   if unknown := sorted(set(options) - fields):
     raise ValueError(
-        f'model.quantizer has {unknown}, which {name!r} does not know; its '
+        f'model.quantizer has {unknown}, which are no fields of {name!r}; its '
         f'fields: {sorted(fields)}.'
     )
-  # Unbound inside a method of another module, too.
+  # Unbound, also inside a method of another module.
   return quantizer(parent=None, **options)

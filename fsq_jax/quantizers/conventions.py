@@ -1,15 +1,16 @@
-"""FSQ conventions, and the level sets they are used with."""
+"""FSQ conventions: where the levels of a channel lie, and level sets."""
 
 import math
-import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fsq_jax.quantizers import digits
+from fsq_jax.quantizers import checks
 
 # Level sets that the paper (arXiv 2309.15505, table 1 and appendix) recommends,
-# by the bits of the codebook they come closest to.
+# by the nearest number of bits per token.
 LEVELS = {
     4: (5, 3),
     6: (8, 8),
@@ -21,11 +22,12 @@ LEVELS = {
     14: (8, 8, 8, 6, 5),
     16: (8, 8, 8, 5, 5, 5),
 }
-# Level sets met in published configs. (7, 5, 5, 5) has 875 codes: a misprint in
-# the paper's appendix for the 4375 of (7, 5, 5, 5, 5). It can be built, for the
-# checkpoints that use it, and is not recommended.
+# Level sets of published configs. (7, 5, 5, 5) has 875 codes: a typo in the
+# paper's appendix for (7, 5, 5, 5, 5), 4375 codes. It is supported for
+# checkpoints that use it, and not recommended.
 COMMON_LEVELS = ((8, 8, 8), (8, 6, 5), (7, 5, 5, 5), (8, 5, 5, 5))
-# Digits are rounded in float32, which holds all half-integers up to here.
+# Level indices are rounded in float32, which represents every half-integer up
+# to this one.
 MAX_LEVEL = 2**22
 _MAX_CODEBOOK_SIZE = 2**31 - 1
 
@@ -34,31 +36,27 @@ def recommended_levels(bits: int) -> tuple[int, ...]:
   """Returns the paper's levels for a codebook of about 2**bits codes."""
   if bits not in list(LEVELS):
     raise ValueError(
-        f'No levels are recommended for {bits!r} bits; known: {sorted(LEVELS)}.'
+        f'No recommended levels for {bits!r} bits; known: {sorted(LEVELS)}.'
     )
   return LEVELS[bits]
 
 
-def checked(levels: Any, *, lowest: int) -> tuple[int, ...]:
-  """Returns levels as Python ints, or raises ValueError if they cannot work.
+def validated_levels(levels: Any, *, lowest: int) -> tuple[int, ...]:
+  """Returns levels as a tuple of ints, or raises ValueError.
 
   Args:
     levels: list or tuple of integers, one for each channel.
-    lowest: smallest level that the convention takes.
+    lowest: smallest number of levels of a channel.
   """
   if not isinstance(levels, (list, tuple)) or not levels:
     raise ValueError(
         f'levels is {levels!r}; give a tuple of one integer for each channel, '
         'such as (8, 8, 8).'
     )
-  for level in levels:
-    if isinstance(level, bool) or not isinstance(level, numbers.Integral):
-      raise ValueError(f'levels has {level!r}; every level is an integer.')
-    if not lowest <= level <= MAX_LEVEL:
-      raise ValueError(
-          f'levels has {level}; this convention takes {lowest} to {MAX_LEVEL}.'
-      )
-  levels = tuple(int(level) for level in levels)
+  levels = tuple(
+      checks.validated_integer(f'levels[{i}]', level, lowest, MAX_LEVEL)
+      for i, level in enumerate(levels)
+  )
   size = math.prod(levels)
   if size > _MAX_CODEBOOK_SIZE:
     raise ValueError(
@@ -69,104 +67,164 @@ def checked(levels: Any, *, lowest: int) -> tuple[int, ...]:
   return levels
 
 
-class Convention(NamedTuple):
-  """What distinguishes a convention, and what FSQ takes where a field is None.
+_BOUNDS = {
+    'tanh': jnp.tanh,
+    # 2 sigmoid(1.6 z) - 1 without cancellation.
+    'ifsq': lambda z: jnp.tanh(0.8 * z),
+    # Infinite latents become the largest finite ones: inf - inf is NaN.
+    'clip': lambda z: jnp.nan_to_num(z, nan=jnp.nan),
+}
+# The paper's notebook shifts by the tangent. The inverse of tanh, which would
+# be exact, changes about one token in 10^5.
+_SHIFTS = {'none': np.zeros_like, 'tan': np.tan, 'arctanh': np.arctanh}
+
+
+class Convention:
+  """A convention for given levels: bounded latents to level indices to codes.
+
+  Methods take and return float32 [..., d]. Level index k has the code
+  (k - origin) / scale. Class attributes do not depend on the levels.
 
   Attributes:
-    bounds: values that `bound` may have.
-    bins: values that `bins` may have.
-    eps: default of `eps`.
-    commitment_weight: default of `commitment_weight`.
-    lowest_level: smallest number of values of a channel.
+    lowest_level: smallest number of levels of a channel.
+    commitment_weight: default of `FSQ.commitment_weight`.
+    bounds: names of bounds that can be used.
+    bins: kinds of bins that can be used.
+    eps: default of `FSQ.eps`.
     shift: function that gives the shift of even levels, or 'none'.
-    rounding: where halves go, 'half to even' or 'half up'.
-    index_order: which digit runs fastest in an index.
+    rounding: rounding of ties, 'half to even' or 'half up'.
+    first_fastest: whether the first channel varies fastest in an index.
     code: formula of a code.
+    half: [d] half the range of latents in steps between codes.
+    scale: [d] steps per unit of code.
   """
 
-  bounds: tuple[str, ...]
-  bins: tuple[str, ...]
-  eps: float
-  commitment_weight: float
-  lowest_level: int
-  shift: str
-  rounding: str
-  index_order: str
+  lowest_level = 2
+  commitment_weight = 0.0
+  bounds = ('tanh',)
+  bins = ('rounded',)
+  eps = 0.0
+  shift = 'none'
+  rounding = 'half to even'
+  first_fastest = True
   code: str
 
-
-_PAPER = Convention(
-    bounds=('tanh',),
-    bins=('rounded',),
-    eps=1e-3,
-    commitment_weight=0.0,
-    lowest_level=3,
-    shift='tan',
-    rounding='half to even',
-    index_order=digits.FIRST_FASTEST,
-    code='(digit - floor(L/2)) / floor(L/2)',
-)
-CONVENTIONS = {
-    'symmetric': Convention(
-        bounds=('tanh', 'ifsq', 'clip'),
-        bins=('rounded', 'equal'),
-        eps=0.0,
-        commitment_weight=1.0,
-        lowest_level=2,
-        shift='none',
-        rounding='half to even',
-        index_order=digits.LAST_FASTEST,
-        code='digit - (L-1)/2',
-    ),
-    'paper': _PAPER,
-    'vqp': _PAPER._replace(eps=-1e-3, shift='arctanh'),
-    'preserve_symmetry': Convention(
-        bounds=('tanh',),
-        bins=('rounded',),
-        eps=0.0,
-        commitment_weight=0.0,
-        lowest_level=2,
-        shift='none',
-        rounding='half up',
-        index_order=digits.FIRST_FASTEST,
-        code='2 * digit / (L-1) - 1',
-    ),
-}
-_SHIFTS = {'tan': np.tan, 'arctanh': np.arctanh}
-
-
-class Grid(NamedTuple):
-  """Constants of a convention, one float32 [d] each.
-
-  unit = tanh(z + shift), steps = unit * half - offset,
-  digit = round(steps + before) + after, or floor where halves go up,
-  code = (digit - origin) / scale.
-  """
-
-  shift: np.ndarray
-  half: np.ndarray
-  offset: np.ndarray
-  before: np.ndarray
-  after: np.ndarray
-  origin: np.ndarray
-  scale: np.ndarray
-
-
-def make_grid(
-    levels: tuple[int, ...], convention: str, bins: str, eps: float
-) -> Grid:
-  """Returns the constants, computed in float64 and rounded once."""
-  L = np.asarray(levels, np.float64)
-  half = (L if bins == 'equal' else L - 1) * (1 - eps) / 2
-  center, zero, h = (L - 1) / 2, np.zeros_like(L), L // 2
-  if convention == 'symmetric':
-    grid = Grid(zero, half, zero, center, zero, center, np.ones_like(L))
-  elif convention == 'preserve_symmetry':
-    grid = Grid(zero, half, zero, center + 0.5, zero, center, center)
-  else:
-    # The paper's notebook shifts by the tangent; its exact counterpart, the
-    # inverse of tanh, moves about one token in 10^5.
+  def __init__(
+      self, levels: tuple[int, ...], bound: str, bins: str, eps: float
+  ):
+    """Checks the fields of FSQ; computes constants, rounded once to float32."""
+    limit = 1 / (max(levels) - 1)
+    if abs(eps) >= limit:
+      raise ValueError(
+          f'eps is {eps}; with {max(levels)} levels its size must be below'
+          f' {limit:.3g}, or a level is out of reach.'
+      )
+    if bins == 'equal' and eps:
+      raise ValueError(
+          f"eps is {eps}; bins 'equal' need 0, any other makes the outer bins"
+          ' narrower or wider.'
+      )
+    L = np.asarray(levels, np.float64)
+    half = (L if bins == 'equal' else L - 1) * (1 - eps) / 2
     offset = np.where(L % 2 == 0, 0.5, 0.0)
-    shift = _SHIFTS[CONVENTIONS[convention].shift](offset / half)
-    grid = Grid(shift, half, offset, zero, h, h, h)
-  return Grid(*(constant.astype(np.float32) for constant in grid))
+    if self.shift == 'none':
+      offset = np.zeros_like(L)
+    origin, scale = self._origin_and_scale(L)
+    self.half, self.scale = np.float32(half), np.float32(scale)
+    self._origin, self._offset = np.float32(origin), np.float32(offset)
+    self._shift = np.float32(_SHIFTS[self.shift](offset / half))
+    self._bound = _BOUNDS[bound]
+
+  def bound(self, z: jax.Array) -> jax.Array:
+    """Returns latents in [-1, 1]; bound 'clip' leaves them as they are."""
+    return self._bound(z + self._shift)
+
+  def to_steps(self, bounded: jax.Array) -> jax.Array:
+    """Returns bounded latents in steps between codes."""
+    return bounded * self.half - self._offset
+
+  def round(self, steps: jax.Array) -> jax.Array:
+    """Returns the level indices nearest to latents in steps, not clipped."""
+    return jnp.round(steps + self._origin)
+
+  def codes(self, level_indices: jax.Array) -> jax.Array:
+    """Returns the codes of level indices in [0, L), or of NaN."""
+    return (level_indices - self._origin) / self.scale
+
+  def nearest(self, codes: jax.Array) -> list[jax.Array]:
+    """Returns the level indices [...] of each channel of codes."""
+    return [
+        jnp.round(codes[..., i] * self.scale[i] + self._origin[i])
+        for i in range(len(self.scale))
+    ]
+
+  def _origin_and_scale(self, num_levels: np.ndarray) -> tuple:
+    return (num_levels - 1) / 2, (num_levels - 1) / 2
+
+
+class Symmetric(Convention):
+  """Unit steps around 0, as in hugoycj/RAE."""
+
+  commitment_weight = 1.0
+  bounds = ('tanh', 'ifsq', 'clip')
+  bins = ('rounded', 'equal')
+  first_fastest = False
+  code = 'digit - (L-1)/2'
+
+  def _origin_and_scale(self, num_levels: np.ndarray) -> tuple:
+    return (num_levels - 1) / 2, np.ones_like(num_levels)
+
+
+class Paper(Convention):
+  """Codes in [-1, 1] with 0, as in google-research, fsq/fsq.ipynb."""
+
+  lowest_level = 3
+  eps = 1e-3
+  shift = 'tan'
+  code = '(digit - floor(L/2)) / floor(L/2)'
+
+  def round(self, steps: jax.Array) -> jax.Array:
+    return jnp.round(steps) + self._origin
+
+  def _origin_and_scale(self, num_levels: np.ndarray) -> tuple:
+    return num_levels // 2, num_levels // 2
+
+
+class VectorQuantizePytorch(Paper):
+  """The default of lucidrains/vector-quantize-pytorch."""
+
+  eps = -1e-3
+  shift = 'arctanh'
+
+
+class PreserveSymmetry(Convention):
+  """The option of that name in lucidrains/vector-quantize-pytorch."""
+
+  rounding = 'half up'
+  code = '2 * digit / (L-1) - 1'
+
+  def round(self, steps: jax.Array) -> jax.Array:
+    return jnp.floor(steps + (self._origin + np.float32(0.5)))
+
+  def codes(self, level_indices: jax.Array) -> jax.Array:
+    return _rounded_product(level_indices, 1 / self._origin) - 1
+
+
+CONVENTIONS: dict[str, type[Convention]] = {
+    'symmetric': Symmetric,
+    'paper': Paper,
+    'vqp': VectorQuantizePytorch,
+    'preserve_symmetry': PreserveSymmetry,
+}
+
+
+def _rounded_product(x: jax.Array, factor: np.ndarray) -> jax.Array:
+  """Returns x * factor in float32, rounded before it is used further.
+
+  Compilers may fuse a product with the sum that follows and round once, which
+  moves the sum off the published codes. Both partial products here are exact
+  for integers x below 2^12, and their sum is rounded once however it is
+  compiled.
+  """
+  high = (factor.view(np.int32) & np.int32(-(2**12))).view(np.float32)
+  return x * high + x * (factor - high)

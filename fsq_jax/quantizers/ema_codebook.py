@@ -1,8 +1,8 @@
-"""A codebook learned by moving averages: updates, restarts and k-means.
+"""EMA codebook: updates, dead-code reset and k-means.
 
 `axis_name` is the axis, or axes, over which replicas (under jax.shard_map,
-jax.pmap or jax.vmap) hold parts of the batch; None where there are none. With
-it all functions return the same on every replica, as for the whole batch.
+jax.pmap or jax.vmap) hold parts of the batch, or None. With it all functions
+return the same on every replica, as for the whole batch.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import lookup
 
-# Laplace smoothing of the counts, the same in all published code.
+# Laplace smoothing of the counts, as in all published code.
 _SMOOTHING = 1e-5
-# Standard deviation of the factors that tell the halves of a split apart.
+# Standard deviation of the factors by which the halves of a split differ.
 _SPLIT_NOISE = 1e-3
 _KMEANS_ITERATIONS = 10
 
 
 class EmaCodebook(NamedTuple):
-  """Entries and the averages that they come from, all float32.
+  """Entries and their EMA statistics, all float32.
 
   Attributes:
-    entries: [K, d] what is looked up.
-    counts: [K] averages of the number of vectors an entry gets in a batch.
-    sums: [K, d] averages of the sums of these vectors.
+    entries: [K, d] codes.
+    counts: [K] EMA of the number of vectors per batch assigned to an entry.
+    sums: [K, d] EMA of the sums of these vectors.
   """
 
   entries: jax.Array
@@ -37,11 +37,11 @@ class EmaCodebook(NamedTuple):
 
 
 def start(entries: jax.Array) -> EmaCodebook:
-  """Returns averages that leave unused entries [K, d] where they are at first.
+  """Returns the initial statistics of entries [K, d].
 
-  An entry that no vector chooses stays while its count is well above the
-  smoothing, 1e-5, so for about ln(1e5) / (1 - decay) updates, 1150 with decay
-  0.99. From then on it shrinks to the origin.
+  An unused entry stays while its count is well above the smoothing, 1e-5: for
+  about ln(1e5) / (1 - decay) updates, 1150 with decay 0.99. Then it shrinks to
+  the origin.
   """
   counts = jnp.ones(entries.shape[:1], jnp.float32)
   return EmaCodebook(entries, counts, entries)
@@ -52,23 +52,20 @@ def update(
     x: jax.Array,
     indices: jax.Array,
     decay: float,
-    axis_name: base.AxisName = None,
+    axis_name: checks.AxisName = None,
 ) -> EmaCodebook:
-  """Moves the averages towards a batch, and the entries to sums / counts.
+  """Updates the EMAs with a batch, and sets entries to sums / counts.
 
   As in VQ-VAE (arXiv 1711.00937, appendix A.1). Sums run over the global batch.
-  The smoothing bounds what is divided by: where the count has decayed to 0, so
-  has the sum, and the entry is at the origin.
+  The smoothing bounds the divisor: where the count has decayed to 0, the sum
+  has too, and the entry is at the origin.
 
   Args:
-    codebook: before the batch.
+    codebook: codebook before the update.
     x: [N, d] float32 vectors.
-    indices: [N] int32, the entry of each; -1 leaves a vector out.
-    decay: weight of the past, in [0, 1).
+    indices: [N] int32, the entry of each vector; -1 skips a vector.
+    decay: EMA decay, in [0, 1).
     axis_name: see above.
-
-  Returns:
-    The codebook after the batch.
   """
   counts, sums = _totals(x, indices, codebook.counts.shape[0], axis_name)
   counts = decay * codebook.counts + (1 - decay) * counts
@@ -85,19 +82,20 @@ def restart_from_batch(
     indices: jax.Array,
     key: jax.Array,
     dead_share: float,
-    axis_name: base.AxisName = None,
+    axis_name: checks.AxisName = None,
 ) -> EmaCodebook:
-  """Puts dead entries on vectors of the batch, with the mean count.
+  """Resets dead entries to vectors of the batch, with the mean count.
 
-  Each vector is used once at most; entries for which none is left wait for the
-  next batch. A count as of a common entry gives them time to find use.
+  Each vector is used at most once; with fewer vectors than dead entries, the
+  remaining entries wait for the next batch. With the mean count they are not
+  dead again before vectors are assigned to them.
 
   Args:
-    codebook: after its update.
+    codebook: codebook after its update.
     x: [N, d] float32 vectors.
-    indices: [N] int32; vectors at -1 are not used.
+    indices: [N] int32; vectors with -1 are not used.
     key: random key of this step.
-    dead_share: share of the mean count below which an entry is dead.
+    dead_share: fraction of the mean count below which an entry is dead.
     axis_name: see above.
   """
   dead, mean = _dead(codebook, dead_share)
@@ -111,21 +109,21 @@ def split_most_used(
     indices: jax.Array,
     key: jax.Array,
     dead_share: float,
-    axis_name: base.AxisName = None,
+    axis_name: checks.AxisName = None,
 ) -> EmaCodebook:
-  """Gives the n-th dead entry half of the n-th most used one.
+  """Splits the n-th most used entry between itself and the n-th dead entry.
 
   Only entries above the mean count are split. The halves differ by a factor of
   about 1 - 2e-3 ... 1 + 2e-3 in each dimension. After the codebook splitting of
   UViM (arXiv 2205.10337, github.com/google-research/big_vision).
 
   Args:
-    codebook: after its update.
-    x: not used.
-    indices: not used.
+    codebook: codebook after its update.
+    x: unused.
+    indices: unused.
     key: random key of this step.
-    dead_share: share of the mean count below which an entry is dead.
-    axis_name: not used.
+    dead_share: fraction of the mean count below which an entry is dead.
+    axis_name: unused.
   """
   del x, indices, axis_name
   dead, mean = _dead(codebook, dead_share)
@@ -145,7 +143,7 @@ def split_most_used(
 
 
 Restart = Callable[
-    [EmaCodebook, jax.Array, jax.Array, jax.Array, float, base.AxisName],
+    [EmaCodebook, jax.Array, jax.Array, jax.Array, float, checks.AxisName],
     EmaCodebook,
 ]
 RESTARTS: dict[str, Restart] = {
@@ -160,21 +158,22 @@ def kmeans(
     x: jax.Array,
     key: jax.Array,
     constrain: Callable[[jax.Array], jax.Array],
-    axis_name: base.AxisName = None,
+    axis_name: checks.AxisName = None,
 ) -> jax.Array:
-  """Ten iterations of Lloyd's algorithm from vectors drawn without return.
+  """Ten iterations of Lloyd's algorithm.
 
   Args:
-    entries: [K, d] float32; those for which the batch has no vector left take
-      part as they are.
-    x: [N, d] float32 vectors; ones that are not finite are left out.
+    entries: [K, d] float32. They are initialized with vectors of the batch,
+      drawn without replacement; with fewer vectors the remaining entries start
+      unchanged.
+    x: [N, d] float32 vectors; non-finite vectors are skipped.
     key: random key.
     constrain: applied to entries after every iteration; `lookup.normalize`
       gives spherical k-means.
     axis_name: see above.
 
   Returns:
-    [K, d] float32. An entry that no vector is nearest to stays where it is.
+    [K, d] float32. Entries to which no vector is assigned do not move.
   """
   indices = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), 0, -1)
   rank = jnp.arange(entries.shape[0], dtype=jnp.int32)
@@ -194,10 +193,10 @@ def _totals(
     x: jax.Array,
     indices: jax.Array,
     codebook_size: int,
-    axis_name: base.AxisName,
+    axis_name: checks.AxisName,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the number [K] and the sum [K, d] of the vectors of each entry."""
-  # Index K is out of range, which drops the vector; -1 would be the last entry.
+  # Index K is out of range and dropped; -1 would be the last entry.
   indices = jnp.where(indices >= 0, indices, codebook_size)
   counts = jnp.zeros((codebook_size,), jnp.float32)
   sums = jnp.zeros((codebook_size, x.shape[-1]), jnp.float32)
@@ -209,10 +208,10 @@ def _totals(
 
 
 def _unsharded(x: jax.Array) -> jax.NamedSharding:
-  """Returns the sharding of x without its axes.
+  """Returns the replicated sharding on the mesh of x.
 
-  With explicit axes in the mesh JAX wants to be told what sums over the batch
-  have; without a mesh this says nothing.
+  JAX requires the sharding of sums over the batch if the mesh has explicit
+  axes; without a mesh it has no effect.
   """
   return jax.typeof(x).sharding.update(spec=jax.P())
 
@@ -220,13 +219,13 @@ def _unsharded(x: jax.Array) -> jax.NamedSharding:
 def _dead(
     codebook: EmaCodebook, dead_share: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns which entries [K] are dead, and the mean count."""
+  """Returns a mask [K] of dead entries, and the mean count."""
   mean = jnp.mean(codebook.counts)
   return codebook.counts < dead_share * mean, mean
 
 
 def _rank(chosen: jax.Array) -> jax.Array:
-  """Numbers what is chosen: 0, 1, ... where `chosen` [K] is true."""
+  """Returns 0, 1, ... at the positions where `chosen` [K] is true."""
   return jnp.cumsum(chosen, dtype=jnp.int32) - 1
 
 
@@ -235,22 +234,22 @@ def _draw(
     indices: jax.Array,
     rank: jax.Array,
     key: jax.Array,
-    axis_name: base.AxisName,
+    axis_name: checks.AxisName,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws vectors at random, every one once at most.
+  """Draws vectors without replacement.
 
   Args:
     x: [N, d] vectors.
-    indices: [N] int32; vectors at -1 are not drawn.
-    rank: [K] int32: which draw each entry gets.
+    indices: [N] int32; vectors with -1 are not drawn.
+    rank: [K] int32, number of the draw of each entry.
     key: random key, the same on every replica.
     axis_name: see above.
 
   Returns:
-    [K, d] vectors, and [K] whether there were enough of them.
+    [K, d] vectors; [K] whether there were enough vectors for the draw.
   """
   sharding = _unsharded(x)
-  if not sharding.mesh.empty:  # What is sorted and drawn from is not sharded.
+  if not sharding.mesh.empty:  # Sorting needs replicated arrays.
     x, indices = jax.sharding.reshard((x, indices), sharding)
   valid = indices >= 0
   if axis_name is not None:
@@ -261,7 +260,7 @@ def _draw(
   chosen = order[jnp.clip(rank, 0, valid.shape[0] - 1)].astype(jnp.int32)
   if axis_name is None:
     return x[chosen], found
-  # Each replica adds the vectors that it holds: K of them travel, not N.
+  # Each replica contributes its own vectors: K are communicated, not N.
   own = chosen - first
   is_own = (own >= 0) & (own < x.shape[0])
   vectors = x[jnp.clip(own, 0, x.shape[0] - 1)]
@@ -272,9 +271,9 @@ def _draw(
 def _gather(
     valid: jax.Array, axis_name: str | tuple[str, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the flags [N] of the whole batch, and where a replica's begin.
+  """Returns the flags [N] of the whole batch, and the replica's offset.
 
-  By a sum, whose result JAX knows to be the same on every replica.
+  By a sum: JAX knows that its result is the same on every replica.
   """
   size = valid.shape[0]
   first = jax.lax.axis_index(axis_name) * size

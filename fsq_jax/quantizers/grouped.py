@@ -5,32 +5,33 @@ from typing import Any
 from einops import rearrange
 import jax
 
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import fsq
 
 _MAX_GROUPS = 2**16
 
 
 class GroupedFSQ(fsq.FSQ, kw_only=True):
-  """FSQ over groups of channels, the way past the 2^31 codes of one index.
+  """FSQ over groups of channels, for more than the 2^31 codes of one index.
 
     grouped = GroupedFSQ(levels=(4,) * 8, num_groups=2)  # 4^16 codes
     z_q, loss, indices = grouped.apply({}, z)  # [..., 16], scalar, [..., 2]
 
-  Channels g * d ... g * d + d - 1, d = len(levels), make up group g. Every
-  group has an index of its own in [0, codebook_size), on the last axis of the
-  indices whatever `channel_axis` is; `levels` and `codebook_size` are those
-  of one index. A NaN channel makes only the index of its group -1, and an
-  index out of range only the codes of its group NaN.
+  Channels g * d ... g * d + d - 1, d = len(levels), form group g. Every group
+  has its own index in [0, codebook_size), on the last axis of the indices for
+  every `channel_axis`; `levels` and `codebook_size` describe one index. A NaN
+  channel makes only the index of its group -1, and an index out of range only
+  the codes of its group NaN.
 
   Attributes:
-    levels: number of values of each channel of a group.
+    levels: number of levels of each channel of a group.
     num_groups: number of groups.
   """
 
   num_groups: int
 
   def __post_init__(self):
-    self._set_integers('num_groups', low=1, high=_MAX_GROUPS)
+    checks.set_integers(self, 'num_groups', low=1, high=_MAX_GROUPS)
     super().__post_init__()
 
   @property

@@ -1,4 +1,4 @@
-"""Lookup-free quantization: every channel is replaced by its sign."""
+"""Lookup-free quantization (LFQ) and binary spherical quantization (BSQ)."""
 
 from collections.abc import Sequence
 import math
@@ -10,18 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import digits as digits_lib
 from fsq_jax.quantizers import lookup
 
-_BIT_ORDERS = {
-    'msb_first': digits_lib.LAST_FASTEST,
-    'lsb_first': digits_lib.FIRST_FASTEST,
-}
+_BIT_ORDERS = ('msb_first', 'lsb_first')
 # Indices are int32.
 _MAX_BITS = 30
-# The joint distribution of a group takes 2^bits numbers.
+# The joint distribution of a group has 2^bits numbers.
 _MAX_GROUP_BITS = 16
-# Beyond, sigmoid and entropy are 0 or 1 in float32, and infinite logits safe.
+# At larger logits sigmoid and entropy are 0 or 1 in float32.
 _MAX_LOGIT = 128.0
 
 
@@ -31,34 +29,34 @@ class LFQ(digits_lib.DigitQuantizer):
     lfq = LFQ(num_bits=18)
     z_q, loss, indices = lfq.apply({}, z)
 
-  A channel becomes 1 where it is positive and -1 elsewhere; its bit is the
-  digit 1 or 0. The loss, in nats and means over all vectors, is
+  The code of a channel is 1 (level index, or bit, 1) if it is positive,
+  otherwise -1 (bit 0). The loss, in nats and averaged over vectors, is
 
     commitment_weight * mean((z - code)^2)
     + entropy_weight * (mean_n H(p_n) - diversity_weight * H(mean_n p_n)),
 
-  p_n the softmax of -|z_n - code|^2 / temperature over the codebook: sure of
-  every vector, spread over all of them. The logits are sums over bits, so p_n
-  is a product over bits and H(p_n) the sum of their entropies, which takes
-  memory of num_bits and not of 2^num_bits. The entropy of the mean is no such
-  sum: it is computed exactly in each of the fewest groups of at most
-  `entropy_group_bits` neighbouring bits and summed over these, which is an
-  upper bound, tight where groups are independent. No probability is clamped.
+  with p_n the softmax of -|z_n - code|^2 / temperature over the codebook: low
+  per-token entropy, high codebook entropy. The logits are sums over bits: p_n
+  is a product over bits, and H(p_n) the sum of their entropies, in memory of
+  num_bits instead of 2^num_bits. The codebook entropy H(mean_n p_n) is not such
+  a sum: it is computed exactly within groups of at most `entropy_group_bits`
+  neighbouring bits and summed over groups, an upper bound that is tight for
+  independent groups. No probability is clamped.
 
   Attributes:
-    num_bits: channels, and bits of an index; 1 to 30.
+    num_bits: number of channels and of bits of an index; 1 to 30.
     bit_order: 'msb_first', the first channel is the highest bit of the index,
       as in lucidrains/vector-quantize-pytorch; or 'lsb_first', as in
       TencentARC/SEED-Voken.
-    commitment_weight: factor of the commitment loss.
-    entropy_weight: factor of the entropy loss.
-    diversity_weight: factor, in it, of the entropy of the mean.
-    temperature: squared distance at which a code is e times less probable.
+    commitment_weight: weight of the commitment loss.
+    entropy_weight: weight of the entropy loss.
+    diversity_weight: weight of the codebook entropy in the entropy loss.
+    temperature: softmax temperature of the entropy loss.
     entropy_group_bits: 1 to 16; see above.
     axis_name: in training, the axis of jax.shard_map, jax.pmap or jax.vmap, or
       a tuple of axes, over which replicas hold parts of the batch: `mean_n p_n`
-      is then that of the whole batch, and the loss that of the whole batch is
-      the mean of the replicas' losses.
+      is averaged over the whole batch, and the mean of the replicas' losses is
+      the loss of the whole batch.
   """
 
   num_bits: int
@@ -71,12 +69,16 @@ class LFQ(digits_lib.DigitQuantizer):
   axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    self._set_integers('num_bits', low=1, high=_MAX_BITS)
-    self._set_integers('entropy_group_bits', low=1, high=_MAX_GROUP_BITS)
-    base.check_name('bit_order', self.bit_order, _BIT_ORDERS)
-    self._set_numbers('commitment_weight', 'entropy_weight', 'diversity_weight')
-    self._set_numbers('temperature', lowest=1e-6)
-    self.axis_name = base.checked_axis_name(self.axis_name)
+    checks.set_integers(self, 'num_bits', low=1, high=_MAX_BITS)
+    checks.set_integers(
+        self, 'entropy_group_bits', low=1, high=_MAX_GROUP_BITS
+    )
+    checks.check_name('bit_order', self.bit_order, _BIT_ORDERS)
+    checks.set_numbers(
+        self, 'commitment_weight', 'entropy_weight', 'diversity_weight'
+    )
+    checks.set_numbers(self, 'temperature', low=1e-6)
+    self.axis_name = checks.validated_axis_name(self.axis_name)
     super().__post_init__()
 
   @property
@@ -93,13 +95,13 @@ class LFQ(digits_lib.DigitQuantizer):
     x = self._normalized(jnp.nan_to_num(x, nan=jnp.nan))
     digits = self._nearest_digits(x)
     codes = self._codes(digits)
+    # The axis does not exist in initialization.
+    axis_name = self.axis_name if train and not self.is_initializing() else None
     # Codes stop the gradient; their sum with an exact zero is exact.
     z_q = codes + (x - jax.lax.stop_gradient(x))
     return base.QuantizerOutput(
         z_q=self._channels_back(z_q).astype(z.dtype),
-        loss=self._loss(
-            x, codes, axis_name=self._axis_name_in_use(train)
-        ),
+        loss=self._loss(x, codes, axis_name=axis_name),
         indices=self.digits_to_indices(digits),
     )
 
@@ -118,8 +120,8 @@ class LFQ(digits_lib.DigitQuantizer):
     }
 
   @property
-  def _index_order(self) -> str:
-    return _BIT_ORDERS[self.bit_order]
+  def _first_fastest(self) -> bool:
+    return self.bit_order == 'lsb_first'
 
   @property
   def _scale(self) -> float:
@@ -127,7 +129,7 @@ class LFQ(digits_lib.DigitQuantizer):
     return 1.0
 
   def _normalized(self, x: jax.Array) -> jax.Array:
-    """Returns what the signs are taken of, float32 [..., num_bits]."""
+    """Returns float32 latents [..., num_bits] before the sign is taken."""
     return x
 
   def _nearest_digits(self, codes: jax.Array) -> jax.Array:
@@ -139,7 +141,7 @@ class LFQ(digits_lib.DigitQuantizer):
     return jnp.where(self._is_valid(digits), codes, jnp.nan)
 
   def _loss(
-      self, x: jax.Array, codes: jax.Array, *, axis_name: base.AxisName
+      self, x: jax.Array, codes: jax.Array, *, axis_name: checks.AxisName
   ) -> jax.Array:
     """Returns the float32 loss of latents and codes [..., num_bits]."""
     loss = jnp.zeros((), jnp.float32)
@@ -167,9 +169,9 @@ class BSQ(LFQ):
     bsq = BSQ(num_bits=18)
     z_q, loss, indices = bsq.apply({}, z)
 
-  LFQ of latents scaled to unit length, with codes of unit length: 1 /
-  sqrt(num_bits) times the sign. The loss is that of the scaled latents. The
-  vector 0 has no direction and is left as it is.
+  LFQ of latents normalized to unit length, with codes of unit length: 1 /
+  sqrt(num_bits) times the sign. The loss uses the normalized latents. Zero
+  vectors stay zero.
   """
 
   def spec(self) -> dict[str, Any]:
@@ -194,27 +196,29 @@ def _mean_entropy(logits: jax.Array) -> jax.Array:
   return jnp.mean(jnp.sum(entropies, axis=-1))
 
 
-def _entropy_of_mean(logits: jax.Array, axis_name: base.AxisName) -> jax.Array:
+def _entropy_of_mean(
+    logits: jax.Array, axis_name: checks.AxisName
+) -> jax.Array:
   """Returns H(mean_n p_n) in nats over the 2^bits codes of a group.
 
   Args:
     logits: [N, bits] float32 logits of each bit.
     axis_name: axes over which replicas hold parts of the batch, or None.
   """
-  # A product of two halves, so that no array is [N, 2^bits].
+  # A matmul of two halves: no array is [N, 2^bits].
   left, right = (_joint(half) for half in jnp.array_split(logits, 2, axis=-1))
   total = jnp.einsum(
       'na,nb->ab',
       left,
       right,
       precision=jax.lax.Precision.HIGHEST,
-      # With explicit axes in the mesh JAX wants to be told.
+      # Required by JAX if the mesh has explicit axes.
       out_sharding=jax.typeof(left).sharding.update(spec=jax.P(None, None)),
   )
   mean = total / logits.shape[0]
   if axis_name is not None:
     mean = jax.lax.pmean(mean, axis_name)
-  # The gradient of p log p at 0 is infinite; codes never met have none.
+  # The gradient of p log p is infinite at 0; there it is set to 0.
   logarithms = jnp.log(jnp.where(mean > 0, mean, 1))
   return -jnp.sum(mean * logarithms)
 

@@ -1,47 +1,46 @@
-"""Nearest entries of a codebook, in memory that has a bound."""
+"""Nearest-neighbour search in a codebook, in bounded memory."""
 
 from einops import rearrange
 import jax
 from jax import export
 from jax import numpy as jnp
 
-# Most distances, tokens times entries, that are in memory at once over all
-# devices: 1 GiB of float32.
+# Distances, tokens times entries, that are in memory at once over all devices:
+# 1 GiB of float32.
 MAX_DISTANCES = 2**28
-# Rows in a chunk of a program that is exported for any number of them: the last
-# chunk is filled up, so that few cost little.
+# Rows in a chunk of an exported function with a symbolic number of rows. The
+# last chunk is padded: few rows cost little.
 _EXPORTED_ROWS = 1024
-# Distances among which the position of the smallest is looked for at a time.
+# Block size of the search for the position of the smallest distance.
 _BLOCK = 128
-# exp(-distance / temperature) weighs the entries in the entropy loss, as in
-# MaskGIT and MAGVIT.
+# Softmax temperature of the entropy loss, as in MaskGIT and MAGVIT.
 ENTROPY_TEMPERATURE = 0.01
-# Those of a float32 but for sign and mantissa.
+# Exponent bits of a float32.
 _EXPONENT_BITS = 0x7F800000
 
 
 def normalize(x: jax.Array) -> jax.Array:
   """Divides vectors [..., d] by their length; zero vectors stay zero.
 
-  Vectors with a channel that is not finite get one that is NaN.
+  Vectors with a non-finite channel get a NaN channel.
   """
-  # First by the power of two below the largest channel, or squares overflow
-  # and underflow. This rounds nothing.
+  # First by the power of two below the largest channel, which is exact:
+  # otherwise squares overflow and underflow.
   largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
   bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & _EXPONENT_BITS
   power = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  # XLA may multiply by the reciprocal; that of 2^127 is no normal float32.
+  # XLA may multiply by the reciprocal, which is subnormal for 2^127.
   power = jnp.minimum(power, 2.0**126)
   x = x / jnp.where(power > 0, power, 1)
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-  # Bounded, though never below 1, or XLA makes a product with the reciprocal
-  # root of this in some programs and not in others: the same entry would round
-  # to two codes.
+  # The length is never below 1. Without the bound XLA multiplies by the
+  # reciprocal root in some compiled functions only, and the same entry would be
+  # rounded to two codes.
   return x / jnp.maximum(length, 0.5)
 
 
-# Brings vectors and entries to the space in which Euclidean distances decide.
+# Maps of vectors and entries to the space of Euclidean distances.
 METRICS = {'euclidean': lambda x: x, 'cosine': normalize}
 
 
@@ -49,20 +48,20 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
   """Finds the entries at the smallest Euclidean distance.
 
   Distances are |e|^2 - 2 x e in float32, which cancels far from the origin:
-  with vectors of unit variance around 100, a few in a thousand get an entry
-  that is nearest but for rounding. Keep latents around the origin.
+  of vectors with unit variance around 100, rounding gives a few in a thousand
+  another entry than the nearest. Keep latents around the origin.
 
   Args:
     x: [..., d] float32 vectors.
     codebook: [K, d] float32 entries.
 
   Returns:
-    [...] int32, the lowest index among equals; -1 where the distance is not a
-    finite float32. No gradient.
+    [...] int32, the lowest index of ties; -1 where the distance is not a finite
+    float32. No gradient.
   """
   x, codebook = jax.lax.stop_gradient((x, codebook))
   rows = rearrange(x, '... d -> (...) d')
-  chunks, _ = _deal(rows, codebook.shape[0])
+  chunks, _ = _split(rows, codebook.shape[0])
 
   def search(chunk: jax.Array) -> jax.Array:
     return _first_smallest(_distances(chunk, codebook))
@@ -83,7 +82,7 @@ def take(codebook: jax.Array, indices: jax.Array) -> jax.Array:
   sharding = jax.typeof(indices).sharding
   entries = codebook.at[indices].get(
       mode='clip',
-      # With explicit axes in the mesh JAX wants to be told.
+      # Required by JAX if the mesh has explicit axes.
       out_sharding=sharding.update(spec=jax.P(*sharding.spec, None)),
   )
   return jnp.where(valid[..., None], entries, jnp.nan)
@@ -94,20 +93,20 @@ def entropy_loss(
     codebook: jax.Array,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-  """Rewards vectors that are sure of their entry, and entries all in use.
+  """Entropy loss: low per-token entropy, high codebook entropy.
 
   The mean over vectors of the entropy of p = softmax(-distance / temperature),
-  less the entropy of the mean p; in nats. As in MaskGIT and MAGVIT, which add
-  1e-5 inside the logarithms where this is exact.
+  minus the entropy of the mean p; in nats. As in MaskGIT and MAGVIT, which add
+  1e-5 inside the logarithms; here they are exact.
 
   Args:
     x: [..., d] float32 vectors.
     codebook: [K, d] float32 entries.
-    axis_name: axis, or axes, over which replicas hold parts of the batch; the
-      mean p is that of the whole batch then.
+    axis_name: axis, or axes, over which replicas hold parts of the batch; p is
+      then averaged over the whole batch.
 
   Returns:
-    float32 scalar in [-log K, 0]; of replicas, their mean is.
+    float32 scalar; its mean over replicas is in [-log K, 0].
   """
   rows = rearrange(x, '... d -> (...) d')
   codebook_size = codebook.shape[0]
@@ -119,34 +118,34 @@ def entropy_loss(
     p = weights[:, None] * jnp.exp(log_p)
     return (sums[0] - jnp.sum(p * log_p), sums[1] + jnp.sum(p, axis=0)), None
 
-  # The backward pass computes distances again: kept, they would be N x K.
+  # The backward pass recomputes the distances, which are N x K.
   add = jax.checkpoint(add, prevent_cse=False)
-  # Of rows, since JAX wants to be told what differs between replicas.
+  # Made from rows, so that JAX knows that they differ between replicas.
   start = tuple(
       jnp.zeros_like(rows, shape=shape) for shape in ((), (codebook_size,))
   )
-  sums, _ = jax.lax.scan(add, start, _deal(rows, codebook_size))
+  sums, _ = jax.lax.scan(add, start, _split(rows, codebook_size))
   entropy, p = (part / rows.shape[0] for part in sums)
   if axis_name is not None:
     p = jax.lax.pmean(p, axis_name)
-  # Where p is 0 the logarithm's gradient must be finite: it gets multiplied.
+  # Where p is 0, the gradient of the logarithm must be finite: 0 * inf is NaN.
   log_p = jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))
   return entropy + jnp.sum(p * log_p)
 
 
 def _distances(rows: jax.Array, codebook: jax.Array) -> jax.Array:
   """Returns |e|^2 - 2 x e [N, K]: squared distances less |x|^2."""
-  products = jnp.einsum(
+  inner = jnp.einsum(
       'nd,kd->nk', rows, codebook, precision=jax.lax.Precision.HIGHEST
   )
-  return jnp.sum(jnp.square(codebook), axis=-1) - 2 * products
+  return jnp.sum(jnp.square(codebook), axis=-1) - 2 * inner
 
 
 def _first_smallest(distances: jax.Array) -> jax.Array:
   """Returns the position [N] int32 of the first smallest of rows [N, K].
 
-  In two levels, the block with the smallest distance and the place in it: XLA's
-  CPU backend finds a minimum several times as fast as its position.
+  In two steps, the block of the smallest distance and the position in it: on
+  CPU, XLA finds a minimum several times as fast as its position.
   """
   if distances.shape[-1] <= _BLOCK:
     return jnp.argmin(distances, axis=-1).astype(jnp.int32)
@@ -160,31 +159,31 @@ def _first_smallest(distances: jax.Array) -> jax.Array:
   return (block * _BLOCK + jnp.argmin(within, axis=-1)).astype(jnp.int32)
 
 
-def _deal(
+def _split(
     rows: jax.Array, codebook_size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Deals rows out to chunks with MAX_DISTANCES each at most.
+  """Splits rows into chunks of at most MAX_DISTANCES distances.
 
-  Chunk i gets rows i, i + c, i + 2c, ... Rows sharded over devices so stay
-  where they are, if their number is a multiple of devices times chunks.
+  Chunk i gets rows i, i + c, i + 2c, ...: sharded rows stay on their devices
+  if their number is a multiple of devices times chunks.
 
   Args:
     rows: [N, d].
-    codebook_size: distances a row.
+    codebook_size: distances per row.
 
   Returns:
-    [c, n, d] rows and [c, n] weights: 1, and 0 for rows of padding.
+    [c, n, d] rows and [c, n] weights: 1, or 0 for padding.
   """
   num_rows = rows.shape[0]
   # Rows are padded to whole blocks.
   most_rows = MAX_DISTANCES // (codebook_size + -codebook_size % _BLOCK)
   if export.is_symbolic_dim(num_rows):
     size = min(most_rows, _EXPORTED_ROWS)
-    # Not -(-n // size), of which JAX does not see that it is positive.
+    # JAX cannot prove that -(-n // size) is positive.
     num_chunks = (num_rows + size - 1) // size
     padding = num_chunks * size - num_rows
   else:
-    # A power of two divides most batches: little or nothing is padded.
+    # A power of two divides most batch sizes: little padding.
     num_chunks = 1 << max(0, -(-num_rows // most_rows) - 1).bit_length()
     padding = -num_rows % num_chunks
   weights = jnp.pad(jnp.ones((num_rows,), jnp.float32), (0, padding))

@@ -6,26 +6,27 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 
 
 class NoQuantizer(base.Quantizer):
-  """Latents as they are, for continuous autoencoders (RAE, arXiv 2510.11690).
+  """Identity, for continuous autoencoders (RAE, arXiv 2510.11690).
 
     z_q, loss, indices = NoQuantizer(code_dim=768).apply({}, z)
 
-  z_q is z, NaN included, in its own dtype, and so is the gradient; the loss is
-  0. A code has no indices, which makes arrays of indices empty, [..., 0], and
-  nothing decodes them.
+  z_q is z in its dtype, NaN included, and the gradient passes unchanged; the
+  loss is 0. Codes have no indices: arrays of indices are [..., 0] and cannot be
+  decoded.
 
   Attributes:
     code_dim: number of channels of a latent. Required.
   """
 
-  # A default of its own, or the contract's property would be taken for it.
+  # None, or dataclasses would take the property of Quantizer for the default.
   code_dim: int | None = None
 
   def __post_init__(self):
-    self._set_integers('code_dim', low=1)
+    checks.set_integers(self, 'code_dim', low=1)
     super().__post_init__()
 
   @property
@@ -39,7 +40,7 @@ class NoQuantizer(base.Quantizer):
   def __call__(
       self, z: jax.Array, *, train: bool = False
   ) -> base.QuantizerOutput:
-    del train  # Nothing happens in either.
+    del train
     z = jnp.asarray(z)
     return base.QuantizerOutput(
         z_q=z,
@@ -53,14 +54,14 @@ class NoQuantizer(base.Quantizer):
   def indices_to_codes(self, indices: jax.Array) -> jax.Array:
     del indices
     raise ValueError(
-        "The quantizer 'none' keeps continuous latents, which no tokens stand "
-        'for; decode the latents themselves (z_q of `encode`), or train with '
-        "another quantizer, such as 'fsq'."
+        "The quantizer 'none' has no tokens, only continuous latents; decode "
+        'the latents (z_q of `encode`), or train with another quantizer, such '
+        "as 'fsq'."
     )
 
   def spec(self) -> dict[str, Any]:
     return {'name': 'none', 'code_dim': int(self.code_dim), 'code': 'latent'}
 
   def _no_indices(self, x: jax.Array, name: str) -> jax.Array:
-    """Checks latents or codes; returns [..., 0] int32, sharded as they are."""
+    """Checks latents or codes; returns [..., 0] int32 with their sharding."""
     return self._channels_last(x, name)[..., :0].astype(jnp.int32)

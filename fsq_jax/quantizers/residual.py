@@ -1,4 +1,4 @@
-"""Residual FSQ: stages that quantize what the stages before have left."""
+"""Residual FSQ: each stage quantizes the residual of the stages before."""
 
 from collections.abc import Sequence
 import math
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import digits as digits_lib
 
@@ -19,33 +20,34 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     residual = ResidualFSQ(levels=(8, 5, 5, 5), num_stages=4)
     z_q, loss, indices = residual.apply({}, z)  # [..., 4], 0, [..., 4]
 
-  Latents pass a soft clamp x = c tanh(z / c), c = L / (L - 1). Stage q = 0, 1,
-  ... rounds the residual, in units of L^-q, to the L values from -1 to 1:
+  Latents are bounded by a soft clamp x = c tanh(z / c), c = L / (L - 1). Stage
+  q = 0, 1, ... rounds the residual, in units of L^-q, to L values in [-1, 1]:
 
     r_0 = x,  r_{q+1} = r_q - L^-q Q(r_q L^q),  code = x - r_{num_stages}.
 
-  With this clamp and scale every bin of a stage has the width that the next
-  stage covers, end bins included, so that the residual shrinks by L a stage,
-  to at most L^-q / (L - 1) after stage q. The stages are then the digits, in
-  base L, of one rounding to L^num_stages equal steps, and that is how they are
-  computed: exactly, and in one pass. Equal to ResidualFSQ of
-  lucidrains/vector-quantize-pytorch away from rounding boundaries, but for the
-  gradient: here that of the soft clamp, there once more with every stage.
+  With this clamp and scale every bin of a stage, end bins included, is as wide
+  as the range of the next stage: the residual shrinks by L per stage, to at
+  most L^-q / (L - 1) after stage q. The level indices of the stages are then
+  the base-L digits of the number of one of L^num_stages equal steps, and they
+  are computed as such: exactly, in one pass. Equal to ResidualFSQ of
+  lucidrains/vector-quantize-pytorch away from rounding boundaries, except for
+  the gradient: here the soft clamp has it once, there once per stage.
 
-  Every stage has an index in [0, codebook_size), first dimension fastest, on
-  the last axis of the indices, coarse to fine; `levels` and `codebook_size`
-  are those of one index. The indices of the first stages alone decode too, to
-  coarser codes; so do those of all stages where the last ones are -1, as
-  vector-quantize-pytorch marks dropped stages. NaN channels make every stage
-  -1; all stages -1, -1 before another index, and an index out of range make
-  the whole code NaN.
+  Every stage has an index in [0, codebook_size), first channel fastest, on the
+  last axis of the indices, coarse to fine; `levels` and `codebook_size`
+  describe one index. The indices of the first stages decode to coarser codes;
+  so do all indices if the last are -1, the mark of dropped stages in
+  vector-quantize-pytorch. A NaN channel makes every stage -1. The whole code is
+  NaN if all stages are -1, if -1 precedes another index, or if an index is out
+  of range.
 
   Attributes:
-    levels: number of values of each channel in a stage.
+    levels: number of levels of each channel in a stage.
     num_stages: number of stages; L^num_stages is at most 2^22.
-    stage_dropout: probability in [0, 1] that in training an example (leading
-      axis) loses its last stages; how many are left is drawn uniformly from 1
-      ... num_stages - 1, from the rng 'quantizer'. Indices stay complete.
+    stage_dropout: probability in [0, 1] that the last stages of an example
+      (leading axis) are dropped in training; the number of stages left is drawn
+      uniformly from 1 ... num_stages - 1, from the rng 'quantizer'. Indices
+      have all stages.
   """
 
   levels: Sequence[int]
@@ -53,10 +55,10 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
   stage_dropout: float = 0.0
 
   def __post_init__(self):
-    self.levels = conventions.checked(self.levels, lowest=2)
+    self.levels = conventions.validated_levels(self.levels, lowest=2)
     most = int(math.log2(conventions.MAX_LEVEL) / math.log2(max(self.levels)))
-    self._set_integers('num_stages', low=1, high=most)
-    self._set_numbers('stage_dropout')
+    checks.set_integers(self, 'num_stages', low=1, high=most)
+    checks.set_numbers(self, 'stage_dropout')
     if self.stage_dropout > 1 or (self.stage_dropout and self.num_stages == 1):
       raise ValueError(
           f'stage_dropout is {self.stage_dropout} with {self.num_stages} '
@@ -107,11 +109,11 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     }
 
   @property
-  def _index_order(self) -> str:
-    return digits_lib.FIRST_FASTEST
+  def _first_fastest(self) -> bool:
+    return True
 
   def indices_to_codes(self, indices: jax.Array) -> jax.Array:
-    indices = base.integers(indices, 'Indices')
+    indices = checks.as_integers(indices, 'Indices')
     self.check_index_axes(indices.shape)
     stages = jnp.arange(1, indices.shape[-1] + 1, dtype=jnp.int32)
     count = jnp.max(jnp.where(indices == -1, 0, stages), axis=-1, keepdims=True)
@@ -119,11 +121,10 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     return self._channels_back(self._first_stages(digits, count))
 
   def _first_stages(self, digits: jax.Array, count: jax.Array) -> jax.Array:
-    """Returns codes [..., d] of the first `count` stages; of all, where 0.
+    """Returns codes [..., d] of level indices [..., stages, d].
 
-    Args:
-      digits: [..., stages, d] int32.
-      count: int32 that broadcasts to the codes.
+    `count` is the int32 number of stages that are used, 0 for all; it
+    broadcasts to the codes.
     """
     codes = self._codes(digits)
     for num in range(1, digits.shape[-2]):
@@ -131,7 +132,7 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     return codes
 
   def _drop_stages(self, digits: jax.Array, rank: int) -> jax.Array:
-    """Returns codes [..., d] of fewer stages for some of the examples."""
+    """Returns codes [..., d], for some examples without the last stages."""
     drop_key, count_key = jax.random.split(self._random_key('stage_dropout'))
     shape = digits_lib.per_example(digits[..., 0, :].shape, rank)
     count = jnp.where(
@@ -149,13 +150,13 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     return self._split(self._clipped(jnp.round(codes * per_code + center)))
 
   def _clipped(self, fine: jax.Array) -> jax.Array:
-    """Returns int32 steps of whole float32 ones: in range, or -1 for NaN."""
+    """Returns float32 integers as int32 in range, or -1 for NaN."""
     top = np.asarray(self.levels, np.float32) ** self.num_stages - 1
     fine = jnp.clip(fine, 0, top)
     return jnp.where(jnp.isnan(fine), -1, fine).astype(jnp.int32)
 
   def _split(self, fine: jax.Array) -> jax.Array:
-    """Returns the digits [..., num_stages, d] that spell steps [..., d]."""
+    """Returns level indices [..., num_stages, d] of steps [..., d]."""
     L = np.asarray(self.levels, np.int32)
     stages = [
         fine // L ** (self.num_stages - 1 - q) % L
@@ -164,7 +165,7 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     return jnp.where((fine >= 0)[..., None, :], jnp.stack(stages, -2), -1)
 
   def _codes(self, digits: jax.Array) -> jax.Array:
-    """Returns float32 codes [..., d] of digits [..., stages, d]."""
+    """Returns float32 codes [..., d] of level indices [..., stages, d]."""
     num = digits.shape[-2]
     L = np.asarray(self.levels, np.int32)
     fine = 0

@@ -1,4 +1,4 @@
-"""SimVQ: a frozen codebook seen through one learned linear map."""
+"""SimVQ: a frozen codebook and one learned linear map."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import codebook
 from fsq_jax.quantizers import lookup
 
@@ -24,23 +25,24 @@ class SimVQ(codebook.CodebookQuantizer):
   After "Addressing representation collapse in vector quantized models with one
   linear layer" (arXiv 2411.02038, github.com/youngsheen/SimVQ) and the variants
   of hugoycj/RAE. Codes are E = C W + b. C is drawn once from N(0, 1/code_dim)
-  and stays, in the collection `codebook`; W and b learn, and move all codes
-  together, so that none is left behind unused. What indices decode to are rows
-  of E, not of C. Every call computes all of E, K * code_dim^2 products.
+  and never changes; it is in the collection `codebook`. W and b are parameters;
+  they move all codes together, so that no code stays unused. Indices decode to
+  rows of E, not of C. Every call computes all of E: K * code_dim^2
+  multiplications.
 
   Attributes:
-    weighting: 'standard': commitment_weight on the loss of the latents and 1 on
-      that of the codes; 'legacy': the reverse.
-    input_projection: 'linear' sends the latents through a linear map too, which
-      starts as the identity; 'none'.
+    weighting: 'standard': commitment_weight on the commitment loss and 1 on the
+      codebook loss; 'legacy': the reverse.
+    input_projection: 'linear': another linear map for the latents, initialized
+      to the identity; 'none'.
   """
 
   weighting: str = 'standard'
   input_projection: str = 'none'
 
   def __post_init__(self):
-    base.check_name('weighting', self.weighting, _WEIGHTINGS)
-    base.check_name(
+    checks.check_name('weighting', self.weighting, _WEIGHTINGS)
+    checks.check_name(
         'input_projection', self.input_projection, _INPUT_PROJECTIONS
     )
     super().__post_init__()
@@ -55,7 +57,7 @@ class SimVQ(codebook.CodebookQuantizer):
   def __call__(
       self, z: jax.Array, *, train: bool = False
   ) -> base.QuantizerOutput:
-    del train  # SimVQ does the same in training and evaluation.
+    del train
     z = jnp.asarray(z)
     x = self._channels_last(z, 'Latents').astype(jnp.float32)
     if self.input_projection == 'linear':
@@ -65,11 +67,11 @@ class SimVQ(codebook.CodebookQuantizer):
     indices = lookup.nearest(x, table)
     codes = lookup.take(table, indices)
     commitment = codebook.commitment_loss(x, codes)
-    of_codes = codebook.codebook_loss(x, codes)
+    codebook_loss = codebook.codebook_loss(x, codes)
     if self.weighting == 'legacy':
-      loss = commitment + self.commitment_weight * of_codes
+      loss = commitment + self.commitment_weight * codebook_loss
     else:
-      loss = self.commitment_weight * commitment + of_codes
+      loss = self.commitment_weight * commitment + codebook_loss
     return base.QuantizerOutput(
         z_q=self._pass_gradient(x, codes).astype(z.dtype),
         loss=loss,
@@ -107,13 +109,13 @@ class _ProjectedCodebook(nn.Module):
     codebook.check_shape('entries', entries.value, shape)
     kernel_init = nn.initializers.lecun_normal()
     project = _dense(self.code_dim, kernel_init, name='projection')
-    return project(codebook.same_in_every_program(entries.value))
+    return project(codebook.without_constant_folding(entries.value))
 
 
 def _dense(
     code_dim: int, kernel_init: nn.initializers.Initializer, name=None
 ) -> nn.Dense:
-  """Returns a linear map with bias that computes in float32."""
+  """Returns a float32 linear map with bias."""
   return nn.Dense(
       code_dim,
       dtype=jnp.float32,

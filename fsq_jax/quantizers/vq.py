@@ -10,6 +10,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.quantizers import base
+from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import codebook
 from fsq_jax.quantizers import ema_codebook
 from fsq_jax.quantizers import lookup
@@ -25,38 +26,37 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     variables = vq.init(key, z)
     out, changed = vq.apply(variables, z, train=True, mutable=['codebook'])
 
-  With codebook_update 'ema' entries are moving averages of the latents that
-  chose them. They live in the collection `codebook` with their statistics
-  (counts and sums, see `ema_codebook.EmaCodebook`), a seed drawn at init, and
-  the step: updates so far. Each call with train=True updates them, for which
-  the collection must be mutable; it quantizes with the entries from before,
-  except that k-means comes first. Sums run over the global batch, and random
-  choices depend on seed and step alone: any number of devices gives the same,
-  in a resumed run too. That holds for arrays sharded over devices under
-  jax.jit; where jax.shard_map, jax.pmap or jax.vmap give each replica a part of
-  the batch, it needs `axis_name`, or the codebooks of replicas drift apart.
+  With codebook_update 'ema' entries are EMAs of the latents assigned to them.
+  The collection `codebook` holds them, their statistics (counts and sums, see
+  `ema_codebook.EmaCodebook`), a seed drawn at initialization, and the number of
+  updates, `step`. Each call with train=True updates the collection, which must
+  be mutable; latents are quantized before the update, but after k-means. Sums
+  run over the global batch, and random numbers depend on seed and step only:
+  results are the same on any number of devices and in a resumed run. This
+  holds for arrays that are sharded under jax.jit. Under jax.shard_map, jax.pmap
+  or jax.vmap, where each replica has a part of the batch, set `axis_name`, or
+  the codebooks of the replicas drift apart.
 
-  With codebook_update 'gradient' the codebook is a parameter, which the
-  codebook loss mean((code - sg(latents))^2) draws to the latents.
+  With codebook_update 'gradient' the codebook is a parameter, trained by the
+  codebook loss mean((code - sg(latents))^2).
 
   Attributes:
     codebook_update: 'ema' or 'gradient'.
-    decay: weight of the past in the averages, in [0, 1). Only for 'ema'.
-    codebook_init: 'normal', N(0, 1), or 'kmeans': replaced by means of the
-      latents of the first update. 'kmeans' is only for 'ema'.
-    restart: what becomes of dead codes: 'none'; 'batch': random latents of the
-      batch; 'split': halves of the most used codes. Only for 'ema'.
-    dead_share: share of the mean count, in [0, 1), below which a code is dead.
-      A code that was used like the others gets there after about
+    decay: EMA decay, in [0, 1). Only for 'ema'.
+    codebook_init: 'normal', N(0, 1), or 'kmeans': means of the latents of the
+      first update. 'kmeans' is only for 'ema'.
+    restart: dead-code reset: 'none'; 'batch': to random latents of the batch;
+      'split': to halves of the most used codes. Only for 'ema'.
+    dead_share: fraction of the mean count, in [0, 1), below which a code is
+      dead. An average code becomes dead after about
       ln(1 / dead_share) / (1 - decay) updates without use, 460 with the
-      defaults; no restart comes before. Only for `restart`.
-    entropy_weight: factor of the loss that favours sure choices and an even use
-      of all codes, `lookup.entropy_loss`.
+      defaults. Only for `restart`.
+    entropy_weight: weight of the entropy loss (`lookup.entropy_loss`).
     axis_name: axis of jax.shard_map, jax.pmap or jax.vmap, or a tuple of axes,
       over which replicas hold equal parts of the batch, on its leading axis:
       training then uses the statistics of the whole batch, and the mean of the
-      replicas' losses is the loss of the whole batch. Not used in evaluation
-      and initialization.
+      replicas' losses is the loss of the whole batch. Unused in evaluation and
+      initialization.
   """
 
   codebook_update: str = 'ema'
@@ -68,20 +68,20 @@ class VectorQuantizer(codebook.CodebookQuantizer):
   axis_name: str | Sequence[str] | None = None
 
   def __post_init__(self):
-    base.check_name('codebook_update', self.codebook_update, _UPDATES)
-    base.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
-    base.check_name('restart', self.restart, ema_codebook.RESTARTS)
-    self._set_numbers('decay', 'dead_share', 'entropy_weight')
+    checks.check_name('codebook_update', self.codebook_update, _UPDATES)
+    checks.check_name('codebook_init', self.codebook_init, _CODEBOOK_INITS)
+    checks.check_name('restart', self.restart, ema_codebook.RESTARTS)
+    checks.set_numbers(self, 'decay', 'dead_share', 'entropy_weight')
     if self.decay >= 1:
       raise ValueError(
-          f'decay is {self.decay}; use less than 1, or no code ever moves.'
+          f'decay is {self.decay}; use less than 1: codes never move at 1.'
       )
     if self.dead_share >= 1:
       raise ValueError(
-          f'dead_share is {self.dead_share}; use less than 1, or codes of mean '
-          'use are dead.'
+          f'dead_share is {self.dead_share}; use less than 1: at 1, codes of '
+          'average use are dead.'
       )
-    self.axis_name = base.checked_axis_name(self.axis_name)
+    self.axis_name = checks.validated_axis_name(self.axis_name)
     if self.codebook_update == 'gradient':
       for name, value in (('codebook_init', 'normal'), ('restart', 'none')):
         if getattr(self, name) != value:
@@ -106,9 +106,12 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     if self.codebook_update == 'gradient':
       loss += codebook.codebook_loss(x, codes)
     if self.entropy_weight > 0:
-      loss += self.entropy_weight * lookup.entropy_loss(
-          x, table, self._axis_name_in_use(train)
+      # The axis does not exist in initialization.
+      axis_name = (
+          self.axis_name if train and not self.is_initializing() else None
       )
+      entropy_loss = lookup.entropy_loss(x, table, axis_name)
+      loss += self.entropy_weight * entropy_loss
     return base.QuantizerOutput(
         z_q=self._pass_gradient(x, codes).astype(z.dtype),
         loss=loss,
@@ -119,7 +122,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     return {'name': 'vq', **super().spec(), 'code': 'entry'}
 
   def _updates(self, train: bool) -> bool:
-    """Whether this call moves the codebook; raises where it cannot."""
+    """Whether this call updates the codebook; raises if it cannot."""
     if (
         not train
         or self.codebook_update != 'ema'
@@ -130,13 +133,13 @@ class VectorQuantizer(codebook.CodebookQuantizer):
       raise ValueError(
           "train=True updates the codebook, but the collection 'codebook' is"
           " immutable; call apply with mutable=['codebook'] and keep the"
-          ' variables that it returns, or use train=False.'
+          ' returned variables, or use train=False.'
       )
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if manual and self.axis_name is None:
       logging.warning(
-          'Replicas along %s update codebooks of their own, which drift apart'
-          ' where their batches differ; set axis_name to share the statistics.',
+          'Each replica along %s updates its own codebook; they drift apart'
+          ' if batches differ. Set axis_name to share the statistics.',
           manual,
       )
     return True
@@ -166,7 +169,7 @@ class VectorQuantizer(codebook.CodebookQuantizer):
         lambda: normal(self.make_rng('params'), shape, jnp.float32),
         shape,
     )
-    # A copy: state that is donated must not hold one buffer twice.
+    # A copy: donated state must not hold one buffer twice.
     declare('sums', lambda: jnp.copy(ema_codebook.start(entries).sums), shape)
     declare('counts', lambda: ema_codebook.start(entries).counts, shape[:1])
     declare('seed', lambda: jax.random.bits(
@@ -176,13 +179,13 @@ class VectorQuantizer(codebook.CodebookQuantizer):
     return entries
 
   def _update(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Looks latents up, then moves the codebook towards them.
+    """Finds the nearest codes, then updates the codebook.
 
     Args:
       x: [..., code_dim] float32 latents in the space of the metric.
 
     Returns:
-      The codes [codebook_size, code_dim] from before, and indices [...].
+      The codes [codebook_size, code_dim] before the update; indices [...].
     """
     x = jax.lax.stop_gradient(x)
     rows = rearrange(x, '... d -> (...) d')

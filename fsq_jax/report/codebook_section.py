@@ -1,4 +1,4 @@
-"""What a report says of tokens: how they are used, and what they do.
+"""Sections of a report on tokens: usage, dependence and effect on images.
 
 Each figure has its definition beside it.
 """
@@ -16,8 +16,8 @@ _NEIGHBOURS = {
     'right': 'The token to the right',
     'below': 'The token below',
 }
-# Lift, as a power of 2, at which a color is full; fewer expected pairs than
-# these are not shown.
+# log2 of the lift of the strongest color; pairs are shown from this expected
+# number on.
 _FULL_LIFT = 3
 _FEWEST_EXPECTED = 5
 
@@ -26,7 +26,7 @@ def render(analysis: Mapping[str, Any]) -> str:
   """Returns sections on tokens; '' without an analysis or tokens.
 
   Args:
-    analysis: what codebook.json holds.
+    analysis: contents of codebook.json.
   """
   if not analysis.get('codebook'):
     return ''
@@ -52,15 +52,15 @@ def _use_of_levels(analysis: Mapping[str, Any]) -> str:
   ]
   return elements.section(
       'Levels of each dimension',
-      f'<p class="soft">Of {image_section.describe(analysis)} Tokens at each'
-      ' level of each digit, from level 0, and the entropy of these shares. A'
-      ' dead level never occurs.</p>'
+      f'<p class="soft">{image_section.describe(analysis)} Number of tokens at'
+      ' each level of each dimension, from level 0, and their entropy. A dead'
+      ' level never occurs.</p>'
       f'<div class="levels">{"".join(figures)}</div>',
   )
 
 
 def _digit(analysis: Mapping[str, Any], number: int) -> str:
-  """Names a digit; where a token has several indices, with that of its own."""
+  """Returns the name of a dimension, with its index if tokens have several."""
   num = analysis['dimensions']
   name = f'Dimension {number % num + 1}'
   if analysis['index_shape']:
@@ -69,15 +69,15 @@ def _digit(analysis: Mapping[str, Any], number: int) -> str:
 
 
 def _use_of_codes(analysis: Mapping[str, Any]) -> str:
-  """The curve of counts over ranks, and the codes with the most tokens."""
+  """Renders frequencies over ranks, and the most frequent codes."""
   codebook, ranks = analysis['codebook'], analysis['code_ranks']
   size, total = codebook['codebook_size'], codebook['num_tokens']
   if not total:
     return ''
   shares = [count / total for count in ranks['counts']]
   points = {
-      'share of tokens': list(zip(ranks['ranks'], shares, strict=True)),
-      'if all were as likely': [(1, 1 / size), (size, 1 / size)],
+      'fraction of tokens': list(zip(ranks['ranks'], shares, strict=True)),
+      'uniform': [(1, 1 / size), (size, 1 / size)],
   }
   plot = curves.plot(
       points, 'log', 'codes-', x_label='rank of the code', x_scale='log'
@@ -91,18 +91,17 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
   if 'swatch' in analysis['top_codes'][0]:
     classes = ' codes'
     swatches = (
-        ' The picture is the middle patch of what a grid of this code alone'
-        ' decodes to.'
+        ' The picture is the middle patch of a decoded grid of this code alone.'
     )
   return elements.section(
-      'Use of codes',
+      'Codebook usage',
       f'<p class="soft">{codebook["num_used_codes"]:,} of {size:,} codes occur'
-      f' in {total:,} tokens, {codebook["tokens_per_code"]:.3g} for each code.'
-      ' The curve has the codes by descending number of tokens; rank 1 has the'
-      f' most. Fewest codes that have a share of all tokens: {numbers}.</p>'
+      f' in {total:,} tokens, {codebook["tokens_per_code"]:.3g} per code. The'
+      ' curve has the codes in descending order of frequency. Fewest codes that'
+      f' cover a fraction of the tokens: {numbers}.</p>'
       f'<div class="plots"><figure>{plot}</figure></div>'
-      '<h3>Codes with the most tokens</h3><p class="soft">Code, its digits if'
-      f' it has any, and its share of all tokens.{swatches}</p>'
+      '<h3>Most frequent codes</h3><p class="soft">Code, its level indices if'
+      f' it has any, and its fraction of all tokens.{swatches}</p>'
       f'<div class="cards{classes}">{cards}</div>',
   )
 
@@ -121,24 +120,24 @@ def _code_card(analysis: Mapping[str, Any], code: Mapping[str, Any]) -> str:
 
 
 def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
-  """Matrices of mutual information between digits."""
+  """Renders matrices of mutual information between dimensions."""
   digits = analysis['digits']
-  title = 'What digits say about each other'
+  title = 'Mutual information between dimensions'
   if not digits:
-    reason = 'The codes of this quantizer have no digits.'
+    reason = 'The codes of this quantizer have no level indices.'
     if analysis['dimensions']:
-      reason = 'Its digits have too many levels to count pairs of them.'
+      reason = 'There are too many levels to count pairs of them.'
     return elements.section(title, f'<p class="soft">{reason}</p>')
   if not digits['pairs']:
     num = len(digits['histograms'])
-    text = f'A position has {num} digits, too many for a matrix.'
+    text = f'A position has {num} level indices, too many for a matrix.'
     return elements.section(title, f'<p class="soft">{text}</p>')
   tables = []
   for name, pairs in digits['pairs'].items():
     label = _NEIGHBOURS.get(name, 'The same token')
     bits = pairs['bits']
     names = [str(i + 1) for i in range(len(bits))]
-    # On the diagonal of one token are entropies, which would outshine the rest.
+    # The diagonal of a token has entropies, which are much larger.
     own = name == 'token'
     largest = max(
         [
@@ -166,20 +165,20 @@ def _pairs_of_digits(analysis: Mapping[str, Any]) -> str:
     )
   order = ''
   if analysis['index_shape']:
-    order = ' Digits are numbered through, index after index.'
+    order = ' Dimensions are numbered across indices.'
   return elements.section(
       title,
-      '<p class="soft">Mutual information in bits, sum of p(x, y) log2 p(x, y)'
-      ' / (p(x) p(y)) over levels x of the digit of the row and y of that of'
-      ' the column, p the shares among all pairs. Rows are digits of a token,'
-      ' columns those of the token that the title names. 0 is independence;'
-      f' in the same token a digit says its entropy about itself.{order}</p>'
+      '<p class="soft">Mutual information in bits: sum of p(x, y) log2 p(x, y)'
+      ' / (p(x) p(y)) over levels x of the row and y of the column, p their'
+      ' frequencies among all pairs. Rows are dimensions of a token, columns'
+      ' dimensions of the token in the title. 0 means independent; within a'
+      f' token the diagonal is the entropy of a dimension.{order}</p>'
       f'<div class="heats">{"".join(tables)}</div>',
   )
 
 
 def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
-  """Matrices of lift between the codes, or classes, with the most tokens."""
+  """Renders matrices of lift between the most frequent codes or classes."""
   pairs = analysis['code_pairs']
   size = pairs['codes_per_class']
   swatches = {code['code']: code for code in analysis['top_codes']}
@@ -196,10 +195,10 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
     what = 'classes of codes'
     note = (
         f' Pairs of {analysis["codebook"]["codebook_size"]:,} codes are too'
-        f' many to count: {size:,} codes that follow each other, ordered by'
+        f' many to count: {size:,} consecutive codes, ordered by'
         f' {html.escape(pairs["order"])}, are one class of'
-        f' {pairs["num_classes"]:,}. Classes say at most as much about each'
-        ' other as their codes do.'
+        f' {pairs["num_classes"]:,}. The mutual information of classes is at'
+        ' most that of their codes.'
     )
   figures = []
   for name, direction in pairs['directions'].items():
@@ -217,27 +216,27 @@ def _pairs_of_codes(analysis: Mapping[str, Any]) -> str:
         for key in ('bits', 'bits_miller_madow')
     )
     table = (
-        f'<p class="soft">None of these pairs is expected {_FEWEST_EXPECTED}'
-        ' times.</p>'
+        '<p class="soft">No pair is expected at least'
+        f' {_FEWEST_EXPECTED} times.</p>'
     )
     if max(map(max, direction['expected']), default=0) >= _FEWEST_EXPECTED:
       table = elements.heat_table(names, cells, 'small')
     figures.append(
-        f'<figure><figcaption>{_NEIGHBOURS[name]}: mutual information of'
-        f' {bits} bits, {less_bias} less its bias; {direction["num_pairs"]:,}'
-        f' pairs, {direction["num_cells"]:,} of them different</figcaption>'
+        f'<figure><figcaption>{_NEIGHBOURS[name]}: mutual information'
+        f' {bits} bits, {less_bias} bias-corrected; {direction["num_pairs"]:,}'
+        f' pairs, {direction["num_cells"]:,} distinct</figcaption>'
         f'{table}</figure>'
     )
   return elements.section(
-      f'Which {what} are neighbours',
-      '<p class="soft">log2 of pairs counted over pairs expected, if neighbours'
-      ' were independent, of the token of the row and the neighbour of the'
-      f' column; the {len(names)} {what} with the most tokens. +1 is twice as'
-      f' many as expected, -1 half; empty where fewer than {_FEWEST_EXPECTED}'
-      f' are expected.{note} Mutual information is that of all {what}, from the'
-      ' shares as counted: with few pairs for each different one it is far too'
-      ' high. Its bias is that of Miller and Madow, which is too little'
-      f' then.</p><div class="heats">{"".join(figures)}</div>',
+      f'Neighbouring {what}',
+      '<p class="soft">log2 of the lift: observed pairs divided by the pairs'
+      ' expected of independent neighbours, of the token of the row and its'
+      f' neighbour of the column, for the {len(names)} most frequent {what}. +1'
+      ' is twice as many as expected, -1 half; empty if fewer than'
+      f' {_FEWEST_EXPECTED} are expected.{note} Mutual information is estimated'
+      f' by the frequencies of all {what}: far too high with few pairs per'
+      ' distinct pair, where the Miller-Madow bias correction is too small.</p>'
+      f'<div class="heats">{"".join(figures)}</div>',
   )
 
 
@@ -258,32 +257,32 @@ def _swaps(analysis: Mapping[str, Any]) -> str:
   has_digits = swaps[0]['num_digits'] > 0
   figures = ''.join(_swap(analysis, swap) for swap in swaps)
   how = (
-      'One digit of the framed token is set to each of its levels, all others'
-      ' and all other tokens stay; the level that the image has is framed.'
+      'One level index of the framed token is set to each of its levels; all'
+      ' other level indices and tokens are unchanged. The level of the image is'
+      ' framed.'
   )
   if not has_digits:
     how = (
-        'Its codes have no digits: the framed token becomes another code, of'
-        ' growing rank by the Euclidean distance from its own, which has rank'
-        ' 0 and is framed; all other tokens stay.'
+        'The codes have no level indices: the framed token is replaced by other'
+        ' codes, ranked by their Euclidean distance from its code, which has'
+        ' rank 0 and is framed. All other tokens are unchanged.'
     )
   elif swaps[0]['num_digits'] > len(swaps[0]['rows']):
     how += (
         f' Shown are the first {len(swaps[0]["rows"])} of'
-        f' {swaps[0]["num_digits"]} digits.'
+        f' {swaps[0]["num_digits"]} dimensions.'
     )
   return elements.section(
-      'One digit changed' if has_digits else 'One token changed',
-      f'<p class="soft">{how} Below each: the difference from the image as it'
-      ' is, grey where there is none. RMS is over the pixels of the patch that'
-      ' the token stands for, in grey levels of 255; "in the patch" is the'
-      ' share of the squared change, over the whole image, that falls'
-      f' there.</p>{figures}',
+      'One level index changed' if has_digits else 'One token changed',
+      f'<p class="soft">{how} Below each image: its difference from the'
+      ' unchanged image, grey for 0. RMS is over the pixels of the token\'s'
+      ' patch, in grey levels of 255; "in the patch" is the fraction of the'
+      f' squared change of the whole image inside the patch.</p>{figures}',
   )
 
 
 def _swap(analysis: Mapping[str, Any], swap: Mapping[str, Any]) -> str:
-  """One image: the whole, and a strip for each digit."""
+  """Renders one image, and a strip for each of its dimensions."""
   names = ('left', 'top', 'width', 'height')
   box = ';'.join(
       f'{name}:{100 * share:.3f}%'
@@ -348,9 +347,9 @@ def _nearest(analysis: Mapping[str, Any]) -> str:
     return ''
   return elements.section(
       'Nearest reconstructions',
-      '<p class="soft">First a reconstruction, then those of the'
-      f' {analysis["num_grids"]:,} images, spread evenly over the split, whose'
-      ' codes are nearest to its own: by the mean over positions of the squared'
-      ' Euclidean distance of the two codes there. "Equal" is the share of'
-      f' tokens that are the same.</p>{"".join(rows)}',
+      '<p class="soft">A reconstruction and its nearest neighbours among'
+      f' {analysis["num_grids"]:,} images, spaced evenly over the split. The'
+      ' distance is the squared Euclidean distance of codes, averaged over'
+      ' positions. "Equal" is the fraction of equal tokens.</p>'
+      f'{"".join(rows)}',
   )

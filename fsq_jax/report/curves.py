@@ -1,4 +1,4 @@
-"""The curves of a report: metrics over steps as SVG, drawn by matplotlib."""
+"""Curves of a report: metrics over steps as SVG, drawn by matplotlib."""
 
 from collections.abc import Mapping, Sequence
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# A curve with more points is drawn as means between minima and maxima.
+# Curves with more points are drawn as means between minima and maxima.
 _MAX_POINTS = 500
 # (title, split, keys, scale of the y axis).
 _CURVES = (
@@ -21,7 +21,7 @@ _CURVES = (
         ),
         'log',
     ),
-    # Some of these losses go below 0; before their start they are 0.
+    # Some of these losses are negative; before their start they are 0.
     (
         'Adversarial losses',
         'train',
@@ -34,7 +34,7 @@ _CURVES = (
     ('PSNR, dB', 'eval', ('psnr',), 'linear'),
     ('SSIM', 'eval', ('ssim',), 'linear'),
     ('LPIPS', 'eval', ('lpips_alexnet', 'lpips_vgg16'), 'linear'),
-    # Each on its own, since their units differ.
+    # One plot each: their units differ.
     ('rFID', 'eval', ('rfid', 'rfid_tf1'), 'linear'),
     ('Frechet distance, VGG16', 'eval', ('fd_vgg16',), 'linear'),
     ('Frechet distance, encoder', 'eval', ('fd_encoder',), 'linear'),
@@ -49,14 +49,14 @@ _CURVES = (
     ),
     ('Images per second', 'train', ('images_per_second',), 'linear'),
 )
-# One for each key of the longest.
+# As many as keys of the longest plot.
 _COLORS = ('#3f7fd6', '#e0862c', '#3fa377', '#a35fc0', '#c8506b')
-# Drawn in this color by matplotlib, then in the page's text color.
+# Placeholder for the page's text color.
 _TEXT_COLOR = '#010203'
 
 
 def render(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-  """Returns HTML with a small plot for each of _CURVES that has numbers.
+  """Returns HTML with a small plot for each of _CURVES that has values.
 
   Args:
     rows: split -> rows with ascending 'step'; values may be missing or null.
@@ -92,10 +92,10 @@ def plot(
 
   Args:
     curves: name to [points, (x, y)] float64.
-    scale: of the y axis, 'linear' or 'log'.
-    prefix: that its ids start with.
-    x_label: what x is.
-    x_scale: of the x axis.
+    scale: scale of the y axis, 'linear' or 'log'.
+    prefix: prefix of its ids.
+    x_label: label of the x axis.
+    x_scale: scale of the x axis.
   """
   import matplotlib
   from matplotlib import figure

@@ -1,4 +1,4 @@
-"""What sections of a report are made of."""
+"""HTML elements of report sections."""
 
 import base64
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ import html
 import math
 import struct
 
-# Images that are not as wide are shown larger than they are.
+# Narrower images are enlarged with visible pixels.
 _SMALL = 96
 
 
@@ -16,7 +16,7 @@ def section(title: str, content: str) -> str:
 
 
 def levels(counts: Sequence[int], entropy: float, label: str) -> str:
-  """Returns a histogram of the levels of a digit; dead levels in red."""
+  """Returns a histogram of the levels of a dimension; dead levels in red."""
   dead_class = ' class="dead"'
   total, largest = max(sum(counts), 1), max(*counts, 1)
   bars = [
@@ -35,14 +35,14 @@ def levels(counts: Sequence[int], entropy: float, label: str) -> str:
 
 
 def image(data: str, alt: str, classes: str = '') -> str:
-  """Returns an image; the pixels of a small one stay squares when enlarged.
+  """Returns an image; pixels of small images stay squares when enlarged.
 
   Args:
     data: a PNG in base64.
-    alt: what it is; escaped already.
-    classes: of CSS.
+    alt: description, already escaped.
+    classes: CSS classes.
   """
-  # Where every PNG has them.
+  # The position in every PNG.
   header = base64.b64decode(data[:32])
   width, height = struct.unpack('>II', header[16:24])
   if width < _SMALL:
@@ -56,7 +56,7 @@ def image(data: str, alt: str, classes: str = '') -> str:
 def heat_table(
     names: Sequence[str], cells: Sequence[Sequence[str]], classes: str = ''
 ) -> str:
-  """Returns a square table of cells from `heat_cell`, named on both sides."""
+  """Returns a square table of `heat_cell`s, labelled on both sides."""
   head = ''.join(f'<th>{name}</th>' for name in ('', *names))
   body = ''.join(
       f'<tr><th>{name}</th>{"".join(row)}</tr>'
@@ -69,8 +69,8 @@ def heat_table(
 
 
 def heat_cell(text: str, strength: float, title: str) -> str:
-  """Returns a cell in grey for -1, over none for 0, to blue for 1."""
-  # The text has to stay readable.
+  """Returns a cell from grey for strength -1 over no color to blue for 1."""
+  # The text stays readable.
   color, most = ('--mark', 70) if strength > 0 else ('--soft', 45)
   share = most * min(abs(strength), 1)
   return (

@@ -11,8 +11,8 @@ import PIL.ImageFont
 
 from fsq_jax import workdir as workdirs
 
-# Pixels of a grid: its width is about this, images are at most so many times
-# enlarged, labels stand in a margin, white gaps part images and pairs of rows.
+# Pixels: approximate width of a grid, largest enlargement of images, margin of
+# labels, gaps between images and between pairs of rows.
 _GRID_WIDTH = 1200
 _MAX_ENLARGEMENT = 8
 _MARGIN = 22
@@ -26,16 +26,15 @@ def reconstruction_grid(
     *,
     columns: int | None = None,
 ) -> np.ndarray:
-  """Lays rows of originals directly over rows of their reconstructions.
+  """Arranges rows of originals above rows of their reconstructions.
 
   Args:
     originals: [B, H, W, 3] uint8.
-    reconstructions: as originals.
-    columns: images in a row; None chooses for a width of about 1200 pixels.
+    reconstructions: same shape and dtype.
+    columns: images per row; None for a width of about 1200 pixels.
 
   Returns:
-    [height, width, 3] uint8: each pixel of an image is a square of the same
-    colour, whose side is 1 for large images and more for small ones.
+    [height, width, 3] uint8; small images are enlarged by an integer factor.
   """
   pair = np.asarray(originals), np.asarray(reconstructions)
   if pair[0].shape != pair[1].shape or pair[0].ndim != 4 or not pair[0].size:
@@ -75,7 +74,7 @@ def reconstruction_grid(
 
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-  """Writes [H, W, 3] uint8 as a PNG, whole or not at all."""
+  """Writes [H, W, 3] uint8 as a PNG, atomically."""
   file = io.BytesIO()
   PIL.Image.fromarray(np.asarray(image)).save(file, 'png')
   os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
@@ -83,7 +82,7 @@ def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
 
 
 def _vertical_label(text: str, height: int) -> np.ndarray:
-  """Text that reads upwards in the middle of [height, _MARGIN, 1] uint8."""
+  """Returns [height, _MARGIN, 1] uint8 with centered text, read upwards."""
   label = PIL.Image.new('L', (height, _MARGIN), 255)
   font = PIL.ImageFont.load_default(13)
   middle = height / 2, _MARGIN / 2

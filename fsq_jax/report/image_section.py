@@ -1,4 +1,4 @@
-"""Images in a report: originals against reconstructions, worst and best."""
+"""Sections of a report on images: comparison, worst and best."""
 
 from collections.abc import Mapping, Sequence
 import html
@@ -11,34 +11,34 @@ def render(analysis: Mapping[str, Any]) -> str:
   """Returns sections with images; '' without an analysis.
 
   Args:
-    analysis: what codebook.json holds.
+    analysis: contents of codebook.json.
   """
   if not analysis:
     return ''
   wipes = ''.join(_wipe(analysis, image) for image in analysis['spread'])
   wipes = elements.section(
-      'Original against reconstruction',
-      f'<p class="soft">Some of {describe(analysis)} Move the line with mouse,'
-      ' finger or arrow keys: the original is to its left, the reconstruction'
-      f' to its right.</p><div class="wipes">{wipes}</div>',
+      'Originals and reconstructions',
+      f'<p class="soft">{describe(analysis)} Move the line with mouse, finger'
+      ' or arrow keys: the original is to its left, the reconstruction to its'
+      f' right.</p><div class="wipes">{wipes}</div>',
   )
   return wipes + elements.section(
       'Worst and best images',
       '<p class="soft">By PSNR of the image, in dB: 10 log10(1 / mse) of uint8'
-      ' images divided by 255. Originals over reconstructions; # is the number'
-      ' in the split, of images without a name.</p>'
+      ' images divided by 255. Originals above reconstructions; # is the number'
+      ' in the split of images without a name.</p>'
       f'<h3>Worst</h3>{_cards(analysis, analysis["worst"])}'
       f'<h3>Best</h3>{_cards(analysis, analysis["best"])}',
   )
 
 
 def name_of(analysis: Mapping[str, Any], index: int) -> str:
-  """Returns the name of an image, or # and its number, escaped."""
+  """Returns the escaped name of an image, or # and its number."""
   return html.escape(analysis.get('names', {}).get(str(index), f'#{index}'))
 
 
 def describe(analysis: Mapping[str, Any]) -> str:
-  """Returns in a sentence which images were looked at, escaped."""
+  """Returns an escaped sentence on the analyzed images."""
   protocol = analysis['protocol']
   source = [protocol.get('source'), protocol.get('split')]
   source = ' / '.join(str(part) for part in source if part)
@@ -51,7 +51,7 @@ def describe(analysis: Mapping[str, Any]) -> str:
 
 
 def _wipe(analysis: Mapping[str, Any], image: Mapping[str, Any]) -> str:
-  """A reconstruction over an original, cut off at a line that moves."""
+  """Renders a reconstruction over an original, clipped at a movable line."""
   name = name_of(analysis, image['index'])
   original = elements.image(image['original'], 'original')
   reconstruction = elements.image(

@@ -1,6 +1,6 @@
-"""The HTML page of a report; it holds everything it shows and loads nothing.
+"""The HTML page of a report, self-contained.
 
-Every text that comes from a run is escaped here, where it enters the page.
+Texts of a run are escaped where they are inserted.
 """
 
 import base64
@@ -16,7 +16,7 @@ from fsq_jax.report import elements
 from fsq_jax.report import image_section
 from fsq_jax.report import style
 
-# Metric by a frozen network to label and note of its tile.
+# Metric by a frozen network -> label and note of its tile.
 _NETWORK_TILES = {
     'lpips_alexnet': ('LPIPS', 'AlexNet'),
     'lpips_vgg16': ('LPIPS', 'VGG16'),
@@ -37,7 +37,7 @@ class Frame(NamedTuple):
 
 
 class Run(NamedTuple):
-  """What a workdir holds; empty where it lacks a file."""
+  """Contents of the files of a run; empty for missing files."""
 
   name: str
   config: dict[str, Any]
@@ -48,14 +48,14 @@ class Run(NamedTuple):
   rows: dict[str, list[dict[str, Any]]]
   # Ascending steps.
   frames: list[Frame]
-  # What codebook.json holds.
+  # Contents of codebook.json.
   analysis: dict[str, Any]
-  # Files that could not be read, and why.
+  # Messages on files that could not be used.
   notices: list[str]
 
 
 def render(run: Run) -> str:
-  """Returns the whole page of a run."""
+  """Returns the page of a run."""
   protocol = dict(run.evaluation.get('protocol') or {})
   definitions = protocol.pop('definitions', None) or {}
   body = '\n'.join([
@@ -80,7 +80,7 @@ def render(run: Run) -> str:
 
 
 def _headline(run: Run) -> str:
-  """Name, one sentence, notices and the tiles."""
+  """Renders name, summary, notices and tiles."""
   values = _values(run)
   notices = [f'<p class="notice">{html.escape(n)}</p>' for n in run.notices]
   tiles = [
@@ -95,7 +95,7 @@ def _headline(run: Run) -> str:
 
 
 def _values(run: Run) -> dict[str, Any]:
-  """The finite metrics of the evaluation, else those of the last eval row."""
+  """Returns the finite metrics of the evaluation, or of the last eval row."""
   values = {
       'step': run.evaluation.get('step'),
       **(run.evaluation.get('metrics') or {}),
@@ -111,7 +111,7 @@ def _values(run: Run) -> dict[str, Any]:
 
 
 def _summary(run: Run, values: Mapping[str, Any]) -> str:
-  """What was run, and what came out, in a sentence."""
+  """Returns a sentence on the model and its results."""
   name = str(run.quantizer.get('name', 'The model'))
   name = name.replace('_', ' ').upper() if name == name.lower() else name
   if run.quantizer.get('name') == 'none':
@@ -126,7 +126,7 @@ def _summary(run: Run, values: Mapping[str, Any]) -> str:
     if run.evaluation:
       return f'{name}: the evaluation has no finite PSNR.'
     if not run.rows['train']:
-      return f'{name}: nothing has been logged yet.'
+      return f'{name}: no metrics have been logged yet.'
     row = run.rows['train'][-1]
     return (
         f'{name}: no evaluation yet; after step {row["step"]:,} the loss is'
@@ -150,7 +150,7 @@ def _summary(run: Run, values: Mapping[str, Any]) -> str:
 
 
 def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-  """(label, value, note) of the numbers that are there."""
+  """Returns (label, value, note) of the available metrics."""
   size = values.get('codebook_size')
   bits = math.log2(size) if size else None
   tiles = []
@@ -177,13 +177,13 @@ def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     tokens = values['num_tokens'] + values.get('num_invalid_tokens', 0)
     tokens /= num_images
     rate = tokens * bits / math.prod(sides)
-    note = f'{tokens:g} tokens an image'
+    note = f'{tokens:g} tokens per image'
     tiles.append(('Bits per pixel', f'{rate:.3f}', note))
   return tiles
 
 
 def _reconstructions(frames: Sequence[Frame]) -> str:
-  """The last grid, and a slider over the earlier ones where scripts run."""
+  """Renders the last grid, and a slider over earlier grids (JavaScript)."""
   if not frames:
     return ''
   images = []
@@ -196,10 +196,10 @@ def _reconstructions(frames: Sequence[Frame]) -> str:
     )
   last = len(frames) - 1
   label = f'step {frames[-1].step:,}'
-  caption = f'<p class="soft">Originals over reconstructions, {label}.</p>'
+  caption = f'<p class="soft">Originals above reconstructions, {label}.</p>'
   if last:
     caption = (
-        '<p class="soft">Originals over reconstructions, <output id="shown">'
+        '<p class="soft">Originals above reconstructions, <output id="shown">'
         f'{label}</output>. <input id="slider" type="range" min="0"'
         f' max="{last}" value="{last}" aria-label="step" hidden></p>'
     )
@@ -208,13 +208,13 @@ def _reconstructions(frames: Sequence[Frame]) -> str:
 
 
 def _tokens(run: Run) -> str:
-  """All there is on tokens: what --mode=report found, else the levels."""
+  """Renders the analysis of --mode=report, or the levels of the evaluation."""
   found = codebook_section.render(run.analysis)
   return found or _levels(run.evaluation.get('codebook') or {})
 
 
 def _levels(codebook: Mapping[str, Any]) -> str:
-  """A histogram of the levels of each dimension; dead levels in red."""
+  """Renders a histogram of the levels of each dimension."""
   histograms = codebook.get('level_histograms') or []
   entropies = codebook.get('level_entropy_bits') or []
   figures = [
@@ -230,7 +230,7 @@ def _levels(codebook: Mapping[str, Any]) -> str:
 def _results(
     evaluation: Mapping[str, Any], definitions: Mapping[str, str]
 ) -> str:
-  """All numbers of the evaluation beside their definitions."""
+  """Renders all metrics of the evaluation with their definitions."""
   values = {
       **(evaluation.get('metrics') or {}),
       **(evaluation.get('codebook') or {}),
@@ -253,7 +253,7 @@ def _results(
 
 
 def _tree(values: Mapping[str, Any]) -> str:
-  """Nested fields as a list, with branches that fold."""
+  """Renders nested fields as a list with collapsible branches."""
   parts, leaves = [], []
   for name, value in values.items():
     name = html.escape(str(name))
@@ -275,7 +275,7 @@ def _finite(value: Any) -> bool:
 
 
 def _number(value: Any) -> str:
-  """Six digits, thousands parted; a dash for what is not a finite number."""
+  """Formats a number; other values by `str`, missing and infinite as a dash."""
   if not _finite(value):
     is_number = value is None or isinstance(value, float)
     return '\N{EN DASH}' if is_number else str(value)

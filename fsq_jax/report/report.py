@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 
 from fsq_jax import workdir as workdirs
 from fsq_jax.report import page
 
-# Of what codebook.json holds; raise it with any change that pages would miss.
+# Version of codebook.json; increment it if pages need new contents.
 ANALYSIS_VERSION = 1
-# Grids in the report: at most so many, and so many bytes.
+# Limits of the grids in a report: number and total bytes.
 _MAX_FRAMES = 8
 _MAX_FRAME_BYTES = 12_000_000
 
@@ -31,8 +29,8 @@ def write_report(
     workdir: folder with any of config.json, quantizer.json, run.json,
       metrics.jsonl, evaluation.json, codebook.json and
       reconstructions/step_*.png.
-    output: folder for the page; files that it has are read in place of those of
-      the workdir. None is the workdir.
+    output: folder for the page; its files take precedence over files of the
+      workdir. None is the workdir.
 
   Returns:
     The path of the page.
@@ -59,14 +57,14 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
   if analysis and analysis.get('version') != ANALYSIS_VERSION:
     analysis = {}
     notices.append(
-        f'{workdirs.CODEBOOK} is of another version of fsq_jax and left out;'
-        ' --mode=report writes it anew.'
+        f'{workdirs.CODEBOOK} is of another version of fsq_jax and is skipped;'
+        ' --mode=report writes a new one.'
     )
   step = files['evaluation'].get('step')
   if analysis and step not in (None, analysis['step']):
     notices.append(
-        f'Single images and the codebook are of step {analysis["step"]}, all'
-        f' else of step {step}; --mode=report looks at them anew.'
+        f'Single images and the codebook are of step {analysis["step"]},'
+        f' everything else is of step {step}; --mode=report updates them.'
     )
   return page.Run(
       name=os.path.basename(workdir),
@@ -74,7 +72,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
       quantizer=files['quantizer'],
       provenance=files['run'],
       evaluation=files['evaluation'],
-      rows=_read_rows(find('metrics.jsonl')),
+      rows=_read_rows(os.path.dirname(find(workdirs.METRICS))),
       frames=_read_frames(find('reconstructions'), notices),
       analysis=analysis,
       notices=notices,
@@ -95,27 +93,21 @@ def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
   return {}
 
 
-def _read_rows(path: str) -> dict[str, list[dict[str, Any]]]:
-  """Rows of each split; of a step that was repeated after a resume the last."""
-  rows = {'train': {}, 'eval': {}}
-  if os.path.exists(path):
-    with open(path, encoding='utf-8', errors='replace') as file:
-      for line in file:
-        try:
-          row = json.loads(line)
-          step = int(row['step'])
-          rows[row['split']][step] = row | {'step': step}
-        except (ValueError, TypeError, KeyError, OverflowError):
-          # A crash cuts lines short; other splits are not drawn.
-          continue
-  return {
-      split: [by_step[step] for step in sorted(by_step)]
-      for split, by_step in rows.items()
-  }
+def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
+  """Returns the rows of metrics.jsonl by split, in ascending steps.
+
+  A resumed run may have repeated steps; the last row of a step is kept.
+  """
+  rows = workdirs.read_metrics(folder)
+  by_split = {}
+  for split in ('train', 'eval'):
+    last = {row['step']: row for row in rows if row.get('split') == split}
+    by_split[split] = [last[step] for step in sorted(last)]
+  return by_split
 
 
 def _read_frames(folder: str, notices: list[str]) -> list[page.Frame]:
-  """The last grid and, evenly spaced, some earlier ones."""
+  """Returns the last grid and some earlier grids, evenly spaced."""
   paths = {}
   for name in os.listdir(folder) if os.path.isdir(folder) else ():
     if match := re.fullmatch(r'step_(\d+)\.png', name):

@@ -1,6 +1,4 @@
-"""Style and script of a report."""
-
-
+"""CSS and JavaScript of a report."""
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c1e21;

@@ -24,7 +24,7 @@ from fsq_jax import models
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import integrity
 from fsq_jax.models import variables
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import model_card
 
@@ -242,7 +242,7 @@ def read(
     raise ValueError(
         f'{folder / CONFIG} is damaged: {type(error).__name__}: {error}.'
     ) from error
-  convert.check_same_dialect(
+  specs.check_same_spec(
       _read_json(folder / workdirs.QUANTIZER), spec
   )
   wanted = {x: y for x, y in stored.hashes.items() if x in arrays}

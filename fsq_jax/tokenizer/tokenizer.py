@@ -19,7 +19,7 @@ from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import transforms
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as pixels_lib
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import batching
@@ -294,7 +294,7 @@ class Tokenizer:
         size.
     """
     if spec is not None:
-      convert.check_same_dialect(spec, self.spec)
+      specs.check_same_spec(spec, self.spec)
     tokens = self._check_tokens(tokens)
     if size is not None:
       size = _check_size(size)

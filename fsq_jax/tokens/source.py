@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from fsq_jax import data
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 
@@ -106,7 +106,7 @@ class TokenSource(Sequence[shards.Example]):
     Raises:
       ValueError: they are of another dialect or of another model.
     """
-    convert.check_same_dialect(self.manifest.job.quantizer, spec)
+    specs.check_same_spec(self.manifest.job.quantizer, spec)
     made_by = self.manifest.job.model_hash
     if made_by != model_hash:
       raise ValueError(

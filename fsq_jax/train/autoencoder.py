@@ -20,7 +20,7 @@ from fsq_jax import report
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import saved_run
-from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
@@ -264,7 +264,7 @@ class _Run:
           self.config,
           allow_config_change=allow_config_change,
       )
-      convert.check_same_dialect(
+      specs.check_same_spec(
           record['quantizer'], self.model.quantizer.spec()
       )
       self.networks.check_same(record['networks'])

@@ -520,10 +520,10 @@ def workdir(tmp_path_factory):
 def test_the_mode_writes_the_report_of_a_run(workdir):
   page = (workdir / 'report.html').read_text()
   for title in (
-      'Original against reconstruction', 'Worst and best images',
-      'Levels of each dimension', 'Use of codes',
-      'What digits say about each other', 'Which codes are neighbours',
-      'One digit changed', 'Nearest reconstructions',
+      'Originals and reconstructions', 'Worst and best images',
+      'Levels of each dimension', 'Codebook usage',
+      'Mutual information between dimensions', 'Neighbouring codes',
+      'One level index changed', 'Nearest reconstructions',
   ):
     assert f'<h2>{title}</h2>' in page
   analysis = json.loads((workdir / 'codebook.json').read_text())
@@ -585,4 +585,5 @@ def test_the_mode_runs_by_launch(tmp_path):
       command, cwd=_ROOT, capture_output=True, text=True, check=True
   )
   assert result.stdout == f'{tmp_path}/run/report.html\n'
-  assert 'One digit changed' in (tmp_path / 'run' / 'report.html').read_text()
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert 'One level index changed' in page

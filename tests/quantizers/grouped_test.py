@@ -55,7 +55,7 @@ def test_sizes_are_those_of_one_index():
   assert grouped.levels == (8, 6, 5)
   assert grouped.index_shape == (4,)
   assert FSQ((8, 6, 5)).index_shape == ()
-  # Digits are those of each index, so that pooled indices have some too.
+  # Level indices belong to one index, so that pooled indices have them too.
   indices = jnp.arange(240)
   np.testing.assert_array_equal(
       grouped.indices_to_digits(indices),
@@ -130,7 +130,7 @@ def test_missing_and_wrong_index_axes_are_refused():
 def test_constructor_refuses_what_cannot_work(num_groups):
   with pytest.raises(ValueError, match=f'num_groups is {num_groups}; .* 1 to'):
     GroupedFSQ((8, 5), num_groups=num_groups)
-  with pytest.raises(ValueError, match='levels has 1'):
+  with pytest.raises(ValueError, match=r'levels\[1\] is 1'):
     GroupedFSQ((8, 1), num_groups=2)
 
 

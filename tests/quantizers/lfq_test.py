@@ -110,8 +110,12 @@ def test_gradient_of_lfq_is_the_identity_and_of_bsq_tangent():
 
 
 @both
-@pytest.mark.parametrize('temperature', [0.01, 1.0])
-@pytest.mark.parametrize('diversity_weight', [0.0, 1.0, 2.5])
+@pytest.mark.parametrize(('temperature', 'diversity_weight'), [
+    (0.01, 1.0),
+    (1.0, 2.5),
+    pytest.param(0.01, 0.0, marks=pytest.mark.slow),
+    pytest.param(1.0, 1.0, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_loss_is_that_of_the_softmax_over_the_codebook(
     cls, temperature, diversity_weight
 ):
@@ -130,6 +134,7 @@ def test_loss_is_that_of_the_softmax_over_the_codebook(
   )
 
 
+@pytest.mark.slow
 def test_entropy_of_the_mean_is_summed_over_groups():
   z = 0.3 * _normal((40, 5)) + 0.2 * _normal((40, 1), seed=1)
   p = _softmax_over_codebook(np.float64(z), 1.0, 0.3)
@@ -197,6 +202,7 @@ def test_loss_prefers_codes_in_use_and_sure_ones():
 
 
 @both
+@pytest.mark.slow
 def test_loss_of_a_single_vector_is_no_special_case(cls):
   quantizer = cls(4)
   z = _normal((4,))
@@ -206,7 +212,11 @@ def test_loss_of_a_single_vector_is_no_special_case(cls):
 
 
 @both
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('dtype', [
+    'float32',
+    pytest.param('bfloat16', marks=pytest.mark.slow),
+    pytest.param('float16', marks=pytest.mark.slow),
+])  # fmt: skip
 def test_extreme_latents_give_corners_and_no_nan(cls, dtype):
   largest = float(jnp.finfo(dtype).max)
   sizes = [1e4, largest, np.inf]

@@ -7,6 +7,7 @@ import pytest
 
 from fsq_jax import quantizers
 from fsq_jax.quantizers import convert
+from fsq_jax.quantizers import specs
 
 _DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -18,8 +19,7 @@ def _latents(dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('dtype', _DTYPES)
-@pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('channel_axis', [-1, 1])
+@pytest.mark.parametrize(('train', 'channel_axis'), [(False, -1), (True, 1)])
 def test_latents_pass_bit_for_bit(dtype, train, channel_axis):
   quantizer = quantizers.NoQuantizer(code_dim=5, channel_axis=channel_axis)
   z = jnp.moveaxis(_latents(dtype), -1, channel_axis)
@@ -68,10 +68,10 @@ def test_wrong_numbers_of_channels_are_refused(code_dim):
     quantizers.NoQuantizer(code_dim=code_dim)
 
 
-def test_latents_of_another_size_are_another_dialect():
+def test_latents_of_another_size_are_another_spec():
   eight, five = (quantizers.NoQuantizer(code_dim=d).spec() for d in (8, 5))
-  convert.check_same_dialect(eight, eight)
+  specs.check_same_spec(eight, eight)
   with pytest.raises(ValueError, match=r'code_dim: 8 -> 5\nDecode them'):
-    convert.check_same_dialect(eight, five)
-  with pytest.raises(ValueError, match="'none' are not digits"):
+    specs.check_same_spec(eight, five)
+  with pytest.raises(ValueError, match="'none' have no level"):
     convert.quantizer_from_spec(eight)

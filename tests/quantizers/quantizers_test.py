@@ -70,19 +70,27 @@ _CONFIGS = {
         },
     ],
 }
-_CASES = [
-    pytest.param({'name': name, **config}, id=f'{name}{i}')
+_CASES = {
+    f'{name}{i}': {'name': name, **config}
     for name, configs in _CONFIGS.items()
     for i, config in enumerate(configs)
-]
-_DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+}
 
-every_quantizer = pytest.mark.parametrize('config', _CASES)
-# Of 'none' tests/none_test.py tests what it does in place of tokens.
-every_tokenizer = pytest.mark.parametrize(
-    'config', [case for case in _CASES if case.values[0]['name'] != 'none']
-)
-every_dtype = pytest.mark.parametrize('dtype', _DTYPES)
+
+def _cases(*fast, tokens=False):
+  """Parametrizes over `_CASES`; those not in `fast`, if given, are slow.
+
+  Args:
+    *fast: names of the cases in the fast tier; none for all.
+    tokens: leaves out 'none', whose counterparts are in none_test.
+  """
+  return pytest.mark.parametrize('case', [
+      pytest.param(
+          case, marks=[pytest.mark.slow] if fast and case not in fast else []
+      )
+      for case in _CASES
+      if not (tokens and case.startswith('none'))
+  ])  # fmt: skip
 
 
 def _build(config, **fields):
@@ -104,117 +112,136 @@ def _apply(quantizer, variables, z):
   return jax.jit(quantizer.apply)(variables, z)
 
 
-def _on_index_axes(quantizer, indices):
-  """Repeats indices [N] for every index of a code."""
-  shape = (len(indices), *quantizer.index_shape)
-  return jnp.broadcast_to(
-      jnp.expand_dims(indices, range(1, len(shape))), shape
-  )
+class _Example:
+  """A quantizer with variables and latents; each method is compiled once."""
+
+  def __init__(self, case):
+    self.quantizer = _build(_CASES[case])
+    self.z = _latents(self.quantizer)
+    self.variables = _init(self.quantizer, self.z)
+    self.apply = functools.partial(
+        jax.jit(self.quantizer.apply), self.variables
+    )
+    self.out = self.apply(self.z)
+
+  def method(self, name, x):
+    """Calls a method, compiled."""
+    apply = jax.jit(self.quantizer.apply, static_argnames='method')
+    return apply(self.variables, x, method=name)
+
+  @functools.cached_property
+  def decoded(self):
+    """Indices of the output, of the codebook and outside; codes; indices."""
+    size, shape = self.quantizer.codebook_size, self.quantizer.index_shape
+    numbers = np.int32([*range(size), -1, size, 2**31 - 1])
+    # Repeated for every index of a code.
+    numbers = numbers.reshape(-1, *(1 for _ in shape))
+    numbers = np.broadcast_to(numbers, (size + 3, *shape))
+    indices = np.concatenate([self.out.indices.reshape(-1, *shape), numbers])
+    codes = self.method('get_codebook_entry', indices)
+    return indices, codes, self.method('codes_to_indices', codes)
+
+
+@functools.cache
+def _example(case):
+  return _Example(case)
 
 
 def test_every_quantizer_of_the_builder_is_tested():
   assert sorted(builder.QUANTIZERS) == sorted(_CONFIGS)
 
 
-@every_quantizer
-@every_dtype
-def test_shapes_and_dtypes(config, dtype):
-  quantizer = _build(config)
-  z = _latents(quantizer, dtype=dtype)
-  out = _apply(quantizer, _init(quantizer, z), z)
+@_cases()
+def test_shapes_and_dtypes(case):
+  example = _example(case)
+  out, quantizer, z = example.out, example.quantizer, example.z
   assert isinstance(out, quantizers.QuantizerOutput)
   assert out._fields == ('z_q', 'loss', 'indices')
   chex.assert_shape(out.z_q, z.shape)
   chex.assert_shape(out.loss, ())
   chex.assert_shape(out.indices, (*z.shape[:-1], *quantizer.index_shape))
-  assert out.z_q.dtype == dtype
+  assert out.z_q.dtype == jnp.float32
   assert out.loss.dtype == jnp.float32
   assert out.indices.dtype == jnp.int32
-  assert np.all(out.indices >= 0)
-  assert np.all(out.indices < quantizer.codebook_size)
+  assert np.all(np.asarray(out.indices) >= 0)
+  assert np.all(np.asarray(out.indices) < quantizer.codebook_size)
 
 
-@every_tokenizer
-def test_codes_and_indices_are_each_others_inverse(config):
-  quantizer = _build(config)
-  z = _latents(quantizer)
-  variables = _init(quantizer, z)
-  out = _apply(quantizer, variables, z)
-
-  def method(name, x):
-    return jax.jit(quantizer.apply, static_argnames='method')(
-        variables, x, method=name
-    )
-
-  np.testing.assert_array_equal(
-      method('codes_to_indices', out.z_q), out.indices
-  )
-  np.testing.assert_array_equal(
-      method('indices_to_codes', out.indices), out.z_q
-  )
-  every_index = _on_index_axes(quantizer, jnp.arange(quantizer.codebook_size))
-  codes = method('get_codebook_entry', every_index)
-  chex.assert_shape(codes, (quantizer.codebook_size, quantizer.code_dim))
-  assert len(np.unique(codes, axis=0)) == quantizer.codebook_size
-  np.testing.assert_array_equal(method('codes_to_indices', codes), every_index)
+@_cases(tokens=True)
+def test_codes_and_indices_are_each_others_inverse(case):
+  example = _example(case)
+  size, dim = example.quantizer.codebook_size, example.quantizer.code_dim
+  indices, codes, again = map(np.asarray, example.decoded)
+  num = len(indices) - size - 3
+  np.testing.assert_array_equal(codes[:num], example.out.z_q.reshape(-1, dim))
+  np.testing.assert_array_equal(again[:-3], indices[:-3])
+  chex.assert_shape(codes, (len(indices), dim))
+  assert len(np.unique(codes[num:-3], axis=0)) == size
 
 
-@every_quantizer
-def test_compiled_equals_eager(config):
-  quantizer = _build(config)
-  z = _latents(quantizer)
-  variables = _init(quantizer, z)
-  compiled = _apply(quantizer, variables, z)
-  eager = quantizer.apply(variables, z)
+@_cases('fsq0')
+def test_compiled_equals_eager(case):
+  example = _example(case)
+  compiled = example.out
+  eager = example.quantizer.apply(example.variables, example.z)
   np.testing.assert_array_equal(compiled.z_q, eager.z_q)
   np.testing.assert_array_equal(compiled.indices, eager.indices)
   np.testing.assert_allclose(compiled.loss, eager.loss, rtol=1e-6)
 
 
-@every_quantizer
-def test_training_and_evaluation_have_one_signature(config):
-  parameters = inspect.signature(type(_build(config)).__call__).parameters
-  assert parameters['train'].kind is inspect.Parameter.KEYWORD_ONLY
-  assert parameters['train'].default is False
+def test_training_and_evaluation_have_one_signature():
+  for quantizer in builder.QUANTIZERS.values():
+    parameters = inspect.signature(quantizer.__call__).parameters
+    assert parameters['train'].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters['train'].default is False
 
 
-@every_quantizer
-def test_gradient_is_finite_and_reaches_every_latent(config):
-  quantizer = _build(config)
-  z = _latents(quantizer)
-  variables = _init(quantizer, z)
-  weights = jax.random.normal(jax.random.key(2), z.shape)
+@_cases()
+def test_gradient_is_finite_and_reaches_every_latent(case):
+  example = _example(case)
+  quantizer, variables, z = example.quantizer, example.variables, example.z
+  weights = np.random.default_rng(2).normal(size=z.shape).astype(np.float32)
 
   @jax.jit
   @jax.grad
   def gradient(z):
     return jnp.sum(quantizer.apply(variables, z).z_q * weights)
 
-  chex.assert_tree_all_finite(gradient(z))
-  assert np.all(np.asarray(gradient(z)) != 0)
+  of_z = np.asarray(gradient(z))
+  assert np.all(np.isfinite(of_z))
+  assert np.all(of_z != 0)
 
 
-@every_quantizer
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_computes_in_float32_whatever_the_latents(config, dtype):
-  quantizer = _build(config)
+@_cases('fsq0')
+@pytest.mark.parametrize(
+    'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
+def test_computes_in_float32_whatever_the_latents(case, dtype):
+  quantizer = _build(_CASES[case])
   z = 2 * _latents(quantizer, (4096,), dtype)
   variables = _init(quantizer, z)
   narrow = _apply(quantizer, variables, z)
   wide = _apply(quantizer, variables, z.astype(jnp.float32))
+  assert narrow.z_q.dtype == dtype
+  assert narrow.loss.dtype == jnp.float32
   np.testing.assert_array_equal(narrow.indices, wide.indices)
   np.testing.assert_array_equal(narrow.z_q, wide.z_q.astype(dtype))
   np.testing.assert_array_equal(narrow.loss, wide.loss)
 
 
-@every_quantizer
+@_cases('fsq5', 'lfq0', 'vq0')
 @pytest.mark.parametrize(
     ('axis_type', 'train'),
-    [('Auto', True), ('Explicit', True), ('Explicit', False)],
+    [
+        ('Auto', True),
+        pytest.param('Explicit', True, marks=pytest.mark.slow),
+        pytest.param('Explicit', False, marks=pytest.mark.slow),
+    ],
 )
 def test_results_do_not_depend_on_the_number_of_devices(
-    config, axis_type, train
+    case, axis_type, train
 ):
+  config = _CASES[case]
   quantizer = _build(config)
   z = 2 * _latents(quantizer, (64, 16))
   variables = _init(quantizer, z)
@@ -248,7 +275,7 @@ def test_results_do_not_depend_on_the_number_of_devices(
   )
 
 
-# Those with statistics of the whole batch; one that only has a mean.
+# Quantizers with statistics of the whole batch, and one with a mean only.
 _WITH_STATISTICS = {
     'lfq': {'name': 'lfq', 'num_bits': 4, 'entropy_group_bits': 3},
     'bsq': {'name': 'bsq', 'num_bits': 4},
@@ -323,11 +350,18 @@ def _split_by(kind, function):
   return call
 
 
-@pytest.mark.parametrize(('name', 'kind'), [
+_KINDS = [
     *((name, 'shard_map') for name in _WITH_STATISTICS),
     *((name, 'vmap') for name in _WITH_STATISTICS),
     ('lfq', 'shard_map_unchecked'), ('kmeans_batch', 'shard_map_unchecked'),
     ('lfq', 'pmap'), ('ema', 'pmap'), ('kmeans_batch', 'pmap'),
+]  # fmt: skip
+_FAST_KINDS = [('lfq', 'vmap'), ('ema', 'shard_map')]
+
+
+@pytest.mark.parametrize(('name', 'kind'), [
+    pytest.param(*pair, marks=[] if pair in _FAST_KINDS else [pytest.mark.slow])
+    for pair in _KINDS
 ])  # fmt: skip
 def test_replicas_with_an_axis_name_equal_one_device(name, kind):
   one = _build(_WITH_STATISTICS[name])
@@ -372,10 +406,11 @@ def test_replicas_with_an_axis_name_equal_one_device(name, kind):
       for copy in of_replicas:
         np.testing.assert_array_equal(copy, of_replicas[0])
       np.testing.assert_allclose(of_replicas[0], x, rtol=1e-4, atol=1e-5)
-    # The next step of both starts from the same.
+    # The next step has the same state for both.
     state = jax.tree.map(lambda x: jnp.asarray(x[0]), states)
 
 
+@pytest.mark.slow
 def test_an_axis_may_be_several():
   one = _build(_WITH_STATISTICS['kmeans_batch'])
   two = _build(_WITH_STATISTICS['kmeans_batch'], axis_name=['a', 'b'])
@@ -400,11 +435,11 @@ def test_an_axis_may_be_several():
   two.apply(variables, z)
 
 
-@pytest.mark.parametrize('axis_name', ['', (), 1, True, ('a', 1), {'a'}])
 @pytest.mark.parametrize('name', ['lfq', 'bsq', 'ema'])
-def test_wrong_axis_names_are_refused(name, axis_name):
-  with pytest.raises(ValueError, match=r'axis_name is .*; use None, the name'):
-    _build(_WITH_STATISTICS[name], axis_name=axis_name)
+def test_wrong_axis_names_are_refused(name):
+  for axis_name in ('', (), 1, True, ('a', 1), {'a'}):
+    with pytest.raises(ValueError, match=r'axis_name is .*; use None, the na'):
+      _build(_WITH_STATISTICS[name], axis_name=axis_name)
 
 
 _WRONG = {
@@ -456,26 +491,25 @@ def test_constructors_check_the_type_of_every_field(config):
       assert hash(quantizer) == hash(quantizer)
 
 
-@every_tokenizer
-def test_nan_is_never_a_token(config):
-  quantizer = _build(config)
-  z = _latents(quantizer, (3,)).at[1, 0].set(jnp.nan)
-  variables = _init(quantizer, z)
-  out = _apply(quantizer, variables, z)
-  assert int(out.indices[1].min()) == -1
-  assert int(out.indices[jnp.asarray([0, 2])].min()) >= 0
-  assert np.isnan(out.z_q[1, 0])
-  assert not np.any(np.isnan(out.z_q[jnp.asarray([0, 2])]))
-  outside = jnp.asarray([-1, quantizer.codebook_size, 2**31 - 1])
-  outside = _on_index_axes(quantizer, outside)
-  codes = quantizer.apply(variables, outside, method='indices_to_codes')
-  assert np.all(np.isnan(codes))
-  indices = quantizer.apply(variables, codes, method='codes_to_indices')
-  np.testing.assert_array_equal(indices, jnp.full_like(outside, -1))
+@_cases(tokens=True)
+def test_nan_is_never_a_token(case):
+  example = _example(case)
+  out = example.apply(example.z.at[1, 0, 0, 0].set(jnp.nan))
+  indices = np.asarray(out.indices).reshape(*example.z.shape[:-1], -1)
+  spoiled = np.zeros(example.z.shape[:-1], bool)
+  spoiled[1, 0, 0] = True
+  np.testing.assert_array_equal(indices.min(-1) == -1, spoiled)
+  z_q = np.asarray(out.z_q)
+  assert np.isnan(z_q[1, 0, 0, 0])
+  assert not np.any(np.isnan(z_q[~spoiled]))
+  _, codes, again = map(np.asarray, example.decoded)
+  assert np.all(np.isnan(codes[-3:]))
+  assert np.all(again[-3:] == -1)
 
 
-@every_quantizer
-def test_channels_may_stand_on_another_axis(config):
+@_cases('fsq0')
+def test_channels_may_stand_on_another_axis(case):
+  config = _CASES[case]
   last, first = _build(config), _build(config, channel_axis=1)
   z = _latents(last, (2, 4, 3))  # [B, H, W, C]
   variables = _init(last, z)
@@ -484,17 +518,19 @@ def test_channels_may_stand_on_another_axis(config):
   np.testing.assert_array_equal(out.indices, expected.indices)
   np.testing.assert_array_equal(out.z_q, jnp.moveaxis(expected.z_q, -1, 1))
   np.testing.assert_allclose(out.loss, expected.loss, rtol=1e-6)
+  apply = jax.jit(first.apply, static_argnames='method')
   np.testing.assert_array_equal(
-      first.apply(variables, out.z_q, method='codes_to_indices'), out.indices
+      apply(variables, out.z_q, method='codes_to_indices'), out.indices
   )
   if config['name'] != 'none':
     np.testing.assert_array_equal(
-        first.apply(variables, out.indices, method='indices_to_codes'), out.z_q
+        apply(variables, out.indices, method='indices_to_codes'), out.z_q
     )
 
 
-@every_quantizer
-def test_wrong_latents_are_refused_by_name(config):
+@_cases()
+def test_wrong_latents_are_refused_by_name(case):
+  config = _CASES[case]
   quantizer = _build(config)
   dim = quantizer.code_dim
   with pytest.raises(ValueError, match=f'{dim + 1} channels .* {dim};'):
@@ -510,8 +546,8 @@ def test_wrong_latents_are_refused_by_name(config):
     quantizer.apply({}, jnp.zeros((2,)), method='indices_to_codes')
 
 
-@every_tokenizer
-def test_works_inside_another_module(config):
+@_cases('fsq0', tokens=True)
+def test_works_inside_another_module(case):
   class Tokenizer(nn.Module):
     quantizer: nn.Module
 
@@ -521,7 +557,7 @@ def test_works_inside_another_module(config):
     def decode(self, indices):
       return self.quantizer.indices_to_codes(indices)
 
-  quantizer = _build(config)
+  quantizer = _build(_CASES[case])
   z = _latents(quantizer)
   tokenizer = Tokenizer(quantizer)
   variables = _init(tokenizer, z)
@@ -534,16 +570,15 @@ def test_works_inside_another_module(config):
   np.testing.assert_array_equal(jax.vmap(decode)(out.indices), out.z_q)
 
 
-@every_quantizer
-def test_spec_survives_json_and_tells_dialects_apart(config):
-  quantizer = _build(config)
-  spec = quantizer.spec()
-  assert json.loads(json.dumps(spec)) == spec
-  assert spec['name'] == config['name']
-  others = [_build(case.values[0]).spec() for case in _CASES]
-  assert others.count(spec) == 1
+def test_specs_survive_json_and_differ():
+  specs = [_build(config).spec() for config in _CASES.values()]
+  assert json.loads(json.dumps(specs)) == specs
+  for spec, config in zip(specs, _CASES.values(), strict=True):
+    assert spec['name'] == config['name']
+    assert specs.count(spec) == 1
 
 
+@pytest.mark.slow
 def test_conversion_is_an_attribute_of_the_package():
   # In a process of its own: here others have imported it already.
   program = 'from fsq_jax import quantizers; quantizers.convert.convert_codes'
@@ -576,8 +611,11 @@ def test_builder_takes_placeholders_and_leaves_the_config_alone():
   assert config.name == 'fsq'
 
 
-@every_quantizer
-def test_x64_and_strict_promotion_change_no_result(config):
+@pytest.mark.slow
+@_cases()
+def test_x64_and_strict_promotion_change_no_result(case):
+  config = _CASES[case]
+
   def run():
     quantizer = _build(config)
     z = np.random.default_rng(0).normal(size=(8, 9, quantizer.code_dim))
@@ -609,7 +647,7 @@ def test_x64_and_strict_promotion_change_no_result(config):
     return jax.device_get(results)
 
   expected = run()
-  # What is float64 by accident then meets a float32.
+  # Accidental float64 arrays then meet float32 arrays.
   with jax.enable_x64(True), jax.numpy_dtype_promotion('strict'):
     actual = run()
   chex.assert_trees_all_equal_dtypes(actual, expected)

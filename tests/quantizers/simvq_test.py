@@ -91,8 +91,11 @@ def _from_file(name):
   }
 
 
-@pytest.mark.parametrize('input_projection', ['none', 'linear'])
-@pytest.mark.parametrize('source', ['file', 'numpy'])
+@pytest.mark.parametrize(('source', 'input_projection'), [
+    ('file', 'none'),
+    pytest.param('file', 'linear', marks=pytest.mark.slow),
+    pytest.param('numpy', 'linear', marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize(('name', 'metric', 'weighting'), _CASES)
 def test_equals_the_reference(
     name, metric, weighting, source, input_projection
@@ -152,7 +155,7 @@ def test_gives_the_worked_example():
       entries, jnp.float32([[2, 0], [1, 1]]), jnp.zeros(2)
   )
   z = jnp.float32([[1.4, 1.3]])
-  out = quantizer.apply(variables, z)
+  out = jax.jit(quantizer.apply)(variables, z)
   np.testing.assert_array_equal(out.indices, [1])
   np.testing.assert_array_equal(out.z_q, [[1, 1]])
   np.testing.assert_allclose(out.loss, 0.15625, rtol=1e-6)
@@ -160,14 +163,16 @@ def test_gives_the_worked_example():
   def loss(variables, z):
     return quantizer.apply(variables, z).loss
 
-  of_variables, of_z = jax.grad(loss, argnums=(0, 1))(variables, z)
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  of_variables, of_z = gradient(variables, z)
   of_projection = of_variables['params']['projected_codebook']['projection']
   np.testing.assert_allclose(
       of_projection['kernel'], [[0, 0], [-0.4, -0.3]], atol=1e-6
   )
   np.testing.assert_allclose(of_z, [[0.1, 0.075]], rtol=1e-5)
   # Indices decode to projected entries.
-  codes = quantizer.apply(variables, jnp.arange(3), method='indices_to_codes')
+  apply = jax.jit(quantizer.apply, static_argnames='method')
+  codes = apply(variables, jnp.arange(3), method='indices_to_codes')
   np.testing.assert_array_equal(codes, [[2, 0], [1, 1], [-3, -1]])
   assert np.any(codes != entries)
 
@@ -209,7 +214,8 @@ def test_input_projection_starts_as_the_identity():
   np.testing.assert_array_equal(identity['kernel'], np.eye(4))
   variables['params']['latent_projection'] = identity
   np.testing.assert_array_equal(
-      with_it.apply(variables, z).indices, without.apply(variables, z).indices
+      jax.jit(with_it.apply)(variables, z).indices,
+      jax.jit(without.apply)(variables, z).indices,
   )
 
 

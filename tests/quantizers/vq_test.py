@@ -267,7 +267,7 @@ def test_distances_have_no_token_where_they_are_not_finite():
 
 
 def _equations(jaxpr):
-  """Yields all equations of a program, those of inner programs too."""
+  """Yields all equations of a jaxpr, including inner jaxprs."""
   for equation in jaxpr.eqns:
     yield equation
     for inner in core.jaxprs_in_params(equation.params):
@@ -303,7 +303,13 @@ def test_products_have_the_highest_precision():
 
 @pytest.mark.parametrize(
     ('num_rows', 'most_rows'),
-    [(512, 37), (300, 11), (257, 11), (5, 11), (5, 1)],
+    [
+        (300, 11),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in [(512, 37), (257, 11), (5, 11), (5, 1)]
+        ),
+    ],
 )
 def test_chunks_give_the_same_within_the_bound(
     monkeypatch, num_rows, most_rows
@@ -324,7 +330,7 @@ def test_chunks_give_the_same_within_the_bound(
   chunked = program.lower().compile()(x, codebook)
   np.testing.assert_array_equal(chunked[0], whole[0])
   chex.assert_trees_all_close(chunked[1], whole[1], rtol=1e-4, atol=1e-6)
-  # What is not distances is smaller here, but for the entries' [200, 3].
+  # All other arrays are smaller here, except the entries, [200, 3].
   assert max(_all_sizes(program.jaxpr)) <= max(bound, 600)
 
 
@@ -638,6 +644,7 @@ def test_only_codes_above_the_mean_are_split():
         {'restart': 'split', 'metric': 'cosine', 'entropy_weight': 0.1},
     ],
 )
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns(fields):
   quantizer = _build(decay=0.5, **fields)
   mesh = _mesh()
@@ -657,8 +664,9 @@ def test_eight_devices_learn_what_one_learns(fields):
   )
 
 
+@pytest.mark.slow
 def test_codes_restart_below_the_share_that_the_field_sets():
-  # The first code gets all latents; the others' counts halve every update.
+  # The first code gets all latents; the counts of others halve per update.
   entries = np.full((16, 4), 50, np.float32) + _normal(1, 16, 4)
   entries[0] = 0
   z = _normal(0, 64, 4)
@@ -680,6 +688,7 @@ def test_codes_restart_below_the_share_that_the_field_sets():
   }
 
 
+@pytest.mark.slow
 def test_unused_entries_stay_while_their_counts_exceed_the_smoothing():
   entries = np.float32([[0, 0], [9, 9]])
   z = np.float32([[1, 0]])
@@ -734,6 +743,7 @@ def test_normalize_takes_every_finite_length():
 
 
 @pytest.mark.parametrize('size', [1e-20, 1e20, 1e30])
+@pytest.mark.slow
 def test_latents_of_any_length_have_a_token_by_the_cosine_metric(size):
   quantizer = _build(metric='cosine', gradient='rotation')
   variables = _init(quantizer)
@@ -746,6 +756,7 @@ def test_latents_of_any_length_have_a_token_by_the_cosine_metric(size):
 
 
 @pytest.mark.parametrize('size', [1e-4, 1e4, 1e20, 1e30])
+@pytest.mark.slow
 def test_rotation_has_its_gradient_at_any_length(size):
   x, q = jnp.float32([1, 2, 2]), jnp.float32([0, 3, 4])
   expected = jax.jacobian(codebook_lib.rotation)(x, q)
@@ -753,6 +764,7 @@ def test_rotation_has_its_gradient_at_any_length(size):
   np.testing.assert_allclose(jacobian * size, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_choices_follow_the_seed_and_the_step():
   quantizer = _build(codebook_init='kmeans')
   z = _normal(0, 64, 4)

@@ -142,7 +142,7 @@ def test_page_shows_the_numbers(workdir):
       '75.0 %Codebook usage6 of 8 codes',
       '5.3Perplexityof 8 codes',
       '2.40Bits per tokenentropy, of 3.00',
-      '0.094Bits per pixel16 tokens an image',
+      '0.094Bits per pixel16 tokens per image',
   ):
     assert tile in text
   for cells in ('psnr27.1235in dB', 'ssim0.81239like & unlike'):
@@ -201,7 +201,7 @@ def test_texts_of_a_run_are_escaped(workdir, tmp_path):
 
 def test_page_of_an_empty_workdir(tmp_path):
   text = _Page(_read(tmp_path)).text
-  assert 'nothing has been logged yet' in text
+  assert 'no metrics have been logged yet' in text
   assert 'cannot be read' not in text
 
 
@@ -445,7 +445,7 @@ def test_png_returns_the_pixels(tmp_path):
 
 
 def _analysis(**changes):
-  """What --mode=report might have found, of two digits."""
+  """An analysis as of --mode=report, of two dimensions."""
   png = base64.b64encode(_png(_images(0, 1)[0])).decode()
   image = {
       'index': 7, 'psnr': 21.456, 'original': png, 'reconstruction': png,
@@ -528,18 +528,18 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
       '100 images of photos / test after 1,500 steps.',
       '21.46 dB, #7',
       'Dimension 1: 1.50 of 2.00 bits, 1 dead',
-      '6 of 8 codes occur in 1,600 tokens, 200 for each code.',
+      '6 of 8 codes occur in 1,600 tokens, 200 per code.',
       '1 for 50 %, 4 for 90 %.',
       '5(2 1)50 %',
-      'Mutual information in bits, sum of p(x, y) log2 p(x, y)',
+      'Mutual information in bits: sum of p(x, y) log2 p(x, y)',
       'The token to the right, 1,500 pairs',
-      'mutual information of 1.23 bits, 1.11 less its bias; 1,500 pairs, 30 of',
+      'mutual information 1.23 bits, 1.11 bias-corrected; 1,500 pairs, 30 d',
       '#7, token in row 4, column 5. Differences times 2.5.',
       'Dimension 2: 87 % in the patch',
-      'Shown are the first 1 of 2 digits.',
+      'Shown are the first 1 of 2 dimensions.',
       'level 2RMS 3.1',
       '0.123, #925 % equal',
-      'those of the 100 images, spread evenly over the split',
+      'neighbours among 100 images, spaced evenly over the split',
   ):
     assert part in text, part
   # The levels are there once.
@@ -548,7 +548,7 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
     assert link.startswith(('data:image/png;base64,', '#')), link[:80]
   assert 'left:50.000%;top:25.000%;width:12.500%' in page
   assert page.count('aria-label="line between original and recon') == 1
-  assert parsed.tags.count('input') == 2  # That of the grids, and the line.
+  assert parsed.tags.count('input') == 2  # Slider and line.
 
 
 def test_cells_say_how_often_codes_are_neighbours(workdir):
@@ -590,10 +590,10 @@ def test_codes_without_digits_and_classes_of_codes(workdir):
   }
   _write(workdir, codebook=analysis)
   text = _words(_Page(_read(workdir)).text)
-  assert 'The codes of this quantizer have no digits.' in text
+  assert 'The codes of this quantizer have no level indices.' in text
   assert 'One token changed' in text
   assert 'rank 8code 30.5 awayRMS 3.1' in text
-  assert 'Which classes of codes are neighbours' in text
+  assert 'Neighbouring classes of codes' in text
   assert 'ordered by first principal component, are one class of 8.' in text
 
 
@@ -604,8 +604,8 @@ def test_too_many_digits_and_levels_are_said_to_be(workdir):
     direction['expected'] = [[4.0, 3.0], [2.0, 1.0]]
   _write(workdir, codebook=analysis)
   text = _Page(_read(workdir)).text
-  assert text.count('None of these pairs is expected 5 times.') == 2
-  assert 'A position has 2 digits, too many for a matrix.' in text
+  assert text.count('No pair is expected at least 5 times.') == 2
+  assert 'A position has 2 level indices, too many for a matrix.' in text
   assert 'Dimension 1 of index 2: 0.95 of 1.00 bits' in text
   _write(workdir, codebook=_analysis(digits=None))
   assert 'too many levels to count pairs of them' in _Page(_read(workdir)).text
@@ -622,18 +622,18 @@ def test_without_tokens_the_analysis_is_of_images(workdir):
   text = _Page(_read(workdir)).text
   assert '3 reconstructions are not finite and have no PSNR.' in text
   assert 'Worst and best images' in text
-  assert 'Use of codes' not in text
+  assert 'One level index changed' not in text
 
 
 def test_an_analysis_of_another_step_or_version_is_named(workdir):
   _write(workdir, codebook=_analysis(step=1000))
   text = _words(_Page(_read(workdir)).text)
-  assert 'the codebook are of step 1000, all else of step 1500;' in text
-  assert 'Use of codes' in text
+  assert 'the codebook are of step 1000, everything else is of step' in text
+  assert 'One level index changed' in text
   _write(workdir, codebook=_analysis(version=0))
   text = _Page(_read(workdir)).text
-  assert 'codebook.json is of another version of fsq_jax and left out' in text
-  assert 'Use of codes' not in text
+  assert 'codebook.json is of another version of fsq_jax and is skipped' in text
+  assert 'One level index changed' not in text
 
 
 def test_texts_of_an_analysis_are_escaped(workdir):

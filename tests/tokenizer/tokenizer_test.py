@@ -461,7 +461,7 @@ def test_tokens_of_another_dialect_are_converted(tokenizer):
   paper = quantizer.clone(convention='paper', commitment_weight=0.0).spec()
   foreign = convert.convert_indices(tokens, tokenizer.spec, paper)
   assert np.any(foreign != tokens)
-  with pytest.raises(ValueError, match='another dialect'):
+  with pytest.raises(ValueError, match='another convention'):
     tokenizer.decode(foreign, spec=paper)
   back = convert.convert_indices(foreign, paper, tokenizer.spec)
   np.testing.assert_array_equal(

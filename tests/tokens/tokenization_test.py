@@ -693,7 +693,7 @@ def test_every_quantizer_with_tokens_goes_through_files(
   for example, image in zip(source, decoded, strict=True):
     np.testing.assert_array_equal(images[example.name], image)
   # Its weights are others, its dialect too.
-  with pytest.raises(ValueError, match='another dialect'):
+  with pytest.raises(ValueError, match='another convention'):
     tokens.detokenize_workdir(_RUN, tmp_path / 'x', tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
 

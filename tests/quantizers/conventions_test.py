@@ -1,5 +1,6 @@
-"""FSQ's further dialects, bounds, bins and noise, against their formulas."""
+"""FSQ conventions, bounds, bins, noise and levels, against their formulas."""
 
+import math
 import pathlib
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from fsq_jax.quantizers import FSQ
+from fsq_jax.quantizers import conventions
+from fsq_jax.quantizers import recommended_levels
 
 _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
 # Outputs of vector-quantize-pytorch; keys are <levels>/<array>.
@@ -38,7 +41,7 @@ def _away_from_boundaries(steps, levels):
 
 
 def _assert_digits(fsq, z, steps):
-  """Checks digits against float64 steps before clipping and rounding."""
+  """Checks level indices against float64 steps before clipping and rounding."""
   levels = np.asarray(fsq.levels)
   digits = np.asarray(fsq.indices_to_digits(_call(fsq, z).indices))
   away = _away_from_boundaries(steps, levels)
@@ -47,7 +50,11 @@ def _assert_digits(fsq, z, steps):
   np.testing.assert_array_equal(digits[away], expected[away])
 
 
-@pytest.mark.parametrize('options', [{}, _OPTIMIZED], ids=['plain', 'fused'])
+@pytest.mark.parametrize(
+    'options',
+    [pytest.param({}, marks=pytest.mark.slow), _OPTIMIZED],
+    ids=['plain', 'fused'],
+)
 @pytest.mark.parametrize('name', sorted({k.split('/')[0] for k in _GOLDEN}))
 def test_preserve_symmetry_equals_the_library_bit_for_bit(name, options):
   fsq = FSQ([int(level) for level in name.split('x')], 'preserve_symmetry')
@@ -73,9 +80,10 @@ def test_preserve_symmetry_gradient_is_that_of_tanh():
   np.testing.assert_allclose(gradient, 1 - np.tanh(z) ** 2, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ('levels', 'share'), [((8, 5, 5, 5), 0.0105), ((8, 8, 8, 6, 5), 0.0163)]
-)
+@pytest.mark.parametrize(('levels', 'share'), [
+    ((8, 5, 5, 5), 0.0105),
+    pytest.param((8, 8, 8, 6, 5), 0.0163, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_vqp_widens_and_shifts_by_the_arctanh(levels, share):
   z = _normal((200_000, len(levels)))
   L = np.asarray(levels)
@@ -85,8 +93,7 @@ def test_vqp_widens_and_shifts_by_the_arctanh(levels, share):
   steps = np.tanh(np.float64(z) + shift) * half - offset + L // 2
   vqp, paper = FSQ(levels, 'vqp'), FSQ(levels, 'paper')
   _assert_digits(vqp, z, steps)
-  # The share of tokens that the two dialects do not share was measured on the
-  # implementations.
+  # The fraction of tokens that differ was measured on the implementations.
   differ = np.mean(_call(vqp, z).indices != _call(paper, z).indices)
   np.testing.assert_allclose(differ, share, atol=1e-3)
   # All that separates 'vqp' from 'paper' with its eps is arctanh for tan.
@@ -149,6 +156,7 @@ def test_equal_bins_split_the_range_evenly(bound, y):
         ({'bound': 'clip'}, 3, (1.8438, 2.147, 2.555)),
     ],
 )
+@pytest.mark.slow
 def test_occupancy_of_bins_by_normal_latents(fields, gain, entropies):
   # Quantiles in place of the samples on which the numbers were measured.
   z = jax.scipy.special.ndtri((jnp.arange(50_000) + 0.5) / 50_000)
@@ -162,7 +170,9 @@ def test_occupancy_of_bins_by_normal_latents(fields, gain, entropies):
 
 
 @pytest.mark.parametrize('bound', ['tanh', 'ifsq', 'clip'])
-@pytest.mark.parametrize('bins', ['rounded', 'equal'])
+@pytest.mark.parametrize(
+    'bins', ['rounded', pytest.param('equal', marks=pytest.mark.slow)]
+)
 def test_two_levels_are_the_sign(bound, bins):
   fsq = FSQ((2, 2, 2), bound=bound, bins=bins)
   z = _normal((1000, 3))
@@ -182,8 +192,12 @@ def _noisy(fsq, z, seed=0):
   return jax.jit(apply)(z, jax.random.key(seed))
 
 
-@pytest.mark.parametrize('noise_per', ['element', 'example'])
-@pytest.mark.parametrize('convention', ['symmetric', 'paper'])
+@pytest.mark.parametrize(('convention', 'noise_per'), [
+    ('paper', 'example'),
+    pytest.param('paper', 'element', marks=pytest.mark.slow),
+    pytest.param('symmetric', 'example', marks=pytest.mark.slow),
+    pytest.param('symmetric', 'element', marks=pytest.mark.slow),
+])  # fmt: skip
 def test_noise_moves_codes_and_nothing_else(convention, noise_per):
   fields = {'levels': (8, 8, 8, 6, 5), 'convention': convention}
   fsq = FSQ(**fields, noise=0.7, noise_per=noise_per)
@@ -225,6 +239,7 @@ def test_noise_leaves_the_gradient_alone():
   np.testing.assert_array_equal(gradient(z, True), gradient(z, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('noise_per', ['element', 'example'])
 def test_noise_does_not_depend_on_the_number_of_devices(noise_per):
   fsq = FSQ((8, 6, 5), noise=0.5, noise_per=noise_per)
@@ -246,7 +261,8 @@ def test_noise_asks_for_its_key():
     fsq.apply({}, jnp.zeros(3), train=True)
   with pytest.raises(ValueError, match=match):
     fsq(jnp.zeros(3), train=True)
-  FSQ((8, 6, 5)).apply({}, jnp.zeros(3), train=True)
+  without = FSQ((8, 6, 5))
+  jax.eval_shape(lambda z: without.apply({}, z, train=True), jnp.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -256,14 +272,14 @@ def test_noise_asks_for_its_key():
         ({'convention': 'vqp', 'bins': 'equal'}, "bins is 'equal'; .*'vqp'"),
         ({'bins': 'even'}, "bins is 'even'; .*'rounded', 'equal'"),
         ({'bins': 'equal', 'eps': 0.01}, "eps is 0.01; bins 'equal'"),
-        ({'convention': 'vqp', 'levels': (2, 2)}, 'levels has 2; .* 3 to'),
+        ({'convention': 'vqp', 'levels': (2, 2)}, r'levels\[0\] is 2; .* 3 to'),
         ({'noise': -0.5}, 'noise is -0.5; .* 0 or more'),
         ({'noise': float('nan')}, 'noise is nan'),
         ({'noise': None}, 'noise is None'),
         ({'noise_per': 'token'}, "'token'; known: .'element', 'example'"),
     ],
 )
-def test_constructor_refuses_what_cannot_work(fields, match):
+def test_fields_that_do_not_fit_the_convention_are_refused(fields, match):
   with pytest.raises(ValueError, match=match):
     FSQ(**{'levels': (8, 8, 8), **fields})
 
@@ -285,3 +301,71 @@ def test_spec_tells_every_dialect_and_leaves_noise_out():
   assert specs[-2]['eps'] == -1e-3
   assert specs[-1]['rounding'] == 'half up'
   assert FSQ((8, 6, 5), noise=1, noise_per='example').spec() == specs[0]
+
+
+def test_recommended_levels_are_those_of_the_paper():
+  sizes = {
+      4: 15, 6: 64, 8: 240, 9: 512, 10: 1000, 11: 1920, 12: 4375, 14: 15360,
+      16: 64000,
+  }  # fmt: skip
+  assert sorted(conventions.LEVELS) == sorted(sizes)
+  for bits, size in sizes.items():
+    assert FSQ(levels=recommended_levels(bits)).codebook_size == size
+  with pytest.raises(ValueError, match=r'7 bits; known: \[4, 6, 8'):
+    recommended_levels(7)
+
+
+def test_common_levels_can_be_built():
+  quantizers = [FSQ(levels=levels) for levels in conventions.COMMON_LEVELS]
+  assert [fsq.codebook_size for fsq in quantizers] == [512, 240, 875, 1000]
+
+
+@pytest.mark.parametrize(
+    ('levels', 'match'),
+    [
+        ((), r'levels is \(\)'),
+        (8, 'levels is 8'),
+        ('888', "levels is '888'"),
+        ((8, 1), r'levels\[1\] is 1; .* 2 to'),
+        ((8, 0), r'levels\[1\] is 0'),
+        ((8, -5), r'levels\[1\] is -5'),
+        ((8, 5.0), r'levels\[1\] is 5.0'),
+        ((8, True), r'levels\[1\] is True'),
+        ((2**22 + 1,), r'levels\[0\] is 4194305'),
+        ((2**16, 2**15), '2147483648 codes.*groups'),
+        ((4,) * 16, '4294967296 codes.*fewer or smaller'),
+    ],
+)
+def test_levels_that_cannot_work_are_refused(levels, match):
+  with pytest.raises(ValueError, match=match):
+    FSQ(levels=levels)
+
+
+def test_two_levels_are_for_the_symmetric_convention():
+  fsq = FSQ(levels=(2, 2))
+  codes = [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]]
+  decode = jax.jit(fsq.indices_to_codes)
+  np.testing.assert_array_equal(decode(jnp.arange(4)), codes)
+  with pytest.raises(ValueError, match=r'levels\[0\] is 2; .* 3 to'):
+    FSQ(levels=(2, 2), convention='paper')
+
+
+@pytest.mark.parametrize('convention', ['symmetric', 'paper'])
+def test_largest_codebook_works_to_its_last_index(convention):
+  levels = (331, 302, 21483)
+  size = math.prod(levels)
+  assert size == 2**31 - 2  # 2**31 - 1 is prime
+  fsq = FSQ(levels=levels, convention=convention, eps=0.0)
+  indices = jnp.asarray([0, 1, size // 2, size - 2, size - 1])
+  every = jnp.concatenate([indices, jnp.asarray([size, size + 1])])
+  codes = jax.jit(fsq.indices_to_codes)(every)
+  np.testing.assert_array_equal(
+      jax.jit(fsq.codes_to_indices)(codes)[:-2], indices
+  )
+  assert np.all(np.isnan(codes[-2:]))
+
+
+def test_levels_become_a_tuple_of_ints():
+  fsq = FSQ(levels=[np.int64(8), np.int32(5)])
+  assert fsq == FSQ(levels=(8, 5))
+  assert [type(level) for level in fsq.levels] == [int, int]
