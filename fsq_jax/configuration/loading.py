@@ -1,6 +1,6 @@
 """Configs: loading, checking, JSON, and what changed between two of them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import difflib
 import functools
 import json
@@ -13,32 +13,16 @@ from typing import Any
 
 import ml_collections
 
+from fsq_jax.configuration import cross_rules
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
 
 Config = ml_collections.ConfigDict
-# Fields and sections that earlier runs have saved no value of, and what it was.
-# Functions compute it from the section that the field belongs to.
-_ADDED = {
-    'data.allow_upscaling': lambda data: (
-        0 < data.get('resize_shorter', 0) < max(data.get('image_size', (0,)))
-    ),
-    'data.label_names': (),
-    'discriminator.dino.dtype': 'float32',
-    'losses.perceptual.dtype': 'float32',
-    'partitioning.mesh.tensor': 1,
-    'tokenize': {
-        'split': 'eval',
-        'fit': 'crop',
-        'storage': 'array_record',
-        'images_per_shard': 4096,
-    },
-    'tokenize.views': 1,
-}
+PATHS = schema.PATHS
 # Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
 # of its model, so modes that read one need no other weights.
-_USES = {
-    'train': schema.USES,
+USES = {
+    'train': cross_rules.INPUTS,
     'eval': {'images'},
     'report': {'images'},
     'tokenize': {'images'},
@@ -47,14 +31,8 @@ _USES = {
     'prepare': set(),
     'latent_statistics': {'images', 'initialization'},
 }
-# Fields that are paths: absolute in the config of a run, which later commands
-# use from other folders. Not train.compilation_cache, which only training uses.
-PATHS = (
-    'data.data_dir', 'discriminator.dino.checkpoint',
-    'losses.perceptual.checkpoint', 'model.decoder.mae.checkpoint',
-    'model.encoder.checkpoint', 'model.latent_statistics', 'train.init_from',
-    *(name for name in schema.FIELDS if name.startswith('eval.networks.'))
-)
+# Value of a field that a config does not have.
+ABSENT = object()
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -125,57 +103,95 @@ def check_config(
   Raises:
     ValueError: missing, unknown or wrong fields, and what is allowed.
   """
-  uses = _USES[mode]
+  uses = USES[mode]
   fields = dict(flatten(config))
-  for name, part in schema.PLACEHOLDERS.items():
-    if part not in uses and name in fields and fields[name] is None:
-      fields[name] = ''
   problems = describe_unknown(fields)
-  for name, rule in schema.FIELDS.items():
+  for name, field in schema.FIELDS.items():
     if name not in fields:
-      problems.append(f'{name} is missing; allowed: {rule.allowed}.')
-    elif not rule.fits(fields[name]):
+      problems.append(f'{name} is missing; allowed: {field.rule.allowed}.')
+    elif fields[name] is None and not _is_used(name, uses):
+      fields[name] = ''
+    elif not field.rule.fits(fields[name]):
       given = fields.pop(name)
-      problems.append(f'{name} is {given!r}; allowed: {rule.allowed}.')
-  # Rules between fields hold for those that are right by themselves.
-  for rule in schema.cross_rules(num_devices, uses):
+      problems.append(f'{name} is {given!r}; allowed: {field.rule.allowed}.')
+  # Rules between fields are for values that are allowed by themselves.
+  for rule in cross_rules.cross_rules(num_devices, uses):
     values = {name: fields[name] for name in rule.fields if name in fields}
     if len(values) == len(rule.fields) and not rule.fits(*values.values()):
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
   problems.extend(_quantizer_problems(fields))
-  if not problems:
+  if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
     problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
 
 
+def _is_used(name: str, uses: Collection[str]) -> bool:
+  """Whether a mode with these inputs reads a field that may be None."""
+  if schema.FIELDS[name].role is schema.Role.START:
+    return 'initialization' in uses
+  return name != 'data.data_dir' or 'images' in uses
+
+
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what the quantizer refuses, if its fields are all there."""
-  quantizer = fields.get('model.quantizer.name')
-  prefix = f'model.quantizer.{quantizer}.'
-  names = [name for name in schema.FIELDS if name.startswith(prefix)]
-  if not names or any(name not in fields for name in names):
-    return
+  """Yields the errors of the constructors of all quantizers.
+
+  Args:
+    fields: values by dotted name. Quantizers that lack a field are skipped.
+  """
   # Here, since it imports JAX, which the command line starts without.
   from fsq_jax import quantizers
 
-  options = {name.removeprefix(prefix): fields[name] for name in names}
-  try:
-    quantizers.build_quantizer({'name': quantizer, **options})
-  except ValueError as error:
-    yield f'model.quantizer.{quantizer}: {error}'
+  for name, rows in schema.QUANTIZERS.items():
+    prefix = f'model.quantizer.{name}.'
+    options = {x: fields[prefix + x] for x in rows if prefix + x in fields}
+    if len(options) == len(rows):
+      try:
+        quantizers.build_quantizer({'name': name, **options})
+      except ValueError as error:
+        yield f'{prefix}{error}'
 
 
 def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
-  """Yields why parts that are right by themselves make no model."""
+  """Yields the error of building the model, if there is one."""
   # Here, for the same reason.
   from fsq_jax import models
 
+  model = config['model']
   try:
-    models.build_autoencoder(config['model'], config['data']['image_size'])
+    architecture = _find_architecture(model['encoder'])
+    encoder = {**model['encoder'], 'architecture': architecture}
+    models.build_autoencoder(
+        {**model, 'encoder': encoder}, config['data']['image_size']
+    )
   except ValueError as error:
     yield str(error)
+
+
+def _find_architecture(encoder: Mapping[str, Any] | Config) -> str:
+  """Returns the architecture of an encoder, 'checkpoint' replaced.
+
+  Raises:
+    ValueError: there is no checkpoint, or it describes no known encoder.
+  """
+  if (encoder['name'], encoder['architecture']) != ('pretrained', 'checkpoint'):
+    return encoder['architecture']
+  if not encoder['checkpoint']:
+    raise ValueError(
+        "model.encoder.architecture is 'checkpoint' without a"
+        ' model.encoder.checkpoint; set one, or name an architecture.'
+    )
+  from fsq_jax import models
+
+  try:
+    module = models.build_encoder(encoder['checkpoint'])
+  except ValueError as error:
+    raise ValueError(
+        f'model.encoder.checkpoint: {error} A run that has started needs no'
+        ' checkpoint, with the model.encoder.architecture of its config.json.'
+    ) from error
+  return models.describe_architecture(module.architecture)
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:
@@ -201,8 +217,8 @@ def find_fields(name: str) -> list[str]:
 
 
 def find_rule(name: str) -> rules.Rule:
-  """Returns what the field of a dotted name may hold."""
-  return schema.FIELDS[name]
+  """Returns the rule of the field with a dotted name."""
+  return schema.FIELDS[name].rule
 
 
 def config_to_json(config: Config) -> str:
@@ -234,14 +250,36 @@ def config_from_json(text: str) -> Config:
   if isinstance(values.get('config'), dict):
     values = values['config']
   config = Config(_with_tuples(values))
-  for name, value in _ADDED.items():
-    *sections, field = name.split('.')
-    section = config
-    for part in sections:
-      section = section.get(part) if isinstance(section, Config) else None
-    if isinstance(section, Config) and field not in section:
-      section[field] = value(section) if callable(value) else value
+  for name, field in schema.FIELDS.items():
+    if field.added is not None:
+      *sections, key = name.split('.')
+      section = config
+      for part in sections:
+        if isinstance(section, Config) and part not in section:
+          section[part] = Config()
+        section = section[part] if isinstance(section, Config) else None
+      if isinstance(section, Config) and key not in section:
+        section[key] = field.added(section)
   return config.lock()
+
+
+def find_differences(
+    saved: Mapping[str, Any] | Config, current: Mapping[str, Any] | Config
+) -> dict[str, tuple[Any, Any]]:
+  """Returns the values, saved and current, of the fields that differ, by name.
+
+  Paths are compared as absolute paths. The value of a field that a config
+  lacks is `ABSENT`.
+  """
+  saved, current = (
+      {name: _absolute(name, value) for name, value in flatten(config)}
+      for config in (saved, current)
+  )
+  pairs = {
+      name: (saved.get(name, ABSENT), current.get(name, ABSENT))
+      for name in sorted(saved | current)
+  }
+  return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def diff_configs(
@@ -250,21 +288,19 @@ def diff_configs(
   """Lists the fields that differ as 'field: saved -> current'.
 
   A relative path, as runs of earlier versions have saved it, equals the
-  absolute one that it is in the current folder.
+  absolute path that it has in the current folder.
   """
-  saved, current = (
-      {name: _absolute(name, value) for name, value in flatten(config)}
-      for config in (saved, current)
-  )
-  absent = object()
+  return format_differences(find_differences(saved, current))
 
-  def show(fields: Mapping[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else 'absent'
 
+def format_differences(
+    differences: Mapping[str, tuple[Any, Any]]
+) -> list[str]:
+  """Returns a line 'field: saved -> current' for each difference."""
   return [
-      f'{name}: {show(saved, name)} -> {show(current, name)}'
-      for name in sorted(saved | current)
-      if saved.get(name, absent) != current.get(name, absent)
+      f'{name}: '
+      + ' -> '.join('absent' if x is ABSENT else repr(x) for x in pair)
+      for name, pair in differences.items()
   ]
 
 
@@ -277,13 +313,8 @@ def resolve(config: Config) -> Config:
   Args:
     config: one that `check_config` accepts.
   """
-  from fsq_jax import models
-
   config = resolve_paths(config)
-  encoder = config.model.encoder
-  if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
-    module = models.build_encoder(encoder.checkpoint)
-    encoder.architecture = models.describe_architecture(module.architecture)
+  config.model.encoder.architecture = _find_architecture(config.model.encoder)
   return config
 
 
