@@ -33,11 +33,6 @@ from PIL import features
 from fsq_jax.data import image_errors
 from fsq_jax.data import tiff
 
-MAX_PIXELS = image_errors.MAX_PIXELS
-MAX_BYTES = image_errors.MAX_BYTES
-DamagedImageError = image_errors.DamagedImageError
-check_num_pixels = image_errors.check_num_pixels
-check_num_bytes = image_errors.check_num_bytes
 # Bytes that `identify` needs.
 PREFIX_BYTES = 64
 # First bytes by format of Pillow. Pillow also knows formats that start other
@@ -137,7 +132,7 @@ def decode_image(data: bytes) -> np.ndarray:
   """
   try:
     with _open(data) as image:
-      check_num_pixels(*image.size)
+      image_errors.check_num_pixels(*image.size)
       if image.format == 'PNG':
         # Pillow checks the CRC of pixel data only when asked to.
         with Image.open(io.BytesIO(data), formats=('PNG',)) as unread:
@@ -151,10 +146,12 @@ def decode_image(data: bytes) -> np.ndarray:
     if orientation in _TRANSPOSE:
       rgb = rgb.transpose(_TRANSPOSE[orientation])
     return np.asarray(rgb)
-  except (DamagedImageError, MemoryError):
+  except (image_errors.DamagedImageError, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise nearly everything.
-    raise DamagedImageError(f'{type(error).__name__}: {error}') from error
+    raise image_errors.DamagedImageError(
+        f'{type(error).__name__}: {error}'
+    ) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -162,12 +159,12 @@ def _open(data: bytes) -> Image.Image:
   name = identify(data[:PREFIX_BYTES])
   if name is None:
     what = 'an empty file' if not data else f'a file that starts {data[:8]!r}'
-    raise DamagedImageError(
+    raise image_errors.DamagedImageError(
         f'{what} is no image of a known format; known are '
         f'{", ".join(sorted(readable_formats()))}'
     )
   if name not in readable_formats():
-    raise DamagedImageError(
+    raise image_errors.DamagedImageError(
         f'{name} images are not read; convert the file to PNG'
     )
   if name == 'TIFF':
@@ -176,7 +173,7 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=(name,))
   except UnidentifiedImageError as error:
     reason = _find_reason(name, data)
-    raise DamagedImageError(
+    raise image_errors.DamagedImageError(
         f'Pillow cannot open this {name} file: {reason}'
     ) from error
 
@@ -244,7 +241,7 @@ def _grey_to_rgb(grey: np.ndarray) -> Image.Image:
   """Converts [h, w] floats in [0, 1] to mode RGB."""
   low, high = grey.min(), grey.max()
   if not (low >= 0 and high <= 1):  # also true of NaN
-    raise DamagedImageError(
+    raise image_errors.DamagedImageError(
         f'grey values from {low:g} to {high:g} of full range; only 0 to 1 has '
         'a meaning'
     )

@@ -1,13 +1,14 @@
 """Images in a folder: root/split/any/depth/name.jpg."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import functools
 import hashlib
 import os
+from typing import Any
 
 from absl import logging
 
-from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 
@@ -35,9 +36,7 @@ class FolderSource(image_source.EncodedSource):
       *,
       label_names: Sequence[str] = (),
       class_split: str | None = None,
-      resize_shorter: int = 0,
-      max_damaged_share: float = 0.01,
-      cache_mib: int = 0,
+      **reading: Any,
   ):
     """Lists the images of a split.
 
@@ -47,31 +46,32 @@ class FolderSource(image_source.EncodedSource):
       label_names: names of all classes, by label; () takes the sub-folders of
         `class_split`.
       class_split: the training split; None is `split`.
-      resize_shorter: see EncodedSource, as the other arguments.
-      max_damaged_share: see there.
-      cache_mib: see there.
+      **reading: resize_shorter, max_damaged_share and cache_mib of
+        EncodedSource.
 
     Raises:
       ValueError: no such split, or no images in it.
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    sizes, skipped = _list_images(self._root, split, max_damaged_share)
+    files = _list_images(self._root, split)
+    sizes = files.sizes
     self._paths = sorted(sizes)
     self._sizes = sizes
     self._given_names = tuple(label_names)
     self._class_split = class_split or split
     # Names and sizes, not pixels: one look at each file, no reading.
-    files = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
+    names = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
     super().__init__(
         '',
         split,
-        hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
-        resize_shorter=resize_shorter,
-        max_damaged_share=max_damaged_share,
-        cache_mib=cache_mib,
+        hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
+        **reading,
     )
-    self.skipped = skipped
+    listing.check_unread_share(
+        files, os.path.join(self._root, split), self._max_damaged_share
+    )
+    self.skipped = files.skipped
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -147,9 +147,9 @@ class FolderSource(image_source.EncodedSource):
       )
     return tuple(own)
 
-  def facts(self, index: int) -> image_source.Facts:
+  def metadata(self, index: int) -> image_source.ImageMetadata:
     path = self._paths[index]
-    return image_source.Facts(
+    return image_source.ImageMetadata(
         name=path.partition('/')[2],
         label=self._labels.get(_class_of(path), -1),
         num_bytes=self._sizes[path],
@@ -161,7 +161,7 @@ class FolderSource(image_source.EncodedSource):
 
   def read(self, index: int) -> bytes:
     with open(self.describe(index), 'rb') as file:
-      decoding.check_num_bytes(os.fstat(file.fileno()).st_size)
+      image_errors.check_num_bytes(os.fstat(file.fileno()).st_size)
       return file.read()
 
 
@@ -199,14 +199,8 @@ def _list_folders(folder: str) -> list[str]:
     )
 
 
-def _list_images(
-    root: str, split: str, max_damaged_share: float
-) -> tuple[Mapping[str, int], Mapping[str, int]]:
-  """Returns bytes by path relative to root, and skipped files by kind.
-
-  Raises:
-    ValueError: no images, or too many of a kind that is not read.
-  """
+def _list_images(root: str, split: str) -> listing.Listing:
+  """Lists the images of a split, of which there must be one."""
   files = listing.list_images(root, split)
   folder = os.path.join(root, split)
   skipped = listing.describe_skipped(files.skipped)
@@ -217,5 +211,4 @@ def _list_images(
     )
   if skipped:
     logging.warning('%s: skipped %s.', folder, skipped)
-  listing.check_unread_share(files, folder, max_damaged_share)
-  return files.sizes, files.skipped
+  return files

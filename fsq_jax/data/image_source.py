@@ -12,6 +12,7 @@ from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import transforms
 
 _NUM_LISTED = 10
@@ -19,7 +20,7 @@ _NUM_LISTED = 10
 NO_DIGEST = bytes(32)
 
 
-class Facts(NamedTuple):
+class ImageMetadata(NamedTuple):
   """What is known of an image beside its pixels.
 
   Attributes:
@@ -93,9 +94,9 @@ class ImageSource(abc.ABC):
   def describe(self, index: int) -> str:
     """Returns where an image comes from, for a person to find it."""
 
-  def facts(self, index: int) -> Facts:
+  def metadata(self, index: int) -> ImageMetadata:
     """Returns what is known of an image; it need not be readable."""
-    return Facts(str(index))
+    return ImageMetadata(str(index))
 
   def record_upscaled(self, index: int) -> None:
     """Counts an image that is scaled up; warns of the 1st, 10th, 100th ..."""
@@ -130,9 +131,9 @@ class EncodedSource(ImageSource):
       split: str,
       content: str,
       *,
-      resize_shorter: int,
-      max_damaged_share: float,
-      cache_mib: int,
+      resize_shorter: int = 0,
+      max_damaged_share: float = 0.01,
+      cache_mib: int = 0,
   ):
     super().__init__(name, split, content)
     self._resize_shorter = resize_shorter
@@ -169,7 +170,7 @@ class EncodedSource(ImageSource):
 
   def load_with_size(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     if index in self.damaged:
-      raise decoding.DamagedImageError(self.damaged[index])
+      raise image_errors.DamagedImageError(self.damaged[index])
     try:
       encoded = self.read(index)
       digest = hashlib.sha256(encoded).digest()
@@ -180,7 +181,7 @@ class EncodedSource(ImageSource):
       if min(size) < self._resize_shorter:
         self.record_upscaled(index)
       return image, size
-    except decoding.DamagedImageError as error:
+    except image_errors.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise
 

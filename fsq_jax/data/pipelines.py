@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -12,7 +13,7 @@ import grain
 import ml_collections
 import numpy as np
 
-from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import transforms
 
@@ -82,7 +83,7 @@ class Dataset:
 
   def name(self, index: int) -> str:
     """Returns the name of the image with this 'index' in its split, or ''."""
-    name = self._source.facts(int(index)).name
+    name = self._source.metadata(int(index)).name
     return '' if name == str(index) else name
 
   def describe(self, index: int) -> str:
@@ -94,9 +95,9 @@ def build_train(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """Shuffles and augments without end; `share` deals out positions."""
+  """Shuffles and augments without end; `shard` deals out positions."""
   if len(source) < config.batch_size:
     logging.warning(
         'data.batch_size is %d, but the training split has %d examples; each'
@@ -132,7 +133,7 @@ def build_train(
           config,
           source,
           batch_size=config.batch_size,
-          process_count=share.step,
+          process_count=shard.step,
           seed=seed,
           crop='random',
           crop_scale=list(config.crop_scale),
@@ -140,7 +141,7 @@ def build_train(
           color_jitter=config.color_jitter,
       ),
       protocol=None,
-      _batches=_batch(examples, config, config.batch_size, share),
+      _batches=_batch(examples, config, config.batch_size, shard),
       _source=source,
   )
 
@@ -149,32 +150,16 @@ def build_eval(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """Goes through every example once, in order; `share` deals out positions."""
-  del seed  # nothing is random
+  """Builds one pass over all examples, in order, with centre crops."""
+  del seed  # Nothing is random.
   size = tuple(config.image_size)
   num_batches = math.ceil(len(source) / config.eval_batch_size)
-  blank = np.zeros((*size, 3), np.uint8)
-
-  def load(index: int) -> dict[str, Any]:
-    image, readable = blank, False
-    if index < len(source):
-      with contextlib.suppress(decoding.DamagedImageError):
-        image, readable = _load(source, index), True
-    if readable:
-      if transforms.is_smaller(image, size):
-        source.record_upscaled(index)
-      image = _copy_view(transforms.centre_crop(image, size), image)
-    return {
-        'image': image,
-        'index': np.int64(index),
-        'mask': np.bool_(readable),
-        'upscaled': np.bool_(index in source.upscaled),
-    }
-
-  padded_length = num_batches * config.eval_batch_size
-  examples = grain.MapDataset.range(padded_length).map(load)
+  # Indices beyond the last image fill up the last batch.
+  examples = grain.MapDataset.range(num_batches * config.eval_batch_size).map(
+      functools.partial(_load_for_evaluation, source, size)
+  )
   return Dataset(
       num_examples=len(source),
       num_batches=num_batches,
@@ -182,7 +167,7 @@ def build_eval(
           config,
           source,
           batch_size=config.eval_batch_size,
-          process_count=share.step,
+          process_count=shard.step,
           crop='centre',
       ),
       protocol=_protocol(
@@ -190,7 +175,7 @@ def build_eval(
           source,
           crop=f'{size[0]}x{size[1]}, {source.evaluation_crop}',
       ),
-      _batches=_batch(examples, config, config.eval_batch_size, share),
+      _batches=_batch(examples, config, config.eval_batch_size, shard),
       _source=source,
   )
 
@@ -199,37 +184,28 @@ def build_native(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """As `build_eval`, in batches of one image at its own size."""
-  del seed  # nothing is random
-  blank = np.zeros((1, 1, 3), np.uint8)
+  """Builds the pass of `build_eval` in batches of one image at its own size."""
+  del seed  # Nothing is random.
 
   def load(index: int) -> dict[str, Any]:
-    try:
-      image, readable = _load(source, index), True
-    except decoding.DamagedImageError:
-      image, readable = blank, False
-    return {
-        'image': image[None],
-        'index': np.array([index]),
-        'mask': np.array([readable]),
-        'upscaled': np.array([index in source.upscaled]),
-    }
+    example = _load_for_evaluation(source, None, index)
+    return {name: np.asarray(x)[None] for name, x in example.items()}
 
-  facts = fingerprint(
-      config, source, batch_size=1, process_count=share.step, crop='none'
+  metadata = fingerprint(
+      config, source, batch_size=1, process_count=shard.step, crop='none'
   )
-  # Of the model alone, here.
-  del facts['image_size']
+  # Only the model has this size here.
+  del metadata['image_size']
   return Dataset(
       num_examples=len(source),
       num_batches=len(source),
-      fingerprint=facts,
+      fingerprint=metadata,
       protocol=_protocol(config, source, crop='none'),
-      # Images may be large: no more of them ahead than threads.
+      # Images may be large: read ahead no more of them than there are threads.
       _batches=grain.MapDataset.range(len(source)).map(load)[
-          share
+          shard
       ].to_iter_dataset(
           grain.ReadOptions(
               num_threads=config.num_threads,
@@ -238,6 +214,32 @@ def build_native(
       ),
       _source=source,
   )
+
+
+def _load_for_evaluation(
+    source: image_source.ImageSource, size: tuple[int, int] | None, index: int
+) -> dict[str, Any]:
+  """Returns an example of an evaluation, see `Dataset`.
+
+  Args:
+    source: the images.
+    size: (height, width) of a centre crop; None takes the whole image.
+    index: of the image; beyond the last image the example is blank.
+  """
+  image, readable = np.zeros((*(size or (1, 1)), 3), np.uint8), False
+  if index < len(source):
+    with contextlib.suppress(image_errors.DamagedImageError):
+      image, readable = _load(source, index), True
+  if readable and size is not None:
+    if transforms.is_smaller(image, size):
+      source.record_upscaled(index)
+    image = _copy_view(transforms.centre_crop(image, size), image)
+  return {
+      'image': image,
+      'index': np.int64(index),
+      'mask': np.bool_(readable),
+      'upscaled': np.bool_(index in source.upscaled),
+  }
 
 
 def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
@@ -277,7 +279,7 @@ def _load_readable(
     candidate = (index + offset) % len(source)
     try:
       return _load(source, candidate), candidate
-    except decoding.DamagedImageError:
+    except image_errors.DamagedImageError:
       continue
   raise ValueError('None of the images of the split can be read.')
 
@@ -286,17 +288,17 @@ def _batch(
     examples: grain.MapDataset,
     config: ml_collections.ConfigDict,
     batch_size: int,
-    share: slice,
+    shard: slice,
 ) -> grain.IterDataset:
   """Deals examples to this process, batches them and reads ahead in threads.
 
   A thread makes whole batches: handing over single examples costs more than
   cropping them.
   """
-  local_size = batch_size // share.step
+  local_size = batch_size // shard.step
   num_ahead = math.ceil(config.prefetch / local_size)
   return (
-      examples[share]
+      examples[shard]
       .batch(local_size)
       .to_iter_dataset(
           grain.ReadOptions(

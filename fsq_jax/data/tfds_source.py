@@ -43,11 +43,20 @@ class PreparedSource(image_source.EncodedSource):
       name: str,
       data_dir: str,
       split: str,
-      *,
-      resize_shorter: int = 0,
-      max_damaged_share: float = 0.01,
-      cache_mib: int = 0,
+      **reading: Any,
   ):
+    """Opens a prepared split.
+
+    Args:
+      name: data.name.
+      data_dir: data.data_dir; see `find_prepared`.
+      split: of the data set, or a part of it such as 'train[:90%]'.
+      **reading: resize_shorter, max_damaged_share and cache_mib of
+        EncodedSource.
+
+    Raises:
+      ValueError: no such data set or split, or files of another format.
+    """
     import tensorflow_datasets as tfds
 
     folder = find_prepared(name, data_dir)
@@ -57,7 +66,7 @@ class PreparedSource(image_source.EncodedSource):
           f'{folder} holds {builder.info.file_format.value} files, which have '
           f'no random access. {_how_to_prepare(name)}'
       )
-    self._feature = _find_image_feature(builder.info.features, folder)
+    self._feature = find_image_feature(builder.info.features, folder)
     label = dict(builder.info.features.items()).get('label')
     self._has_labels = (
         label is not None
@@ -88,9 +97,7 @@ class PreparedSource(image_source.EncodedSource):
         builder.info.full_name,
         split,
         hashlib.sha256(info).hexdigest()[:16],
-        resize_shorter=resize_shorter,
-        max_damaged_share=max_damaged_share,
-        cache_mib=cache_mib,
+        **reading,
     )
 
   def __len__(self) -> int:
@@ -102,9 +109,9 @@ class PreparedSource(image_source.EncodedSource):
     record = file.skip + file.take - (end - index)
     return f'{file.filename} record {record}'
 
-  def facts(self, index: int) -> image_source.Facts:
+  def metadata(self, index: int) -> image_source.ImageMetadata:
     record = self._read_record(index)
-    return image_source.Facts(
+    return image_source.ImageMetadata(
         name=str(index),
         label=int(record['label']) if self._has_labels else -1,
         num_bytes=len(record[self._feature]),
@@ -237,7 +244,7 @@ def _how_to_prepare(name: str) -> str:
   )
 
 
-def _find_image_feature(features, folder: str) -> str:
+def find_image_feature(features, folder: str) -> str:
   """Returns the key of the feature of type Image."""
   import tensorflow_datasets as tfds
 

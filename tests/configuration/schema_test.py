@@ -102,10 +102,9 @@ def test_a_config_is_not_changed_by_its_check():
 
 def test_typos_are_refused_with_the_nearest_field():
   failures = []
-  # One misspelling a field: to compare names takes long.
-  for i, name in enumerate(schema.FIELDS):
-    typos = list(_typos(name))
-    typo = typos[i % len(typos)]
+  # Some of them: finding the nearest of all names takes long.
+  cases = [(typo, name) for name in schema.FIELDS for typo in _typos(name)]
+  for typo, name in cases[::7]:
     (problem,) = configuration.describe_unknown([typo])
     if not problem.startswith(
         f'{typo} is not a field of a config; nearest: {name}'
@@ -121,20 +120,24 @@ def test_typos_are_refused_with_the_nearest_field():
 
 
 def test_wrong_values_are_refused_by_name():
+  defaults = dict(loading.flatten(_DEFAULT))
+  cases = {x: _wrong_values(x, value) for x, value in defaults.items()}
+  assert sum(map(len, cases.values())) > 1200
+  configs = []
+  # All fields at once; but a constructor names only the first wrong argument.
+  for i in range(max(map(len, cases.values()))):
+    wrong = {name: x[i] for name, x in cases.items() if i < len(x)}
+    alone = [name for name in wrong if name.startswith('model.quantizer.')]
+    configs += [{name: wrong.pop(name)} for name in alone] + [wrong]
   failures = []
-  cases = [
-      (name, value)
-      for name, default in loading.flatten(_DEFAULT)
-      for value in _wrong_values(name, default)
-  ]
-  for name, value in cases:
-    problems = _problems(_changed({name: value}))
-    # Constructors name the wrong element of a tuple.
-    given = name if isinstance(value, tuple) else f'{name} is {value!r}'
-    if not any(x.startswith(given) for x in problems):
-      failures.append((name, value, problems))
+  for fields in configs:
+    problems = _problems(_changed(fields))
+    for name, value in fields.items():
+      # Constructors name the wrong element of a tuple.
+      given = f'{name} ' if isinstance(value, tuple) else f'{name} is {value!r}'
+      if not any(x.startswith(given) for x in problems):
+        failures.append((name, value, problems))
   assert not failures
-  assert len(cases) > 1200
 
 
 # Fields of a config, and a part of the message.

@@ -95,7 +95,7 @@ def test_sub_folders_are_classes(tmp_path, caplog):
   source = folder.FolderSource(str(tmp_path), 'train')
   size = (tmp_path / 'train' / 'b' / '1.png').stat().st_size
   assert source.label_names == ('a', 'b')
-  assert [source.facts(i) for i in range(3)] == [
+  assert [source.metadata(i) for i in range(3)] == [
       ('a/deep/1.png', 0, size), ('b/1.png', 1, size), ('b/2.png', 1, size)
   ]
   _write(tmp_path / 'train' / 'top.png')
@@ -110,7 +110,7 @@ def test_sub_folders_are_classes(tmp_path, caplog):
 
 def _labels(source) -> dict[str, int]:
   return {
-      facts.name: facts.label for facts in map(source.facts, range(len(source)))
+      facts.name: facts.label for facts in map(source.metadata, range(len(source)))
   }
 
 
@@ -150,7 +150,7 @@ def test_a_class_that_training_has_not_is_named_where_labels_are_used(tmp_path):
   with pytest.raises(ValueError, match=r"'dog', 'eel', which the .* 'train'"):
     _ = source.label_names
   with pytest.raises(ValueError, match=r'data\.label_names'):
-    source.facts(0)
+    source.metadata(0)
 
 
 def test_names_of_classes_may_be_given(tmp_path, caplog):
@@ -226,7 +226,7 @@ def test_class_names_reach_the_sources(tmp_path, prepared_root):
         'resize_shorter': 0, 'max_damaged_share': 0.0, 'cache_mib': 0,
         'label_names': (), **fields,
     })  # fmt: skip
-    return builder.build_source(config, 'eval').label_names
+    return builder.open_source(config, 'eval').label_names
 
   assert names('folder', tmp_path) == ('cat', 'eel')
   given = ('eel', 'cat')
@@ -251,7 +251,7 @@ def test_images_by_name_and_by_content(tmp_path):
   ):  # fmt: skip
     (root / name).write_bytes(_encode(rgb, format))
   source = folder.FolderSource(str(tmp_path), 'train')
-  names = [source.facts(i).name for i in range(len(source))]
+  names = [source.metadata(i).name for i in range(len(source))]
   assert names == sorted(path.name for path in root.iterdir())
   assert source.skipped == {}
   for index in range(len(source)):
@@ -504,7 +504,7 @@ def test_prepared_data_have_labels_and_encoded_sizes(prepared_root):
   for i in range(len(source)):
     value = int(source.load(i)[0, 0, 0])
     size = len(_encode(np.full((8, 8, 3), value, np.uint8)))
-    assert source.facts(i) == (str(i), value, size)
+    assert source.metadata(i) == (str(i), value, size)
   assert source.label_names == ()
 
 
@@ -593,10 +593,10 @@ def test_damaged_records_name_file_and_record(tmp_path, prepared_root):
 def test_the_image_feature_is_found_by_its_type(features, expected):
   features = tfds.features.FeaturesDict({**features, 'label': np.int64})
   if expected:
-    assert tfds_source._find_image_feature(features, '') == expected
+    assert tfds_source.find_image_feature(features, '') == expected
   else:
     with pytest.raises(ValueError, match='image'):
-      tfds_source._find_image_feature(features, '')
+      tfds_source.find_image_feature(features, '')
 
 
 def _prepare_config(**values) -> ml_collections.ConfigDict:
