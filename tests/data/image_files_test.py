@@ -220,8 +220,13 @@ def test_tiff_of_unsigned_samples(photometric, num_samples, extra, bits):
   expected = _expect(samples, color_map=color_map, **kind)
   # Pillow composes 8-bit colours in whole numbers.
   tolerance = 1.01 if bits == 8 else 0.51
+  # Samples that are not of whole bytes are unpacked alike, and large palettes
+  # take long to write.
+  layouts = _LAYOUTS if bits in (1, 8, 12, 16) else _LAYOUTS[bits % 3 :: 3]
+  if photometric == _PALETTE and bits > 8:
+    layouts = _LAYOUTS[bits % 5 :: 5]
   for layout, order, planar in itertools.product(
-      _LAYOUTS, '<>', (False, True)
+      layouts, '<>', (False, True)
   ):
     data = _write_tiff(
         samples, color_map=color_map, order=order, planar=planar, **kind,

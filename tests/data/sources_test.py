@@ -109,9 +109,8 @@ def test_sub_folders_are_classes(tmp_path, caplog):
 
 
 def _labels(source) -> dict[str, int]:
-  return {
-      facts.name: facts.label for facts in map(source.metadata, range(len(source)))
-  }
+  found = map(source.metadata, range(len(source)))
+  return {metadata.name: metadata.label for metadata in found}
 
 
 def _class_source(root, split, **kwargs):
@@ -675,8 +674,11 @@ def test_photographs_appear_as_often_as_their_share():
 
 
 @pytest.mark.parametrize(
-    ('size', 'resize_shorter'), [((32, 32), 0), ((16, 48), 0), ((500, 500), 0),
-                                 ((32, 32), 64)]
+    ('size', 'resize_shorter'),
+    [
+        ((32, 32), 0), ((16, 48), 0), ((32, 32), 64),
+        pytest.param((500, 500), 0, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_a_pass_over_the_photographs_has_distinct_crops(size, resize_shorter):
   source = photos.TrainGrid(size=size, resize_shorter=resize_shorter)

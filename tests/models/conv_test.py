@@ -322,8 +322,8 @@ def test_parts_that_do_not_fit_are_named(overrides, message):
 @pytest.mark.parametrize(
     ('overrides', 'message'),
     [
-        ({'data.image_size': (16, 18)}, 'whose sides halve once less than'),
-        ({'model.encoder.conv.filters': 48}, 'are a multiple of 32, the gro'),
+        ({'data.image_size': (16, 18)}, 'which does not halve 2 times'),
+        ({'model.encoder.conv.filters': 48}, 'use multiples of 32'),
         (
             {'model.projector_in.name': 'linear'},
             "latent_width >= 1, unless projector_in is 'none'",
