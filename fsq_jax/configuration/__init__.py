@@ -1,4 +1,4 @@
-"""Configs: loading, checking, JSON, and what changed between two of them."""
+"""Configs: loading, checking, JSON, and differences between two configs."""
 
 from fsq_jax.configuration.compatibility import check_resumable
 from fsq_jax.configuration.compatibility import diff_models

@@ -1,4 +1,4 @@
-"""Which changes of a config a run or a model allows."""
+"""Changes of a config with which a run resumes, or a model stays the same."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -48,16 +48,16 @@ def check_resumable(
             ' (saved -> current):',
             *other_state,
         ])
-        + '\nUse another --workdir; a checkpoint cannot be continued so.'
+        + '\nUse another --workdir; a checkpoint cannot be resumed with these.'
     )
   differences = _diff(saved, current, _Role.TRAINING)
   if differences and not allow_config_change:
     raise ValueError(
         '\n  '.join([
-            'The config is not the one of this run (saved -> current):',
+            'The config differs from that of this run (saved -> current):',
             *differences,
         ])
-        + '\nUse another --workdir, or continue with these values by'
+        + '\nUse another --workdir, or resume with these values by'
         ' --allow_config_change.'
     )
 
@@ -75,7 +75,7 @@ def _diff(saved: _Config, current: _Config, *roles: _Role) -> list[str]:
 def _role_of_change(
     name: str, saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> _Role:
-  """Returns what a difference decides between values by dotted name."""
+  """Returns the role of a difference between configs by dotted name."""
   if name not in schema.FIELDS:  # A field of another version.
     return _Role.MODEL if name.startswith('model.') else _Role.TRAINING
   field = schema.FIELDS[name]
@@ -91,9 +91,10 @@ def _role_of_change(
 
 
 def _is_built(name: str, config: Mapping[str, Any]) -> bool:
-  """Whether a field belongs to the alternative that a section names, if any.
+  """Whether a field is outside of alternatives, or in the chosen alternative.
 
-  Of model.quantizer.fsq and its neighbours, model.quantizer.name is built.
+  The sections model.quantizer.NAME, for example, are alternatives;
+  model.quantizer.name is the chosen one.
   """
   parent, _, alternative = name.rpartition('.')[0].rpartition('.')
   chosen = f'{parent}.name'

@@ -23,7 +23,7 @@ def cross_rules(
   Args:
     num_devices: devices of all processes; None omits the rules that depend on
       it.
-    uses: the inputs in use; rules on the others are omitted.
+    uses: the inputs in use; rules on other inputs are omitted.
   """
   yield from _data_rules()
   if 'images' in uses:

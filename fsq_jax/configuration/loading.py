@@ -1,4 +1,4 @@
-"""Configs: loading, checking, JSON, and what changed between two of them."""
+"""Configs: loading, checking, JSON, and differences between two configs."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 import difflib
@@ -36,10 +36,10 @@ ABSENT = object()
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-  """Runs the `get_config()` of a config file.
+  """Returns the config that the `get_config()` of a file returns.
 
-  Meanwhile the folder above the file's can be imported from, so that a config
-  may start from its neighbour: `from configs import default`.
+  The parent of the file's folder is importable meanwhile, so that a config can
+  build on its neighbour: `from configs import default`.
 
   Args:
     path: a Python file. It is executed: load only files you trust.
@@ -48,15 +48,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     The config, locked against new fields, not checked.
 
   Raises:
-    ValueError: no such file, or one that fails or returns something else.
+    ValueError: the file is missing, raises an error, or returns no config.
   """
   path = pathlib.Path(path).absolute()
   if not path.is_file():
     raise ValueError(f'There is no config file {path}.')
   if path.suffix == '.json':
     raise ValueError(
-        f'{path} is JSON; a config file is Python. A run whose config.json this'
-        ' is needs only its --workdir, except to train.'
+        f'{path} is JSON; a config file is Python. If it is the config.json of'
+        ' a run, give its --workdir instead; only training needs a --config.'
     )
   root = str(path.parent.parent)
   sys.path.insert(0, root)
@@ -65,7 +65,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config = get_config() if callable(get_config) else None
   except Exception as error:
     raise ValueError(
-        f'Config file {path} fails with {type(error).__name__}: {error}'
+        f'Config file {path} raises {type(error).__name__}: {error}'
     ) from error
   finally:
     sys.path.remove(root)
@@ -88,20 +88,20 @@ def check_config(
     *,
     mode: str = 'train',
 ) -> None:
-  """Raises one ValueError that lists everything that is wrong with a config.
+  """Raises one ValueError that lists all problems of a config.
 
-  Looks at no device, and at no file but the folder of data.source 'folder' and
-  the description of an encoder whose architecture is 'checkpoint'.
+  Uses no device, and of files only the folder of data.source 'folder' and the
+  description of an encoder with architecture 'checkpoint'.
 
   Args:
     config: see configs/default.py. Integers may stand for floats and lists
       for tuples.
-    num_devices: devices of all processes; None leaves out what depends on it.
-    mode: of launch.py. What it does not use may be missing: images, weights
-      that a new run starts from, networks of the losses.
+    num_devices: devices of all processes; None omits checks that depend on it.
+    mode: of launch.py. Inputs that it does not use may be missing: images,
+      weights that initialize a new run, networks of the losses.
 
   Raises:
-    ValueError: missing, unknown or wrong fields, and what is allowed.
+    ValueError: fields that are missing, unknown or wrong, and allowed values.
   """
   uses = USES[mode]
   fields = dict(flatten(config))
@@ -140,7 +140,7 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
   Args:
     fields: values by dotted name. Quantizers that lack a field are skipped.
   """
-  # Here, since it imports JAX, which the command line starts without.
+  # Imported here since it imports JAX, which the command line starts without.
   from fsq_jax import quantizers
 
   for name, rows in schema.QUANTIZERS.items():
@@ -155,7 +155,7 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
   """Yields the error of building the model, if there is one."""
-  # Here, for the same reason.
+  # Imported here for the same reason.
   from fsq_jax import models
 
   model = config['model']
@@ -195,7 +195,7 @@ def _find_architecture(encoder: Mapping[str, Any] | Config) -> str:
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:
-  """Says which dotted names are not fields, and which fields come close."""
+  """Returns a line for each dotted name that is no field, with the nearest."""
   problems = []
   for name in names:
     if name not in schema.FIELDS:
@@ -227,7 +227,9 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(text: str) -> Config:
-  """Reads what `config_to_json` wrote; every list becomes a tuple again.
+  """Reads a config written by `config_to_json`; lists become tuples again.
+
+  Fields that the version that wrote it did not have get the values it used.
 
   Args:
     text: a JSON object: a config, or a saved tokenizer's config.json.
@@ -305,13 +307,13 @@ def format_differences(
 
 
 def resolve(config: Config) -> Config:
-  """Returns a copy that can be used from another folder and without files.
+  """Returns a copy for use from another folder and without files.
 
   Paths become absolute. The architecture 'checkpoint' of a pretrained encoder
-  becomes the one that its checkpoint has.
+  becomes the architecture of its checkpoint.
 
   Args:
-    config: one that `check_config` accepts.
+    config: a config that `check_config` accepts.
   """
   config = resolve_paths(config)
   config.model.encoder.architecture = _find_architecture(config.model.encoder)
@@ -319,10 +321,10 @@ def resolve(config: Config) -> Config:
 
 
 def resolve_paths(config: Config) -> Config:
-  """Returns a copy whose paths are absolute, `~` expanded; '' and None stay.
+  """Returns a copy with absolute paths, `~` expanded; '' and None stay.
 
-  Runs of earlier versions have paths as they were given: relative ones are
-  looked for from the current folder.
+  Runs of earlier versions have saved paths as they were given: relative paths
+  are taken from the current folder.
   """
   # Not ConfigDict(config), which shares its sections.
   config = config.copy_and_resolve_references()
@@ -335,7 +337,7 @@ def resolve_paths(config: Config) -> Config:
 
 
 def _absolute(name: str, value: Any) -> Any:
-  """Makes the value of a field of `PATHS` absolute; keeps '' and others."""
+  """Returns a value, absolute if it is a path; '' and None stay."""
   if name in PATHS and isinstance(value, str) and value:
     return os.path.abspath(os.path.expanduser(value))
   return value
@@ -344,7 +346,10 @@ def _absolute(name: str, value: Any) -> Any:
 def flatten(
     config: Mapping[str, Any] | Config, prefix: str = ''
 ) -> Iterator[tuple[str, Any]]:
-  """Yields dotted names and values, lists as tuples, empty sections whole."""
+  """Yields dotted names and values; lists become tuples.
+
+  An empty section is a value.
+  """
   if isinstance(config, Config):
     config = config.to_dict()
   for key, value in config.items():

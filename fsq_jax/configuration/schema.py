@@ -1,8 +1,8 @@
-"""The fields of a config: what each may hold, and what it decides.
+"""The schema of configs: allowed values and role of every field.
 
 A new field is a row here, and a line with its default in configs/default.py.
-Rows have the types of all fields, and the ranges of those that no constructor
-checks; `loading.check_config` calls the constructors of quantizers and models.
+Rows have the type of a field, and its range unless a constructor checks it:
+`loading.check_config` calls the constructors of quantizers and models.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ _SSIM_WINDOW = 11
 
 
 class Role(enum.Enum):
-  """What a field decides, which says how a run may resume with another value.
+  """Effect of a field, and whether a run may resume with another value.
 
   Attributes:
-    MODEL: the variables of the model, or the meaning of its codes: never.
-    STATE: the other arrays of the train state: never.
-    TRAINING: what is trained: with --allow_config_change.
-    START: how a new run is initialized, read only then: always.
-    RUNTIME: evaluation, devices, logging, checkpoints, speed of the input; none
-      of them changes what is trained: always.
+    MODEL: variables of the model, or the meaning of its codes. Never.
+    STATE: other arrays of the train state. Never.
+    TRAINING: result of training. With --allow_config_change.
+    START: initialization of a new run. Always.
+    RUNTIME: evaluation, devices, logging, checkpoints, speed of the input,
+      none of which changes the result of training. Always.
   """
 
   MODEL = enum.auto()
@@ -39,11 +39,10 @@ class Field(NamedTuple):
 
   Attributes:
     rule: the allowed values.
-    role: what the value decides.
-    presence: what it decides whether there is a value, neither '' nor 0, where
-      that is more.
-    added: for a field that earlier versions did not have, the function from
-      the rest of its section to the value that they used.
+    role: effect of the value.
+    presence: effect of whether the value is set (not '' or 0), if it differs.
+    added: for a field that earlier versions did not have, a function from its
+      section to the value that they used.
   """
 
   rule: rules.Rule
@@ -56,7 +55,7 @@ _Rows = Mapping[str, rules.Rule | Field]
 
 
 def _section(prefix: str, role: Role, rows: _Rows) -> dict[str, Field]:
-  """Returns rows by dotted name; a rule alone gets the role of the section."""
+  """Returns rows by dotted name; a plain rule gets the role of the section."""
   return {
       f'{prefix}.{name}': row if isinstance(row, Field) else Field(row, role)
       for name, row in rows.items()
@@ -93,7 +92,7 @@ _LFQ = {
     'entropy_group_bits': _training(rules.INTEGER),
 }
 _CODEBOOK = {
-    # Usage and perplexity of a single code say nothing.
+    # Usage and perplexity of a single code are meaningless.
     'codebook_size': rules.integer(2),
     'code_dim': rules.INTEGER,
     'metric': rules.TEXT,
@@ -201,7 +200,7 @@ _ENCODER = {
     **_VIT,
     **_CONV,
     'architecture': rules.NON_EMPTY,
-    # Config files that need this path have None there, as train.init_from.
+    # None in config files that need this path, as is train.init_from.
     'checkpoint': Field(
         rules.path(
             "a path, or '' for random weights; set"
@@ -276,7 +275,7 @@ _LOSSES = {
         'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'resnet50', 'vit'
     ),
     'perceptual.weight': rules.NOT_NEGATIVE,
-    # The weights are compared with those of the run, not their path.
+    # A resumed run compares the weights, not the path.
     'perceptual.checkpoint': _runtime(rules.PATH),
     'perceptual.dtype': Field(
         rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'
@@ -391,7 +390,7 @@ _TRAIN = {
             '() or (first, last), integers >= 0', rules.COUNT_OR_ZERO, (0, 2)
         )
     ),
-    # Of this machine: no part of a run that later commands look for.
+    # Not a PATH: it belongs to a machine, not to a run.
     'compilation_cache': _runtime(rules.TEXT),
 }
 _EVAL = {
@@ -431,6 +430,6 @@ FIELDS: dict[str, Field] = {
     **_section('eval', Role.RUNTIME, _EVAL),
     **_section('tokenize', Role.RUNTIME, _TOKENIZE),
 }
-# Fields that are paths: absolute in the config of a run, which later commands
-# use from other folders.
+# Paths are absolute in the config of a run, which later commands use from other
+# folders.
 PATHS = tuple(name for name, field in FIELDS.items() if field.rule.is_path)

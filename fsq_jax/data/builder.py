@@ -1,4 +1,4 @@
-"""Where images come from: the table of data.source."""
+"""Builds datasets and image sources from the `data` section of a config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from fsq_jax.data import pipelines
 from fsq_jax.data import synthetic
 from fsq_jax.data import tfds_source
 
-# Name: images of which split, and what is done with them.
+# By name: split of the source, and pipeline.
 _PIPELINES = {
     'train': ('train', pipelines.build_train),
     'eval': ('eval', pipelines.build_eval),
@@ -30,17 +30,17 @@ def build_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> pipelines.Dataset:
-  """Builds a split from the `data` section of a config.
+  """Builds the pipeline of a split.
 
   Args:
     config: the `data` section; see configs/default.py.
     split: 'train': shuffled, augmented, endless; 'eval': every example once,
-      in fixed order, centre crops; 'eval_native': the same, one by one at
-      their own size; 'train_once': each training image once, as 'eval'.
+      in fixed order, centre crops; 'eval_native': every example once, one by
+      one at its own size; 'train_once': training images as by 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
-    process_index: this process, in [0, process_count); see
-      `partitioning.process_share` for those that read the same.
-    process_count: processes that share each batch.
+    process_index: index of the data shard of this process, in
+      [0, process_count); see `partitioning.process_share`.
+    process_count: data shards of each batch.
 
   Returns:
     The data set.
@@ -60,18 +60,18 @@ def build_dataset(
 def check_fingerprint(
     saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> None:
-  """Refuses to continue an iterator's state on other data.
+  """Raises ValueError if an iterator's state belongs to other data.
 
-  A state only counts batches, so on other data it would silently repeat some
-  examples and pass over others.
+  A state only counts batches: with other data it would silently repeat some
+  examples and skip others.
 
   Args:
     saved: fingerprint stored with the state.
-    current: fingerprint of the data set that is to continue.
+    current: fingerprint of the dataset that the state is to resume.
 
   Raises:
-    ValueError: they differ; one line for each difference. process_count may
-      differ, since it does not change what a step sees.
+    ValueError: they differ; one line per difference. process_count may differ,
+      since it does not change the examples of a step.
   """
   keys = sorted((saved.keys() | current.keys()) - {'process_count'})
   differences = [
@@ -81,9 +81,9 @@ def check_fingerprint(
   ]
   if differences:
     raise ValueError(
-        'The training data are not those of the checkpoint (saved -> '
-        'current):\n' + '\n'.join(differences) + '\nRestore these values to '
-        'continue the run, or start a new one in another workdir.'
+        'The training data differ from the data of the checkpoint (saved ->'
+        ' current):\n' + '\n'.join(differences) + '\nRestore these values to'
+        ' resume the run, or start a new run in another workdir.'
     )
 
 
@@ -158,8 +158,8 @@ def open_source(
 ) -> image_source.ImageSource:
   """Opens the images of a split, for random access by index.
 
-  The split names of the config belong to data sets that have several: tfds
-  and folder. The others have one training and one validation split.
+  data.train_split and data.eval_split are for tfds and folder; photos and
+  synthetic images have one training and one validation split.
 
   Args:
     config: the `data` section.
@@ -181,19 +181,19 @@ def open_source(
     raise ValueError(
         f'data.label_names is {names}, but the classes of data.source '
         f'{config.source!r} {source.identity["name"]} are '
-        f'{source.label_names}; leave it at (), the classes of the source.'
+        f'{source.label_names}; use (), the classes of the source.'
     )
   return source
 
 
 def prepare(config: ml_collections.ConfigDict) -> str | None:
-  """Downloads what the `data` section of a config needs (mode `prepare`).
+  """Downloads and prepares the dataset of a config (mode `prepare`).
 
   Returns:
-    The folder of the prepared data set; None where the source needs nothing.
+    The folder of the prepared dataset; None if the source needs no preparation.
 
   Raises:
-    RuntimeError: it cannot be done here; the message says why.
+    RuntimeError: TensorFlow is not installed, or TFDS fails.
   """
   if config.source != 'tfds':
     logging.info('data.source %r needs no preparation.', config.source)

@@ -18,15 +18,15 @@ _NUM_LISTED = 10
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
 
-  Files with an image extension, in any case, are images; the first bytes decide
-  about those without a known extension. Other files are counted in `skipped`;
-  images that are not read are an error above max_damaged_share. Names that
-  begin with a dot are ignored, as are pipes and sockets, of which reading might
-  never end. Links are followed as long as they stay inside the root.
+  Files with an image extension, in any case, are images; files without a known
+  extension are identified by their first bytes. Other files are counted in
+  `skipped`; images in unsupported formats are an error above max_damaged_share.
+  Names that begin with a dot are ignored, and so are pipes and sockets, since
+  reading them may never end. Links are followed inside the root.
 
   Classes are the sub-folders of the training split that hold images, so that
-  all splits number them alike. They are looked up when they are first asked
-  for. Images beside the sub-folders have label -1.
+  labels agree between splits. They are listed on first use. Images outside of
+  the sub-folders have label -1.
   """
 
   def __init__(
@@ -99,14 +99,15 @@ class FolderSource(image_source.EncodedSource):
       )
       raise ValueError(
           f'{split!r} has the classes {_shorten(unknown)}, which {known_by} '
-          f'does not have; classes there: {_shorten(names)}. Set '
+          f'does not have; known classes: {_shorten(names)}. Set '
           'data.label_names to the names of all classes, in the order of '
           'their labels.'
       )
     if unknown:
       logging.warning(
-          'The sub-folders of %r are not taken for classes, since the training'
-          ' split %r has none: all labels are -1.', split, self._class_split
+          'The sub-folders of %r are not used as classes, since the training'
+          ' split %r has no sub-folders: all labels are -1.',
+          split, self._class_split,
       )
     stray = [
         path
@@ -115,8 +116,8 @@ class FolderSource(image_source.EncodedSource):
     ]
     if stray and names:
       logging.warning(
-          '%d of %d images lie beside the class folders of %r and have label'
-          ' -1: %s', len(stray), len(self), split, _shorten(stray)
+          '%d of %d images are outside of the class folders of %r and have'
+          ' label -1: %s', len(stray), len(self), split, _shorten(stray)
       )
     return names
 
@@ -131,7 +132,7 @@ class FolderSource(image_source.EncodedSource):
       return tuple(own)
     names = []
     if split in _list_folders(root):
-      # One image of each tells; the training split may be large.
+      # One image per sub-folder is enough; the training split may be large.
       names = [
           name
           for name in _list_folders(os.path.join(root, split))
@@ -141,9 +142,9 @@ class FolderSource(image_source.EncodedSource):
         return tuple(names)
     if own:
       logging.warning(
-          'Labels number the %d sub-folders of %r, since %s has no training'
-          ' images in %r. Set data.label_names if they have to agree with'
-          ' another split.', len(own), self.identity['split'], root, split
+          'Labels are indices of the %d sub-folders of %r, since %s has no'
+          ' training images in %r. Set data.label_names if labels have to agree'
+          ' with another split.', len(own), self.identity['split'], root, split
       )
     return tuple(own)
 
@@ -166,7 +167,7 @@ class FolderSource(image_source.EncodedSource):
 
 
 def _check_split(root: str, split: str) -> None:
-  """Raises a ValueError that says which splits there are."""
+  """Raises ValueError, which lists the splits, unless the split exists."""
   if not os.path.isdir(root):
     raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
   splits = _list_folders(root)
@@ -200,7 +201,7 @@ def _list_folders(folder: str) -> list[str]:
 
 
 def _list_images(root: str, split: str) -> listing.Listing:
-  """Lists the images of a split, of which there must be one."""
+  """Lists the images of a split; raises ValueError if there are no images."""
   files = listing.list_images(root, split)
   folder = os.path.join(root, split)
   skipped = listing.describe_skipped(files.skipped)

@@ -1,4 +1,4 @@
-"""From images to batches: training and evaluation pipelines, in Grain."""
+"""Training and evaluation pipelines: images to batches, in Grain."""
 
 from collections.abc import Mapping
 import contextlib
@@ -17,7 +17,7 @@ from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import transforms
 
-# Raise when a change to this package gives a config other pixels than before.
+# To be raised when a change gives a config other pixels than before.
 _PIPELINE_VERSION = 1
 # Length of the training order. Grain computes numbers of batches in float64,
 # which is exact up to 2^53; at a million images per second it lasts 142 years.
@@ -26,15 +26,15 @@ _ENDLESS = 2**52
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-  """One split as batches of NumPy arrays, this process's share of each.
+  """One split as batches of NumPy arrays, this process's data shard of each.
 
   Batches are dicts, with b = batch size / process_count:
     'image': [b, H, W, 3] uint8.
-    'index': [b] int64, the number of the example in its source, for
-      `describe`. In training, where an unreadable image is replaced by the
-      next readable one, it is the number of the image shown.
+    'index': [b] int64, the index of the image in its source, for `describe`.
+      In training an unreadable image is replaced by the next readable image,
+      whose index this is.
     'mask': [b] bool, in evaluation only: False for unreadable images and for
-      what fills up the last batch; their pixels are 0.
+      padding of the last batch; their pixels are 0.
     'upscaled': [b] bool, in evaluation only: True for images that were scaled
       up, see `data.ImageSource.upscaled`.
 
@@ -42,9 +42,9 @@ class Dataset:
     num_examples: in the split, readable or not.
     num_batches: of one pass over an evaluation split; None for training,
       which never ends.
-    fingerprint: flat, JSON-able; everything that decides which pixels a step
-      gets. Save it beside the iterator's state; see `check_fingerprint`.
-    protocol: how evaluation images were made (JSON-able), to be stored with
+    fingerprint: everything that determines the pixels of each step, flat and
+      JSON-able. Save it beside the iterator's state; see `check_fingerprint`.
+    protocol: preprocessing of evaluation images (JSON-able), to be stored with
       every number computed from them; None for training.
   """
 
@@ -87,7 +87,7 @@ class Dataset:
     return '' if name == str(index) else name
 
   def describe(self, index: int) -> str:
-    """Returns where the image with this 'index' comes from."""
+    """Returns the place of the image with this 'index'."""
     return self._source.describe(int(index))
 
 
@@ -97,7 +97,14 @@ def build_train(
     seed: int,
     shard: slice,
 ) -> Dataset:
-  """Shuffles and augments without end; `shard` deals out positions."""
+  """Builds the endless pipeline of shuffled, augmented training images.
+
+  Args:
+    config: the `data` section.
+    source: the images.
+    seed: of shuffling and augmentation.
+    shard: positions of this process in each batch.
+  """
   if len(source) < config.batch_size:
     logging.warning(
         'data.batch_size is %d, but the training split has %d examples; each'
@@ -120,8 +127,8 @@ def build_train(
     crop = transforms.augment(image, rng, **augmentation)
     return {'image': _copy_view(crop, image), 'index': np.int64(index)}
 
-  # Grain shuffles epoch e with seed + e; seeds that lie far apart keep runs
-  # with neighbouring seeds from sharing their orders.
+  # Grain shuffles epoch e with seed + e. With seeds that are far apart, runs
+  # with neighbouring seeds do not share orders.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   examples = repeat_endlessly(
       grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
@@ -243,7 +250,7 @@ def _load_for_evaluation(
 
 
 def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
-  """Repeats examples for more epochs than any run takes.
+  """Repeats examples for more epochs than any run has.
 
   `examples.repeat()` would have sys.maxsize elements, a length that Grain
   cannot divide into batches of one.
@@ -254,8 +261,8 @@ def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
 def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
   """Loads an image and checks that it is one.
 
-  Losses and networks assume that uint8 images are in 0 ... 255; a float image
-  in [0, 1], say, would give plausible numbers.
+  Losses and networks assume uint8 images in 0 ... 255; a float image in [0, 1]
+  would give plausible but wrong numbers.
   """
   image = source.load(index)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -267,21 +274,23 @@ def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
 
 
 def _copy_view(crop: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """Copies a crop that is a view, which would keep the image in memory."""
+  """Returns a crop, copied if it is a view that would keep the image alive."""
   return np.array(crop) if np.may_share_memory(crop, image) else crop
 
 
 def _load_readable(
     source: image_source.ImageSource, index: int
 ) -> tuple[np.ndarray, int]:
-  """Returns the image at `index`, or the next one that can be read."""
+  """Returns the first readable image from `index` on, and its index."""
   for offset in range(len(source)):
     candidate = (index + offset) % len(source)
     try:
       return _load(source, candidate), candidate
     except image_errors.DamagedImageError:
       continue
-  raise ValueError('None of the images of the split can be read.')
+  raise ValueError(
+      f'None of the {len(source)} images of the split can be read.'
+  )
 
 
 def _batch(
@@ -290,10 +299,10 @@ def _batch(
     batch_size: int,
     shard: slice,
 ) -> grain.IterDataset:
-  """Deals examples to this process, batches them and reads ahead in threads.
+  """Batches this process's examples and prefetches in threads.
 
-  A thread makes whole batches: handing over single examples costs more than
-  cropping them.
+  Each thread makes whole batches: passing single examples between threads costs
+  more than cropping them.
   """
   local_size = batch_size // shard.step
   num_ahead = math.ceil(config.prefetch / local_size)
@@ -328,7 +337,7 @@ def _protocol(
       'crop': crop,
       'resize': f'shorter side to {resize}' if resize else 'none',
       'kernel': transforms.KERNEL,
-      # Where other files lay beside the images.
+      # Other files in the folder of the images.
       **({'skipped_files': dict(source.skipped)} if source.skipped else {}),
   }
 
@@ -338,12 +347,12 @@ def fingerprint(
     source: image_source.ImageSource,
     **pipeline: Any,
 ) -> dict[str, Any]:
-  """Returns what decides which pixels come of a source, flat and JSON-able.
+  """Returns what determines the pixels of a pipeline, flat and JSON-able.
 
   Args:
     config: the `data` section.
     source: the images.
-    **pipeline: what else does.
+    **pipeline: parameters of the pipeline.
   """
   return {
       'pipeline_version': _PIPELINE_VERSION,

@@ -608,12 +608,12 @@ _HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
 @pytest.mark.parametrize(
     ('data', 'reason'),
     [
-        (b'', 'an empty file is no image of a known format'),
-        (b'<html>', "starts b'<html>' is no image of a known format.* JPEG,"),
-        (_HEIC, 'HEIC images are not read; convert the file to PNG'),
-        (b'\0\0\0\x0cJXL \r\n\x87\n', 'JPEG XL images are not read'),
-        (b'P7\nWIDTH 1\n', 'PAM images are not read'),
-        (b'%!PS-Adobe', 'EPS images are not read'),
+        (b'', 'an empty file is not an image of a known format'),
+        (b'<html>', "starts b'<html>' is not an image of a known .* JPEG,"),
+        (_HEIC, 'HEIC images are not supported; convert the file to PNG'),
+        (b'\0\0\0\x0cJXL \r\n\x87\n', 'JPEG XL images are not supported'),
+        (b'P7\nWIDTH 1\n', 'PAM images are not supported'),
+        (b'%!PS-Adobe', 'EPS images are not supported'),
         (
             b'\xff\xd8\xff\xc0\0\x0b\x0c\0\x08\0\x08\1\1\x11\0',
             'Pillow cannot open this JPEG file: .*12-bit',

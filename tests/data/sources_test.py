@@ -104,7 +104,7 @@ def test_sub_folders_are_classes(tmp_path, caplog):
   assert _labels(source) == {
       'a/deep/1.png': 0, 'b/1.png': 1, 'b/2.png': 1, 'top.png': -1
   }
-  assert "1 of 4 images lie beside the class folders of 'train'" in caplog.text
+  assert "1 of 4 images are outside of the class folders of" in caplog.text
   assert 'train/top.png' in caplog.text
 
 
@@ -348,7 +348,7 @@ def test_an_image_too_long_for_resizing_is_left_out_by_name(tmp_path, caplog):
   source = folder.FolderSource(str(tmp_path), 'train', resize_shorter=64)
   with pytest.raises(data.DamagedImageError, match='resize_shorter = 64'):
     source.load(0)
-  assert 'long.png is left out: 1 x 30000 pixels' in caplog.text
+  assert 'long.png is skipped: 1 x 30000 pixels' in caplog.text
   assert list(source.damaged) == [0]
 
 
