@@ -1,6 +1,6 @@
-"""SimVQ of 1024 codes on CIFAR-10: to compare FSQ with.
+"""SimVQ of 1024 codes on CIFAR-10, a baseline for FSQ.
 
-What: as cifar10_fsq_888 but for the quantizer, a frozen codebook under one
+What: as cifar10_fsq_888, with another quantizer: a frozen codebook under one
   learned linear map.
 Command: python launch.py --config=configs/cifar10_simvq_1024.py
   after --mode=prepare, as cifar10_fsq_888 says.

@@ -1,8 +1,8 @@
-"""VQ with moving averages, 1024 codes, on CIFAR-10: to compare FSQ with.
+"""VQ-EMA of 1024 codes on CIFAR-10, a baseline for FSQ.
 
-What: as cifar10_fsq_888 but for the quantizer, with the settings that
-  experiments/quantizer_comparison found best: k-means of the first batch, dead
-  codes restarted from latents.
+What: as cifar10_fsq_888, with another quantizer and the settings that
+  experiments/quantizer_comparison found best: initialized by k-means of the
+  first batch, dead codes reset to latents.
 Command: python launch.py --config=configs/cifar10_vq_1024.py
   after --mode=prepare, as cifar10_fsq_888 says.
 Hardware and time: 2 CPU cores, as cifar10_fsq_888.

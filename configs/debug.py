@@ -1,9 +1,9 @@
-"""A run of seconds that touches everything: for tests and first tries.
+"""A complete run in seconds, for tests and first tries.
 
 What: synthetic 16 x 16 images, a model of width 16 and one block, 8 steps with
-  an evaluation and a checkpoint on the way.
+  an evaluation and a checkpoint after 4.
 Command: python launch.py --config=configs/debug.py
-Hardware: any CPU; no data, no network.
+Hardware: any CPU; needs no data and no network.
 """
 
 import ml_collections

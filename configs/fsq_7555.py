@@ -1,8 +1,8 @@
-"""FSQ of 7 x 5 x 5 x 5 levels: all odd, so that 0 is a level of each.
+"""FSQ of 7 x 5 x 5 x 5 levels: all odd, so that every dimension has level 0.
 
-What: as fsq_888 but for the quantizer's levels; 875 codes.
+What: as fsq_888, with other levels of the quantizer; 875 codes.
 Command: python launch.py --config=configs/fsq_7555.py
-Hardware and time: those of fsq_888. Numbers: not measured yet.
+Hardware and time: as fsq_888. Numbers: not measured yet.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
 """FSQ of 8 x 5 x 5 x 5 levels, the paper's choice for 2^10 codes.
 
-What: as fsq_888 but for the quantizer's levels; 1000 codes.
+What: as fsq_888, with other levels of the quantizer; 1000 codes.
 Command: python launch.py --config=configs/fsq_8555.py
-Hardware and time: those of fsq_888. Numbers: not measured yet.
+Hardware and time: as fsq_888. Numbers: not measured yet.
 """
 
 import ml_collections

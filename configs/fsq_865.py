@@ -1,8 +1,8 @@
 """FSQ of 8 x 6 x 5 levels, the paper's choice for 2^8 codes.
 
-What: as fsq_888 but for the quantizer's levels; 240 codes.
+What: as fsq_888, with other levels of the quantizer; 240 codes.
 Command: python launch.py --config=configs/fsq_865.py
-Hardware and time: those of fsq_888. Numbers: not measured yet.
+Hardware and time: as fsq_888. Numbers: not measured yet.
 """
 
 import ml_collections

@@ -2,27 +2,28 @@
 
 What: the autoencoder of MaskGIT (conv, 23.65 and 29.32 million parameters)
   with FSQ of 8 x 5 x 5 x 5 levels, as in section 5.1 and appendix A.4.1 of
-  arXiv 2309.15505: 500,000 steps of 256 images, about 100 epochs. All else is
-  of MaskGIT's VQGAN config: L2, logits of a ResNet-50, a StyleGAN discriminator
-  with R1, Adam, a constant learning rate, an average of the parameters, the
-  paper's convention of FSQ. Its stride of 16 makes 64 tokens of an image.
+  arXiv 2309.15505: 500,000 steps of 256 images, about 100 epochs. Everything
+  else is as in MaskGIT's VQGAN config: L2, perceptual loss on logits of a
+  ResNet-50, a StyleGAN discriminator with R1, Adam, a constant learning rate,
+  EMA of the parameters; FSQ in the paper's convention. A stride of 16 pixels
+  gives 64 tokens per image.
 Command: python launch.py --config=configs/imagenet128_fsq_8555.py
   --config.losses.perceptual.checkpoint=FILE, torchvision's resnet50 as
   safetensors, with ImageNet as TFDS prepares it; --config.data.source=folder
   --config.data.data_dir=DIR for a folder. --config.losses.perceptual.name=none
   trains without the file.
-Hardware and time: meant for 8 accelerators, 32 images each, of which the
-  autoencoder's backward pass keeps 15 GiB; not run here at full size.
-Numbers: none of its own yet. Read off figure 3 of the paper at 1000 codes:
-  rFID about 7.6, all codes used, 8.1 bits a token.
+Hardware and time: for 8 accelerators with 32 images each (15 GiB of
+  activations for the autoencoder's backward pass); not run at full size.
+Numbers: not measured yet. Read off figure 3 of the paper at 1000 codes:
+  rFID about 7.6, all codes used, 8.1 bits per token.
 
 The paper does not say how images are cropped; here the shorter side is resized
-to 128 pixels, and training crops and mirrors. MaskGIT's ResNet-50 has
-weights of its own; torchvision's are others. The code that its authors
-published for MAGVIT has images in [0, 1], where an error is half of ours and a
-gradient by pixels twice ours: its weights 1 of L2 and 10 of R1 are 1/4 and 40
-here. The discriminator's channels are MAGVIT's large ones, which are those that
-kvfrans/jax-vqvae-vqgan has from MaskGIT for this size.
+to 128 pixels, with random crops and flips for training. MaskGIT's ResNet-50 has
+other weights than torchvision's. The code that its authors published for MAGVIT
+has images in [0, 1], where errors are half and gradients with respect to pixels
+twice as large as here: its weights 1 of L2 and 10 of R1 become 1/4 and 40. The
+discriminator has the channels of MAGVIT's large model, as has
+kvfrans/jax-vqvae-vqgan for MaskGIT at this size.
 """
 
 import ml_collections
@@ -62,8 +63,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.discriminator.name = 'stylegan'
   config.discriminator.loss = 'non_saturating'
   config.discriminator.r1_weight = 40.0
-  # As there. In one step of 16 its gradient would be 16 times as large, which
-  # Adam without momentum divides by an average over all steps.
+  # As in MaskGIT. With lazy R1 every 16 steps its gradient would be 16 times as
+  # large, and Adam without momentum divides it by an average over all steps.
   config.discriminator.r1_every_steps = 1
   config.discriminator.stylegan.filters = 128
   config.discriminator.stylegan.multipliers = (2, 4, 4, 4, 4)

@@ -1,11 +1,11 @@
 """The FSQ paper's trade-off study at 2^16: ImageNet, 128 x 128, 64,000 codes.
 
-What: as imagenet128_fsq_8555 but for the quantizer's levels.
+What: as imagenet128_fsq_8555, with other levels of the quantizer.
 Command: python launch.py --config=configs/imagenet128_fsq_888555.py
   --config.losses.perceptual.checkpoint=FILE, as there.
-Hardware and time: as there; not run here at full size.
-Numbers: none of its own yet. Read off figure 3 of the paper: rFID about 5.5,
-  2^15.3 codes used, 13.1 bits a token.
+Hardware and time: as there; not run at full size.
+Numbers: not measured yet. Read off figure 3 of the paper: rFID about 5.5,
+  2^15.3 codes used, 13.1 bits per token.
 """
 
 import ml_collections

@@ -1,13 +1,13 @@
 """VQRAE's first stage on a frozen DINOv2-B with registers, FSQ of 16,384 codes.
 
-What: as vqrae_fsq_siglip_l but for the encoder, 768 channels. As in RAE it sees
-  images of 256 x 256 pixels resized to 224 x 224, which its patches of 14 x 14
-  make 256 tokens of, the decoder's grid.
+What: as vqrae_fsq_siglip_l, with another encoder: 768 channels. As in RAE it
+  resizes images of 256 x 256 pixels to 224 x 224, 256 patches of 14 x 14
+  pixels, which is the decoder's grid.
 Command: python launch.py --config=configs/vqrae_fsq_dinov2_b.py
   --config.model.encoder.checkpoint=DIR, with
   facebook/dinov2-with-registers-base; the files of the losses as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none yet.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet.
 """
 
 import ml_collections

@@ -1,13 +1,13 @@
 """VQRAE for two CPU cores: FSQ on frozen DINOv2-S latents, any folder.
 
-What: the shorter side of every image resized to 128 pixels; training crops of
-  112 x 112 and their mirror images, centre crops in evaluation; a frozen
-  ViT-S/14, 8 x 8 latents, 64 tokens of 1000 codes an image, and a small ViT
-  decoder. Where vqrae_fsq_dinov2_b.py needs accelerators, this shows the same
-  recipe on a laptop.
+What: the shorter side of every image resized to 128 pixels; random crops of
+  112 x 112 pixels and horizontal flips for training, centre crops for
+  evaluation; a frozen ViT-S/14, 8 x 8 latents, 64 tokens per image, 1000 codes,
+  and a small ViT decoder. The recipe of vqrae_fsq_dinov2_b, which needs
+  accelerators, on a laptop.
 Command: python launch.py --config=configs/vqrae_fsq_dinov2_s.py
   --config.data.data_dir=DIR --config.model.encoder.checkpoint=ENCODER
-  and --config.data.eval_split=val where the second folder is called val.
+  and --config.data.eval_split=val if the second folder is named val.
 Hardware, time and numbers: experiments/vqrae_frozen_vit.
 """
 
@@ -18,7 +18,7 @@ from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the config; data_dir and the checkpoint are left to be set."""
+  """Returns the config; data_dir and the checkpoint have to be set."""
   config = default.get_config()
   config.data.source = 'folder'
   config.data.image_size = (112, 112)
@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.projector_out.name = 'mlp'
   config.model.decoder.name = 'mae'
   config.model.decoder.patch_size = 14
-  # Larger ones are no better within so few steps.
+  # Larger decoders are no better within so few steps.
   config.model.decoder.width = 192
   config.model.decoder.depth = 4
   config.model.decoder.num_heads = 4

@@ -1,8 +1,8 @@
 """VQRAE's first stage: FSQ of 16,384 codes on a frozen SigLIP-L, ImageNet.
 
 What: VQRAE-FSQ-SigLIP-L.yaml of github.com/hugoycj/RAE (after arXiv
-  2511.23386). The encoder keeps its weights; projectors and a ViT-XL decoder
-  learn to reconstruct crops of 256 x 256 pixels from 256 tokens.
+  2511.23386). The encoder is frozen; projectors and a ViT-XL decoder learn to
+  reconstruct crops of 256 x 256 pixels from 256 tokens.
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l.py
   --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256
   of Hugging Face or big_vision's .npz of it; ImageNet as TFDS prepares it.
@@ -10,24 +10,26 @@ Command: python launch.py --config=configs/vqrae_fsq_siglip_l.py
   experiments/weights makes it; --config.discriminator.dino.checkpoint=DIR,
   with facebook/dino-vits8. --config.losses.perceptual.name=none and
   --config.discriminator.name=none train without them.
-Hardware and time: meant for 8 accelerators of 80 GB, 64 images each; as
-  compiled, 1024 images fit 16 TPU v5e chips of 16 GB (experiments/tpu_compile).
-  On hundreds of devices add --config.partitioning.mesh.fsdp=16 and
-  --config.partitioning.mesh.data=-1: not all of them divide a parameter's axes.
-  Not run here at full size.
-Numbers: none of its own yet. The paper reaches rFID 1.31, 22.23 dB PSNR and
-  0.762 SSIM, with a SigLIP 2, 16,384 learned codes and both stages.
+Hardware and time: for 8 accelerators of 80 GB with 64 images each; by its
+  compiled step, 1024 images fit 16 TPU v5e chips of 16 GB
+  (experiments/tpu_compile). For more than 100 devices add
+  --config.partitioning.mesh.fsdp=16 and --config.partitioning.mesh.data=-1:
+  some parameter dimensions are not divisible by larger meshes. Not run at full
+  size.
+Numbers: not measured yet. The paper reports rFID 1.31, 22.23 dB PSNR and 0.762
+  SSIM, with a SigLIP 2, 16,384 learned codes and both stages.
 
-Different from the original, where these were mistakes:
+Differences from the original, which has these errors:
 * Its "SigLIP-L" loads a base model; its XL decoder has not "the same depth".
-* Its learning rate of 2e-3 is ten times that of its siblings and of RAE, for
-  32 images a process whose gradients were never averaged.
+* Its learning rate of 2e-3 is ten times the rate of its siblings and of RAE,
+  for 32 images per process, whose gradients were never averaged.
 * Its projectors are in no optimizer and stay random. It encodes under no_grad
-  whatever freeze_encoder says (which says false); here optim.frozen decides.
-* vq_epsilon does nothing there: levels are exact, fsq.eps stays None.
-* 3 tanh(z) into a clip fills the outermost levels, Fourier features of sigma
-  10 make neighbouring codes unrelated; see MlpProjectorIn, FourierProjectorOut.
-* 224 x 224 pixels in 16 x 16 patches leave it 196 tokens; here are 256.
+  although freeze_encoder is false; here optim.frozen decides.
+* vq_epsilon has no effect there: levels are exact, fsq.eps stays None.
+* 3 tanh(z) into a clip fills the outermost levels, and Fourier features of
+  sigma 10 make neighbouring codes unrelated; see MlpProjectorIn and
+  FourierProjectorOut.
+* 224 x 224 pixels in 16 x 16 patches are 196 tokens; here there are 256.
 """
 
 import ml_collections
@@ -59,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.quantizer.fsq.levels = (8, 8, 8, 8, 4)
   # The commitment loss is for bound='clip'; tanh needs none.
   config.model.quantizer.fsq.commitment_weight = 0.0
-  # As in the original: the levels of 5 channels spread over 256 features.
+  # As in the original: the levels of 5 channels become 256 features.
   config.model.projector_out.name = 'fourier'
   config.model.decoder.name = 'mae'
   config.model.decoder.patch_size = 16
@@ -97,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.clip_norm = 0.0
   config.optim.ema_decay = 0.9978
 
-  # A device keeps its share of the parameters and of what follows them.
+  # FSDP: parameters, optimizer state and EMA are sharded over all devices.
   config.partitioning.mesh.update({'data': 1, 'fsdp': -1})
 
   config.train.num_steps = 16 * _STEPS_PER_EPOCH

@@ -1,11 +1,11 @@
 """VQRAE's first stage with the FSQ paper's levels for 14 bits: 15,360 codes.
 
-What: as vqrae_fsq_siglip_l but for the levels (arXiv 2309.15505, table 1).
+What: as vqrae_fsq_siglip_l, with other levels (arXiv 2309.15505, table 1).
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l_88865.py
   --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256;
   the files of the losses as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none yet.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet.
 """
 
 import ml_collections

@@ -1,18 +1,19 @@
-"""VQRAE's second stage: all of it trains, latents stay those of SigLIP-L.
+"""VQRAE's second stage: the encoder trains too, distilled from SigLIP-L.
 
-What: goes on from a run of vqrae_fsq_siglip_l with the encoder trained too, ten
-  times slower, and its latents held to those it starts with. Losses, optimizer
-  and schedule are those of VQRAE (arXiv 2511.23386).
+What: initialized from a run of vqrae_fsq_siglip_l; the encoder trains too, with
+  a tenth of the learning rate, and its latents are regularized towards its
+  initial latents. Losses, optimizer and schedule as in VQRAE (arXiv
+  2511.23386).
 Command: python launch.py --config=configs/vqrae_fsq_siglip_l_stage2.py
   --config.train.init_from=runs/vqrae_fsq_siglip_l
   --config.losses.perceptual.checkpoint=FILE, torchvision's convnext_small as
   safetensors; --config.discriminator.dino.checkpoint=DIR, as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none of its own yet; the paper's are in vqrae_fsq_siglip_l.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet; vqrae_fsq_siglip_l has the paper's numbers.
 
-The paper names neither a discriminator nor a batch size; stage 1's, and its
-EMA, stay. The stage 2 of hugoycj/RAE encodes under no_grad and compares
-quantized latents with their own continuous ones: nothing trains the encoder
+The paper names neither a discriminator nor a batch size; both, and the EMA, are
+as in stage 1. The stage 2 of hugoycj/RAE encodes under no_grad and compares
+quantized latents with their own continuous latents: nothing trains the encoder
 there.
 """
 
@@ -25,7 +26,7 @@ from configs import vqrae_fsq_siglip_l
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = vqrae_fsq_siglip_l.get_config()
-  # Stage 1 brings the encoder along.
+  # The encoder's weights come from stage 1.
   config.model.encoder.checkpoint = ''
   config.train.init_from = config_dict.placeholder(str)
   config.train.num_steps = 70_000

@@ -1,13 +1,14 @@
 """VQRAE's first stage with a SimVQ of 16,384 codes, for comparison with FSQ.
 
-What: as vqrae_fsq_siglip_l but for the quantizer, which takes latents as they
-  are: 1024 dimensions, no projectors, as vqrae_vq_siglip_l says. VQRAE's own
-  quantizer. Codes are drawn from N(0, 1/1024) and share one learned linear map.
+What: as vqrae_fsq_siglip_l, with a quantizer directly on the latents, of 1024
+  dimensions, without projectors, see vqrae_vq_siglip_l. It is
+  VQRAE's quantizer. Codes are drawn from N(0, 1/1024) and share one learned
+  linear map.
 Command: python launch.py --config=configs/vqrae_simvq_siglip_l.py
   --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256;
   the files of the losses as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none yet.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet.
 """
 
 import ml_collections

@@ -1,12 +1,12 @@
 """VQRAE's first stage on DINOv2-B with a VQ of 16,384 codes.
 
-What: as vqrae_vq_siglip_l but for the encoder, that of vqrae_fsq_dinov2_b,
-  and codes of its 768 dimensions. The file of hugoycj/RAE has 8192.
+What: as vqrae_vq_siglip_l, with the encoder of vqrae_fsq_dinov2_b and codes
+  of its 768 dimensions. The file of hugoycj/RAE has 8192 codes.
 Command: python launch.py --config=configs/vqrae_vq_dinov2_b.py
   --config.model.encoder.checkpoint=DIR, with
   facebook/dinov2-with-registers-base; the files of the losses as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none yet.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet.
 """
 
 import ml_collections

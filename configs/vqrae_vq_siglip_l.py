@@ -1,15 +1,16 @@
 """VQRAE's first stage with a VQ of 16,384 codes, for comparison with FSQ.
 
-What: as vqrae_fsq_siglip_l but for the quantizer, which takes latents as they
-  are: 1024 dimensions, no projectors. VQRAE finds that learned codes of 256 and
-  fewer do not train on such latents, and the widest best. Moving averages as in
-  hugoycj/RAE; start and restarts as experiments/quantizer_comparison has them.
-  While the encoder is frozen nothing feels the commitment loss.
+What: as vqrae_fsq_siglip_l, with a quantizer directly on the latents, of 1024
+  dimensions, without projectors. VQRAE finds that learned codes of 256 or
+  fewer dimensions do not train on such latents, and that the widest codes are
+  best. Codes are updated by EMA as in hugoycj/RAE; initialization and dead-code
+  reset as in experiments/quantizer_comparison. With a frozen encoder the
+  commitment loss trains nothing.
 Command: python launch.py --config=configs/vqrae_vq_siglip_l.py
   --config.model.encoder.checkpoint=DIR, with google/siglip-large-patch16-256;
   the files of the losses as there.
-Hardware and time: as vqrae_fsq_siglip_l; not run here at full size.
-Numbers: none yet.
+Hardware and time: as vqrae_fsq_siglip_l; not run at full size.
+Numbers: not measured yet.
 """
 
 import ml_collections

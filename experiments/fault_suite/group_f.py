@@ -1,6 +1,7 @@
 """Faults of configs and commands."""
 
 import json
+import os
 import pathlib
 import random
 import re
@@ -146,9 +147,10 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     (ran if good else failed).append(path.stem)
   done = fault.run_python(
       'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))',
-      '-n', '0', '-q', '-p', 'no:cacheprovider',
+      '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', '',
       'tests/configuration/configs_test.py',
       '-k', 'reduced and siglip_l' if quick else 'reduced', timeout=3300,
+      env={**os.environ, 'FSQ_JAX_ALL_CONFIGS': '' if quick else '1'},
   )
   counts = re.search(r'(\d+) passed', done.stdout)
   passed = int(counts[1]) if counts else 0

@@ -1,8 +1,7 @@
-"""Configs: loading, checking, JSON, and what changed between two of them."""
+"""Configs: loading, checking, JSON, and differences between two configs."""
 
 from fsq_jax.configuration.compatibility import check_resumable
 from fsq_jax.configuration.compatibility import diff_models
-from fsq_jax.configuration.loading import PATHS
 from fsq_jax.configuration.loading import Config
 from fsq_jax.configuration.loading import check_config
 from fsq_jax.configuration.loading import config_from_json
@@ -14,6 +13,7 @@ from fsq_jax.configuration.loading import find_rule
 from fsq_jax.configuration.loading import load_config
 from fsq_jax.configuration.loading import resolve
 from fsq_jax.configuration.loading import resolve_paths
+from fsq_jax.configuration.schema import PATHS
 
 __all__ = [
     'PATHS',

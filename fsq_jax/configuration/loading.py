@@ -1,6 +1,6 @@
-"""Configs: loading, checking, JSON, and what changed between two of them."""
+"""Configs: loading, checking, JSON, and differences between two configs."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import difflib
 import functools
 import json
@@ -13,32 +13,16 @@ from typing import Any
 
 import ml_collections
 
+from fsq_jax.configuration import cross_rules
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
 
 Config = ml_collections.ConfigDict
-# Fields and sections that earlier runs have saved no value of, and what it was.
-# Functions compute it from the section that the field belongs to.
-_ADDED = {
-    'data.allow_upscaling': lambda data: (
-        0 < data.get('resize_shorter', 0) < max(data.get('image_size', (0,)))
-    ),
-    'data.label_names': (),
-    'discriminator.dino.dtype': 'float32',
-    'losses.perceptual.dtype': 'float32',
-    'partitioning.mesh.tensor': 1,
-    'tokenize': {
-        'split': 'eval',
-        'fit': 'crop',
-        'storage': 'array_record',
-        'images_per_shard': 4096,
-    },
-    'tokenize.views': 1,
-}
+PATHS = schema.PATHS
 # Inputs that each mode of launch.py uses. A checkpoint of a run has all weights
 # of its model, so modes that read one need no other weights.
-_USES = {
-    'train': schema.USES,
+USES = {
+    'train': cross_rules.INPUTS,
     'eval': {'images'},
     'report': {'images'},
     'tokenize': {'images'},
@@ -47,21 +31,15 @@ _USES = {
     'prepare': set(),
     'latent_statistics': {'images', 'initialization'},
 }
-# Fields that are paths: absolute in the config of a run, which later commands
-# use from other folders. Not train.compilation_cache, which only training uses.
-PATHS = (
-    'data.data_dir', 'discriminator.dino.checkpoint',
-    'losses.perceptual.checkpoint', 'model.decoder.mae.checkpoint',
-    'model.encoder.checkpoint', 'model.latent_statistics', 'train.init_from',
-    *(name for name in schema.FIELDS if name.startswith('eval.networks.'))
-)
+# Value of a field that a config does not have.
+ABSENT = object()
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-  """Runs the `get_config()` of a config file.
+  """Returns the config that the `get_config()` of a file returns.
 
-  Meanwhile the folder above the file's can be imported from, so that a config
-  may start from its neighbour: `from configs import default`.
+  The parent of the file's folder is importable meanwhile, so that a config can
+  build on its neighbour: `from configs import default`.
 
   Args:
     path: a Python file. It is executed: load only files you trust.
@@ -70,15 +48,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     The config, locked against new fields, not checked.
 
   Raises:
-    ValueError: no such file, or one that fails or returns something else.
+    ValueError: the file is missing, raises an error, or returns no config.
   """
   path = pathlib.Path(path).absolute()
   if not path.is_file():
     raise ValueError(f'There is no config file {path}.')
   if path.suffix == '.json':
     raise ValueError(
-        f'{path} is JSON; a config file is Python. A run whose config.json this'
-        ' is needs only its --workdir, except to train.'
+        f'{path} is JSON; a config file is Python. If it is the config.json of'
+        ' a run, give its --workdir instead; only training needs a --config.'
     )
   root = str(path.parent.parent)
   sys.path.insert(0, root)
@@ -87,7 +65,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config = get_config() if callable(get_config) else None
   except Exception as error:
     raise ValueError(
-        f'Config file {path} fails with {type(error).__name__}: {error}'
+        f'Config file {path} raises {type(error).__name__}: {error}'
     ) from error
   finally:
     sys.path.remove(root)
@@ -110,76 +88,114 @@ def check_config(
     *,
     mode: str = 'train',
 ) -> None:
-  """Raises one ValueError that lists everything that is wrong with a config.
+  """Raises one ValueError that lists all problems of a config.
 
-  Looks at no device, and at no file but the folder of data.source 'folder' and
-  the description of an encoder whose architecture is 'checkpoint'.
+  Uses no device, and of files only the folder of data.source 'folder' and the
+  description of an encoder with architecture 'checkpoint'.
 
   Args:
     config: see configs/default.py. Integers may stand for floats and lists
       for tuples.
-    num_devices: devices of all processes; None leaves out what depends on it.
-    mode: of launch.py. What it does not use may be missing: images, weights
-      that a new run starts from, networks of the losses.
+    num_devices: devices of all processes; None omits checks that depend on it.
+    mode: of launch.py. Inputs that it does not use may be missing: images,
+      weights that initialize a new run, networks of the losses.
 
   Raises:
-    ValueError: missing, unknown or wrong fields, and what is allowed.
+    ValueError: fields that are missing, unknown or wrong, and allowed values.
   """
-  uses = _USES[mode]
+  uses = USES[mode]
   fields = dict(flatten(config))
-  for name, part in schema.PLACEHOLDERS.items():
-    if part not in uses and name in fields and fields[name] is None:
-      fields[name] = ''
   problems = describe_unknown(fields)
-  for name, rule in schema.FIELDS.items():
+  for name, field in schema.FIELDS.items():
     if name not in fields:
-      problems.append(f'{name} is missing; allowed: {rule.allowed}.')
-    elif not rule.fits(fields[name]):
+      problems.append(f'{name} is missing; allowed: {field.rule.allowed}.')
+    elif fields[name] is None and not _is_used(name, uses):
+      fields[name] = ''
+    elif not field.rule.fits(fields[name]):
       given = fields.pop(name)
-      problems.append(f'{name} is {given!r}; allowed: {rule.allowed}.')
-  # Rules between fields hold for those that are right by themselves.
-  for rule in schema.cross_rules(num_devices, uses):
+      problems.append(f'{name} is {given!r}; allowed: {field.rule.allowed}.')
+  # Rules between fields are for values that are allowed by themselves.
+  for rule in cross_rules.cross_rules(num_devices, uses):
     values = {name: fields[name] for name in rule.fields if name in fields}
     if len(values) == len(rule.fields) and not rule.fits(*values.values()):
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
   problems.extend(_quantizer_problems(fields))
-  if not problems:
+  if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
     problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
 
 
+def _is_used(name: str, uses: Collection[str]) -> bool:
+  """Whether a mode with these inputs reads a field that may be None."""
+  if schema.FIELDS[name].role is schema.Role.START:
+    return 'initialization' in uses
+  return name != 'data.data_dir' or 'images' in uses
+
+
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what the quantizer refuses, if its fields are all there."""
-  quantizer = fields.get('model.quantizer.name')
-  prefix = f'model.quantizer.{quantizer}.'
-  names = [name for name in schema.FIELDS if name.startswith(prefix)]
-  if not names or any(name not in fields for name in names):
-    return
-  # Here, since it imports JAX, which the command line starts without.
+  """Yields the errors of the constructors of all quantizers.
+
+  Args:
+    fields: values by dotted name. Quantizers that lack a field are skipped.
+  """
+  # Imported here since it imports JAX, which the command line starts without.
   from fsq_jax import quantizers
 
-  options = {name.removeprefix(prefix): fields[name] for name in names}
-  try:
-    quantizers.build_quantizer({'name': quantizer, **options})
-  except ValueError as error:
-    yield f'model.quantizer.{quantizer}: {error}'
+  for name, rows in schema.QUANTIZERS.items():
+    prefix = f'model.quantizer.{name}.'
+    options = {x: fields[prefix + x] for x in rows if prefix + x in fields}
+    if len(options) == len(rows):
+      try:
+        quantizers.build_quantizer({'name': name, **options})
+      except ValueError as error:
+        yield f'{prefix}{error}'
 
 
 def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
-  """Yields why parts that are right by themselves make no model."""
-  # Here, for the same reason.
+  """Yields the error of building the model, if there is one."""
+  # Imported here for the same reason.
   from fsq_jax import models
 
+  model = config['model']
   try:
-    models.build_autoencoder(config['model'], config['data']['image_size'])
+    architecture = _find_architecture(model['encoder'])
+    encoder = {**model['encoder'], 'architecture': architecture}
+    models.build_autoencoder(
+        {**model, 'encoder': encoder}, config['data']['image_size']
+    )
   except ValueError as error:
     yield str(error)
 
 
+def _find_architecture(encoder: Mapping[str, Any] | Config) -> str:
+  """Returns the architecture of an encoder, 'checkpoint' replaced.
+
+  Raises:
+    ValueError: there is no checkpoint, or it describes no known encoder.
+  """
+  if (encoder['name'], encoder['architecture']) != ('pretrained', 'checkpoint'):
+    return encoder['architecture']
+  if not encoder['checkpoint']:
+    raise ValueError(
+        "model.encoder.architecture is 'checkpoint' without a"
+        ' model.encoder.checkpoint; set one, or name an architecture.'
+    )
+  from fsq_jax import models
+
+  try:
+    module = models.build_encoder(encoder['checkpoint'])
+  except ValueError as error:
+    raise ValueError(
+        f'model.encoder.checkpoint: {error} A run that has started needs no'
+        ' checkpoint, with the model.encoder.architecture of its config.json.'
+    ) from error
+  return models.describe_architecture(module.architecture)
+
+
 def describe_unknown(names: Iterable[str]) -> list[str]:
-  """Says which dotted names are not fields, and which fields come close."""
+  """Returns a line for each dotted name that is no field, with the nearest."""
   problems = []
   for name in names:
     if name not in schema.FIELDS:
@@ -201,8 +217,8 @@ def find_fields(name: str) -> list[str]:
 
 
 def find_rule(name: str) -> rules.Rule:
-  """Returns what the field of a dotted name may hold."""
-  return schema.FIELDS[name]
+  """Returns the rule of the field with a dotted name."""
+  return schema.FIELDS[name].rule
 
 
 def config_to_json(config: Config) -> str:
@@ -211,7 +227,9 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(text: str) -> Config:
-  """Reads what `config_to_json` wrote; every list becomes a tuple again.
+  """Reads a config written by `config_to_json`; lists become tuples again.
+
+  Fields that the version that wrote it did not have get the values it used.
 
   Args:
     text: a JSON object: a config, or a saved tokenizer's config.json.
@@ -234,14 +252,36 @@ def config_from_json(text: str) -> Config:
   if isinstance(values.get('config'), dict):
     values = values['config']
   config = Config(_with_tuples(values))
-  for name, value in _ADDED.items():
-    *sections, field = name.split('.')
-    section = config
-    for part in sections:
-      section = section.get(part) if isinstance(section, Config) else None
-    if isinstance(section, Config) and field not in section:
-      section[field] = value(section) if callable(value) else value
+  for name, field in schema.FIELDS.items():
+    if field.added is not None:
+      *sections, key = name.split('.')
+      section = config
+      for part in sections:
+        if isinstance(section, Config) and part not in section:
+          section[part] = Config()
+        section = section[part] if isinstance(section, Config) else None
+      if isinstance(section, Config) and key not in section:
+        section[key] = field.added(section)
   return config.lock()
+
+
+def find_differences(
+    saved: Mapping[str, Any] | Config, current: Mapping[str, Any] | Config
+) -> dict[str, tuple[Any, Any]]:
+  """Returns the values, saved and current, of the fields that differ, by name.
+
+  Paths are compared as absolute paths. The value of a field that a config
+  lacks is `ABSENT`.
+  """
+  saved, current = (
+      {name: _absolute(name, value) for name, value in flatten(config)}
+      for config in (saved, current)
+  )
+  pairs = {
+      name: (saved.get(name, ABSENT), current.get(name, ABSENT))
+      for name in sorted(saved | current)
+  }
+  return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def diff_configs(
@@ -250,48 +290,41 @@ def diff_configs(
   """Lists the fields that differ as 'field: saved -> current'.
 
   A relative path, as runs of earlier versions have saved it, equals the
-  absolute one that it is in the current folder.
+  absolute path that it has in the current folder.
   """
-  saved, current = (
-      {name: _absolute(name, value) for name, value in flatten(config)}
-      for config in (saved, current)
-  )
-  absent = object()
+  return format_differences(find_differences(saved, current))
 
-  def show(fields: Mapping[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else 'absent'
 
+def format_differences(
+    differences: Mapping[str, tuple[Any, Any]]
+) -> list[str]:
+  """Returns a line 'field: saved -> current' for each difference."""
   return [
-      f'{name}: {show(saved, name)} -> {show(current, name)}'
-      for name in sorted(saved | current)
-      if saved.get(name, absent) != current.get(name, absent)
+      f'{name}: '
+      + ' -> '.join('absent' if x is ABSENT else repr(x) for x in pair)
+      for name, pair in differences.items()
   ]
 
 
 def resolve(config: Config) -> Config:
-  """Returns a copy that can be used from another folder and without files.
+  """Returns a copy for use from another folder and without files.
 
   Paths become absolute. The architecture 'checkpoint' of a pretrained encoder
-  becomes the one that its checkpoint has.
+  becomes the architecture of its checkpoint.
 
   Args:
-    config: one that `check_config` accepts.
+    config: a config that `check_config` accepts.
   """
-  from fsq_jax import models
-
   config = resolve_paths(config)
-  encoder = config.model.encoder
-  if (encoder.name, encoder.architecture) == ('pretrained', 'checkpoint'):
-    module = models.build_encoder(encoder.checkpoint)
-    encoder.architecture = models.describe_architecture(module.architecture)
+  config.model.encoder.architecture = _find_architecture(config.model.encoder)
   return config
 
 
 def resolve_paths(config: Config) -> Config:
-  """Returns a copy whose paths are absolute, `~` expanded; '' and None stay.
+  """Returns a copy with absolute paths, `~` expanded; '' and None stay.
 
-  Runs of earlier versions have paths as they were given: relative ones are
-  looked for from the current folder.
+  Runs of earlier versions have saved paths as they were given: relative paths
+  are taken from the current folder.
   """
   # Not ConfigDict(config), which shares its sections.
   config = config.copy_and_resolve_references()
@@ -304,7 +337,7 @@ def resolve_paths(config: Config) -> Config:
 
 
 def _absolute(name: str, value: Any) -> Any:
-  """Makes the value of a field of `PATHS` absolute; keeps '' and others."""
+  """Returns a value, absolute if it is a path; '' and None stay."""
   if name in PATHS and isinstance(value, str) and value:
     return os.path.abspath(os.path.expanduser(value))
   return value
@@ -313,7 +346,10 @@ def _absolute(name: str, value: Any) -> Any:
 def flatten(
     config: Mapping[str, Any] | Config, prefix: str = ''
 ) -> Iterator[tuple[str, Any]]:
-  """Yields dotted names and values, lists as tuples, empty sections whole."""
+  """Yields dotted names and values; lists become tuples.
+
+  An empty section is a value.
+  """
   if isinstance(config, Config):
     config = config.to_dict()
   for key, value in config.items():

@@ -1,4 +1,4 @@
-"""Kinds of rules that the fields of a config keep."""
+"""Rules that values of config fields satisfy, and their texts."""
 
 from collections.abc import Callable, Container
 import re
@@ -9,24 +9,27 @@ _MAX_FLOAT32 = 3.4e38
 
 
 class Rule(NamedTuple):
-  """What one field may hold.
+  """The values that one field may have.
 
   Attributes:
     allowed: the allowed values in words, as messages print them.
-    fits: whether a value is one of them; takes values of any type.
+    fits: whether a value, of any type, is allowed.
+    is_path: whether values are paths.
   """
 
   allowed: str
   fits: Callable[[Any], bool]
+  is_path: bool = False
 
 
 class CrossRule(NamedTuple):
-  """What several fields may hold together, each being allowed by itself.
+  """The combinations of values that several fields may have.
 
   Attributes:
     fields: dotted names.
     allowed: the allowed combinations in words.
-    fits: whether the values of the fields, in their order, are one of them.
+    fits: whether the values of the fields, in order, are allowed. Each value
+      satisfies the rule of its own field.
   """
 
   fields: tuple[str, ...]
@@ -35,7 +38,7 @@ class CrossRule(NamedTuple):
 
 
 def integer(low: int, high: int = MAX_INT32) -> Rule:
-  """An int, no bool, from low to high."""
+  """An int from low to high; not a bool."""
   # The type itself, since a bool is an instance of int.
   return Rule(
       f'an integer from {low} to {high}',
@@ -44,7 +47,7 @@ def integer(low: int, high: int = MAX_INT32) -> Rule:
 
 
 def number(condition: str, fits: Callable[[float], bool]) -> Rule:
-  """A finite int or float that keeps the condition; `condition` names it."""
+  """A finite int or float that satisfies the condition named `condition`."""
   # NaN and infinity fail the comparison too.
   return Rule(
       f'a finite number {condition}'.rstrip(),
@@ -53,7 +56,7 @@ def number(condition: str, fits: Callable[[float], bool]) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-  """None, or what the rule allows."""
+  """None, or a value that the rule allows."""
   return Rule(f'None or {rule.allowed}', lambda x: x is None or rule.fits(x))
 
 
@@ -64,16 +67,23 @@ def name(*names: str) -> Rule:
   )
 
 
-def tuple_of(allowed: str, element: Rule, lengths: Container[int]) -> Rule:
-  """A tuple of one of the lengths; `allowed` says what the elements are."""
+def tuple_of(
+    allowed: str, element: Rule, lengths: Container[int] | None = None
+) -> Rule:
+  """A tuple, described by `allowed`, of one of the lengths; None is any."""
   return Rule(
       allowed,
       lambda x: (
           isinstance(x, tuple)
-          and len(x) in lengths
+          and (lengths is None or len(x) in lengths)
           and all(map(element.fits, x))
       ),
   )
+
+
+def path(allowed: str) -> Rule:
+  """A path, described by `allowed`, or ''."""
+  return Rule(allowed, TEXT.fits, is_path=True)
 
 
 def is_expression(value: Any) -> bool:
@@ -101,19 +111,17 @@ def is_factor_rule(value: Any) -> bool:
   if not isinstance(value, tuple) or len(value) != 2:
     return False
   pattern, factor = value
-  return is_expression(pattern) and number(
-      '> 0', lambda x: x > 0
-  ).fits(factor)
+  return is_expression(pattern) and POSITIVE.fits(factor)
 
 
+INTEGER = Rule('an integer', integer(-MAX_INT32).fits)
 COUNT = integer(1)
 COUNT_OR_ZERO = integer(0)
+NUMBER = number('', lambda x: True)
 POSITIVE = number('> 0', lambda x: x > 0)
 NOT_NEGATIVE = number('>= 0', lambda x: x >= 0)
-SHARE = number('in [0, 1]', lambda x: 0 <= x <= 1)
+FRACTION = number('in [0, 1]', lambda x: 0 <= x <= 1)
 DECAY = number('in [0, 1)', lambda x: 0 <= x < 1)
-# Lengths of a tuple that may have any.
-ANY_LENGTH = range(MAX_INT32)
 BOOL = Rule('True or False', lambda x: isinstance(x, bool))
 # Most are names of files, which cannot hold NUL.
 TEXT = Rule(
@@ -123,3 +131,5 @@ NON_EMPTY = Rule(
     'a string that is not empty, without NUL',
     lambda x: TEXT.fits(x) and x != '',
 )
+PATH = path(TEXT.allowed)
+DTYPE = name('float32', 'bfloat16')

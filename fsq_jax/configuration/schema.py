@@ -1,422 +1,435 @@
-"""What the fields of a config may hold, alone and together.
+"""The schema of configs: allowed values and role of every field.
 
-Those of quantizers are in `quantizer_rules`.
+A new field is a row here, and a line with its default in configs/default.py.
+Rows have the type of a field, and its range unless a constructor checks it:
+`loading.check_config` calls the constructors of quantizers and models.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-import math
-import os
+from collections.abc import Callable, Mapping
+import enum
+from typing import Any, NamedTuple
 
-from fsq_jax.configuration import network_schema
-from fsq_jax.configuration import quantizer_schema
 from fsq_jax.configuration import rules
 
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
-_COUNT = rules.COUNT
-_COUNT_OR_ZERO = rules.COUNT_OR_ZERO
-_ANY_LENGTH = rules.ANY_LENGTH
-_POSITIVE = rules.POSITIVE
-_NOT_NEGATIVE = rules.NOT_NEGATIVE
-_SHARE = rules.SHARE
-_DECAY = rules.DECAY
-_BOOL = rules.BOOL
-_TEXT = rules.TEXT
-# Config files that cannot do without them have None there.
-_PRETRAINED_PATH = rules.Rule(
-    "a path, or '' for random weights; set --config.model.encoder.checkpoint",
-    _TEXT.fits,
-)
-_STAGE_1 = rules.Rule(
-    "the workdir of stage 1, or '' for a run without one; set"
-    ' --config.train.init_from',
-    _TEXT.fits,
-)
-_MESH_SIZE = rules.Rule(
-    'an integer >= 1, or -1 for all devices that are left',
-    lambda x: (type(x) is int and x == -1) or _COUNT.fits(x),
-)
-_MESH = tuple(
-    f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
-)
-# Inputs that not every mode uses: 'images'; 'initialization', the weights and
-# the run that a new run is initialized from; 'training', the networks of the
-# losses and the size of training batches.
-USES = frozenset({'images', 'initialization', 'training'})
-# Fields that config files may leave as None, and the inputs that they name.
-PLACEHOLDERS = {
-    'data.data_dir': 'images',
-    'model.encoder.checkpoint': 'initialization',
-    'train.init_from': 'initialization',
+
+
+class Role(enum.Enum):
+  """Effect of a field, and whether a run may resume with another value.
+
+  Attributes:
+    MODEL: variables of the model, or the meaning of its codes. Never.
+    STATE: other arrays of the train state. Never.
+    TRAINING: result of training. With --allow_config_change.
+    START: initialization of a new run. Always.
+    RUNTIME: evaluation, devices, logging, checkpoints, speed of the input,
+      none of which changes the result of training. Always.
+  """
+
+  MODEL = enum.auto()
+  STATE = enum.auto()
+  TRAINING = enum.auto()
+  START = enum.auto()
+  RUNTIME = enum.auto()
+
+
+class Field(NamedTuple):
+  """A row of the schema.
+
+  Attributes:
+    rule: the allowed values.
+    role: effect of the value.
+    presence: effect of whether the value is set (not '' or 0), if it differs.
+    added: for a field that earlier versions did not have, a function from its
+      section to the value that they used.
+  """
+
+  rule: rules.Rule
+  role: Role
+  presence: Role | None = None
+  added: Callable[[Mapping[str, Any]], Any] | None = None
+
+
+_Rows = Mapping[str, rules.Rule | Field]
+
+
+def _section(prefix: str, role: Role, rows: _Rows) -> dict[str, Field]:
+  """Returns rows by dotted name; a plain rule gets the role of the section."""
+  return {
+      f'{prefix}.{name}': row if isinstance(row, Field) else Field(row, role)
+      for name, row in rows.items()
+  }
+
+
+def _training(rule: rules.Rule) -> Field:
+  return Field(rule, Role.TRAINING)
+
+
+def _runtime(rule: rules.Rule) -> Field:
+  return Field(rule, Role.RUNTIME)
+
+
+_INTEGERS = rules.tuple_of('a tuple of integers', rules.INTEGER)
+_OPTIONAL_NUMBER = rules.optional(rules.NUMBER)
+_FSQ = {
+    'levels': _INTEGERS,
+    'convention': rules.TEXT,
+    'bound': rules.TEXT,
+    'eps': _OPTIONAL_NUMBER,
+    'commitment_weight': _training(_OPTIONAL_NUMBER),
+    'bins': rules.TEXT,
+    'noise': _training(rules.NUMBER),
+    'noise_per': _training(rules.TEXT),
+}
+_LFQ = {
+    'num_bits': rules.INTEGER,
+    'bit_order': rules.TEXT,
+    'commitment_weight': _training(rules.NUMBER),
+    'entropy_weight': _training(rules.NUMBER),
+    'diversity_weight': _training(rules.NUMBER),
+    'temperature': _training(rules.NUMBER),
+    'entropy_group_bits': _training(rules.INTEGER),
+}
+_CODEBOOK = {
+    # Usage and perplexity of a single code are meaningless.
+    'codebook_size': rules.integer(2),
+    'code_dim': rules.INTEGER,
+    'metric': rules.TEXT,
+    'gradient': _training(rules.TEXT),
+    'commitment_weight': _training(rules.NUMBER),
+}
+# The sections model.quantizer.NAME. Constructors check ranges.
+QUANTIZERS: Mapping[str, _Rows] = {
+    'fsq': _FSQ,
+    'grouped_fsq': {**_FSQ, 'num_groups': rules.INTEGER},
+    'residual_fsq': {
+        'levels': _INTEGERS,
+        'num_stages': rules.INTEGER,
+        'stage_dropout': _training(rules.NUMBER),
+    },
+    'lfq': _LFQ,
+    'bsq': _LFQ,
+    'vq': {
+        **_CODEBOOK,
+        'codebook_update': rules.TEXT,
+        'decay': _training(rules.NUMBER),
+        'codebook_init': rules.TEXT,
+        'restart': _training(rules.TEXT),
+        'dead_share': _training(rules.NUMBER),
+        'entropy_weight': _training(rules.NUMBER),
+    },
+    'simvq': {
+        **_CODEBOOK,
+        'weighting': _training(rules.TEXT),
+        'input_projection': rules.TEXT,
+    },
+    'none': {'code_dim': rules.INTEGER},
+}
+_DATA = {
+    'source': rules.name('photos', 'tfds', 'folder', 'synthetic'),
+    'name': rules.TEXT,
+    'data_dir': rules.PATH,
+    'train_split': rules.NON_EMPTY,
+    'eval_split': rules.NON_EMPTY,
+    'image_size': Field(
+        rules.tuple_of(
+            f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window'
+            ' of SSIM',
+            rules.integer(_SSIM_WINDOW),
+            (2,),
+        ),
+        Role.MODEL,
+    ),
+    'batch_size': rules.COUNT,
+    'eval_batch_size': _runtime(rules.COUNT),
+    'resize_shorter': rules.COUNT_OR_ZERO,
+    'allow_upscaling': Field(
+        rules.BOOL,
+        Role.RUNTIME,
+        added=lambda data: (
+            0
+            < data.get('resize_shorter', 0)
+            < max(data.get('image_size', (0,)))
+        ),
+    ),
+    'crop_scale': rules.Rule(
+        '(min, max), finite numbers with 0 < min <= max',
+        lambda x: (
+            rules.tuple_of('', rules.POSITIVE, (2,)).fits(x) and x[0] <= x[1]
+        ),
+    ),
+    'flip': rules.BOOL,
+    'color_jitter': rules.FRACTION,
+    'label_names': Field(
+        rules.Rule(
+            'a tuple of different names, strings',
+            lambda x: (
+                rules.tuple_of('', rules.NON_EMPTY).fits(x)
+                and len(set(x)) == len(x)
+            ),
+        ),
+        Role.RUNTIME,
+        added=lambda _: (),
+    ),
+    'max_damaged_share': rules.FRACTION,
+    'cache_mib': _runtime(rules.COUNT_OR_ZERO),
+    'num_threads': _runtime(rules.COUNT),
+    'prefetch': _runtime(rules.COUNT),
 }
 _VIT = {
-    'patch_size': _COUNT,
-    'width': _COUNT,
-    'depth': _COUNT,
-    'num_heads': _COUNT,
-    'mlp_dim': _COUNT,
+    'patch_size': rules.COUNT,
+    'width': rules.COUNT,
+    'depth': rules.COUNT,
+    'num_heads': rules.COUNT,
+    'mlp_dim': rules.COUNT,
     'position': rules.name('learned', 'sincos'),
 }
-_PRETRAINED = {
+_CONV = {
+    'conv.filters': rules.COUNT,
+    'conv.channel_multipliers': rules.tuple_of(
+        'a tuple of at least one integer >= 1, one for each level',
+        rules.COUNT,
+        range(1, rules.MAX_INT32),
+    ),
+    'conv.num_res_blocks': rules.COUNT,
+    'conv.latent_width': rules.COUNT_OR_ZERO,
+}
+_ENCODER = {
+    'name': rules.name('conv', 'pretrained', 'vit'),
+    **_VIT,
+    **_CONV,
     'architecture': rules.NON_EMPTY,
-    'checkpoint': _PRETRAINED_PATH,
+    # None in config files that need this path, as is train.init_from.
+    'checkpoint': Field(
+        rules.path(
+            "a path, or '' for random weights; set"
+            ' --config.model.encoder.checkpoint'
+        ),
+        Role.START,
+    ),
     'image_size': rules.tuple_of(
-        '() or (height, width) in pixels, integers >= 1', _COUNT, (0, 2)
+        '() or (height, width) in pixels, integers >= 1', rules.COUNT, (0, 2)
     ),
     'resize': rules.name(
         'bicubic', 'bicubic_antialias', 'bilinear', 'bilinear_align_corners'
     ),
-    'final_affine': _BOOL,
+    'final_affine': rules.BOOL,
 }
-_MAE = {
-    'checkpoint': _TEXT,
-    'preset': rules.name('none', 'B', 'L', 'XL'),
-    'input_width': _COUNT,
-    'grid_size': rules.tuple_of(
-        '() or (rows, columns), integers >= 1', _COUNT, (0, 2)
+_DECODER = {
+    'name': rules.name('conv', 'mae', 'vit'),
+    **_VIT,
+    **_CONV,
+    'mae.checkpoint': Field(rules.PATH, Role.START),
+    'mae.preset': rules.name('none', 'B', 'L', 'XL'),
+    'mae.input_width': rules.COUNT,
+    'mae.grid_size': rules.tuple_of(
+        '() or (rows, columns), integers >= 1', rules.COUNT, (0, 2)
     ),
-    'normalization': rules.name(
+    'mae.normalization': rules.name(
         'none', 'siglip', 'siglip_big_vision', 'dino', 'dinov2',
         'dinov2_with_registers', 'dinov3', 'mae',
     ),
 }
-_CONV = {
-    'filters': _COUNT,
-    'channel_multipliers': rules.tuple_of(
-        'a tuple of at least one integer >= 1, one for each level',
-        _COUNT,
-        range(1, rules.MAX_INT32),
+_BOUND = rules.name('none', 'tanh')
+_MODEL = {
+    **{f'encoder.{name}': row for name, row in _ENCODER.items()},
+    'latent_statistics': Field(rules.PATH, Role.START, presence=Role.MODEL),
+    'latent_noise': _training(rules.NOT_NEGATIVE),
+    'projector_in.name': rules.name(
+        'linear', 'standardized', 'mlp', 'attention', 'none'
     ),
-    'num_res_blocks': _COUNT,
-    'latent_width': _COUNT_OR_ZERO,
-}
-# GroupNorm's.
-_NUM_GROUPS = 32
-_PROJECTOR_IN = {'width': _COUNT, 'bound': rules.name('none', 'tanh')}
-_PROJECTORS = {
-    'in.name': rules.name('linear', 'standardized', 'mlp', 'attention', 'none'),
-    **{f'in.mlp.{name}': rule for name, rule in _PROJECTOR_IN.items()},
-    **{f'in.attention.{name}': rule for name, rule in _PROJECTOR_IN.items()},
-    'in.attention.depth': _COUNT,
-    'in.attention.num_heads': _COUNT,
-    'in.attention.mlp_dim': _COUNT,
-    'out.name': rules.name('linear', 'mlp', 'fourier', 'levels', 'none'),
-    'out.fourier.num_frequencies': _COUNT,
-    'out.fourier.sigma': _POSITIVE,
-}
-# Every field of configs/default.py.
-FIELDS: Mapping[str, rules.Rule] = {
-    'seed': rules.integer(0, 2**32 - 1),
-    'data.source': rules.name('photos', 'tfds', 'folder', 'synthetic'),
-    'data.name': _TEXT,
-    'data.data_dir': _TEXT,
-    'data.train_split': rules.NON_EMPTY,
-    'data.eval_split': rules.NON_EMPTY,
-    'data.image_size': rules.tuple_of(
-        f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window of'
-        ' SSIM',
-        rules.integer(_SSIM_WINDOW),
-        (2,),
-    ),
-    'data.batch_size': _COUNT,
-    'data.eval_batch_size': _COUNT,
-    'data.resize_shorter': _COUNT_OR_ZERO,
-    'data.allow_upscaling': _BOOL,
-    'data.crop_scale': rules.Rule(
-        '(lowest, highest), finite numbers with 0 < lowest <= highest',
-        lambda x: rules.tuple_of('', _POSITIVE, (2,)).fits(x) and x[0] <= x[1],
-    ),
-    'data.flip': _BOOL,
-    'data.color_jitter': _SHARE,
-    'data.label_names': rules.Rule(
-        'a tuple of different names, strings',
-        lambda x: (
-            rules.tuple_of('', rules.NON_EMPTY, _ANY_LENGTH).fits(x)
-            and len(set(x)) == len(x)
-        ),
-    ),
-    'data.max_damaged_share': _SHARE,
-    'data.cache_mib': _COUNT_OR_ZERO,
-    'data.num_threads': _COUNT,
-    'data.prefetch': _COUNT,
-    'model.encoder.name': rules.name('conv', 'pretrained', 'vit'),
-    **{f'model.encoder.{name}': rule for name, rule in _VIT.items()},
-    **{f'model.encoder.{name}': rule for name, rule in _PRETRAINED.items()},
-    **{f'model.encoder.conv.{name}': rule for name, rule in _CONV.items()},
-    'model.latent_statistics': _TEXT,
-    'model.latent_noise': _NOT_NEGATIVE,
-    **{f'model.projector_{name}': rule for name, rule in _PROJECTORS.items()},
-    'model.quantizer.name': rules.name(*quantizer_schema.FIELDS),
+    'projector_in.mlp.width': rules.COUNT,
+    'projector_in.mlp.bound': _BOUND,
+    'projector_in.attention.width': rules.COUNT,
+    'projector_in.attention.bound': _BOUND,
+    'projector_in.attention.depth': rules.COUNT,
+    'projector_in.attention.num_heads': rules.COUNT,
+    'projector_in.attention.mlp_dim': rules.COUNT,
+    'quantizer.name': rules.name(*QUANTIZERS),
     **{
-        f'model.quantizer.{quantizer}.{name}': rule
-        for quantizer, fields in quantizer_schema.FIELDS.items()
-        for name, rule in fields.items()
+        f'quantizer.{quantizer}.{name}': row
+        for quantizer, rows in QUANTIZERS.items()
+        for name, row in rows.items()
     },
-    'model.decoder.name': rules.name('conv', 'mae', 'vit'),
-    **{f'model.decoder.{name}': rule for name, rule in _VIT.items()},
-    **{f'model.decoder.mae.{name}': rule for name, rule in _MAE.items()},
-    **{f'model.decoder.conv.{name}': rule for name, rule in _CONV.items()},
-    'model.dtype': rules.name('float32', 'bfloat16'),
-    'model.remat': _BOOL,
-    'model.scan_unroll': _COUNT,
-    'losses.reconstruction': rules.name('l1', 'l2'),
-    'losses.reconstruction_weight': _NOT_NEGATIVE,
-    'losses.quantizer_weight': _NOT_NEGATIVE,
-    'losses.distillation_weight': _NOT_NEGATIVE,
-    **network_schema.FIELDS,
-    'optim.name': rules.name('adamw', 'muon'),
-    **{f'optim.{name}': rule for name, rule in network_schema.ADAMW.items()},
-    'optim.accumulation_steps': _COUNT,
-    'optim.ema_decay': _DECAY,
-    'optim.frozen': rules.tuple_of(
-        'a tuple of regular expressions',
-        rules.Rule('', rules.is_expression),
-        _ANY_LENGTH,
+    'projector_out.name': rules.name(
+        'linear', 'mlp', 'fourier', 'levels', 'none'
     ),
-    'optim.learning_rate_factors': rules.tuple_of(
+    'projector_out.fourier.num_frequencies': rules.COUNT,
+    'projector_out.fourier.sigma': rules.POSITIVE,
+    **{f'decoder.{name}': row for name, row in _DECODER.items()},
+    'dtype': _training(rules.DTYPE),
+    'remat': _training(rules.BOOL),
+    'scan_unroll': _training(rules.COUNT),
+}
+_GAN_LOSS = rules.name('hinge', 'non_saturating', 'vanilla')
+_LOSSES = {
+    'reconstruction': rules.name('l1', 'l2'),
+    'reconstruction_weight': rules.NOT_NEGATIVE,
+    'quantizer_weight': rules.NOT_NEGATIVE,
+    # A weight > 0 adds the parameters of the teacher to the state.
+    'distillation_weight': Field(
+        rules.NOT_NEGATIVE, Role.TRAINING, presence=Role.STATE
+    ),
+    'perceptual.name': rules.name(
+        'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'resnet50', 'vit'
+    ),
+    'perceptual.weight': rules.NOT_NEGATIVE,
+    # A resumed run compares the weights, not the path.
+    'perceptual.checkpoint': _runtime(rules.PATH),
+    'perceptual.dtype': Field(
+        rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'
+    ),
+    'adversarial.loss': _GAN_LOSS,
+    'adversarial.weight': rules.NOT_NEGATIVE,
+    'adversarial.weighting': rules.name('fixed', 'adaptive'),
+    'adversarial.start_step': rules.COUNT_OR_ZERO,
+    'adversarial.ramp_steps': rules.COUNT_OR_ZERO,
+}
+_ADAMW = {
+    'learning_rate': rules.POSITIVE,
+    'end_learning_rate': rules.NOT_NEGATIVE,
+    'warmup_steps': rules.COUNT_OR_ZERO,
+    'b1': rules.DECAY,
+    'b2': rules.DECAY,
+    'eps': rules.POSITIVE,
+    'weight_decay': rules.NOT_NEGATIVE,
+    'clip_norm': rules.NOT_NEGATIVE,
+}
+_DOWNSAMPLING = rules.name('average', 'blur')
+# The networks of discriminators are part of the train state.
+_DISCRIMINATOR_NETWORK = {
+    'name': rules.name('none', 'patch', 'stylegan', 'dino'),
+    'patch.channels': rules.Rule(
+        'a multiple of 32', lambda x: rules.COUNT.fits(x) and x % 32 == 0
+    ),
+    'patch.num_stages': rules.COUNT,
+    'patch.downsampling': _DOWNSAMPLING,
+    'patch.grid_size': rules.COUNT,
+    'stylegan.filters': rules.COUNT,
+    'stylegan.multipliers': rules.tuple_of(
+        'a tuple of integers >= 1, one for each block', rules.COUNT
+    ),
+    'stylegan.downsampling': _DOWNSAMPLING,
+    'dino.checkpoint': _runtime(rules.PATH),
+    'dino.architecture': rules.NON_EMPTY,
+    'dino.image_size': rules.tuple_of(
+        '(height, width) in pixels, integers >= 1', rules.COUNT, (2,)
+    ),
+    'dino.blocks': rules.tuple_of(
+        'a tuple of integers >= 0', rules.COUNT_OR_ZERO
+    ),
+    'dino.kernel_size': rules.Rule(
+        'an odd integer >= 1', lambda x: rules.COUNT.fits(x) and x % 2 == 1
+    ),
+    'dino.dtype': Field(rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'),
+    'dino.remat': _training(rules.BOOL),
+}
+_DISCRIMINATOR_TRAINING = {
+    'loss': _GAN_LOSS,
+    'start_step': rules.COUNT_OR_ZERO,
+    'r1_weight': rules.NOT_NEGATIVE,
+    'r1_every_steps': rules.COUNT,
+    'lecam_weight': rules.NOT_NEGATIVE,
+    'lecam_decay': rules.DECAY,
+    'augment_probability': rules.FRACTION,
+    'augment_cutout': rules.FRACTION,
+    'uint8_fakes': rules.BOOL,
+    **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
+}
+_OPTIM = {
+    'name': Field(rules.name('adamw', 'muon'), Role.STATE),
+    **_ADAMW,
+    'accumulation_steps': rules.COUNT,
+    'ema_decay': rules.DECAY,
+    'frozen': Field(
+        rules.tuple_of(
+            'a tuple of regular expressions',
+            rules.Rule('', rules.is_expression),
+        ),
+        Role.STATE,
+    ),
+    'learning_rate_factors': rules.tuple_of(
         'a tuple of (regular expression, finite number > 0)',
         rules.Rule('', rules.is_factor_rule),
-        _ANY_LENGTH,
     ),
-    'partitioning.mesh.data': _MESH_SIZE,
-    'partitioning.mesh.fsdp': _MESH_SIZE,
-    'partitioning.mesh.tensor': _MESH_SIZE,
-    'partitioning.rules': rules.tuple_of(
+}
+_MESH_SIZE = rules.Rule(
+    'an integer >= 1, or -1 for all remaining devices',
+    lambda x: (type(x) is int and x == -1) or rules.COUNT.fits(x),
+)
+_PARTITIONING = {
+    'mesh.data': _MESH_SIZE,
+    'mesh.fsdp': _MESH_SIZE,
+    'mesh.tensor': Field(_MESH_SIZE, Role.RUNTIME, added=lambda _: 1),
+    'rules': rules.tuple_of(
         "a tuple of at least one (regular expression, strategy); strategies are"
         " 'column', 'fsdp', 'replicate', 'row' and tuples of 'data', 'fsdp',"
         " 'tensor' and None",
         rules.Rule('', rules.is_partition_rule),
         range(1, rules.MAX_INT32),
     ),
-    'partitioning.fsdp_min_size': _COUNT_OR_ZERO,
-    'train.num_steps': _COUNT,
-    'train.init_from': _STAGE_1,
-    'train.log_every_steps': _COUNT,
-    'train.eval_every_steps': _COUNT_OR_ZERO,
-    'train.checkpoint_every_steps': _COUNT,
-    'train.keep_checkpoints': _COUNT,
-    'train.max_bad_steps': _COUNT,
-    'train.profile_steps': rules.tuple_of(
-        '() or (first, last), integers >= 0', _COUNT_OR_ZERO, (0, 2)
+    'fsdp_min_size': rules.COUNT_OR_ZERO,
+}
+_TRAIN = {
+    'num_steps': rules.COUNT,
+    'max_bad_steps': rules.COUNT,
+    'init_from': Field(
+        rules.path(
+            "the workdir of stage 1, or '' for a run without one; set"
+            ' --config.train.init_from'
+        ),
+        Role.START,
     ),
-    'train.compilation_cache': _TEXT,
-    'eval.num_grid_images': _COUNT,
-    'eval.native_size': _BOOL,
-    'tokenize.split': rules.name('eval', 'train'),
-    'tokenize.views': _COUNT,
-    'tokenize.fit': rules.name('crop', 'pad'),
-    'tokenize.storage': rules.name('array_record', 'npz'),
-    'tokenize.images_per_shard': _COUNT,
+    'log_every_steps': _runtime(rules.COUNT),
+    'eval_every_steps': _runtime(rules.COUNT_OR_ZERO),
+    'checkpoint_every_steps': _runtime(rules.COUNT),
+    'keep_checkpoints': _runtime(rules.COUNT),
+    'profile_steps': _runtime(
+        rules.tuple_of(
+            '() or (first, last), integers >= 0', rules.COUNT_OR_ZERO, (0, 2)
+        )
+    ),
+    # Not a PATH: it belongs to a machine, not to a run.
+    'compilation_cache': _runtime(rules.TEXT),
+}
+_EVAL = {
+    'num_grid_images': rules.COUNT,
+    'native_size': rules.BOOL,
+    'networks.lpips_alexnet': rules.PATH,
+    'networks.lpips_vgg16': rules.PATH,
+    'networks.rfid': rules.PATH,
+    'networks.rfid_tf1': rules.PATH,
+    'networks.fd_vgg16': rules.PATH,
+    'networks.fd_encoder': rules.PATH,
 }
 
 
-def _vit_rules(part: str) -> Iterator[rules.CrossRule]:
-  part = f'model.{part}'
-  yield rules.CrossRule(
-      ('data.image_size', f'{part}.patch_size', f'{part}.name'),
-      'a patch_size that divides both sides of image_size',
-      lambda size, patch, name: (
-          name in ('conv', 'pretrained')
-          or not any(side % patch for side in size)
-      ),
-  )
-  yield rules.CrossRule(
-      (f'{part}.width', f'{part}.num_heads'),
-      'a width that is a multiple of num_heads',
-      lambda width, num_heads: width % num_heads == 0,
-  )
-  yield rules.CrossRule(
-      (f'{part}.width', f'{part}.position'),
-      "a width that is a multiple of 4 with position 'sincos'",
-      lambda width, position: position != 'sincos' or width % 4 == 0,
-  )
+def _added(rule: rules.Rule, value: Any) -> Field:
+  return Field(rule, Role.RUNTIME, added=lambda _: value)
 
 
-def _conv_rules(part: str, projector: str) -> Iterator[rules.CrossRule]:
-  multipliers = f'model.{part}.conv.channel_multipliers'
-  yield rules.CrossRule(
-      ('data.image_size', multipliers, f'model.{part}.name'),
-      'an image_size whose sides halve once less than there are'
-      ' channel_multipliers',
-      lambda size, levels, name: (
-          name != 'conv'
-          or not any(side % 2 ** (len(levels) - 1) for side in size)
-      ),
-  )
-  yield rules.CrossRule(
-      (f'model.{part}.conv.filters', multipliers),
-      'filters that times each of channel_multipliers are a multiple of'
-      f' {_NUM_GROUPS}, the groups of GroupNorm',
-      lambda filters, levels: not any(
-          filters * level % _NUM_GROUPS for level in levels
-      ),
-  )
-  yield rules.CrossRule(
-      (
-          f'model.{part}.name',
-          f'model.{part}.conv.latent_width',
-          f'model.{projector}.name',
-      ),
-      f"with 'conv' a latent_width >= 1, unless {projector} is 'none'",
-      lambda name, width, projector: (
-          name != 'conv' or width or projector == 'none'
-      ),
-  )
-
-
-def _projector_rules() -> Iterator[rules.CrossRule]:
-  yield rules.CrossRule(
-      (
-          'model.projector_in.name',
-          'model.projector_in.attention.width',
-          'model.projector_in.attention.num_heads',
-      ),
-      "with 'attention' a width that is a multiple of num_heads",
-      lambda name, width, heads: name != 'attention' or width % heads == 0,
-  )
-  levels = sorted(
-      quantizer_schema.FIELDS.keys() - quantizer_schema.WITHOUT_LEVELS
-  )
-  yield rules.CrossRule(
-      ('model.projector_out.name', 'model.quantizer.name'),
-      f"with 'levels' a quantizer whose codes have levels: {levels}",
-      lambda name, quantizer: name != 'levels' or quantizer in levels,
-  )
-
-
-def cross_rules(
-    num_devices: int | None, uses: Collection[str] = USES
-) -> Iterator[rules.CrossRule]:
-  """Yields the rules between fields.
-
-  Args:
-    num_devices: devices of all processes; None leaves out what depends on it.
-    uses: those of `USES` that are used; rules on the others are left out.
-  """
-  yield from _vit_rules('encoder')
-  yield from _vit_rules('decoder')
-  yield from _conv_rules('encoder', 'projector_in')
-  yield from _conv_rules('decoder', 'projector_out')
-  yield from _projector_rules()
-  yield from network_schema.cross_rules()
-  if 'training' in uses:
-    yield from _training_rules()
-  yield rules.CrossRule(
-      ('data.source', 'data.name', 'data.data_dir'),
-      "with 'tfds' a name, or the folder of a prepared version as data_dir",
-      lambda source, name, folder: source != 'tfds' or bool(name or folder),
-  )
-  if 'images' in uses:
-    yield rules.CrossRule(
-        ('data.source', 'data.data_dir'),
-        "with 'folder' an existing folder as data_dir; set"
-        ' --config.data.data_dir',
-        lambda source, folder: (
-            source != 'folder' or os.path.isdir(os.path.expanduser(folder))
-        ),
-    )
-  yield rules.CrossRule(
-      ('data.resize_shorter', 'data.image_size', 'data.allow_upscaling'),
-      'a resize_shorter of 0 or of at least the longer side of image_size,'
-      ' since smaller images are scaled up to image_size;'
-      ' --config.data.allow_upscaling allows that',
-      lambda length, size, allowed: (
-          not length or allowed or length >= max(size)
-      ),
-  )
-  yield rules.CrossRule(
-      ('eval.native_size', 'data.source'),
-      "with native_size 'folder' or 'tfds', whose images have a size",
-      lambda native, source: not native or source in ('folder', 'tfds'),
-  )
-  yield rules.CrossRule(
-      ('tokenize.views', 'tokenize.fit'),
-      "more than one view, which is a random crop, with fit 'crop' alone",
-      lambda views, fit: views == 1 or fit == 'crop',
-  )
-  yield rules.CrossRule(
-      ('optim.warmup_steps', 'train.num_steps'),
-      'warmup_steps < num_steps',
-      lambda warmup_steps, num_steps: warmup_steps < num_steps,
-  )
-  for section in ('optim', 'discriminator.optim'):
-    yield rules.CrossRule(
-        (f'{section}.end_learning_rate', f'{section}.learning_rate'),
-        'end_learning_rate <= learning_rate',
-        lambda end, peak: end <= peak,
-    )
-  yield rules.CrossRule(
-      ('train.profile_steps', 'train.num_steps'),
-      '() or first <= last <= num_steps',
-      lambda steps, num_steps: (
-          not steps or steps[0] <= steps[1] <= num_steps
-      ),
-  )
-  yield rules.CrossRule(
-      _MESH, 'at most one -1', lambda *sizes: sizes.count(-1) <= 1
-  )
-  if num_devices is not None:
-    yield from _device_rules(num_devices, uses)
-    return
-  yield rules.CrossRule(
-      ('data.batch_size', 'optim.accumulation_steps'),
-      'a batch_size that is a multiple of accumulation_steps',
-      lambda size, parts: size % parts == 0,
-  )
-
-
-def _training_rules() -> Iterator[rules.CrossRule]:
-  yield from network_schema.weight_rules()
-  yield rules.CrossRule(
-      (
-          'losses.distillation_weight',
-          'model.encoder.name',
-          'model.encoder.checkpoint',
-          'train.init_from',
-      ),
-      'for distillation something to stay close to, a model.encoder.checkpoint'
-      " of an encoder 'pretrained' or a stage 1 in train.init_from",
-      lambda weight, name, checkpoint, run: (
-          not weight or run or (name == 'pretrained' and checkpoint)
-      ),
-  )
-
-
-def _device_rules(
-    num_devices: int, uses: Collection[str]
-) -> Iterator[rules.CrossRule]:
-
-  def fills(*sizes: int) -> bool:
-    return (
-        num_devices % abs(math.prod(sizes)) == 0
-        if -1 in sizes
-        else num_devices == math.prod(sizes)
-    )
-
-  def divides(num_images: int, *sizes: int) -> bool:
-    if not fills(*sizes):
-      return True  # Which is said of the mesh.
-    *others, tensor = sizes
-    if tensor == -1:
-      tensor = num_devices // math.prod(others)
-    return num_images % (num_devices // tensor) == 0
-
-  if 'training' in uses:
-    yield rules.CrossRule(
-        ('data.batch_size', 'optim.accumulation_steps', *_MESH),
-        f'a batch_size that is a multiple of {num_devices} devices times'
-        ' accumulation_steps, over partitioning.mesh.tensor',
-        lambda size, parts, *sizes: (
-            size % parts == 0 and divides(size // parts, *sizes)
-        ),
-    )
-  yield rules.CrossRule(
-      ('data.eval_batch_size', *_MESH),
-      f'a multiple of {num_devices} devices, over partitioning.mesh.tensor',
-      divides,
-  )
-  yield rules.CrossRule(
-      _MESH,
-      f'sizes that multiply to {num_devices} devices, -1 taking what is left',
-      fills,
-  )
+_TOKENIZE = {
+    'split': _added(rules.name('eval', 'train'), 'eval'),
+    'views': _added(rules.COUNT, 1),
+    'fit': _added(rules.name('crop', 'pad'), 'crop'),
+    'storage': _added(rules.name('array_record', 'npz'), 'array_record'),
+    'images_per_shard': _added(rules.COUNT, 4096),
+}
+# Every field of configs/default.py.
+FIELDS: dict[str, Field] = {
+    'seed': Field(rules.integer(0, 2**32 - 1), Role.TRAINING),
+    **_section('data', Role.TRAINING, _DATA),
+    **_section('model', Role.MODEL, _MODEL),
+    **_section('losses', Role.TRAINING, _LOSSES),
+    **_section('discriminator', Role.STATE, _DISCRIMINATOR_NETWORK),
+    **_section('discriminator', Role.TRAINING, _DISCRIMINATOR_TRAINING),
+    **_section('optim', Role.TRAINING, _OPTIM),
+    **_section('partitioning', Role.RUNTIME, _PARTITIONING),
+    **_section('train', Role.TRAINING, _TRAIN),
+    **_section('eval', Role.RUNTIME, _EVAL),
+    **_section('tokenize', Role.RUNTIME, _TOKENIZE),
+}
+# Paths are absolute in the config of a run, which later commands use from other
+# folders.
+PATHS = tuple(name for name, field in FIELDS.items() if field.rule.is_path)

@@ -4,7 +4,7 @@ from fsq_jax.data.builder import build_dataset
 from fsq_jax.data.builder import check_fingerprint
 from fsq_jax.data.builder import open_source
 from fsq_jax.data.builder import prepare
-from fsq_jax.data.decoding import DamagedImageError
+from fsq_jax.data.image_errors import DamagedImageError
 from fsq_jax.data.image_source import NO_DIGEST
 from fsq_jax.data.image_source import EncodedSource
 from fsq_jax.data.image_source import ImageSource

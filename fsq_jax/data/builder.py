@@ -1,7 +1,6 @@
-"""Where images come from: the table of data.source."""
+"""Builds datasets and image sources from the `data` section of a config."""
 
 from collections.abc import Mapping
-import math
 from typing import Any
 
 from absl import logging
@@ -14,7 +13,7 @@ from fsq_jax.data import pipelines
 from fsq_jax.data import synthetic
 from fsq_jax.data import tfds_source
 
-# Name: images of which split, and what is done with them.
+# By name: split of the source, and pipeline.
 _PIPELINES = {
     'train': ('train', pipelines.build_train),
     'eval': ('eval', pipelines.build_eval),
@@ -31,17 +30,17 @@ def build_dataset(
     process_index: int = 0,
     process_count: int = 1,
 ) -> pipelines.Dataset:
-  """Builds a split from the `data` section of a config.
+  """Builds the pipeline of a split.
 
   Args:
     config: the `data` section; see configs/default.py.
     split: 'train': shuffled, augmented, endless; 'eval': every example once,
-      in fixed order, centre crops; 'eval_native': the same, one by one at
-      their own size; 'train_once': each training image once, as 'eval'.
+      in fixed order, centre crops; 'eval_native': every example once, one by
+      one at its own size; 'train_once': training images as by 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
-    process_index: this process, in [0, process_count); see
-      `partitioning.process_share` for those that read the same.
-    process_count: processes that share each batch.
+    process_index: index of the data shard of this process, in
+      [0, process_count); see `partitioning.process_share`.
+    process_count: data shards of each batch.
 
   Returns:
     The data set.
@@ -51,49 +50,28 @@ def build_dataset(
   """
   if split not in _PIPELINES:
     raise ValueError(f'split is {split!r}; known: {sorted(_PIPELINES)}.')
-  _check_config(config, process_index, process_count)
+  _check_process(config, process_index, process_count)
   images, build = _PIPELINES[split]
-  source = build_source(config, images)
-  return build(
-      config, source, seed, slice(process_index, None, process_count)
-  )
-
-
-def open_source(
-    config: ml_collections.ConfigDict, split: str
-) -> image_source.ImageSource:
-  """Opens the images of a split, for who takes them by number.
-
-  Args:
-    config: the `data` section.
-    split: 'train' for random crops of images that may repeat, 'train_once'
-      for a fixed crop of each, or 'eval'.
-
-  Returns:
-    The source.
-
-  Raises:
-    ValueError: the config is not valid or the images are not there.
-  """
-  _check_config(config, process_index=0, process_count=1)
-  return build_source(config, split)
+  source = open_source(config, images)
+  shard = slice(process_index, None, process_count)
+  return build(config, source, seed, shard)
 
 
 def check_fingerprint(
     saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> None:
-  """Refuses to continue an iterator's state on other data.
+  """Raises ValueError if an iterator's state belongs to other data.
 
-  A state only counts batches, so on other data it would silently repeat some
-  examples and pass over others.
+  A state only counts batches: with other data it would silently repeat some
+  examples and skip others.
 
   Args:
     saved: fingerprint stored with the state.
-    current: fingerprint of the data set that is to continue.
+    current: fingerprint of the dataset that the state is to resume.
 
   Raises:
-    ValueError: they differ; one line for each difference. process_count may
-      differ, since it does not change what a step sees.
+    ValueError: they differ; one line per difference. process_count may differ,
+      since it does not change the examples of a step.
   """
   keys = sorted((saved.keys() | current.keys()) - {'process_count'})
   differences = [
@@ -103,47 +81,27 @@ def check_fingerprint(
   ]
   if differences:
     raise ValueError(
-        'The training data are not those of the checkpoint (saved -> '
-        'current):\n' + '\n'.join(differences) + '\nRestore these values to '
-        'continue the run, or start a new one in another workdir.'
+        'The training data differ from the data of the checkpoint (saved ->'
+        ' current):\n' + '\n'.join(differences) + '\nRestore these values to'
+        ' resume the run, or start a new run in another workdir.'
     )
 
 
-def _check_config(
+def _check_process(
     config: ml_collections.ConfigDict, process_index: int, process_count: int
 ) -> None:
-  """Raises a ValueError for values that cannot work, before any reading."""
+  """Raises ValueError unless the processes can share batches."""
   if not 0 <= process_index < process_count:
     raise ValueError(
-        f'process_index is {process_index} of {process_count} processes; it '
-        'counts from 0.'
-    )
-  size = tuple(config.image_size)
-  if len(size) != 2 or min(size) < 1:
-    raise ValueError(
-        f'data.image_size is {size}; write (height, width) in pixels.'
-    )
-  scale = tuple(config.crop_scale)
-  if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-    raise ValueError(
-        f'data.crop_scale is {scale}; write (lowest, highest) with '
-        '0 < lowest <= highest.'
+        f'process_index is {process_index} of {process_count} processes; it'
+        ' counts from 0.'
     )
   for field in ('batch_size', 'eval_batch_size'):
-    if config[field] < 1 or config[field] % process_count:
+    if config[field] % process_count:
       raise ValueError(
-          f'data.{field} is {config[field]}; use a positive multiple of the '
-          f'number of processes that share a batch, {process_count}.'
+          f'data.{field} is {config[field]}; use a multiple of the number of'
+          f' processes that share a batch, {process_count}.'
       )
-  lowest = {'num_threads': 1, 'prefetch': 1, 'resize_shorter': 0}
-  for field, least in lowest.items():
-    if config[field] < least:
-      raise ValueError(
-          f'data.{field} is {config[field]}; use at least {least}.'
-      )
-  for field in ('max_damaged_share', 'color_jitter'):
-    if not 0 <= config[field] <= 1:
-      raise ValueError(f'data.{field} is {config[field]}; use 0 to 1.')
 
 
 def _build_photos(config, split):
@@ -155,26 +113,28 @@ def _build_photos(config, split):
   )
 
 
-def _build_prepared(config, split):
+def _encoded_options(config, split):
+  """Returns the arguments that sources of encoded images share."""
+  return {
+      'split': config.eval_split if split == 'eval' else config.train_split,
+      'resize_shorter': config.resize_shorter,
+      'max_damaged_share': config.max_damaged_share,
+      'cache_mib': config.cache_mib,
+  }
+
+
+def _build_tfds(config, split):
   return tfds_source.PreparedSource(
-      config.name,
-      config.data_dir,
-      config.eval_split if split == 'eval' else config.train_split,
-      resize_shorter=config.resize_shorter,
-      max_damaged_share=config.max_damaged_share,
-      cache_mib=config.cache_mib,
+      config.name, config.data_dir, **_encoded_options(config, split)
   )
 
 
 def _build_folder(config, split):
   return folder.FolderSource(
       config.data_dir,
-      config.eval_split if split == 'eval' else config.train_split,
       label_names=config.label_names,
       class_split=config.train_split,
-      resize_shorter=config.resize_shorter,
-      max_damaged_share=config.max_damaged_share,
-      cache_mib=config.cache_mib,
+      **_encoded_options(config, split),
   )
 
 
@@ -187,29 +147,29 @@ def _build_synthetic(config, split):
 
 _SOURCES = {
     'photos': _build_photos,
-    'tfds': _build_prepared,
+    'tfds': _build_tfds,
     'folder': _build_folder,
     'synthetic': _build_synthetic,
 }
 
 
-def build_source(
+def open_source(
     config: ml_collections.ConfigDict, split: str
 ) -> image_source.ImageSource:
-  """Builds the images of a split from the `data` section.
+  """Opens the images of a split, for random access by index.
 
-  The split names of the config belong to data sets that have several: tfds
-  and folder. The others have one training and one validation split.
+  data.train_split and data.eval_split are for tfds and folder; photos and
+  synthetic images have one training and one validation split.
 
   Args:
     config: the `data` section.
     split: 'train', 'eval', or 'train_once': the training images for a single
-      pass that takes one fixed crop of each. They differ from those of 'train'
-      where that repeats an image for the sake of random crops.
+      pass with one fixed crop of each. They differ from the images of 'train'
+      where 'train' repeats an image for the sake of random crops.
 
   Raises:
-    ValueError: there is no such source, or its classes are not those of
-      data.label_names.
+    ValueError: there is no such source, the images are not there, or their
+      classes are not data.label_names.
   """
   if config.source not in _SOURCES:
     raise ValueError(
@@ -221,19 +181,19 @@ def build_source(
     raise ValueError(
         f'data.label_names is {names}, but the classes of data.source '
         f'{config.source!r} {source.identity["name"]} are '
-        f'{source.label_names}; leave it at (), the classes of the source.'
+        f'{source.label_names}; use (), the classes of the source.'
     )
   return source
 
 
 def prepare(config: ml_collections.ConfigDict) -> str | None:
-  """Downloads what the `data` section of a config needs (mode `prepare`).
+  """Downloads and prepares the dataset of a config (mode `prepare`).
 
   Returns:
-    The folder of the prepared data set; None where the source needs nothing.
+    The folder of the prepared dataset; None if the source needs no preparation.
 
   Raises:
-    RuntimeError: it cannot be done here; the message says why.
+    RuntimeError: TensorFlow is not installed, or TFDS fails.
   """
   if config.source != 'tfds':
     logging.info('data.source %r needs no preparation.', config.source)

@@ -1,4 +1,4 @@
-"""Encoded image files to uint8 RGB arrays, with every conversion written down.
+"""Decodes image files to uint8 RGB arrays; lists every conversion.
 
 Formats: JPEG (also MPO), PNG (also APNG), BMP, WebP, GIF, TIFF, PPM, PGM, PBM,
 grey PFM, JPEG 2000, AVIF and ICO, as far as the installed Pillow reads them.
@@ -6,7 +6,7 @@ The first bytes of a file decide which it is, not its name. Conversions:
   * EXIF orientation is applied; an unreadable EXIF block means upright.
   * Of an animation or a multi-page file the first image is taken; of an icon
     the largest.
-  * Transparency (alpha channel, palette or colour key) is laid over white.
+  * Transparency (alpha channel, palette or colour key) is composed over white.
     A colour key is compared at the full depth of the file.
   * Grey is repeated over the three channels. CMYK, YCbCr and LAB go through
     Pillow's plain conversion; ICC profiles are not applied. CMYK of JPEG is
@@ -16,8 +16,8 @@ The first bytes of a file decide which it is, not its name. Conversions:
   * 16-bit colour, and in PNG 16-bit alpha, keep the upper 8 bits (Pillow's
     reading). In TIFF, alpha of other than 8 bits is applied at full depth.
   * 32-bit integers are read as 16-bit values, signed integers as unsigned ones,
-    floats as grey in [0, 1]; a value outside the range makes the file
-    unreadable. In more than one channel they are not read.
+    floats as grey in [0, 1]; a value outside the range is an error, and so is
+    more than one channel.
   * A 16-bit palette of a TIFF file keeps the upper 8 bits, or all where no
     entry is above 255.
 """
@@ -33,15 +33,10 @@ from PIL import features
 from fsq_jax.data import image_errors
 from fsq_jax.data import tiff
 
-MAX_PIXELS = image_errors.MAX_PIXELS
-MAX_BYTES = image_errors.MAX_BYTES
-DamagedImageError = image_errors.DamagedImageError
-check_num_pixels = image_errors.check_num_pixels
-check_num_bytes = image_errors.check_num_bytes
 # Bytes that `identify` needs.
 PREFIX_BYTES = 64
-# First bytes by format of Pillow. Pillow also knows formats that start other
-# programs (EPS) and formats without a signature (TGA); none of those.
+# First bytes, by Pillow's name of the format. Pillow's formats that run other
+# programs (EPS) or have no signature (TGA) are not read.
 _SIGNATURES = {
     'JPEG': (b'\xff\xd8\xff',),
     'PNG': (b'\x89PNG\r\n\x1a\n',),
@@ -60,7 +55,7 @@ _SIGNATURES = {
     ),
     'ICO': (b'\0\0\1\0',),
 }
-# Images that are not read, for messages.
+# Image formats that are not supported, for messages.
 _UNREAD_SIGNATURES = {
     'JPEG XL': (b'\xff\x0a', b'\0\0\0\x0cJXL \r\n\x87\n'),
     'PAM': (b'P7\n',),
@@ -73,7 +68,7 @@ _UNREAD_SIGNATURES = {
     'DDS': (b'DDS ',),
     'cursor': (b'\0\0\2\0',),
 }
-# Formats that Pillow may have been built without: its name of the feature.
+# Formats that Pillow may have been built without, and its names of features.
 _OPTIONAL = {'WEBP': 'webp', 'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -91,8 +86,8 @@ def identify(prefix: bytes) -> str | None:
   """Returns the image format of a file by its first PREFIX_BYTES bytes.
 
   Returns:
-    Pillow's name of the format where `readable_formats` has it, another name
-    for images that are not read, None for what is not known as an image.
+    Pillow's name of a format of `readable_formats`, another name of an image
+    format that is not supported, or None for an unknown format.
   """
   for signatures in (_SIGNATURES, _UNREAD_SIGNATURES):
     for name, starts in signatures.items():
@@ -137,7 +132,7 @@ def decode_image(data: bytes) -> np.ndarray:
   """
   try:
     with _open(data) as image:
-      check_num_pixels(*image.size)
+      image_errors.check_num_pixels(*image.size)
       if image.format == 'PNG':
         # Pillow checks the CRC of pixel data only when asked to.
         with Image.open(io.BytesIO(data), formats=('PNG',)) as unread:
@@ -151,24 +146,26 @@ def decode_image(data: bytes) -> np.ndarray:
     if orientation in _TRANSPOSE:
       rgb = rgb.transpose(_TRANSPOSE[orientation])
     return np.asarray(rgb)
-  except (DamagedImageError, MemoryError):
+  except (image_errors.DamagedImageError, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise nearly everything.
-    raise DamagedImageError(f'{type(error).__name__}: {error}') from error
+    raise image_errors.DamagedImageError(
+        f'{type(error).__name__}: {error}'
+    ) from error
 
 
 def _open(data: bytes) -> Image.Image:
-  """Opens a file by the format that its first bytes name."""
+  """Opens a file in the format given by its first bytes."""
   name = identify(data[:PREFIX_BYTES])
   if name is None:
     what = 'an empty file' if not data else f'a file that starts {data[:8]!r}'
-    raise DamagedImageError(
-        f'{what} is no image of a known format; known are '
+    raise image_errors.DamagedImageError(
+        f'{what} is not an image of a known format; known: '
         f'{", ".join(sorted(readable_formats()))}'
     )
   if name not in readable_formats():
-    raise DamagedImageError(
-        f'{name} images are not read; convert the file to PNG'
+    raise image_errors.DamagedImageError(
+        f'{name} images are not supported; convert the file to PNG'
     )
   if name == 'TIFF':
     return tiff.open_image(data)
@@ -176,13 +173,13 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=(name,))
   except UnidentifiedImageError as error:
     reason = _find_reason(name, data)
-    raise DamagedImageError(
+    raise image_errors.DamagedImageError(
         f'Pillow cannot open this {name} file: {reason}'
     ) from error
 
 
 def _find_reason(name: str, data: bytes) -> str:
-  """Returns what the reader of a format says, which Image.open leaves out."""
+  """Returns the error message of a format's reader, hidden by Image.open."""
   try:
     Image.OPEN[name][0](io.BytesIO(data), '')
   except Exception as error:
@@ -244,9 +241,9 @@ def _grey_to_rgb(grey: np.ndarray) -> Image.Image:
   """Converts [h, w] floats in [0, 1] to mode RGB."""
   low, high = grey.min(), grey.max()
   if not (low >= 0 and high <= 1):  # also true of NaN
-    raise DamagedImageError(
-        f'grey values from {low:g} to {high:g} of full range; only 0 to 1 has '
-        'a meaning'
+    raise image_errors.DamagedImageError(
+        f'grey values from {low:g} to {high:g} of full range; they must be in '
+        '[0, 1]'
     )
   return Image.fromarray(np.rint(grey * 255).astype(np.uint8)).convert('RGB')
 

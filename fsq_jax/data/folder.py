@@ -1,13 +1,14 @@
 """Images in a folder: root/split/any/depth/name.jpg."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import functools
 import hashlib
 import os
+from typing import Any
 
 from absl import logging
 
-from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 
@@ -17,15 +18,15 @@ _NUM_LISTED = 10
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
 
-  Files with an image extension, in any case, are images; the first bytes decide
-  about those without a known extension. Other files are counted in `skipped`;
-  images that are not read are an error above max_damaged_share. Names that
-  begin with a dot are ignored, as are pipes and sockets, of which reading might
-  never end. Links are followed as long as they stay inside the root.
+  Files with an image extension, in any case, are images; files without a known
+  extension are identified by their first bytes. Other files are counted in
+  `skipped`; images in unsupported formats are an error above max_damaged_share.
+  Names that begin with a dot are ignored, and so are pipes and sockets, since
+  reading them may never end. Links are followed inside the root.
 
   Classes are the sub-folders of the training split that hold images, so that
-  all splits number them alike. They are looked up when they are first asked
-  for. Images beside the sub-folders have label -1.
+  labels agree between splits. They are listed on first use. Images outside of
+  the sub-folders have label -1.
   """
 
   def __init__(
@@ -35,9 +36,7 @@ class FolderSource(image_source.EncodedSource):
       *,
       label_names: Sequence[str] = (),
       class_split: str | None = None,
-      resize_shorter: int = 0,
-      max_damaged_share: float = 0.01,
-      cache_mib: int = 0,
+      **reading: Any,
   ):
     """Lists the images of a split.
 
@@ -47,31 +46,32 @@ class FolderSource(image_source.EncodedSource):
       label_names: names of all classes, by label; () takes the sub-folders of
         `class_split`.
       class_split: the training split; None is `split`.
-      resize_shorter: see EncodedSource, as the other arguments.
-      max_damaged_share: see there.
-      cache_mib: see there.
+      **reading: resize_shorter, max_damaged_share and cache_mib of
+        EncodedSource.
 
     Raises:
       ValueError: no such split, or no images in it.
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    sizes, skipped = _list_images(self._root, split, max_damaged_share)
+    files = _list_images(self._root, split)
+    sizes = files.sizes
     self._paths = sorted(sizes)
     self._sizes = sizes
     self._given_names = tuple(label_names)
     self._class_split = class_split or split
     # Names and sizes, not pixels: one look at each file, no reading.
-    files = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
+    names = '\0'.join(f'{path}\0{sizes[path]}' for path in self._paths)
     super().__init__(
         '',
         split,
-        hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
-        resize_shorter=resize_shorter,
-        max_damaged_share=max_damaged_share,
-        cache_mib=cache_mib,
+        hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
+        **reading,
     )
-    self.skipped = skipped
+    listing.check_unread_share(
+        files, os.path.join(self._root, split), self._max_damaged_share
+    )
+    self.skipped = files.skipped
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -99,14 +99,15 @@ class FolderSource(image_source.EncodedSource):
       )
       raise ValueError(
           f'{split!r} has the classes {_shorten(unknown)}, which {known_by} '
-          f'does not have; classes there: {_shorten(names)}. Set '
+          f'does not have; known classes: {_shorten(names)}. Set '
           'data.label_names to the names of all classes, in the order of '
           'their labels.'
       )
     if unknown:
       logging.warning(
-          'The sub-folders of %r are not taken for classes, since the training'
-          ' split %r has none: all labels are -1.', split, self._class_split
+          'The sub-folders of %r are not used as classes, since the training'
+          ' split %r has no sub-folders: all labels are -1.',
+          split, self._class_split,
       )
     stray = [
         path
@@ -115,8 +116,8 @@ class FolderSource(image_source.EncodedSource):
     ]
     if stray and names:
       logging.warning(
-          '%d of %d images lie beside the class folders of %r and have label'
-          ' -1: %s', len(stray), len(self), split, _shorten(stray)
+          '%d of %d images are outside of the class folders of %r and have'
+          ' label -1: %s', len(stray), len(self), split, _shorten(stray)
       )
     return names
 
@@ -131,7 +132,7 @@ class FolderSource(image_source.EncodedSource):
       return tuple(own)
     names = []
     if split in _list_folders(root):
-      # One image of each tells; the training split may be large.
+      # One image per sub-folder is enough; the training split may be large.
       names = [
           name
           for name in _list_folders(os.path.join(root, split))
@@ -141,15 +142,15 @@ class FolderSource(image_source.EncodedSource):
         return tuple(names)
     if own:
       logging.warning(
-          'Labels number the %d sub-folders of %r, since %s has no training'
-          ' images in %r. Set data.label_names if they have to agree with'
-          ' another split.', len(own), self.identity['split'], root, split
+          'Labels are indices of the %d sub-folders of %r, since %s has no'
+          ' training images in %r. Set data.label_names if labels have to agree'
+          ' with another split.', len(own), self.identity['split'], root, split
       )
     return tuple(own)
 
-  def facts(self, index: int) -> image_source.Facts:
+  def metadata(self, index: int) -> image_source.ImageMetadata:
     path = self._paths[index]
-    return image_source.Facts(
+    return image_source.ImageMetadata(
         name=path.partition('/')[2],
         label=self._labels.get(_class_of(path), -1),
         num_bytes=self._sizes[path],
@@ -161,12 +162,12 @@ class FolderSource(image_source.EncodedSource):
 
   def read(self, index: int) -> bytes:
     with open(self.describe(index), 'rb') as file:
-      decoding.check_num_bytes(os.fstat(file.fileno()).st_size)
+      image_errors.check_num_bytes(os.fstat(file.fileno()).st_size)
       return file.read()
 
 
 def _check_split(root: str, split: str) -> None:
-  """Raises a ValueError that says which splits there are."""
+  """Raises ValueError, which lists the splits, unless the split exists."""
   if not os.path.isdir(root):
     raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
   splits = _list_folders(root)
@@ -199,14 +200,8 @@ def _list_folders(folder: str) -> list[str]:
     )
 
 
-def _list_images(
-    root: str, split: str, max_damaged_share: float
-) -> tuple[Mapping[str, int], Mapping[str, int]]:
-  """Returns bytes by path relative to root, and skipped files by kind.
-
-  Raises:
-    ValueError: no images, or too many of a kind that is not read.
-  """
+def _list_images(root: str, split: str) -> listing.Listing:
+  """Lists the images of a split; raises ValueError if there are no images."""
   files = listing.list_images(root, split)
   folder = os.path.join(root, split)
   skipped = listing.describe_skipped(files.skipped)
@@ -217,5 +212,4 @@ def _list_images(
     )
   if skipped:
     logging.warning('%s: skipped %s.', folder, skipped)
-  listing.check_unread_share(files, folder, max_damaged_share)
-  return files.sizes, files.skipped
+  return files

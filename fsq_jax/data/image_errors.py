@@ -1,12 +1,12 @@
-"""The error of images that cannot be used, and the limits of their size."""
+"""The error for unreadable images, and limits of their size."""
 
 MAX_PIXELS = 10**8
-# More than any format needs for them, at four channels of 16 bits.
+# More than any format needs for MAX_PIXELS pixels of four 16-bit channels.
 MAX_BYTES = 2**30
 
 
 class DamagedImageError(ValueError):
-  """The image cannot be used; the message says why."""
+  """The image cannot be read; the message says why."""
 
 
 def check_num_pixels(width: int, height: int) -> None:

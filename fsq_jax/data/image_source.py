@@ -1,4 +1,4 @@
-"""What an image source is, and the bookkeeping of damaged images."""
+"""Base classes of image sources, and the record of unreadable images."""
 
 import abc
 from collections.abc import Mapping
@@ -12,20 +12,21 @@ from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import transforms
 
 _NUM_LISTED = 10
-# Of an image that has not been read, or cannot be.
+# Digest of an image that has not been read, or cannot be read.
 NO_DIGEST = bytes(32)
 
 
-class Facts(NamedTuple):
-  """What is known of an image beside its pixels.
+class ImageMetadata(NamedTuple):
+  """Metadata of an image.
 
   Attributes:
-    name: of the image in its split, wherever that is kept.
-    label: number of its class; -1 where the source has none.
-    num_bytes: of the image as it is encoded in storage; None where it is not.
+    name: of the image in its split, independent of the folder of the split.
+    label: index of its class; -1 without classes.
+    num_bytes: size of the encoded image; None if it is not stored encoded.
   """
 
   name: str
@@ -34,21 +35,21 @@ class Facts(NamedTuple):
 
 
 class ImageSource(abc.ABC):
-  """Random access to the images of one split, from several threads at once.
+  """Thread-safe random access to the images of one split.
 
   Attributes:
-    identity: what the images are, as known without reading them: 'name',
-      'split' and 'content', which does not depend on where they are kept. In a
-      folder 'content' is a hash of file names and sizes, for 'tfds' of
-      dataset_info.json: an image replaced by another one of the same name and
-      size does not change it, but changes `content_hash`.
-    damaged: reason by index, of the images found unreadable so far.
-    upscaled: indices of the images so far that were scaled up: they have fewer
-      pixels than data.resize_shorter or data.image_size asks for.
-    skipped: number of the files beside the images that are not read, by kind
-      ('.heic', '.json'), where images are files of a folder.
-    evaluation_crop: what an evaluation cuts out of an image, in words.
-    label_names: names of the classes, by label; () where it has none.
+    identity: identifies the images without reading them: 'name', 'split' and
+      'content', independent of their place. For a folder 'content' is a hash of
+      file names and sizes, for 'tfds' of dataset_info.json: replacing an image
+      by another image of the same name and size does not change it, but changes
+      `content_hash`.
+    damaged: error messages, by index, of the images found unreadable so far.
+    upscaled: indices of the images scaled up so far, which have fewer pixels
+      than data.resize_shorter or data.image_size.
+    skipped: number of other files in a folder of images, by kind ('.heic',
+      '.json').
+    evaluation_crop: description of the crops of an evaluation.
+    label_names: names of the classes, by label; () without classes.
   """
 
   evaluation_crop = 'centre crop, smaller images scaled up'
@@ -70,8 +71,8 @@ class ImageSource(abc.ABC):
     """sha256 of each encoded image by index, [n, 32] uint8.
 
     n is the number of examples, with `NO_DIGEST` for images that have not been
-    read so far; or 0 where images are not stored encoded: there
-    `identity['content']` is a hash of their content.
+    read so far. It is 0 if images are not stored encoded; `identity['content']`
+    is then a hash of their content.
     """
     return np.zeros((0, 32), np.uint8)
 
@@ -80,25 +81,25 @@ class ImageSource(abc.ABC):
     """Returns an image to crop from, [h, w, 3] uint8, maybe read-only.
 
     Raises:
-      DamagedImageError: it cannot be read; it is in `damaged` from now on.
-      ValueError: too many cannot be read.
+      DamagedImageError: it cannot be read; it is added to `damaged`.
+      ValueError: too many images cannot be read.
     """
 
   def load_with_size(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns what `load` does, and the (height, width) as stored."""
+    """Returns the image of `load`, and its (height, width) as stored."""
     image = self.load(index)
     return image, image.shape[:2]
 
   @abc.abstractmethod
   def describe(self, index: int) -> str:
-    """Returns where an image comes from, for a person to find it."""
+    """Returns the place of an image, for people."""
 
-  def facts(self, index: int) -> Facts:
-    """Returns what is known of an image; it need not be readable."""
-    return Facts(str(index))
+  def metadata(self, index: int) -> ImageMetadata:
+    """Returns the metadata of an image, which may be unreadable."""
+    return ImageMetadata(str(index))
 
   def record_upscaled(self, index: int) -> None:
-    """Counts an image that is scaled up; warns of the 1st, 10th, 100th ..."""
+    """Records an upscaled image; warns at the 1st, 10th, 100th, ..."""
     with self._lock:
       if index in self.upscaled:
         return
@@ -107,7 +108,7 @@ class ImageSource(abc.ABC):
     if count == 10 ** (len(str(count)) - 1):
       logging.warning(
           'Scaled up so far: %d of %d images, which have fewer pixels than'
-          ' data.image_size or data.resize_shorter asks for. The last: %s',
+          ' data.image_size or data.resize_shorter. The last: %s',
           count,
           len(self),
           printable(self.describe(index)),
@@ -115,13 +116,13 @@ class ImageSource(abc.ABC):
 
 
 class EncodedSource(ImageSource):
-  """Images that lie encoded in storage, some of which may be damaged.
+  """Images that are stored encoded; some may be unreadable.
 
-  Up to max_damaged_share of the images, rounded up to a whole number, may be
-  damaged; one more is an error. A share of 0 allows none.
+  More unreadable images than a fraction max_damaged_share, rounded up to a
+  whole number of images, are an error.
 
-  Decoded images are kept in memory up to cache_mib: reading and decoding a
-  small image takes longer than a small model takes to train on it.
+  Decoded images are cached in memory up to cache_mib: reading and decoding a
+  small image takes longer than a training step of a small model.
   """
 
   def __init__(
@@ -130,9 +131,9 @@ class EncodedSource(ImageSource):
       split: str,
       content: str,
       *,
-      resize_shorter: int,
-      max_damaged_share: float,
-      cache_mib: int,
+      resize_shorter: int = 0,
+      max_damaged_share: float = 0.01,
+      cache_mib: int = 0,
   ):
     super().__init__(name, split, content)
     self._resize_shorter = resize_shorter
@@ -150,10 +151,11 @@ class EncodedSource(ImageSource):
 
   @abc.abstractmethod
   def read(self, index: int) -> bytes:
-    """Returns an encoded image; a failure to read is fatal, not damage.
+    """Returns an encoded image.
 
     Raises:
       DamagedImageError: a file that is too large to be an image.
+      OSError: a failure to read it, which says nothing about the image.
     """
 
   @abc.abstractmethod
@@ -169,7 +171,7 @@ class EncodedSource(ImageSource):
 
   def load_with_size(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     if index in self.damaged:
-      raise decoding.DamagedImageError(self.damaged[index])
+      raise image_errors.DamagedImageError(self.damaged[index])
     try:
       encoded = self.read(index)
       digest = hashlib.sha256(encoded).digest()
@@ -180,7 +182,7 @@ class EncodedSource(ImageSource):
       if min(size) < self._resize_shorter:
         self.record_upscaled(index)
       return image, size
-    except decoding.DamagedImageError as error:
+    except image_errors.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise
 
@@ -188,7 +190,7 @@ class EncodedSource(ImageSource):
     with self._lock:
       if index not in self._cache and image.nbytes <= self._cache_bytes_left:
         self._cache_bytes_left -= image.nbytes
-        # Every later batch gets this array: nobody may write to it.
+        # Read-only, since all later batches get this array.
         image.flags.writeable = False
         self._cache[index] = image
 
@@ -199,12 +201,12 @@ class EncodedSource(ImageSource):
       self.damaged[index] = reason
       damaged = {self.describe(i): why for i, why in self.damaged.items()}
     name = printable(self.describe(index))
-    logging.warning('Image %s is left out: %s.', name, reason)
+    logging.warning('Image %s is skipped: %s.', name, reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
 
 
 def printable(name: str) -> str:
-  """Returns a file name with the bytes escaped that are not UTF-8."""
+  """Returns a file name with bytes that are not UTF-8 escaped."""
   return name.encode(errors='backslashreplace').decode()
 
 
@@ -224,15 +226,15 @@ def content_hash(digests: np.ndarray) -> str:
 def check_damaged_share(
     damaged: Mapping[str, str], num_images: int, max_share: float
 ) -> None:
-  """Refuses a split of which too many images cannot be read.
+  """Raises ValueError if too many images of a split are unreadable.
 
   Args:
-    damaged: reason by name.
+    damaged: error messages of the unreadable images, by name.
     num_images: of the split.
     max_share: data.max_damaged_share.
 
   Raises:
-    ValueError: there are more, of which it lists the first.
+    ValueError: there are more; lists the first of them.
   """
   limit = math.ceil(max_share * num_images)
   if len(damaged) > limit:
@@ -243,5 +245,5 @@ def check_damaged_share(
     raise ValueError(
         f'{len(damaged)} of {num_images} images cannot be read, more than the'
         f' {limit} that data.max_damaged_share = {max_share} allows. Repair or'
-        f' remove them, or raise the share. The first:\n{listing}'
+        f' remove them, or raise the limit. The first:\n{listing}'
     )

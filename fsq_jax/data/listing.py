@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which are passed over."""
+"""Lists the images of a folder and counts its other files."""
 
 import collections
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ import os
 
 from fsq_jax.data import decoding
 
-# Taken as images by name; what they hold is found out when they are decoded.
+# Images by name; their content is checked when they are decoded.
 EXTENSIONS = (
     '.apng', '.avif', '.bmp', '.dib', '.gif', '.ico', '.j2c', '.j2k', '.jfif',
     '.jp2', '.jpe', '.jpeg', '.jpf', '.jpg', '.jpx', '.mpo', '.pbm', '.pfm',
@@ -19,14 +19,14 @@ _NEEDED_FORMATS = {
     '.jp2': 'JPEG2000', '.jpf': 'JPEG2000', '.jpx': 'JPEG2000',
     '.webp': 'WEBP',
 }
-# Images by name that are not read.
+# Images by name, in unsupported formats.
 _UNREAD_EXTENSIONS = {
     '.ai', '.arw', '.bpg', '.cr2', '.cr3', '.cur', '.dcm', '.dds', '.dng',
     '.emf', '.eps', '.exr', '.fits', '.hdr', '.heic', '.heif', '.icns', '.jxl',
     '.jxr', '.nef', '.orf', '.pam', '.pcx', '.psd', '.qoi', '.raf', '.ras',
     '.raw', '.rw2', '.sgi', '.svg', '.tga', '.wmf', '.xbm', '.xcf', '.xpm',
 }
-# Not images by name: what lies beside images.
+# Files by name that are no images.
 _OTHER_EXTENSIONS = {
     '.array_record', '.arrow', '.avi', '.bin', '.bz2', '.cfg', '.ckpt', '.csv',
     '.dat', '.db', '.doc', '.docx', '.flac', '.flo', '.gz', '.h5', '.hdf5',
@@ -38,7 +38,7 @@ _OTHER_EXTENSIONS = {
     '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml', '.zip', '.zst',
     '.7z',
 }  # fmt: skip
-# Decides whether a file is text.
+# Length of the beginning that shows whether a file is text.
 _TEXT_BYTES = 512
 
 
@@ -50,8 +50,8 @@ class Listing:
     sizes: bytes of each image, by path relative to the root, '/'-separated.
     skipped: number of the other files by kind: the extension in lower case, or
       'no extension'. Names that begin with a dot are not counted.
-    num_unread: of `skipped`, the images that are not read and binary files of
-      an unknown kind.
+    num_unread: number of the skipped files that are images in an unsupported
+      format, or binary files of an unknown kind.
   """
 
   sizes: Mapping[str, int]
@@ -62,12 +62,12 @@ class Listing:
 def list_images(root: str, split: str) -> Listing:
   """Lists the images below root/split.
 
-  Files with a known extension are images or not by name, and are not opened.
-  The first bytes decide about the others. Links are followed as long as they
-  stay inside the root; pipes and sockets are ignored.
+  Files with a known extension are classified by name, without opening them,
+  and other files by their first bytes. Links are followed inside the root;
+  pipes and sockets are ignored.
 
   Raises:
-    ValueError: a link that leads out of the root, to nothing, or in a circle.
+    ValueError: a link out of the root, to a missing file, or in a circle.
   """
   sizes, skipped, num_unread = {}, collections.Counter(), 0
   for path, kind, num_bytes in _walk(root, split):
@@ -81,7 +81,7 @@ def list_images(root: str, split: str) -> Listing:
 
 
 def has_images(root: str, split: str) -> bool:
-  """Whether there is an image below root/split; ends at the first."""
+  """Whether there is an image below root/split; stops at the first."""
   return any(kind == 'image' for _, kind, _ in _walk(root, split))
 
 
@@ -91,24 +91,21 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
 
 
 def check_unread_share(listing: Listing, folder: str, max_share: float) -> None:
-  """Refuses a folder of which too many image files are not read.
+  """Raises ValueError if a folder has too many unsupported image files.
 
   Args:
     listing: of its files.
     folder: its path, for the message.
-    max_share: data.max_damaged_share, of the images and the unread files.
-
-  Raises:
-    ValueError: more of them are not read.
+    max_share: data.max_damaged_share, here of images and unsupported files.
   """
   num_files = len(listing.sizes) + listing.num_unread
   limit = math.ceil(max_share * num_files)
   if listing.num_unread > limit:
     raise ValueError(
-        f'{folder}: {listing.num_unread} of {num_files} files are images of a'
-        ' kind that is not read, or of an unknown kind, more than the'
+        f'{folder}: {listing.num_unread} of {num_files} files are images in an'
+        ' unsupported format, or of an unknown kind, more than the'
         f' {limit} that data.max_damaged_share = {max_share} allows. Convert'
-        ' them to PNG or JPEG, move them away, or raise the share. Skipped:'
+        ' them to PNG or JPEG, move them away, or raise the limit. Skipped:'
         f' {describe_skipped(listing.skipped)}.'
     )
 
@@ -116,13 +113,13 @@ def check_unread_share(listing: Listing, folder: str, max_share: float) -> None:
 def _walk(root: str, split: str) -> Iterator[tuple[str, str, int]]:
   """Yields path relative to root, '/'-separated, kind and bytes of files."""
   real_root = os.path.realpath(root)
-  # Each folder comes with the real paths of those that hold it.
+  # Each folder comes with the real paths of its parents.
   pending = [(split, (real_root,))]
   while pending:
     folder, above = pending.pop()
     real_folder = _resolve(os.path.join(root, folder), real_root)
     if real_folder in above:
-      raise ValueError(f'{folder!r} is a link to a folder that holds it.')
+      raise ValueError(f'{folder!r} is a link to a parent folder.')
     with os.scandir(os.path.join(root, folder)) as entries:
       for entry in entries:
         path = f'{folder}/{entry.name}'
@@ -143,7 +140,7 @@ def _walk(root: str, split: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _classify(path: str, extension: str) -> str:
-  """Returns 'image', 'unread' (an image or unknown) or 'other'."""
+  """Returns 'image', 'unread' (unsupported or unknown) or 'other'."""
   readable = decoding.readable_formats()
   if extension in EXTENSIONS:
     is_read = _NEEDED_FORMATS.get(extension, 'JPEG') in readable
@@ -164,7 +161,7 @@ def _classify(path: str, extension: str) -> str:
 
 
 def _is_text(start: bytes) -> bool:
-  """Whether a file begins with UTF-8 or UTF-16 text; an empty one does."""
+  """Whether the beginning of a file is UTF-8 or UTF-16 text, or empty."""
   if start.startswith((b'\xff\xfe', b'\xfe\xff')):
     return True
   try:

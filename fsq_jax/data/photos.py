@@ -1,6 +1,6 @@
-"""Photographs that come with scikit-image: data without any download.
+"""Photographs of the scikit-image package: data without a download.
 
-The files are opened in the installed package; scikit-image is not imported.
+The files are read from the installed package; scikit-image is not imported.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from fsq_jax.data import decoding
 from fsq_jax.data import image_source
 from fsq_jax.data import transforms
 
-# File in skimage/data and its share of the training crops, in twentieths:
-# natural scenes first; tissue, retina and stars for variety of colour.
+# Files in skimage/data, and their twentieths of the training crops: natural
+# scenes first; tissue, retina and stars for variety of colour.
 TRAIN_PHOTOS = {
     'astronaut.png': 6,
     'motorcycle_left.png': 4,  # a stereo pair
@@ -28,12 +28,12 @@ TRAIN_PHOTOS = {
 }
 # Never trained on.
 VALIDATION_PHOTOS = ('coffee.png', 'chelsea.png')
-# Crops are endless; this many are called an epoch.
+# Length of an epoch; the number of crops is unlimited.
 CROPS_PER_EPOCH = 10_000
 
 
 class _PhotoSource(image_source.ImageSource):
-  """Images that are photographs, or parts of them."""
+  """Images that are photographs, or crops of photographs."""
 
   def __init__(
       self, split: str, names: Sequence[str], resize_shorter: int
@@ -44,16 +44,16 @@ class _PhotoSource(image_source.ImageSource):
     super().__init__('skimage', split, content)
 
   def _take(self, name: str, index: int) -> np.ndarray:
-    """Returns a photograph, of which the image with this index is made."""
+    """Returns the photograph of the image with this index."""
     if self._is_upscaled[name]:
       self.record_upscaled(index)
     return self._photos[name]
 
 
 class TrainPhotos(_PhotoSource):
-  """Whole training photographs, each as often as its share says.
+  """Whole training photographs, for random crops: seven images, repeated.
 
-  For random crops: seven images, repeated. `TrainGrid` is for a single pass.
+  `TrainGrid` has the crops of a single pass.
   """
 
   def __init__(self, *, resize_shorter: int = 0):
@@ -96,11 +96,11 @@ class _Crops(_PhotoSource):
 
 
 class TrainGrid(_Crops):
-  """Distinct crops of the training photographs, for one pass over them.
+  """Distinct crops of the training photographs, for a single pass.
 
-  They lie on a regular grid in each photograph, as many as it has in an epoch
-  of training, or as many as have different pixels. A photograph smaller than
-  the crop is taken whole.
+  Crops lie on a regular grid in each photograph, as many as it has in an epoch
+  of training, without duplicates. A photograph smaller than the crop is one
+  crop.
   """
 
   evaluation_crop = 'regular grid in whole photographs'
@@ -122,7 +122,7 @@ class TrainGrid(_Crops):
             CROPS_PER_EPOCH * share // num_shares,
         )
     ]
-    # Photographs have black margins.
+    # Black margins have equal crops.
     first = {}
     for name, top, left in self._places:
       pixels = np.ascontiguousarray(self._crop(self._photos[name], top, left))
@@ -133,7 +133,7 @@ class TrainGrid(_Crops):
 class ValidationTiles(_Crops):
   """Tiles of the validation photographs, side by side and row by row.
 
-  They start in the upper left corner, do not overlap, and leave out the rest
+  They start in the upper left corner, do not overlap, and omit the remainder
   at the right and lower edges.
   """
 
@@ -160,11 +160,11 @@ class ValidationTiles(_Crops):
 def _regular_grid(
     num_places: Sequence[int], num_points: int
 ) -> list[tuple[int, int]]:
-  """Returns at most `num_points` different points, evenly spread.
+  """Returns a regular grid of at most `num_points` (row, column) points.
 
   Args:
-    num_places: (rows, columns) that points may have.
-    num_points: that are wanted.
+    num_places: numbers of rows and columns.
+    num_points: desired number of points.
   """
   rows, columns = num_places
   num_rows = min(max(round(math.sqrt(num_points * rows / columns)), 1), rows)
@@ -182,7 +182,8 @@ def _load_photos(
   """Loads photographs.
 
   Returns:
-    [h, w, 3] uint8 by name; whether each was scaled up; a hash of their files.
+    Images [h, w, 3] uint8 by name; whether each was scaled up; a hash of the
+    files.
   """
   package = importlib.util.find_spec('skimage')
   if package is None:

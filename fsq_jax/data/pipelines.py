@@ -1,8 +1,9 @@
-"""From images to batches: training and evaluation pipelines, in Grain."""
+"""Training and evaluation pipelines: images to batches, in Grain."""
 
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -12,11 +13,11 @@ import grain
 import ml_collections
 import numpy as np
 
-from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import transforms
 
-# Raise when a change to this package gives a config other pixels than before.
+# To be raised when a change gives a config other pixels than before.
 _PIPELINE_VERSION = 1
 # Length of the training order. Grain computes numbers of batches in float64,
 # which is exact up to 2^53; at a million images per second it lasts 142 years.
@@ -25,15 +26,15 @@ _ENDLESS = 2**52
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-  """One split as batches of NumPy arrays, this process's share of each.
+  """One split as batches of NumPy arrays, this process's data shard of each.
 
   Batches are dicts, with b = batch size / process_count:
     'image': [b, H, W, 3] uint8.
-    'index': [b] int64, the number of the example in its source, for
-      `describe`. In training, where an unreadable image is replaced by the
-      next readable one, it is the number of the image shown.
+    'index': [b] int64, the index of the image in its source, for `describe`.
+      In training an unreadable image is replaced by the next readable image,
+      whose index this is.
     'mask': [b] bool, in evaluation only: False for unreadable images and for
-      what fills up the last batch; their pixels are 0.
+      padding of the last batch; their pixels are 0.
     'upscaled': [b] bool, in evaluation only: True for images that were scaled
       up, see `data.ImageSource.upscaled`.
 
@@ -41,9 +42,9 @@ class Dataset:
     num_examples: in the split, readable or not.
     num_batches: of one pass over an evaluation split; None for training,
       which never ends.
-    fingerprint: flat, JSON-able; everything that decides which pixels a step
-      gets. Save it beside the iterator's state; see `check_fingerprint`.
-    protocol: how evaluation images were made (JSON-able), to be stored with
+    fingerprint: everything that determines the pixels of each step, flat and
+      JSON-able. Save it beside the iterator's state; see `check_fingerprint`.
+    protocol: preprocessing of evaluation images (JSON-able), to be stored with
       every number computed from them; None for training.
   """
 
@@ -82,11 +83,11 @@ class Dataset:
 
   def name(self, index: int) -> str:
     """Returns the name of the image with this 'index' in its split, or ''."""
-    name = self._source.facts(int(index)).name
+    name = self._source.metadata(int(index)).name
     return '' if name == str(index) else name
 
   def describe(self, index: int) -> str:
-    """Returns where the image with this 'index' comes from."""
+    """Returns the place of the image with this 'index'."""
     return self._source.describe(int(index))
 
 
@@ -94,9 +95,16 @@ def build_train(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """Shuffles and augments without end; `share` deals out positions."""
+  """Builds the endless pipeline of shuffled, augmented training images.
+
+  Args:
+    config: the `data` section.
+    source: the images.
+    seed: of shuffling and augmentation.
+    shard: positions of this process in each batch.
+  """
   if len(source) < config.batch_size:
     logging.warning(
         'data.batch_size is %d, but the training split has %d examples; each'
@@ -119,8 +127,8 @@ def build_train(
     crop = transforms.augment(image, rng, **augmentation)
     return {'image': _copy_view(crop, image), 'index': np.int64(index)}
 
-  # Grain shuffles epoch e with seed + e; seeds that lie far apart keep runs
-  # with neighbouring seeds from sharing their orders.
+  # Grain shuffles epoch e with seed + e. With seeds that are far apart, runs
+  # with neighbouring seeds do not share orders.
   shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
   examples = repeat_endlessly(
       grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
@@ -132,7 +140,7 @@ def build_train(
           config,
           source,
           batch_size=config.batch_size,
-          process_count=share.step,
+          process_count=shard.step,
           seed=seed,
           crop='random',
           crop_scale=list(config.crop_scale),
@@ -140,7 +148,7 @@ def build_train(
           color_jitter=config.color_jitter,
       ),
       protocol=None,
-      _batches=_batch(examples, config, config.batch_size, share),
+      _batches=_batch(examples, config, config.batch_size, shard),
       _source=source,
   )
 
@@ -149,32 +157,16 @@ def build_eval(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """Goes through every example once, in order; `share` deals out positions."""
-  del seed  # nothing is random
+  """Builds one pass over all examples, in order, with centre crops."""
+  del seed  # Nothing is random.
   size = tuple(config.image_size)
   num_batches = math.ceil(len(source) / config.eval_batch_size)
-  blank = np.zeros((*size, 3), np.uint8)
-
-  def load(index: int) -> dict[str, Any]:
-    image, readable = blank, False
-    if index < len(source):
-      with contextlib.suppress(decoding.DamagedImageError):
-        image, readable = _load(source, index), True
-    if readable:
-      if transforms.is_smaller(image, size):
-        source.record_upscaled(index)
-      image = _copy_view(transforms.centre_crop(image, size), image)
-    return {
-        'image': image,
-        'index': np.int64(index),
-        'mask': np.bool_(readable),
-        'upscaled': np.bool_(index in source.upscaled),
-    }
-
-  padded_length = num_batches * config.eval_batch_size
-  examples = grain.MapDataset.range(padded_length).map(load)
+  # Indices beyond the last image fill up the last batch.
+  examples = grain.MapDataset.range(num_batches * config.eval_batch_size).map(
+      functools.partial(_load_for_evaluation, source, size)
+  )
   return Dataset(
       num_examples=len(source),
       num_batches=num_batches,
@@ -182,7 +174,7 @@ def build_eval(
           config,
           source,
           batch_size=config.eval_batch_size,
-          process_count=share.step,
+          process_count=shard.step,
           crop='centre',
       ),
       protocol=_protocol(
@@ -190,7 +182,7 @@ def build_eval(
           source,
           crop=f'{size[0]}x{size[1]}, {source.evaluation_crop}',
       ),
-      _batches=_batch(examples, config, config.eval_batch_size, share),
+      _batches=_batch(examples, config, config.eval_batch_size, shard),
       _source=source,
   )
 
@@ -199,37 +191,28 @@ def build_native(
     config: ml_collections.ConfigDict,
     source: image_source.ImageSource,
     seed: int,
-    share: slice,
+    shard: slice,
 ) -> Dataset:
-  """As `build_eval`, in batches of one image at its own size."""
-  del seed  # nothing is random
-  blank = np.zeros((1, 1, 3), np.uint8)
+  """Builds the pass of `build_eval` in batches of one image at its own size."""
+  del seed  # Nothing is random.
 
   def load(index: int) -> dict[str, Any]:
-    try:
-      image, readable = _load(source, index), True
-    except decoding.DamagedImageError:
-      image, readable = blank, False
-    return {
-        'image': image[None],
-        'index': np.array([index]),
-        'mask': np.array([readable]),
-        'upscaled': np.array([index in source.upscaled]),
-    }
+    example = _load_for_evaluation(source, None, index)
+    return {name: np.asarray(x)[None] for name, x in example.items()}
 
-  facts = fingerprint(
-      config, source, batch_size=1, process_count=share.step, crop='none'
+  metadata = fingerprint(
+      config, source, batch_size=1, process_count=shard.step, crop='none'
   )
-  # Of the model alone, here.
-  del facts['image_size']
+  # Only the model has this size here.
+  del metadata['image_size']
   return Dataset(
       num_examples=len(source),
       num_batches=len(source),
-      fingerprint=facts,
+      fingerprint=metadata,
       protocol=_protocol(config, source, crop='none'),
-      # Images may be large: no more of them ahead than threads.
+      # Images may be large: read ahead no more of them than there are threads.
       _batches=grain.MapDataset.range(len(source)).map(load)[
-          share
+          shard
       ].to_iter_dataset(
           grain.ReadOptions(
               num_threads=config.num_threads,
@@ -240,8 +223,34 @@ def build_native(
   )
 
 
+def _load_for_evaluation(
+    source: image_source.ImageSource, size: tuple[int, int] | None, index: int
+) -> dict[str, Any]:
+  """Returns an example of an evaluation, see `Dataset`.
+
+  Args:
+    source: the images.
+    size: (height, width) of a centre crop; None takes the whole image.
+    index: of the image; beyond the last image the example is blank.
+  """
+  image, readable = np.zeros((*(size or (1, 1)), 3), np.uint8), False
+  if index < len(source):
+    with contextlib.suppress(image_errors.DamagedImageError):
+      image, readable = _load(source, index), True
+  if readable and size is not None:
+    if transforms.is_smaller(image, size):
+      source.record_upscaled(index)
+    image = _copy_view(transforms.centre_crop(image, size), image)
+  return {
+      'image': image,
+      'index': np.int64(index),
+      'mask': np.bool_(readable),
+      'upscaled': np.bool_(index in source.upscaled),
+  }
+
+
 def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
-  """Repeats examples for more epochs than any run takes.
+  """Repeats examples for more epochs than any run has.
 
   `examples.repeat()` would have sys.maxsize elements, a length that Grain
   cannot divide into batches of one.
@@ -252,8 +261,8 @@ def repeat_endlessly(examples: grain.MapDataset) -> grain.MapDataset:
 def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
   """Loads an image and checks that it is one.
 
-  Losses and networks assume that uint8 images are in 0 ... 255; a float image
-  in [0, 1], say, would give plausible numbers.
+  Losses and networks assume uint8 images in 0 ... 255; a float image in [0, 1]
+  would give plausible but wrong numbers.
   """
   image = source.load(index)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -265,38 +274,40 @@ def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
 
 
 def _copy_view(crop: np.ndarray, image: np.ndarray) -> np.ndarray:
-  """Copies a crop that is a view, which would keep the image in memory."""
+  """Returns a crop, copied if it is a view that would keep the image alive."""
   return np.array(crop) if np.may_share_memory(crop, image) else crop
 
 
 def _load_readable(
     source: image_source.ImageSource, index: int
 ) -> tuple[np.ndarray, int]:
-  """Returns the image at `index`, or the next one that can be read."""
+  """Returns the first readable image from `index` on, and its index."""
   for offset in range(len(source)):
     candidate = (index + offset) % len(source)
     try:
       return _load(source, candidate), candidate
-    except decoding.DamagedImageError:
+    except image_errors.DamagedImageError:
       continue
-  raise ValueError('None of the images of the split can be read.')
+  raise ValueError(
+      f'None of the {len(source)} images of the split can be read.'
+  )
 
 
 def _batch(
     examples: grain.MapDataset,
     config: ml_collections.ConfigDict,
     batch_size: int,
-    share: slice,
+    shard: slice,
 ) -> grain.IterDataset:
-  """Deals examples to this process, batches them and reads ahead in threads.
+  """Batches this process's examples and prefetches in threads.
 
-  A thread makes whole batches: handing over single examples costs more than
-  cropping them.
+  Each thread makes whole batches: passing single examples between threads costs
+  more than cropping them.
   """
-  local_size = batch_size // share.step
+  local_size = batch_size // shard.step
   num_ahead = math.ceil(config.prefetch / local_size)
   return (
-      examples[share]
+      examples[shard]
       .batch(local_size)
       .to_iter_dataset(
           grain.ReadOptions(
@@ -326,7 +337,7 @@ def _protocol(
       'crop': crop,
       'resize': f'shorter side to {resize}' if resize else 'none',
       'kernel': transforms.KERNEL,
-      # Where other files lay beside the images.
+      # Other files in the folder of the images.
       **({'skipped_files': dict(source.skipped)} if source.skipped else {}),
   }
 
@@ -336,12 +347,12 @@ def fingerprint(
     source: image_source.ImageSource,
     **pipeline: Any,
 ) -> dict[str, Any]:
-  """Returns what decides which pixels come of a source, flat and JSON-able.
+  """Returns what determines the pixels of a pipeline, flat and JSON-able.
 
   Args:
     config: the `data` section.
     source: the images.
-    **pipeline: what else does.
+    **pipeline: parameters of the pipeline.
   """
   return {
       'pipeline_version': _PIPELINE_VERSION,

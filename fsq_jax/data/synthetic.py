@@ -1,4 +1,4 @@
-"""Colourful images made from their number: data for debugging and tests."""
+"""Synthetic images, generated from their index, for debugging and tests."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ _NUM_DISCS = 3
 
 
 class SyntheticSource(image_source.ImageSource):
-  """A colour gradient under stripes and discs, all drawn from the index.
+  """Colour gradients under stripes and discs, drawn from the index.
 
-  The validation images come from the numbers after the training ones.
+  Indices of validation images follow the indices of training images.
   """
 
   def __init__(self, split: str, *, size: Sequence[int]):

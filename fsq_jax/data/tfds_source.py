@@ -1,7 +1,7 @@
-"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+"""Datasets prepared by TensorFlow Datasets, read without TensorFlow.
 
-`tensorflow_datasets` itself takes half a second to import, so the functions
-that need it import it.
+Functions import `tensorflow_datasets` where they need it, since importing it
+takes half a second.
 """
 
 import bisect
@@ -27,15 +27,15 @@ _VERSION = re.compile(r'\d+\.\d+\.\d+')
 
 
 class NotPreparedError(ValueError):
-  """The data set is not on this disk."""
+  """The dataset is not on this disk."""
 
 
 class PreparedSource(image_source.EncodedSource):
-  """A split of a data set that TFDS has written as array_record files.
+  """A split of a dataset that TFDS has written as array_record files.
 
-  The image is the feature of type Image (the one named 'image' if there are
-  several); it is decoded by this package like any image file. Labels are those
-  of a feature 'label', if there is one that holds an integer.
+  The image is the feature of type Image (named 'image' if there are several);
+  this package decodes it like any image file. The label is the feature 'label',
+  if it is an integer.
   """
 
   def __init__(
@@ -43,11 +43,20 @@ class PreparedSource(image_source.EncodedSource):
       name: str,
       data_dir: str,
       split: str,
-      *,
-      resize_shorter: int = 0,
-      max_damaged_share: float = 0.01,
-      cache_mib: int = 0,
+      **reading: Any,
   ):
+    """Opens a prepared split.
+
+    Args:
+      name: data.name.
+      data_dir: data.data_dir; see `find_prepared`.
+      split: of the dataset, or a part of it such as 'train[:90%]'.
+      **reading: resize_shorter, max_damaged_share and cache_mib of
+        EncodedSource.
+
+    Raises:
+      ValueError: no such dataset or split, or files of another format.
+    """
     import tensorflow_datasets as tfds
 
     folder = find_prepared(name, data_dir)
@@ -57,7 +66,7 @@ class PreparedSource(image_source.EncodedSource):
           f'{folder} holds {builder.info.file_format.value} files, which have '
           f'no random access. {_how_to_prepare(name)}'
       )
-    self._feature = _find_image_feature(builder.info.features, folder)
+    self._feature = find_image_feature(builder.info.features, folder)
     label = dict(builder.info.features.items()).get('label')
     self._has_labels = (
         label is not None
@@ -79,7 +88,9 @@ class PreparedSource(image_source.EncodedSource):
       ) from error
     for file in self._files:
       if not os.path.exists(file.filename):
-        raise ValueError(f'{file.filename} is missing; prepare it anew.')
+        raise ValueError(
+            f'{file.filename} is missing; prepare the dataset again.'
+        )
     if not len(self._records):
       raise ValueError(f'{builder.info.full_name} {split} holds no examples.')
     self._ends = list(itertools.accumulate(file.take for file in self._files))
@@ -88,9 +99,7 @@ class PreparedSource(image_source.EncodedSource):
         builder.info.full_name,
         split,
         hashlib.sha256(info).hexdigest()[:16],
-        resize_shorter=resize_shorter,
-        max_damaged_share=max_damaged_share,
-        cache_mib=cache_mib,
+        **reading,
     )
 
   def __len__(self) -> int:
@@ -102,9 +111,9 @@ class PreparedSource(image_source.EncodedSource):
     record = file.skip + file.take - (end - index)
     return f'{file.filename} record {record}'
 
-  def facts(self, index: int) -> image_source.Facts:
+  def metadata(self, index: int) -> image_source.ImageMetadata:
     record = self._read_record(index)
-    return image_source.Facts(
+    return image_source.ImageMetadata(
         name=str(index),
         label=int(record['label']) if self._has_labels else -1,
         num_bytes=len(record[self._feature]),
@@ -122,10 +131,10 @@ class PreparedSource(image_source.EncodedSource):
   def _read_record(self, index: int) -> Mapping[str, Any]:
     try:
       return self._records[index]
-    except Exception as error:  # whatever array_record raises
+    except Exception as error:  # array_record raises any type
       raise ValueError(
           f'{self.describe(index)} cannot be read: {error}. The file is '
-          'damaged or gone; prepare the data set anew.'
+          'corrupted or missing; prepare the dataset again.'
       ) from error
 
 
@@ -135,15 +144,15 @@ def find_prepared(name: str, data_dir: str) -> str:
   Args:
     name: 'cifar10', 'name/config', or either with ':1.2.3'; may be '' where
       data_dir is the folder itself.
-    data_dir: where TFDS keeps its data sets ('' means $TFDS_DATA_DIR, or else
-      ~/tensorflow_datasets), or directly the folder of a prepared version.
+    data_dir: data_dir of TFDS ('' is $TFDS_DATA_DIR, or ~/tensorflow_datasets),
+      or the folder of a prepared version.
 
   Returns:
-    The folder with dataset_info.json; of several versions the newest.
+    The folder with dataset_info.json, of the newest version.
 
   Raises:
-    NotPreparedError: it is not there; says where it looked and what to do.
-    ValueError: the name is not one, or not that of the folder.
+    NotPreparedError: it is missing; the message has the path and what to do.
+    ValueError: an invalid name, or not the name of the dataset in the folder.
   """
   root = pathlib.Path(_expand(data_dir))
   match = _NAME.fullmatch(name)
@@ -156,11 +165,14 @@ def find_prepared(name: str, data_dir: str) -> str:
     if name and match['path'].split('/')[0] != info['name']:
       raise ValueError(
           f'data.data_dir {root} holds {info["name"]!r}, but data.name is '
-          f'{name!r}; correct one of them.'
+          f'{name!r}; correct one of the two fields.'
       )
     return str(root)
   if not name:
-    raise ValueError(f'data.name is empty and {root} is no prepared data set.')
+    raise ValueError(
+        f'data.name is empty, and data.data_dir {root} is not the folder of a'
+        ' prepared dataset; set one of the two.'
+    )
   base = root / match['path']
   versions = [
       path for path in base.glob('*')
@@ -171,7 +183,7 @@ def find_prepared(name: str, data_dir: str) -> str:
   if not versions:
     present = sorted(path.name for path in base.glob('*') if path.is_dir())
     raise NotPreparedError(
-        f'Data set {name!r} is not prepared: no dataset_info.json under '
+        f'Dataset {name!r} is not prepared: no dataset_info.json under '
         f'{base}/{match["version"] or "<version>"} (folders there: '
         f'{present}). {_how_to_prepare(name)}'
     )
@@ -179,18 +191,18 @@ def find_prepared(name: str, data_dir: str) -> str:
 
 
 def prepare(name: str, data_dir: str) -> str:
-  """Downloads and writes a data set as array_record files, if it is not there.
+  """Downloads and writes a dataset as array_record files, unless it exists.
 
   Args:
     name: as for find_prepared.
-    data_dir: where TFDS keeps its data sets; '' is the TFDS default.
+    data_dir: data_dir of TFDS; '' is its default.
 
   Returns:
     The folder of the prepared version.
 
   Raises:
-    RuntimeError: TensorFlow, which TFDS needs for writing, is not installed,
-      or the data cannot be had.
+    RuntimeError: TensorFlow, which TFDS needs to write, is not installed, or
+      TFDS fails.
   """
   try:
     return find_prepared(name, data_dir)
@@ -232,12 +244,12 @@ def _version_key(version: str) -> tuple[int, ...]:
 
 def _how_to_prepare(name: str) -> str:
   return (
-      f'Prepare {name!r} once, with a network, by `python launch.py '
+      f'Prepare {name!r} once, with network access, by `python launch.py '
       '--config=... --mode=prepare` with the same config.'
   )
 
 
-def _find_image_feature(features, folder: str) -> str:
+def find_image_feature(features, folder: str) -> str:
   """Returns the key of the feature of type Image."""
   import tensorflow_datasets as tfds
 
@@ -249,13 +261,14 @@ def _find_image_feature(features, folder: str) -> str:
     keys = ['image']
   if len(keys) != 1:
     raise ValueError(
-        f"{folder} has {len(keys)} image features {keys}; needed is one, or "
-        f"one named 'image'. All features: {sorted(features)}."
+        f"{folder} has {len(keys)} image features {keys}; there must be one "
+        f"image feature, or one named 'image'. All features: "
+        f'{sorted(features)}.'
     )
   dtype = np.dtype(features[keys[0]].np_dtype).name
   if dtype not in ('uint8', 'uint16'):
     raise ValueError(
-        f'{folder}: feature {keys[0]!r} holds {dtype} images; known: uint8 '
+        f'{folder}: feature {keys[0]!r} holds {dtype} images; supported: uint8 '
         'and uint16.'
     )
   return keys[0]

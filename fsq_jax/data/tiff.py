@@ -1,11 +1,10 @@
-"""TIFF files: samples of any layout that Pillow reads wrong or not at all.
+"""TIFF files in layouts that Pillow reads wrong or not at all.
 
 Pillow decodes JPEG, fax, YCbCr and LAB files and the plain layouts (contiguous
 unsigned samples of 8 bits, colour of 16 bits, grey and palettes below 8). For
 all others (10, 12, 14 bits, planes, signed and float samples, MinIsWhite with
-16 bits or alpha, ...) Pillow only undoes the compression, and this module reads
-the samples out of the bytes. What neither reads raises an error that names the
-layout.
+16 bits or alpha, ...) Pillow only decompresses, and this module reads the
+samples from the bytes. Other layouts raise an error that names the layout.
 """
 
 from collections.abc import Iterator
@@ -25,9 +24,9 @@ _USED_TAGS = {
     254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320,
     322, 323, 324, 325, 338, 339, 530,
 }
-# Those of whole numbers, as formats of `struct`.
+# Integer types of tags, as formats of `struct`.
 _TAG_TYPES = {1: 'B', 3: 'H', 4: 'I', 6: 'b', 8: 'h', 9: 'i', 16: 'Q'}
-# Compressions of bytes, whatever samples these are.
+# Compressions of bytes, independent of the samples.
 _BYTE_COMPRESSIONS = {
     1: 'no', 5: 'LZW', 8: 'deflate', 32946: 'deflate', 32773: 'PackBits',
     34925: 'LZMA', 50000: 'Zstandard',
@@ -67,7 +66,7 @@ def open_image(data: bytes) -> Image.Image:
     float samples has mode 'F', with 1 as full scale.
 
   Raises:
-    DamagedImageError: a layout that is not supported, which the message names.
+    DamagedImageError: the layout is not supported; the message names it.
   """
   layout = _read_layout(data)
   image_errors.check_num_pixels(layout.width, layout.height)
@@ -87,7 +86,7 @@ def open_image(data: bytes) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Layout:
-  """How the samples of an image are stored; names are those of TIFF tags."""
+  """Layout of the samples of an image, with the names of TIFF tags."""
 
   width: int
   height: int
@@ -132,18 +131,18 @@ class _Layout:
 
   @property
   def is_for_pillow(self) -> bool:
-    """Whether Pillow alone decodes it, and right."""
+    """Whether Pillow decodes it correctly."""
     if set(self.kinds) != {'u'} or (self.planar and len(self.bits) > 1):
       return False
     if self.compression not in _BYTE_COMPRESSIONS:
       return True
-    # Pillow's reader of uncompressed files errs in both.
+    # Pillow's reader of uncompressed files is wrong for both.
     if self.planar or self.fill_order == 2:
       return False
     if self.photometric == _LAB:
       return True
     if self.photometric == _YCBCR:
-      # Pillow takes uncompressed files as if no colour was subsampled.
+      # Pillow ignores the subsampling of colours in uncompressed files.
       return self.compression != 1 or self.subsampling == (1, 1)
     if self.has_narrow_color_map:
       return False
@@ -156,7 +155,7 @@ class _Layout:
 
   @property
   def has_narrow_color_map(self) -> bool:
-    """Whether colours were written with 8 bits, as some old programs did."""
+    """Whether palette entries have 8 bits, as some old programs wrote them."""
     return self.photometric == _PALETTE and max(self.color_map, default=0) < 256
 
   @property
@@ -211,7 +210,7 @@ class _Layout:
     """Reads the samples and converts them; see `open_image`."""
     samples = self._read_samples(data)
     if self.kinds[0] != 'u' or self.bits[0] > 16:
-      # A range of 32 bits is that of 16, since nobody means more.
+      # 32-bit samples have the range of 16 bits, as they are used in practice.
       full = 1 if self.kinds[0] == 'f' else 2 ** min(self.bits[0], 16) - 1
       grey = samples[..., 0].astype(np.float64) / full
       grey = 1 - grey if self.photometric == _WHITE else grey
@@ -225,7 +224,7 @@ class _Layout:
     """Converts [h, w, samples] unsigned integers of at most 16 bits."""
     channels = 3 if self.photometric == _PALETTE else self.num_colors
     pixels = np.empty((self.height, self.width, channels), np.uint8)
-    # Rows at a time, since the alpha channel makes floats of them.
+    # Some rows at a time, since alpha needs floats.
     step = max(1, 2**20 // self.width)
     for top in range(0, self.height, step):
       pixels[top : top + step] = self._to_bytes(samples[top : top + step])
@@ -234,7 +233,7 @@ class _Layout:
     return Image.fromarray(pixels, 'CMYK' if channels == 4 else 'RGB')
 
   def _to_bytes(self, samples: np.ndarray) -> np.ndarray:
-    """Converts samples to colours of 8 bits, laid over white."""
+    """Converts samples to 8-bit colours, composed over white."""
     full = 2 ** self.bits[0] - 1
     colors = samples[..., : self.num_colors]
     if self.photometric == _PALETTE:
@@ -256,7 +255,7 @@ class _Layout:
     return _make_table(full_color)[colors]
 
   def _read_samples(self, data: bytes) -> np.ndarray:
-    """Returns [h, w, samples] of the dtype in which they are stored."""
+    """Returns the samples [h, w, samples] in their stored dtype."""
     num_samples = len(self.bits)
     num_planes = num_samples if self.planar else 1
     planes = np.array_split(range(num_samples), num_planes)
@@ -314,8 +313,8 @@ class _Layout:
   ) -> np.ndarray:
     """Returns [height, across * row_bytes] bytes of strips or tiles.
 
-    They are put into a new TIFF file, as a grey image whose pixels are the
-    bytes: this is what Pillow decodes in every compression.
+    Pillow decodes them as a new TIFF file, a grey image whose pixels are the
+    bytes, which it supports in every compression.
     """
     rows = self.segment_size[0]
     offsets = 8 + np.cumsum([0, *map(len, segments)])
@@ -371,12 +370,12 @@ class _Layout:
 
 @functools.cache
 def _make_table(full: int) -> np.ndarray:
-  """Returns the value of 8 bits for each from 0 to `full`."""
+  """Returns the 8-bit value of each sample from 0 to `full`."""
   return np.rint(np.arange(full + 1) * 255 / full).astype(np.uint8)
 
 
 def _unpack_bits(row: np.ndarray, bits: int, count: int) -> np.ndarray:
-  """Converts bytes to [count] uint16, from the highest bit on."""
+  """Unpacks big-endian bits into [count] uint16."""
   packed = np.unpackbits(row, count=count * bits).reshape(count, bits)
   padded = np.zeros((count, 16), np.uint8)
   padded[:, 16 - bits :] = packed
@@ -384,7 +383,7 @@ def _unpack_bits(row: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def _read_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-  """Returns the values of the tags of whole numbers of the first image."""
+  """Returns the values of the integer tags of the first image."""
   order = _byte_order(data)
   # BigTIFF has 43 where others have 42; everything in it takes 8 bytes.
   if 43 in data[2:4]:
@@ -476,7 +475,7 @@ def _read_layout(data: bytes) -> _Layout:
 
 
 def _per_sample(name: str, values: tuple, num_samples: int) -> tuple[int, ...]:
-  """Returns one value for each sample; equal values are those of all."""
+  """Returns one value per sample; if all are equal, one is enough."""
   if len(set(values)) == 1:
     values = values[:1] * num_samples
   if len(values) < num_samples:

@@ -17,7 +17,7 @@ KERNEL = 'Pillow bicubic, antialiased'
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """Resizes an image; returned as it is where the size is right already.
+  """Resizes an image; returns it unchanged if it has the size already.
 
   Args:
     image: [h, w, 3] uint8.
@@ -41,8 +41,8 @@ def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
 
   Args:
     image: [h, w, 3] uint8.
-    length: of the shorter side; the longer one follows, rounded to the nearest
-      pixel. 0 returns the image as it is.
+    length: of the shorter side; the longer side keeps the aspect ratio, rounded
+      to a pixel. 0 returns the image unchanged.
 
   Returns:
     [h', w', 3] uint8 with min(h', w') == length.
@@ -57,9 +57,9 @@ def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
   size = round(height * scale), round(width * scale)
   if size[0] * size[1] > image_errors.MAX_PIXELS:
     raise image_errors.DamagedImageError(
-        f'{height} x {width} pixels (height x width) are too long for '
-        f'data.resize_shorter = {length}, which would make {size[0]} x '
-        f'{size[1]} of them; {image_errors.MAX_PIXELS} pixels are allowed'
+        f'{height} x {width} pixels (height x width) become {size[0]} x '
+        f'{size[1]} by data.resize_shorter = {length}; at most '
+        f'{image_errors.MAX_PIXELS} pixels are allowed'
     )
   return resize(image, size)
 
@@ -73,21 +73,21 @@ def augment(
     flip: bool,
     color_jitter: float,
 ) -> np.ndarray:
-  """Cuts a random crop at a random scale, mirrors it, changes its colours.
+  """Applies a random crop, a random horizontal flip and color jitter.
 
-  The crop has sides size * s. s is log-uniform in crop_scale, whose ends are
-  first lowered to the largest s that fits the image; an image smaller than
-  `size` is therefore scaled up. The place is uniform over all whole pixels.
+  The crop has sides size * s, with s log-uniform in crop_scale, whose ends are
+  limited to the largest s that fits the image; an image smaller than `size` is
+  therefore scaled up. The place is uniform over all whole pixels.
 
   Args:
     image: [h, w, 3] uint8.
-    rng: gives seven numbers, whatever the other arguments are.
+    rng: seven numbers are drawn, whatever the other arguments are.
     size: (height, width) of the result.
-    crop_scale: (lowest, highest) s.
-    flip: whether to mirror left to right with probability 1/2.
-    color_jitter: j in [0, 1]: hue turned by up to j * 180 degrees, saturation
-      and brightness multiplied by 1 - j to 1 + j and 1 - j / 2 to 1 + j / 2,
-      all uniform.
+    crop_scale: (min, max) s.
+    flip: whether to flip left to right with probability 1/2.
+    color_jitter: j in [0, 1]: hue is rotated by up to j * 180 degrees,
+      saturation and brightness are multiplied by factors in 1 - j ... 1 + j and
+      1 - j / 2 ... 1 + j / 2, all uniform.
 
   Returns:
     [height, width, 3] uint8, perhaps a view of `image`.
@@ -104,12 +104,12 @@ def augment(
 
 
 class Augmentation(NamedTuple):
-  """What `augment` does to an image.
+  """The parameters of an augmentation.
 
   Attributes:
-    crop: (top, left, height, width) in whole pixels of the image.
-    is_flipped: whether the crop is mirrored left to right.
-    color: arguments of `change_color`; None leaves colours alone.
+    crop: (top, left, height, width) in pixels of the image.
+    is_flipped: whether the crop is flipped left to right.
+    color: arguments of `change_color`; None changes no colours.
   """
 
   crop: tuple[int, int, int, int]
@@ -126,7 +126,7 @@ def draw_augmentation(
     flip: bool,
     color_jitter: float,
 ) -> Augmentation:
-  """Draws what `augment` does to an image; see there."""
+  """Draws the parameters of `augment`, which describes the arguments."""
   scale_draw, top_draw, left_draw, flip_draw, *color_draws = rng.random(7)
   largest = _largest_scale(image, size)
   low, high = (min(scale, largest) for scale in crop_scale)
@@ -152,7 +152,7 @@ def draw_augmentation(
 def apply_augmentation(
     image: np.ndarray, augmentation: Augmentation, size: Sequence[int]
 ) -> np.ndarray:
-  """Does what was drawn for an image of this size; see `augment`."""
+  """Applies an augmentation drawn for an image of this size; see `augment`."""
   top, left, height, width = augmentation.crop
   crop = resize(image[top : top + height, left : left + width], size)
   if augmentation.is_flipped:
@@ -165,14 +165,14 @@ def apply_augmentation(
 def change_color(
     image: np.ndarray, *, hue: float, saturation: float, gain: float
 ) -> np.ndarray:
-  """Turns, stretches and scales the colours of an image.
+  """Changes hue, saturation and brightness of an image.
 
   Args:
     image: [h, w, 3] uint8.
-    hue: radians by which colours turn about the grey axis; a third of a full
+    hue: rotation of colours about the grey axis, radians; a third of a full
       turn makes red green and green blue.
-    saturation: factor of their distance from that axis, the mean of R, G, B.
-    gain: factor of all values, last.
+    saturation: factor of the distance from the grey axis.
+    gain: factor of all values, applied last.
 
   Returns:
     [h, w, 3] uint8, clipped and rounded.
@@ -181,18 +181,18 @@ def change_color(
   cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
   turn = np.cos(hue) * (np.eye(3) - grey) + np.sin(hue) * cross
   matrix = (gain * (grey + saturation * turn)).astype(np.float32)
-  # One product of all pixels: NumPy makes one of every row otherwise.
+  # One matmul over all pixels: NumPy would make one per row.
   values = rearrange(image, 'h w c -> (h w) c').astype(np.float32) @ matrix.T
   np.clip(np.rint(values, out=values), 0, 255, out=values)
   return values.astype(np.uint8).reshape(image.shape)
 
 
 def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """Cuts the centre; an odd margin leaves the larger part below and right.
+  """Returns the centre crop; odd margins are larger at the bottom and right.
 
   Args:
-    image: [h, w, 3] uint8. Where it is smaller than `size`, the largest centred
-      crop of the same aspect is scaled up.
+    image: [h, w, 3] uint8. If it is smaller than `size`, the largest centred
+      crop of the same aspect ratio is scaled up.
     size: (height, width) of the result.
 
   Returns:
@@ -206,10 +206,10 @@ def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def is_smaller(image: np.ndarray, size: Sequence[int]) -> bool:
-  """Returns whether an image has too few pixels for a crop at scale 1.
+  """Whether an image has too few pixels for a crop at scale 1.
 
   Args:
-    image: [h, w, 3]; its crops are scaled up then.
+    image: [h, w, 3]; crops of a smaller image are scaled up.
     size: (height, width) of the crop.
   """
   return _largest_scale(image, size) < 1
@@ -230,12 +230,12 @@ def _crop_sides(
 
 
 def pad(image: np.ndarray, multiples: tuple[int, int]) -> np.ndarray:
-  """Pads an image to sides that are multiples.
+  """Pads the sides of an image to multiples, by reflection.
 
-  It is mirrored at its bottom and right, over and over where it is small. A
-  mirror image has the colours and the texture that GroupNorm's statistics, over
-  the whole image, had without it, where repeated edges would be stripes; and
-  it is defined for a single pixel.
+  The image is reflected at its bottom and right edge, repeatedly if it is
+  small. A reflection keeps colours and texture, and so the statistics of
+  GroupNorm over the whole image; repeated edges would be stripes. It is defined
+  for a single pixel too.
 
   Args:
     image: [H, W, 3], both sides at least 1.

@@ -1,48 +1,27 @@
 """Builds autoencoders and their parts from the `model` section of a config."""
 
 from collections.abc import Mapping
-import dataclasses
 import itertools
 from typing import Any
 
 from flax import linen as nn
 from jax import numpy as jnp
 
-from fsq_jax import quantizers
 from fsq_jax.models import autoencoder
 from fsq_jax.models import conv
 from fsq_jax.models import projectors
-from fsq_jax.models import resampling
 from fsq_jax.models import vit
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import encoder as pretrained_vit
-from fsq_jax.models.pretrained import loading as pretrained
 from fsq_jax.models.pretrained import mae_decoder
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import builder as quantizer_builder
+from fsq_jax.quantizers import digits
 
-_ENCODERS = {
-    'conv': conv.ConvEncoder,
-    'pretrained': pretrained_vit.PretrainedVit,
-    'vit': vit.VitEncoder,
-}
-_DECODERS = {
-    'conv': conv.ConvDecoder,
-    'mae': mae_decoder.MaeDecoder,
-    'vit': vit.VitDecoder,
-}
-_PROJECTORS_IN = {
-    'linear': projectors.LinearProjectorIn,
-    'standardized': projectors.StandardizedProjectorIn,
-    'mlp': projectors.MlpProjectorIn,
-    'attention': projectors.AttentionProjectorIn,
-    'none': projectors.NoProjectorIn,
-}
-_PROJECTORS_OUT = {
-    'linear': projectors.LinearProjectorOut,
-    'mlp': projectors.MlpProjectorOut,
-    'fourier': projectors.FourierProjectorOut,
-    'levels': projectors.LevelsProjectorOut,
-    'none': projectors.NoProjectorOut,
-}
+ENCODERS = ('conv', 'pretrained', 'vit')
+DECODERS = ('conv', 'mae', 'vit')
+PROJECTORS_IN = ('linear', 'standardized', 'mlp', 'attention', 'none')
+PROJECTORS_OUT = ('linear', 'mlp', 'fourier', 'levels', 'none')
 
 
 def build_autoencoder(
@@ -51,8 +30,12 @@ def build_autoencoder(
   """Builds the autoencoder that the `model` section of a config describes.
 
   Args:
-    config: the `model` section; see configs/default.py.
-    image_size: (height, width) in pixels, the grid of learned positions.
+    config: the `model` section, see configs/default.py, whose fields have
+      allowed values; this function checks that they fit each other. The
+      architecture of a pretrained encoder is not 'checkpoint', which
+      `configuration.resolve` replaces.
+    image_size: (height, width) in pixels, which sets the grid of learned
+      positions.
 
   Returns:
     The unbound module.
@@ -61,24 +44,29 @@ def build_autoencoder(
     ValueError: an unknown name, an image side that the patch does not divide,
       or parts that do not fit each other.
   """
-  quantizer = quantizers.build_quantizer({
-      'name': config['quantizer']['name'],
-      **config['quantizer'].get(config['quantizer']['name'], {}),
-  })
-  dtype = jnp.dtype(config['dtype'])
+  name = config['quantizer']['name']
+  quantizer = quantizer_builder.build_quantizer(
+      {'name': name, **config['quantizer'].get(name, {})}
+  )
   compute = {
-      'dtype': dtype,
+      'dtype': jnp.dtype(config['dtype']),
       'remat': config['remat'],
       'scan_unroll': config['scan_unroll'],
   }
-  code_dim = quantizer.code_dim
-  encoder = _build_encoder(config, image_size, compute, code_dim)
-  decoder = _build_decoder(config, image_size, compute, code_dim, encoder)
+  image_size = tuple(image_size)
+  encoder = _build_encoder(config, image_size, compute, quantizer.code_dim)
+  decoder = _build_decoder(
+      config, image_size, compute, quantizer.code_dim, encoder.grid_size
+  )
   return autoencoder.Autoencoder(
       encoder=encoder,
-      projector_in=_build_projector_in(config, encoder, quantizer, compute),
+      projector_in=build_projector_in(
+          config['projector_in'], encoder.width, quantizer, compute
+      ),
       quantizer=quantizer,
-      projector_out=_build_projector_out(config, decoder, quantizer, compute),
+      projector_out=build_projector_out(
+          config['projector_out'], decoder.input_width, quantizer, compute
+      ),
       decoder=decoder,
       latent_noise=config['latent_noise'],
       statistics=_build_statistics(config, encoder, decoder),
@@ -86,72 +74,57 @@ def build_autoencoder(
 
 
 def _build_encoder(config, image_size, compute, code_dim) -> nn.Module:
-  cls = _lookup('encoder', _ENCODERS, config)
-  if cls is pretrained_vit.PretrainedVit:
-    return _build_pretrained(config['encoder'], image_size, compute)
-  if cls is conv.ConvEncoder:
-    return _build_conv('encoder', cls, config, image_size, compute, code_dim)
-  return _build_vit('encoder', cls, config, image_size, compute)
+  match _name('encoder', config['encoder'], ENCODERS):
+    case 'conv':
+      return conv.ConvEncoder(
+          **_conv_options('encoder', config, image_size, compute, code_dim)
+      )
+    case 'pretrained':
+      return _build_pretrained(config['encoder'], image_size, compute)
+    case _:
+      options = _vit_options('encoder', config, image_size)
+      return vit.VitEncoder(**options, **compute)
 
 
 def _build_decoder(
-    config, image_size, compute, code_dim, encoder
+    config, image_size, compute, code_dim, latent_grid
 ) -> nn.Module:
-  """Builds a decoder of the encoder's grid."""
-  cls = _lookup('decoder', _DECODERS, config)
-  if cls is mae_decoder.MaeDecoder:
+  name = _name('decoder', config['decoder'], DECODERS)
+  if name == 'mae':
     return mae_decoder.build_mae_decoder(
-        config['decoder'], latent_grid=encoder.grid_size,
-        image_size=image_size, compute=compute,
+        config['decoder'], latent_grid=latent_grid, image_size=image_size,
+        compute=compute,
     )
-  if cls is conv.ConvDecoder:
-    decoder = _build_conv('decoder', cls, config, image_size, compute, code_dim)
-    name, stride, field = 'conv', decoder.stride, 'conv.channel_multipliers'
+  if name == 'conv':
+    decoder = conv.ConvDecoder(
+        **_conv_options('decoder', config, image_size, compute, code_dim)
+    )
+    stride, field = decoder.stride, 'conv.channel_multipliers'
   else:
-    decoder = _build_vit('decoder', cls, config, image_size, compute)
-    name, stride, field = 'vit', decoder.patch_size, 'patch_size'
-  if decoder.grid_size != encoder.grid_size:
+    options = _vit_options('decoder', config, image_size)
+    decoder = vit.VitDecoder(**options, **compute)
+    stride, field = decoder.patch_size, 'patch_size'
+  if decoder.grid_size != latent_grid:
     raise ValueError(
-        f'model.encoder makes {encoder.grid_size} latents and model.decoder'
-        f' {name!r} takes {decoder.grid_size}, one for {stride} x {stride}'
-        f' pixels of data.image_size {tuple(image_size)}. Change'
-        f" model.decoder.{field} or the encoder's, or use the decoder 'mae',"
-        ' which resizes.'
+        f'model.encoder makes {latent_grid} latents and model.decoder {name!r}'
+        f' takes {decoder.grid_size}, one for {stride} x {stride} pixels of'
+        f' data.image_size {image_size}. Change model.decoder.{field} or the'
+        " encoder's, or use the decoder 'mae', which resizes."
     )
   return decoder
 
 
 def _build_pretrained(options, image_size, compute) -> nn.Module:
-  """Builds a pretrained encoder; no file is read unless it has to be."""
-  if options['architecture'] == 'checkpoint':
-    if not options['checkpoint']:
-      raise ValueError(
-          "model.encoder.architecture is 'checkpoint' without a"
-          ' model.encoder.checkpoint; name one, or an architecture.'
-      )
-    try:
-      module = pretrained.build_encoder(options['checkpoint'])
-      architecture = module.architecture
-    except ValueError as error:
-      raise ValueError(
-          f'model.encoder.checkpoint: {error} A run that has started needs no'
-          ' checkpoint, with the model.encoder.architecture of its config.json.'
-      ) from error
-  else:
-    try:
-      architecture = architectures.parse_architecture(options['architecture'])
-    except ValueError as error:
-      raise ValueError(f'model.encoder: {error}') from error
-  size = tuple(options['image_size']) or tuple(image_size)
+  """Builds a pretrained encoder; reads no file."""
+  try:
+    architecture = architectures.parse_architecture(options['architecture'])
+  except ValueError as error:
+    raise ValueError(f'model.encoder: {error}') from error
+  size = tuple(options['image_size']) or image_size
   if min(size) < architecture.patch_size:
     raise ValueError(
         f'model.encoder.image_size is {size} (() takes data.image_size),'
         f' less than one patch, which has {architecture.patch_size} pixels.'
-    )
-  if options['resize'] not in resampling.KERNELS:
-    raise ValueError(
-        f'model.encoder.resize is {options["resize"]!r}; known:'
-        f' {sorted(resampling.KERNELS)}.'
     )
   return pretrained_vit.PretrainedVit(
       architecture=architecture,
@@ -160,6 +133,67 @@ def _build_pretrained(options, image_size, compute) -> nn.Module:
       resize=options['resize'],
       **compute,
   )
+
+
+def _vit_options(part, config, image_size) -> dict[str, Any]:
+  """Returns the arguments of a ViT encoder or decoder, apart from `compute`."""
+  options = config[part]
+  patch, width = options['patch_size'], options['width']
+  if any(side % patch for side in image_size):
+    raise ValueError(
+        f'data.image_size is {image_size}, which model.{part}.patch_size'
+        f' {patch} does not divide; use multiples of {patch}.'
+    )
+  _check_heads(f'model.{part}', options)
+  if options['position'] == 'sincos' and width % 4:
+    raise ValueError(
+        f"model.{part}.position is 'sincos' with model.{part}.width {width};"
+        ' use a multiple of 4.'
+    )
+  fields = ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'position')
+  return {
+      **{field: options[field] for field in fields},
+      'grid_size': tuple(side // patch for side in image_size),
+  }
+
+
+def _conv_options(
+    part, config, image_size, compute, code_dim
+) -> dict[str, Any]:
+  """Returns the arguments of a convolutional encoder or decoder."""
+  options = config[part]['conv']
+  multipliers = tuple(options['channel_multipliers'])
+  stride = conv.stride_of(multipliers)
+  if any(side % stride for side in image_size):
+    raise ValueError(
+        f'data.image_size is {image_size}, which does not halve'
+        f' {len(multipliers) - 1} times, as the {len(multipliers)} levels of'
+        f' model.{part}.conv.channel_multipliers do; use multiples of {stride}.'
+    )
+  channels = [options['filters'] * multiplier for multiplier in multipliers]
+  if any(number % conv.NUM_GROUPS for number in channels):
+    raise ValueError(
+        f'model.{part}.conv has levels of {channels} channels (filters times'
+        ' channel_multipliers), which GroupNorm does not divide into'
+        f' {conv.NUM_GROUPS} groups; use multiples of {conv.NUM_GROUPS}.'
+    )
+  projector = {'encoder': 'projector_in', 'decoder': 'projector_out'}[part]
+  if not options['latent_width'] and config[projector]['name'] != 'none':
+    raise ValueError(
+        f'model.{part}.conv.latent_width is 0 with model.{projector}.name'
+        f' {config[projector]["name"]!r}; use a latent_width >= 1, unless'
+        f" {projector} is 'none'."
+    )
+  return {
+      'filters': options['filters'],
+      'channel_multipliers': multipliers,
+      'num_res_blocks': options['num_res_blocks'],
+      'latent_width': options['latent_width'] or code_dim,
+      'grid_size': tuple(side // stride for side in image_size),
+      # There is no loop over blocks to unroll.
+      'dtype': compute['dtype'],
+      'remat': compute['remat'],
+  }
 
 
 def _build_statistics(
@@ -179,61 +213,98 @@ def _build_statistics(
   )
 
 
-def _build_projector_in(config, encoder, quantizer, compute) -> nn.Module:
-  name = config['projector_in']['name']
-  if name == 'none' and encoder.width != quantizer.code_dim:
+def build_projector_in(
+    config: Mapping[str, Any],
+    latent_width: int,
+    quantizer: base.Quantizer,
+    compute: Mapping[str, Any],
+) -> nn.Module:
+  """Builds the projector of latents to codes.
+
+  Args:
+    config: the section `model.projector_in`.
+    latent_width: channels of the encoder's latents.
+    quantizer: the quantizer of its outputs.
+    compute: dtype, remat and scan_unroll.
+  """
+  name = _name('projector_in', config, PROJECTORS_IN)
+  options, code_dim = config.get(name, {}), quantizer.code_dim
+  match name:
+    case 'linear':
+      return projectors.LinearProjectorIn(code_dim)
+    case 'standardized':
+      return projectors.StandardizedProjectorIn(code_dim)
+    case 'mlp':
+      return projectors.MlpProjectorIn(
+          code_dim, options['width'], options['bound'], compute['dtype']
+      )
+    case 'attention':
+      _check_heads('model.projector_in.attention', options)
+      return projectors.AttentionProjectorIn(
+          code_dim=code_dim,
+          width=options['width'],
+          depth=options['depth'],
+          num_heads=options['num_heads'],
+          mlp_dim=options['mlp_dim'],
+          bound=options['bound'],
+          **compute,
+      )
+  if latent_width != code_dim:
     raise ValueError(
-        f"model.projector_in.name is 'none' with {encoder.width} channels of"
-        f' the encoder (model.encoder.width) and {quantizer.code_dim} of a code'
+        f"model.projector_in.name is 'none' with {latent_width} channels of"
+        f' the encoder (model.encoder.width) and {code_dim} of a code'
         " (model.quantizer); make them equal, with 'conv' by latent_width=0, or"
         " use 'linear'."
     )
-  return _build_projector(
-      'projector_in',
-      _PROJECTORS_IN,
-      config,
-      {'code_dim': quantizer.code_dim, **compute},
-  )
+  return projectors.NoProjectorIn(code_dim)
 
 
-def _build_projector_out(config, decoder, quantizer, compute) -> nn.Module:
-  name = config['projector_out']['name']
-  if name == 'none' and decoder.input_width != quantizer.code_dim:
+def build_projector_out(
+    config: Mapping[str, Any],
+    width: int,
+    quantizer: base.Quantizer,
+    compute: Mapping[str, Any],
+) -> nn.Module:
+  """Builds the projector of codes to the decoder's latents.
+
+  Args:
+    config: the section `model.projector_out`.
+    width: channels of the decoder's latents.
+    quantizer: the quantizer of the codes.
+    compute: has the dtype.
+  """
+  dtype = compute['dtype']
+  name = _name('projector_out', config, PROJECTORS_OUT)
+  match name:
+    case 'linear':
+      return projectors.LinearProjectorOut(width, dtype)
+    case 'mlp':
+      return projectors.MlpProjectorOut(width, code_scales(quantizer), dtype)
+    case 'fourier':
+      return projectors.FourierProjectorOut(
+          width,
+          num_frequencies=config[name]['num_frequencies'],
+          sigma=config[name]['sigma'],
+          code_steps=quantizer.code_steps,
+          dtype=dtype,
+      )
+    case 'levels':
+      # A clone: one module cannot be part of two.
+      return projectors.LevelsProjectorOut(width, quantizer.clone(), dtype)
+  if width != quantizer.code_dim:
     raise ValueError(
         f"model.projector_out.name is 'none' with {quantizer.code_dim} channels"
-        f' of a code (model.quantizer) and {decoder.input_width} of the decoder'
+        f' of a code (model.quantizer) and {width} of the decoder'
         " (model.decoder.width); make them equal, with 'conv' by"
         " latent_width=0, or use 'linear'."
     )
-  return _build_projector(
-      'projector_out',
-      _PROJECTORS_OUT,
-      config,
-      {
-          'width': decoder.input_width,
-          'code_steps': quantizer.code_steps,
-          'code_scales': _code_scales(quantizer),
-          # Of its own: one module cannot be part of two.
-          'quantizer': quantizer.clone(),
-          **compute,
-      },
-  )
+  return projectors.NoProjectorOut(width, dtype)
 
 
-def _build_projector(part, table, config, known) -> nn.Module:
-  """Builds a projector from its section and from what it asks of the model."""
-  cls = _lookup(part, table, config)
-  fields = {field.name for field in dataclasses.fields(cls)}
-  options = config[part].get(config[part]['name'], {})
-  return cls(
-      **{name: known[name] for name in known if name in fields}, **options
-  )
-
-
-def _code_scales(quantizer: quantizers.Quantizer) -> tuple[float, ...]:
+def code_scales(quantizer: base.Quantizer) -> tuple[float, ...]:
   """Returns half the range of codes in each channel, 1 without a grid."""
   steps = quantizer.code_steps
-  if not isinstance(quantizer, quantizers.DigitQuantizer):
+  if not isinstance(quantizer, digits.DigitQuantizer):
     return steps
   levels = itertools.cycle(quantizer.levels)
   return tuple(
@@ -242,63 +313,17 @@ def _code_scales(quantizer: quantizers.Quantizer) -> tuple[float, ...]:
   )
 
 
-def _build_conv(
-    part, cls, config, image_size, compute, code_dim
-) -> conv.ConvEncoder | conv.ConvDecoder:
-  """Builds a convolutional part; there is no loop for scan_unroll to unroll."""
-  options = config[part]['conv']
-  multipliers = tuple(options['channel_multipliers'])
-  stride = conv.stride_of(multipliers)
-  if any(side % stride for side in image_size):
+def _check_heads(section: str, options: Mapping[str, Any]) -> None:
+  if options['width'] % options['num_heads']:
     raise ValueError(
-        f'data.image_size is {tuple(image_size)}, which does not halve'
-        f' {len(multipliers) - 1} times, as the {len(multipliers)} levels of'
-        f' model.{part}.conv.channel_multipliers do; use multiples of {stride}.'
+        f'{section}.width {options["width"]} is no multiple of num_heads'
+        f' {options["num_heads"]}; use a width that is a multiple of num_heads.'
     )
-  channels = [options['filters'] * multiplier for multiplier in multipliers]
-  if any(number % conv.NUM_GROUPS for number in channels):
-    raise ValueError(
-        f'model.{part}.conv has levels of {channels} channels (filters times'
-        ' channel_multipliers), which GroupNorm does not divide into'
-        f' {conv.NUM_GROUPS}; use multiples of {conv.NUM_GROUPS}.'
-    )
-  return cls(
-      filters=options['filters'],
-      channel_multipliers=multipliers,
-      num_res_blocks=options['num_res_blocks'],
-      latent_width=options['latent_width'] or code_dim,
-      grid_size=tuple(side // stride for side in image_size),
-      dtype=compute['dtype'],
-      remat=compute['remat'],
-  )
 
 
-def _build_vit(part, cls, config, image_size, compute) -> nn.Module:
-  fields = dict(config[part])
-  names = {field.name for field in dataclasses.fields(cls)} - {'name'}
-  fields = {name: fields[name] for name in fields if name in names}
-  patch = fields['patch_size']
-  if any(side % patch for side in image_size):
+def _name(part: str, config: Mapping[str, Any], known: tuple[str, ...]) -> str:
+  if config['name'] not in known:
     raise ValueError(
-        f'data.image_size is {tuple(image_size)}, which model.{part}.patch_size'
-        f' {patch} does not divide; use multiples of {patch}.'
+        f'model.{part}.name is {config["name"]!r}; known: {sorted(known)}.'
     )
-  if fields['width'] % fields['num_heads']:
-    raise ValueError(
-        f'model.{part}.width {fields["width"]} is no multiple of num_heads'
-        f' {fields["num_heads"]}.'
-    )
-  if fields['position'] not in vit.POSITIONS:
-    raise ValueError(
-        f'model.{part}.position is {fields["position"]!r}; known:'
-        f' {sorted(vit.POSITIONS)}.'
-    )
-  grid_size = tuple(side // patch for side in image_size)
-  return cls(grid_size=grid_size, **fields, **compute)
-
-
-def _lookup(part: str, table: Mapping[str, type], config) -> type:
-  name = config[part]['name']
-  if name not in table:
-    raise ValueError(f'model.{part}.name is {name!r}; known: {sorted(table)}.')
-  return table[name]
+  return config['name']

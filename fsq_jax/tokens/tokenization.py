@@ -403,7 +403,7 @@ class _Run:
     by_image = itertools.groupby(numbers, lambda x: x // self._job.views)
     for index, group in by_image:
       views = [number % self._job.views for number in group]
-      facts = self._source.facts(index)
+      facts = self._source.metadata(index)
       stamp = None
       if isinstance(self._source, data.EncodedSource):
         # Of before it is read, so that a later change shows.

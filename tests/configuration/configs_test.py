@@ -1,11 +1,13 @@
-"""Tests of the files in configs/: each one parses, is valid, and builds.
+"""Tests of the files in configs/: each file parses, is valid, and builds.
 
-Those with a pretrained or a convolutional encoder train too, reduced by
-overrides alone; the networks of their losses are small as well.
+Configs with a pretrained or a convolutional encoder train too, reduced by
+overrides alone; the networks of their losses are small as well. Without
+FSQ_JAX_ALL_CONFIGS=1 only one config of each kind trains.
 """
 
 import functools
 import json
+import os
 import pathlib
 import re
 
@@ -34,25 +36,35 @@ from fsq_jax.train import step as train_step
 _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py')
 )
-_each_config = pytest.mark.parametrize(
-    'path', _CONFIGS, ids=[path.stem for path in _CONFIGS]
-)
+_LOADED = {path: configuration.load_config(path) for path in _CONFIGS}
 _PRETRAINED = [
     path
-    for path in _CONFIGS
-    if configuration.load_config(path).model.encoder.name == 'pretrained'
+    for path, config in _LOADED.items()
+    if config.model.encoder.name == 'pretrained'
 ]
-_each_pretrained = pytest.mark.parametrize(
-    'path', _PRETRAINED, ids=[path.stem for path in _PRETRAINED]
-)
 _CONV = [
     path
-    for path in _CONFIGS
-    if configuration.load_config(path).model.encoder.name == 'conv'
+    for path, config in _LOADED.items()
+    if config.model.encoder.name == 'conv'
 ]
-_each_conv = pytest.mark.parametrize(
-    'path', _CONV, ids=[path.stem for path in _CONV]
-)
+
+
+def _parts(config):
+  """What makes models different, apart from sizes."""
+  model = config.model
+  return (
+      model.encoder.architecture
+      if model.encoder.name == 'pretrained'
+      else model.encoder.name,
+      model.decoder.name,
+      model.projector_in.name,
+      model.projector_out.name,
+  )
+
+
+# One config of each kind of model.
+_KINDS = {_parts(config): path for path, config in _LOADED.items()}
+
 
 _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
 _FROZEN = _TESTDATA / 'frozen'
@@ -80,11 +92,28 @@ _DECODER_SIZES = {768: 415_056_640, 1024: 415_351_552, 1152: 415_499_008}
 _STAGE_2 = 'vqrae_fsq_siglip_l_stage2'
 # For two CPU cores, with sizes of its own.
 _SMALL = 'vqrae_fsq_dinov2_s'
-# Reduced, these have all parts; the others put them together otherwise.
+# Reduced, these have all parts; other configs combine them otherwise.
 _VARIED = (
-    'rae_dinov2_b', 'vqrae_fsq_siglip_l', _STAGE_2, 'vqrae_simvq_dinov2_b',
-    'vqrae_vq_siglip2_so400m',
+    'imagenet256_fsq_1024', 'rae_dinov2_b', 'vqrae_fsq_siglip_l', _STAGE_2,
+    'vqrae_simvq_dinov2_b', 'vqrae_vq_siglip2_so400m',
 )
+
+
+def _reduced(paths):
+  """Parametrizes a test over reduced configs, of which few run by default."""
+  skip = pytest.mark.skipif(
+      not os.environ.get('FSQ_JAX_ALL_CONFIGS'),
+      reason='Its parts train in other configs; set FSQ_JAX_ALL_CONFIGS=1.',
+  )
+  return pytest.mark.parametrize(
+      'path',
+      [
+          pytest.param(
+              path, id=path.stem, marks=() if path.stem in _VARIED else skip
+          )
+          for path in paths
+      ],
+  )
 
 
 def _load(path, tmp_path):
@@ -148,16 +177,23 @@ def _count(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-@_each_config
-def test_config_is_valid_and_locked(path, tmp_path):
-  config = _load(path, tmp_path)
-  configuration.check_config(config)
-  configuration.check_config(config, num_devices=8)
-  with pytest.raises(AttributeError):
-    config.model.encoder.widht = 8
+def test_configs_are_valid_and_locked(tmp_path):
+  failures = []
+  for path in _CONFIGS:
+    config = _load(path, tmp_path)
+    for num_devices in (None, 8):
+      try:
+        configuration.check_config(config, num_devices)
+      except ValueError as error:
+        failures.append((path.stem, num_devices, str(error)))
+    with pytest.raises(AttributeError):
+      config.model.encoder.widht = 8
+  assert not failures
 
 
-@_each_config
+@pytest.mark.parametrize(
+    'path', _KINDS.values(), ids=[path.stem for path in _KINDS.values()]
+)
 def test_config_builds_a_model_that_keeps_the_shape(path):
   config, output, variables = _trace(path)
   encoder = config.model.encoder
@@ -166,7 +202,7 @@ def test_config_builds_a_model_that_keeps_the_shape(path):
     size = encoder.image_size or size
     patch = models.parse_architecture(encoder.architecture).patch_size
   elif encoder.name == 'conv':
-    patch = 16
+    patch = 2 ** (len(encoder.conv.channel_multipliers) - 1)
   assert 'params' in variables
   assert output.reconstructions.shape == (1, *config.data.image_size, 3)
   assert output.indices.shape[:3] == (1, size[0] // patch, size[1] // patch)
@@ -181,6 +217,7 @@ _WITH_NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(_WITH_NETWORKS))
 def test_the_whole_training_step_fits_together_at_full_size(name):
   config = configuration.load_config(_CONFIGS[0].parent / f'{name}.py')
@@ -207,8 +244,7 @@ def test_the_whole_training_step_fits_together_at_full_size(name):
 
 def test_which_configs_have_networks():
   by_losses = {}
-  for path in _CONFIGS:
-    config = configuration.load_config(path)
+  for path, config in _LOADED.items():
     losses = config.losses.perceptual.name, config.discriminator.name
     by_losses.setdefault(losses, set()).add(path.stem)
   assert by_losses.keys() == {
@@ -218,17 +254,20 @@ def test_which_configs_have_networks():
   assert by_losses['none', 'none'].isdisjoint(large)
 
 
-@_each_config
-def test_header_gives_the_command_and_names_files(path):
-  text = path.read_text()
-  if path.stem != 'default':
-    assert f'python launch.py --config=configs/{path.name}' in text
-  config = configuration.load_config(path)
-  if config.losses.perceptual.name != 'none' and path.stem != 'default':
-    assert (
+def test_headers_give_the_command_and_name_files():
+  failures = []
+  for path, config in _LOADED.items():
+    text = path.read_text()
+    if path.stem == 'default':
+      continue
+    if f'python launch.py --config=configs/{path.name}' not in text:
+      failures.append((path.stem, 'command'))
+    if config.losses.perceptual.name != 'none' and not (
         '--config.losses.perceptual.checkpoint=FILE' in text
         or re.search(r'files\s+of\s+the\s+losses', text)
-    )
+    ):
+      failures.append((path.stem, 'files of the losses'))
+  assert not failures
 
 
 @pytest.mark.parametrize('name', sorted(_WITH_NETWORKS))
@@ -245,18 +284,20 @@ def test_networks_are_never_random_by_oversight(name, tmp_path):
     assert f"{field} is ''" in str(error.value)
 
 
-@_each_config
-def test_config_survives_json(path, tmp_path):
-  config = _load(path, tmp_path)
-  loaded = configuration.config_from_json(configuration.config_to_json(config))
-  assert loaded.to_dict() == config.to_dict()
+def test_configs_survive_json():
+  failures = []
+  for path, config in _LOADED.items():
+    text = configuration.config_to_json(config)
+    if configuration.config_from_json(text).to_dict() != config.to_dict():
+      failures.append(path.stem)
+  assert not failures
 
 
 def test_names_of_configs_tell_their_levels():
   named = 0
-  for path in _CONFIGS:
+  for path, config in _LOADED.items():
     if match := re.search(r'fsq_(?:.*_)?(\d+)$', path.stem):
-      levels = configuration.load_config(path).model.quantizer.fsq.levels
+      levels = config.model.quantizer.fsq.levels
       if match[1] == '1024':  # The codes that the paper's levels come close to.
         assert levels == quantizers.recommended_levels(10)
       else:
@@ -280,14 +321,12 @@ def test_overrides_turn_a_config_to_a_folder_of_other_size(tmp_path):
   configuration.check_config(config)
 
 
-_RESIZING = [
-    path for path in _CONFIGS
-    if configuration.load_config(path).data.resize_shorter
-]
-
-
-@pytest.mark.parametrize('path', _RESIZING, ids=[x.stem for x in _RESIZING])
-def test_resizing_follows_the_image_size_unless_it_is_set(path, tmp_path):
+@pytest.mark.parametrize(
+    'name',
+    ['folder_fsq_8555', 'imagenet128_fsq_8555', 'imagenet256_fsq_1024', _SMALL],
+)
+def test_resizing_follows_the_image_size_unless_it_is_set(name, tmp_path):
+  path = _CONFIGS[0].parent / f'{name}.py'
   config = _load(path, tmp_path)
   size, length = config.data.image_size, config.data.resize_shorter
   assert length in {112: (128,), 256: (256, 384)}.get(size[0], size)
@@ -312,19 +351,29 @@ def test_resizing_follows_the_image_size_unless_it_is_set(path, tmp_path):
 # Configs with a pretrained encoder.
 
 
-@_each_pretrained
-def test_a_pretrained_encoder_is_never_random_by_oversight(path):
-  config = configuration.load_config(path)
-  fields = {'model.encoder.checkpoint': None}
-  if path.stem == _STAGE_2:
-    fields = {'train.init_from': None}
-  for field in fields:
-    with pytest.raises(ValueError, match=f'set --config.{field}') as error:
-      configuration.check_config(config)
-    assert f'{field} is None' in str(error.value)
+def test_a_pretrained_encoder_is_never_random_by_oversight():
+  failures = []
+  for path in _PRETRAINED:
+    field = 'model.encoder.checkpoint'
+    if path.stem == _STAGE_2:
+      field = 'train.init_from'
+    try:
+      configuration.check_config(_LOADED[path])
+      failures.append(path.stem)
+    except ValueError as error:
+      if not re.search(f'{field} is None.*set --config.{field}', str(error)):
+        failures.append((path.stem, str(error)))
+  assert not failures
 
 
-@_each_pretrained
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=path.stem)
+        for path in _KINDS.values()
+        if path in _PRETRAINED
+    ],
+)
 def test_sizes_are_those_of_the_published_models(path):
   config, output, variables = _trace(path)
   params = variables['params']
@@ -343,7 +392,7 @@ def test_sizes_are_those_of_the_published_models(path):
 def test_codebooks_to_compare_are_of_one_size():
   sizes = {}
   for path in _PRETRAINED:
-    config = configuration.load_config(path)
+    config = _LOADED[path]
     quantizer = models.build_autoencoder(
         config.model, config.data.image_size
     ).quantizer
@@ -523,16 +572,8 @@ def _leaves(tree):
   }
 
 
-# The others have their parts in other combinations.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'path',
-    [
-        pytest.param(path, id=path.stem)
-        for path in _PRETRAINED
-        if path.stem in _VARIED
-    ],
-)
+@_reduced(_PRETRAINED)
 def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
   config = _shrink(configuration.load_config(path))
   shrink_losses(config)
@@ -560,7 +601,14 @@ def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
 # Configs with the convolutional autoencoder of the FSQ paper.
 
 
-@_each_conv
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=path.stem)
+        for path in _CONV
+        if path.stem in ('imagenet128_fsq_8555', 'imagenet256_fsq_1024')
+    ],
+)
 def test_sizes_are_those_of_the_paper(path):
   config, output, variables = _trace(path)
   params = variables['params']
@@ -581,9 +629,8 @@ def test_sizes_are_those_of_the_paper(path):
 
 
 @pytest.mark.slow
-def test_a_reduced_conv_autoencoder_trains(shrink_losses):
-  # The others differ in levels and sizes.
-  (path,) = (x for x in _CONV if x.stem == 'imagenet256_fsq_1024')
+@_reduced(_CONV)
+def test_a_reduced_conv_autoencoder_trains(path, shrink_losses):
   config = configuration.load_config(path)
   shrink_losses(config)
   config.model.encoder.conv.update(

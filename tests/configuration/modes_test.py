@@ -1,4 +1,4 @@
-"""What each mode asks for: what it uses is named before long work, no more.
+"""Modes name missing inputs that they use, and need no other inputs.
 
 One tiny run is trained with everything that a config can name: a folder of
 images, a pretrained encoder and decoder, statistics of latents, networks of the
@@ -76,7 +76,7 @@ _MISSING = {
     'data set of TFDS': (
         ['--config.data.source=tfds', '--config.data.name=mnist',
          '--config.data.data_dir=/nowhere'],
-        "Data set 'mnist' is not prepared",
+        "Dataset 'mnist' is not prepared",
     ),
     'encoder': (
         ['--config.model.encoder.checkpoint=/nowhere'],
@@ -170,7 +170,7 @@ def _args(mode, root, folder):
 
 def test_every_mode_is_in_the_table():
   modes = flags.FLAGS['mode'].parser.enum_values
-  assert set(modes) == loading._USES.keys() == {*_USED, 'prepare'}
+  assert set(modes) == loading.USES.keys() == {*_USED, 'prepare'}
 
 
 @pytest.mark.slow

@@ -220,8 +220,13 @@ def test_tiff_of_unsigned_samples(photometric, num_samples, extra, bits):
   expected = _expect(samples, color_map=color_map, **kind)
   # Pillow composes 8-bit colours in whole numbers.
   tolerance = 1.01 if bits == 8 else 0.51
+  # Samples that are not of whole bytes are unpacked alike, and large palettes
+  # take long to write.
+  layouts = _LAYOUTS if bits in (1, 8, 12, 16) else _LAYOUTS[bits % 3 :: 3]
+  if photometric == _PALETTE and bits > 8:
+    layouts = _LAYOUTS[bits % 5 :: 5]
   for layout, order, planar in itertools.product(
-      _LAYOUTS, '<>', (False, True)
+      layouts, '<>', (False, True)
   ):
     data = _write_tiff(
         samples, color_map=color_map, order=order, planar=planar, **kind,
@@ -603,12 +608,12 @@ _HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
 @pytest.mark.parametrize(
     ('data', 'reason'),
     [
-        (b'', 'an empty file is no image of a known format'),
-        (b'<html>', "starts b'<html>' is no image of a known format.* JPEG,"),
-        (_HEIC, 'HEIC images are not read; convert the file to PNG'),
-        (b'\0\0\0\x0cJXL \r\n\x87\n', 'JPEG XL images are not read'),
-        (b'P7\nWIDTH 1\n', 'PAM images are not read'),
-        (b'%!PS-Adobe', 'EPS images are not read'),
+        (b'', 'an empty file is not an image of a known format'),
+        (b'<html>', "starts b'<html>' is not an image of a known .* JPEG,"),
+        (_HEIC, 'HEIC images are not supported; convert the file to PNG'),
+        (b'\0\0\0\x0cJXL \r\n\x87\n', 'JPEG XL images are not supported'),
+        (b'P7\nWIDTH 1\n', 'PAM images are not supported'),
+        (b'%!PS-Adobe', 'EPS images are not supported'),
         (
             b'\xff\xd8\xff\xc0\0\x0b\x0c\0\x08\0\x08\1\1\x11\0',
             'Pillow cannot open this JPEG file: .*12-bit',

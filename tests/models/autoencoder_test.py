@@ -193,24 +193,8 @@ def test_statistics_are_no_parameters():
             r'image_size is \(3, 12\) .* one patch, which has 4 pixels',
         ),
         (
-            {**_PRETRAINED, 'encoder.resize': 'nearest'},
-            r"resize is 'nearest'; known: \['bicubic'",
-        ),
-        (
             {**_PRETRAINED, 'encoder.architecture': 'dinov2_B/15'},
             r"^model.encoder: .*'dinov2_B/15' is none .*'dinov2_B/14'",
-        ),
-        (
-            {**_PRETRAINED, 'encoder.architecture': 'checkpoint'},
-            r"'checkpoint' without a model.encoder.checkpoint; name one",
-        ),
-        (
-            {
-                **_PRETRAINED,
-                'encoder.architecture': 'checkpoint',
-                'encoder.checkpoint': '/nowhere',
-            },
-            'There is no /nowhere',
         ),
         ({**_PRETRAINED, 'projector_in.name': 'none'}, '8 channels .* 3 of'),
     ],

@@ -1,9 +1,11 @@
 """Autoencoders: one encode and one decode path, sizes, errors, precision."""
 
 import functools
+import itertools
 import json
 import math
 import pathlib
+import re
 
 import chex
 import jax
@@ -46,7 +48,7 @@ _DTYPES = ('float32', 'bfloat16')
 _VARIANTS = [
     *[
         (name, 'learned')
-        for name in sorted(builder._PROJECTORS_IN)
+        for name in sorted(builder.PROJECTORS_IN)
         if name != 'none'
     ],
     *[('linear', name) for name in vit.POSITIONS if name != 'learned'],
@@ -54,6 +56,16 @@ _VARIANTS = [
 
 every_variant = pytest.mark.parametrize(
     ('projector_in', 'position'), _VARIANTS
+)
+# The default, which a wrong edit breaks first; the rest are slow.
+fast_variants = pytest.mark.parametrize(
+    ('projector_in', 'position'),
+    [
+        pytest.param(
+            *variant, marks=() if variant == _VARIANTS[1] else pytest.mark.slow
+        )
+        for variant in _VARIANTS
+    ],
 )
 
 
@@ -109,7 +121,7 @@ def _flat(tree):
   }
 
 
-@every_variant
+@fast_variants
 def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
   model = _build_variant(projector_in, position)
   images = _images()
@@ -130,8 +142,24 @@ def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
   )
 
 
-@pytest.mark.parametrize('projector_out', sorted(builder._PROJECTORS_OUT))
-@pytest.mark.parametrize('projector_in', sorted(builder._PROJECTORS_IN))
+# Each projector once; all other pairs are slow.
+_FAST_PAIRS = (
+    ('attention', 'none'), ('linear', 'levels'), ('mlp', 'linear'),
+    ('none', 'fourier'), ('standardized', 'mlp'),
+)
+
+
+@pytest.mark.parametrize(
+    ('projector_in', 'projector_out'),
+    [
+        pytest.param(
+            *pair, marks=() if pair in _FAST_PAIRS else pytest.mark.slow
+        )
+        for pair in itertools.product(
+            sorted(builder.PROJECTORS_IN), sorted(builder.PROJECTORS_OUT)
+        )
+    ],
+)
 def test_every_pair_of_projectors_decodes_its_indices(
     projector_in, projector_out
 ):
@@ -159,6 +187,7 @@ def test_every_pair_of_projectors_decodes_its_indices(
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('quantizer', 'projector_out'),
     [
@@ -190,6 +219,7 @@ def test_projectors_decode_the_indices_of_other_quantizers(
   )
 
 
+@pytest.mark.slow
 def test_without_quantizer_latents_and_gradients_pass_as_they_are():
   model = _build({'quantizer.name': 'none'})
   images = _images()
@@ -240,7 +270,14 @@ def test_without_quantizer_there_are_no_tokens_to_decode():
     _call(model, variables, indices, method='decode_from_indices')
 
 
-@pytest.mark.parametrize('projector_out', ['fourier', 'levels', 'mlp'])
+@pytest.mark.parametrize(
+    'projector_out',
+    [
+        pytest.param('fourier', marks=pytest.mark.slow),
+        pytest.param('levels', marks=pytest.mark.slow),
+        'mlp',
+    ],
+)
 def test_the_unit_of_codes_does_not_matter(projector_out):
   # Codes -2 ... 2 and -1 ... 1, with other units in each channel.
   symmetric, paper = (
@@ -261,6 +298,7 @@ def test_the_unit_of_codes_does_not_matter(projector_out):
   np.testing.assert_allclose(images, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_on_latents_is_of_the_stated_size_and_in_training_only():
   plain, noisy = (_build({'latent_noise': tau}) for tau in (0.0, 0.8))
   images = _images(batch_size=200)
@@ -382,7 +420,7 @@ def test_every_token_reaches_every_patch_of_its_own_image():
   assert np.all(moved[1] == 0)
 
 
-@every_variant
+@fast_variants
 def test_every_parameter_gets_a_gradient_through_the_codes(
     projector_in, position
 ):
@@ -421,6 +459,7 @@ def test_every_parameter_gets_a_gradient_through_the_codes(
     [{'remat': True}, {'scan_unroll': 2}],
     ids=lambda overrides: '-'.join(overrides),
 )
+@pytest.mark.slow
 def test_remat_and_unrolling_change_no_result(plain_results, overrides):
   model, images, variables, expected = plain_results
   other = _build({'encoder.depth': 3, **overrides})
@@ -463,7 +502,9 @@ def _num_operations(overrides, *, gradient=False):
   return jax.jit(function).lower(variables, images).as_text().count(' = ')
 
 
-@pytest.mark.parametrize('gradient', [False, True])
+@pytest.mark.parametrize(
+    'gradient', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_size_of_the_program_does_not_grow_with_depth(gradient):
   shallow, deep, unrolled = (
       _num_operations(
@@ -490,7 +531,9 @@ def test_remat_keeps_less_for_the_backward_pass():
   assert num_kept(remat=True) < 0.6 * num_kept(remat=False)
 
 
-@pytest.mark.parametrize('part', ['encoder', 'decoder'])
+@pytest.mark.parametrize(
+    'part', ['encoder', pytest.param('decoder', marks=pytest.mark.slow)]
+)
 def test_bfloat16_is_inside_of_the_transformers(part):
   exact, model = (getattr(_build({'dtype': x}), part) for x in _DTYPES)
   x = _images()
@@ -595,36 +638,48 @@ def test_images_that_cannot_be_cut_into_patches_are_refused(size):
   assert f'{size[0]} x {size[1]} pixels' in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ('overrides', 'message'),
-    [
-        ({'encoder.patch_size': 5}, r'\(8, 12\), which model.encoder.patch_s'),
-        ({'decoder.patch_size': 8}, r'\(8, 12\), which model.decoder.patch_s'),
-        ({'encoder.num_heads': 3}, 'encoder.width 8 is no multiple of num_he'),
-        ({'decoder.num_heads': 5}, 'decoder.width 12 is no multiple of num_h'),
-        ({'encoder.position': 'rope'}, r"'rope'; known: \['learned', 'sinco"),
-        ({'encoder.name': 'mlp'}, r"'mlp'; known: \['conv', 'pretrained', 'v"),
-        ({'decoder.name': 'mlp'}, r"decoder.name is 'mlp'; known: .*'mae', 'v"),
-        ({'projector_in.name': 'rope'}, r"known: \['attention', 'linear', 'm"),
-        ({'projector_out.name': 'rope'}, r"'rope'; known: \['fourier', 'lev"),
-        ({'projector_in.name': 'none'}, '8 channels of the encoder .* and 3'),
-        ({'projector_out.name': 'none'}, '3 channels of a code .* and 12 of'),
-        (
-            {'projector_out.name': 'levels', 'quantizer.name': 'vq'},
-            'codes of VectorQuantizer have no levels',
-        ),
-        (
-            {'projector_out.name': 'levels', 'quantizer.name': 'simvq'},
-            'codes of SimVQ have no levels',
-        ),
-        (
-            {'projector_out.name': 'levels', 'quantizer.name': 'none'},
-            'codes of NoQuantizer have no levels',
-        ),
-        ({'quantizer.name': 'mlp'}, r"quantizer.name is 'mlp'; known: .*'fsq"),
-    ],
-    ids=lambda x: '-'.join(x) if isinstance(x, dict) else '',
-)
-def test_parts_that_cannot_be_built_are_named(overrides, message):
-  with pytest.raises(ValueError, match=message):
-    _build(overrides)
+def test_parts_that_cannot_be_built_are_named():
+  failures = []
+  for overrides, message in (
+      ({'encoder.patch_size': 5}, r'\(8, 12\), which model.encoder.patch_s'),
+      ({'decoder.patch_size': 8}, r'\(8, 12\), which model.decoder.patch_s'),
+      ({'encoder.num_heads': 3}, 'encoder.width 8 is no multiple of num_he'),
+      ({'decoder.num_heads': 5}, 'decoder.width 12 is no multiple of num_h'),
+      (
+          {'decoder.width': 6, 'decoder.position': 'sincos'},
+          "position is 'sincos' with model.decoder.width 6; use a multiple",
+      ),
+      (
+          {
+              'projector_in.name': 'attention',
+              'projector_in.attention.num_heads': 3,
+          },
+          'projector_in.attention.width 16 is no multiple of num_heads 3',
+      ),
+      ({'encoder.name': 'mlp'}, r"'mlp'; known: \['conv', 'pretrained', 'v"),
+      ({'decoder.name': 'mlp'}, r"decoder.name is 'mlp'; known: .*'mae', 'v"),
+      ({'projector_in.name': 'rope'}, r"known: \['attention', 'linear', 'm"),
+      ({'projector_out.name': 'rope'}, r"'rope'; known: \['fourier', 'lev"),
+      ({'projector_in.name': 'none'}, '8 channels of the encoder .* and 3'),
+      ({'projector_out.name': 'none'}, '3 channels of a code .* and 12 of'),
+      (
+          {'projector_out.name': 'levels', 'quantizer.name': 'vq'},
+          'codes of VectorQuantizer have no levels',
+      ),
+      (
+          {'projector_out.name': 'levels', 'quantizer.name': 'simvq'},
+          'codes of SimVQ have no levels',
+      ),
+      (
+          {'projector_out.name': 'levels', 'quantizer.name': 'none'},
+          'codes of NoQuantizer have no levels',
+      ),
+      ({'quantizer.name': 'mlp'}, r"quantizer.name is 'mlp'; known: .*'fsq"),
+  ):
+    try:
+      _build(overrides)
+      failures.append((overrides, 'no error'))
+    except ValueError as error:
+      if not re.search(message, str(error)):
+        failures.append((overrides, str(error)))
+  assert not failures

@@ -60,7 +60,7 @@ def test_code_steps_are_distances_of_neighbouring_codes(name):
 def test_codes_without_a_grid_have_steps_of_1():
   vq = quantizers.VectorQuantizer(codebook_size=16, code_dim=3)
   assert vq.code_steps == (1.0, 1.0, 1.0)
-  assert builder._code_scales(vq) == (1.0, 1.0, 1.0)
+  assert builder.code_scales(vq) == (1.0, 1.0, 1.0)
 
 
 @_each_quantizer
@@ -71,7 +71,7 @@ def test_scaled_codes_span_two(name):
   lower = np.zeros((*quantizer.index_shape, len(quantizer.levels)), np.int32)
   upper = lower + np.asarray(quantizer.levels) - 1
   lower, upper = map(quantizer.digits_to_codes, (lower, upper))
-  scales = np.asarray(builder._code_scales(quantizer))
+  scales = np.asarray(builder.code_scales(quantizer))
   np.testing.assert_allclose((upper - lower) / scales, 2, rtol=1e-6)
 
 
@@ -253,21 +253,13 @@ def test_bfloat16_is_what_the_decoder_gets(name):
   section = {
       'fourier': {'num_frequencies': 16, 'sigma': 0.187}
   }.get(name, {})
-  known = {
-      'width': 3 if name == 'none' else 24,
-      'code_steps': quantizer.code_steps,
-      'code_scales': builder._code_scales(quantizer),
-      'quantizer': quantizer.clone(),
-  }
   codes = quantizer.digits_to_codes(_random_digits(quantizer))
-  config = {'projector_out': {'name': name, name: section}}
+  width = 3 if name == 'none' else 24
 
   def build(dtype):
-    return builder._build_projector(
-        'projector_out',
-        builder._PROJECTORS_OUT,
-        config,
-        {**known, 'dtype': jnp.dtype(dtype)},
+    return builder.build_projector_out(
+        {'name': name, name: section}, width, quantizer,
+        {'dtype': jnp.dtype(dtype)},
     )
 
   variables = jax.jit(build('float32').init)(jax.random.key(0), codes)

@@ -20,6 +20,7 @@ import safetensors.numpy
 from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax.configuration import loading
+from fsq_jax.configuration import schema
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import partitioning
@@ -365,7 +366,8 @@ def test_changed_configs_and_dialects_are_refused(folder):
 
 def test_fields_of_later_versions_do_not_change_a_hash(folder, monkeypatch):
   before = Tokenizer.from_pretrained(folder).model_hash
-  monkeypatch.setitem(loading._ADDED, 'model.encoder.later_field', 0)
+  later = schema.FIELDS['model.encoder.width']._replace(added=lambda _: 0)
+  monkeypatch.setitem(schema.FIELDS, 'model.encoder.later_field', later)
   after = Tokenizer.from_pretrained(folder)
   assert after.config.model.encoder.later_field == 0
   assert after.model_hash == before

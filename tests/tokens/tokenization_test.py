@@ -228,7 +228,7 @@ def test_views_are_random_crops_as_in_training(tmp_path, root):
   examples = list(tokens.TokenSource(tmp_path / 'tokens'))
   for number, example in enumerate(examples):
     index, view = readable[number // 5], number % 5
-    facts = source.facts(index)
+    facts = source.metadata(index)
     assert (example.name, example.label) == (facts.name, facts.label)
     assert example.view == view
     image = source.load(index)

@@ -503,7 +503,7 @@ def test_another_config_is_refused(finished, section, field, value, line):
   (config[section] if section else config)[field] = value
   files = (workdirs.CONFIG, workdirs.METRICS, workdirs.RUN)
   before = [(finished / name).read_bytes() for name in files]
-  with pytest.raises(ValueError, match='not the one of this run') as error:
+  with pytest.raises(ValueError, match='differs from that of') as error:
     train.train_and_evaluate(config, finished)
   assert line in [x.strip() for x in str(error.value).splitlines()]
   assert '--allow_config_change' in str(error.value)

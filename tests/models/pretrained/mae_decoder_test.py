@@ -11,7 +11,6 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax.configuration import schema
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import mae_decoder
 from fsq_jax.runtime import partitioning
@@ -302,7 +301,7 @@ def test_names_are_those_of_the_rules():
       ('preset', {'none', *mae_decoder.PRESETS}),
       ('normalization', set(mae_decoder.NORMALIZATIONS)),
   ):
-    rule = schema.FIELDS[f'model.decoder.mae.{field}']
+    rule = configuration.find_rule(f'model.decoder.mae.{field}')
     assert rule.allowed == f'one of {sorted(names)}'
 
 

@@ -1,0 +1,195 @@
+"""Rules between fields of different sections, which no constructor checks."""
+
+from collections.abc import Collection, Iterator
+import math
+import os
+
+from fsq_jax.configuration import rules
+
+# Inputs that not every mode uses: 'images'; 'initialization', the weights and
+# the run that a new run is initialized from; 'training', the networks of the
+# losses and the size of training batches.
+INPUTS = frozenset({'images', 'initialization', 'training'})
+_MESH = tuple(
+    f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
+)
+
+
+def cross_rules(
+    num_devices: int | None, uses: Collection[str] = INPUTS
+) -> Iterator[rules.CrossRule]:
+  """Yields the rules between fields.
+
+  Args:
+    num_devices: devices of all processes; None omits the rules that depend on
+      it.
+    uses: the inputs in use; rules on other inputs are omitted.
+  """
+  yield from _data_rules()
+  if 'images' in uses:
+    yield rules.CrossRule(
+        ('data.source', 'data.data_dir'),
+        "with 'folder' an existing folder as data_dir; set"
+        ' --config.data.data_dir',
+        lambda source, folder: (
+            source != 'folder' or os.path.isdir(os.path.expanduser(folder))
+        ),
+    )
+  yield from _step_rules()
+  if 'training' in uses:
+    yield from _network_rules()
+  yield rules.CrossRule(
+      _MESH, 'at most one -1', lambda *sizes: sizes.count(-1) <= 1
+  )
+  if num_devices is not None:
+    yield from _device_rules(num_devices, uses)
+  else:
+    yield rules.CrossRule(
+        ('data.batch_size', 'optim.accumulation_steps'),
+        'a batch_size that is a multiple of accumulation_steps',
+        lambda size, parts: size % parts == 0,
+    )
+
+
+def _data_rules() -> Iterator[rules.CrossRule]:
+  yield rules.CrossRule(
+      ('data.source', 'data.name', 'data.data_dir'),
+      "with 'tfds' a name, or the folder of a prepared version as data_dir",
+      lambda source, name, folder: source != 'tfds' or bool(name or folder),
+  )
+  yield rules.CrossRule(
+      ('data.resize_shorter', 'data.image_size', 'data.allow_upscaling'),
+      'a resize_shorter of 0 or of at least the longer side of image_size,'
+      ' since smaller images are scaled up to image_size;'
+      ' --config.data.allow_upscaling allows that',
+      lambda length, size, allowed: (
+          not length or allowed or length >= max(size)
+      ),
+  )
+  yield rules.CrossRule(
+      ('eval.native_size', 'data.source'),
+      "native_size only with data.source 'folder' or 'tfds'",
+      lambda native, source: not native or source in ('folder', 'tfds'),
+  )
+  yield rules.CrossRule(
+      ('tokenize.views', 'tokenize.fit'),
+      "more than one view (random crops) only with fit 'crop'",
+      lambda views, fit: views == 1 or fit == 'crop',
+  )
+
+
+def _step_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules between learning rates, and between numbers of steps."""
+  for section in ('optim', 'discriminator.optim'):
+    yield rules.CrossRule(
+        (f'{section}.end_learning_rate', f'{section}.learning_rate'),
+        'end_learning_rate <= learning_rate',
+        lambda end, peak: end <= peak,
+    )
+  yield rules.CrossRule(
+      ('optim.warmup_steps', 'train.num_steps'),
+      'warmup_steps < num_steps',
+      lambda warmup_steps, num_steps: warmup_steps < num_steps,
+  )
+  yield rules.CrossRule(
+      ('train.profile_steps', 'train.num_steps'),
+      '() or first <= last <= num_steps',
+      lambda steps, num_steps: (
+          not steps or steps[0] <= steps[1] <= num_steps
+      ),
+  )
+  yield rules.CrossRule(
+      (
+          'discriminator.name',
+          'discriminator.start_step',
+          'losses.adversarial.start_step',
+          'train.num_steps',
+      ),
+      'an adversarial loss that starts with the discriminator or later, and'
+      ' before num_steps',
+      lambda name, discriminator, decoder, num_steps: (
+          name == 'none' or discriminator <= decoder < num_steps
+      ),
+  )
+  yield rules.CrossRule(
+      (
+          'discriminator.name',
+          'discriminator.start_step',
+          'discriminator.optim.warmup_steps',
+          'train.num_steps',
+      ),
+      'start_step + warmup_steps < num_steps',
+      lambda name, start, warmup_steps, num_steps: (
+          name == 'none' or start + warmup_steps < num_steps
+      ),
+  )
+
+
+def _network_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules on weights of frozen networks: none may be random."""
+  yield rules.CrossRule(
+      ('losses.perceptual.name', 'losses.perceptual.checkpoint'),
+      "'none', or a file of the network's weights (see experiments/weights);"
+      ' set --config.losses.perceptual.checkpoint',
+      lambda name, path: name == 'none' or path != '',
+  )
+  yield rules.CrossRule(
+      ('discriminator.name', 'discriminator.dino.checkpoint'),
+      "with 'dino' the directory of a DINO ViT-S/8; set"
+      ' --config.discriminator.dino.checkpoint',
+      lambda name, path: name != 'dino' or path != '',
+  )
+  yield rules.CrossRule(
+      (
+          'losses.distillation_weight',
+          'model.encoder.name',
+          'model.encoder.checkpoint',
+          'train.init_from',
+      ),
+      'distillation_weight 0, or a teacher: a model.encoder.checkpoint of an'
+      " encoder 'pretrained', or a stage 1 in train.init_from",
+      lambda weight, name, checkpoint, run: (
+          not weight or run or (name == 'pretrained' and checkpoint)
+      ),
+  )
+
+
+def _device_rules(
+    num_devices: int, uses: Collection[str]
+) -> Iterator[rules.CrossRule]:
+
+  def fills(*sizes: int) -> bool:
+    return (
+        num_devices % abs(math.prod(sizes)) == 0
+        if -1 in sizes
+        else num_devices == math.prod(sizes)
+    )
+
+  def divides(num_images: int, *sizes: int) -> bool:
+    if not fills(*sizes):
+      return True  # The rule on the mesh reports it.
+    *others, tensor = sizes
+    if tensor == -1:
+      tensor = num_devices // math.prod(others)
+    return num_images % (num_devices // tensor) == 0
+
+  if 'training' in uses:
+    yield rules.CrossRule(
+        ('data.batch_size', 'optim.accumulation_steps', *_MESH),
+        f'a batch_size that is a multiple of {num_devices} devices times'
+        ' accumulation_steps, over partitioning.mesh.tensor',
+        lambda size, parts, *sizes: (
+            size % parts == 0 and divides(size // parts, *sizes)
+        ),
+    )
+  yield rules.CrossRule(
+      ('data.eval_batch_size', *_MESH),
+      f'a multiple of {num_devices} devices, over partitioning.mesh.tensor',
+      divides,
+  )
+  yield rules.CrossRule(
+      _MESH,
+      f'sizes that multiply to {num_devices} devices; -1 is all remaining'
+      ' devices',
+      fills,
+  )
