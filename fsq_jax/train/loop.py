@@ -16,7 +16,7 @@ class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
     self.step = step
 
 
-class RunError(Exception):
+class RunError(RuntimeError):
   """A run that cannot continue; what it has saved is intact."""
 
 
