@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 from flax import struct
 import jax
 from jax import numpy as jnp
 import optax
 
-from fsq_jax.adversarial import builder
 from fsq_jax.adversarial import diffaug
 from fsq_jax.adversarial import losses as adversarial_losses
 from fsq_jax.runtime import parameter_paths
@@ -53,18 +53,22 @@ class Adversary:
   """Trains the discriminator of a config."""
 
   def __init__(
-      self, config: Mapping[str, Any], optimizer: optax.GradientTransformation
+      self,
+      config: Mapping[str, Any],
+      module: nn.Module,
+      optimizer: optax.GradientTransformation,
   ):
-    """Builds the module and its losses.
+    """Builds the losses.
 
     Args:
       config: the whole config; discriminator, losses and data.image_size are
         read.
-      optimizer: of the discriminator.
+      module: the discriminator.
+      optimizer: of its parameters.
     """
     self._options = options = config['discriminator']
     self._generator = config['losses']['adversarial']
-    self._module = builder.build_discriminator(options)
+    self._module = module
     self._image_size = tuple(config['data']['image_size'])
     self._discriminator_loss = adversarial_losses.build_discriminator_loss(
         options['loss']
@@ -290,12 +294,3 @@ class Adversary:
         probability=probability,
         cutout=self._options['augment_cutout'],
     )
-
-
-def build_adversary(
-    config: Mapping[str, Any], optimizer: optax.GradientTransformation
-) -> Adversary | None:
-  """Builds discriminator training; None if discriminator.name is 'none'."""
-  if config['discriminator']['name'] == 'none':
-    return None
-  return Adversary(config, optimizer)

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from fsq_jax.adversarial import adversary as adversaries
+from fsq_jax.adversarial import builder as adversary_builder
 from fsq_jax.models import variables
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
@@ -73,6 +73,24 @@ class TrainState(struct.PyTreeNode):
     decay = jnp.minimum(decay, (1 + count) / (10 + count))
     return optax.incremental_update(params, self.ema_params, 1 - decay)
 
+  def after_step(self, is_good: jax.Array, **updated: Any) -> 'TrainState':
+    """Returns the next state, in which a bad step changes only the counters.
+
+    Args:
+      is_good: bool scalar, False to skip the update.
+      **updated: fields after the update.
+    """
+    state = jax.tree.map(
+        lambda new, old: jnp.where(is_good, new, old),
+        self.replace(**updated),
+        self,
+    )
+    return state.replace(
+        step=state.step + 1,
+        bad_steps=jnp.where(is_good, 0, state.bad_steps + 1),
+        skipped_steps=state.skipped_steps + (~is_good).astype(jnp.int32),
+    )
+
 
 class StateBuilder:
   """Creates the train state of a config with its shardings.
@@ -106,7 +124,7 @@ class StateBuilder:
     self._model = model
     self._optimizer = optimizer
     self._mesh = mesh
-    self._adversary = adversaries.build_adversary(
+    self._adversary = adversary_builder.build_adversary(
         config, optim.build_discriminator_optimizer(config)
     )
     rules = config.partitioning.rules, config.partitioning.fsdp_min_size

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import optax
 
 from fsq_jax.adversarial import adversary as adversaries
+from fsq_jax.adversarial import builder as adversary_builder
 from fsq_jax.models import pixels
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
@@ -216,26 +217,15 @@ class TrainStep:
       norm = optax.tree.norm(gradients.discriminator)
       scalars['discriminator_gradient_norm'] = norm
       checked += ['discriminator_loss', 'discriminator_gradient_norm']
-    is_finite = jnp.all(jnp.isfinite(jnp.stack([scalars[x] for x in checked])))
-    updated = state.replace(
+    state = state.after_step(
+        jnp.all(jnp.isfinite(jnp.stack([scalars[x] for x in checked]))),
         params=params,
         ema_params=state.average(params, self.ema_decay),
         opt_state=opt_state,
         **changed,
     )
-    state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), updated, state
-    )
-    state = state.replace(
-        step=state.step + 1,
-        bad_steps=jnp.where(is_finite, 0, state.bad_steps + 1),
-        skipped_steps=state.skipped_steps + (~is_finite).astype(jnp.int32),
-    )
-    scalars |= {
-        'bad_steps': state.bad_steps,
-        'skipped_steps': state.skipped_steps,
-    }
-    return state, scalars
+    counters = ('bad_steps', 'skipped_steps')
+    return state, scalars | {name: getattr(state, name) for name in counters}
 
 
 def build_train_step(
@@ -269,7 +259,7 @@ def build_train_step(
       image_loss=losses.build_image_loss(options, perceptual),
       quantizer_weight=options['quantizer_weight'],
       distillation_weight=options['distillation_weight'],
-      adversary=adversaries.build_adversary(
+      adversary=adversary_builder.build_adversary(
           config, optim.build_discriminator_optimizer(config)
       ),
       seed=config['seed'],
