@@ -242,6 +242,7 @@ def _gradients(model, variables, images):
   return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_remat_changes_none():
   levels = {'model.encoder.conv.channel_multipliers': (1, 2)}
   model = _build(levels)
@@ -273,6 +274,7 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
+@pytest.mark.slow
 def test_bfloat16_is_inside(part):
   exact, module = (
       getattr(_build({'model.dtype': x}), part) for x in ('float32', 'bfloat16')
