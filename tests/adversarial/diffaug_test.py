@@ -226,7 +226,7 @@ def test_eight_devices_give_the_result_of_one_without_talking():
 
 
 def test_draws_of_another_batch_are_refused():
-  with pytest.raises(ValueError, match=r'\(4, 7\) do not fit 8 images'):
+  with pytest.raises(ValueError, match=r'\(4, 7\); 8 images need \(8, 7\)'):
     diffaug.apply(
         diffaug.draw(_KEY, 4), _images(), probability=1.0, cutout=0.0
     )

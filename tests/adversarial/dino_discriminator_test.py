@@ -262,7 +262,7 @@ def test_the_bias_of_the_keys_changes_no_logit():
 
 @pytest.mark.parametrize('blocks', [(3,), (0, -1)])
 def test_blocks_that_are_not_there_are_refused(blocks):
-  with pytest.raises(ValueError, match='has those from 0 to 2'):
+  with pytest.raises(ValueError, match='has blocks 0 to 2'):
     jax.eval_shape(
         _module(blocks=blocks).init, jax.random.key(0), _images()
     )

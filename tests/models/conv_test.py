@@ -218,7 +218,7 @@ def test_images_have_any_size_that_the_stride_divides(size):
 
 def test_the_decoder_refuses_other_latents():
   decoder = conv.ConvDecoder(**_FIELDS)
-  with pytest.raises(ValueError, match='latents of 5 channels, not 4'):
+  with pytest.raises(ValueError, match='have 4 channels, the decoder needs 5'):
     jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2, 3, 4)))
 
 
