@@ -1,4 +1,4 @@
-"""Trains a tokenizer by its config, and uses what was trained.
+"""Trains an image tokenizer, evaluates it, tokenizes images with it.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
       [--mode=train|eval|report|tokenize|detokenize|export|prepare|
@@ -94,8 +94,8 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
   """The same command continues the run."""
 
 
-# Modes. Each imports what it calls, since importing JAX takes seconds, and
-# returns lines to print.
+# Modes. Each imports its library function, since importing JAX takes seconds,
+# and returns lines to print.
 
 
 def _train(config: _Config, workdir: _Path) -> list[_Path]:
@@ -298,7 +298,7 @@ def _main(argv: list[str]) -> int:
   """Makes the message of a failed run the last thing printed."""
   code = main(argv)
   if code == _FAILED:
-    # Orbax, asyncio and Python would report at exit what they could not write.
+    # Otherwise Orbax, asyncio and Python report failed writes at exit.
     logging.set_verbosity(logging.FATAL)
     warnings.simplefilter('ignore')
     sys.unraisablehook = lambda _: None

@@ -16,7 +16,7 @@ from fsq_jax.runtime import partitioning
 
 
 class AdversaryState(struct.PyTreeNode):
-  """What the discriminator carries from one step to the next.
+  """State of the discriminator.
 
   Attributes:
     params: trainable parameters, float32.

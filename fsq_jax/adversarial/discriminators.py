@@ -65,7 +65,7 @@ class PatchDiscriminator(nn.Module):
 
   @property
   def frozen_parameters(self) -> tuple[str, ...]:
-    """Regular expressions of frozen parameters, of which it has none."""
+    """Regular expressions of frozen parameters; all parameters train."""
     return ()
 
   @nn.compact
@@ -130,7 +130,7 @@ class StyleGanDiscriminator(nn.Module):
 
   @property
   def frozen_parameters(self) -> tuple[str, ...]:
-    """Regular expressions of frozen parameters, of which it has none."""
+    """Regular expressions of frozen parameters; all parameters train."""
     return ()
 
   @nn.compact

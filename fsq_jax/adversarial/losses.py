@@ -23,8 +23,8 @@ def _cross_entropy(real: jax.Array, fake: jax.Array) -> jax.Array:
   return jnp.mean(softplus(-real)) + jnp.mean(softplus(fake))
 
 
-# For a discriminator 'non_saturating' is 2 x 'vanilla', as in the original code;
-# for a generator the two losses differ.
+# Of a discriminator 'non_saturating' is 2 x 'vanilla', as in the original code;
+# of a generator the two losses differ.
 _DISCRIMINATOR_LOSSES: dict[str, DiscriminatorLoss] = {
     'hinge': _hinge,
     'vanilla': lambda real, fake: _cross_entropy(real, fake) / 2,

@@ -77,7 +77,7 @@ def load(
 
   Args:
     path: of the config file.
-    workdir: of the run; used if path is None.
+    workdir: of the run; used without a path.
     root: of the repository, whose configs are suggested.
 
   Returns:

@@ -67,7 +67,7 @@ class StandardizedProjectorIn(nn.Module):
 class MlpProjectorIn(nn.Module):
   """LayerNorm and three dense layers with exact GELUs between them.
 
-  The parameters are those of FSQAdapter in github.com/hugoycj/RAE:
+  The parameters equal FSQAdapter's in github.com/hugoycj/RAE:
   LayerNorm(C), C -> width -> width -> code_dim, a bound and a gain for each
   dimension. The initialization differs. The original's 3 tanh(z), clipped at 1,
   puts two fifths of all tokens into each outermost level: for unit-normal z the
@@ -273,7 +273,7 @@ def fourier_features(x: jax.Array, frequencies: jax.Array) -> jax.Array:
 class FourierProjectorOut(nn.Module):
   """Random Fourier features of the codes, then three dense layers.
 
-  The parameters are those of FourierFSQUnprojector in github.com/hugoycj/RAE:
+  The parameters equal FourierFSQUnprojector's in github.com/hugoycj/RAE:
   features sin(2 pi c B) and cos(2 pi c B) (arXiv 2006.10739), then three layers
   with LayerNorm and exact GELU after the first two. The frequencies B, normal
   with standard deviation sigma, are constants: they are in the collection
@@ -405,7 +405,7 @@ def _knot_weights(
   """Returns the weight of each level's embedding in one channel.
 
   Args:
-    digits: [...] int32, the nearest level, in [0, level).
+    digits: [...] int32 index of the nearest level, in [0, level).
     error: [...] or scalar float32, distance from it in steps; 0 at a code.
     level: number of levels.
 

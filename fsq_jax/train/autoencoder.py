@@ -40,25 +40,25 @@ def train_and_evaluate(
 ) -> train_state.TrainState:
   """Trains until config.train.num_steps, evaluates, and writes the report.
 
-  A workdir with checkpoints is resumed from the newest one; on the same devices
-  the result equals that of an uninterrupted run bit for bit.
+  A workdir with checkpoints is resumed from the newest one. On the same devices
+  an interrupted run and an uninterrupted run have bit-identical results.
 
   Args:
     config: see configs/default.py.
     workdir: folder of the run, created if it is missing.
-    allow_config_change: resume although the config differs from the one that
-      the checkpoint was trained with; if the data set or its order differ, the
-      input starts anew.
+    allow_config_change: resume although the config differs from the config of
+      the checkpoint; if the data set or its order differ, the input starts
+      anew.
 
   Returns:
     The last state.
 
   Raises:
-    ValueError: a config, data set or workdir that cannot be used.
+    ValueError: an invalid config, data set or workdir.
     Preempted: SIGTERM or SIGINT arrived; the last step is saved.
     DivergedError: config.train.max_bad_steps non-finite steps in a row.
-    RunError: something cannot be written, as on a full disk, or another of
-      several processes cannot start.
+    RunError: something cannot be written, as on a full disk, or another process
+      failed.
   """
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
@@ -76,7 +76,7 @@ def train_and_evaluate(
 
 
 class _Run(NamedTuple):
-  """What is open while a run goes on; the stack closes it."""
+  """Resources of a run, closed by the stack."""
 
   config: ml_collections.ConfigDict
   folder: pathlib.Path
@@ -96,7 +96,7 @@ def _open(
     workdir: str | os.PathLike[str],
     stack: contextlib.ExitStack,
 ) -> _Run:
-  """Opens the workdir for this run alone."""
+  """Opens the workdir, which no other run may use meanwhile."""
   # First: a signal during building and compiling stops the run after one step.
   stop_request = stack.enter_context(preemption.catch_signals())
   is_writer = jax.process_index() == 0
@@ -125,7 +125,7 @@ def _open(
 
 
 def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
-  """Builds the parts in the order in which they need each other; trains."""
+  """Builds the parts of a run in the order of their dependencies; trains."""
   config, mesh, folder = run.config, run.mesh, run.folder
   model = models.build_autoencoder(config.model, config.data.image_size)
   initializer = None
@@ -133,7 +133,7 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
     initializer = initialization.Initializer(config, model)
   networks = frozen_networks.load_networks(config, mesh)
   dataset = _build_dataset(config, 'train', mesh)
-  # Before the state, which takes long: files may be missing.
+  # Before the state, which takes longer: files may be missing.
   evaluator = evaluators.build_evaluator(
       config, model, _build_dataset(config, 'eval', mesh), mesh, folder
   )
@@ -212,7 +212,7 @@ def _build_hooks(
     writer: workdirs.MetricWriter | None,
     dataset: data.Dataset,
 ) -> list[loop.Hook]:
-  """Returns the hooks in the order in which they act after a step."""
+  """Returns the hooks in the order of their calls after a step."""
   options, checkpointer = run.config.train, run.checkpointer
   log = hooks.Log(
       run.progress,

@@ -34,7 +34,7 @@ class Networks(NamedTuple):
   hashes: dict[str, str]
 
   def check_same(self, saved: Mapping[str, str]) -> None:
-    """Checks that the weights are those of a checkpoint.
+    """Compares the weights with the weights that a checkpoint used.
 
     Args:
       saved: `hashes` of the checkpoint.

@@ -31,7 +31,7 @@ class Initializer:
   def __init__(
       self, config: ml_collections.ConfigDict, model: models.Autoencoder
   ):
-    """Checks files, of which it reads little.
+    """Checks the files; reads only their metadata and statistics.
 
     Args:
       config: the whole config.

@@ -1,4 +1,4 @@
-"""What a run records besides its state, and what resuming it requires."""
+"""Record of a run: saved with its checkpoints, checked when it resumes."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -44,7 +44,7 @@ class RunRecord:
     self.iterator = self.dataset.iterator()
 
   def current(self) -> dict[str, Any]:
-    """Returns what a checkpoint holds besides the state, JSON-able."""
+    """Returns the record that a checkpoint holds, JSON-able."""
     return {
         'config': json.loads(configuration.config_to_json(self.config)),
         'quantizer': self.quantizer.spec(),

@@ -164,7 +164,7 @@ class StateBuilder:
     if self._config.losses.distillation_weight:
       teacher = _copy_encoder(params)
     if self._adversary is not None:
-      # Not the model's key, of which its parts fold in their names.
+      # Another key than the model's.
       key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
       adversary_state = self._adversary.init(key)
     return TrainState(

@@ -46,7 +46,7 @@ class TrainStep:
     quantizer_weight: of the quantizer's loss.
     distillation_weight: of the distillation loss; 0 for none.
     adversary: discriminator training; None without a discriminator.
-    seed: of everything random. What is drawn depends on seed and step alone.
+    seed: random numbers depend on seed and step only.
     ema_decay: upper bound of the decay of `ema_params`.
     accumulation_steps: parts of a batch, whose gradients are averaged.
   """
@@ -73,8 +73,8 @@ class TrainStep:
     Args:
       state: before the step.
       images: [B, H, W, 3] uint8.
-      networks: variables of the frozen networks (`Networks.variables`); may be
-        left out if the config has none.
+      networks: variables of the frozen networks (`Networks.variables`), if the
+        config uses any.
 
     Returns:
       The next state and float32 scalars. Losses are means over the global
