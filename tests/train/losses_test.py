@@ -75,7 +75,7 @@ def test_shapes_that_would_broadcast_are_refused(name, shape):
   loss_fn = losses.build_reconstruction_loss(name)
   images, other = jnp.zeros(_SHAPE), jnp.zeros(shape)
   for arguments in ((images, other), (other, images)):
-    with pytest.raises(ValueError, match='of one shape') as error:
+    with pytest.raises(ValueError, match='have the same shape') as error:
       jax.eval_shape(loss_fn, *arguments)
     assert str(shape) in str(error.value)
     assert str(_SHAPE) in str(error.value)
