@@ -115,8 +115,8 @@ def _translate(x: jax.Array, uniform: jax.Array) -> jax.Array:
   """Translates each image by whole pixels; positive is down and right."""
   for axis in (1, 2):
     side = x.shape[axis]
-    highest = round(_TRANSLATION * side)
-    offset = _as_int32(uniform[:, axis - 1], 2 * highest + 1) - highest
+    limit = round(_TRANSLATION * side)
+    offset = _as_int32(uniform[:, axis - 1], 2 * limit + 1) - limit
     source = jnp.arange(side, dtype=jnp.int32) - offset[:, None]
     inside = (source >= 0) & (source < side)
     pattern = 'b n -> b n 1 1' if axis == 1 else 'b n -> b 1 n 1'
