@@ -61,7 +61,7 @@ def _read_latents(path):
   config = _config()
   config.model.latent_statistics = str(path)
   statistics = types.SimpleNamespace(grid_size=_GRID, width=_WIDTH)
-  return initialization._read_statistics(
+  return initialization.read_statistics(
       config, types.SimpleNamespace(statistics=statistics)
   )
 
@@ -164,12 +164,12 @@ def _originals() -> dict[str, tuple[bytes, str, object]]:
       {'mean': np.zeros(4), 'covariance': covariance},
       {**_ORIGIN._asdict(), 'format': frechet._FORMAT, 'num_images': '9'},
   )
-  facts = initialization.encoder_facts(fault.toy_config())
+  metadata = initialization.encoder_metadata(fault.toy_config())
   latents = safetensors_numpy.save(
       dict.fromkeys(
           ('mean', 'variance'), np.ones((*_GRID, _WIDTH), np.float32)
       ),
-      facts,
+      metadata,
   )
 
   def read(open_function):

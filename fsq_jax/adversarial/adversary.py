@@ -1,14 +1,14 @@
-"""The discriminator's side of training: its state, gradients and update."""
+"""Discriminator training: state, losses, gradients, update."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 from flax import struct
 import jax
 from jax import numpy as jnp
 import optax
 
-from fsq_jax.adversarial import builder
 from fsq_jax.adversarial import diffaug
 from fsq_jax.adversarial import losses as adversarial_losses
 from fsq_jax.runtime import parameter_paths
@@ -16,13 +16,13 @@ from fsq_jax.runtime import partitioning
 
 
 class AdversaryState(struct.PyTreeNode):
-  """What the discriminator carries from one step to the next.
+  """State of the discriminator.
 
   Attributes:
-    params: parameters that train, float32.
+    params: trainable parameters, float32.
     model_state: the module's other collections: vectors of spectral norms.
     opt_state: state of its optimizer.
-    average_logits: 'real' and 'fake', float32 scalars, for LeCam.
+    average_logits: 'real' and 'fake', float32 scalars: EMAs for LeCam.
   """
 
   params: Any
@@ -31,15 +31,16 @@ class AdversaryState(struct.PyTreeNode):
   average_logits: Mapping[str, jax.Array]
 
 
-class Verdict(NamedTuple):
-  """What the discriminator says of one batch.
+class DiscriminatorOutput(NamedTuple):
+  """Losses and gradients of one batch.
 
   Attributes:
-    at_images: [B, H, W, 3] gradient of the decoder's loss at its images,
-      without its weight; zeros before losses.adversarial.start_step.
-    gradients: of the discriminator's loss at its parameters.
+    at_images: [B, H, W, 3] gradient of the adversarial loss with respect to
+      the reconstructions, without the loss's weight; zeros before
+      losses.adversarial.start_step.
+    gradients: of the discriminator's loss with respect to its parameters.
     state: with model_state and average_logits after the batch.
-    scalars: float32; adversarial_loss is the decoder's.
+    scalars: float32; adversarial_loss is the autoencoder's.
   """
 
   at_images: jax.Array
@@ -49,21 +50,25 @@ class Verdict(NamedTuple):
 
 
 class Adversary:
-  """A discriminator, its losses and its optimizer, as a config names them."""
+  """Trains the discriminator of a config."""
 
   def __init__(
-      self, config: Mapping[str, Any], optimizer: optax.GradientTransformation
+      self,
+      config: Mapping[str, Any],
+      module: nn.Module,
+      optimizer: optax.GradientTransformation,
   ):
-    """Builds the parts.
+    """Builds the losses.
 
     Args:
       config: the whole config; discriminator, losses and data.image_size are
         read.
-      optimizer: of the discriminator.
+      module: the discriminator.
+      optimizer: of its parameters.
     """
     self._options = options = config['discriminator']
     self._generator = config['losses']['adversarial']
-    self._module = builder.build_discriminator(options)
+    self._module = module
     self._image_size = tuple(config['data']['image_size'])
     self._discriminator_loss = adversarial_losses.build_discriminator_loss(
         options['loss']
@@ -89,7 +94,7 @@ class Adversary:
         },
     )
 
-  def judge(
+  def losses_and_gradients(
       self,
       state: AdversaryState,
       backbone: Any,
@@ -98,40 +103,41 @@ class Adversary:
       *,
       key: jax.Array,
       step: jax.Array,
-  ) -> Verdict:
-    """Computes both sides' gradients from one forward pass.
+  ) -> DiscriminatorOutput:
+    """Computes both sides' losses and gradients from one forward pass.
 
     Args:
-      state: the discriminator's.
-      backbone: its frozen parameters, {} where it has none.
+      state: of the discriminator.
+      backbone: its frozen parameters; {} without any.
       images: [B, H, W, 3] in [-1, 1].
       reconstructions: the same shape.
       key: of the augmentations.
       step: int32 scalar, training steps taken.
 
     Returns:
-      The verdict; all zeros before discriminator.start_step.
+      The losses and gradients; all zeros before discriminator.start_step.
     """
-    def judge(state):
-      whole = state.replace(params=partitioning.gather(state.params))
+
+    def compute(state):
+      gathered = state.replace(params=partitioning.gather(state.params))
       with partitioning.no_mesh():
-        verdict = self._judge(
-            whole, backbone, images, reconstructions, key, step
+        output = self._losses_and_gradients(
+            gathered, backbone, images, reconstructions, key, step
         )
-      # What is kept of the parameters remains spread.
-      return verdict._replace(state=verdict.state.replace(params=state.params))
+      # The parameters of the state remain sharded.
+      return output._replace(state=output.state.replace(params=state.params))
 
     start = self._options['start_step']
     if not start:
-      return judge(state)
+      return compute(state)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, state)
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, state)
     )
     return jax.lax.cond(
-        step >= start, judge, lambda state: zeros._replace(state=state), state
+        step >= start, compute, lambda state: zeros._replace(state=state), state
     )
 
-  def weigh(
+  def adversarial_weight(
       self,
       step: jax.Array,
       others_at_images: jax.Array,
@@ -139,13 +145,15 @@ class Adversary:
       *,
       to_layer: Callable[[jax.Array], jax.Array],
   ) -> jax.Array:
-    """Weighs the decoder's loss against the other losses on images.
+    """Returns the weight of the adversarial loss: fixed, or VQGAN's adaptive.
 
     Args:
       step: int32 scalar, training steps taken.
-      others_at_images: [B, H, W, 3] gradient of the other losses.
-      at_images: of this one, from `judge`.
-      to_layer: from such a gradient to that at the decoder's last kernel.
+      others_at_images: [B, H, W, 3] gradient of the other losses with respect
+        to the reconstructions.
+      at_images: the same of the adversarial loss.
+      to_layer: maps such a gradient to the gradient with respect to the kernel
+        of the decoder's last layer.
 
     Returns:
       float32 scalar, 0 before losses.adversarial.start_step.
@@ -163,7 +171,7 @@ class Adversary:
   def update(
       self, state: AdversaryState, gradients: Any, step: jax.Array
   ) -> AdversaryState:
-    """Takes the optimizer's step, or none before discriminator.start_step."""
+    """Updates the parameters, from discriminator.start_step on."""
     updates, opt_state = self._optimizer.update(
         gradients, state.opt_state, state.params
     )
@@ -173,16 +181,16 @@ class Adversary:
     active = step >= self._options['start_step']
     return jax.tree.map(lambda x, y: jnp.where(active, x, y), updated, state)
 
-  def _judge(
+  def _losses_and_gradients(
       self, state, backbone, images, reconstructions, key, step
-  ) -> Verdict:
+  ) -> DiscriminatorOutput:
     options = self._options
     real_key, fake_key = jax.random.split(key)
     real = self._augment(real_key, images)
 
-    def apply(params, model_state, x):
+    def apply(params, model_state, x, **kwargs):
       variables = {'params': parameter_paths.merge_frozen(params, backbone)}
-      return self._module.apply({**variables, **model_state}, x)
+      return self._module.apply({**variables, **model_state}, x, **kwargs)
 
     def both_losses(params, reconstructions):
       if options['uint8_fakes']:
@@ -190,59 +198,36 @@ class Adversary:
             reconstructions
         )
       fake = self._augment(fake_key, reconstructions)
-      real_logits, model_state = self._module.apply(
-          {
-              'params': parameter_paths.merge_frozen(params, backbone),
-              **state.model_state,
-          },
-          real,
-          train=True,
-          mutable=list(state.model_state),
+      real_logits, model_state = apply(
+          params, state.model_state, real,
+          train=True, mutable=list(state.model_state),
       )
-      fake_logits = apply(params, model_state, fake)
-      discriminator_loss = self._discriminator_loss(real_logits, fake_logits)
-      scalars = {
-          'real_logits': jnp.mean(real_logits),
-          'fake_logits': jnp.mean(fake_logits),
-      }
-      if options['lecam_weight']:
-        scalars['lecam_loss'] = adversarial_losses.lecam(
-            real_logits,
-            fake_logits,
-            state.average_logits['real'],
-            state.average_logits['fake'],
-        )
-        discriminator_loss += options['lecam_weight'] * scalars['lecam_loss']
-      generator_loss = self._generator_loss(fake_logits)
-      scalars |= {
-          'adversarial_loss': generator_loss,
-          'discriminator_loss': discriminator_loss,
-      }
-      logits = {'real': real_logits, 'fake': fake_logits}
-      more = scalars, logits, model_state
-      return (generator_loss, discriminator_loss), more
+      logits = {'real': real_logits, 'fake': apply(params, model_state, fake)}
+      losses, scalars = self._losses(logits, state.average_logits)
+      return losses, (scalars, logits, model_state)
 
-    _, pull_back, (scalars, logits, model_state) = jax.vjp(
+    _, back_propagate, (scalars, logits, model_state) = jax.vjp(
         both_losses, state.params, reconstructions, has_aux=True
     )
     one, zero = jnp.float32(1), jnp.float32(0)
-    gradients, _ = pull_back((zero, one))
+    gradients, _ = back_propagate((zero, one))
 
-    def pull_back_to_images():
-      return pull_back((one, zero))[1]
+    def to_images():
+      return back_propagate((one, zero))[1]
 
     start = self._generator['start_step']
     if start <= options['start_step']:
-      at_images = pull_back_to_images()
+      at_images = to_images()
     else:
-      # The discriminator learns alone for a while.
+      # The discriminator trains alone at first.
       at_images = jax.lax.cond(
-          step >= start,
-          pull_back_to_images,
-          lambda: jnp.zeros_like(reconstructions),
+          step >= start, to_images, lambda: jnp.zeros_like(reconstructions)
       )
     if options['r1_weight']:
-      penalty, more = self._penalize(apply, state, model_state, real, step)
+      penalty, more = self._r1(
+          lambda params, x: apply(params, model_state, x),
+          state.params, real, step,
+      )
       gradients = jax.tree.map(jnp.add, gradients, more)
       scalars['r1_penalty'] = penalty
     averages = {
@@ -252,16 +237,38 @@ class Adversary:
         for name, average in state.average_logits.items()
     }
     state = state.replace(model_state=model_state, average_logits=averages)
-    return Verdict(at_images, gradients, state, scalars)
+    return DiscriminatorOutput(at_images, gradients, state, scalars)
 
-  def _penalize(self, apply, state, model_state, real, step):
-    """R1 and its gradient in one step of every few, else 0."""
+  def _losses(self, logits, averages):
+    """Returns (adversarial loss, discriminator loss) and scalars."""
+    discriminator_loss = self._discriminator_loss(
+        logits['real'], logits['fake']
+    )
+    scalars = {
+        'real_logits': jnp.mean(logits['real']),
+        'fake_logits': jnp.mean(logits['fake']),
+    }
+    if weight := self._options['lecam_weight']:
+      scalars['lecam_loss'] = adversarial_losses.lecam(
+          logits['real'], logits['fake'], averages['real'], averages['fake']
+      )
+      discriminator_loss += weight * scalars['lecam_loss']
+    adversarial_loss = self._generator_loss(logits['fake'])
+    scalars |= {
+        'adversarial_loss': adversarial_loss,
+        'discriminator_loss': discriminator_loss,
+    }
+    return (adversarial_loss, discriminator_loss), scalars
+
+  def _r1(self, apply, params, real, step):
+    """Returns the lazy R1 penalty and its weighted gradient.
+
+    Every r1_every_steps steps, scaled by r1_every_steps; else zeros.
+    """
     every = self._options['r1_every_steps']
 
     def penalty(params):
-      return adversarial_losses.r1_penalty(
-          lambda x: apply(params, model_state, x), real
-      )
+      return adversarial_losses.r1_penalty(lambda x: apply(params, x), real)
 
     def compute(params):
       value, gradients = jax.value_and_grad(penalty)(params)
@@ -269,15 +276,13 @@ class Adversary:
       return value, jax.tree.map(lambda x: scale * x, gradients)
 
     if every == 1:
-      return compute(state.params)
+      return compute(params)
 
     def skip(params):
       return jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
 
-    # A step is logged by the number of steps taken: those that have it are
-    # multiples of `every`.
-    due = (step + 1) % every == 0
-    return jax.lax.cond(due, compute, skip, state.params)
+    # Steps are logged by the number of steps taken, here step + 1.
+    return jax.lax.cond((step + 1) % every == 0, compute, skip, params)
 
   def _augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
     probability = self._options['augment_probability']
@@ -289,12 +294,3 @@ class Adversary:
         probability=probability,
         cutout=self._options['augment_cutout'],
     )
-
-
-def build_adversary(
-    config: Mapping[str, Any], optimizer: optax.GradientTransformation
-) -> Adversary | None:
-  """Builds the discriminator's side; None if discriminator.name is 'none'."""
-  if config['discriminator']['name'] == 'none':
-    return None
-  return Adversary(config, optimizer)

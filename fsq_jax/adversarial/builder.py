@@ -1,4 +1,4 @@
-"""Builds the discriminator that the `discriminator` section describes."""
+"""Builds discriminators and their training from a config."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -6,8 +6,10 @@ from typing import Any
 
 from flax import linen as nn
 from jax import numpy as jnp
+import optax
 
 from fsq_jax import models
+from fsq_jax.adversarial import adversary
 from fsq_jax.adversarial import dino_discriminator
 from fsq_jax.adversarial import discriminators
 
@@ -19,11 +21,10 @@ _DISCRIMINATORS = {
 
 
 def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
-  """Builds the discriminator that the section of that name describes.
+  """Builds the discriminator of a config; reads no file.
 
   Args:
-    config: the `discriminator` section; see configs/default.py. No file is
-      read: see `load_discriminator_backbone`.
+    config: the `discriminator` section; see configs/default.py.
 
   Returns:
     The unbound module, of images to [B, N] logits.
@@ -47,8 +48,23 @@ def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
     except ValueError as error:
       raise ValueError(f'discriminator.dino: {error}') from error
     fields['dtype'] = jnp.dtype(fields['dtype'])
-    # As in the discriminators that it is known from.
+    # As in the published discriminators.
     fields['architecture'] = dataclasses.replace(
         architecture, activation='gelu_tanh'
     )
   return _DISCRIMINATORS[name](**fields)
+
+
+def build_adversary(
+    config: Mapping[str, Any], optimizer: optax.GradientTransformation
+) -> adversary.Adversary | None:
+  """Builds discriminator training; None if discriminator.name is 'none'.
+
+  Args:
+    config: the whole config.
+    optimizer: of the discriminator.
+  """
+  if config['discriminator']['name'] == 'none':
+    return None
+  module = build_discriminator(config['discriminator'])
+  return adversary.Adversary(config, module, optimizer)

@@ -1,6 +1,6 @@
-"""Differentiable augmentation of what a discriminator sees, with explicit keys.
+"""Differentiable augmentation of the discriminator's images.
 
-DiffAugment (arxiv.org/abs/2006.10738) as StyleGAN-T, VAR and RAE have it.
+DiffAugment (arxiv.org/abs/2006.10738) as in StyleGAN-T, VAR and RAE.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ _TRANSLATION = 0.125
 
 
 class Draws(NamedTuple):
-  """What is left to chance, uniform in [0, 1).
+  """Random numbers of a batch, uniform in [0, 1).
 
   Attributes:
-    groups: [3] float32: whether to translate, change colours, and cut out, for
-      the whole batch; each is done where it is below the probability.
-    images: [B, 7] float32: rows and columns to translate by, brightness,
-      saturation, contrast, row and column to cut out.
+    groups: [3] float32, for the whole batch: translation, colours and cutout
+      are applied if their number is below the probability.
+    images: [B, 7] float32: rows and columns of the translation, brightness,
+      saturation, contrast, row and column of the cutout.
   """
 
   groups: jax.Array
@@ -27,13 +27,13 @@ class Draws(NamedTuple):
 
 
 def draw(key: jax.Array, num_images: int) -> Draws:
-  """Draws for a batch.
+  """Draws the random numbers of a batch.
 
-  What an image gets depends on the key and its position in the global batch,
-  and neither on the devices nor on how many images there are.
+  The numbers of an image depend on the key and on its position in the global
+  batch, not on the devices or the number of images.
 
   Args:
-    key: of this batch alone; split it for real and fake images.
+    key: used for this batch only; split it for real and fake images.
     num_images: in the global batch.
   """
   group_key, image_key = jax.random.split(key)
@@ -55,14 +55,13 @@ def augment(
     probability: float = 1.0,
     cutout: float = 0.0,
 ) -> jax.Array:
-  """Augments a batch at random, as `apply` does with what `draw` returns.
+  """Augments a batch: `apply` with the numbers of `draw`.
 
   Args:
-    key: of this batch alone; split it for real and fake images.
+    key: used for this batch only; split it for real and fake images.
     images: [B, H, W, 3] floats in [-1, 1].
-    probability: of each group of changes.
-    cutout: side of the square that is cut out, as a share of the image's; 0
-      cuts nothing.
+    probability: of each group of augmentations.
+    cutout: side of the cutout, as a fraction of the image's; 0 for none.
 
   Returns:
     float32 images of the same shape; colours may leave [-1, 1].
@@ -75,19 +74,18 @@ def augment(
 def apply(
     draws: Draws, images: jax.Array, *, probability: float, cutout: float
 ) -> jax.Array:
-  """Translates, changes colours, and cuts out, in this order.
+  """Applies translation, colours and cutout, in this order.
 
-  Translation is by up to an eighth of each side. Brightness adds at most a half
-  of either sign; saturation scales what differs from a pixel's mean by 0 to 2,
-  contrast what differs from the image's mean by 0.5 to 1.5. What is moved in or
-  cut out is 0: mid-grey of images in [-1, 1], and it takes part in the changes
-  of colour.
+  The translation is at most an eighth of each side. Brightness adds a number in
+  [-0.5, 0.5); saturation scales differences from the pixel's mean by 0 to 2,
+  contrast differences from the image's mean by 0.5 to 1.5. Translation and
+  cutout fill with 0, mid-grey; colours apply to translated-in pixels too.
 
   Args:
-    draws: what is left to chance.
+    draws: random numbers.
     images: [B, H, W, 3] floats in [-1, 1].
-    probability: of each group of changes.
-    cutout: side of the square that is cut out, as a share of the image's.
+    probability: of each group of augmentations.
+    cutout: side of the cutout, as a fraction of the image's.
 
   Returns:
     float32 images of the same shape.
@@ -97,12 +95,12 @@ def apply(
   """
   if draws.images.shape != (len(images), 7):
     raise ValueError(
-        f'Draws of the shape {draws.images.shape} do not fit {len(images)}'
-        f' images; draw for ({len(images)}, 7).'
+        f'Draws have shape {draws.images.shape}; {len(images)} images need'
+        f' ({len(images)}, 7).'
     )
   if not 0 <= cutout <= 1:
     raise ValueError(
-        f'cutout is {cutout}; it is a share of the side, from 0 to 1.'
+        f'cutout is {cutout}; allowed: a fraction of the side, 0 to 1.'
     )
   x = images.astype(jnp.float32)
   use = draws.groups < probability
@@ -114,11 +112,11 @@ def apply(
 
 
 def _translate(x: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Moves each image by whole pixels, down and to the right if positive."""
+  """Translates each image by whole pixels; positive is down and right."""
   for axis in (1, 2):
     side = x.shape[axis]
-    reach = round(_TRANSLATION * side)
-    offset = _integers(uniform[:, axis - 1], 2 * reach + 1) - reach
+    limit = round(_TRANSLATION * side)
+    offset = _as_int32(uniform[:, axis - 1], 2 * limit + 1) - limit
     source = jnp.arange(side, dtype=jnp.int32) - offset[:, None]
     inside = (source >= 0) & (source < side)
     pattern = 'b n -> b n 1 1' if axis == 1 else 'b n -> b 1 n 1'
@@ -140,20 +138,20 @@ def _change_colours(x: jax.Array, uniform: jax.Array) -> jax.Array:
   return mean + (x - mean) * (contrast + 0.5)
 
 
-def _cut_out(x: jax.Array, uniform: jax.Array, share: float) -> jax.Array:
-  """Blanks a rectangle of each image; its centre may be at the very edge."""
+def _cut_out(x: jax.Array, uniform: jax.Array, fraction: float) -> jax.Array:
+  """Sets a rectangle of each image to 0; its centre may be at the edge."""
   outside = []
   for axis in (1, 2):
     side = x.shape[axis]
-    size = round(share * side)
-    # An even size has its centre between pixels, and so one place more.
-    first = _integers(uniform[:, axis - 1], side + 1 - size % 2) - size // 2
+    size = round(fraction * side)
+    # The centre of an even size is between pixels: one more position.
+    first = _as_int32(uniform[:, axis - 1], side + 1 - size % 2) - size // 2
     place = jnp.arange(side, dtype=jnp.int32) - first[:, None]
     outside.append((place < 0) | (place >= size))
   rows = rearrange(outside[0], 'b h -> b h 1 1')
   return jnp.where(rows | rearrange(outside[1], 'b w -> b 1 w 1'), x, 0)
 
 
-def _integers(uniform: jax.Array, count: int) -> jax.Array:
-  """Integers from 0 to count - 1, int32, each as likely as the others."""
+def _as_int32(uniform: jax.Array, count: int) -> jax.Array:
+  """Maps uniform numbers in [0, 1) to int32 uniform in 0 ... count - 1."""
   return jnp.floor(uniform * count).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""A discriminator that sees images through a frozen DINO."""
+"""A discriminator with a frozen DINO backbone."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,38 +17,38 @@ from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import encoder as pretrained_vit
 from fsq_jax.models.pretrained import loading as pretrained
 
-# What VAR and RAE judge with: DINO ViT-S/8, but for the approximate GELU.
+# The backbone of VAR and RAE: DINO ViT-S/8 with the approximate GELU.
 ARCHITECTURE = dataclasses.replace(
     models.ARCHITECTURES['dino_S/8'], activation='gelu_tanh'
 )
-# Whose outputs are judged, next to those of the last one.
+# Blocks with a head, in addition to the last one.
 BLOCKS = (2, 5, 8, 11)
-# Of an architecture, what the parameters of a checkpoint fit anyway.
+# Fields of an architecture that a checkpoint's parameters do not determine.
 _FREE = ('activation', 'norm_epsilon')
 
 
 class DinoDiscriminator(nn.Module):
-  """Judges each patch by what a frozen vision transformer makes of it.
+  """Classifies each patch by the latents of a frozen vision transformer.
 
-  The projected discriminator of StyleGAN-T (arxiv.org/abs/2301.09515) in the
-  form of VAR and github.com/bytetriper/RAE: images are resampled to 224 x 224
-  pixels, and five heads with spectral norm judge the patches after the last
-  block and after blocks 2, 5, 8 and 11 of DINO ViT-S/8. Block 11 is the last
-  and is judged twice, as there.
+  The projected discriminator of StyleGAN-T (arxiv.org/abs/2301.09515) as in VAR
+  and github.com/bytetriper/RAE: images are resampled to 224 x 224 pixels, and
+  five heads with spectral normalization classify the patches after the last
+  block and after blocks 2, 5, 8 and 11 of DINO ViT-S/8. As there, block 11,
+  which is the last, has two heads.
 
-  The transformer's parameters are under 'backbone', of
-  `load_discriminator_backbone`. They get no gradient; the images do. Those
-  ports set the bias of the keys to 0. It adds one number to all that a query
-  is compared with, which softmax does not see: nothing is done about it here.
+  The transformer's parameters are under 'backbone', from
+  `load_discriminator_backbone`. They have no gradient; the images have one. VAR
+  and RAE set the bias of the keys to 0. It is kept here, since it adds the same
+  number to all logits of a query, which the softmax cancels.
 
   Attributes:
     architecture: of the transformer, such as `ARCHITECTURE`.
-    image_size: (height, width) in pixels that images are resampled to.
-    blocks: those judged next to the last one, such as `BLOCKS`.
-    kernel_size: tokens that a head's residual convolution sees, 9 there.
-    dtype: of the products in the transformer; the heads are in float32.
-    remat: whether the backward pass computes each block again.
-    scan_unroll: blocks laid out in one iteration; changes speed, not results.
+    image_size: (height, width) in pixels to which images are resampled.
+    blocks: blocks with a head in addition to the last one, such as `BLOCKS`.
+    kernel_size: of a head's residual convolution, in tokens; 9 in VAR and RAE.
+    dtype: of the transformer's matmuls; the heads are float32.
+    remat: recompute each block in the backward pass.
+    scan_unroll: blocks per iteration of the loop over blocks.
   """
 
   architecture: architectures.Architecture
@@ -61,33 +61,32 @@ class DinoDiscriminator(nn.Module):
 
   @property
   def frozen_parameters(self) -> tuple[str, ...]:
-    """Regular expressions of the parameters that never train."""
+    """Regular expressions of frozen parameters."""
     return ('backbone/.*',)
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Judges images.
+    """Classifies images.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1], of any size.
-      train: whether the estimates of the spectral norm get better, in the
-        collection `spectral_norm`.
+      train: whether to update the spectral norms, in the collection
+        `spectral_norm`.
 
     Returns:
-      [B, N] float32 logits, those of one head after those of another and each
-      of the patches in row-major order: 5 * 784 of ViT-S/8. An image's do not
-      depend on the others.
+      [B, N] float32 logits, head by head, patches in row-major order: 5 * 784
+      for ViT-S/8. Images of a batch do not affect each other.
 
     Raises:
-      ValueError: a block that is not there, or an even kernel_size.
+      ValueError: a block that does not exist, or an even kernel_size.
     """
     depth = self.architecture.depth
     if not all(0 <= block < depth for block in self.blocks):
       raise ValueError(
-          f'blocks are {self.blocks}; the architecture has those from 0 to'
+          f'blocks is {self.blocks}; the architecture has blocks 0 to'
           f' {depth - 1}.'
       )
-    # Not a submodule, so that its parameters can be cut off from gradients.
+    # Not a submodule, so that its parameters can be under stop_gradient.
     backbone = pretrained_vit.PretrainedVit(
         architecture=self.architecture, image_size=self.image_size,
         final_affine=False, resize='bilinear', dtype=self.dtype,
@@ -114,10 +113,10 @@ class DinoDiscriminator(nn.Module):
 
 
 class DinoHead(nn.Module):
-  """Judges [B, N, C] latents of patches: two convolutions and a product.
+  """Classifies [B, N, C] latents of patches: three convolutions.
 
   Attributes:
-    kernel_size: tokens that the second convolution sees, an odd number.
+    kernel_size: of the second convolution, in tokens, an odd number.
   """
 
   kernel_size: int
@@ -133,7 +132,7 @@ class DinoHead(nn.Module):
       )
 
     def finish(x, name):
-      # The ports' batch norm has virtual batches of one image.
+      # The batch norm of VAR and RAE with virtual batches of one image.
       norm = nn.InstanceNorm(epsilon=1e-6, use_fast_variance=False, name=name)
       return nn.leaky_relu(norm(x), negative_slope=0.2)
 
@@ -154,16 +153,16 @@ def load_discriminator_backbone(
   Args:
     path: as in `models.load_encoder`: a Hugging Face directory of DINO,
       such as facebook/dino-vits8 with a model.safetensors.
-    discriminator: whose architecture the checkpoint must have, but for the
+    discriminator: must have the architecture of the checkpoint, except for the
       activation and LayerNorm's epsilon, which remain the discriminator's.
-      (Hugging Face's epsilon of DINO is 1e-12; it was trained with 1e-6.)
+      (Hugging Face's epsilon of DINO is 1e-12; training used 1e-6.)
     shardings: as in `models.load_encoder`.
 
   Returns:
-    What belongs under 'backbone' in the parameters, float32.
+    Parameters for 'backbone', float32.
 
   Raises:
-    ValueError: files that are missing or damaged, or another architecture.
+    ValueError: missing or corrupted files, or another architecture.
   """
   found = models.build_encoder(path).architecture
   differences = [

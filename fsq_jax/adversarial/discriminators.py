@@ -1,4 +1,4 @@
-"""Convolutional discriminators: images to logits, above 0 for real ones."""
+"""Convolutional discriminators: images to logits, positive for real ones."""
 
 import functools
 import math
@@ -13,15 +13,15 @@ from fsq_jax.models import resampling
 
 
 def _blur(x: jax.Array) -> jax.Array:
-  """Halves [B, H, W, C] after a binomial blur of four pixels, 0 at the edges.
+  """Downsamples [B, H, W, C] by 2 with a binomial kernel of four pixels.
 
-  Sums of strided slices: a convolution of each channel by itself is slow on
-  most devices.
+  The kernel is a sum of strided slices, since depthwise convolutions are slow
+  on most devices.
   """
   for axis in (1, 2):
     side = x.shape[axis]
     half = -(-side // 2)
-    # As of padding 'SAME': one pixel before, one or two after.
+    # Padding 'SAME': one pixel before, one or two after.
     widths = [(0, 0)] * 4
     widths[axis] = (1, 2 * half + 1 - side)
     padded = jnp.pad(x, widths)
@@ -34,7 +34,7 @@ def _blur(x: jax.Array) -> jax.Array:
   return x
 
 
-# The two halve even sides alike; of an odd one they round the half up.
+# Both halve the sides, rounding up.
 DOWNSAMPLINGS = {
     'average': functools.partial(resampling.average_pool, side=2, stride=2),
     'blur': _blur,
@@ -42,20 +42,20 @@ DOWNSAMPLINGS = {
 
 
 class PatchDiscriminator(nn.Module):
-  """Judges each patch of an image by itself: the PatchGAN of TiTok.
+  """PatchGAN: classifies each patch of an image.
 
-  github.com/bytedance/1d-tokenizer, `NLayerDiscriminator`: 128 channels, 3
-  stages, blur, a grid of 16 x 16. The last features are max-pooled to that grid
-  where they are larger. Where they are smaller TiTok repeats them, which would
-  only weigh some patches more than others: here they stay as they are, so that
-  images of 32 x 32 pixels get 4 x 4 logits.
+  `NLayerDiscriminator` of TiTok (github.com/bytedance/1d-tokenizer) with 128
+  channels, 3 stages, blur, and a grid of 16 x 16. Larger feature maps are
+  max-pooled to the grid. TiTok repeats smaller ones, which only gives some
+  patches a larger weight; here they remain as they are, so that images of
+  32 x 32 pixels have 4 x 4 logits.
 
   Attributes:
-    channels: of the first stage; each later one has twice as many. A multiple
-      of 32, the groups of GroupNorm.
-    num_stages: each halves the sides.
+    channels: of the first stage, doubled in each later one; a multiple of 32,
+      the number of groups of GroupNorm.
+    num_stages: number of stages, each of which halves the sides.
     downsampling: a key of `DOWNSAMPLINGS`.
-    grid_size: rows and columns of logits at most.
+    grid_size: upper bound of rows and columns of logits.
   """
 
   channels: int
@@ -65,20 +65,20 @@ class PatchDiscriminator(nn.Module):
 
   @property
   def frozen_parameters(self) -> tuple[str, ...]:
-    """Regular expressions of the parameters that never train: none."""
+    """Regular expressions of frozen parameters; all parameters train."""
     return ()
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Judges images.
+    """Classifies images.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1].
-      train: makes no difference here.
+      train: ignored.
 
     Returns:
-      [B, N] float32 logits of a grid of patches in row-major order; an image's
-      do not depend on the others.
+      [B, N] float32 logits of a grid of patches in row-major order. Images of a
+      batch do not affect each other.
 
     Raises:
       ValueError: images too small for the stages, or an unknown downsampling.
@@ -86,7 +86,7 @@ class PatchDiscriminator(nn.Module):
     del train
     downsample = _find_downsampling(self.downsampling)
     _check_sides(images, self.num_stages)
-    # PyTorch's variance, since the scale of the first logits follows from it.
+    # PyTorch's variance, which determines the scale of the first logits.
     conv = functools.partial(
         nn.Conv,
         kernel_init=nn.initializers.variance_scaling(
@@ -110,16 +110,17 @@ class PatchDiscriminator(nn.Module):
 
 
 class StyleGanDiscriminator(nn.Module):
-  """Judges an image as a whole: residual blocks as in StyleGAN 2, no norms.
+  """Classifies whole images with the residual blocks of StyleGAN 2.
 
-  github.com/google-research/magvit, `stylegan_discriminator_2d.py`: 64 or 128
-  filters and multipliers (2, 4, 4, 4, 4) for 128 x 128 pixels. Small images
-  take fewer multipliers. The size of images is fixed by the parameters.
+  `stylegan_discriminator_2d.py` of github.com/google-research/magvit, with 64
+  or 128 filters and multipliers (2, 4, 4, 4, 4) for 128 x 128 pixels; small
+  images need fewer multipliers. There are no norms. The parameters fix the size
+  of images.
 
   Attributes:
     filters: channels of the first convolution.
-    multipliers: of these, the channels of each residual block, which halves
-      the sides.
+    multipliers: channels of each residual block as a multiple of filters; each
+      block halves the sides.
     downsampling: a key of `DOWNSAMPLINGS`.
   """
 
@@ -129,19 +130,19 @@ class StyleGanDiscriminator(nn.Module):
 
   @property
   def frozen_parameters(self) -> tuple[str, ...]:
-    """Regular expressions of the parameters that never train: none."""
+    """Regular expressions of frozen parameters; all parameters train."""
     return ()
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Judges images.
+    """Classifies images.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1].
-      train: makes no difference here.
+      train: ignored.
 
     Returns:
-      [B, 1] float32 logits; an image's does not depend on the others.
+      [B, 1] float32 logits. Images of a batch do not affect each other.
 
     Raises:
       ValueError: images too small for the blocks, or an unknown downsampling.
@@ -183,19 +184,19 @@ def _check_sides(images: jax.Array, num_halvings: int) -> None:
   if min(sides) < 2**num_halvings:
     raise ValueError(
         f'Images of {sides[0]} x {sides[1]} pixels cannot be halved'
-        f' {num_halvings} times; give the discriminator fewer stages.'
+        f' {num_halvings} times; use a discriminator with fewer stages.'
     )
 
 
 def _max_pool_to(x: jax.Array, size: int, axis: int) -> jax.Array:
-  """PyTorch's adaptive max-pooling of an axis that is longer than `size`."""
+  """PyTorch's adaptive max-pooling of one axis; shorter axes are unchanged."""
   length = x.shape[axis]
   if length <= size:
     return x
   places = np.arange(size)
   first = places * length // size
   last = -(-(places + 1) * length // size) - 1
-  # Windows of unequal length, whose last place is repeated as often as needed.
+  # Windows of unequal length, padded by repeating their last position.
   widest = np.max(last - first) + 1
   windows = np.minimum(first[:, None] + np.arange(widest), last[:, None])
   return jnp.max(jnp.take(x, windows, axis), axis=axis + 1)

@@ -1,7 +1,7 @@
-"""Losses of a discriminator and against it, and how they are weighted.
+"""Losses of discriminator and generator, regularizers, and their weights.
 
-Logits are [B, N], N of them an image, above 0 for what looks real. Every loss
-is a float32 scalar, unweighted, and a mean over the global batch.
+Logits are [B, N], N per image, positive for images classified as real. Every
+loss is an unweighted float32 scalar, a mean over the global batch.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ def _hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(real: jax.Array, fake: jax.Array) -> jax.Array:
-  """Of 'is it real', the sum over both batches: MaskGIT's and MAGVIT's."""
+  """Binary cross-entropy, the sum over both batches as in MaskGIT, MAGVIT."""
   softplus = jax.nn.softplus
   return jnp.mean(softplus(-real)) + jnp.mean(softplus(fake))
 
 
-# 'vanilla' and 'non_saturating' differ by a factor of 2 for a discriminator,
-# as in the codebases that they come from, and in kind for a generator.
+# Of a discriminator 'non_saturating' is 2 x 'vanilla', as in the original code;
+# of a generator the two losses differ.
 _DISCRIMINATOR_LOSSES: dict[str, DiscriminatorLoss] = {
     'hinge': _hinge,
     'vanilla': lambda real, fake: _cross_entropy(real, fake) / 2,
@@ -32,22 +32,22 @@ _DISCRIMINATOR_LOSSES: dict[str, DiscriminatorLoss] = {
 }
 _GENERATOR_LOSSES: dict[str, GeneratorLoss] = {
     'hinge': lambda fake: -jnp.mean(fake),
-    # log(1 - sigmoid), of the minimax game; its gradient fades where the
-    # discriminator is sure that images are fake.
+    # log(1 - sigmoid) of the minimax game; its gradient vanishes for images
+    # that are confidently classified as fake.
     'vanilla': lambda fake: -jnp.mean(jax.nn.softplus(fake)),
     'non_saturating': lambda fake: jnp.mean(jax.nn.softplus(-fake)),
 }
 
 
 def build_discriminator_loss(name: str) -> DiscriminatorLoss:
-  """Returns the loss that a discriminator minimizes.
+  """Returns the loss of a discriminator.
 
   Args:
     name: 'hinge', 1/2 [E relu(1 - real) + E relu(1 + fake)]; 'non_saturating',
-      E softplus(-real) + E softplus(fake); 'vanilla', half of that.
+      E softplus(-real) + E softplus(fake); 'vanilla', half of 'non_saturating'.
 
   Returns:
-    A function of the logits of real and of fake images, [B, N] both.
+    A function of the [B, N] logits of real and of fake images.
 
   Raises:
     ValueError: an unknown name.
@@ -61,15 +61,15 @@ def build_discriminator_loss(name: str) -> DiscriminatorLoss:
 
 
 def build_generator_loss(name: str) -> GeneratorLoss:
-  """Returns the loss against a discriminator that a generator minimizes.
+  """Returns the adversarial loss of a generator.
 
   Args:
-    name: 'hinge', -E fake, which github.com/hugoycj/RAE calls vanilla;
+    name: 'hinge', -E fake, called vanilla by github.com/hugoycj/RAE;
       'non_saturating', E softplus(-fake); 'vanilla', -E softplus(fake), the
       original minimax loss (arxiv.org/abs/1406.2661).
 
   Returns:
-    A function of the logits of fake images, [B, N].
+    A function of the [B, N] logits of fake images.
 
   Raises:
     ValueError: an unknown name.
@@ -81,15 +81,15 @@ def build_generator_loss(name: str) -> GeneratorLoss:
 def r1_penalty(
     logits_fn: Callable[[jax.Array], jax.Array], images: jax.Array
 ) -> jax.Array:
-  """Mean squared norm of a discriminator's gradient by real images.
+  """Returns R1, the mean squared gradient norm with respect to real images.
 
-  E |d sum(logits) / d image|^2, R1 of arxiv.org/abs/1801.04406 without its
-  1/2, as in MaskGIT and MAGVIT. Logits of an image must not depend on the
-  others of the batch.
+  E |d sum(logits) / d image|^2 of arxiv.org/abs/1801.04406 without its factor
+  1/2, as in MaskGIT and MAGVIT. The logits of an image must not depend on other
+  images of the batch.
 
   Args:
     logits_fn: [B, H, W, 3] images to [B, N] logits.
-    images: real ones.
+    images: real images.
 
   Returns:
     float32 scalar.
@@ -108,19 +108,19 @@ def lecam(
     real_average: jax.Array,
     fake_average: jax.Array,
 ) -> jax.Array:
-  """Keeps mean logits from running away from what they were on average.
+  """Returns LeCam regularization, which keeps logits near their EMA.
 
-  relu(E real - fake_average)^2 + relu(real_average - E fake)^2, LeCam of
+  relu(E real - fake_average)^2 + relu(real_average - E fake)^2 of
   arxiv.org/abs/2104.03310 on batch means, as in MAGVIT.
 
   Args:
     real_logits: [B, N] of real images.
     fake_logits: [B, N] of fake images.
-    real_average: scalar, of earlier real logits; see `update_average`.
-    fake_average: scalar, of earlier fake ones.
+    real_average: scalar EMA of real logits; see `update_average`.
+    fake_average: scalar EMA of fake logits.
 
   Returns:
-    float32 scalar; the averages get no gradient.
+    float32 scalar; the averages have no gradient.
   """
   real, fake = _check_pair(real_logits, fake_logits)
   averages = []
@@ -141,12 +141,12 @@ def lecam(
 def update_average(
     average: jax.Array, logits: jax.Array, decay: float
 ) -> jax.Array:
-  """Moves one of LeCam's averages, a scalar, towards the mean of [B, N] logits.
+  """Updates an EMA of LeCam.
 
   Args:
     average: float32 scalar, 0 at the start.
-    logits: of this step.
-    decay: share of the average that stays.
+    logits: [B, N] of this step.
+    decay: of the EMA.
 
   Returns:
     float32 scalar without a gradient.
@@ -161,16 +161,17 @@ def adaptive_weight(
     epsilon: float = 1e-6,
     highest: float = 1e4,
 ) -> jax.Array:
-  """Weight that makes two losses pull equally hard at a decoder's last layer.
+  """Returns VQGAN's adaptive weight of the adversarial loss.
 
   clip(|reconstruction_gradient| / (|adversarial_gradient| + epsilon), 0,
-  highest), of VQGAN (arxiv.org/abs/2012.09841).
+  highest), with gradients with respect to the decoder's last kernel
+  (arxiv.org/abs/2012.09841).
 
   Args:
-    reconstruction_gradient: of the other losses by the kernel of that layer.
-    adversarial_gradient: of the generator loss by the same kernel.
-    epsilon: VQGAN has 1e-4.
-    highest: weight at most.
+    reconstruction_gradient: of the other losses.
+    adversarial_gradient: of the adversarial loss.
+    epsilon: 1e-4 in VQGAN.
+    highest: upper bound of the weight.
 
   Returns:
     float32 scalar without a gradient.
@@ -178,8 +179,8 @@ def adaptive_weight(
   shapes = reconstruction_gradient.shape, adversarial_gradient.shape
   if shapes[0] != shapes[1]:
     raise ValueError(
-        f'The gradients have the shapes {shapes[0]} and {shapes[1]}; both must'
-        ' be by the same kernel.'
+        f'The gradients have shapes {shapes[0]} and {shapes[1]}; both must be'
+        ' with respect to the same kernel.'
     )
 
   def norm(gradient: jax.Array) -> jax.Array:
@@ -192,14 +193,14 @@ def adaptive_weight(
 
 
 def straight_through_uint8(images: jax.Array) -> jax.Array:
-  """Clips and rounds to what a viewer gets; the gradient goes straight through.
+  """Rounds images to uint8 levels, with a straight-through gradient.
 
   Args:
     images: [...] floats, about in [-1, 1].
 
   Returns:
-    float32 of the same shape, one of 256 levels in [-1, 1]. The gradient is
-    that of the identity, outside of [-1, 1] too.
+    float32 of the same shape, clipped and rounded to 256 levels in [-1, 1]. The
+    gradient is the identity's, also outside of [-1, 1].
   """
   images = images.astype(jnp.float32)
   levels = jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5)
@@ -210,21 +211,20 @@ def straight_through_uint8(images: jax.Array) -> jax.Array:
 
 
 def ramp(step: jax.Array, start_step: int, ramp_steps: int) -> jax.Array:
-  """Factor of a loss that starts late.
+  """Returns the factor of a loss with a start step and a linear ramp.
 
   Args:
-    step: integer scalar, which may be traced.
-    start_step: the factor is 0 before it.
-    ramp_steps: over so many the factor grows to 1, in a line; with 0 it is 1
-      from start_step on.
+    step: integer scalar, possibly traced.
+    start_step: the factor is 0 before this step.
+    ramp_steps: number of steps in which the factor grows to 1; 0 for none.
 
   Returns:
     float32 scalar in [0, 1].
   """
   if min(start_step, ramp_steps) < 0:
     raise ValueError(
-        f'start_step is {start_step} and ramp_steps {ramp_steps}; neither may'
-        ' be below 0.'
+        f'start_step is {start_step} and ramp_steps is {ramp_steps}; allowed:'
+        ' numbers >= 0.'
     )
   steps = jnp.asarray(step) - start_step
   if not ramp_steps:
@@ -243,7 +243,7 @@ def _look_up(side: str, table: dict[str, Callable], name: str) -> Callable:
 def _check_logits(name: str, logits: jax.Array) -> jax.Array:
   if logits.ndim != 2:
     raise ValueError(
-        f'{name} have shape {logits.shape}; a discriminator gives [B, N].'
+        f'{name} have shape {logits.shape}; allowed: [B, N].'
     )
   return logits.astype(jnp.float32)
 
@@ -253,7 +253,7 @@ def _check_pair(
 ) -> tuple[jax.Array, jax.Array]:
   if real.shape != fake.shape:
     raise ValueError(
-        f'real_logits have shape {real.shape} and fake_logits {fake.shape}; a'
-        ' step has as many real as fake images.'
+        f'real_logits have shape {real.shape} and fake_logits {fake.shape};'
+        ' both must have the same shape.'
     )
   return _check_logits('real_logits', real), _check_logits('fake_logits', fake)

@@ -1,4 +1,4 @@
-"""A convolution over tokens whose kernel has a largest singular value of 1."""
+"""A convolution over tokens with spectral normalization."""
 
 from einops import rearrange
 from flax import linen as nn
@@ -9,21 +9,21 @@ _EPSILON = 1e-12
 
 
 class SpectralConv(nn.Module):
-  """Circular convolution over a sequence, under spectral normalisation.
+  """Circular convolution over a sequence with spectral normalization.
 
   The kernel, as a matrix from [kernel_size * inputs] to features, is divided by
-  an estimate of its largest singular value, that one power iteration a call in
-  training makes better (arxiv.org/abs/1802.05957; the vectors of PyTorch's
-  `spectral_norm`, which get no gradient). flax.linen.SpectralNorm keeps one of
-  the two vectors, so that outside of training it iterates once more and divides
-  by another number than the training step before it.
+  an estimate of its largest singular value. In training each call improves the
+  estimate by one power iteration (arxiv.org/abs/1802.05957), as PyTorch's
+  `spectral_norm`. flax.linen.SpectralNorm stores only one of the two singular
+  vectors, so that in evaluation it iterates once more and divides by another
+  number than the last training step.
 
-  The vectors `u` and `v` are in the collection `spectral_norm`, which must be
-  mutable in training.
+  The vectors `u` and `v`, which have no gradient, are in the collection
+  `spectral_norm`, which must be mutable in training.
 
   Attributes:
-    features: channels of what it returns.
-    kernel_size: tokens, an odd number.
+    features: output channels.
+    kernel_size: in tokens, an odd number.
   """
 
   features: int
@@ -31,17 +31,17 @@ class SpectralConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Convolves [B, N, C] tokens, whose end is followed by their start.
+    """Convolves [B, N, C] tokens with circular padding.
 
     Args:
       x: float32 tokens.
-      train: whether to make the estimate better.
+      train: whether to improve the estimate.
 
     Returns:
       [B, N, features] float32.
 
     Raises:
-      ValueError: an even kernel, which has no middle.
+      ValueError: an even kernel_size.
     """
     if self.kernel_size % 2 == 0:
       raise ValueError(
@@ -49,7 +49,7 @@ class SpectralConv(nn.Module):
       )
     kernel = self.param(
         'kernel',
-        # PyTorch's. The scale makes no difference.
+        # PyTorch's; the normalization cancels the scale.
         nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
         (self.kernel_size, x.shape[-1], self.features),
         jnp.float32,
@@ -58,8 +58,8 @@ class SpectralConv(nn.Module):
         'bias', nn.initializers.zeros, (self.features,), jnp.float32
     )
     kernel = kernel / self._estimate(kernel, train)
-    reach = self.kernel_size // 2
-    x = jnp.pad(x, ((0, 0), (reach, reach), (0, 0)), mode='wrap')
+    width = self.kernel_size // 2
+    x = jnp.pad(x, ((0, 0), (width, width), (0, 0)), mode='wrap')
     return bias + jax.lax.conv_general_dilated(
         x, kernel, (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
     )
@@ -76,31 +76,31 @@ class SpectralConv(nn.Module):
     v = self.variable(
         'spectral_norm', 'v', jnp.zeros, matrix.shape[:1], jnp.float32
     )
-    # So that the first estimate is one, whatever the first call is for.
+    # So that evaluation without training has an estimate.
     if train or self.is_initializing():
       u.value, v.value = _iterate(matrix, u.value)
     vectors = jax.lax.stop_gradient((v.value, u.value))
-    return _product('i,io,o->', vectors[0], matrix, vectors[1])
+    return _einsum('i,io,o->', vectors[0], matrix, vectors[1])
 
 
 def _iterate(matrix: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One power iteration, from one right singular vector to the next.
+  """Takes one power iteration.
 
   Args:
     matrix: [I, O].
-    u: [O] the vector so far.
+    u: [O] estimate of the right singular vector.
 
   Returns:
-    The next ones, [O] and [I], of length 1.
+    The next estimates of both singular vectors, [O] and [I], of norm 1.
   """
-  v = _normalize(_product('io,o->i', matrix, u))
-  return _normalize(_product('io,i->o', matrix, v)), v
+  v = _normalize(_einsum('io,o->i', matrix, u))
+  return _normalize(_einsum('io,i->o', matrix, v)), v
 
 
 def _normalize(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(jnp.linalg.norm(x), _EPSILON)
 
 
-def _product(pattern: str, *arrays: jax.Array) -> jax.Array:
-  # In fewer bits the estimate would be off by as much as a step changes it.
+def _einsum(pattern: str, *arrays: jax.Array) -> jax.Array:
+  # In bfloat16 the error would be as large as the change of a step.
   return jnp.einsum(pattern, *arrays, precision=jax.lax.Precision.HIGHEST)

@@ -2,8 +2,8 @@
 
 from fsq_jax.models.autoencoder import Autoencoder
 from fsq_jax.models.autoencoder import AutoencoderOutput
-from fsq_jax.models.autoencoder import LatentStatistics
 from fsq_jax.models.builder import build_autoencoder
+from fsq_jax.models.normalization import LatentStatistics
 from fsq_jax.models.pretrained.architectures import ARCHITECTURES
 from fsq_jax.models.pretrained.architectures import describe_architecture
 from fsq_jax.models.pretrained.architectures import parse_architecture

@@ -8,23 +8,21 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax import quantizers
+from fsq_jax.models import normalization
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 
-# As in RAE: a latent that never varies stays finite.
-_VARIANCE_EPSILON = 1e-5
-
 
 class AutoencoderOutput(NamedTuple):
-  """What a forward pass returns.
+  """Result of a forward pass.
 
   Attributes:
     reconstructions: [B, H, W, 3] float32, about in [-1, 1].
-    quantizer_loss: float32 scalar, weighted by the quantizer; 0 where it has
-      none.
-    indices: [B, h, w, *index_shape] int32 in [0, codebook_size), -1 where
-      latents were NaN; index_shape, of the quantizer, is () for most.
-    latents: [B, h, w, C] float32, what the encoder returned, without noise.
+    quantizer_loss: float32 scalar, weighted by the quantizer; 0 if it has no
+      loss.
+    indices: [B, h, w, *index_shape] int32 in [0, codebook_size), -1 for NaN
+      latents; index_shape is () for most quantizers.
+    latents: [B, h, w, C] float32 output of the encoder, without noise.
   """
 
   reconstructions: jax.Array
@@ -33,50 +31,12 @@ class AutoencoderOutput(NamedTuple):
   latents: jax.Array
 
 
-class LatentStatistics(nn.Module):
-  """Mean and variance of each latent, by which it is brought to 0 and 1.
-
-  They are measured once, over a data set (`latent_statistics.measure`), and are
-  no parameters: they live in the collection `constants`. As in RAE
-  (arXiv 2510.11690), each channel of each position has its own.
-
-  Attributes:
-    grid_size: rows and columns of the latents.
-    width: channels of the latents.
-  """
-
-  grid_size: tuple[int, int]
-  width: int
-
-  def setup(self):
-    shape = (*self.grid_size, self.width)
-    self.mean = self.variable(
-        'constants', 'mean', jnp.zeros, shape, jnp.float32
-    )
-    self.variance = self.variable(
-        'constants', 'variance', jnp.ones, shape, jnp.float32
-    )
-
-  def normalize(self, latents: jax.Array) -> jax.Array:
-    """Maps [B, h, w, C] latents to mean 0 and variance 1."""
-    return (latents - self.mean.value) / self._deviation()
-
-  def denormalize(self, latents: jax.Array) -> jax.Array:
-    """Undoes `normalize`."""
-    return latents * self._deviation() + self.mean.value
-
-  def _deviation(self) -> jax.Array:
-    return jnp.sqrt(self.variance.value + _VARIANCE_EPSILON)
-
-
 class Autoencoder(nn.Module):
   """Encoder, projector, quantizer, projector, decoder.
 
-  Channels are last from latents to codes, and quantizers take every token for
-  itself, so that the original's `quantize_before_reshape` (hugoycj/RAE:
-  quantize the encoder's [B, N, C] tokens, or the grid [B, C, h, w] made of
-  them) has no counterpart here: it chooses between two layouts of the same
-  numbers, and both give the codes that this gives.
+  All arrays are channels last, and quantizers treat each token independently.
+  hugoycj/RAE's `quantize_before_reshape` chooses between two layouts of the
+  same numbers; both give the codes of this model.
 
   Attributes:
     encoder: images [B, H, W, 3] to latents [B, h, w, C].
@@ -84,11 +44,12 @@ class Autoencoder(nn.Module):
     quantizer: any `quantizers.Quantizer`, channels last.
     projector_out: codes to the decoder's latents.
     decoder: latents to images.
-    latent_noise: tau >= 0. In training the latents become z + tau u eps, with
-      u uniform in [0, 1) for each image and eps unit normal, drawn from the
-      rng 'quantizer': the decoder learns to bear codes that are a little off.
-    statistics: None, or what normalizes latents behind the encoder and the
-      noise, and what projector_out makes back again.
+    latent_noise: tau >= 0, `noise_tau` of github.com/hugoycj/RAE. In training
+      the latents become z + tau u eps, with u uniform in [0, 1) for each image
+      and eps unit normal, drawn from the rng 'quantizer': the decoder learns to
+      tolerate small errors of codes.
+    statistics: normalizes the latents after encoder and noise, and inverts that
+      after projector_out; None leaves both out.
   """
 
   encoder: nn.Module
@@ -97,7 +58,7 @@ class Autoencoder(nn.Module):
   projector_out: nn.Module
   decoder: nn.Module
   latent_noise: float = 0.0
-  statistics: LatentStatistics | None = None
+  statistics: normalization.LatentStatistics | None = None
 
   def __call__(
       self,
@@ -129,10 +90,10 @@ class Autoencoder(nn.Module):
 
     Args:
       images: [B, H, W, 3] in [-1, 1].
-      train: whether parameters are trained.
-      size: for models that take it (`takes_size`): [2] int32, the height and
-        width of the images where H and W are larger, multiples of the stride.
-        What is beyond is ignored, and what it becomes means nothing.
+      train: whether this is training.
+      size: [2] int32 (height, width) of images padded to H and W, multiples of
+        the stride, for models with `takes_size`. The padding is ignored, and
+        its codes are meaningless.
     """
     return self._quantize(self.encoder(images, **_sized(size)), train=train)
 
@@ -143,7 +104,7 @@ class Autoencoder(nn.Module):
 
     Args:
       codes: from `encode`.
-      size: as in `encode`, but the rows and columns of the codes.
+      size: as in `encode`, but rows and columns of codes.
     """
     latents = partitioning.constrain(self.projector_out(codes))
     if self.statistics is not None:
@@ -155,7 +116,7 @@ class Autoencoder(nn.Module):
   ) -> jax.Array:
     """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.
 
-    These are [B, h, w], or [B, h, w, *index_shape] where codes have several;
+    Returns [B, h, w], or [B, h, w, *index_shape] if a code has several indices;
     size: see `encode`.
     """
     return self.encode(images, size=size).indices
@@ -170,9 +131,9 @@ class Autoencoder(nn.Module):
     """Decodes int32 indices to [B, H, W, 3] images.
 
     Args:
-      indices: what `encode_to_indices` returned.
-      spec: `quantizer.spec()` of the quantizer that made them, as kept beside
-        the tokens; another than this quantizer's raises ValueError.
+      indices: from `encode_to_indices`.
+      spec: `quantizer.spec()` stored with the indices; ValueError if it is not
+        this quantizer's.
       size: see `decode`.
     """
     if spec is not None:
@@ -190,10 +151,7 @@ class Autoencoder(nn.Module):
     return self.quantizer(z, train=train)
 
   def _add_noise(self, latents: jax.Array) -> jax.Array:
-    """Returns latents [B, ...] with noise; the same on any number of devices.
-
-    The `noise_tau` of github.com/hugoycj/RAE.
-    """
+    """Returns latents with noise that does not depend on the devices."""
     if not self.has_rng('quantizer'):
       raise ValueError(
           'latent_noise draws random numbers in training: call apply with'
@@ -209,10 +167,10 @@ class Autoencoder(nn.Module):
 
 
 def stride_of(model: Autoencoder) -> int | None:
-  """What the sides of images have to be multiples of, or None.
+  """Returns the divisor that sides of images need, or None for a fixed size.
 
-  None are models that are tied to one grid of latents: by their positions, or
-  by statistics of latents. Parts that are not have a `stride`.
+  The size is fixed by learned positions or statistics of latents; parts that
+  accept any size have a `stride`.
   """
   strides = [getattr(x, 'stride', None) for x in (model.encoder, model.decoder)]
   if None in strides or model.statistics is not None:
@@ -221,20 +179,19 @@ def stride_of(model: Autoencoder) -> int | None:
 
 
 def takes_size(model: Autoencoder) -> bool:
-  """Whether the model takes the `size` of `Autoencoder.encode`.
+  """Whether `Autoencoder.encode` accepts `size`.
 
-  Both the encoder and the decoder have to ignore what is beyond it, and nothing
-  between them may mix positions.
+  Encoder and decoder have to ignore padding, and nothing between them may mix
+  positions.
   """
-  return stride_of(model) is not None and all(
-      getattr(part, 'takes_size', default)
-      for part, default in (
-          (model.encoder, False), (model.decoder, False),
-          (model.projector_in, True),
-      )
+  return (
+      stride_of(model) is not None
+      and getattr(model.encoder, 'takes_size', False)
+      and getattr(model.decoder, 'takes_size', False)
+      and getattr(model.projector_in, 'takes_size', True)
   )
 
 
 def _sized(size: jax.Array | None) -> dict[str, jax.Array]:
-  """Arguments of encoders and decoders, of which not all take a size."""
+  """Keyword arguments of encoders and decoders, not all of which take size."""
   return {} if size is None else {'size': size}

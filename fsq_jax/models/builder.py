@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from fsq_jax.models import autoencoder
 from fsq_jax.models import conv
+from fsq_jax.models import normalization
 from fsq_jax.models import projectors
 from fsq_jax.models import vit
 from fsq_jax.models.pretrained import architectures
@@ -198,7 +199,7 @@ def _conv_options(
 
 def _build_statistics(
     config, encoder, decoder
-) -> autoencoder.LatentStatistics | None:
+) -> normalization.LatentStatistics | None:
   if not config['latent_statistics']:
     return None
   if decoder.input_width != encoder.width:
@@ -208,7 +209,7 @@ def _build_statistics(
         f' {decoder.input_width}; make them equal (model.decoder.width, with'
         " 'mae' model.decoder.mae.input_width)."
     )
-  return autoencoder.LatentStatistics(
+  return normalization.LatentStatistics(
       grid_size=encoder.grid_size, width=encoder.width
   )
 

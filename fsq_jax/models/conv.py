@@ -1,11 +1,9 @@
 """The convolutional encoder and decoder of MaskGIT's VQGAN.
 
-Both are those of github.com/google-research/maskgit (and, for images, of
-MAGVIT), which the FSQ paper (arXiv 2309.15505) trains with: VQGAN's without
-attention. They take images of any size that their stride divides, whatever
-size they were initialized or trained with; GroupNorm's statistics, over the
-whole image, are all that knows of its size. Given the size of images within
-larger arrays, they compute what they would without the rest.
+VQGAN without attention, from github.com/google-research/maskgit (and, for
+images, MAGVIT); the FSQ paper (arXiv 2309.15505) trains with it. The stride
+must divide the sides of images, which may differ from the training size. For
+images padded to larger arrays, results do not depend on the padding.
 """
 
 from collections.abc import Sequence
@@ -18,25 +16,23 @@ from jax import numpy as jnp
 
 from fsq_jax.runtime import partitioning
 
-# Channels of every layer are a multiple.
+# Of GroupNorm; the channels of every layer are a multiple.
 NUM_GROUPS = 32
 
 
 def stride_of(channel_multipliers: Sequence[int]) -> int:
-  """Pixels a side of a latent: resolutions halve from level to level."""
+  """Returns pixels per latent along a side; sides halve between levels."""
   return 2 ** (len(channel_multipliers) - 1)
 
 
 class ResidualBlock(nn.Module):
-  """GroupNorm, swish and a 3 x 3 convolution, twice, beside a shortcut.
+  """GroupNorm, swish and a 3 x 3 convolution, twice, with a shortcut.
 
-  Where the number of channels changes, the shortcut of MaskGIT is a 1 x 1
-  convolution of what the convolutions made, not of what the block was given:
-  such a block hands nothing on as it is. It is kept, since weights trained so
-  mean nothing in another block.
+  If the number of channels changes, the shortcut is, as in MaskGIT, a 1 x 1
+  convolution of the block's convolved values and not of its input.
 
   Attributes:
-    filters: channels of the result.
+    filters: channels of the output.
     dtype: of the convolutions; GroupNorm and swish are in float32.
   """
 
@@ -47,7 +43,7 @@ class ResidualBlock(nn.Module):
   def __call__(
       self, x: jax.Array, mask: jax.Array | None = None
   ) -> jax.Array:
-    """Transforms [B, h, w, C] to [B, h, w, filters]; mask: see `_mask`."""
+    """Maps [B, h, w, C] to [B, h, w, filters]; mask: see `_mask`."""
     y = x = partitioning.constrain(x)
     for i in range(2):
       y = _normalize(f'norm_{i}', y, mask)
@@ -59,20 +55,20 @@ class ResidualBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-  """Images to latents: levels of residual blocks, halved between them.
+  """Images to latents: levels of residual blocks, with halving between them.
 
-  Its last layer, a 1 x 1 convolution, makes the channels of a code: 256 of the
-  VQ in MaskGIT, one for each of the levels of FSQ. projector_in then is 'none'.
+  The last layer, a 1 x 1 convolution, has the channels of a code (256 for
+  MaskGIT's VQ, one per level count for FSQ), so that projector_in is 'none'.
 
   Attributes:
     filters: channels of the first level, before multipliers.
-    channel_multipliers: of filters, for each level; those after the first one
-      halve both sides first, by averages of 2 x 2.
-    num_res_blocks: of each level, and as many again at the end.
+    channel_multipliers: multiple of filters for each level; all levels but the
+      first start with 2 x 2 average pooling.
+    num_res_blocks: residual blocks per level, and after the last level.
     latent_width: channels of the latents.
     grid_size: rows and columns of the latents of training images.
-    dtype: of the convolutions but the last one, which is in float32.
-    remat: whether the backward pass computes each residual block again.
+    dtype: of all convolutions but the last, which is float32.
+    remat: recompute each residual block in the backward pass.
   """
 
   filters: int
@@ -102,20 +98,20 @@ class ConvEncoder(nn.Module):
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1]; stride divides H and W.
-      size: (height, width) of the images where H and W are larger, multiples of
-        stride. What is beyond is ignored.
+      size: (height, width) of images padded to H and W, multiples of stride.
+        The padding is ignored.
 
     Returns:
-      [B, h, w, latent_width] float32 latents, h = H / stride, w = W / stride;
-      those beyond size mean nothing.
+      [B, H / stride, W / stride, latent_width] float32 latents; latents of the
+      padding are meaningless.
 
     Raises:
-      ValueError: a side of the images is no multiple of the stride.
+      ValueError: stride does not divide a side of the images.
     """
     height, width = images.shape[1:3]
     if height % self.stride or width % self.stride:
       raise ValueError(
-          f'Images of {height} x {width} pixels do not halve'
+          f'Images of {height} x {width} pixels cannot be halved'
           f' {len(self.channel_multipliers) - 1} times; crop or pad both sides'
           f' to multiples of {self.stride}.'
       )
@@ -138,21 +134,21 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-  """Latents to images: levels of residual blocks, doubled between them.
+  """Latents to images: levels of residual blocks, with doubling between them.
 
-  Its first layer, a 3 x 3 convolution, takes the channels of a code in MaskGIT;
-  projector_out then is 'none'.
+  The first layer, a 3 x 3 convolution, accepts the channels of a code, so that
+  projector_out is 'none', as in MaskGIT.
 
   Attributes:
     filters: channels of the last level, before multipliers.
-    channel_multipliers: of filters, for each level, in the order of the
-      encoder, from pixels to latents; sides double, by nearest neighbours and
-      a 3 x 3 convolution, before all levels but the last.
-    num_res_blocks: of each level, and as many in front of them.
+    channel_multipliers: multiple of filters for each level, in the order of the
+      encoder, from pixels to latents; sides are doubled by nearest-neighbour
+      upsampling and a 3 x 3 convolution after all levels but the last.
+    num_res_blocks: residual blocks per level, and before the first level.
     latent_width: channels of the latents.
     grid_size: rows and columns of the latents of training images.
-    dtype: of the convolutions but the last one, which is in float32.
-    remat: whether the backward pass computes each residual block again.
+    dtype: of all convolutions but the last, which is float32.
+    remat: recompute each residual block in the backward pass.
   """
 
   filters: int
@@ -166,7 +162,7 @@ class ConvDecoder(nn.Module):
 
   @property
   def stride(self) -> int:
-    """Pixels a side of a latent."""
+    """Pixels per latent along a side."""
     return stride_of(self.channel_multipliers)
 
   @property
@@ -182,21 +178,21 @@ class ConvDecoder(nn.Module):
 
     Args:
       latents: [B, h, w, latent_width].
-      size: (rows, columns) of the latents where h and w are larger. What is
-        beyond is ignored.
+      size: (rows, columns) of latents padded to h and w. The padding is
+        ignored.
 
     Returns:
-      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1]; 0 beyond
-      size.
+      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1]; 0 in the
+      padding.
 
     Raises:
       ValueError: latents have another number of channels.
     """
     if latents.shape[-1] != self.latent_width:
       raise ValueError(
-          f'The decoder takes latents of {self.latent_width} channels, not'
-          f' {latents.shape[-1]}; give it the latent_width of what'
-          ' projector_out makes.'
+          f'Latents have {latents.shape[-1]} channels, the decoder needs'
+          f' {self.latent_width}; set its latent_width to the channels of'
+          ' projector_out.'
       )
     filters = self.filters * self.channel_multipliers[-1]
     mask = _mask(latents, size)
@@ -221,7 +217,7 @@ class ConvDecoder(nn.Module):
 
 
 def _block(module: nn.Module, filters: int, name: str) -> nn.Module:
-  """A residual block of the module."""
+  """Builds a residual block of an encoder or decoder."""
   block = nn.remat(ResidualBlock) if module.remat else ResidualBlock
   return block(filters, module.dtype, name=name)
 
@@ -235,7 +231,7 @@ def _conv(
 
 
 def _normalize(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """GroupNorm, with the statistics of what the mask keeps, and swish."""
+  """GroupNorm with statistics of unmasked values, and swish."""
   norm = nn.GroupNorm(
       num_groups=NUM_GROUPS, epsilon=1e-6, dtype=jnp.float32, name=name
   )
@@ -244,10 +240,10 @@ def _normalize(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _mask(x: jax.Array, size: jax.Array | None) -> jax.Array | None:
-  """Returns [1, h, w, 1] bool, whether [B, h, w, C] is within size.
+  """Returns [1, h, w, 1] bool, True within size; None without a size.
 
-  A 3 x 3 convolution of what the mask keeps, zeros elsewhere, is within size
-  what it would be if x ended there.
+  With zeros outside of the mask, a 3 x 3 convolution gives the same values
+  within size as for x cropped to size.
   """
   if size is None:
     return None
@@ -259,5 +255,5 @@ def _mask(x: jax.Array, size: jax.Array | None) -> jax.Array | None:
 
 
 def _keep(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Returns x with zeros where the mask is False."""
+  """Returns x with zeros outside of the mask."""
   return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))

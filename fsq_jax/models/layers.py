@@ -1,4 +1,4 @@
-"""Transformer layers: attention, MLP, block, stack."""
+"""Transformer layers: attention, MLP, block, stack of blocks."""
 
 import functools
 from typing import Any
@@ -13,11 +13,11 @@ from fsq_jax.runtime import partitioning
 
 
 def sincos_positions(height: int, width: int, channels: int) -> np.ndarray:
-  """Fixed sine and cosine position embedding of a two-dimensional grid.
+  """Returns the fixed sine-cosine position embedding of a 2D grid.
 
   The first half of the channels encodes the column, the second half the row;
-  each half is [sin, cos] of position / 10000^(i / (channels / 4)). This is the
-  embedding of MAE (github.com/facebookresearch/mae, `util/pos_embed.py`).
+  each half is [sin, cos] of position / 10000^(i / (channels / 4)), as in MAE
+  (github.com/facebookresearch/mae, `util/pos_embed.py`).
 
   Args:
     height: rows of the grid.
@@ -32,7 +32,7 @@ def sincos_positions(height: int, width: int, channels: int) -> np.ndarray:
   """
   if channels % 4:
     raise ValueError(
-        f'sincos positions need a width that 4 divides, not {channels}.'
+        f'The width is {channels}; sincos positions need a multiple of 4.'
     )
   frequencies = 10000.0 ** -(np.arange(channels // 4) / (channels / 4))
 
@@ -51,18 +51,18 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Args:
     q: [B, heads, N, d] queries.
     k: keys, same shape.
-    v: values, same shape and the dtype of the products.
+    v: values, same shape and the dtype of the matmuls.
 
   Returns:
-    Mixed values, same shape, float32.
+    Weighted means of the values, same shape, float32.
   """
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
       'bhqd,bhkd->bhqk', q * scale, k, preferred_element_type=jnp.float32
   )
-  # The softmax, with its division after the product instead of before: there
-  # are fewer values to divide, and XLA's CPU backend is 1.7 times as fast on
-  # the whole training step with four heads of 16 channels.
+  # A softmax whose division comes after the matmul, where there are fewer
+  # values: the training step with four heads of 16 channels is 1.7x as fast on
+  # XLA's CPU backend.
   highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
   weights = jnp.exp(logits - highest)
   mixed = jnp.einsum(
@@ -75,13 +75,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class QkvDense(nn.Module):
-  """Queries, keys and values of all heads by one product.
+  """Computes queries, keys and values of all heads in one matmul.
 
-  The kernel's columns are those of all queries, then keys, then values, heads
-  in each: the 'tensor' axis of a mesh would cut them elsewhere than between
-  heads. It splits the kernel's rows where it is kept, and its heads where it
-  is used. What then moves between devices is a share of one kernel, and no
-  activations.
+  The columns of the kernel are the queries of all heads, then keys, then
+  values, so that sharding them over 'tensor' would cut heads apart. The stored
+  kernel is sharded by rows and resharded by heads before use: devices exchange
+  a part of one kernel, and no activations.
   """
 
   num_heads: int
@@ -105,9 +104,8 @@ class QkvDense(nn.Module):
     # Tokens as rows: see `dot_rows`.
     rows = rearrange(x, 'b n c -> (b n) c')
     qkv = jnp.einsum('rc,cshd->rshd', rows, kernel)
-    # Heads before tokens: the products of attention are then plain batched
-    # matmuls, which XLA's CPU backend runs about a tenth faster than strided
-    # ones.
+    # Heads before tokens make attention a plain batched matmul, which is about
+    # a tenth faster than a strided one on XLA's CPU backend.
     return rearrange(
         qkv + rearrange(bias, '(s h d) -> s h d', **sizes),
         '(b n) s h d -> s b h n d', n=x.shape[1],
@@ -122,15 +120,15 @@ def dot_rows(
     tensor_axis: int,
     **kwargs: Any,
 ) -> jax.Array:
-  """A `dot_general` for nn.Dense that sees [B, N, C] tokens as B * N rows.
+  """A `dot_general` for nn.Dense that flattens [B, N, C] tokens to B * N rows.
 
-  The product is the same. The kernel's gradient then contracts one axis and not
-  two, for which XLA's CPU backend transposes activations in memory first.
+  The result is the same, but the kernel's gradient contracts one dimension
+  instead of two, for which XLA's CPU backend would transpose the activations.
 
   Args:
     x: [..., C].
     kernel: [C, features].
-    dimension_numbers: those of nn.Dense, which are the only ones that fit.
+    dimension_numbers: ignored; nn.Dense contracts C.
     tensor_axis: of the kernel, as in `partitioning.gather_parameter`.
     **kwargs: of `jax.lax.dot_general`.
 
@@ -145,14 +143,14 @@ def dot_rows(
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention over all tokens, softmax in float32."""
+  """Multi-head self-attention over all tokens; the softmax is in float32."""
 
   num_heads: int
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Mixes [B, N, C] tokens; returns the same shape."""
+    """Maps [B, N, C] tokens to the same shape."""
     q, k, v = (
         partitioning.constrain(y, tensor_axis=1)
         for y in QkvDense(self.num_heads, self.dtype, name='qkv')(x)
@@ -169,14 +167,14 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Transforms each of the [B, N, C] tokens; returns the same shape."""
+    """Maps each of the [B, N, C] tokens; returns the same shape."""
     hidden = _dense(self.mlp_dim, self.dtype, 'in', tensor_axis=1)(x)
     hidden = partitioning.constrain(hidden, tensor_axis=2)
     return _branch_output(x.shape[-1], self.dtype)(nn.gelu(hidden))
 
 
 class Block(nn.Module):
-  """Pre-LayerNorm transformer block, in the form that nn.scan iterates."""
+  """Pre-LayerNorm transformer block with the signature of nn.scan's body."""
 
   num_heads: int
   mlp_dim: int
@@ -184,7 +182,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
+    """Maps [B, N, C] tokens; the second value is nn.scan's output."""
     attention = Attention(self.num_heads, self.dtype, name='attention')
     mlp = Mlp(self.mlp_dim, self.dtype, name='mlp')
     x = partitioning.constrain(x)
@@ -197,16 +195,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A stack of blocks under nn.scan, with no LayerNorm at the end.
+  """A stack of blocks under nn.scan, without a LayerNorm at the end.
 
-  The magnitude of a token is left alone: patches that differ in brightness
-  differ in magnitude, which a last LayerNorm would take away. With small
-  residual branches at the start, encoder and decoder begin as one linear
-  autoencoder.
+  A last LayerNorm would remove the magnitude of tokens, which tells the
+  brightness of patches. Since residual branches start small, encoder and
+  decoder start as a linear autoencoder.
 
-  Parameters of the blocks are stacked along a leading axis of length depth, so
-  compile time does not grow with depth. `scan_unroll` lays that many blocks
-  out in one iteration; it changes speed and never results.
+  Parameters of the blocks are stacked along a leading dimension of length
+  depth, so that compile time does not grow with depth. `scan_unroll` is the
+  number of blocks per iteration of the loop; it affects only speed.
   """
 
   depth: int
@@ -218,7 +215,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Transforms [B, N, C] tokens; returns the same shape."""
+    """Maps [B, N, C] tokens to the same shape."""
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     blocks = nn.scan(
         block,
@@ -234,7 +231,7 @@ class Transformer(nn.Module):
 
 
 def _branch_output(channels: int, dtype: jnp.dtype) -> nn.Dense:
-  """The last layer of a residual branch; it starts at a tenth of its scale."""
+  """Last layer of a residual branch, initialized to a tenth of its scale."""
   init = nn.initializers.variance_scaling(0.01, 'fan_in', 'truncated_normal')
   return _dense(channels, dtype, 'out', tensor_axis=0, kernel_init=init)
 

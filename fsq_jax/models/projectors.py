@@ -1,4 +1,4 @@
-"""Projectors of latents to codes and of codes to the decoder."""
+"""Projectors from latents to the quantizer and from codes to the decoder."""
 
 from collections.abc import Sequence
 import math
@@ -18,10 +18,10 @@ _GELU_VARIANCE = 0.345644
 
 
 class LinearProjectorIn(nn.Module):
-  """Latents to the quantizer's dimensions: LayerNorm and a linear map, float32.
+  """LayerNorm and a linear map to the quantizer's dimensions, float32.
 
-  Normalised latents and a kernel of variance 1 / C start every dimension at
-  unit variance; nothing keeps it there.
+  Normalized latents and a kernel of variance 1 / C give every dimension unit
+  variance at initialization.
   """
 
   code_dim: int
@@ -29,7 +29,7 @@ class LinearProjectorIn(nn.Module):
   @nn.compact
   def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [B, h, w, C] latents to [B, h, w, code_dim], float32."""
-    del train  # The same in training and evaluation.
+    del train  # Makes no difference.
     x = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name='norm')(latents)
     return nn.Dense(self.code_dim, dtype=jnp.float32, name='linear')(x)
 
@@ -37,14 +37,13 @@ class LinearProjectorIn(nn.Module):
 class StandardizedProjectorIn(nn.Module):
   """A linear map whose outputs have mean 0 and variance 1, float32.
 
-  Each dimension is standardised over all tokens of the global batch in
-  training and by running averages in evaluation (BatchNorm without scale and
-  bias, statistics in the collection `batch_stats`). At unit variance a
-  tanh-bounded FSQ uses its levels about evenly, 98.9 to 99.3 % of log2(L) bits
-  each for normal latents and L = 5 and 8, whatever the encoder does: no
-  dimension shrinks to its middle levels or saturates at the outer ones. The
-  batch is global for arrays sharded under jax.jit; inside jax.shard_map or
-  jax.pmap each replica would take the statistics of its own part.
+  BatchNorm without scale and bias: each dimension is standardized over all
+  tokens of the global batch in training and by running averages, in the
+  collection `batch_stats`, in evaluation. Whatever the encoder does, no
+  dimension shrinks to the middle levels of a tanh-bounded FSQ or saturates at
+  the outer ones: for normal latents and L = 5 and 8 levels the entropy is 98.9
+  to 99.3 % of log2(L) bits. The batch is global for arrays sharded under
+  jax.jit, but not inside jax.shard_map or jax.pmap.
   """
 
   code_dim: int
@@ -68,22 +67,21 @@ class StandardizedProjectorIn(nn.Module):
 class MlpProjectorIn(nn.Module):
   """LayerNorm and three dense layers with exact GELUs between them.
 
-  FSQAdapter of github.com/hugoycj/RAE, parameter for parameter:
+  The parameters equal FSQAdapter's in github.com/hugoycj/RAE:
   LayerNorm(C), C -> width -> width -> code_dim, a bound and a gain for each
-  dimension. What differs is where it starts. The original's 3 tanh(z) into
-  digits that are clipped at 1 puts two fifths of all tokens into each outermost
-  level: for unit-normal z the digits carry 79, 72 and 62 % of log2(L) bits for
-  L = 5, 8 and 17. A tanh-bounded FSQ that sees unit-normal z keeps 99.3, 99.3
-  and 99.2 % of them, and no other standard deviation gives more than 0.6 %
-  more. So the gain starts at 1, and the kernels such that unit-normal latents
-  stay unit normal all the way: those behind a GELU allow for its variance, and
-  cancel its mean, which would shift every dimension.
+  dimension. The initialization differs. The original's 3 tanh(z), clipped at 1,
+  puts two fifths of all tokens into each outermost level: for unit-normal z the
+  entropy is 79, 72 and 62 % of log2(L) bits for L = 5, 8 and 17. A tanh-bounded
+  FSQ of unit-normal z has 99.3, 99.3 and 99.2 %, within 0.6 % of the best
+  standard deviation. Here the gain is therefore 1, and the kernels map
+  unit-normal latents to unit-normal outputs: kernels after a GELU account for
+  its variance and cancel its mean, which would shift every dimension.
 
   Attributes:
     code_dim: dimensions of the quantizer.
     width: channels of the two hidden layers; 512 in the original.
-    bound: 'none' where the quantizer has a bound of its own, or none is
-      wanted; 'tanh' for FSQ with bound 'clip'.
+    bound: 'none' if the quantizer has its own bound or needs no bound; 'tanh'
+      for FSQ with bound 'clip'.
     dtype: of the hidden layers; the last one is float32.
   """
 
@@ -95,7 +93,7 @@ class MlpProjectorIn(nn.Module):
   @nn.compact
   def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [B, h, w, C] latents to [B, h, w, code_dim], float32."""
-    del train  # The same in training and evaluation.
+    del train  # Makes no difference.
     x = _layer_norm('norm')(latents)
     x = nn.Dense(self.width, dtype=self.dtype, name='hidden_0')(x)
     x = nn.gelu(x, approximate=False)
@@ -111,23 +109,22 @@ class MlpProjectorIn(nn.Module):
 class AttentionProjectorIn(nn.Module):
   """Transformer blocks over all tokens, then a linear map.
 
-  AttnFSQProjector of hugoycj/RAE, where nothing used it, with what it lacks:
-  a LayerNorm before it, so that the blocks count whatever the scale of the
-  latents, and one after its pre-norm blocks, whose output has no scale of its
-  own. The linear map thus starts every dimension at unit variance, where
-  digits are used evenly (see `MlpProjectorIn`). There is no dropout, and no
-  position embedding: latents know their positions from the encoder.
+  AttnFSQProjector of github.com/hugoycj/RAE with two LayerNorms that it lacks:
+  one before the blocks, for latents of any scale, and one after them, so that
+  the linear map gives every dimension unit variance at initialization, which
+  uses all levels evenly (see `MlpProjectorIn`). There is no dropout, and no
+  position embedding: the encoder adds positions.
 
   Attributes:
     code_dim: dimensions of the quantizer.
     width: channels of the blocks; 512 in the original.
-    depth: blocks; 4 in the original.
-    num_heads: attention heads, which divide width; 8 in the original.
-    mlp_dim: channels inside of the blocks' MLPs; 2048 in the original.
+    depth: number of blocks; 4 in the original.
+    num_heads: attention heads, a divisor of width; 8 in the original.
+    mlp_dim: hidden channels of the blocks' MLPs; 2048 in the original.
     bound: 'none' or 'tanh', as in `MlpProjectorIn`.
     dtype: of the blocks; the last layer is float32.
     remat: recompute the activations of each block in the backward pass.
-    scan_unroll: blocks in one iteration of the loop over blocks.
+    scan_unroll: blocks per iteration of the loop over blocks.
   """
 
   code_dim: int
@@ -139,13 +136,13 @@ class AttentionProjectorIn(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
   scan_unroll: int = 1
-  # Attention sees all latents; see `autoencoder.takes_size`.
+  # Attention mixes positions; see `autoencoder.takes_size`.
   takes_size = False
 
   @nn.compact
   def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [B, h, w, C] latents to [B, h, w, code_dim], float32."""
-    del train  # The same in training and evaluation.
+    del train  # Makes no difference.
     height = latents.shape[1]
     x = _layer_norm('norm')(latents)
     x = nn.Dense(self.width, dtype=self.dtype, name='input')(x)
@@ -164,14 +161,14 @@ class AttentionProjectorIn(nn.Module):
 
 
 class NoProjectorIn(nn.Module):
-  """The latents themselves, which have as many channels as a code."""
+  """Identity, for latents with as many channels as a code."""
 
   code_dim: int
 
   @nn.compact
   def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns [B, h, w, code_dim] latents in float32."""
-    del train  # The same in training and evaluation.
+    del train  # Makes no difference.
     if latents.shape[-1] != self.code_dim:
       raise ValueError(
           f'Latents have {latents.shape[-1]} channels, codes {self.code_dim};'
@@ -181,7 +178,7 @@ class NoProjectorIn(nn.Module):
 
 
 class _BoundedLinear(nn.Module):
-  """gain * bound(kernel x + bias), float32; the gains start at 1."""
+  """gain * bound(kernel x + bias), float32; gains are initialized to 1."""
 
   code_dim: int
   bound: str
@@ -207,12 +204,12 @@ class _BoundedLinear(nn.Module):
 
 
 def _behind_gelu(key, shape, dtype=jnp.float32) -> jax.Array:
-  """A kernel [in, out] that maps GELUs of unit normals to unit normals."""
+  """Initializes a kernel [in, out] that maps GELUs of unit normals to them."""
   init = nn.initializers.variance_scaling(
       1 / _GELU_VARIANCE, 'fan_in', 'truncated_normal'
   )
   kernel = init(key, shape, dtype)
-  # All inputs have the same mean; weights that sum to 0 cancel it.
+  # Weights that sum to 0 cancel the mean, which all inputs share.
   return kernel - jnp.mean(kernel, axis=0)
 
 
@@ -221,7 +218,7 @@ def _layer_norm(name: str) -> nn.LayerNorm:
 
 
 class LinearProjectorOut(nn.Module):
-  """Codes to the decoder's width: one linear map."""
+  """One linear map from codes to the decoder's width."""
 
   width: int
   dtype: jnp.dtype = jnp.float32
@@ -233,12 +230,12 @@ class LinearProjectorOut(nn.Module):
 
 
 class MlpProjectorOut(nn.Module):
-  """Three dense layers of the decoder's width, exact GELUs between them.
+  """Three dense layers with exact GELUs between them.
 
   Attributes:
-    width: the decoder's, and that of the hidden layers.
-    code_scales: for each channel, what codes are divided by first: half their
-      range, so that levels fill about [-1, 1] whatever their number.
+    width: channels of all layers, the decoder's width.
+    code_scales: half the range of the codes in each channel. Codes are divided
+      by it first, so that levels fill about [-1, 1].
     dtype: of the layers.
   """
 
@@ -257,16 +254,16 @@ class MlpProjectorOut(nn.Module):
 
 
 def fourier_features(x: jax.Array, frequencies: jax.Array) -> jax.Array:
-  """Sines and cosines of a few frequencies.
+  """Returns sines and cosines of linear maps of x.
 
   Args:
     x: [..., d] float32.
-    frequencies: [d, F] float32, periods a unit of x.
+    frequencies: [d, F] float32, periods per unit of x.
 
   Returns:
     [..., 2 F] float32 in [-1, 1], sines first.
   """
-  # Rounded to bfloat16, as TPUs do by default, phases of many periods err.
+  # TPUs round to bfloat16 by default: too coarse for phases of many periods.
   phases = 2 * np.pi * jnp.einsum(
       '...d,df->...f', x, frequencies, precision=jax.lax.Precision.HIGHEST
   )
@@ -276,24 +273,23 @@ def fourier_features(x: jax.Array, frequencies: jax.Array) -> jax.Array:
 class FourierProjectorOut(nn.Module):
   """Random Fourier features of the codes, then three dense layers.
 
-  FourierFSQUnprojector of github.com/hugoycj/RAE, parameter for parameter:
+  The parameters equal FourierFSQUnprojector's in github.com/hugoycj/RAE:
   features sin(2 pi c B) and cos(2 pi c B) (arXiv 2006.10739), then three layers
-  of the decoder's width with LayerNorm and exact GELU behind the first two. The
-  frequencies B, normal with standard deviation sigma, are no parameters: they
-  live in the collection `constants`, which checkpoints keep and no optimizer or
-  average touches.
+  with LayerNorm and exact GELU after the first two. The frequencies B, normal
+  with standard deviation sigma, are constants: they are in the collection
+  `constants`, are saved in checkpoints, and have no gradient or EMA.
 
-  The mean product of the features of two codes a distance delta apart is
-  exp(-2 pi^2 sigma^2 delta^2) / 2. The original has sigma 10 for codes that
-  are 1 apart: neighbours then have nothing in common, codes are as good as
-  looked up at random, and gradients are multiplied by about 2 pi 10. Here
-  sigma is in units of one step between codes, and 0.187 makes neighbours half
-  similar: exp(-2 pi^2 0.187^2) = 0.50, two steps 0.06.
+  The mean product of the features of two codes at a distance delta is
+  exp(-2 pi^2 sigma^2 delta^2) / 2. The original has sigma 10 for codes at a
+  distance of 1: features of neighbours are then uncorrelated, as in a random
+  table, and gradients are multiplied by about 2 pi 10. Here sigma is relative
+  to one step between codes, and 0.187 gives neighbours a correlation of
+  exp(-2 pi^2 0.187^2) = 0.50, and codes two steps apart 0.06.
 
   Attributes:
-    width: the decoder's, and that of the hidden layers.
+    width: channels of all layers, the decoder's width.
     num_frequencies: rows of B; 128 in the original.
-    sigma: standard deviation of the frequencies, in periods a step.
+    sigma: standard deviation of the frequencies, in periods per step.
     code_steps: `quantizer.code_steps`.
     dtype: of the layers; the features are float32.
   """
@@ -326,23 +322,22 @@ class FourierProjectorOut(nn.Module):
 
 
 class LevelsProjectorOut(nn.Module):
-  """One embedding for every level of every dimension, summed over dimensions.
+  """An embedding for each level of each dimension, summed over dimensions.
 
-  The table is read as a piecewise linear function of the code, with the levels
-  as its knots. At a code it is therefore exactly the sum of the embeddings of
-  its digits, whether the code comes from the quantizer or from indices; and it
-  has a slope there, half the difference between the next and the previous
-  embedding (at the ends, the difference to the only neighbour) a step, along
-  which the gradient goes straight through the code to the latents. Codes with
-  noise fall between knots and are interpolated; beyond the ends the function
-  is constant. It starts as a linear map of the codes.
+  The result is a piecewise linear function of the code with knots at the
+  levels. At a code it equals the sum of the embeddings of its level indices.
+  Its slope there, which straight-through gradients use, is half the difference
+  between the next and the previous embedding per step, or at the ends the
+  difference to the only neighbour. Codes with noise are interpolated between
+  knots; beyond the ends the function is constant. The initialization is a
+  linear map of the codes.
 
-  Where a code has several stages (ResidualFSQ), each stage has its embeddings,
-  and the slope is that of the first.
+  If a code has several stages (ResidualFSQ), each stage has its own embeddings,
+  and only the first stage has a slope.
 
   Attributes:
-    width: the decoder's.
-    quantizer: the one that makes the codes, one with digits.
+    width: the decoder's width.
+    quantizer: of the codes; it must have level indices.
     dtype: of the result.
   """
 
@@ -353,9 +348,9 @@ class LevelsProjectorOut(nn.Module):
   def __post_init__(self):
     if not isinstance(self.quantizer, quantizers.DigitQuantizer):
       raise ValueError(
-          f'The codes of {type(self.quantizer).__name__} have no levels to'
-          " embed: model.projector_out 'levels' needs a quantizer with digits,"
-          " such as FSQ; use 'linear'."
+          f"model.projector_out is 'levels', but codes of"
+          f' {type(self.quantizer).__name__} have no levels to embed; use a'
+          " quantizer with levels, such as FSQ, or 'linear'."
       )
     super().__post_init__()
 
@@ -367,7 +362,7 @@ class LevelsProjectorOut(nn.Module):
     digits = self.quantizer.codes_to_digits(codes)
     error = codes.astype(jnp.float32) - self.quantizer.digits_to_codes(digits)
     error /= np.asarray(self.quantizer.code_steps, np.float32)
-    # Of each index after another; those of later stages have no slope.
+    # The stages one after another; only the first has a slope.
     if self.quantizer.index_shape:
       digits = rearrange(digits, '... g d -> ... (g d)')
     no_error = jnp.zeros((), jnp.float32)
@@ -388,7 +383,7 @@ class LevelsProjectorOut(nn.Module):
 
 
 class NoProjectorOut(nn.Module):
-  """The codes themselves, which have as many channels as the decoder."""
+  """Identity, for codes with as many channels as the decoder."""
 
   width: int
   dtype: jnp.dtype = jnp.float32
@@ -407,15 +402,15 @@ class NoProjectorOut(nn.Module):
 def _knot_weights(
     digits: jax.Array, error: jax.Array, level: int
 ) -> jax.Array:
-  """Returns how much of each level's embedding a channel takes.
+  """Returns the weight of each level's embedding in one channel.
 
   Args:
-    digits: [...] int32, the nearest level, in [0, level).
+    digits: [...] int32 index of the nearest level, in [0, level).
     error: [...] or scalar float32, distance from it in steps; 0 at a code.
     level: number of levels.
 
   Returns:
-    [..., level] float32 that sum to 1; NaN where the error is.
+    [..., level] float32 that sum to 1; NaN for a NaN error.
   """
   above = jnp.minimum(digits + (error >= 0).astype(jnp.int32), level - 1)
   below = jnp.maximum(digits - (error <= 0).astype(jnp.int32), 0)
@@ -429,7 +424,7 @@ def _knot_weights(
 
 
 def _linear_table(key, levels: Sequence[int], width: int) -> jax.Array:
-  """Embeddings [sum of levels, width] that add up to a linear map."""
+  """Initializes [sum of levels, width] embeddings to a linear map of codes."""
   stddev = len(levels) ** -0.5
   directions = stddev * jax.random.normal(
       key, (len(levels), width), jnp.float32

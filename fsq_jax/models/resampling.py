@@ -1,4 +1,4 @@
-"""Resampling of grids and images, as separable kernels: a matrix per axis."""
+"""Resampling of grids and images by separable kernels, one matrix per axis."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ def _bicubic(size_in: int, size_out: int) -> np.ndarray:
   first = np.floor(centers).astype(int) - 1
   matrix = np.zeros((size_out, size_in))
   for tap in range(4):
-    # Beyond the edges the values at the edges go on.
+    # Beyond the edges, the values at the edges are repeated.
     position = np.clip(first + tap, 0, size_in - 1)
     weights = _cubic(first + tap - centers, -0.75)
     np.add.at(matrix, (np.arange(size_out), position), weights)
@@ -23,7 +23,7 @@ def _bicubic(size_in: int, size_out: int) -> np.ndarray:
 
 def _bicubic_antialias(size_in: int, size_out: int) -> np.ndarray:
   """Bicubic with antialias, of PyTorch, Pillow and JAX: a = -0.5."""
-  # Shrinking widens the kernel; beyond the edges there is nothing.
+  # Downsampling widens the kernel, which is truncated at the edges.
   scale = size_in / size_out
   centers = (np.arange(size_out) + 0.5) * scale - 0.5
   distances = np.arange(size_in) - centers[:, None]
@@ -34,7 +34,7 @@ def _bicubic_antialias(size_in: int, size_out: int) -> np.ndarray:
 def _bilinear(size_in: int, size_out: int) -> np.ndarray:
   """PyTorch's bilinear without antialias, align_corners=False."""
   centers = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
-  # Beyond the outermost centers the values at the edges go on.
+  # Beyond the outermost centers, the values at the edges are repeated.
   centers = np.clip(centers, 0, size_in - 1)
   distances = np.abs(np.arange(size_in) - centers[:, None])
   return np.maximum(1 - distances, 0)
@@ -42,7 +42,7 @@ def _bilinear(size_in: int, size_out: int) -> np.ndarray:
 
 def _bilinear_antialias(size_in: int, size_out: int) -> np.ndarray:
   """Bilinear with antialias, of PyTorch, Pillow and JAX."""
-  # Shrinking widens the kernel; beyond the edges there is nothing.
+  # Downsampling widens the kernel, which is truncated at the edges.
   scale = size_in / size_out
   centers = (np.arange(size_out) + 0.5) * scale - 0.5
   distances = np.abs(np.arange(size_in) - centers[:, None])
@@ -51,7 +51,7 @@ def _bilinear_antialias(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _bilinear_tf1(size_in: int, size_out: int) -> np.ndarray:
-  """Bilinear of TensorFlow 1: corners of pixels, not centres, are aligned."""
+  """Bilinear of TensorFlow 1, which aligns corners of pixels, not centers."""
   positions = np.arange(size_out) * size_in / size_out
   positions = np.minimum(positions, size_in - 1)
   distances = np.abs(np.arange(size_in) - positions[:, None])
@@ -59,7 +59,7 @@ def _bilinear_tf1(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _bilinear_align_corners(size_in: int, size_out: int) -> np.ndarray:
-  """Bilinear between corners that stay: scipy's zoom of order 1."""
+  """Bilinear with align_corners=True: scipy's zoom of order 1."""
   centers = np.linspace(0, size_in - 1, size_out)
   distances = np.abs(np.arange(size_in) - centers[:, None])
   return np.maximum(1 - distances, 0)
@@ -76,18 +76,18 @@ KERNELS: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def check_kernel(kernel: str) -> None:
-  """Raises ValueError for a kernel that is not in `KERNELS`."""
+  """Raises ValueError unless the kernel is in `KERNELS`."""
   if kernel not in KERNELS:
     raise ValueError(f'The kernel is {kernel!r}; known: {sorted(KERNELS)}.')
 
 
 def axis_matrix(kernel: str, size_in: int, size_out: int) -> np.ndarray:
-  """Weights of one axis.
+  """Returns the resampling matrix of one axis.
 
   Args:
     kernel: a key of `KERNELS`.
-    size_in: values along the axis.
-    size_out: wanted values.
+    size_in: number of input values.
+    size_out: number of output values.
 
   Returns:
     [size_out, size_in] float64, whose rows sum to 1.
@@ -98,8 +98,8 @@ def axis_matrix(kernel: str, size_in: int, size_out: int) -> np.ndarray:
   check_kernel(kernel)
   if min(size_in, size_out) < 1:
     raise ValueError(
-        f'An axis of {size_in} values cannot become one of {size_out}; both'
-        ' sizes must be at least 1.'
+        f'Cannot resample {size_in} values to {size_out}; both sizes must be'
+        ' at least 1.'
     )
   return KERNELS[kernel](size_in, size_out)
 
@@ -107,15 +107,15 @@ def axis_matrix(kernel: str, size_in: int, size_out: int) -> np.ndarray:
 def resize_grid(
     grid: np.ndarray, size: tuple[int, int], kernel: str
 ) -> np.ndarray:
-  """Resamples a grid of vectors, such as position embeddings, on the host.
+  """Resamples a grid of vectors, such as position embeddings, with NumPy.
 
   Args:
     grid: [h, w, C] floats.
-    size: wanted (rows, columns).
+    size: (rows, columns) of the result.
     kernel: a key of `KERNELS`.
 
   Returns:
-    [*size, C] float32; of the same size, the same values.
+    [*size, C] float32; the same values if the size is the same.
   """
   if grid.shape[:2] == tuple(size):
     return np.asarray(grid, np.float32)
@@ -128,15 +128,15 @@ def resize_grid(
 def resize_images(
     images: jax.Array, size: tuple[int, int], kernel: str
 ) -> jax.Array:
-  """Resamples on the device, in float32; bicubic may overshoot.
+  """Resamples images or latents with JAX, in float32; bicubic may overshoot.
 
   Args:
-    images: [B, H, W, C] floats: images, or latents.
-    size: wanted (height, width).
+    images: [B, H, W, C] floats.
+    size: (height, width) of the result.
     kernel: a key of `KERNELS`.
 
   Returns:
-    [B, *size, C] float32; of the same size, the same values.
+    [B, *size, C] float32; the same values if the size is the same.
   """
   check_kernel(kernel)
   images = images.astype(jnp.float32)
@@ -145,22 +145,22 @@ def resize_images(
     return images
   rows = jnp.asarray(axis_matrix(kernel, height, size[0]), jnp.float32)
   columns = jnp.asarray(axis_matrix(kernel, width, size[1]), jnp.float32)
-  # Products in fewer bits would show as noise in the pixels.
+  # Matmuls in bfloat16 would add visible noise.
   highest = jax.lax.Precision.HIGHEST
   images = jnp.einsum('yh,bhwc->bywc', rows, images, precision=highest)
   return jnp.einsum('xw,bywc->byxc', columns, images, precision=highest)
 
 
 def average_pool(x: jax.Array, side: int, stride: int) -> jax.Array:
-  """Mean of the pixels that exist in each window, with padding 'SAME'.
+  """Average pooling with padding 'SAME' that ignores the padding.
 
-  `nn.avg_pool` with count_include_pad=False, which divides by a float64 array
-  with JAX_ENABLE_X64.
+  Equal to `nn.avg_pool` with count_include_pad=False, which divides by a
+  float64 array under JAX_ENABLE_X64.
 
   Args:
     x: [B, H, W, C] floats.
-    side: of the square windows, pixels.
-    stride: pixels from one window to the next.
+    side: of the square windows, in pixels.
+    stride: pixels between windows.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), C] of the same dtype.
@@ -174,7 +174,7 @@ def average_pool(x: jax.Array, side: int, stride: int) -> jax.Array:
 
 
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
-  """The cubic convolution kernel of Keys (1981), 0 from a distance of 2."""
+  """Returns the cubic convolution kernel of Keys (1981), 0 beyond 2."""
   x = np.abs(distance)
   near = ((a + 2) * x - (a + 3)) * x**2 + 1
   far = ((x - 5) * x + 8) * a * x - 4 * a

@@ -1,4 +1,4 @@
-"""Variables of a model: their shapes, and those that evaluation takes."""
+"""Variables of a model: shapes, and the variables that evaluation uses."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from jax import numpy as jnp
 
 from fsq_jax.runtime import parameter_paths
 
-# Fields of the train state that `eval_variables` takes.
+# Fields of the train state that `eval_variables` needs.
 EVAL_FIELDS = ('frozen_params', 'model_state', 'ema_params')
 
 
 def eval_variables(
     *, frozen_params: Any, model_state: Any, ema_params: Any
 ) -> dict[str, Any]:
-  """Returns the model's variables, made of these fields of a train state."""
+  """Returns the model's variables from these fields of a train state."""
   params = parameter_paths.merge_frozen(ema_params, frozen_params)
   return {'params': params, **model_state}
 
@@ -23,7 +23,7 @@ def eval_variables(
 def abstract_variables(
     model: nn.Module, image_size: tuple[int, int]
 ) -> dict[str, Any]:
-  """Traces the initialization of a model; allocates nothing.
+  """Returns shapes and dtypes of a model's variables, without allocation.
 
   Args:
     model: an autoencoder.
@@ -47,8 +47,7 @@ def abstract_eval_fields(
   Args:
     model: an autoencoder.
     image_size: (height, width) in pixels.
-    frozen: regular expressions of the parameters that do not train
-      (optim.frozen).
+    frozen: regular expressions of the frozen parameters (optim.frozen).
 
   Returns:
     Tree of `jax.ShapeDtypeStruct` under each field.

@@ -13,8 +13,8 @@ POSITIONS = ('learned', 'sincos')
 class Positions(nn.Module):
   """Adds a position embedding to a grid of tokens.
 
-  'learned' has one vector a position, for grids of `grid_size` only; 'sincos'
-  is fixed and takes any grid.
+  'learned' has one vector per position of `grid_size` and accepts no other
+  grid; 'sincos' is fixed and accepts any grid.
   """
 
   kind: str
@@ -22,23 +22,23 @@ class Positions(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Adds positions to [B, h, w, C] tokens, float32."""
+    """Adds positions to [B, h, w, C] tokens; returns float32."""
     height, width, channels = x.shape[1:]
     x = x.astype(jnp.float32)
     if self.kind == 'sincos':
       return x + layers.sincos_positions(height, width, channels)
     if (height, width) != tuple(self.grid_size):
       raise ValueError(
-          f'Learned positions are for a grid of {tuple(self.grid_size)} tokens,'
-          f' not {(height, width)}; use images of the trained size or'
+          f'Learned positions have a grid of {tuple(self.grid_size)} tokens,'
+          f' not {(height, width)}; use images of the training size or'
           " position='sincos'."
       )
     init = nn.initializers.normal(stddev=0.02)
     return x + self.param('embedding', init, x.shape[1:], jnp.float32)
 
 
-class VitEncoder(nn.Module):
-  """Images to latents: linear patch embedding, positions, transformer."""
+class _Vit(nn.Module):
+  """Fields of encoder and decoder, and their transformer over a grid."""
 
   patch_size: int
   width: int
@@ -51,6 +51,18 @@ class VitEncoder(nn.Module):
   remat: bool = False
   scan_unroll: int = 1
 
+  def _transform(self, x: jax.Array) -> jax.Array:
+    """Maps [B, h, w, width] to [B, h * w, width]: positions, transformer."""
+    x = Positions(self.position, self.grid_size, name='positions')(x)
+    return layers.Transformer(
+        self.depth, self.num_heads, self.mlp_dim, self.dtype, self.remat,
+        self.scan_unroll, name='transformer',
+    )(rearrange(x, 'b h w c -> b (h w) c'))
+
+
+class VitEncoder(_Vit):
+  """Images to latents: linear patch embedding, positions, transformer."""
+
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     """Encodes images.
@@ -59,10 +71,10 @@ class VitEncoder(nn.Module):
       images: [B, H, W, 3] floats in [-1, 1]; patch_size divides H and W.
 
     Returns:
-      [B, h, w, width] float32 latents, h = H / patch_size, w = W / patch_size.
+      [B, H / patch_size, W / patch_size, width] float32 latents.
 
     Raises:
-      ValueError: a side of the images is no multiple of the patch side.
+      ValueError: patch_size does not divide a side of the images.
     """
     p = self.patch_size
     height, width = images.shape[1:3]
@@ -75,29 +87,12 @@ class VitEncoder(nn.Module):
         images, 'b (h p) (w q) c -> b h w (p q c)', p=p, q=p
     )
     x = nn.Dense(self.width, dtype=self.dtype, name='patches')(patches)
-    x = Positions(self.position, self.grid_size, name='positions')(x)
-    grid = {'h': height // p, 'w': width // p}
-    x = layers.Transformer(
-        self.depth, self.num_heads, self.mlp_dim, self.dtype, self.remat,
-        self.scan_unroll, name='transformer',
-    )(rearrange(x, 'b h w c -> b (h w) c'))
-    x = x.astype(jnp.float32)
-    return rearrange(x, 'b (h w) c -> b h w c', **grid)
+    x = self._transform(x).astype(jnp.float32)
+    return rearrange(x, 'b (h w) c -> b h w c', h=height // p)
 
 
-class VitDecoder(nn.Module):
+class VitDecoder(_Vit):
   """Latents to images: positions, transformer, linear pixel head."""
-
-  patch_size: int
-  width: int
-  depth: int
-  num_heads: int
-  mlp_dim: int
-  position: str
-  grid_size: tuple[int, int]
-  dtype: jnp.dtype = jnp.float32
-  remat: bool = False
-  scan_unroll: int = 1
 
   @property
   def input_width(self) -> int:
@@ -114,18 +109,14 @@ class VitDecoder(nn.Module):
     Returns:
       [B, h * patch_size, w * patch_size, 3] float32 images, about in [-1, 1].
     """
-    grid = {'h': latents.shape[1], 'w': latents.shape[2]}
-    x = Positions(self.position, self.grid_size, name='positions')(latents)
-    x = layers.Transformer(
-        self.depth, self.num_heads, self.mlp_dim, self.dtype, self.remat,
-        self.scan_unroll, name='transformer',
-    )(rearrange(x, 'b h w c -> b (h w) c'))
+    x = self._transform(latents)
     p = self.patch_size
-    # Starts near mid-grey: the first steps need not unlearn a random image.
+    # Small kernels: the first reconstructions are near mid-grey.
     pixels = nn.Dense(
         p * p * 3, dtype=jnp.float32,
         kernel_init=nn.initializers.normal(0.02), name='pixels',
     )(x)
     return rearrange(
-        pixels, 'b (h w) (p q c) -> b (h p) (w q) c', p=p, q=p, **grid
+        pixels, 'b (h w) (p q c) -> b (h p) (w q) c',
+        p=p, q=p, h=latents.shape[1],
     )

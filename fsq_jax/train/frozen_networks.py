@@ -1,7 +1,6 @@
-"""Frozen networks that training looks at images through, loaded and placed."""
+"""Loads the frozen networks of the losses and places them on the mesh."""
 
 from collections.abc import Mapping
-import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -11,6 +10,7 @@ import ml_collections
 
 from fsq_jax import adversarial
 from fsq_jax import models
+from fsq_jax.configuration import errors
 from fsq_jax.perceptual import distance
 from fsq_jax.runtime import partitioning
 
@@ -18,13 +18,13 @@ from fsq_jax.runtime import partitioning
 class Networks(NamedTuple):
   """The frozen networks of a config.
 
-  They are no part of the train state, and no checkpoint holds them: a run reads
-  them again, and `check_same` holds it to the same weights.
+  They are not part of the train state or of checkpoints: each run loads them
+  again, and `check_same` compares their weights.
 
   Attributes:
-    perceptual: the module of losses.perceptual, None without.
+    perceptual: the network of losses.perceptual; None without one.
     variables: 'perceptual': its variables; 'discriminator': parameters of the
-      backbone. Each is there if the config has it.
+      discriminator's backbone. Networks that the config lacks are left out.
     hashes: section and name of a network, such as
       'losses.perceptual.lpips_vgg16', to the sha256 of its weights.
   """
@@ -34,10 +34,10 @@ class Networks(NamedTuple):
   hashes: dict[str, str]
 
   def check_same(self, saved: Mapping[str, str]) -> None:
-    """Refuses to go on with other weights than those of a checkpoint.
+    """Compares the weights with the weights that a checkpoint used.
 
     Args:
-      saved: `hashes` as they were.
+      saved: `hashes` of the checkpoint.
 
     Raises:
       ValueError: a network has other weights; all of them are listed.
@@ -50,59 +50,47 @@ class Networks(NamedTuple):
     if differences:
       raise ValueError(
           '\n  '.join([
-              'The frozen networks have other weights than those that this run'
-              ' was trained with (sha256, saved -> current):',
+              'The frozen networks have other weights than this run was trained'
+              ' with (sha256, saved -> current):',
               *differences,
           ])
-          + '\nName the files that it was trained with.'
+          + '\nUse the files that it was trained with.'
       )
 
 
 def load_networks(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> Networks:
-  """Reads the networks that the losses of a config look through.
+  """Loads the frozen networks of the losses of a config.
 
   Args:
     config: the whole config.
-    mesh: from `partitioning.create_mesh`; weights are spread over it as
-      parameters are under 'fsdp'.
+    mesh: from `partitioning.create_mesh`; weights are sharded over 'fsdp'.
 
   Returns:
     The networks.
 
   Raises:
-    ValueError: weights that are missing or damaged.
+    ValueError: missing or corrupted weights.
   """
-  network, variables, hashes = None, {}, {}
+  perceptual, variables, hashes = None, {}, {}
   options = config.losses.perceptual
   if options.name != 'none':
-    field = 'losses.perceptual.checkpoint'
-    load = functools.partial(
-        distance.build_perceptual_loss, dtype=jnp.dtype(options.dtype)
-    )
-    network = _load(field, load, options.name, options.checkpoint)
+    with errors.about('losses.perceptual.checkpoint'):
+      network = distance.build_perceptual_loss(
+          options.name, options.checkpoint, dtype=jnp.dtype(options.dtype)
+      )
+    perceptual = network.module
     variables['perceptual'] = network.variables
     hashes[f'losses.perceptual.{options.name}'] = network.sha256
   if config.discriminator.name == 'dino':
-    field = 'discriminator.dino.checkpoint'
     path = config.discriminator.dino.checkpoint
     discriminator = adversarial.build_discriminator(config.discriminator)
-    backbone = _load(
-        field, adversarial.load_discriminator_backbone, path, discriminator
-    )
+    with errors.about('discriminator.dino.checkpoint'):
+      backbone = adversarial.load_discriminator_backbone(path, discriminator)
     variables['discriminator'] = {'backbone': backbone}
     hashes['discriminator.dino'] = models.hash_weights(path)
   shardings = partitioning.state_shardings(
       variables, mesh, (('.*', 'fsdp'),), config.partitioning.fsdp_min_size
   )
-  module = None if network is None else network.module
-  return Networks(module, jax.device_put(variables, shardings), hashes)
-
-
-def _load(field: str, load, *args):
-  """Calls a loader; what is wrong with the file comes with its field."""
-  try:
-    return load(*args)
-  except ValueError as error:
-    raise ValueError(f'{field}: {error}') from error
+  return Networks(perceptual, jax.device_put(variables, shardings), hashes)

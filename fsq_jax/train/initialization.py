@@ -1,7 +1,6 @@
-"""What a new run starts from: random, pretrained, and other runs' variables."""
+"""Initial variables of a new run: random, pretrained, or another run's."""
 
-from collections.abc import Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 from typing import Any
@@ -14,42 +13,42 @@ import safetensors
 from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.train import state as train_state
+from fsq_jax.configuration import errors
 
 
-class Start:
-  """What a new run starts from, found and checked.
+class Initializer:
+  """Finds, checks and loads the initial variables of a new run.
 
-  With train.init_from that is all of another run; else what there is of
-  model.encoder.checkpoint, model.decoder.mae.checkpoint and
-  model.latent_statistics. The rest is initialised.
+  With train.init_from these are all variables of another run; otherwise those
+  of model.encoder.checkpoint, model.decoder.mae.checkpoint and
+  model.latent_statistics, where given. All others are random.
 
   Attributes:
-    facts: fields of the config and what they name, for run.json; {} if all is
-      initialised.
+    sources: fields of the config and the files that they name, for run.json;
+      {} if everything is random.
   """
 
   def __init__(
       self, config: ml_collections.ConfigDict, model: models.Autoencoder
   ):
-    """Refuses files that do not fit; reads little of them.
+    """Checks the files; reads only their metadata and statistics.
 
     Args:
       config: the whole config.
       model: from `models.build_autoencoder` of the same config.
 
     Raises:
-      ValueError: files that are missing or unreadable, or of another model.
+      ValueError: missing, unreadable or corrupted files, or another model's.
     """
     self._config = config
     self._model = model
     self._run = None
-    self.facts: dict[str, Any] = {}
+    self.sources: dict[str, Any] = {}
     if config.train.init_from:
-      # Once: that run may save another step meanwhile.
+      # Once, since that run may save another step before `load`.
       self._run = _find_run(config)
-      self.facts['train.init_from'] = str(self._run.folder)
-      self.facts['step'] = self._run.step
+      self.sources['train.init_from'] = str(self._run.folder)
+      self.sources['step'] = self._run.step
       return
     if reads_encoder(config):
       self._check_encoder(config.model.encoder.checkpoint)
@@ -57,49 +56,50 @@ class Start:
     if config.model.decoder.name == 'mae' and mae.checkpoint:
       self._check_decoder(mae.checkpoint)
     if model.statistics is not None:
-      _read_statistics(config, model)
-      self.facts['model.latent_statistics'] = config.model.latent_statistics
+      read_statistics(config, model)
+      self.sources['model.latent_statistics'] = config.model.latent_statistics
 
   def load(
-      self, builder: train_state.StateBuilder, mesh: jax.sharding.Mesh
+      self, abstract: Mapping[str, Any], mesh: jax.sharding.Mesh
   ) -> dict[str, Any]:
-    """Reads the variables that are not to be initialised.
+    """Loads the variables that are not random.
 
     Args:
-      builder: of the same config.
+      abstract: shapes, dtypes and shardings of the model's variables.
       mesh: from `partitioning.create_mesh`.
 
     Returns:
-      A part of `builder.abstract_variables`, for `builder.create`, spread over
-      devices as said there.
+      A subtree of the variables, with these shardings.
 
     Raises:
-      ValueError: weights that are missing or damaged.
+      ValueError: missing or corrupted weights.
     """
     if self._run is not None:
       _, variables = saved_model.restore(self._run, mesh)
-      return _place(variables, builder.abstract_variables)
+      return jax.tree.map(
+          lambda x, a: jax.device_put(x, a.sharding), variables, dict(abstract)
+      )
     config, model = self._config, self._model
     parts = {}
-    if path := self.facts.get('model.encoder.checkpoint'):
-      with naming('model.encoder.checkpoint'):
+    if path := self.sources.get('model.encoder.checkpoint'):
+      with errors.about('model.encoder.checkpoint'):
         parts['encoder'] = models.load_encoder(
             path,
             model.encoder.image_size,
             model.encoder.final_affine,
-            shardings=lambda _: _shardings(builder, 'encoder'),
+            shardings=lambda _: _shardings(abstract, 'encoder'),
         ).variables
-    if path := self.facts.get('model.decoder.mae.checkpoint'):
-      with naming('model.decoder.mae.checkpoint'):
+    if path := self.sources.get('model.decoder.mae.checkpoint'):
+      with errors.about('model.decoder.mae.checkpoint'):
         parts['decoder'] = models.load_decoder(
             path,
             config.model.decoder.mae.normalization,
-            shardings=lambda _: _shardings(builder, 'decoder'),
+            shardings=lambda _: _shardings(abstract, 'decoder'),
         ).variables
     if model.statistics is not None:
-      values = {'constants': _read_statistics(config, model)}
+      values = {'constants': read_statistics(config, model)}
       parts['statistics'] = jax.tree.map(
-          jax.device_put, values, _shardings(builder, 'statistics')
+          jax.device_put, values, _shardings(abstract, 'statistics')
       )
     variables: dict[str, Any] = {}
     for part, collections in parts.items():
@@ -108,16 +108,16 @@ class Start:
     return variables
 
   def _check_encoder(self, path: str) -> None:
-    with naming('model.encoder.checkpoint'):
+    with errors.about('model.encoder.checkpoint'):
       module = models.build_encoder(path)
     _check_architecture(
         'model.encoder', module.architecture, self._model.encoder.architecture
     )
-    self.facts['model.encoder.checkpoint'] = path
+    self.sources['model.encoder.checkpoint'] = path
 
   def _check_decoder(self, path: str) -> None:
     normalization = self._config.model.decoder.mae.normalization
-    with naming('model.decoder.mae.checkpoint'):
+    with errors.about('model.decoder.mae.checkpoint'):
       module = models.build_decoder(path, normalization)
     decoder = self._model.decoder
     _check_architecture(
@@ -130,17 +130,17 @@ class Start:
             f'model.decoder.mae.checkpoint has {field} {given}, the decoder of'
             f' this config {wanted}; set model.decoder.mae.{field}.'
         )
-    self.facts['model.decoder.mae.checkpoint'] = path
+    self.sources['model.decoder.mae.checkpoint'] = path
 
 
 def reads_encoder(config: ml_collections.ConfigDict) -> bool:
-  """Whether a new run reads the weights of its encoder from a checkpoint."""
+  """Whether a new run loads its encoder from a checkpoint."""
   encoder = config.model.encoder
   return encoder.name == 'pretrained' and bool(encoder.checkpoint)
 
 
-def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns what latents depend on, as files of their statistics say it."""
+def encoder_metadata(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns what determines the latents, as metadata of statistics files."""
   encoder = configuration.resolve(config).model.encoder
   if encoder.name != 'pretrained':
     return {'encoder': encoder.name}
@@ -155,66 +155,26 @@ def encoder_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
   }
 
 
-@contextlib.contextmanager
-def naming(field: str) -> Iterator[None]:
-  """Puts the field that names a file before what is wrong with the file."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f'{field}: {error}') from error
-
-
-def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
-  """Finds the run of train.init_from, which must be of the same model."""
-  with naming('train.init_from'):
-    found = saved_model.find(config.train.init_from)
-  if differences := configuration.diff_models(found.config, config):
-    raise ValueError(
-        '\n  '.join([
-            f'train.init_from is {found.folder}, a run of another model'
-            ' (saved -> current):',
-            *differences,
-        ])
-    )
-  return found
-
-
-def _check_architecture(section: str, given: Any, wanted: Any) -> None:
-  # Positions are resampled before they get into the model.
-  given = dataclasses.replace(given, position_kernel=wanted.position_kernel)
-  differences = [
-      f'{field.name}: {getattr(wanted, field.name)!r} ->'
-      f' {getattr(given, field.name)!r}'
-      for field in dataclasses.fields(wanted)
-      if getattr(wanted, field.name) != getattr(given, field.name)
-  ]
-  if not differences:
-    return
-  fix = 'change the fields of model.decoder to it.'
-  if section == 'model.encoder':
-    fix = (
-        '--config.model.encoder.architecture=checkpoint takes what the'
-        ' checkpoint has.'
-    )
-  raise ValueError(
-      '\n  '.join([
-          f'{section}.checkpoint is of another architecture than the config'
-          ' (config -> checkpoint):',
-          *differences,
-      ])
-      + f'\nUse another checkpoint; or {fix}'
-  )
-
-
-def _read_statistics(
+def read_statistics(
     config: ml_collections.ConfigDict, model: models.Autoencoder
-) -> dict[str, Any]:
-  """Reads the file of `latent_statistics.write`."""
+) -> dict[str, np.ndarray]:
+  """Reads the file of model.latent_statistics.
+
+  Args:
+    config: the whole config.
+    model: from `models.build_autoencoder` of the same config.
+
+  Returns:
+    'mean' and 'variance', [h, w, C] float32.
+
+  Raises:
+    ValueError: a missing or corrupted file, or statistics of other latents.
+  """
   path = pathlib.Path(config.model.latent_statistics).expanduser()
   shape = (*model.statistics.grid_size, model.statistics.width)
   try:
     with safetensors.safe_open(path, 'numpy') as file:
-      facts = file.metadata() or {}
+      metadata = file.metadata() or {}
       names = list(file.keys())
       arrays = {name: file.get_tensor(name) for name in names}
   except (OSError, safetensors.SafetensorError) as error:
@@ -230,15 +190,15 @@ def _read_statistics(
         ' with --mode=latent_statistics.'
     )
   differences = [
-      f'{name}: {facts.get(name)} -> {wanted}'
-      for name, wanted in encoder_facts(config).items()
-      if facts.get(name) != wanted
+      f'{name}: {metadata.get(name)} -> {wanted}'
+      for name, wanted in encoder_metadata(config).items()
+      if metadata.get(name) != wanted
   ]
   if differences:
     raise ValueError(
         '\n  '.join([
-            f'model.latent_statistics {path} is of other latents than this'
-            ' config makes (file -> config):',
+            f'model.latent_statistics {path} was measured on other latents than'
+            " this config's (file -> config):",
             *differences,
         ])
     )
@@ -246,22 +206,55 @@ def _read_statistics(
   if not finite or arrays['variance'].min() < 0:
     raise ValueError(
         f'model.latent_statistics {path} holds values that are not finite, or'
-        ' negative variances; write it anew with --mode=latent_statistics.'
+        ' negative variances; write it again with --mode=latent_statistics.'
     )
   return arrays
 
 
-def _shardings(builder: train_state.StateBuilder, part: str) -> Any:
-  """Shardings of the variables of one part, by collection."""
+def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
+  """Finds the run of train.init_from, which must have the same model."""
+  with errors.about('train.init_from'):
+    found = saved_model.find(config.train.init_from)
+  if differences := configuration.diff_models(found.config, config):
+    raise ValueError(
+        '\n  '.join([
+            f'train.init_from is {found.folder}, a run of another model'
+            ' (saved -> current):',
+            *differences,
+        ])
+    )
+  return found
+
+
+def _check_architecture(section: str, given: Any, wanted: Any) -> None:
+  # Position embeddings are resampled when they are loaded.
+  given = dataclasses.replace(given, position_kernel=wanted.position_kernel)
+  differences = [
+      f'{field.name}: {getattr(wanted, field.name)!r} ->'
+      f' {getattr(given, field.name)!r}'
+      for field in dataclasses.fields(wanted)
+      if getattr(wanted, field.name) != getattr(given, field.name)
+  ]
+  if not differences:
+    return
+  fix = 'change the fields of model.decoder.'
+  if section == 'model.encoder':
+    fix = 'set --config.model.encoder.architecture=checkpoint.'
+  raise ValueError(
+      '\n  '.join([
+          f'{section}.checkpoint has another architecture than the config'
+          ' (config -> checkpoint):',
+          *differences,
+      ])
+      + f'\nUse another checkpoint, or {fix}'
+  )
+
+
+def _shardings(abstract: Mapping[str, Any], part: str) -> Any:
+  """Returns the shardings of one part's variables, by collection."""
   return {
       collection: jax.tree.map(lambda x: x.sharding, parts[part])
-      for collection, parts in builder.abstract_variables.items()
+      for collection, parts in abstract.items()
       if part in parts
   }
 
-
-def _place(variables: Mapping[str, Any], abstract: Mapping[str, Any]) -> Any:
-  """Spreads arrays over devices as their abstract counterparts say."""
-  return jax.tree.map(
-      lambda x, a: jax.device_put(x, a.sharding), variables, dict(abstract)
-  )

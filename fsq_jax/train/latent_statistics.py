@@ -18,17 +18,17 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import errors
 from fsq_jax.models import pixels
+from fsq_jax.models import variables as variables_lib
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
-from fsq_jax.train import optim
-from fsq_jax.train import state as train_state
 
 FILE = 'latent_statistics.safetensors'
 
 
 class _Moments(NamedTuple):
-  """Number of images, their mean, and the sum of squares around it."""
+  """Number of images, mean, and sum of squared deviations from the mean."""
 
   count: jax.Array
   mean: jax.Array
@@ -38,40 +38,39 @@ class _Moments(NamedTuple):
 def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   """Computes mean and variance of the latents of the training images.
 
-  Every image is taken once, with a centre crop, and every latent counts alike.
-  RAE (arXiv 2510.11690) averages over batches with a momentum of 0.1, which
-  weighs the last ten of them.
+  Each image counts once, with a centre crop. RAE (arXiv 2510.11690) uses an EMA
+  over batches with a momentum of 0.1, dominated by the last ten of them.
 
   Args:
-    config: the whole config; model.latent_statistics is left aside.
+    config: the whole config; model.latent_statistics is ignored.
 
   Returns:
     'mean' and 'variance', [h, w, C] float32.
 
   Raises:
-    ValueError: a config that is not valid, or an encoder that would be random.
+    ValueError: an invalid config, or an encoder with random weights.
   """
   configuration.check_config(
       config, jax.device_count(), mode='latent_statistics'
   )
   config = configuration.resolve(config)
-  config.model.decoder.mae.checkpoint = ''  # Of no use here.
+  config.model.decoder.mae.checkpoint = ''  # Only the encoder is used.
   config.model.latent_statistics = ''
   if config.train.init_from:
-    # That run may have some, and is of the same model only with them.
-    with initialization.naming('train.init_from'):
+    # That run may use statistics, which are part of its model.
+    with errors.about('train.init_from'):
       found = saved_model.find(config.train.init_from)
     config.model.latent_statistics = found.config.model.latent_statistics
   if not (initialization.reads_encoder(config) or config.train.init_from):
     raise ValueError(
-        'Statistics of latents need a trained encoder: set'
+        'Latent statistics need a trained encoder: set'
         " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
         ' train.init_from.'
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   share = partitioning.process_share(mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
-  start = initialization.Start(config, model)
+  initializer = initialization.Initializer(config, model)
   dataset = data.build_dataset(
       config.data,
       split='train_once',
@@ -79,9 +78,13 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
       process_index=share.index,
       process_count=share.count,
   )
-  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  variables = start.load(builder, mesh)
+  abstract = partitioning.place_abstract(
+      variables_lib.abstract_variables(model, config.data.image_size),
+      mesh,
+      config.partitioning.rules,
+      config.partitioning.fsdp_min_size,
+  )
+  variables = initializer.load(abstract, mesh)
   variables = {
       collection: parts['encoder']
       for collection, parts in variables.items()
@@ -112,25 +115,25 @@ def write(
     workdir: str | os.PathLike[str],
     config: ml_collections.ConfigDict,
 ) -> pathlib.Path:
-  """Writes what `measure` returned, atomically, and of what latents it is.
+  """Writes statistics atomically, with metadata of their encoder and images.
 
   Args:
-    statistics: 'mean' and 'variance'.
+    statistics: from `measure`.
     workdir: folder for the file, created if it is missing.
-    config: what they were measured with.
+    config: that they were measured with.
 
   Returns:
     Path of the file, for model.latent_statistics.
   """
   path = workdirs.create(workdir) / FILE
   images = config.data.source, config.data.name, config.data.train_split
-  facts = {
-      **initialization.encoder_facts(config),
+  metadata = {
+      **initialization.encoder_metadata(config),
       'checkpoint': config.train.init_from or config.model.encoder.checkpoint,
       'images': ' '.join(filter(None, images)),
   }
   workdirs.write_bytes(
-      path, safetensors.numpy.save(dict(statistics), metadata=facts)
+      path, safetensors.numpy.save(dict(statistics), metadata=metadata)
   )
   return path
 
@@ -138,11 +141,11 @@ def write(
 def measure_to_workdir(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
 ) -> pathlib.Path:
-  """Does what `measure` and `write` do; one process writes.
+  """Measures and writes statistics; only one process writes.
 
   Args:
     config: the whole config.
-    workdir: folder for the file, which is tried before anything is read.
+    workdir: folder for the file, created before anything is read.
 
   Returns:
     Path of the file.
@@ -158,7 +161,7 @@ def measure_to_workdir(
 
 
 def _moments(latents: jax.Array, mask: jax.Array) -> _Moments:
-  """Moments over the [B, h, w, C] latents of images whose mask [B] is set."""
+  """Returns the moments of [B, h, w, C] latents whose mask [B] is set."""
   weights = mask.astype(jnp.float32)
   count = jnp.sum(weights)
   mean = jnp.einsum('b,bhwc->hwc', weights, latents) / jnp.maximum(count, 1)
@@ -167,13 +170,13 @@ def _moments(latents: jax.Array, mask: jax.Array) -> _Moments:
 
 
 def _merge(a: _Moments, b: _Moments) -> _Moments:
-  """Moments of the images of both, in float64 (Chan, Golub, LeVeque 1979)."""
+  """Returns the moments of both, in float64 (Chan, Golub, LeVeque 1979)."""
   a, b = (_Moments(*(np.asarray(x, np.float64) for x in m)) for m in (a, b))
   count = a.count + b.count
-  share = b.count / max(count, 1)
+  fraction = b.count / max(count, 1)
   difference = b.mean - a.mean
   return _Moments(
       count,
-      a.mean + share * difference,
-      a.squares + b.squares + a.count * share * np.square(difference),
+      a.mean + fraction * difference,
+      a.squares + b.squares + a.count * fraction * np.square(difference),
   )

@@ -1,11 +1,11 @@
-"""The training loop of any model: steps, and hooks around them."""
+"""The training loop, for any model: steps and hooks around them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
 class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
-  """Training was asked to stop by a signal and has saved its last step.
+  """A signal stopped training after its last step was saved.
 
   Attributes:
     step: the step that was saved; the same command resumes from it.
@@ -16,25 +16,25 @@ class Preempted(Exception):  # noqa: N818  # Not an error: the run is intact.
     self.step = step
 
 
-class RunError(Exception):
-  """A run that cannot continue; what it has saved is intact."""
+class RunError(RuntimeError):
+  """The run cannot continue; its checkpoints are intact."""
 
 
 class DivergedError(RunError):
-  """Too many steps in a row had a loss or a gradient that was not finite."""
+  """Too many steps in a row had a non-finite loss or gradient."""
 
 
 class Hook:
-  """Called around the steps of a run; here, every method does nothing.
+  """Base class of hooks, whose methods do nothing.
 
-  A state must not be kept: its buffers are donated to the next step.
+  Hooks must not keep a state: its buffers are donated to the next step.
   """
 
   def start(self, step: int, state: Any) -> None:
-    """Called once before the first step; `step` steps have been taken."""
+    """Called once before the first step, after `step` earlier steps."""
 
   def before_step(self, step: int) -> None:
-    """Called before step number `step`, counted from 1, is taken."""
+    """Called before step number `step`, counted from 1."""
 
   def after_step(
       self,
@@ -48,8 +48,8 @@ class Hook:
     Args:
       step: number of the step, counted from 1.
       state: after the step.
-      scalars: of the step, on devices, perhaps still being computed.
-      batch: that the step was taken on.
+      scalars: of the step, on the devices, possibly not computed yet.
+      batch: of the step.
     """
 
   def finish(self, step: int, state: Any) -> None:
@@ -64,14 +64,14 @@ def run(
     hooks: Sequence[Hook],
     num_steps: int,
 ) -> Any:
-  """Takes steps until there are `num_steps`.
+  """Trains until `num_steps` steps have been taken.
 
   Args:
-    state: with `step`, the number of steps taken so far.
+    state: its `step` is the number of earlier steps.
     batches: one for each step.
-    train_step: of a state and a batch to the next state and scalars.
-    hooks: called in this order; an error that one raises ends the run.
-    num_steps: of the whole run, those before a restart included.
+    train_step: maps a state and a batch to the next state and scalars.
+    hooks: called in this order; an error in a hook ends the run.
+    num_steps: of the whole run, steps before a restart included.
 
   Returns:
     The last state.

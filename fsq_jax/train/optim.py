@@ -1,4 +1,4 @@
-"""Optimizer over the whole parameter tree, its schedule, frozen parameters."""
+"""Optimizers of the model and the discriminator, and their schedule."""
 
 from collections.abc import Mapping, Sequence
 import re
@@ -15,11 +15,11 @@ from fsq_jax.runtime import parameter_paths
 def warmup_cosine(
     peak: float, end: float, warmup_steps: int, num_steps: int
 ) -> optax.Schedule:
-  """Learning rate of linear warm-up followed by a half cosine.
+  """Returns linear warm-up followed by a half cosine.
 
   Args:
-    peak: value that warm-up reaches.
-    end: value at num_steps and after.
+    peak: learning rate after warm-up.
+    end: learning rate at num_steps and after.
     warmup_steps: step s < warmup_steps has peak * (s + 1) / warmup_steps.
     num_steps: step at which the cosine ends, > warmup_steps.
 
@@ -50,9 +50,8 @@ def build_schedule(config: Mapping[str, Any], num_steps: int) -> optax.Schedule:
 def build_optimizer(
     config: Mapping[str, Any], num_steps: int
 ) -> optax.GradientTransformation:
-  """Builds the optimizer of the `optim` section of a config.
+  """Builds the optimizer of the trainable parameters.
 
-  It is for the parameters that train, the first of what `split_frozen` returns.
   Weight decay applies to kernels, not to biases, norms and position embeddings.
 
   Args:
@@ -76,29 +75,30 @@ def build_optimizer(
   return _chain(_clip(config), optimizer, _scale_by_path(factors))
 
 
-def build_adamw(
-    config: Mapping[str, Any], num_steps: int
+def build_discriminator_optimizer(
+    config: Mapping[str, Any],
 ) -> optax.GradientTransformation:
-  """Builds the optimizer of the `discriminator.optim` section of a config.
+  """Builds the discriminator's AdamW, whose schedule ends with the run.
 
   Args:
-    config: that section.
-    num_steps: updates until the schedule's end.
+    config: the whole config; discriminator and train.num_steps are read.
 
   Returns:
     A transformation whose updates are added to the parameters.
   """
-  schedule = build_schedule(config, num_steps)
-  return _chain(_clip(config), _adamw(config, schedule))
+  options = config['discriminator']
+  num_updates = config['train']['num_steps'] - options['start_step']
+  schedule = build_schedule(options['optim'], num_updates)
+  return _chain(_clip(options['optim']), _adamw(options['optim'], schedule))
 
 
 def _chain(
     *transforms: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """optax.chain whose results do not depend on JAX's flags for dtypes.
+  """Returns optax.chain, independent of JAX's flags for dtypes.
 
-  Optax raises float scalars to integer powers, which the strict promotion of
-  dtypes forbids, and makes float64 constants with JAX_ENABLE_X64.
+  Optax raises float scalars to integer powers, which strict dtype promotion
+  forbids, and makes float64 constants under JAX_ENABLE_X64.
   """
   chain = optax.chain(*transforms)
 
@@ -115,24 +115,8 @@ def _chain(
   return optax.GradientTransformation(init, update)
 
 
-def build_discriminator_optimizer(
-    config: Mapping[str, Any],
-) -> optax.GradientTransformation:
-  """Builds the discriminator's AdamW, whose schedule ends with the run.
-
-  Args:
-    config: the whole config; discriminator and train.num_steps are read.
-
-  Returns:
-    A transformation whose updates are added to the parameters.
-  """
-  options = config['discriminator']
-  num_updates = config['train']['num_steps'] - options['start_step']
-  return build_adamw(options['optim'], num_updates)
-
-
 def _clip(config: Mapping[str, Any]) -> optax.GradientTransformation:
-  # The same state with and without: a run may change it as it goes on.
+  # The same state with and without, so that a resumed run may change it.
   if config['clip_norm']:
     return optax.clip_by_global_norm(config['clip_norm'])
   return optax.identity()
@@ -141,7 +125,7 @@ def _clip(config: Mapping[str, Any]) -> optax.GradientTransformation:
 def _scale_by_path(
     factors: Sequence[tuple[str, float]],
 ) -> optax.GradientTransformation:
-  """Multiplies updates, and thereby learning rates, by a factor of the path."""
+  """Multiplies updates, and so learning rates, by a factor for their path."""
 
   def init(params: Any) -> optax.OptState:
     paths = jax.tree.leaves(parameter_paths.tree_paths(params))
@@ -151,7 +135,7 @@ def _scale_by_path(
     return optax.EmptyState()
 
   def update(updates: Any, state: optax.OptState, params: Any = None) -> Any:
-    del params  # The paths of updates are those of parameters.
+    del params  # Updates have the same paths.
 
     def scale(path: str, value: jax.Array) -> jax.Array:
       matching = (x for p, x in factors if re.fullmatch(p, path))
@@ -183,7 +167,7 @@ def _adamw(
 def _muon(
     config: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Muon for the kernels of transformer blocks, AdamW for all the rest."""
+  """Muon for the kernels of transformer blocks, AdamW for everything else."""
   muon = optax.contrib.muon(
       schedule,
       eps=config['eps'],
@@ -192,7 +176,7 @@ def _muon(
       muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(
           reduction_axis=1, output_axis=2
       ),
-      # Updates as large as AdamW's, so that one learning rate fits both.
+      # Updates as large as AdamW's, so that both share a learning rate.
       consistent_rms=0.2,
   )
 
@@ -202,8 +186,8 @@ def _muon(
         parameter_paths.tree_paths(params),
     )
 
-  # The AdamW that optax.contrib.muon itself brings is another one: with
-  # Nesterov momentum, and weight decay on every parameter.
+  # The AdamW inside optax.contrib.muon has Nesterov momentum, and weight decay
+  # on every parameter.
   return optax.multi_transform(
       {'muon': muon, 'adamw': _adamw(config, schedule)}, label
   )

@@ -1,4 +1,4 @@
-"""The state of training, created already sharded."""
+"""The train state, created with its shardings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from fsq_jax.adversarial import adversary as adversaries
+from fsq_jax.adversarial import builder as adversary_builder
 from fsq_jax.models import variables
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
@@ -25,17 +25,16 @@ class TrainState(struct.PyTreeNode):
 
   Attributes:
     step: int32 scalar, training steps taken, skipped ones included.
-    params: parameters that train, float32.
-    frozen_params: those that do not; no gradient, optimizer state or average
-      is made of them.
-    teacher_params: where the encoder's latents are held to those of its start
-      (losses.distillation_weight), a copy from then of those of params that are
-      the encoder's, under the same paths; else {}.
+    params: trainable parameters, float32.
+    frozen_params: frozen parameters; they have no gradient, optimizer state or
+      EMA.
+    teacher_params: copy of the encoder's trainable parameters at the start,
+      under the same paths: the teacher of the distillation loss. {} without
+      one.
     model_state: the model's other collections, such as `codebook`.
-    ema_params: average of params, which is what gets evaluated.
+    ema_params: EMA of params, used for evaluation.
     opt_state: state of the optimizer.
-    adversary: `adversary.AdversaryState`, all of the discriminator that is not
-      frozen; {} without one.
+    adversary: `adversary.AdversaryState`; {} without a discriminator.
     bad_steps: int32 scalar, skipped steps since the last good one.
     skipped_steps: int32 scalar, all steps skipped so far.
   """
@@ -58,18 +57,52 @@ class TrainState(struct.PyTreeNode):
         **{x: getattr(self, x) for x in variables.EVAL_FIELDS}
     )
 
+  @property
+  def num_updates(self) -> jax.Array:
+    """Updates of the parameters, as the optimizer counts them."""
+    return self.step - self.skipped_steps
+
+  def average(self, params: Any, decay: float) -> Any:
+    """Returns the EMA after an update.
+
+    Args:
+      params: trainable parameters after the update.
+      decay: of the EMA; early updates use (1 + n) / (10 + n) if it is less.
+    """
+    count = self.num_updates.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + count) / (10 + count))
+    return optax.incremental_update(params, self.ema_params, 1 - decay)
+
+  def after_step(self, is_good: jax.Array, **updated: Any) -> 'TrainState':
+    """Returns the next state, in which a bad step changes only the counters.
+
+    Args:
+      is_good: bool scalar, False to skip the update.
+      **updated: fields after the update.
+    """
+    state = jax.tree.map(
+        lambda new, old: jnp.where(is_good, new, old),
+        self.replace(**updated),
+        self,
+    )
+    return state.replace(
+        step=state.step + 1,
+        bad_steps=jnp.where(is_good, 0, state.bad_steps + 1),
+        skipped_steps=state.skipped_steps + (~is_good).astype(jnp.int32),
+    )
+
 
 class StateBuilder:
-  """Creates the train state of a config on the devices that keep it.
+  """Creates the train state of a config with its shardings.
 
-  No device or host ever holds a full copy of what is sharded.
+  No device or host ever holds a full copy of a sharded array.
 
   Attributes:
-    abstract_variables: the model's variables as shapes, types and shardings.
-    abstract: the state as shapes, types and shardings.
+    abstract_variables: shapes, dtypes and shardings of the model's variables.
+    abstract: shapes, dtypes and shardings of the state.
     shardings: tree of the shardings.
-    whole: what of the state no axis of the mesh divides, and stays whole:
-      `partitioning.list_whole` of it.
+    whole: arrays of the state that stay replicated because no mesh axis divides
+      them, from `partitioning.list_whole`.
   """
 
   def __init__(
@@ -79,7 +112,7 @@ class StateBuilder:
       optimizer: optax.GradientTransformation,
       mesh: jax.sharding.Mesh,
   ):
-    """Traces the initialisation.
+    """Traces the initialization.
 
     Args:
       config: the whole config.
@@ -87,76 +120,73 @@ class StateBuilder:
       optimizer: from `optim.build_optimizer` of the same config.
       mesh: from `partitioning.create_mesh`.
     """
-    image_size = tuple(config.data.image_size)
-    self._batch_shape = (config.data.batch_size, *image_size, 3)
+    self._config = config
+    self._model = model
+    self._optimizer = optimizer
     self._mesh = mesh
-    seed = config.seed
-    frozen_patterns = tuple(config.optim.frozen)
-    adversary = adversaries.build_adversary(
+    self._adversary = adversary_builder.build_adversary(
         config, optim.build_discriminator_optimizer(config)
     )
-
-    def init_variables() -> dict[str, Any]:
-      images = jnp.zeros((1, *image_size, 3), jnp.float32)
-      return dict(model.init(jax.random.key(seed), images))
-
-    def init(loaded: Mapping[str, jax.Array]) -> TrainState:
-      variables = traverse_util.flatten_dict(init_variables(), sep='/')
-      model_state = traverse_util.unflatten_dict(variables | loaded, sep='/')
-      params, frozen = parameter_paths.split_frozen(
-          model_state.pop('params'), frozen_patterns
-      )
-      teacher = {}
-      if config.losses.distillation_weight:
-        teacher = _copy_encoder(params)
-      adversary_state = {}
-      if adversary is not None:
-        # Another key than the model's, whose parts draw by their names.
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        adversary_state = adversary.init(key)
-      return TrainState(
-          step=jnp.zeros((), jnp.int32),
-          params=params,
-          frozen_params=frozen,
-          teacher_params=teacher,
-          model_state=model_state,
-          # A copy: the donated state must not hold one buffer twice.
-          ema_params=jax.tree.map(jnp.copy, params),
-          opt_state=optimizer.init(params),
-          adversary=adversary_state,
-          bad_steps=jnp.zeros((), jnp.int32),
-          skipped_steps=jnp.zeros((), jnp.int32),
-      )
-
-    rules = config.partitioning.rules
-    min_size = config.partitioning.fsdp_min_size
-
-    def place(tree: Any) -> Any:
-      return partitioning.place_abstract(tree, mesh, rules, min_size)
-
-    self.abstract_variables = place(jax.eval_shape(init_variables))
-    self.abstract = place(jax.eval_shape(init, {}))
+    rules = config.partitioning.rules, config.partitioning.fsdp_min_size
+    self.abstract_variables = partitioning.place_abstract(
+        jax.eval_shape(self._init_variables), mesh, *rules
+    )
+    self.abstract = partitioning.place_abstract(
+        jax.eval_shape(self._init, {}), mesh, *rules
+    )
     self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-    self.whole = partitioning.list_whole(self.abstract, mesh, rules, min_size)
+    self.whole = partitioning.list_whole(self.abstract, mesh, *rules)
     if self.whole:
       logging.warning(
-          '%d arrays of together %.1f MiB stay whole, since the mesh %s divides'
-          ' no axis of theirs: %s.',
+          '%d arrays (%.1f MiB in total) are replicated, since the mesh %s'
+          ' divides none of their dimensions: %s.',
           len(self.whole),
           sum(self.whole.values()) / 2**20,
           dict(mesh.shape),
           ', '.join(self.whole),
       )
-    self._init = jax.jit(
-        init, out_shardings=self.shardings, donate_argnums=0
+    self._jitted_init = jax.jit(
+        self._init, out_shardings=self.shardings, donate_argnums=0
+    )
+
+  def _init_variables(self) -> dict[str, Any]:
+    shape = (1, *self._config.data.image_size, 3)
+    key = jax.random.key(self._config.seed)
+    return dict(self._model.init(key, jnp.zeros(shape, jnp.float32)))
+
+  def _init(self, loaded: Mapping[str, jax.Array]) -> TrainState:
+    variables = traverse_util.flatten_dict(self._init_variables(), sep='/')
+    model_state = traverse_util.unflatten_dict(variables | loaded, sep='/')
+    params, frozen = parameter_paths.split_frozen(
+        model_state.pop('params'), tuple(self._config.optim.frozen)
+    )
+    teacher, adversary_state = {}, {}
+    if self._config.losses.distillation_weight:
+      teacher = _copy_encoder(params)
+    if self._adversary is not None:
+      # Another key than the model's.
+      key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
+      adversary_state = self._adversary.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen_params=frozen,
+        teacher_params=teacher,
+        model_state=model_state,
+        # A copy: the donated state must not contain one buffer twice.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=self._optimizer.init(params),
+        adversary=adversary_state,
+        bad_steps=jnp.zeros((), jnp.int32),
+        skipped_steps=jnp.zeros((), jnp.int32),
     )
 
   def create(self, loaded: Mapping[str, Any] | None = None) -> TrainState:
-    """Initialises a new state.
+    """Initializes a new state.
 
     Args:
-      loaded: variables that are not to be initialised, a tree that is a part of
-        `abstract_variables`, on the devices that keep them. They are donated.
+      loaded: variables that replace initialized ones: a subtree of
+        `abstract_variables`, with the same shardings. They are donated.
 
     Raises:
       ValueError: variables that the model lacks, or of another shape or dtype.
@@ -173,21 +203,20 @@ class StateBuilder:
             f'The loaded variable {path!r} is {given}; the model of this config'
             f' has {allowed} there.'
         )
-    return self._init(loaded)
+    return self._jitted_init(loaded)
 
   def compile_step(
       self, step: Callable[..., Any], network_variables: Any
   ) -> jax.stages.Compiled:
-    """Compiles a training step, which takes the state over from its caller.
+    """Compiles a training step, which donates its state.
 
     Args:
-      step: from `step.build_train_step`: of state, images and the
-        variables of the networks to the next state and scalars.
-      network_variables: those of the networks, on the devices that keep them.
+      step: from `step.build_train_step`.
+      network_variables: variables of the frozen networks, on their devices.
 
     Returns:
-      The step. It takes images [B, H, W, 3] uint8 of the config's size, and its
-      scalars are on every device.
+      The compiled step. It takes [B, H, W, 3] uint8 images of the config's
+      batch and image size; its scalars are replicated.
     """
     batch_sharding = partitioning.batch_sharding(self._mesh)
     jitted = jax.jit(
@@ -200,18 +229,26 @@ class StateBuilder:
         out_shardings=(self.shardings, partitioning.replicated(self._mesh)),
         donate_argnums=0,
     )
+    options = self._config.data
     images = jax.ShapeDtypeStruct(
-        self._batch_shape, np.uint8, sharding=batch_sharding
+        (options.batch_size, *options.image_size, 3),
+        np.uint8,
+        sharding=batch_sharding,
     )
     return jitted.lower(self.abstract, images, network_variables).compile()
 
 
+def num_parameters(params: Any) -> int:
+  """Returns the number of values of a tree of arrays."""
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
 def _copy_encoder(params: Mapping[str, Any]) -> Any:
-  """Returns a copy of those of the encoder's parameters that train."""
+  """Copies the encoder's trainable parameters."""
   if 'encoder' not in params:
     raise ValueError(
-        'losses.distillation_weight is not 0, but optim.frozen keeps the'
-        ' encoder from changing at all; leave one of them out.'
+        'losses.distillation_weight is not 0, but optim.frozen freezes the'
+        ' whole encoder; set the weight to 0 or unfreeze the encoder.'
     )
-  # Under its paths, by which partitioning.rules spread it as the encoder.
+  # Under the same paths, so that partitioning.rules shard it as the encoder.
   return {'encoder': jax.tree.map(jnp.copy, params['encoder'])}

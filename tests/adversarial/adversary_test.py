@@ -16,6 +16,7 @@ from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
 from fsq_jax.adversarial import adversary as adversaries
+from fsq_jax.adversarial import builder as adversary_builder
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
@@ -233,6 +234,7 @@ def test_the_autoencoders_gradient_is_that_of_all_its_losses():
   _assert_close(moved, gradients, rtol=1e-3, atol=5e-7)
 
 
+@pytest.mark.slow
 def test_the_decoders_loss_moves_no_discriminator():
   (_, other), _ = _with_another_decoders_loss()
   (_, plain, _), _ = _plain()
@@ -240,6 +242,7 @@ def test_the_decoders_loss_moves_no_discriminator():
   _assert_all_differ(other.params['decoder'], plain.params['decoder'])
 
 
+@pytest.mark.slow
 def test_the_discriminators_loss_moves_no_autoencoder():
   config = _load_config(**{
       'discriminator.loss': 'hinge',
@@ -262,7 +265,7 @@ def test_gradients_are_those_of_losses_that_are_written_down():
       'discriminator.r1_weight': 0.25,
       'discriminator.r1_every_steps': 2,
   })
-  adversary = adversaries.build_adversary(
+  adversary = adversary_builder.build_adversary(
       config, optim.build_discriminator_optimizer(config)
   )
   discriminator = adversarial_lib.build_discriminator(config.discriminator)
@@ -271,8 +274,8 @@ def test_gradients_are_those_of_losses_that_are_written_down():
       average_logits={'real': jnp.float32(0.3), 'fake': jnp.float32(-0.2)}
   )
   images, fakes = _floats(2)
-  judge = jax.jit(
-      lambda step: adversary.judge(
+  compute = jax.jit(
+      lambda step: adversary.losses_and_gradients(
           state, {}, images, fakes, key=jax.random.key(1), step=step
       )
   )
@@ -306,28 +309,28 @@ def test_gradients_are_those_of_losses_that_are_written_down():
   (loss, gradients), (r1, r1_gradients), at_images, real, fake = expect(
       state.params
   )
-  without, verdict = judge(jnp.int32(2)), judge(jnp.int32(3))
+  without, output = compute(jnp.int32(2)), compute(jnp.int32(3))
   _assert_close(without.gradients, gradients, rtol=1e-4, atol=1e-6)
   assert without.scalars['r1_penalty'] == 0
   # In one of two steps, twice as much.
   _assert_close(
-      verdict.gradients,
+      output.gradients,
       jax.tree.map(lambda x, y: x + 2 * 0.25 * y, gradients, r1_gradients),
       rtol=1e-4, atol=1e-6,
   )
-  np.testing.assert_allclose(verdict.at_images, at_images, rtol=1e-4, atol=1e-8)
+  np.testing.assert_allclose(output.at_images, at_images, rtol=1e-4, atol=1e-8)
   scalars = {
       'real_logits': real, 'fake_logits': fake, 'discriminator_loss': loss,
       'adversarial_loss': -fake, 'r1_penalty': r1,
   }
   for name, value in scalars.items():
     np.testing.assert_allclose(
-        verdict.scalars[name], value, rtol=1e-5, err_msg=name
+        output.scalars[name], value, rtol=1e-5, err_msg=name
     )
   averages = {
       'real': 0.999 * 0.3 + 0.001 * real, 'fake': -0.999 * 0.2 + 0.001 * fake
   }
-  _assert_close(verdict.state.average_logits, averages, rtol=1e-6, atol=0)
+  _assert_close(output.state.average_logits, averages, rtol=1e-6, atol=0)
 
 
 def test_fakes_are_rounded_and_drawn_from_other_keys_than_images():
@@ -335,32 +338,33 @@ def test_fakes_are_rounded_and_drawn_from_other_keys_than_images():
       'discriminator.augment_probability': 1.0,
       'discriminator.uint8_fakes': True,
   })
-  adversary = adversaries.build_adversary(
+  adversary = adversary_builder.build_adversary(
       config, optim.build_discriminator_optimizer(config)
   )
   state = jax.jit(adversary.init)(jax.random.key(0))
   images, fakes = _floats(2)
   fakes = 1.2 * fakes + 0.003  # Beyond [-1, 1] and between the levels.
-  judge = jax.jit(
-      lambda fakes, key: adversary.judge(
+  compute = jax.jit(
+      lambda fakes, key: adversary.losses_and_gradients(
           state, {}, images, fakes, key=jax.random.key(key), step=jnp.int32(0)
       )
   )
   rounded = np.rint((np.clip(np.float64(fakes), -1, 1) + 1) * 127.5) / 127.5 - 1
-  verdict, expected = judge(fakes, 0), judge(jnp.float32(rounded), 0)
-  assert verdict.scalars['fake_logits'] == pytest.approx(
+  output, expected = compute(fakes, 0), compute(jnp.float32(rounded), 0)
+  assert output.scalars['fake_logits'] == pytest.approx(
       float(expected.scalars['fake_logits']), rel=1e-6
   )
   # The gradient goes through rounding and clipping as if they were not there.
   np.testing.assert_allclose(
-      verdict.at_images, expected.at_images, rtol=1e-4, atol=1e-9
+      output.at_images, expected.at_images, rtol=1e-4, atol=1e-9
   )
-  same, again = judge(images, 0), judge(images, 1)
+  same, again = compute(images, 0), compute(images, 1)
   assert same.scalars['real_logits'] != same.scalars['fake_logits']
-  assert same.scalars['real_logits'] == verdict.scalars['real_logits']
+  assert same.scalars['real_logits'] == output.scalars['real_logits']
   assert same.scalars['real_logits'] != again.scalars['real_logits']
 
 
+@pytest.mark.slow
 def test_spectral_norms_improve_once_a_step_and_a_backbone_stays_out():
   config = _load_config(**{
       'discriminator.name': 'dino',
@@ -374,19 +378,19 @@ def test_spectral_norms_improve_once_a_step_and_a_backbone_stays_out():
   })
   discriminator = adversarial_lib.build_discriminator(config.discriminator)
   backbone = adversarial_lib.load_discriminator_backbone(_DINO, discriminator)
-  adversary = adversaries.build_adversary(
+  adversary = adversary_builder.build_adversary(
       config, optim.build_discriminator_optimizer(config)
   )
   state = jax.jit(adversary.init)(jax.random.key(0))
   assert not any('backbone' in name for name in _leaves(state))
   images, fakes = _floats(2)
-  verdict = jax.jit(
-      lambda state, backbone: adversary.judge(
+  output = jax.jit(
+      lambda state, backbone: adversary.losses_and_gradients(
           state, backbone, images, fakes, key=jax.random.key(1),
           step=jnp.int32(0),
       )
   )(state, {'backbone': backbone})
-  assert jax.tree.structure(verdict.gradients) == jax.tree.structure(
+  assert jax.tree.structure(output.gradients) == jax.tree.structure(
       state.params
   )
   for name, kernel in _leaves(state.params).items():
@@ -394,7 +398,7 @@ def test_spectral_norms_improve_once_a_step_and_a_backbone_stays_out():
       continue
     head, layer, _ = name.split('/')
     u, v = (
-        np.float64(verdict.state.model_state['spectral_norm'][head][layer][x])
+        np.float64(output.state.model_state['spectral_norm'][head][layer][x])
         for x in 'uv'
     )
     before = state.model_state['spectral_norm'][head][layer]['u']
@@ -403,18 +407,19 @@ def test_spectral_norms_improve_once_a_step_and_a_backbone_stays_out():
     np.testing.assert_allclose(v, product / np.linalg.norm(product), atol=1e-5)
     product = matrix.T @ v
     np.testing.assert_allclose(u, product / np.linalg.norm(product), atol=1e-5)
-  # Both sides are judged by the vectors of after the step.
+  # Both sides use the vectors after the step.
   variables = {
       'params': {**state.params, 'backbone': backbone},
-      **verdict.state.model_state,
+      **output.state.model_state,
   }
   logits = jax.jit(discriminator.apply)
   for name, x in (('real_logits', images), ('fake_logits', fakes)):
-    assert verdict.scalars[name] == pytest.approx(
+    assert output.scalars[name] == pytest.approx(
         float(logits(variables, x).mean()), rel=1e-4, abs=1e-6
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_adversarial_before_its_start():
   # Slowly, so that nothing is so large that steps are lost in its rounding.
   options = (1, 1), 0.1
@@ -435,6 +440,7 @@ def test_nothing_is_adversarial_before_its_start():
   assert rows[1]['discriminator_gradient_norm'] > 0
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_is_the_ratio_at_the_last_layer():
   (first, _), (row,) = _with_another_decoders_loss()
 
@@ -454,6 +460,7 @@ def test_the_adaptive_weight_is_the_ratio_at_the_last_layer():
   )
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_costs_no_second_backward_pass():
   flops = []
   for weighting in ('fixed', 'adaptive'):
@@ -481,9 +488,8 @@ def test_the_adaptive_weight_needs_a_last_layer_that_trains():
     training.step.lower(training.builder.abstract, images, _NETWORKS)
 
 
-@pytest.mark.parametrize(
-    'mesh', [(2, 4), pytest.param((8, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('mesh', [(2, 4), (8, 1)])
+@pytest.mark.slow
 def test_devices_do_not_change_what_is_learned(mesh):
   config = _load_config(**_EVERYTHING, **{'partitioning.fsdp_min_size': 16})
   # Little, since rounded pixels and codes jump.
@@ -499,6 +505,7 @@ def test_devices_do_not_change_what_is_learned(mesh):
     _assert_close(other, tree, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_step_draws_its_own_augmentations():
   config = _load_config(**_EVERYTHING, **{'partitioning.fsdp_min_size': 16})
   training = _build_once(configuration.config_to_json(config), (1, 1), 0.1)
@@ -514,6 +521,7 @@ def test_every_step_draws_its_own_augmentations():
   assert float(rows[1]['r1_penalty']) == 0
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_the_mean_of_both_gradients():
   config = _load_config(**{'optim.accumulation_steps': 2})
   (_, last), (row,) = _take_steps(config, 1)
@@ -527,19 +535,22 @@ def test_accumulated_parts_are_the_mean_of_both_gradients():
   _assert_close(moments, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bad_step_leaves_both_networks_as_they_were(monkeypatch):
   """Although the decoder's losses and gradients are finite."""
-  judge = adversaries.Adversary.judge
+  compute = adversaries.Adversary.losses_and_gradients
 
-  def judge_badly(self, *args, **options):
-    verdict = judge(self, *args, **options)
-    first, *others = jax.tree.leaves(verdict.gradients)
+  def compute_badly(self, *args, **options):
+    output = compute(self, *args, **options)
+    first, *others = jax.tree.leaves(output.gradients)
     gradients = jax.tree.unflatten(
-        jax.tree.structure(verdict.gradients), [first * jnp.nan, *others]
+        jax.tree.structure(output.gradients), [first * jnp.nan, *others]
     )
-    return verdict._replace(gradients=gradients)
+    return output._replace(gradients=gradients)
 
-  monkeypatch.setattr(adversaries.Adversary, 'judge', judge_badly)
+  monkeypatch.setattr(
+      adversaries.Adversary, 'losses_and_gradients', compute_badly
+  )
   training = _build(configuration.config_to_json(_load_config()))
   before = jax.device_get(training.builder.create())
   images = partitioning.shard_batch(_images(1)[0], training.mesh)

@@ -140,7 +140,9 @@ def _head(x, p, vectors):
   return _conv(x, p['out'], vectors['out'])[:, 0]
 
 
-@pytest.mark.parametrize('size', [(_SIDE, _SIDE), (40, 12)])
+@pytest.mark.parametrize(
+    'size', [pytest.param((_SIDE, _SIDE), marks=pytest.mark.slow), (40, 12)]
+)
 def test_logits_are_those_of_numpy(size):
   images = _images(size=size)
   logits = _apply(_variables(), images)
@@ -181,6 +183,7 @@ def test_the_published_discriminator_has_five_heads_of_its_size():
   assert (arch.activation, arch.norm_epsilon) == ('gelu_tanh', 1e-6)
 
 
+@pytest.mark.slow
 def test_logits_of_an_image_do_not_depend_on_the_others():
   images = _images(num_images=3)
   logits = _apply(_variables(), images)
@@ -206,6 +209,7 @@ def test_only_training_changes_the_vectors():
       assert not np.array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_gradients_reach_heads_and_images_but_not_the_backbone():
   def loss(params, images):
     variables = {**_variables(), 'params': params}
@@ -226,6 +230,7 @@ def test_gradients_reach_heads_and_images_but_not_the_backbone():
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), backbone)
 
 
+@pytest.mark.slow
 def test_the_transformer_may_be_bfloat16_and_logits_remain_float32():
   expected = _apply(_variables(), _images())
   module = _module(dtype=jnp.bfloat16)
@@ -236,6 +241,7 @@ def test_the_transformer_may_be_bfloat16_and_logits_remain_float32():
   np.testing.assert_allclose(rounded, expected, atol=0.1 * scale)
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_change_no_logit():
   np.testing.assert_allclose(
       _apply(_variables(), _images()),
@@ -244,6 +250,7 @@ def test_remat_and_unrolling_change_no_logit():
   )
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_keys_changes_no_logit():
   variables = jax.tree.map(lambda x: x, _variables())
   key = variables['params']['backbone']['blocks']['attention']['key']
@@ -255,7 +262,7 @@ def test_the_bias_of_the_keys_changes_no_logit():
 
 @pytest.mark.parametrize('blocks', [(3,), (0, -1)])
 def test_blocks_that_are_not_there_are_refused(blocks):
-  with pytest.raises(ValueError, match='has those from 0 to 2'):
+  with pytest.raises(ValueError, match='has blocks 0 to 2'):
     jax.eval_shape(
         _module(blocks=blocks).init, jax.random.key(0), _images()
     )

@@ -219,6 +219,7 @@ def test_every_parameter_trains_and_images_have_a_gradient(name):
 
 
 @pytest.mark.parametrize('name', sorted(_MODULES))
+@pytest.mark.slow
 def test_initial_logits_are_small(name):
   module = _MODULES[name]()
   logits, _ = jax.jit(module.init_with_output)(

@@ -109,7 +109,7 @@ def test_logits_that_would_broadcast_are_refused(shape):
   )
   for function in (loss, penalty):
     for arguments in ((logits, other), (other, logits)):
-      with pytest.raises(ValueError, match='as many real as fake') as error:
+      with pytest.raises(ValueError, match='must have the same shape') as error:
         jax.eval_shape(function, *arguments)
       assert str(shape) in str(error.value)
 

@@ -217,7 +217,7 @@ def test_images_have_any_size_that_the_stride_divides(size):
 
 def test_the_decoder_refuses_other_latents():
   decoder = conv.ConvDecoder(**_FIELDS)
-  with pytest.raises(ValueError, match='latents of 5 channels, not 4'):
+  with pytest.raises(ValueError, match='have 4 channels, the decoder needs 5'):
     jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2, 3, 4)))
 
 
@@ -241,6 +241,7 @@ def _gradients(model, variables, images):
   return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient_and_remat_changes_none():
   levels = {'model.encoder.conv.channel_multipliers': (1, 2)}
   model = _build(levels)
@@ -272,6 +273,7 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
+@pytest.mark.slow
 def test_bfloat16_is_inside(part):
   exact, module = (
       getattr(_build({'model.dtype': x}), part) for x in ('float32', 'bfloat16')

@@ -90,18 +90,21 @@ def _entropies(module, variables, quantizer):
   return shares
 
 
-@pytest.mark.parametrize('level', [5, 8, 17])
+@pytest.mark.parametrize(
+    'level', [8, *(pytest.param(x, marks=pytest.mark.slow) for x in (5, 17))]
+)
 @pytest.mark.parametrize(
     ('module', 'bound'),
     [
         (projectors.LinearProjectorIn(4), 'tanh'),
         (projectors.MlpProjectorIn(4, width=512, bound='none'), 'tanh'),
         (projectors.MlpProjectorIn(4, width=512, bound='tanh'), 'clip'),
-        (
+        pytest.param(
             projectors.AttentionProjectorIn(
                 4, width=256, depth=1, num_heads=4, mlp_dim=64, bound='none'
             ),
             'tanh',
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
@@ -113,6 +116,7 @@ def test_digits_of_unit_normal_latents_start_evenly(module, bound, level):
   assert min(_entropies(module, variables, quantizer)) > 0.95
 
 
+@pytest.mark.slow
 def test_gains_of_the_original_waste_a_fifth_to_a_third_of_the_bits():
   module = projectors.MlpProjectorIn(4, width=512, bound='tanh')
   variables = jax.jit(module.init)(
@@ -140,6 +144,7 @@ def test_mlp_has_the_size_of_the_original(channels, expected):
   assert sum(x.size for x in jax.tree.leaves(shapes)) == expected
 
 
+@pytest.mark.slow
 def test_attention_mixes_tokens_of_one_image():
   module = projectors.AttentionProjectorIn(
       3, width=8, depth=1, num_heads=2, mlp_dim=12, bound='none'
@@ -184,6 +189,7 @@ def test_bound_and_gain_act_on_each_channel(bound):
         ),
     ],
 )
+@pytest.mark.slow
 def test_bfloat16_is_inside_of_the_hidden_layers(build):
   latents = jax.random.normal(jax.random.key(0), (2, 4, 5, 6))
   exact, module = (build(jnp.dtype(x)) for x in ('float32', 'bfloat16'))

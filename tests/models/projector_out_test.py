@@ -142,7 +142,15 @@ def test_fourier_counts_in_steps_of_the_codes():
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@_each_quantizer
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        if name in ('bsq', 'preserve_symmetry', 'residual')
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in _WITH_DIGITS
+    ],
+)
 def test_levels_are_sums_of_embeddings_of_digits(name):
   quantizer = _WITH_DIGITS[name]
   table, apply = _levels(quantizer)

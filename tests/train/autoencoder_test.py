@@ -196,6 +196,26 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
     assert text == expected
 
 
+def test_four_steps_are_resumed_bit_for_bit(journal, tmp_path):
+  taken, after = journal
+  config = _load_config()
+  config.train.num_steps = 4
+  config.train.checkpoint_every_steps = 2
+  config.train.eval_every_steps = 0
+  straight = train.train_and_evaluate(config, tmp_path / 'straight')
+  after[3] = _crash
+  with pytest.raises(_Crash):
+    train.train_and_evaluate(config, tmp_path / 'resumed')
+  state = train.train_and_evaluate(config, tmp_path / 'resumed')
+  assert sorted(taken) == [1, 2, 3, 4]
+  _assert_same_run(
+      tmp_path / 'resumed', state, tmp_path / 'straight',
+      jax.device_get(straight),
+  )
+  run = _read_json(tmp_path / 'resumed' / workdirs.RUN)
+  assert (run['first_step'], run['started_from']) == (2, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('variant', ['plain', 'noise', 'vq', 'dino'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(

@@ -19,6 +19,7 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.train import frozen_networks
 
 _DEBUG = pathlib.Path(__file__).parents[2] / 'configs' / 'debug.py'
+_DINO = pathlib.Path(__file__).parents[1] / 'testdata' / 'encoders' / 'dino'
 _FIELD = 'losses.perceptual.checkpoint'
 _NAME = 'losses.perceptual.lpips_vgg16'
 _TWO_STEPS = {'train.num_steps': 2, 'optim.warmup_steps': 0}
@@ -102,6 +103,7 @@ def test_without_networks_nothing_is_loaded():
   assert frozen_networks.load_networks(config, mesh) == (None, {}, {})
 
 
+@pytest.mark.slow
 def test_large_weights_are_spread_over_devices(weights):
   mesh = partitioning.create_mesh({'data': 1, 'fsdp': 8})
   loaded = frozen_networks.load_networks(_load_config(weights[0]), mesh)
@@ -113,6 +115,28 @@ def test_large_weights_are_spread_over_devices(weights):
   )
   assert kernel.addressable_shards[0].data.size * 8 == kernel.size
   assert loaded.hashes == {_NAME: models.hash_weights(weights[0])}
+
+
+def test_a_backbone_is_loaded_sharded_and_hashed():
+  config = configuration.load_config(_DEBUG)
+  config.discriminator.name = 'dino'
+  config.discriminator.dino.update(
+      checkpoint=str(_DINO), image_size=(12, 12), blocks=(0,), kernel_size=3,
+      architecture=(
+          'dino(width=12, depth=2, num_heads=3, mlp_dim=20, patch_size=4)'
+      ),
+  )
+  config.partitioning.fsdp_min_size = 16
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+  loaded = frozen_networks.load_networks(config, mesh)
+  assert loaded.perceptual is None
+  assert loaded.hashes == {'discriminator.dino': models.hash_weights(_DINO)}
+  backbone = loaded.variables['discriminator']['backbone']
+  kernel = backbone['blocks']['mlp']['in']['kernel']
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  loaded.check_same(loaded.hashes | {'another': 'x'})
+  with pytest.raises(ValueError, match=r'discriminator\.dino: other -> '):
+    loaded.check_same({'discriminator.dino': 'other'})
 
 
 @pytest.fixture
@@ -127,6 +151,7 @@ def small_weights(tmp_path, monkeypatch):
   return [_write_weights(tmp_path / f'{i}.safetensors', i) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_a_run_is_held_to_its_weights(small_weights, tmp_path):
   weights, tmp_path = small_weights, tmp_path / 'run'
   config = _load_config(weights[0], **_TWO_STEPS)

@@ -1,5 +1,6 @@
 """Tests of the training loop and of what its hooks do around steps."""
 
+import types
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ from fsq_jax.train import loop
 
 class _State(NamedTuple):
   step: int
+  eval_variables: str = 'variables'
 
 
 class _Request:
@@ -21,6 +23,20 @@ class _Request:
 
   def is_due(self, step=None):
     return self._during if step is None else step == self._after
+
+
+class _Saver:
+  """Notes what is saved."""
+
+  def __init__(self, events):
+    self._events = events
+
+  def save(self, step, state, metrics):
+    assert state.step == step
+    self._events.append(('save', step, metrics))
+
+  def wait(self):
+    self._events.append('wait')
 
 
 class _Log(loop.Hook):
@@ -44,38 +60,91 @@ class _Log(loop.Hook):
     self._events.append(('finish', step))
 
 
+def _log(writer=None, **options):
+  """A log that shows nothing."""
+  progress = types.SimpleNamespace(
+      start=lambda step: None,
+      update=lambda step, scalars: 10.0,
+      log=lambda step, scalars: None,
+      say=lambda text: None,
+      restart_clock=lambda: None,
+  )
+  defaults = {
+      'every_steps': 1,
+      'num_steps': 100,
+      'max_bad_steps': 3,
+      'describe_image': 'image {}'.format,
+      'latest_saved': lambda: 7,
+  }
+  return hooks.Log(progress, writer, **(defaults | options))
+
+
 def _run(
     first, num_steps, request=None, *, every=(0, 100), evaluated=(), events
 ):
   """Runs the loop; events get what is evaluated and saved, in order."""
 
-  def save(step, state, metrics):
-    assert state.step == step
-    events.append(('save', step, metrics))
-
-  def evaluate(step, state):
-    stop.check(step, state)
+  def evaluate(variables, *, before_batch):
+    assert variables == 'variables'
+    before_batch()
+    step = state_step[-1]
     events.append(('evaluate', step))
-    return {'psnr': float(step)}
+    return types.SimpleNamespace(
+        scalars=lambda: {'psnr': float(step)}, summary=str
+    )
 
-  def wait():
-    events.append('wait')
+  state_step = [first]
 
-  stop = hooks.Stop(request or _Request(), save, wait)
+  def train_step(state, batch):
+    state_step.append(state.step + 1)
+    return _State(state.step + 1), {'loss': batch}
+
+  saver = _Saver(events)
+  stop = hooks.Stop(request or _Request(), saver)
   evaluation = hooks.Evaluate(
-      evaluate,
+      types.SimpleNamespace(run=evaluate),
+      _log(),
+      stop,
+      None,
       every_steps=every[0],
       num_steps=num_steps,
       is_evaluated=lambda step: step in evaluated,
   )
-  saving = hooks.SaveSteps(save, wait, evaluation, every_steps=every[1])
   return loop.run(
       _State(first),
       iter(range(first + 1, num_steps + 1)),
-      train_step=lambda state, batch: (_State(state.step + 1), {'loss': batch}),
-      hooks=[stop, evaluation, saving],
+      train_step=train_step,
+      hooks=[stop, evaluation, hooks.SaveSteps(saver, evaluation, every[1])],
       num_steps=num_steps,
   )
+
+
+def test_scalars_are_logged_one_step_late_and_flushed():
+  rows = []
+  writer = types.SimpleNamespace(
+      write=lambda step, split, row: rows.append((step, split, row['loss'])),
+      flush=lambda: rows.append('flush'),
+  )
+  log = _log(writer, every_steps=2, num_steps=5)
+  for step in range(1, 6):
+    scalars = {'loss': step / 2, 'bad_steps': 0}
+    log.after_step(step, None, scalars, {'index': [step]})
+    assert len(rows) == (step - 1) // 2
+  log.flush()
+  assert rows == [(2, 'train', 1), (4, 'train', 2), (5, 'train', 2.5), 'flush']
+
+
+def test_too_many_bad_steps_in_a_row_name_their_images():
+  log = _log(max_bad_steps=2)
+  for step in (1, 2):
+    scalars = {'loss': float('nan'), 'bad_steps': step, 'invalid_tokens': 0.5}
+    log.after_step(step, None, scalars, {'index': [step, 9]})
+  with pytest.raises(loop.DivergedError) as error:
+    log.flush()
+  message = str(error.value)
+  assert message.startswith('Step 2: loss not finite (50.0% of the tokens')
+  assert 'update skipped, 2 in a row. Images: image 2, image 9' in message
+  assert 'The last checkpoint is of step 7;' in message
 
 
 def test_the_loop_calls_its_hooks_around_each_step():

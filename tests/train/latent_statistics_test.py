@@ -102,7 +102,12 @@ def _assert_are_of(statistics, latents):
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'num_devices'), [(8, 8), (16, 8), (8, 1)]
+    ('batch_size', 'num_devices'),
+    [
+        (16, 8),
+        pytest.param(8, 8, marks=pytest.mark.slow),
+        pytest.param(8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_statistics_are_those_of_numpy(
     config, latents, monkeypatch, batch_size, num_devices
@@ -124,6 +129,7 @@ def test_statistics_are_those_of_numpy(
   _assert_are_of(statistics, latents)
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_do_not_count(
     config, root, latents, tmp_path
 ):
@@ -176,6 +182,7 @@ def test_a_random_encoder_is_refused(config, fields):
     latent_statistics.measure(config)
 
 
+@pytest.mark.slow
 def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   # Of a model with statistics of its own, which come along.
   config.model.latent_statistics = str(
@@ -186,8 +193,8 @@ def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.StateBuilder(config, model, optimizer, mesh)
-  start = initialization.Start(config, model)
-  state = builder.create(start.load(builder, mesh))
+  initializer = initialization.Initializer(config, model)
+  state = builder.create(initializer.load(builder.abstract_variables, mesh))
   checkpointer = checkpoints.Checkpointer(tmp_path / 'run')
   checkpointer.save(1, state, {
       'config': json.loads(configuration.config_to_json(config)),

@@ -1,5 +1,6 @@
 """Losses against NumPy; shapes that would broadcast are refused."""
 
+from flax import linen as nn
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def test_shapes_that_would_broadcast_are_refused(name, shape):
   loss_fn = losses.build_reconstruction_loss(name)
   images, other = jnp.zeros(_SHAPE), jnp.zeros(shape)
   for arguments in ((images, other), (other, images)):
-    with pytest.raises(ValueError, match='of one shape') as error:
+    with pytest.raises(ValueError, match='have the same shape') as error:
       jax.eval_shape(loss_fn, *arguments)
     assert str(shape) in str(error.value)
     assert str(_SHAPE) in str(error.value)
@@ -84,3 +85,38 @@ def test_shapes_that_would_broadcast_are_refused(name, shape):
 def test_unknown_name_lists_the_known_ones():
   with pytest.raises(ValueError, match=r"is 'huber'; known: \['l1', 'l2'\]"):
     losses.build_reconstruction_loss('huber')
+
+
+class _Distance(nn.Module):
+  """Stands for a perceptual network, scaled by its variables."""
+
+  @nn.compact
+  def __call__(self, reconstructions, images):
+    scale = self.param('scale', nn.initializers.ones, ())
+    return scale * jnp.mean(jnp.abs(reconstructions - images), axis=(1, 2, 3))
+
+
+def _options(name):
+  return {
+      'reconstruction': 'l2',
+      'reconstruction_weight': 2.0,
+      'perceptual': {'name': name, 'weight': 0.5},
+  }
+
+
+def test_the_image_loss_is_the_weighted_sum_of_its_parts():
+  reconstructions, images = jnp.full((2, 1, 1, 3), 3.0), jnp.ones((2, 1, 1, 3))
+  loss = losses.build_image_loss(_options('none'), None)
+  value, scalars = loss(reconstructions, images)
+  assert (value, scalars) == (8, {'reconstruction_loss': 4})
+  loss = losses.build_image_loss(_options('vit'), _Distance())
+  variables = {'params': {'scale': jnp.float32(10)}}
+  value, scalars = loss(reconstructions, images, variables)
+  assert value == 2 * 4 + 0.5 * 20
+  assert scalars == {'reconstruction_loss': 4, 'perceptual_loss': 20}
+
+
+def test_the_perceptual_network_must_be_that_of_the_config():
+  for name, network in (('none', _Distance()), ('vit', None)):
+    with pytest.raises(ValueError, match=f"name is '{name}'; pass the network"):
+      losses.build_image_loss(_options(name), network)

@@ -84,7 +84,9 @@ def _build(*overrides, mesh=(1, 1), optimizer=None):
       in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),
       out_shardings=(builder.shardings, partitioning.replicated(mesh)),
   )
-  loaded = initialization.Start(config, model).load(builder, mesh)
+  loaded = initialization.Initializer(config, model).load(
+      builder.abstract_variables, mesh
+  )
   return _Training(model, builder, mesh, step, builder.create(loaded))
 
 
@@ -186,6 +188,7 @@ def test_a_frozen_encoder_costs_its_parameters_and_nothing_else():
   assert temporary > encoder
 
 
+@pytest.mark.slow
 def test_distillation_starts_at_zero(stage2):
   state, scalars = _take_step(stage2, stage2.start)
   assert scalars['distillation_loss'] < 1e-12
@@ -199,6 +202,7 @@ def test_distillation_starts_at_zero(stage2):
   )
 
 
+@pytest.mark.slow
 def test_distillation_is_the_distance_of_the_latents(stage2):
   state = _perturb(stage2.start)
   student, teacher = (
@@ -211,6 +215,7 @@ def test_distillation_is_the_distance_of_the_latents(stage2):
   assert scalars['distillation_loss'] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_update_of_the_encoder_is_scaled(stage2):
   state, scalars = _take_step(stage2, stage2.start)
   before = _leaves(stage2.start.params)
@@ -229,6 +234,7 @@ def test_the_first_update_of_the_encoder_is_scaled(stage2):
 
 
 @pytest.mark.parametrize('factor', [0.5, 1.0])
+@pytest.mark.slow
 def test_what_is_not_finite_leaves_no_trace(stage2, factor):
   scale = np.float32(np.nan if factor < 1 else 1)
   teacher = jax.tree.map(lambda x: x * scale, stage2.start.teacher_params)

@@ -49,6 +49,16 @@ _GOLDEN = (
 )
 
 
+# Parameters whose gradient is nothing but rounding: attention does not depend
+# on the bias of its keys, nor standardised latents on their mean.
+_WITHOUT_EFFECT = {
+    'linear': ('attention/qkv/bias',),
+    'standardized': (
+        'attention/qkv/bias', 'encoder/transformer/blocks/mlp/out/bias',
+    ),
+}
+
+
 class _Training(NamedTuple):
   """What a test trains with."""
 
@@ -117,8 +127,8 @@ def _leaves(tree):
 
 @pytest.fixture(scope='module')
 def training():
-  """The debug config's."""
-  return _build(_load_config())
+  """The debug config's, on one device."""
+  return _build(_load_config(), mesh=(1, 1))
 
 
 def test_the_first_steps_give_the_golden_numbers(training):
@@ -132,29 +142,54 @@ def test_the_first_steps_give_the_golden_numbers(training):
     )
 
 
+def test_eight_devices_take_the_same_steps(training):
+  config = _load_config(partitioning__fsdp_min_size=2**6)
+  eight = _build(config, mesh=(2, 4))
+  shards = eight.builder.create().params['encoder']['patches'][
+      'kernel'
+  ].addressable_shards
+  assert shards[0].data.size * 4 == 16 * 48
+  (states, rows), (expected, expected_rows) = (
+      _take_steps(x, _images(2)) for x in (eight, training)
+  )
+  for row, expected_row in zip(rows, expected_rows, strict=True):
+    assert row == pytest.approx(expected_row, rel=1e-4)
+  for path, value in _leaves(expected[-1].params).items():
+    if not path.endswith(_WITHOUT_EFFECT['linear']):
+      np.testing.assert_allclose(
+          _leaves(states[-1].params)[path], value, rtol=0, atol=1e-4,
+          err_msg=path,
+      )
+
+
 def test_every_parameter_moves_unless_it_is_frozen():
-  config = _load_config(optim__frozen=('encoder/.*', '.*/pixels/bias'))
-  (first, _, last), _ = _take_steps(_build(config), _images(2))
+  config = _load_config(
+      optim__frozen=('encoder/patches/.*', '.*/pixels/bias'),
+      losses__distillation_weight=0.5,
+  )
+  (first, _, last), rows = _take_steps(_build(config), _images(2))
+  # The teacher is the encoder at the start.
+  assert rows[0]['distillation_loss'] < 1e-12
+  assert rows[1]['distillation_loss'] > 1e-9
   before, after = _leaves(first.params), _leaves(last.params)
   average = _leaves(last.ema_params)
-  assert not any(path.startswith('encoder/') for path in before)
   for path, value in before.items():
     assert np.any(after[path] != value), path
     assert np.any(average[path] != value), path
   frozen = _leaves(first.frozen_params)
-  assert all(
-      path.startswith('encoder/') or path.endswith('pixels/bias')
-      for path in frozen
-  )
+  assert set(frozen) == {
+      'encoder/patches/kernel', 'encoder/patches/bias', 'decoder/pixels/bias',
+  }
   for path, value in _leaves(last.frozen_params).items():
     assert value.tobytes() == frozen[path].tobytes(), path
   evaluated = _leaves(last.eval_variables['params'])
   assert set(evaluated) == set(before) | set(frozen)
   # Frozen parameters are there once: no moments, no average, no gradient.
   for tree in (last.opt_state, last.ema_params):
-    assert not any('encoder/' in path for path in _leaves(tree))
+    assert not any('patches/' in path for path in _leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(builder.QUANTIZERS))
 def test_every_quantizer_trains_by_its_name(name):
   config = _load_config()
@@ -174,6 +209,7 @@ def test_every_quantizer_trains_by_its_name(name):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('projector_in', 'projector_out'),
     [
@@ -218,6 +254,7 @@ def test_every_leaf_of_projectors_gets_a_gradient_and_moves(
     np.testing.assert_array_equal(value, constants[path])
 
 
+@pytest.mark.slow
 def test_what_quantizers_draw_follows_seed_and_step():
   config = _load_config()
   config.model.quantizer.fsq.noise = 0.5
@@ -238,6 +275,7 @@ def test_what_quantizers_draw_follows_seed_and_step():
   assert loss() != pytest.approx(loss(step=state.step + 1), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
   # With plain gradient descent of rate 1 parameters move by the gradient.
   results = []
@@ -278,7 +316,9 @@ class _Poisoned:
     )
 
 
-@pytest.mark.parametrize('quantity', ['loss', 'gradient_norm'])
+@pytest.mark.parametrize(
+    'quantity', [pytest.param('loss', marks=pytest.mark.slow), 'gradient_norm']
+)
 def test_a_step_that_is_not_finite_leaves_no_trace(quantity):
   config = _load_config()
   config.model.projector_in.name = 'standardized'  # With running averages.
@@ -314,6 +354,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(quantity):
   assert rows[-1]['learning_rate'] == good_rows[-1]['learning_rate']
 
 
+@pytest.mark.slow
 def test_the_average_follows_its_formula():
   decay = 0.15  # Below (1 + n) / (10 + n) from the second update on.
   training = _build(_load_config(optim__ema_decay=decay))
@@ -340,14 +381,6 @@ def test_the_learning_rate_is_reported(training):
       [row['learning_rate'] for row in rows], expected, rtol=1e-6
   )
   assert len(set(expected)) >= 3
-
-
-def test_pixels_become_floats_between_minus_1_and_1():
-  pixels = jnp.arange(256, dtype=jnp.uint8)
-  values = pixels_lib.to_float(pixels)
-  assert values.dtype == jnp.float32
-  np.testing.assert_allclose(values, np.linspace(-1, 1, 256), atol=1e-6)
-  assert (values[0], values[255]) == (-1, 1)
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.int32])
@@ -398,16 +431,6 @@ def _run_on(mesh, projector):
       'losses': losses,
       'params': _leaves(state.params),
   }
-
-
-# Parameters whose gradient is nothing but rounding: attention does not depend
-# on the bias of its keys, nor standardised latents on their mean.
-_WITHOUT_EFFECT = {
-    'linear': ('attention/qkv/bias',),
-    'standardized': (
-        'attention/qkv/bias', 'encoder/transformer/blocks/mlp/out/bias',
-    ),
-}
 
 
 @pytest.mark.slow

@@ -1,0 +1,138 @@
+"""Record of a run: saved with its checkpoints, checked when it resumes."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import ml_collections
+
+from fsq_jax import checkpoints
+from fsq_jax import configuration
+from fsq_jax import data
+from fsq_jax import workdir as workdirs
+from fsq_jax.quantizers import base
+from fsq_jax.quantizers import specs
+from fsq_jax.train import frozen_networks
+from fsq_jax.train import state as train_state
+from fsq_jax.workdir import provenance
+
+
+@dataclasses.dataclass
+class RunRecord:
+  """Config, quantizer, frozen networks, data set and input of a run.
+
+  Attributes:
+    config: the whole config.
+    quantizer: of the model.
+    networks: frozen networks of the losses.
+    dataset: the training split.
+    iterator: over the data set, the input of the training loop.
+    started_from: where the initial variables came from, for run.json.
+  """
+
+  config: ml_collections.ConfigDict
+  quantizer: base.Quantizer
+  networks: frozen_networks.Networks
+  dataset: data.Dataset
+  started_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    self.iterator = self.dataset.iterator()
+
+  def current(self) -> dict[str, Any]:
+    """Returns the record that a checkpoint holds, JSON-able."""
+    return {
+        'config': json.loads(configuration.config_to_json(self.config)),
+        'quantizer': self.quantizer.spec(),
+        'networks': self.networks.hashes,
+        'fingerprint': dict(self.dataset.fingerprint),
+        'iterator': self.iterator.get_state(),
+    }
+
+  def restore_newest(
+      self,
+      checkpointer: checkpoints.Checkpointer,
+      abstract: train_state.TrainState,
+      allow_config_change: bool,
+  ) -> checkpoints.Restored | None:
+    """Restores the newest checkpoint and the position of the input.
+
+    Args:
+      checkpointer: of the run.
+      abstract: shapes, dtypes and shardings of the state.
+      allow_config_change: accept another config and another data set; with the
+        latter the input starts anew.
+
+    Returns:
+      The restored checkpoint; None without one.
+
+    Raises:
+      ValueError: a checkpoint of another config, data set or frozen network.
+    """
+
+    def check(saved: Mapping[str, Any]) -> train_state.TrainState:
+      configuration.check_resumable(
+          configuration.config_from_json(json.dumps(saved['config'])),
+          self.config,
+          allow_config_change=allow_config_change,
+      )
+      specs.check_same_spec(saved['quantizer'], self.quantizer.spec())
+      self.networks.check_same(saved['networks'])
+      if not allow_config_change:
+        self._check_data(saved)
+      return abstract
+
+    restored = checkpointer.restore_newest(check)
+    if restored is None:
+      return None
+    try:
+      self._check_data(restored.record)
+    except ValueError as error:
+      logging.warning('The input starts anew. %s', error)
+    else:
+      self.iterator.set_state(restored.record['iterator'])
+    return restored
+
+  def write(
+      self,
+      folder: pathlib.Path,
+      state: train_state.TrainState,
+      mesh: jax.sharding.Mesh,
+      compile_seconds: float,
+  ) -> None:
+    """Writes run.json, config.json and quantizer.json.
+
+    Args:
+      folder: of the run.
+      state: at the start of this process.
+      mesh: from `partitioning.create_mesh`.
+      compile_seconds: time that compiling the training step took.
+    """
+    num_frozen = train_state.num_parameters(state.frozen_params)
+    record = self.current()
+    files = {
+        workdirs.RUN: {
+            **provenance.describe(),
+            'mesh': dict(mesh.shape),
+            'num_parameters': (
+                train_state.num_parameters(state.params) + num_frozen
+            ),
+            'num_frozen_parameters': num_frozen,
+            'num_train_examples': self.dataset.num_examples,
+            'first_step': int(state.step),
+            'started_from': self.started_from,
+            'networks': self.networks.hashes,
+            'compile_seconds': round(compile_seconds, 2),
+        },
+        workdirs.CONFIG: record['config'],
+        workdirs.QUANTIZER: record['quantizer'],
+    }
+    for name, content in files.items():
+      workdirs.write_json(folder / name, content)
+
+  def _check_data(self, saved: Mapping[str, Any]) -> None:
+    data.check_fingerprint(saved['fingerprint'], self.dataset.fingerprint)
