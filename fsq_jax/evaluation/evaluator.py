@@ -76,13 +76,13 @@ class Evaluator:
     Raises:
       ValueError: the split holds no readable image.
     """
-    tally = results_lib.Tally(
+    sums = results_lib.EvaluationSums(
         self._quantizer, self._networks, self._dataset, self._num_grid_images
     )
     for results in self.outputs(variables):
       before_batch()
-      tally.update(*results)
-    return tally.result()
+      sums.update(*results)
+    return sums.result()
 
   def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Goes through the split once.
@@ -91,7 +91,7 @@ class Evaluator:
       variables: as in `run`.
 
     Yields:
-      For each batch the arguments of `results.Tally.update`.
+      For each batch the arguments of `results.EvaluationSums.update`.
     """
     pending = None
     for local_batch in self._dataset:

@@ -252,12 +252,6 @@ class Mean:
     self.num_nonfinite += len(values) - len(finite)
     self._total += float(np.sum(finite))
 
-  def merge(self, other: 'Mean') -> None:
-    """Adds what another process or shard has counted."""
-    self.num_values += other.num_values
-    self.num_nonfinite += other.num_nonfinite
-    self._total += other._total
-
   def result(self) -> float:
     """The mean; NaN if there are no values or any of them is not finite."""
     if self.num_nonfinite or not self.num_values:

@@ -69,7 +69,7 @@ class NativeEvaluator:
     Raises:
       ValueError: the split holds no readable image.
     """
-    tally = results_lib.Tally(
+    sums = results_lib.EvaluationSums(
         self._quantizer,
         self._networks,
         self._dataset,
@@ -92,7 +92,7 @@ class NativeEvaluator:
         skipped[name] = f'{size}: {str(error).splitlines()[0]}'
         logging.error('Skipped %s, %s', name, skipped[name])
         continue
-      missing = tally.update(batch, output, images, output.reconstructions)
+      missing = sums.update(batch, output, images, output.reconstructions)
       if missing:
         reasons = '; '.join(f'{x} {reason}' for x, reason in missing.items())
         unmeasured[name] = f'{size}: {reasons}'
@@ -103,10 +103,10 @@ class NativeEvaluator:
           'No image of the evaluation split can be evaluated. The first:'
           f' {next(iter(skipped.items()))}.'
       )
-    return tally.result(
+    return sums.result(
         native_size=self._reconstructor.protocol,
         tokens='those that see the image; of padding alone are not counted',
-        num_unmeasured_images=tally.num_unmeasured(),
+        num_unmeasured_images=sums.num_unmeasured(),
         unmeasured_images=_first(unmeasured),
         num_skipped_images=len(skipped),
         skipped_images=_first(skipped),

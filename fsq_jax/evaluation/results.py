@@ -101,7 +101,7 @@ class Evaluation(NamedTuple):
     return text
 
 
-class Tally:
+class EvaluationSums:
   """Adds up what is measured of the images of one split."""
 
   def __init__(

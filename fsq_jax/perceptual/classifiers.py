@@ -14,6 +14,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.models import resampling
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
 _SIDE = 224
@@ -78,7 +79,7 @@ class ConvNext(nn.Module):
     return nn.Dense(self.num_classes, precision=self.precision, name='head')(x)
 
   @staticmethod
-  def find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
+  def find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
     """Says where torchvision's state dict has a parameter."""
     module, leaf = name.rsplit('/', 1)
     # It numbers stages and what shrinks between them as one list.
@@ -87,7 +88,7 @@ class ConvNext(nn.Module):
     if block:
       key = f'features.{2 * int(block[1]) + 1}.{block[2]}'
       if leaf == 'layer_scale':
-        return frozen_network.Place(f'{key}.layer_scale', 'c 1 1 -> c')
+        return parameters.Place(f'{key}.layer_scale', 'c 1 1 -> c')
       layers = {'depthwise': 0, 'norm': 2, 'expand': 3, 'contract': 5}
       key = f'{key}.block.{layers[block[3]]}'
     elif between:
@@ -143,7 +144,7 @@ class ResNet(nn.Module):
     return nn.Dense(self.num_classes, precision=self.precision, name='fc')(x)
 
   @staticmethod
-  def find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
+  def find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
     """Says where torchvision's state dict has a parameter."""
     module, leaf = name.rsplit('/', 1)
     # Its names are ours, with numbers of lists as names of their own.
@@ -187,22 +188,18 @@ def load_classifier(
     raise ValueError(
         f'The classifier is {name!r}; known: {sorted(CLASSIFIERS)}.'
     )
-  return fill_classifier(
-      CLASSIFIERS[name](precision=precision, dtype=dtype),
-      path,
-      "Where PyTorch is installed, save torchvision's"
-      f" {name}(weights='IMAGENET1K_V1').state_dict() with"
-      ' safetensors.torch.save_file.',
-  )
-
-
-def fill_classifier(
-    module: ConvNext | ResNet, path: str | os.PathLike[str], instructions: str
-) -> frozen_network.FrozenNetwork:
-  """Fills a classifier of any size; see `frozen_network.load_network`."""
+  module = CLASSIFIERS[name](precision=precision, dtype=dtype)
   return frozen_network.load_network(
-      module, path, num_images=1, find_place=module.find_place,
-      ignored=_IGNORED, instructions=instructions,
+      module,
+      path,
+      num_images=1,
+      find_place=module.find_place,
+      ignored=_IGNORED,
+      instructions=(
+          "Where PyTorch is installed, save torchvision's"
+          f" {name}(weights='IMAGENET1K_V1').state_dict() with"
+          ' safetensors.torch.save_file.'
+      ),
   )
 
 

@@ -6,7 +6,6 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from einops import rearrange
 from flax import linen as nn
 from flax import traverse_util
 import jax
@@ -14,6 +13,7 @@ from jax import numpy as jnp
 
 from fsq_jax import models
 from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import parameters
 
 # einops patterns from PyTorch's arrays to ours.
 _CONV = 'o i h w -> h w i o'
@@ -34,19 +34,6 @@ class FrozenNetwork(NamedTuple):
   module: nn.Module
   variables: Mapping[str, Any]
   sha256: str
-
-
-class Place(NamedTuple):
-  """Where a file has a parameter.
-
-  Attributes:
-    key: of the array.
-    pattern: of einops, from the axes in the file to ours; names, and 1 for axes
-      that we do not have. None if they are the same.
-  """
-
-  key: str
-  pattern: str | None = None
 
 
 class FrozenBatchNorm(nn.Module):
@@ -72,7 +59,7 @@ class FrozenBatchNorm(nn.Module):
     return (x - mean) * (scale / jnp.sqrt(variance + self.epsilon)) + bias
 
 
-def pytorch_place(name: str, key: str, num_axes: int) -> Place:
+def pytorch_place(name: str, key: str, num_axes: int) -> parameters.Place:
   """Says where a PyTorch state dict has a parameter.
 
   Args:
@@ -81,11 +68,11 @@ def pytorch_place(name: str, key: str, num_axes: int) -> Place:
     num_axes: of the parameter, which tells convolutions from dense layers.
   """
   if name == 'kernel':
-    return Place(f'{key}.weight', _CONV if num_axes == 4 else _DENSE)
+    return parameters.Place(f'{key}.weight', _CONV if num_axes == 4 else _DENSE)
   names = {
       'scale': 'weight', 'mean': 'running_mean', 'variance': 'running_var'
   }
-  return Place(f'{key}.{names.get(name, name)}')
+  return parameters.Place(f'{key}.{names.get(name, name)}')
 
 
 def load_network(
@@ -93,9 +80,10 @@ def load_network(
     path: str | os.PathLike[str],
     *,
     num_images: int,
-    find_place: Callable[[str, tuple[int, ...]], Place],
+    find_place: Callable[[str, tuple[int, ...]], parameters.Place],
     ignored: re.Pattern[str] | None,
     instructions: str,
+    unread: Mapping[str, tuple[int, ...]] = {},
 ) -> FrozenNetwork:
   """Fills a module with the arrays of one safetensors file.
 
@@ -106,7 +94,9 @@ def load_network(
     find_place: from the path ('block/conv/kernel') and the shape of a parameter
       to where the file has it.
     ignored: keys that may be in the file beside the parameters.
-    instructions: how to get the file; one sentence, for errors.
+    instructions: how to get the file, for errors.
+    unread: shapes by key of arrays that the file must have and that are not
+      parameters.
 
   Returns:
     The network; there is no other way to get one, so that none is ever random.
@@ -130,27 +120,21 @@ def load_network(
       ).items()
   }
   places = {name: find_place(name, shape) for name, shape in shapes.items()}
-  stored = {
-      place.key: _stored_shape(place, shapes[name])
-      for name, place in places.items()
-  }
-
-  def is_unexpected(key: str) -> bool:
-    return key not in stored and not (ignored and ignored.match(key))
-
-  params = {}
   with weight_files.open_file(path) as weights:
-    misfits = weight_files.list_misfits(weights.headers, stored, is_unexpected)
-    if misfits:
-      raise ValueError(
-          f'The arrays of {path} are not those of the network: {misfits}.'
-          f' {instructions}'
-      )
-    for name, place in places.items():
-      array = weights.read(place.key)
-      if place.pattern is not None:
-        array = rearrange(array, place.pattern)
-      params[name] = jnp.asarray(array)
+    parameters.check_arrays(
+        weights,
+        places | {key: parameters.Place(key) for key in unread},
+        shapes | unread,
+        part='network',
+        advice=instructions,
+        is_unexpected=lambda key: not (ignored and ignored.match(key)),
+    )
+    params = {
+        name: jnp.asarray(
+            parameters.read_parameter(weights, places[name], shape)
+        )
+        for name, shape in shapes.items()
+    }
   params = traverse_util.unflatten_dict(params, sep='/')
   return FrozenNetwork(
       module, {'params': params}, models.hash_weights(path)
@@ -166,11 +150,3 @@ def check_images(images: jax.Array, others: jax.Array | None = None) -> None:
         f'images have shape {images.shape} and others {others.shape}; a'
         ' distance compares arrays of one shape.'
     )
-
-
-def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
-  if place.pattern is None:
-    return shape
-  stored, ours = (side.split() for side in place.pattern.split('->'))
-  sizes = {'1': 1, **dict(zip(ours, shape, strict=True))}
-  return tuple(sizes[axis] for axis in stored)

@@ -9,7 +9,6 @@ weights are others.
 
 from collections.abc import Callable
 import os
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -18,17 +17,17 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.models import resampling
-from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
 _SIDE = 299
 _MIN_SIDE = 75
 _IGNORED = re.compile(r'fc\.|.*\.num_batches_tracked$')
 # TensorFlow's graph has 1008 classes, torchvision's 1000.
-_CLASSIFIER = 'fc.weight'
-_NUM_CLASSES = 1008
+_CLASSIFIER = {'fc.weight': (1008, 2048)}
 _INSTRUCTIONS = (
-    'Load pytorch-fid\'s pt_inception-2015-12-05-6726825d.pth with'
+    'The weights by which FID is defined have 1008 classes, torchvision\'s have'
+    ' 1000. Load pytorch-fid\'s pt_inception-2015-12-05-6726825d.pth with'
     ' torch.load(..., weights_only=True) where PyTorch is installed, and save'
     ' what it returns with safetensors.torch.save_file.'
 )
@@ -136,23 +135,15 @@ def load_inception(
     raise ValueError(
         f'The protocol of FID is {protocol!r}; known: {sorted(PROTOCOLS)}.'
     )
-  network = frozen_network.load_network(
+  return frozen_network.load_network(
       InceptionV3(protocol),
       path,
       num_images=1,
       find_place=_find_place,
+      unread=_CLASSIFIER,
       ignored=_IGNORED,
       instructions=_INSTRUCTIONS,
   )
-  with weight_files.open_file(pathlib.Path(path).expanduser()) as weights:
-    header = weights.headers.get(_CLASSIFIER)
-  if header is None or header.shape[:1] != (_NUM_CLASSES,):
-    raise ValueError(
-        f'{path} has {"no" if header is None else header.shape} {_CLASSIFIER}'
-        f' instead of one for {_NUM_CLASSES} classes: these are not the weights'
-        f' by which FID is defined, but may be torchvision\'s. {_INSTRUCTIONS}'
-    )
-  return network
 
 
 class _ConvNorm(nn.Module):
@@ -293,7 +284,7 @@ def _concatenate(*branches: jax.Array) -> jax.Array:
   return jnp.concatenate(branches, axis=-1)
 
 
-def _find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
+def _find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
   module, leaf = name.rsplit('/', 1)
   key = module.replace('/', '.')
   return frozen_network.pytorch_place(leaf, key, len(shape))

@@ -12,6 +12,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
 # LPIPS's own mean and deviation of pixels in [-1, 1].
@@ -223,7 +224,7 @@ def load_lpips(
       Lpips(network, precision, dtype),
       path,
       num_images=2,
-      find_place=lambda name, shape: frozen_network.Place(name),
+      find_place=lambda name, shape: parameters.Place(name),
       ignored=None,
       instructions=(
           'experiments/weights/convert_lpips.py makes such a file for'

@@ -346,14 +346,14 @@ def test_kept_statistics_of_pixels_that_have_changed_give_no_number(
       config, model, {'fd_encoder': str(_ENCODER)}, folder
   )
   # Under the same names, of the same sizes.
-  tally = results_lib.Tally.update
+  sums = results_lib.EvaluationSums.update
 
   def update(self, batch, *args):
     image = batch['image'].copy()
     image[0, 0, 0, 0] ^= 1
-    tally(self, {**batch, 'image': image}, *args)
+    sums(self, {**batch, 'image': image}, *args)
 
-  monkeypatch.setattr(results_lib.Tally, 'update', update)
+  monkeypatch.setattr(results_lib.EvaluationSums, 'update', update)
   caplog.set_level(logging.ERROR)
   assert np.isnan(evaluator.run(variables).metrics['fd_encoder'])
   assert 'other images' in caplog.text

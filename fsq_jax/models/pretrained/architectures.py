@@ -199,12 +199,14 @@ _SIZES = {
     },
 }
 _MEMBERS = {
-    'siglip': ('B/16', 'L/16', 'So400m/14', 'So400m/16', 'g-opt/16'),
-    'dino': ('S/8', 'S/16', 'B/8', 'B/16'),
-    'dinov2': ('S/14', 'B/14', 'L/14', 'g/14'),
-    'dinov2_with_registers': ('S/14', 'B/14', 'L/14', 'g/14'),
-    'dinov3': ('B/16', 'L/16'),
-    'mae': ('B/16', 'L/16'),
+    'siglip': (
+        ('B', 16), ('L', 16), ('So400m', 14), ('So400m', 16), ('g-opt', 16)
+    ),
+    'dino': (('S', 8), ('S', 16), ('B', 8), ('B', 16)),
+    'dinov2': (('S', 14), ('B', 14), ('L', 14), ('g', 14)),
+    'dinov2_with_registers': (('S', 14), ('B', 14), ('L', 14), ('g', 14)),
+    'dinov3': (('B', 16), ('L', 16)),
+    'mae': (('B', 16), ('L', 16)),
 }
 
 
@@ -224,20 +226,15 @@ def build_architecture(family: str, **fields: Any) -> Architecture:
   return Architecture(**{**FAMILIES[family], **fields})
 
 
-def _build_all() -> dict[str, Architecture]:
-  architectures = {}
-  for family, members in _MEMBERS.items():
-    for member in members:
-      size, patch = member.split('/')
-      architectures[f'{family}_{member}'] = build_architecture(
-          family, patch_size=int(patch), **_SIZES[size]
-      )
-  return architectures
-
-
 # Published sizes, such as 'siglip_L/16'. SigLIP 2 of a fixed resolution has
 # the architecture of SigLIP.
-ARCHITECTURES = _build_all()
+ARCHITECTURES = {
+    f'{family}_{size}/{patch}': build_architecture(
+        family, patch_size=patch, **_SIZES[size]
+    )
+    for family, members in _MEMBERS.items()
+    for size, patch in members
+}
 
 
 def parse_architecture(text: str) -> Architecture:

@@ -96,12 +96,13 @@ class PretrainedBlock(nn.Module):
 
   architecture: architectures.Architecture
   dtype: jnp.dtype
+  keep: bool
 
   @nn.compact
   def __call__(
       self, x: jax.Array, rotation: Rotation
-  ) -> tuple[jax.Array, None]:
-    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Transforms [B, N, C] tokens; returns them, and with `keep` once more."""
     arch = self.architecture
 
     def scale(name: str, y: jax.Array) -> jax.Array:
@@ -119,22 +120,16 @@ class PretrainedBlock(nn.Module):
     y = layer_norm(arch, 'mlp_norm')(x.astype(jnp.float32))
     mlp = GatedMlp(arch, self.dtype, name='mlp')
     x = x + scale('mlp_scale', mlp(y.astype(self.dtype)))
-    return partitioning.constrain(x), None
-
-
-class KeptBlock(PretrainedBlock):
-  """The same block; nn.scan keeps what it returns."""
-
-  def __call__(
-      self, x: jax.Array, rotation: Rotation
-  ) -> tuple[jax.Array, jax.Array]:
-    """Transforms [B, N, C] tokens; returns them twice."""
-    x, _ = super().__call__(x, rotation)
-    return x, x
+    x = partitioning.constrain(x)
+    return x, x if self.keep else None
 
 
 def apply_blocks(
-    module: nn.Module, x: jax.Array, rotation: Rotation = None
+    module: nn.Module,
+    x: jax.Array,
+    rotation: Rotation = None,
+    *,
+    keep_all: bool = False,
 ) -> jax.Array:
   """Applies all blocks of a module, under nn.scan, by the name 'blocks'.
 
@@ -142,41 +137,26 @@ def apply_blocks(
     module: with the fields architecture, dtype, remat and scan_unroll.
     x: [B, N, C] tokens.
     rotation: of queries and keys.
+    keep_all: whether the outputs of all blocks are returned.
 
   Returns:
-    Tokens of the same shape, of the module's dtype.
+    [B, N, C] tokens after the last block, with keep_all [depth, B, N, C] after
+    each block, of the module's dtype.
   """
-  return _scan(PretrainedBlock, module)(x.astype(module.dtype), rotation)[0]
-
-
-def outputs_of_blocks(
-    module: nn.Module, x: jax.Array, rotation: Rotation = None
-) -> jax.Array:
-  """Applies all blocks as `apply_blocks` does, and keeps what each returns.
-
-  Args:
-    module: as there.
-    x: as there.
-    rotation: as there.
-
-  Returns:
-    [depth, B, N, C] tokens, of the module's dtype.
-  """
-  return _scan(KeptBlock, module)(x.astype(module.dtype), rotation)[1]
-
-
-def _scan(block: type[PretrainedBlock], module: nn.Module) -> nn.Module:
+  block = PretrainedBlock
   if module.remat:
     block = nn.remat(block, prevent_cse=False)
   depth = module.architecture.depth
-  return nn.scan(
+  blocks = nn.scan(
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=depth,
       unroll=min(module.scan_unroll, depth),
-  )(module.architecture, module.dtype, name='blocks')
+  )(module.architecture, module.dtype, keep_all, name='blocks')
+  last, outputs = blocks(x.astype(module.dtype), rotation)
+  return outputs if keep_all else last
 
 
 def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

@@ -109,7 +109,7 @@ class PretrainedVit(nn.Module):
     """
 
     def keep(x: jax.Array, rotation: vit_blocks.Rotation) -> jax.Array:
-      outputs = vit_blocks.outputs_of_blocks(self, x, rotation)
+      outputs = vit_blocks.apply_blocks(self, x, rotation, keep_all=True)
       return outputs[:, :, self.architecture.num_prefix_tokens:]
 
     return self._transform(self._normalize(images), keep).astype(jnp.float32)

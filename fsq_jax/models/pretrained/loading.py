@@ -12,10 +12,13 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
+import numpy as np
 
+from fsq_jax.models import resampling
 from fsq_jax.models.pretrained import descriptions
 from fsq_jax.models.pretrained import encoder as pretrained_vit
 from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import layouts
 from fsq_jax.models.pretrained import mae_decoder
 from fsq_jax.models.pretrained import parameters
 
@@ -87,13 +90,12 @@ def load_encoder(
   with weight_files.open_weights(path) as weights:
     description = _describe(path, weights)
     module = _build_encoder(description, image_size, final_affine)
-    # The final scale and bias are looked for even where they are not used.
-    whole = _build_encoder(description, None, final_affine=True)
-    sources = parameters.find_sources(
-        _shapes(_abstract_variables(whole)), description, weights,
+    # Scale and bias of the last LayerNorm must be there even if not used.
+    trained = _build_encoder(description, None, final_affine=True)
+    variables = _load_variables(
+        module, trained, description, weights, shardings,
         part='vision tower', unused=_UNUSED,
     )
-    variables = _load(module, sources, description, weights, shardings)
   return PretrainedEncoder(module, variables)
 
 
@@ -125,11 +127,10 @@ def load_decoder(
   with weight_files.open_weights(path) as weights:
     description = _describe_decoder(path)
     module = _build_decoder(description, normalization)
-    sources = parameters.find_sources(
-        _shapes(_abstract_variables(module)), description, weights,
-        part='decoder', unused=None,
+    variables = _load_variables(
+        module, module, description, weights, shardings, part='decoder',
+        unused=None,
     )
-    variables = _load(module, sources, description, weights, shardings)
   return PretrainedDecoder(module, variables)
 
 
@@ -237,9 +238,7 @@ def _build_encoder(
         f'image_size is {image_size!r}; give one or two integers, pixels.'
     )
   image_size = (int(sides[0]), int(sides[1]))
-  descriptions.check_image_size(
-      image_size, description.architecture, 'image_size'
-  )
+  descriptions.check_image_size(image_size, description.architecture)
   return pretrained_vit.PretrainedVit(
       architecture=description.architecture,
       image_size=image_size,
@@ -256,34 +255,84 @@ def _abstract_variables(module: nn.Module) -> Any:
   return jax.eval_shape(module.init, jax.random.key(0), inputs)
 
 
-def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes by path, of all collections together."""
-  return {
-      name: leaf.shape
-      for collection in variables.values()
-      for name, leaf in traverse_util.flatten_dict(collection, sep='/').items()
+def _load_variables(
+    module: nn.Module,
+    trained: nn.Module,
+    description: descriptions.Description,
+    weights: weight_files.WeightFiles,
+    shardings: Shardings | None,
+    *,
+    part: str,
+    unused: re.Pattern[str] | None,
+) -> Any:
+  """Reads the variables of a module, one at a time, and puts them on devices.
+
+  Args:
+    module: which variables are needed, and the grid of its positions.
+    trained: the module whose variables the checkpoint must have.
+    description: of the checkpoint.
+    weights: the checkpoint.
+    shardings: as in `load_encoder`.
+    part: what the checkpoint holds, for messages.
+    unused: keys, without their prefix, that the checkpoint may have besides.
+      None for no others under the same prefix.
+  """
+  shapes = {
+      name.partition('/')[2]: leaf.shape
+      for name, leaf in _flatten(_abstract_variables(trained)).items()
   }
+  places, prefix = layouts.find_places(description, shapes, weights)
+  # Without a prefix, a text tower and others may stand beside these.
+  roots = {re.split('[./]', place.key)[0] for place in places.values()}
+  has_others = not prefix and unused is not None
 
+  def is_unexpected(key: str) -> bool:
+    if not key.startswith(prefix):
+      return False
+    if has_others and re.split('[./]', key)[0] not in roots:
+      return False
+    return unused is None or not unused.match(key.removeprefix(prefix))
 
-def _load(module, sources, description, weights, shardings) -> Any:
-  """Reads the variables of a module and puts them where they belong."""
-  abstract = _abstract_variables(module)
-  targets = jax.tree.map(lambda _: None, abstract)
-  if shardings is not None:
-    targets = shardings(abstract)
-    if jax.tree.structure(targets) != jax.tree.structure(abstract):
-      raise ValueError(
-          'shardings must return a tree of shardings like the variables that it'
-          f' is called with, not {jax.tree.structure(targets)}.'
-      )
-  by_name = {source.parameter: source for source in sources}
+  parameters.check_arrays(
+      weights, places, shapes, part=part, is_unexpected=is_unexpected,
+      advice='The file is corrupted, or of another model.',
+  )
   variables = {}
-  for collection, leaves in targets.items():
-    loaded = {}
-    for name, sharding in traverse_util.flatten_dict(leaves, sep='/').items():
-      value = parameters.read_source(
-          by_name[name], description, module.grid_size, weights
+  for path, sharding in _flatten(_targets(module, shardings)).items():
+    name = path.partition('/')[2]
+    value = parameters.read_parameter(weights, places[name], shapes[name])
+    if name == 'positions':
+      value = resampling.resize_grid(
+          value, module.grid_size, module.architecture.position_kernel
       )
-      loaded[name] = parameters.place_value(value, sharding)
-    variables[collection] = traverse_util.unflatten_dict(loaded, sep='/')
-  return variables
+    variables[path] = _put(value, sharding)
+  return traverse_util.unflatten_dict(variables, sep='/')
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _targets(module: nn.Module, shardings: Shardings | None) -> Any:
+  """Returns the sharding of each variable; None for the default device."""
+  abstract = _abstract_variables(module)
+  if shardings is None:
+    return jax.tree.map(lambda _: None, abstract)
+  targets = shardings(abstract)
+  if jax.tree.structure(targets) != jax.tree.structure(abstract):
+    raise ValueError(
+        'shardings must return a tree of shardings like the variables that it'
+        f' is called with, not {jax.tree.structure(targets)}.'
+    )
+  return targets
+
+
+def _put(
+    value: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+  """Puts an array on the default device, or each shard on its own."""
+  if sharding is None:
+    return jnp.asarray(value)
+  return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index]
+  )
