@@ -13,9 +13,9 @@ _BUFFERED_CODES = 2**20
 
 
 class CodebookStatistics:
-  """Counts codes on the host; memory grows with the used codes, not with K.
+  """Histogram of codes on the host; memory grows with the used codes, not K.
 
-  Indices outside 0 ... K - 1 (-1 marks a NaN latent) are counted apart.
+  Indices outside 0 ... K - 1 (-1 marks a NaN latent) are counted separately.
   """
 
   def __init__(
@@ -41,7 +41,7 @@ class CodebookStatistics:
     self._num_buffered = 0
 
   def update(self, indices: np.ndarray, mask: np.ndarray) -> None:
-    """Adds indices [B, ...] int32 of images where mask [B] is true."""
+    """Adds indices [B, ...] int32 of the images where mask [B] is true."""
     indices, mask = np.asarray(indices), np.asarray(mask, bool)
     if indices.dtype != np.int32 or indices.shape[:1] != mask.shape:
       raise ValueError(
@@ -54,7 +54,7 @@ class CodebookStatistics:
     self.add(*np.unique(indices[valid], return_counts=True))
 
   def histogram(self) -> tuple[np.ndarray, np.ndarray]:
-    """The codes that occur, ascending [U] int32, and how often [U] int64."""
+    """Returns the used codes, ascending [U] int32, and counts [U] int64."""
     if self._buffer:
       pairs = [(self._codes, self._counts), *self._buffer]
       codes = np.concatenate([codes for codes, _ in pairs])
@@ -66,15 +66,15 @@ class CodebookStatistics:
     return self._codes, self._counts
 
   def add(self, codes: np.ndarray, counts: np.ndarray) -> None:
-    """Adds codes [U] int32, without repeats, that occur counts [U] times."""
+    """Adds counts [U] of distinct codes [U] int32."""
     self._buffer.append((codes, counts))
     self._num_buffered += len(codes)
-    # Merging costs as much as there is to merge: wait until that has doubled.
+    # Merging costs time in proportion to the codes: not before they double.
     if self._num_buffered > max(_BUFFERED_CODES, len(self._codes)):
       self.histogram()
 
   def result(self) -> dict[str, Any]:
-    """Plain numbers and lists under the names of `DEFINITIONS`."""
+    """Returns numbers and lists under the names of `DEFINITIONS`."""
     codes, counts = self.histogram()
     num_tokens, num_used = int(counts.sum()), len(codes)
     entropy = entropy_bits(counts)
@@ -114,7 +114,7 @@ class CodebookStatistics:
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-  """Entropy of a histogram in bits; NaN if it counts nothing."""
+  """Returns the entropy of a histogram in bits; NaN if it is empty."""
   counts = counts[counts > 0]
   if not len(counts):
     return math.nan
@@ -138,7 +138,7 @@ def count_codes(
 def level_indices(
     quantizer: quantizers.DigitQuantizer, indices: np.ndarray
 ) -> np.ndarray:
-  """Returns the level index of each dimension, without compiling anything.
+  """Returns the level index of each dimension, by NumPy.
 
   Args:
     quantizer: of the indices.

@@ -1,10 +1,10 @@
-"""Frechet distances between sets of images, by the features of a network.
+"""Frechet distances between sets of images, from features of a network.
 
-With features of the Inception network of 2015 and its resizing, the distance is
+With features of the Inception network of 2015 and its resizing the distance is
 FID (arXiv 1706.08500), and rFID between images and their reconstructions. With
-any other network it is another number, and has to go by another name.
+other networks it has other values and needs another name.
 
-All is in float64 on the host.
+Everything is computed in float64 on the host.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ _FORMAT = 'fsq_jax feature statistics 1'
 
 
 class Origin(NamedTuple):
-  """What statistics are of; distances are between equal networks.
+  """Network and images of statistics.
 
   Attributes:
-    network: name of the network, with the layer and the resizing.
-    weights_sha256: hash of its weights.
-    images_hash: hash of the list of images, and of how they are cropped.
+    network: name of the metric, which fixes network, layer and resizing.
+    weights_sha256: hash of the network's weights.
+    images_hash: hash of the list of images and their preprocessing.
   """
 
   network: str
@@ -42,24 +42,22 @@ class Origin(NamedTuple):
 
 
 class FeatureStatistics:
-  """Mean and covariance of the features of images, which come in batches.
+  """Mean and covariance of the features of images, accumulated by batches.
 
-  How images are batched, and in what order, changes the results by rounding
-  only. Of features, float64 sums of squares around their mean are kept, not
-  around 0, so that no digits are lost where the mean is large.
+  Batch size and order change results only by rounding. Squares are summed
+  around the mean, not around 0, so that large means cost no precision.
 
   Attributes:
     num_images: images so far.
-    mean: [D] float64, their mean.
-    pixels: a hash of the images' pixels, '' where nobody has set it; it is
-      kept in files.
+    mean: [D] float64.
+    pixels: hash of the images' pixels, stored in files; '' if not set.
   """
 
   def __init__(self, num_features: int):
-    """Statistics of no image.
+    """Statistics of no images.
 
     Args:
-      num_features: D, features of an image.
+      num_features: D, features per image.
     """
     if num_features < 1:
       raise ValueError(f'num_features is {num_features}; use at least 1.')
@@ -79,10 +77,10 @@ class FeatureStatistics:
 
   @property
   def covariance(self) -> np.ndarray:
-    """[D, D] float64, with n - 1 in the denominator.
+    """Covariance [D, D] float64, with denominator num_images - 1.
 
     Raises:
-      ValueError: there are fewer than two images.
+      ValueError: fewer than two images.
     """
     if self.num_images < 2:
       raise ValueError(
@@ -97,15 +95,15 @@ class FeatureStatistics:
 
     Args:
       features: [B, D], any float dtype.
-      mask: [B], which of them are of an image; None for all.
+      mask: [B], False for padding; None without padding.
 
     Raises:
-      ValueError: other shapes, or NaN or infinity in features of an image.
+      ValueError: features of another shape, or NaN or infinity in them.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] != len(self.mean):
       raise ValueError(
-          f'Features are {list(features.shape)}; these statistics are of [B,'
+          f'Features are {list(features.shape)}; these statistics take [B,'
           f' {len(self.mean)}].'
       )
     if mask is not None:
@@ -115,7 +113,7 @@ class FeatureStatistics:
     if bad.any():
       raise ValueError(
           f'Features of {bad.sum()} of {len(bad)} images hold NaN or infinity;'
-          ' leave these images out by the mask, and say so.'
+          ' exclude these images by the mask, and report their number.'
       )
     if len(features):
       mean = features.mean(axis=0)
@@ -138,30 +136,30 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-  """Squared Frechet distance of the normal distributions of two sets.
+  """Returns the squared Frechet distance of two normal distributions.
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace is the sum of the
-  square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), that is, of the
-  singular values of F1^T F2 with S = F F^T from a symmetric eigensolver. Taken
-  as singular values they keep the digits that a square root of eigenvalues
-  near 0 would lose: with fewer images than features, most of them are 0.
+  square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). They are the singular
+  values of F1^T F2, with S = F F^T from a symmetric eigensolver, and keep the
+  precision that square roots of eigenvalues near 0 lose; with fewer images than
+  features most eigenvalues are 0.
 
   Args:
-    a: statistics of one set, of two or more images.
-    b: of the other.
+    a: statistics of one set, with two or more images.
+    b: statistics of the other set.
 
   Returns:
-    The distance, >= 0. Where images are few for their features it is far too
-    large; a warning says so.
+    The distance, >= 0. It is biased upwards if there are few images per
+    feature; a warning is logged.
 
   Raises:
-    ValueError: the sets have different numbers of features, or one image.
+    ValueError: different numbers of features, or a set of one image.
   """
   num_features = len(a.mean)
   if num_features != len(b.mean):
     raise ValueError(
-        f'One set has {num_features} features, the other {len(b.mean)}; take'
-        ' both from one network.'
+        f'One set has {num_features} features, the other {len(b.mean)}; use'
+        ' features of the same network.'
     )
   num_images = min(a.num_images, b.num_images)
   if num_images < _IMAGES_PER_FEATURE * num_features:
@@ -182,7 +180,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
       + np.trace(second)
       - 2 * np.sum(np.linalg.svd(overlap, compute_uv=False))
   )
-  # Of a set with itself it is 0 up to rounding.
+  # Rounding may make it negative.
   return max(float(distance), 0.0)
 
 
@@ -262,8 +260,7 @@ def _hash(
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """Returns F [D, rank] with F F^T the covariance."""
   values, vectors = np.linalg.eigh(covariance)
-  # The directions of no variance come out of the solver as tiny numbers of
-  # either sign.
+  # Eigenvalues that are 0 come out of the solver as tiny numbers of both signs.
   tolerance = len(values) * np.finfo(np.float64).eps * values[-1]
   kept = values > max(tolerance, 0)
   return vectors[:, kept] * np.sqrt(values[kept])

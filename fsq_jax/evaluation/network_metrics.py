@@ -1,8 +1,8 @@
-"""Metrics by frozen networks: LPIPS and Frechet distances of features.
+"""Metrics of frozen networks: LPIPS and Frechet distances of features.
 
-Weights come from files that the `eval.networks` section of a config names; a
-metric without a file is not measured. Results carry the sha256 of the weights:
-numbers of other weights, or of another network, are other numbers.
+Weights come from the files of the config section `eval.networks`; a metric
+without a file is not measured. Results are reported with the sha256 of the
+weights, since they are comparable only with equal weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ DEFINITIONS = {
 
 
 class NetworkMetrics:
-  """The networks of a config, by which the images of a split are measured."""
+  """The frozen networks of a config, and their metrics for a split."""
 
   def __init__(
       self,
@@ -136,7 +136,7 @@ class Scores:
       metrics: `_MeanDistance` or `_FrechetDistance` by name.
     """
     self._metrics = metrics
-    # Means come first in files, whatever the order of the config.
+    # Results have means first, whatever the order of the config.
     self._names = sorted(metrics, key=lambda name: _METRICS[name].compares_sets)
     self._hashes_pixels = any(_METRICS[name].compares_sets for name in metrics)
     self._all_finite = True
@@ -152,17 +152,17 @@ class Scores:
       *,
       pixels: np.ndarray,
   ) -> dict[str, str]:
-    """Adds a batch, to the metrics that take images of its size.
+    """Adds a batch to all metrics that take images of its size.
 
     Args:
       images: [B, H, W, 3] uint8 on devices.
       reconstructions: the same, rounded.
       mask: [B] bool, False for padding.
       finite: [B] bool, False where a reconstruction was not finite.
-      pixels: [B, ...] uint8 on the host, by which equal images are recognized.
+      pixels: [B, ...] uint8 on the host: the images or a copy, to be hashed.
 
     Returns:
-      The reason, by the name of each metric that does not take the images.
+      The reason for each metric that does not measure the images, by name.
     """
     if self._hashes_pixels:
       self._pixels += sum(
@@ -278,7 +278,7 @@ class _FrechetDistance:
     return tuple(self.network(x) for x in measured)
 
   def update(self, features, mask, finite) -> None:
-    del finite  # The result is NaN if any is not.
+    del finite  # The result is NaN unless all are.
     if not self._statistics:
       self._statistics = tuple(
           frechet.FeatureStatistics(x.shape[1]) for x in features
@@ -340,7 +340,7 @@ class _Reference:
     if self.path is not None and jax.process_index() == 0:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       frechet.write_statistics(self.path, statistics, self.origin)
-      # The next evaluation reads them, and must not differ in the last digit.
+      # The next evaluation reads the file and must give the same bits.
       statistics = frechet.read_statistics(self.path, self.origin)
     self.statistics = statistics
 

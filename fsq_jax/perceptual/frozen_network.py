@@ -1,4 +1,4 @@
-"""Frozen networks by which images are compared, and how they are loaded."""
+"""Loads frozen networks that compare images."""
 
 from collections.abc import Callable, Mapping
 import os
@@ -24,11 +24,11 @@ class FrozenNetwork(NamedTuple):
   """A trained network that no optimizer changes.
 
   Attributes:
-    module: the unbound module; what it makes of images is its own to say.
-    variables: {'params': float32 arrays}, on the default device. Give them to
-      a jitted function as an argument: constants would be compiled into it.
-    sha256: of the weights, by `models.hash_weights`; a number made with
-      the network is quoted with it.
+    module: the unbound module.
+    variables: {'params': float32 arrays}, on the default device. Pass them to
+      jitted functions as an argument: constants are compiled into the function.
+    sha256: of the weights, from `models.hash_weights`; reported with every
+      number that the network computes.
   """
 
   module: nn.Module
@@ -37,7 +37,7 @@ class FrozenNetwork(NamedTuple):
 
 
 class FrozenBatchNorm(nn.Module):
-  """Batch normalisation by given statistics, which are parameters here.
+  """Batch normalization whose statistics are parameters.
 
   Attributes:
     epsilon: added to the variance.
@@ -47,7 +47,7 @@ class FrozenBatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises [..., C] floats; returns the same shape."""
+    """Normalizes [..., C] floats; returns the same shape."""
 
     def vector(name: str, init: nn.initializers.Initializer) -> jax.Array:
       return self.param(name, init, x.shape[-1:], jnp.float32)
@@ -60,12 +60,13 @@ class FrozenBatchNorm(nn.Module):
 
 
 def pytorch_place(name: str, key: str, num_axes: int) -> parameters.Place:
-  """Says where a PyTorch state dict has a parameter.
+  """Returns the place of a parameter in a PyTorch state dict.
 
   Args:
-    name: the parameter's last name: 'kernel', 'bias', or one of a batch norm.
+    name: last part of the parameter's path: 'kernel', 'bias', or a parameter of
+      `FrozenBatchNorm`.
     key: of the PyTorch module.
-    num_axes: of the parameter, which tells convolutions from dense layers.
+    num_axes: of the parameter; distinguishes convolutions from dense layers.
   """
   if name == 'kernel':
     return parameters.Place(f'{key}.weight', _CONV if num_axes == 4 else _DENSE)
@@ -85,30 +86,28 @@ def load_network(
     instructions: str,
     unread: Mapping[str, tuple[int, ...]] = {},
 ) -> FrozenNetwork:
-  """Fills a module with the arrays of one safetensors file.
+  """Loads a network from one safetensors file.
+
+  All frozen networks are made here, so that none has random weights.
 
   Args:
-    module: whose `__call__` takes arrays of images.
+    module: its `__call__` takes arrays of images.
     path: of the file.
-    num_images: how many arrays of images `__call__` takes.
-    find_place: from the path ('block/conv/kernel') and the shape of a parameter
-      to where the file has it.
-    ignored: keys that may be in the file beside the parameters.
-    instructions: how to get the file, for errors.
-    unread: shapes by key of arrays that the file must have and that are not
-      parameters.
-
-  Returns:
-    The network; there is no other way to get one, so that none is ever random.
+    num_images: number of arrays that `__call__` takes.
+    find_place: maps the path ('block/conv/kernel') and the shape of a parameter
+      to its place in the file.
+    ignored: keys that the file may have besides the parameters.
+    instructions: how to get the file, for messages.
+    unread: shapes by key of further arrays that the file must have.
 
   Raises:
-    ValueError: a file that is missing, damaged, or of another network; the keys
+    ValueError: a file that is missing, corrupted, or of another network; keys
       that are missing, unexpected, or of another shape are listed.
   """
   path = pathlib.Path(path).expanduser()
   if not os.path.isfile(path):
     raise ValueError(f'There is no file {path}. {instructions}')
-  # Large enough for every network here; no parameter depends on it.
+  # Large enough for every network; no parameter depends on the size.
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   abstract = jax.eval_shape(
       module.init, jax.random.key(0), *[images] * num_images
@@ -142,7 +141,7 @@ def load_network(
 
 
 def check_images(images: jax.Array, others: jax.Array | None = None) -> None:
-  """Raises ValueError unless these are images, of one shape if two arrays."""
+  """Raises ValueError unless these are images, all of the same shape."""
   if images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f'images have shape {images.shape}; give [B, H, W, 3].')
   if others is not None and images.shape != others.shape:

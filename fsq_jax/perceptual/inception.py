@@ -1,10 +1,9 @@
-"""Inception-v3 as FID uses it: that of TensorFlow's graph of 2015.
+"""Inception-v3 of FID: TensorFlow's graph of 2015.
 
 Szegedy et al., Rethinking the Inception Architecture for Computer Vision
-(arxiv.org/abs/1512.00567). Structure, names and weights are those of
-pytorch-fid (github.com/mseitzer/pytorch-fid), which is not torchvision's
-network: averages leave padding out, the last block takes a maximum, and the
-weights are others.
+(arxiv.org/abs/1512.00567). Structure, names and weights as in pytorch-fid
+(github.com/mseitzer/pytorch-fid). Unlike torchvision's network, average pooling
+excludes padding, the last block has max pooling, and the weights differ.
 """
 
 from collections.abc import Callable
@@ -34,12 +33,12 @@ _INSTRUCTIONS = (
 
 
 class _Protocol(NamedTuple):
-  """How images in [-1, 1] become inputs.
+  """Preprocessing of images in [-1, 1].
 
   Attributes:
-    kernel: that resamples them, of `resampling.KERNELS`.
-    scale: by which they are multiplied then.
-    shift: that is added then.
+    kernel: resampling kernel, a key of `resampling.KERNELS`.
+    scale: factor of the resampled images.
+    shift: added to the scaled images.
   """
 
   kernel: str
@@ -49,7 +48,7 @@ class _Protocol(NamedTuple):
 
 PROTOCOLS = {
     'pytorch_fid': _Protocol('bilinear', 1.0, 0.0),
-    # The graph itself, and so ADM's evaluator and torch-fidelity: it takes
+    # The graph itself, ADM's evaluator and torch-fidelity: the input is
     # (pixels - 128) / 128.
     'tf1': _Protocol('bilinear_tf1', 127.5 / 128, -0.5 / 128),
 }
@@ -58,7 +57,7 @@ PROTOCOLS = {
 class InceptionV3(nn.Module):
   """Features for FID, with weights from `load_inception`.
 
-  Numbers made with one protocol are not comparable with those of the other.
+  Distances of different protocols are not comparable.
 
   Attributes:
     protocol: a key of `PROTOCOLS`.
@@ -67,11 +66,11 @@ class InceptionV3(nn.Module):
   protocol: str = 'pytorch_fid'
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Computes one vector per image.
+    """Returns one vector per image.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1], of any size; for numbers that are
-        quoted, of pixels rounded to 8 bits.
+      images: [B, H, W, 3] floats in [-1, 1], of any size; from pixels rounded
+        to 8 bits for reported numbers.
 
     Returns:
       [B, 2048] float32.
@@ -83,16 +82,16 @@ class InceptionV3(nn.Module):
 
   @nn.compact
   def features(self, x: jax.Array) -> jax.Array:
-    """Computes the vectors of images that are not resampled.
+    """Returns one vector per preprocessed image.
 
     Args:
-      x: [B, H, W, 3] float32 inputs as the protocol makes them.
+      x: [B, H, W, 3] float32 images, preprocessed by the protocol.
 
     Returns:
       [B, 2048] float32: the spatial mean of the last block.
 
     Raises:
-      ValueError: a side that leaves nothing to the last block.
+      ValueError: images smaller than 75 pixels.
     """
     if min(x.shape[1:3]) < _MIN_SIDE:
       raise ValueError(
@@ -120,15 +119,15 @@ class InceptionV3(nn.Module):
 def load_inception(
     path: str | os.PathLike[str], protocol: str = 'pytorch_fid'
 ) -> frozen_network.FrozenNetwork:
-  """Loads pytorch-fid's weights.
+  """Loads Inception-v3 with pytorch-fid's weights.
 
   Args:
-    path: its state dict as a safetensors file, with its classifier, by which
-      it can be told from torchvision's.
+    path: pytorch-fid's state dict as a safetensors file, with the classifier,
+      which distinguishes it from torchvision's.
     protocol: a key of `PROTOCOLS`.
 
   Raises:
-    ValueError: an unknown protocol, or a file that is missing, damaged, or of
+    ValueError: an unknown protocol, or a file that is missing, corrupted, or of
       another network.
   """
   if protocol not in PROTOCOLS:
@@ -164,7 +163,7 @@ class _ConvNorm(nn.Module):
 
 
 class _BlockA(nn.Module):
-  """5 x 5 and two 3 x 3 beside each other."""
+  """Branches with a 5 x 5 and with two 3 x 3 convolutions."""
 
   pool_channels: int
 
@@ -182,7 +181,7 @@ class _BlockA(nn.Module):
 
 
 class _BlockB(nn.Module):
-  """Halves the grid of 3 x 3 convolutions."""
+  """Halves the grid, with 3 x 3 convolutions."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -196,7 +195,7 @@ class _BlockB(nn.Module):
 
 
 class _BlockC(nn.Module):
-  """7 x 7 as 1 x 7 and 7 x 1, once and twice."""
+  """Branches with one and with two 7 x 7, factored into 1 x 7 and 7 x 1."""
 
   width: int
 
@@ -218,7 +217,7 @@ class _BlockC(nn.Module):
 
 
 class _BlockD(nn.Module):
-  """Halves the grid of 7 x 7 convolutions."""
+  """Halves the grid, with factored 7 x 7 convolutions."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -234,7 +233,7 @@ class _BlockD(nn.Module):
 
 
 class _BlockE(nn.Module):
-  """3 x 3 as 1 x 3 beside 3 x 1."""
+  """Branches that end in 1 x 3 and 3 x 1 convolutions side by side."""
 
   pool: Callable[[jax.Array], jax.Array]
 
@@ -262,7 +261,7 @@ def _conv(
     stride: int = 1,
     padding: str = 'SAME',
 ) -> jax.Array:
-  """A `_ConvNorm` of the module whose method calls; none pads with a stride."""
+  """Applies a `_ConvNorm` of the calling module; strided ones do not pad."""
   if isinstance(kernel, int):
     kernel = (kernel, kernel)
   padding = 'VALID' if stride > 1 else padding
@@ -270,12 +269,12 @@ def _conv(
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
-  """Mean of those of 3 x 3 neighbours that exist."""
+  """Mean over 3 x 3 windows, excluding padding."""
   return resampling.average_pool(x, 3, 1)
 
 
 def _max_pool(x: jax.Array, stride: int = 1) -> jax.Array:
-  """Maximum of 3 x 3 neighbours."""
+  """Maximum over 3 x 3 windows."""
   padding = 'SAME' if stride == 1 else 'VALID'
   return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=padding)
 

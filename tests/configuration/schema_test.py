@@ -183,7 +183,7 @@ def test_wrong_value_is_refused_by_name(name, value):
                 'model__encoder__name': 'pretrained',
                 'model__encoder__architecture': 'siglip_H/16',
             },
-            "model.encoder: The architecture 'siglip_H/16' is none",
+            "model.encoder: The architecture 'siglip_H/16' is invalid",
         ),
         (
             {

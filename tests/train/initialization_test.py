@@ -254,7 +254,7 @@ def _damage(name, how):
         (_damage('config.json', 'missing'), r'has no config\.json'),
         (_damage('config.json', 'half'), r'config\.json is no JSON file'),
         (_damage('model.safetensors', 'missing'), 'has neither model.safet'),
-        (_damage('model.safetensors', 'half'), 'it is damaged or of another'),
+        (_damage('model.safetensors', 'half'), 'it is corrupted, or not saf'),
     ],
 )
 def test_files_that_are_missing_or_damaged_are_refused(

@@ -152,7 +152,7 @@ def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
         f'{weights.source} has no keys like img/Transformer/encoderblock_0/...'
         f' of a big_vision image tower, but {keys[:5]} ...'
     )
-  # The copies in an optimizer's state have longer prefixes.
+  # Copies in an optimizer state have longer prefixes.
   prefix = min(counts, key=lambda p: (-counts[p], len(p)))
   indices = {match[2] for match in found if match and match[1] == prefix}
   scanned = None in indices
@@ -207,7 +207,7 @@ def check_image_size(
   num_patches = math.prod(side // patch for side in image_size)
   if num_patches * width > _MAX_CHANNELS:
     raise ValueError(
-        f'image_size is {image_size}, which are {num_patches} patches of'
+        f'image_size is {image_size}, that is, {num_patches} patches of'
         f' {width} channels; at most {_MAX_CHANNELS // width} can be held.'
     )
 

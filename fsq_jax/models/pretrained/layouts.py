@@ -1,4 +1,4 @@
-"""Places of our parameters in the checkpoints of each family."""
+"""Keys and layouts of the parameters in the checkpoints of each family."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -130,7 +130,7 @@ def find_places(
     names: Iterable[str],
     weights: weight_files.WeightFiles,
 ) -> tuple[dict[str, Place], str]:
-  """Finds parameters in a checkpoint.
+  """Returns the places of parameters in a checkpoint.
 
   Args:
     description: of the checkpoint.
@@ -138,11 +138,11 @@ def find_places(
     weights: the checkpoint.
 
   Returns:
-    The place of each parameter; the prefix of all keys, '' for none.
+    The place of each parameter, and the common prefix of their keys.
 
   Raises:
-    ValueError: the checkpoint is too small, or holds the model several times
-      with nothing to tell which one to take.
+    ValueError: the checkpoint has too few arrays, or holds the model several
+      times.
   """
   depth = description.architecture.depth
   if depth > len(weights.headers):
@@ -226,7 +226,7 @@ def _find_prefix(weights: weight_files.WeightFiles, expected: set[str]) -> str:
       if key[match.end():] in expected:
         counts[key[:match.end()]] += 1
   prefix = min(counts, key=lambda p: (-counts[p], len(p)), default='')
-  # The copies in an optimizer's state, of big_vision, have longer prefixes.
+  # Copies in an optimizer state of big_vision have longer prefixes.
   rivals = [
       p
       for p in counts

@@ -16,10 +16,10 @@ class Place(NamedTuple):
   Attributes:
     key: of the array. With '{i}' it stands for as many arrays as the parameter
       has along its first axis, which i counts.
-    pattern: einops pattern from the axes of an array to those of the parameter
-      (of its part i); None if they are the same.
-    part: index along the first axis of the pattern's result; None for all.
-    sizes: of axes of the pattern that do not follow from the parameter.
+    pattern: einops pattern from the axes of an array to the axes of the
+      parameter (of its part i); None if they are the same.
+    part: index into the first axis of the rearranged array; None for all.
+    sizes: of axes of the pattern that the parameter's shape does not determine.
   """
 
   key: str
@@ -37,7 +37,7 @@ def check_arrays(
     is_unexpected: Callable[[str], bool],
     advice: str,
 ) -> None:
-  """Compares the headers of a checkpoint with the parameters to be read.
+  """Checks that a checkpoint holds all parameters and nothing unexpected.
 
   Args:
     weights: the checkpoint.
@@ -82,7 +82,7 @@ def read_parameter(
     The parameter, float32.
 
   Raises:
-    ValueError: the file is corrupted there, or holds NaN or infinity.
+    ValueError: the array is corrupted, or holds NaN or infinity.
   """
 
   def read(key: str) -> np.ndarray:
@@ -114,7 +114,7 @@ def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
   stored, ours = place.pattern.split(' -> ')
   if place.part is not None:
-    # The first axis is that of the parts.
+    # The first axis counts the parts.
     first, *rest = ours.split()
     shape = (place.sizes[first], *shape[len(shape) - len(rest):])
   return jax.eval_shape(
