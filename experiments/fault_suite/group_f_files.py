@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tempfile
 import types
 import zipfile
 
@@ -159,11 +160,13 @@ def _originals() -> dict[str, tuple[bytes, str, object]]:
   stored, packed = io.BytesIO(), io.BytesIO()
   np.savez(stored, **arrays)
   np.savez_compressed(packed, **arrays)
-  covariance = np.eye(4)
-  features = safetensors_numpy.save(
-      {'mean': np.zeros(4), 'covariance': covariance},
-      {**_ORIGIN._asdict(), 'format': frechet._FORMAT, 'num_images': '9'},
-  )
+  with tempfile.TemporaryDirectory() as directory:
+    path = pathlib.Path(directory, 'features')
+    statistics = frechet.FeatureStatistics.from_moments(
+        9, np.zeros(4), np.eye(4)
+    )
+    frechet.write_statistics(path, statistics, _ORIGIN)
+    features = path.read_bytes()
   metadata = initialization.encoder_metadata(fault.toy_config())
   latents = safetensors_numpy.save(
       dict.fromkeys(

@@ -229,7 +229,7 @@ class Tally:
     self._code_pairs.update(self._classes.of(indices))
     if self._digit_pairs is not None:
       codes, inverse = np.unique(indices, return_inverse=True)
-      digits = codebook_statistics.digits_of(self._quantizer, codes)
+      digits = codebook_statistics.level_indices(self._quantizer, codes)
       digits = digits[inverse.reshape(indices.shape)]
       self._digit_pairs.update(
           digits.reshape(*indices.shape[:3], len(self._levels))
@@ -311,7 +311,7 @@ class Tally:
         for code, count in zip(codes, counts, strict=True)
     ]
     if self._levels:
-      digits = codebook_statistics.digits_of(self._quantizer, codes)
+      digits = codebook_statistics.level_indices(self._quantizer, codes)
       for entry, values in zip(top, digits.tolist(), strict=True):
         entry['digits'] = values
     if not self._quantizer.index_shape and top:

@@ -1,1 +1,1 @@
-"""Evaluation: metrics, codebook statistics, whole splits."""
+"""Evaluation of splits: metrics and codebook statistics."""

@@ -1,4 +1,4 @@
-"""Evaluation over a whole split: image metrics and codebook statistics."""
+"""Evaluation of a whole split: image metrics and codebook statistics."""
 
 from collections.abc import Callable, Iterator, Mapping
 import pathlib
@@ -18,9 +18,9 @@ from fsq_jax.runtime import partitioning
 
 
 class Evaluator:
-  """Evaluates parameters on a split, each image once.
+  """Evaluates variables on a split, each image once.
 
-  The numbers depend neither on the batch size nor on the number of devices.
+  Results do not depend on the batch size or on the number of devices.
   """
 
   def __init__(
@@ -38,8 +38,8 @@ class Evaluator:
       model: an autoencoder.
       dataset: built with split='eval'.
       mesh: from `partitioning.create_mesh`.
-      num_grid_images: originals and reconstructions to return.
-      networks: what networks measure, of the same data set; None for nothing.
+      num_grid_images: number of originals and reconstructions to return.
+      networks: metrics by networks, for the same data set; None for no metrics.
     """
     if networks is None:
       networks = network_metrics.NetworkMetrics({}, mesh, images={})
@@ -48,7 +48,7 @@ class Evaluator:
     self._dataset = dataset
     self._mesh = mesh
     self._num_grid_images = num_grid_images
-    # Every process gets the results of the whole batch.
+    # Every process needs the results of the whole batch.
     self._eval_step = jax.jit(
         build_eval_step(model),
         out_shardings=partitioning.replicated(mesh),
@@ -67,37 +67,34 @@ class Evaluator:
 
     Args:
       variables: params and the model's other collections.
-      before_batch: called before each batch is counted; an error that it raises
-        abandons the evaluation.
-
-    Returns:
-      The evaluation.
+      before_batch: called before each batch is added; it may raise an error to
+        stop the evaluation.
 
     Raises:
-      ValueError: the split holds no readable image.
+      ValueError: the split has no readable image.
     """
-    tally = results_lib.Tally(
+    sums = results_lib.EvaluationSums(
         self._quantizer, self._networks, self._dataset, self._num_grid_images
     )
     for results in self.outputs(variables):
       before_batch()
-      tally.update(*results)
-    return tally.result()
+      sums.update(*results)
+    return sums.result()
 
   def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """Goes through the split once.
+    """Reconstructs the split once.
 
     Args:
       variables: as in `run`.
 
     Yields:
-      For each batch the arguments of `results.Tally.update`.
+      The arguments of `results.EvaluationSums.update`, batch by batch.
     """
     pending = None
     for local_batch in self._dataset:
       batch = partitioning.shard_batch(local_batch, self._mesh)
       output = self._eval_step(variables, batch['image'])
-      # A batch is looked at while devices work on the next one.
+      # A batch is processed while devices compute the next one.
       previous, pending = pending, (self._gather(batch), output, batch['image'])
       if previous is not None:
         yield _fetch(*previous)
@@ -108,7 +105,7 @@ class Evaluator:
 def _fetch(
     batch: Any, output: results_lib.EvalOutput, images: jax.Array
 ) -> tuple[Any, ...]:
-  """Waits for a batch whose results may still be under way."""
+  """Waits for the results of a batch and copies them to the host."""
   return *jax.device_get((batch, output)), images, output.reconstructions
 
 
@@ -119,26 +116,23 @@ def build_evaluator(
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> Evaluator:
-  """Builds what the `eval` section of a config describes.
+  """Builds the evaluator of training.
 
   Args:
     config: the whole config.
     model: an autoencoder.
     dataset: built with split='eval'.
     mesh: from `partitioning.create_mesh`.
-    folder: of the run, where statistics of the originals are kept.
-
-  Returns:
-    The evaluator.
+    folder: of the run, where feature statistics of the originals are kept.
 
   Raises:
-    ValueError: weights of networks that are missing or damaged, images that
-      are too small for a network, or native_size, which training has not.
+    ValueError: missing or corrupted weights of a network, images that are too
+      small for a network, or native_size, which training does not support.
   """
   if config.eval.native_size:
     raise ValueError(
-        'eval.native_size is True; allowed in training: False, since it'
-        ' evaluates the crops that it trains on. Set it with --mode=eval.'
+        'eval.native_size is True; training evaluates crops and allows only'
+        ' False. Set it with --mode=eval.'
     )
   return Evaluator(
       model,
@@ -155,7 +149,7 @@ def build_networks(
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> network_metrics.NetworkMetrics:
-  """Loads the networks of eval.networks, to measure a data set."""
+  """Loads the networks of eval.networks for a data set."""
   networks = network_metrics.NetworkMetrics(
       config.eval.networks,
       mesh,
@@ -175,14 +169,14 @@ def build_networks(
 def build_eval_step(
     model: nn.Module,
 ) -> Callable[[Any, jax.Array], results_lib.EvalOutput]:
-  """Builds the function that reconstructs and scores one batch.
+  """Builds the function that reconstructs and measures one batch.
 
   Args:
-    model: the autoencoder.
+    model: an autoencoder.
 
   Returns:
-    A pure function of the model's variables and [B, H, W, 3] uint8 images. The
-    metrics compare the images with reconstructions rounded to uint8.
+    A pure function of the model's variables and [B, H, W, 3] uint8 images.
+    Metrics compare the images with reconstructions rounded to uint8.
   """
 
   def step_fn(variables, images):

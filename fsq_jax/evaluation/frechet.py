@@ -1,12 +1,14 @@
-"""Frechet distances between sets of images, by the features of a network.
+"""Frechet distances between sets of images, from features of a network.
 
-With features of the Inception network of 2015 and its resizing, the distance is
+With features of the Inception network of 2015 and its resizing the distance is
 FID (arXiv 1706.08500), and rFID between images and their reconstructions. With
-any other network it is another number, and has to go by another name.
+other networks it has other values and needs another name.
 
-All is in float64 on the host.
+Everything is computed in float64 on the host.
 """
 
+from collections.abc import Mapping
+import hashlib
 import json
 import os
 import pathlib
@@ -19,22 +21,19 @@ import safetensors.numpy
 
 from fsq_jax import workdir as workdirs
 
-# Below this number of images a feature, distances are too large by far: a
-# covariance has as many directions as features, each to be estimated.
-MIN_IMAGES_PER_FEATURE = 10
+# With fewer images per feature, distances are far too large: a covariance has
+# as many directions as features, each to be estimated.
+_IMAGES_PER_FEATURE = 10
 _FORMAT = 'fsq_jax feature statistics 1'
-# Share of the largest entry by which a covariance may differ from its mirror
-# image.
-_ASYMMETRY = 1e-9
 
 
 class Origin(NamedTuple):
-  """What statistics are of; distances are between equal networks.
+  """Network and images of statistics.
 
   Attributes:
-    network: name of the network, with the layer and the resizing.
-    weights_sha256: hash of its weights.
-    images_hash: hash of the list of images, and of how they are cropped.
+    network: name of the metric, which fixes network, layer and resizing.
+    weights_sha256: hash of the network's weights.
+    images_hash: hash of the list of images and their preprocessing.
   """
 
   network: str
@@ -43,24 +42,22 @@ class Origin(NamedTuple):
 
 
 class FeatureStatistics:
-  """Mean and covariance of the features of images, which come in batches.
+  """Mean and covariance of the features of images, accumulated by batches.
 
-  How images are batched, and in what order, changes the results by rounding
-  only. Of features, float64 sums of squares around their mean are kept, not
-  around 0, so that no digits are lost where the mean is large.
+  Batch size and order change results only by rounding. Squares are summed
+  around the mean, not around 0, so that large means cost no precision.
 
   Attributes:
     num_images: images so far.
-    mean: [D] float64, their mean.
-    pixels: a hash of the images' pixels, '' where nobody has set it; it is
-      kept in files.
+    mean: [D] float64.
+    pixels: hash of the images' pixels, stored in files; '' if not set.
   """
 
   def __init__(self, num_features: int):
-    """Statistics of no image.
+    """Statistics of no images.
 
     Args:
-      num_features: D, features of an image.
+      num_features: D, features per image.
     """
     if num_features < 1:
       raise ValueError(f'num_features is {num_features}; use at least 1.')
@@ -69,23 +66,27 @@ class FeatureStatistics:
     self.mean = np.zeros(num_features)
     self._scatter = np.zeros((num_features, num_features))
 
+  @classmethod
+  def from_moments(
+      cls, num_images: int, mean: np.ndarray, covariance: np.ndarray
+  ) -> 'FeatureStatistics':
+    """Returns the statistics of images with this mean and covariance."""
+    statistics = cls(len(mean))
+    statistics._add(num_images, mean, covariance * (num_images - 1))
+    return statistics
+
   @property
   def covariance(self) -> np.ndarray:
-    """[D, D] float64, with n - 1 in the denominator.
+    """Covariance [D, D] float64, with denominator num_images - 1.
 
     Raises:
-      ValueError: there are fewer than two images.
+      ValueError: fewer than two images.
     """
     if self.num_images < 2:
       raise ValueError(
           f'The covariance of features needs two images, not {self.num_images}.'
       )
     return self._scatter / (self.num_images - 1)
-
-  @property
-  def images_per_feature(self) -> float:
-    """Images / D; below `MIN_IMAGES_PER_FEATURE` distances say little."""
-    return self.num_images / len(self.mean)
 
   def update(
       self, features: np.ndarray, mask: np.ndarray | None = None
@@ -94,31 +95,25 @@ class FeatureStatistics:
 
     Args:
       features: [B, D], any float dtype.
-      mask: [B], which of them are of an image; None for all.
+      mask: [B], False for padding; None without padding.
 
     Raises:
-      ValueError: other shapes, or NaN or infinity in features of an image.
+      ValueError: features of another shape, or NaN or infinity in them.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] != len(self.mean):
       raise ValueError(
-          f'Features are {list(features.shape)}; these statistics are of [B,'
+          f'Features are {list(features.shape)}; these statistics take [B,'
           f' {len(self.mean)}].'
       )
     if mask is not None:
-      mask = np.asarray(mask, bool)
-      if mask.shape != features.shape[:1]:
-        raise ValueError(
-            f'mask is {list(mask.shape)} for {len(features)} rows of features;'
-            ' it has one value for each.'
-        )
-      features = features[mask]
+      features = features[np.asarray(mask, bool)]
     features = features.astype(np.float64)
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():
       raise ValueError(
           f'Features of {bad.sum()} of {len(bad)} images hold NaN or infinity;'
-          ' leave these images out by the mask, and say so.'
+          ' exclude these images by the mask, and report their number.'
       )
     if len(features):
       mean = features.mean(axis=0)
@@ -141,34 +136,39 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-  """Squared Frechet distance of the normal distributions of two sets.
+  """Returns the squared Frechet distance of two normal distributions.
 
   |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace is the sum of the
-  square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), that is, of the
-  singular values of F1^T F2 with S = F F^T from a symmetric eigensolver. Taken
-  as singular values they keep the digits that a square root of eigenvalues
-  near 0 would lose: with fewer images than features, most of them are 0.
+  square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2). They are the singular
+  values of F1^T F2, with S = F F^T from a symmetric eigensolver, and keep the
+  precision that square roots of eigenvalues near 0 lose; with fewer images than
+  features most eigenvalues are 0.
 
   Args:
-    a: statistics of one set, of two or more images.
-    b: of the other.
+    a: statistics of one set, with two or more images.
+    b: statistics of the other set.
 
   Returns:
-    The distance, >= 0. Where images are few for their features it is far too
-    large; a warning says so.
+    The distance, >= 0. It is biased upwards if there are few images per
+    feature; a warning is logged.
 
   Raises:
-    ValueError: the sets have different numbers of features, or one image.
+    ValueError: different numbers of features, or a set of one image.
   """
-  _check_same_features(a, b)
-  smaller = min(a, b, key=lambda x: x.num_images)
-  if smaller.images_per_feature < MIN_IMAGES_PER_FEATURE:
+  num_features = len(a.mean)
+  if num_features != len(b.mean):
+    raise ValueError(
+        f'One set has {num_features} features, the other {len(b.mean)}; use'
+        ' features of the same network.'
+    )
+  num_images = min(a.num_images, b.num_images)
+  if num_images < _IMAGES_PER_FEATURE * num_features:
     logging.warning(
-        'A Frechet distance of %d features from %d images is too large; take'
-        ' %d or more.',
-        len(smaller.mean),
-        smaller.num_images,
-        MIN_IMAGES_PER_FEATURE * len(smaller.mean),
+        'A Frechet distance of %d features from %d images is biased upwards;'
+        ' take %d images or more.',
+        num_features,
+        num_images,
+        _IMAGES_PER_FEATURE * num_features,
     )
   first, second = a.covariance, b.covariance
   overlap = np.einsum(
@@ -180,118 +180,87 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
       + np.trace(second)
       - 2 * np.sum(np.linalg.svd(overlap, compute_uv=False))
   )
-  # Of a set with itself it is 0 up to rounding.
+  # Rounding may make it negative.
   return max(float(distance), 0.0)
 
 
 def write_statistics(
     path: str | os.PathLike[str], statistics: FeatureStatistics, origin: Origin
 ) -> None:
-  """Writes statistics as a safetensors file, whole or not at all.
+  """Writes statistics as a safetensors file, atomically.
 
   Args:
     path: the file; its folder exists.
     statistics: of two or more images.
-    origin: what they are of, which `read_statistics` asks for.
+    origin: of the statistics; `read_statistics` compares it.
   """
   arrays = {'mean': statistics.mean, 'covariance': statistics.covariance}
-  facts = {
+  metadata = {
       **origin._asdict(),
       'format': _FORMAT,
       'num_images': str(statistics.num_images),
       'pixels': statistics.pixels,
   }
-  workdirs.write_bytes(path, safetensors.numpy.save(arrays, metadata=facts))
+  metadata['sha256'] = _hash(arrays, metadata)
+  workdirs.write_bytes(path, safetensors.numpy.save(arrays, metadata=metadata))
 
 
 def read_statistics(
     path: str | os.PathLike[str], origin: Origin
 ) -> FeatureStatistics:
-  """Reads what `write_statistics` wrote.
+  """Reads the statistics that `write_statistics` wrote.
 
   Args:
     path: the file.
-    origin: what the statistics have to be of.
+    origin: that the statistics must have.
 
   Returns:
     The statistics, to which more images may be added.
 
   Raises:
-    ValueError: no such file, a damaged one, one of another network, of other
-      weights or of other images, or one that holds no mean and covariance.
+    ValueError: the file is missing, corrupted or without a hash, or its
+      statistics are of another network, other weights or other images.
   """
   path = pathlib.Path(path).expanduser()
-  if not path.is_file():
-    raise ValueError(f'There is no file {path} of feature statistics.')
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
-      facts = file.metadata() or {}
+      metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (OSError, TypeError, safetensors.SafetensorError) as error:
-    raise ValueError(f'{path} is no safetensors file: {error}.') from error
-  num_images = facts.get('num_images', '')
-  if facts.get('format') != _FORMAT or not num_images.isdecimal():
+  except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    raise ValueError(f'{path} cannot be read: {error}.') from error
+  sha256 = metadata.pop('sha256', '')
+  if metadata.get('format') != _FORMAT or sha256 != _hash(arrays, metadata):
     raise ValueError(
-        f'{path} holds no feature statistics of the format {_FORMAT!r}, but'
-        f' {json.dumps(facts)}; measure them again.'
+        f'{path} is corrupted, or holds no feature statistics with a hash.'
     )
   differences = [
-      f'{name} {facts.get(name)!r}, not {value!r}'
+      f'{name} {metadata[name]!r}, not {value!r}'
       for name, value in origin._asdict().items()
-      if facts.get(name) != value
+      if metadata[name] != value
   ]
   if differences:
-    raise ValueError(
-        f'{path} holds statistics of {"; ".join(differences)}. Distances'
-        ' between such sets mean nothing; measure them again.'
-    )
-  num_images = int(num_images)
-  _check_arrays(path, arrays, num_images)
-  statistics = FeatureStatistics(len(arrays['mean']))
-  statistics.pixels = facts.get('pixels', '')
-  statistics._add(
-      num_images, arrays['mean'], arrays['covariance'] * (num_images - 1)
+    raise ValueError(f'{path} holds statistics of {"; ".join(differences)}.')
+  statistics = FeatureStatistics.from_moments(
+      int(metadata['num_images']), **arrays
   )
+  statistics.pixels = metadata['pixels']
   return statistics
 
 
-def _check_arrays(path, arrays, num_images: int) -> None:
-  """Refuses what is no mean and no covariance of images."""
-  shapes = {name: x.shape for name, x in arrays.items()}
-  size = arrays['mean'].size if 'mean' in arrays else 0
-  problem = ''
-  if shapes != {'mean': (size,), 'covariance': (size, size)} or not size:
-    problem = f'arrays of shapes {shapes}, not mean [D] and covariance [D, D]'
-  elif any(x.dtype != np.float64 for x in arrays.values()):
-    problem = 'arrays of another dtype than float64'
-  elif num_images < 2:
-    problem = f'statistics of {num_images} images; a covariance needs two'
-  elif not all(np.isfinite(x).all() for x in arrays.values()):
-    problem = 'NaN or infinity'
-  else:
-    covariance = arrays['covariance']
-    asymmetry = np.abs(covariance - covariance.T).max()
-    if asymmetry > _ASYMMETRY * np.abs(covariance).max():
-      problem = f'a covariance that is not symmetric, by {asymmetry:.3g}'
-    elif covariance.diagonal().min() < 0:
-      problem = 'a covariance with negative variances'
-  if problem:
-    raise ValueError(f'{path} holds {problem}; measure the statistics again.')
-
-
-def _check_same_features(a: FeatureStatistics, b: FeatureStatistics) -> None:
-  if len(a.mean) != len(b.mean):
-    raise ValueError(
-        f'One set has {len(a.mean)} features, the other {len(b.mean)}; take'
-        ' both from one network.'
-    )
+def _hash(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> str:
+  """Returns a sha256 of the content of a file of statistics."""
+  digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+  for name in sorted(arrays):
+    digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+  return digest.hexdigest()
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
   """Returns F [D, rank] with F F^T the covariance."""
   values, vectors = np.linalg.eigh(covariance)
-  # The directions of no variance come out of the solver as tiny numbers of
-  # either sign.
+  # Eigenvalues that are 0 come out of the solver as tiny numbers of both signs.
   tolerance = len(values) * np.finfo(np.float64).eps * values[-1]
   kept = values > max(tolerance, 0)
   return vectors[:, kept] * np.sqrt(values[kept])

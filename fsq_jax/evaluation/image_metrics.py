@@ -1,4 +1,4 @@
-"""Image metrics: PSNR, SSIM, errors; and their definitions."""
+"""Image metrics (PSNR, SSIM, errors) and the definitions of all numbers."""
 
 import math
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from fsq_jax.models import pixels
 
-# PSNR of identical images, dB. One value of a 256 x 256 image that is off by
-# one grey level makes 101 dB.
+# PSNR of identical images in dB. One value that differs by one grey level in a
+# 256 x 256 image gives 101 dB.
 PSNR_CAP = 100.0
 DEFINITIONS = {
     'psnr': (
@@ -47,23 +47,23 @@ DEFINITIONS = {
     'level_entropy_bits': 'for each dimension, the entropy of its level',
     'total_correlation_bits': 'sum of level_entropy_bits - entropy_bits',
 }
-# Windows a side that the filters of SSIM take together.
+# Windows per side that the filters of SSIM process together.
 _FILTER_BLOCK = 128
 
 
 def image_metrics(
     originals: jax.Array, reconstructions: jax.Array
 ) -> dict[str, jax.Array]:
-  """Computes every image metric from what the model returns.
+  """Returns every image metric of a batch.
 
   Args:
     originals: [B, H, W, 3] uint8.
-    reconstructions: [B, H, W, 3] floats in [-1, 1], before any rounding.
+    reconstructions: [B, H, W, 3] floats in [-1, 1], before rounding.
 
   Returns:
-    name -> [B] float32, for the names of `IMAGE_METRICS` that images of this
-    size have. All values of an image whose reconstruction holds a NaN or an
-    infinity are NaN, which `Mean` counts.
+    name -> [B] float32, for the names of `IMAGE_METRICS` that are defined for
+    images of this size. All values of an image are NaN if its reconstruction
+    holds NaN or infinity.
   """
   rounded = pixels.to_uint8(reconstructions)
   finite = jnp.all(jnp.isfinite(reconstructions), axis=(1, 2, 3))
@@ -91,7 +91,7 @@ def l1(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 def psnr(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
   """Peak signal-to-noise ratio of [B, H, W, 3] uint8 images: [B] dB.
 
-  The peak is 255; nothing exceeds `PSNR_CAP`, which identical images get.
+  The peak is 255; values are capped at `PSNR_CAP`.
   """
   floor = 10 ** (-PSNR_CAP / 10)
   error = jnp.maximum(mse(originals, reconstructions), floor)
@@ -108,7 +108,7 @@ def ssim(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 
 
 def ssim_uniform(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """As `ssim`, with a 7 x 7 window and sample covariance: skimage's default.
+  """Like `ssim`, with a 7 x 7 window and sample covariance: skimage's default.
 
   Both sides must be at least 7 pixels.
   """
@@ -116,14 +116,14 @@ def ssim_uniform(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 
 
 def ssim_map(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """The SSIM of each window, of which `ssim` is the mean.
+  """Returns the SSIM of each window; `ssim` is their mean.
 
   Args:
     originals: [B, H, W, C] uint8.
-    reconstructions: as originals.
+    reconstructions: like `originals`.
 
   Returns:
-    [B, H - 10, W - 10, C] float32, one value for each 11 x 11 window.
+    [B, H - 10, W - 10, C] float32, one value per 11 x 11 window.
   """
   taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
   return _ssim(originals, reconstructions, taps, 1.0)
@@ -132,18 +132,18 @@ def ssim_map(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 def ssim_uniform_map(
     originals: jax.Array, reconstructions: jax.Array
 ) -> jax.Array:
-  """As `ssim_map`, of `ssim_uniform`: [B, H - 6, W - 6, C]."""
+  """Returns the windows of `ssim_uniform`: [B, H - 6, W - 6, C]."""
   return _ssim(originals, reconstructions, np.ones(7), 49 / 48)
 
 
 def _ssim(originals, reconstructions, taps, covariance_scale) -> jax.Array:
-  """SSIM from the sum s and the difference d of the two images.
+  """Computes SSIM from the sum s and the difference d of the two images.
 
   With x = (s + d) / 2 and y = (s - d) / 2 the two factors of SSIM become
     1 - mean(d)^2 / ((mean(s)^2 + mean(d)^2) / 2 + C1)
     1 - var(d) / ((var(s) + var(d)) / 2 + C2).
-  Similar images have small d, so that float32 loses little in var(d), where
-  it would lose much in var(x) + var(y) - 2 cov(x, y); four filters, not five.
+  Similar images have small d, so var(d) is accurate in float32, unlike
+  var(x) + var(y) - 2 cov(x, y); and this takes four filters instead of five.
   """
   d = _difference(originals, reconstructions)
   if min(d.shape[1:3]) < len(taps):
@@ -151,7 +151,7 @@ def _ssim(originals, reconstructions, taps, covariance_scale) -> jax.Array:
         f'Images of {d.shape[1]} x {d.shape[2]} pixels are smaller than the'
         f' SSIM window of {len(taps)}; use larger images.'
     )
-  # Centred at 0: the smaller s is, the less var(s) loses.
+  # Centred at 0: var(s) is more accurate for small s.
   s = 2.0 * originals.astype(jnp.float32) - d - 255
   mean_s, mean_d = _filter(s, taps), _filter(d, taps)
   var_s = covariance_scale * (_filter(s * s, taps) - mean_s**2)
@@ -166,8 +166,8 @@ def _ssim(originals, reconstructions, taps, covariance_scale) -> jax.Array:
 def _filter(images: jax.Array, taps: np.ndarray) -> jax.Array:
   """Weighted mean over each n x n window: [B, H - n + 1, W - n + 1, C].
 
-  Each axis is multiplied by a banded matrix, because XLA convolves slowly on
-  CPU, in blocks, so that time and memory are O(pixels).
+  Each axis is multiplied by a banded matrix, since XLA convolves slowly on CPU,
+  in blocks, so that time and memory are O(pixels).
   """
   sums = _filter_axis(_filter_axis(images, taps, 1), taps, 2)
   # Dividing last keeps the sums of the uniform window exact integers.
@@ -175,7 +175,7 @@ def _filter(images: jax.Array, taps: np.ndarray) -> jax.Array:
 
 
 def _filter_axis(images: jax.Array, taps: np.ndarray, axis: int) -> jax.Array:
-  """Weighted sums over n neighbours along one axis, 1 or 2, of the images."""
+  """Weighted sums over n neighbours along axis 1 or 2 of the images."""
   num = images.shape[axis] - len(taps) + 1
   subscripts = 'yh,bhwc->bywc' if axis == 1 else 'xw,bhwc->bhxc'
   blocks = []
@@ -183,13 +183,13 @@ def _filter_axis(images: jax.Array, taps: np.ndarray, axis: int) -> jax.Array:
     stop = min(start + _FILTER_BLOCK, num) + len(taps) - 1
     block = jax.lax.slice_in_dim(images, start, stop, axis=axis)
     band = _banded(stop - start, taps)
-    # GPU and TPU otherwise round the factors to 10 or 7 bits.
+    # By default GPU and TPU round the factors to 10 or 7 bits.
     blocks.append(jnp.einsum(subscripts, band, block, precision='highest'))
   return jnp.concatenate(blocks, axis=axis)
 
 
 def _banded(size: int, taps: np.ndarray) -> np.ndarray:
-  """The [size - n + 1, size] matrix that applies n taps at each place."""
+  """Returns the [size - n + 1, size] matrix of a filter with n taps."""
   matrix = np.zeros((size - len(taps) + 1, size), np.float32)
   for row in range(len(matrix)):
     matrix[row, row : row + len(taps)] = taps
@@ -197,7 +197,7 @@ def _banded(size: int, taps: np.ndarray) -> np.ndarray:
 
 
 def _difference(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """The difference of the two in float32, after checks of both."""
+  """Returns the difference in float32; checks shapes and dtypes."""
   shapes = jnp.shape(originals), jnp.shape(reconstructions)
   dtypes = jnp.result_type(originals), jnp.result_type(reconstructions)
   if shapes[0] != shapes[1] or len(shapes[0]) != 4:
@@ -214,11 +214,11 @@ def _difference(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 
 
 def _image_mean(values: jax.Array) -> jax.Array:
-  """[B, H, W, C] -> [B], axis by axis: rounding grows with sides, not area."""
+  """[B, H, W, C] -> [B]; by axis: rounding grows with the side, not area."""
   return values.mean(axis=3).mean(axis=2).mean(axis=1)
 
 
-# Name: the metric, and the least side in pixels of images that have it.
+# Name: the metric, and the smallest side in pixels of images that have it.
 IMAGE_METRICS = {
     'psnr': (psnr, 1), 'ssim': (ssim, 11), 'ssim_uniform': (ssim_uniform, 7),
     'l1': (l1, 1), 'mse': (mse, 1),
@@ -227,11 +227,11 @@ IMAGE_METRICS = {
 
 
 class Mean:
-  """Mean over images in float64 on the host, however they were batched.
+  """Mean over images in float64 on the host, accumulated by batches.
 
   Attributes:
-    num_values: images counted, non-finite ones included.
-    num_nonfinite: images whose value is NaN or infinite.
+    num_values: number of images, including non-finite values.
+    num_nonfinite: number of images with a value that is NaN or infinite.
   """
 
   def __init__(self):
@@ -240,7 +240,7 @@ class Mean:
     self._total = 0.0
 
   def update(self, values: np.ndarray, mask: np.ndarray) -> None:
-    """Adds the values [B] where mask [B] is true; the others are padding."""
+    """Adds the values [B] where mask [B] is true, False for padding."""
     values, mask = np.asarray(values, np.float64), np.asarray(mask, bool)
     if values.ndim != 1 or values.shape != mask.shape:
       raise ValueError(
@@ -252,14 +252,8 @@ class Mean:
     self.num_nonfinite += len(values) - len(finite)
     self._total += float(np.sum(finite))
 
-  def merge(self, other: 'Mean') -> None:
-    """Adds what another process or shard has counted."""
-    self.num_values += other.num_values
-    self.num_nonfinite += other.num_nonfinite
-    self._total += other._total
-
   def result(self) -> float:
-    """The mean; NaN if there are no values or any of them is not finite."""
+    """Returns the mean; NaN if there are no values or one is not finite."""
     if self.num_nonfinite or not self.num_values:
       return math.nan
     return self._total / self.num_values

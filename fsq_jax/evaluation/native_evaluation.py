@@ -1,4 +1,4 @@
-"""Evaluation of images at their own size, one by one."""
+"""Evaluation of images at their native size, one by one."""
 
 from collections.abc import Mapping, Sequence
 import itertools
@@ -16,18 +16,17 @@ from fsq_jax.evaluation import tiled_metrics
 from fsq_jax.models import native_size
 from fsq_jax.runtime import compiled
 
-# Images that are not measured in all, named in a protocol.
+# Most images without some metric that a protocol names.
 _NUM_NAMED = 20
-# Most pixels a side of an image in the grid.
+# Largest side of an image in the grid, in pixels.
 _GRID_SIDE = 256
 
 
 class NativeEvaluator:
-  """Evaluates parameters on a split, each image once and whole.
+  """Evaluates variables on a split, each image once and uncropped.
 
-  Networks that measure are compiled for every size of image, in seconds each;
-  with them a split of many sizes takes far longer than one of crops. All
-  devices do the same.
+  Networks of metrics are compiled for every image size, which takes seconds
+  each. All devices compute the same.
   """
 
   def __init__(
@@ -46,9 +45,9 @@ class NativeEvaluator:
       model: an autoencoder.
       dataset: built with split='eval_native'.
       mesh: from `partitioning.create_mesh`.
-      image_size: (height, width) in pixels that the model was built for.
-      num_grid_images: originals and reconstructions to return.
-      networks: what networks measure, of the same data set.
+      image_size: (height, width) of the model in pixels.
+      num_grid_images: number of originals and reconstructions to return.
+      networks: metrics by networks, for the same data set.
     """
     self._quantizer = model.quantizer
     self._dataset = dataset
@@ -63,13 +62,13 @@ class NativeEvaluator:
       variables: params and the model's other collections.
 
     Returns:
-      The evaluation. Its originals and reconstructions are laid on white, and
-      of large ones the middle is cut out.
+      The evaluation. Its originals and reconstructions are centre crops on a
+      white background.
 
     Raises:
-      ValueError: the split holds no readable image.
+      ValueError: the split has no image that can be read and evaluated.
     """
-    tally = results_lib.Tally(
+    sums = results_lib.EvaluationSums(
         self._quantizer,
         self._networks,
         self._dataset,
@@ -92,7 +91,7 @@ class NativeEvaluator:
         skipped[name] = f'{size}: {str(error).splitlines()[0]}'
         logging.error('Skipped %s, %s', name, skipped[name])
         continue
-      missing = tally.update(batch, output, images, output.reconstructions)
+      missing = sums.update(batch, output, images, output.reconstructions)
       if missing:
         reasons = '; '.join(f'{x} {reason}' for x, reason in missing.items())
         unmeasured[name] = f'{size}: {reasons}'
@@ -103,10 +102,10 @@ class NativeEvaluator:
           'No image of the evaluation split can be evaluated. The first:'
           f' {next(iter(skipped.items()))}.'
       )
-    return tally.result(
+    return sums.result(
         native_size=self._reconstructor.protocol,
         tokens='those that see the image; of padding alone are not counted',
-        num_unmeasured_images=tally.num_unmeasured(),
+        num_unmeasured_images=sums.num_unmeasured(),
         unmeasured_images=_first(unmeasured),
         num_skipped_images=len(skipped),
         skipped_images=_first(skipped),
@@ -128,12 +127,12 @@ class NativeEvaluator:
 
 
 def _first(reasons: Mapping[str, str]) -> dict[str, str]:
-  """Returns the first of the images, as many as a protocol names."""
+  """Returns the first images, as many as a protocol names."""
   return dict(itertools.islice(reasons.items(), _NUM_NAMED))
 
 
 def _middle(image: np.ndarray) -> np.ndarray:
-  """Returns a copy of the middle of an image, of at most `_GRID_SIDE`."""
+  """Returns a copy of the centre crop with sides of at most `_GRID_SIDE`."""
   inside = []
   for side in image.shape[:2]:
     length = min(side, _GRID_SIDE)
@@ -142,10 +141,10 @@ def _middle(image: np.ndarray) -> np.ndarray:
 
 
 def _lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
-  """Lays [H, W, 3] uint8 images on the middle of white ones of one size.
+  """Centres [H, W, 3] uint8 images on white backgrounds of one size.
 
   Returns:
-    [n, height, width, 3] uint8, no larger than the largest of them needs.
+    [n, height, width, 3] uint8, with the largest height and the largest width.
   """
   height, width = np.max([image.shape[:2] for image in images], axis=0)
   laid = np.full((len(images), height, width, 3), 255, np.uint8)

@@ -1,12 +1,11 @@
-"""Metrics by frozen networks: LPIPS and Frechet distances of features.
+"""Metrics of frozen networks: LPIPS and Frechet distances of features.
 
-Weights come from files that the `eval.networks` section of a config names; a
-metric without a file is not measured. Results carry the sha256 of the weights:
-numbers of other weights, or of another network, are other numbers.
+Weights come from the files of the config section `eval.networks`; a metric
+without a file is not measured. Results are reported with the sha256 of the
+weights, since they are comparable only with equal weights.
 """
 
 from collections.abc import Callable, Mapping
-import functools
 import hashlib
 import json
 import math
@@ -51,7 +50,7 @@ DEFINITIONS = {
 
 
 class NetworkMetrics:
-  """Scores reconstructions by the networks of a config, batch by batch."""
+  """The frozen networks of a config, and their metrics for a split."""
 
   def __init__(
       self,
@@ -61,49 +60,38 @@ class NetworkMetrics:
       images: Mapping[str, Any],
       folder: pathlib.Path | None = None,
   ):
-    """Reads the networks.
+    """Loads the networks.
 
     Args:
-      files: the `eval.networks` section: names of metrics to paths, '' for
-        those that are not wanted.
+      files: the `eval.networks` section: paths by the names of metrics, '' for
+        metrics that are not wanted.
       mesh: from `partitioning.create_mesh`.
-      images: JSON values that say which images are evaluated, and how they
-        were made.
-      folder: where the statistics of their features are kept, so that only
-        reconstructions need be looked at the next time; None keeps none.
+      images: JSON values that identify the images and their preprocessing.
+      folder: where statistics of the originals' features are kept, so that the
+        next evaluation measures only reconstructions; None keeps none.
 
     Raises:
-      ValueError: weights that are missing or damaged.
+      ValueError: weights that are missing or corrupted.
     """
-    self._networks = {}
-    for name, path in files.items():
-      if path:
-        try:
-          self._networks[name] = _METRICS[name].load(path)
-        except ValueError as error:
-          raise ValueError(f'eval.networks.{name}: {error}') from error
-    # Small beside what is measured, and whole on every device.
-    self._variables = jax.device_put(
-        {name: x.variables for name, x in self._networks.items()},
-        partitioning.replicated(mesh),
-    )
-    # One program for originals and for reconstructions: equal images have equal
-    # features, and numbers are the same whether originals are known or not.
-    self._apply = {
-        name: compiled.Compiled(
-            functools.partial(_measure, name, x.module),
-            out_shardings=partitioning.replicated(mesh),
-        )
-        for name, x in self._networks.items()
-    }
     text = json.dumps(images, sort_keys=True)
-    self._list_hash = hashlib.sha256(text.encode()).hexdigest()
-    self._folder = folder
-    self._references = self._read_references()
+    images_hash = hashlib.sha256(text.encode()).hexdigest()
+    self._networks, self._references = {}, {}
+    for name, path in files.items():
+      if not path:
+        continue
+      try:
+        network = _METRICS[name].load(path)
+      except ValueError as error:
+        raise ValueError(f'eval.networks.{name}: {error}') from error
+      self._networks[name] = _Network(network, _METRICS[name].apply, mesh)
+      if _METRICS[name].compares_sets:
+        self._references[name] = _Reference(
+            frechet.Origin(name, network.sha256, images_hash), folder
+        )
 
   @property
   def definitions(self) -> dict[str, str]:
-    """What each number is, in a line."""
+    """Definition of each metric, in a line."""
     return {name: DEFINITIONS[name] for name in self._networks}
 
   @property
@@ -112,74 +100,47 @@ class NetworkMetrics:
     return {name: x.sha256 for name, x in self._networks.items()}
 
   def check_size(self, image_size: tuple[int, int]) -> None:
-    """Refuses networks that images are too small for.
+    """Rejects networks for which images are too small.
 
     Args:
       image_size: (height, width) in pixels of all images.
 
     Raises:
-      ValueError: a side below the least that a network takes.
+      ValueError: a side below the smallest that a network takes.
     """
     for name, network in self._networks.items():
-      if min(image_size) < _min_side(network):
+      if min(image_size) < network.min_side:
         raise ValueError(
-            f'eval.networks.{name} needs images of {_min_side(network)} pixels'
+            f'eval.networks.{name} needs images of {network.min_side} pixels'
             f' a side, and data.image_size is {tuple(image_size)}; use larger'
             f" images, or --config.eval.networks.{name}=''."
         )
 
-  def start(self) -> '_Run':
-    """Starts to score a split anew."""
-    return _Run(self)
-
-  def _reference_path(self, name: str) -> pathlib.Path:
-    return self._folder / f'{name}_{self._list_hash[:12]}.safetensors'
-
-  def _origin(self, name: str) -> frechet.Origin:
-    """What statistics of features are statistics of."""
-    return frechet.Origin(name, self._networks[name].sha256, self._list_hash)
-
-  def _read_references(self) -> dict[str, frechet.FeatureStatistics]:
-    """Reads what an earlier evaluation of the same images has kept."""
-    references = {}
-    for name in _FRECHET_NAMES & self._networks.keys():
-      if self._folder is None or not self._reference_path(name).is_file():
-        continue
-      try:
-        references[name] = frechet.read_statistics(
-            self._reference_path(name), self._origin(name)
-        )
-      except ValueError as error:
-        logging.warning('Features are computed anew: %s', error)
-    return references
-
-  def _keep(self, name: str, statistics: frechet.FeatureStatistics) -> None:
-    if self._folder is not None and jax.process_index() == 0:
-      path = self._reference_path(name)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      frechet.write_statistics(path, statistics, self._origin(name))
-      # The next evaluation reads them, and must not differ in the last digit.
-      statistics = frechet.read_statistics(path, self._origin(name))
-    self._references[name] = statistics
+  def start(self) -> 'Scores':
+    """Returns the scores of a split of which no image is measured yet."""
+    return Scores({
+        name: _FrechetDistance(network, self._references[name])
+        if name in self._references
+        else _MeanDistance(network)
+        for name, network in self._networks.items()
+    })
 
 
-class _Run:
-  """One evaluation of a split."""
+class Scores:
+  """The metrics of one evaluation of a split."""
 
-  def __init__(self, networks: NetworkMetrics):
-    self._networks = networks
-    self._means, self._reconstructions, self._originals = {}, {}, {}
-    for name in networks._networks:
-      if name not in _FRECHET_NAMES:
-        self._means[name] = image_metrics.Mean()
-        continue
-      # None until there are features, which say how many they are.
-      self._reconstructions[name] = None
-      # Of those that are not known yet, which does not change within a run.
-      if name not in networks._references:
-        self._originals[name] = None
-    self._finite = True
-    # A sum, which does not depend on the order of images.
+  def __init__(self, metrics: Mapping[str, Any]):
+    """Scores of no images.
+
+    Args:
+      metrics: `_MeanDistance` or `_FrechetDistance` by name.
+    """
+    self._metrics = metrics
+    # Results have means first, whatever the order of the config.
+    self._names = sorted(metrics, key=lambda name: _METRICS[name].compares_sets)
+    self._hashes_pixels = any(_METRICS[name].compares_sets for name in metrics)
+    self._all_finite = True
+    # A sum of hashes, which does not depend on the order of images.
     self._pixels = 0
 
   def update(
@@ -191,128 +152,216 @@ class _Run:
       *,
       pixels: np.ndarray,
   ) -> dict[str, str]:
-    """Adds a batch, to the metrics that take images of its size.
+    """Adds a batch to all metrics that take images of its size.
 
     Args:
       images: [B, H, W, 3] uint8 on devices.
       reconstructions: the same, rounded.
-      mask: [B] bool, False where there is no image.
+      mask: [B] bool, False for padding.
       finite: [B] bool, False where a reconstruction was not finite.
-      pixels: [B, ...] uint8 on the host, by which images that are the same are
-        known again.
+      pixels: [B, ...] uint8 on the host: the images or a copy, to be hashed.
 
     Returns:
-      By the name of each metric that does not take them, why not.
+      The reason for each metric that does not measure the images, by name.
     """
-    if self._reconstructions:
+    if self._hashes_pixels:
       self._pixels += sum(
           int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], 'big')
           for image in pixels[mask]
       )
-    distances, originals, features, missing = {}, {}, {}, {}
-    for name, network in self._networks._networks.items():
-      if min(images.shape[1:3]) < _min_side(network):
-        missing[name] = f'takes {_min_side(network)} pixels a side or more'
+    self._all_finite = self._all_finite and bool(np.all(finite[mask]))
+    measured, missing = {}, {}
+    for name, metric in self._metrics.items():
+      min_side = metric.network.min_side
+      if min(images.shape[1:3]) < min_side:
+        missing[name] = f'takes {min_side} pixels a side or more'
         continue
-      apply = functools.partial(
-          self._networks._apply[name], self._networks._variables[name]
-      )
       try:
-        if name in self._means:
-          distances[name] = apply(images, reconstructions)
-        else:
-          features[name] = apply(reconstructions)
-          if name in self._originals:
-            originals[name] = apply(images)
+        measured[name] = metric.measure(images, reconstructions)
       except Exception as error:
         if not compiled.is_out_of_memory(error):
           raise
         missing[name] = str(error)
-        features.pop(name, None)
-    distances, originals, features = jax.device_get(
-        (distances, originals, features)
-    )
-    for name, values in distances.items():
-      self._means[name].update(np.where(finite, values, np.nan), mask)
-    for name, values in originals.items():
-      _add(self._originals, name, values, mask)
-    for name, values in features.items():
-      _add(self._reconstructions, name, values, mask)
-    self._finite = self._finite and bool(np.all(finite[mask]))
+    for name, values in jax.device_get(measured).items():
+      self._metrics[name].update(values, mask, finite)
     return missing
 
   @property
   def num_images(self) -> dict[str, int]:
-    """How many images each metric has been given."""
-    return {
-        name: mean.num_values for name, mean in self._means.items()
-    } | {
-        name: 0 if x is None else x.num_images
-        for name, x in self._reconstructions.items()
-    }
+    """Number of images that each metric has measured."""
+    return {name: self._metrics[name].num_images for name in self._names}
 
   def result(self) -> dict[str, float]:
-    """The metrics under their names.
+    """Returns the metrics by name.
 
-    NaN where any reconstruction was not finite; distances of sets also where
-    there are no two images.
+    NaN if a reconstruction was not finite; distances of sets also if there
+    are fewer than two images.
     """
-    values = {name: mean.result() for name, mean in self._means.items()}
-    for name, statistics in self._originals.items():
-      if statistics is not None and statistics.num_images > 1:
-        statistics.pixels = f'{self._pixels:x}'
-        self._networks._keep(name, statistics)
-    for name in self._reconstructions:
-      values[name] = self._distance(name)
-    return values
+    pixels = f'{self._pixels:x}'
+    return {
+        name: self._metrics[name].result(self._all_finite, pixels)
+        for name in self._names
+    }
 
-  def _distance(self, name: str) -> float:
-    reference = self._networks._references.get(name)
-    statistics = self._reconstructions[name]
-    if reference is None or statistics is None or not self._finite:
+
+class _Network:
+  """A network on the devices, compiled once for each size of images.
+
+  Originals and reconstructions share the compiled function: equal images have
+  equal features, and results do not depend on whether originals are measured.
+  """
+
+  def __init__(
+      self,
+      network: perceptual.FrozenNetwork,
+      apply: Callable[..., jax.Array],
+      mesh: jax.sharding.Mesh,
+  ):
+    self.sha256 = network.sha256
+    self.min_side = getattr(network.module, 'min_side', 1)
+    replicated = partitioning.replicated(mesh)
+    # Small beside the images.
+    self._variables = jax.device_put(network.variables, replicated)
+
+    def measure(variables: Any, *images: jax.Array) -> jax.Array:
+      floats = [pixels_lib.to_float(x) for x in images]
+      return apply(network.module, variables, *floats)
+
+    self._measure = compiled.Compiled(measure, out_shardings=replicated)
+
+  def __call__(self, *images: jax.Array) -> jax.Array:
+    """Measures [B, H, W, 3] uint8 images."""
+    return self._measure(self._variables, *images)
+
+
+class _MeanDistance:
+  """Mean over images of a distance between original and reconstruction."""
+
+  def __init__(self, network):
+    self.network = network
+    self._mean = image_metrics.Mean()
+
+  @property
+  def num_images(self) -> int:
+    return self._mean.num_values
+
+  def measure(self, images, reconstructions) -> jax.Array:
+    """Returns [B] distances without waiting for them."""
+    return self.network(images, reconstructions)
+
+  def update(self, distances, mask, finite) -> None:
+    self._mean.update(np.where(finite, distances, np.nan), mask)
+
+  def result(self, all_finite, pixels) -> float:
+    del all_finite, pixels  # The mean of a NaN is NaN.
+    return self._mean.result()
+
+
+class _FrechetDistance:
+  """Frechet distance between the features of originals and reconstructions."""
+
+  def __init__(self, network, reference):
+    self.network = network
+    self._reference = reference
+    self._measures_originals = reference.statistics is None
+    # One for reconstructions and one for originals that are measured, from the
+    # first batch on, which has the number of features.
+    self._statistics = ()
+
+  @property
+  def num_images(self) -> int:
+    return self._statistics[0].num_images if self._statistics else 0
+
+  def measure(self, images, reconstructions) -> tuple[jax.Array, ...]:
+    """Returns [B, D] features without waiting for them."""
+    measured = (reconstructions, images)[:1 + self._measures_originals]
+    return tuple(self.network(x) for x in measured)
+
+  def update(self, features, mask, finite) -> None:
+    del finite  # The result is NaN unless all are.
+    if not self._statistics:
+      self._statistics = tuple(
+          frechet.FeatureStatistics(x.shape[1]) for x in features
+      )
+    for statistics, x in zip(self._statistics, features, strict=True):
+      statistics.update(x, mask)
+
+  def result(self, all_finite: bool, pixels: str) -> float:
+    """Returns the distance; keeps the statistics of originals for later.
+
+    Args:
+      all_finite: whether all reconstructions of the split were finite.
+      pixels: hash of all originals.
+    """
+    if self._measures_originals and self.num_images > 1:
+      originals = self._statistics[1]
+      originals.pixels = pixels
+      self._reference.keep(originals)
+    reference = self._reference.statistics
+    if reference is None or not self._statistics or not all_finite:
       return math.nan
-    if (
-        reference.pixels != f'{self._pixels:x}'
-        or reference.num_images != statistics.num_images
-    ):
+    if (reference.pixels, reference.num_images) != (pixels, self.num_images):
       logging.error(
           'No %s: %s is of %d other images than the %d that were read. Remove'
           ' that file, and evaluate again.',
-          name,
-          self._networks._reference_path(name),
+          self._reference.origin.network,
+          self._reference.path,
           reference.num_images,
-          statistics.num_images,
+          self.num_images,
       )
       return math.nan
-    return frechet.frechet_distance(reference, statistics)
+    return frechet.frechet_distance(reference, self._statistics[0])
 
 
-def _add(statistics, name, features, mask) -> None:
-  """Adds [B, D] features to the statistics of a name."""
-  if statistics.get(name) is None:
-    statistics[name] = frechet.FeatureStatistics(features.shape[1])
-  statistics[name].update(features, mask)
+class _Reference:
+  """Statistics of the originals' features, kept between evaluations.
+
+  Attributes:
+    origin: of the statistics.
+    path: of their file; None without.
+    statistics: None while they are unknown.
+  """
+
+  def __init__(self, origin: frechet.Origin, folder: pathlib.Path | None):
+    self.origin = origin
+    self.path = self.statistics = None
+    if folder is None:
+      return
+    name = f'{origin.network}_{origin.images_hash[:12]}.safetensors'
+    self.path = folder / name
+    if self.path.is_file():
+      try:
+        self.statistics = frechet.read_statistics(self.path, origin)
+      except ValueError as error:
+        logging.warning('Features of originals are computed again: %s', error)
+
+  def keep(self, statistics: frechet.FeatureStatistics) -> None:
+    """Sets the statistics, and writes them in the first process."""
+    if self.path is not None and jax.process_index() == 0:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      frechet.write_statistics(self.path, statistics, self.origin)
+      # The next evaluation reads the file and must give the same bits.
+      statistics = frechet.read_statistics(self.path, self.origin)
+    self.statistics = statistics
 
 
 class _Metric(NamedTuple):
-  """How weights are read, and what is computed with them."""
+  """How a metric loads and applies its network.
+
+  Attributes:
+    load: from a path to the network.
+    apply: of module, variables and images in [-1, 1], to [B] distances or to
+      [B, D] features.
+    compares_sets: whether the metric is a Frechet distance of features.
+  """
 
   load: Callable[[str], perceptual.FrozenNetwork]
   apply: Callable[..., jax.Array]
+  compares_sets: bool = True
 
 
-def _measure(name, module, variables, *images) -> jax.Array:
-  """Applies a network to uint8 images."""
-  floats = [pixels_lib.to_float(x) for x in images]
-  return _METRICS[name].apply(module, variables, *floats)
-
-
-def _min_side(network: perceptual.FrozenNetwork) -> int:
-  return getattr(network.module, 'min_side', 1)
-
-
-def _distance(module, variables, images, others) -> jax.Array:
-  return module.apply(variables, images, others)
+def _output(module, variables, *images) -> jax.Array:
+  return module.apply(variables, *images)
 
 
 def _pooled(module, variables, images) -> jax.Array:
@@ -332,24 +381,17 @@ def _load_encoder(path: str) -> perceptual.FrozenNetwork:
   )
 
 
-def _inception(module, variables, images) -> jax.Array:
-  return module.apply(variables, images)
+def _lpips(network: str) -> Callable[[str], perceptual.FrozenNetwork]:
+  return lambda path: perceptual.load_lpips(path, network)
 
 
 _METRICS = {
-    'lpips_alexnet': _Metric(
-        lambda path: perceptual.load_lpips(path, 'alexnet'), _distance
-    ),
-    'lpips_vgg16': _Metric(
-        lambda path: perceptual.load_lpips(path, 'vgg16'), _distance
-    ),
-    'rfid': _Metric(perceptual.load_inception, _inception),
+    'lpips_alexnet': _Metric(_lpips('alexnet'), _output, compares_sets=False),
+    'lpips_vgg16': _Metric(_lpips('vgg16'), _output, compares_sets=False),
+    'rfid': _Metric(perceptual.load_inception, _output),
     'rfid_tf1': _Metric(
-        lambda path: perceptual.load_inception(path, 'tf1'), _inception
+        lambda path: perceptual.load_inception(path, 'tf1'), _output
     ),
-    'fd_vgg16': _Metric(
-        lambda path: perceptual.load_lpips(path, 'vgg16'), _pooled
-    ),
+    'fd_vgg16': _Metric(_lpips('vgg16'), _pooled),
     'fd_encoder': _Metric(_load_encoder, _mean_latent),
 }
-_FRECHET_NAMES = frozenset({'rfid', 'rfid_tf1', 'fd_vgg16', 'fd_encoder'})

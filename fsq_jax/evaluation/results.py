@@ -1,4 +1,4 @@
-"""Evaluation results: running sums over batches, metrics, protocol."""
+"""Results of an evaluation: running sums over batches, metrics, protocol."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ from fsq_jax.workdir import provenance
 
 
 class EvalOutput(NamedTuple):
-  """What one evaluation batch gives.
+  """Results of one evaluation batch.
 
   Attributes:
-    metrics: name to [B] float32, one value an image.
+    metrics: name to [B] float32, one value per image.
     indices: [B, h, w, *index_shape] int32.
     reconstructions: [B, H, W, 3] uint8.
   """
@@ -31,20 +31,20 @@ class EvalOutput(NamedTuple):
   reconstructions: jax.Array
 
 
-# The codebook numbers that stand beside the image metrics in curves and bars.
+# Codebook statistics that are shown with the image metrics in curves and bars.
 _CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
-# Digits of a hash in a line that has room for no more.
+# Characters of a hash in a summary.
 _SHORT_HASH = 12
 
 
 class Evaluation(NamedTuple):
-  """What an evaluation gives.
+  """Results of an evaluation.
 
   Attributes:
-    metrics: mean over all images of each image metric.
+    metrics: each image metric, averaged over all images.
     codebook: `CodebookStatistics.result()`; {} without tokens.
-    protocol: how the images were made and the numbers computed.
-    originals: [n, H, W, 3] uint8, images spread evenly over the split.
+    protocol: preprocessing of the images and definitions of the metrics.
+    originals: [n, H, W, 3] uint8, images at regular intervals of the split.
     reconstructions: [n, H, W, 3] uint8, of the same images.
   """
 
@@ -55,14 +55,14 @@ class Evaluation(NamedTuple):
   reconstructions: np.ndarray
 
   def scalars(self) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl."""
+    """Returns the numbers of a row of metrics.jsonl."""
     names = _CODEBOOK_SCALARS if self.codebook else ()
     return {**self.metrics, **{name: self.codebook[name] for name in names}}
 
   def lines(self) -> list[str]:
-    """All numbers, those of networks with the sha256 of the weights.
+    """Returns a line per number, with the sha256 of a network's weights.
 
-    The last line says how many images they are of, and how many are missing.
+    The last line has the numbers of measured and of missing images.
     """
     hashes = self.protocol['networks']
     return [
@@ -88,7 +88,7 @@ class Evaluation(NamedTuple):
     return f'images: {", ".join(parts)}'
 
   def summary(self) -> str:
-    """The numbers that matter most, in one line."""
+    """Returns the most important numbers in one line."""
     scalars = self.scalars()
     text = f'PSNR {scalars["psnr"]:.2f} dB, SSIM {scalars["ssim"]:.3f}'
     for name, digest in self.protocol['networks'].items():
@@ -101,8 +101,8 @@ class Evaluation(NamedTuple):
     return text
 
 
-class Tally:
-  """Adds up what is measured of the images of one split."""
+class EvaluationSums:
+  """Running sums of all metrics over the images of one split."""
 
   def __init__(
       self,
@@ -114,15 +114,15 @@ class Tally:
       cut: Callable[[np.ndarray], np.ndarray] = np.copy,
       lay_out: Callable[[Sequence[np.ndarray]], np.ndarray] = np.stack,
   ):
-    """Starts at no image.
+    """Sums over no images.
 
     Args:
-      quantizer: of the model, whose indices are counted.
-      networks: what networks measure.
-      dataset: that the batches are of.
-      num_grid_images: originals and reconstructions to keep.
-      cut: returns a copy of what is kept of one of those.
-      lay_out: makes one array of them, where they differ in size.
+      quantizer: of the model.
+      networks: metrics by networks.
+      dataset: of the batches.
+      num_grid_images: number of originals and reconstructions to keep.
+      cut: returns a copy of an image, or of a part of it, to keep.
+      lay_out: stacks kept images, which may differ in size.
     """
     self._cut = cut
     self._lay_out = lay_out
@@ -155,18 +155,18 @@ class Tally:
 
     Args:
       batch: of the data set, from all processes, on the host.
-      output: what became of it, on the host. Metrics that images of this size
-        do not have are missing.
-      images: those of the batch, on devices.
-      reconstructions: those of the output, on devices.
+      output: results of the batch, on the host, without the metrics that are
+        undefined for images of this size.
+      images: of the batch, on devices.
+      reconstructions: of the output, on devices.
 
     Returns:
-      By the name of each metric that images of this size do not have, why not.
+      The reason for each metric that is missing, by name.
     """
     mask = batch['mask']
     finite = np.isfinite(output.metrics['psnr'])
     self._num_images += int(np.sum(mask))
-    # The last batch is filled up.
+    # The last batch is padded.
     is_example = batch['index'] < self._dataset.num_examples
     self._num_damaged += int(np.sum(~mask & is_example))
     self._num_nonfinite += int(np.sum(mask & ~finite))
@@ -191,7 +191,7 @@ class Tally:
     return missing
 
   def num_unmeasured(self) -> dict[str, int]:
-    """Images without a metric, where there are any, by its name."""
+    """Returns the number of images without a metric, by its name, if any."""
     counts = {name: mean.num_values for name, mean in self._means.items()}
     counts |= self._scores.num_images
     return {
@@ -201,10 +201,13 @@ class Tally:
     }
 
   def result(self, **protocol: Any) -> Evaluation:
-    """Returns the evaluation; `protocol` is added to its protocol.
+    """Returns the evaluation.
+
+    Args:
+      **protocol: further entries of its protocol.
 
     Raises:
-      ValueError: the split holds no readable image.
+      ValueError: the split has no readable image.
     """
     if not self._originals:
       raise ValueError('No image of the evaluation split can be read.')
@@ -212,8 +215,8 @@ class Tally:
       logging.error('%d reconstructions are not finite.', self._num_nonfinite)
     if self._num_upscaled:
       logging.warning(
-          '%d of %d evaluated images have fewer pixels than the crop or'
-          ' data.resize_shorter asks for; they are scaled up.',
+          '%d of %d evaluated images are smaller than the crop or than'
+          ' data.resize_shorter; they are scaled up.',
           self._num_upscaled,
           self._num_images,
       )
@@ -229,8 +232,8 @@ class Tally:
             'content': _content(self._dataset),
             'command': provenance.command(),
             'num_images': self._num_images,
-            # A data set knows of the images that its process has read; batches
-            # hold those of all processes, but one by one only readable ones.
+            # A data set counts the images of its process. Batches have images
+            # of all processes; native-size batches only readable ones.
             'num_damaged_images': max(self._num_damaged, self._dataset.damaged),
             'num_upscaled_images': self._num_upscaled,
             'num_nonfinite_reconstructions': self._num_nonfinite,
@@ -246,9 +249,9 @@ class Tally:
 
 
 def _content(dataset: data.Dataset) -> str:
-  """Returns a hash of all images of a data set that was read to its end.
+  """Returns a hash of all images of a data set after a full epoch.
 
-  Several processes have read a part each, and all call this.
+  Collective: each process has read a part of the images.
   """
   digests = dataset.digests
   if not len(digests):
@@ -259,15 +262,15 @@ def _content(dataset: data.Dataset) -> str:
 def select(
     batch: Mapping[str, np.ndarray], waiting: collections.deque[int]
 ) -> list[int]:
-  """Takes the numbers of a batch's images from those that wait to be shown.
+  """Removes the images of a batch from a queue; returns their rows.
 
   Args:
     batch: of an evaluation data set.
-    waiting: ascending numbers; in place of an image that cannot be read the
-      next one is taken.
+    waiting: ascending image numbers; an unreadable image is replaced by the
+      next one.
 
   Returns:
-    Positions in the batch.
+    Rows of the batch.
   """
   shown = []
   for row in np.argsort(batch['index']):

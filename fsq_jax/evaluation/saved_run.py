@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint of a run (mode eval)."""
+"""Evaluates a checkpoint of a run (--mode=eval)."""
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
@@ -23,11 +23,11 @@ from fsq_jax.evaluation import results as results_lib
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import processes
 
-# Fields of the data section that say which images are evaluated, and how.
+# Fields of the data section that select and preprocess evaluation images.
 _EVALUATION_IMAGES = (
     'source', 'name', 'data_dir', 'eval_split', 'resize_shorter',
 )
-# Digits of a hash in the name of a file.
+# Characters of a hash in a file name.
 _SHORT_HASH = 8
 
 
@@ -41,10 +41,10 @@ def write_evaluation(
 
   Args:
     folder: the run's folder.
-    step: steps taken.
-    result: what to write.
-    label: added to the names of the files, for what is not the run's own
-      evaluation: another split or the best checkpoint.
+    step: of the checkpoint.
+    result: the evaluation.
+    label: part of the file names, for other images or another checkpoint than
+      the newest; '' for the run's own evaluation.
 
   Returns:
     The path of the JSON file.
@@ -55,7 +55,7 @@ def write_evaluation(
       'codebook': result.codebook,
       'protocol': result.protocol,
   }
-  # The run's own evaluation is always of its newest checkpoint.
+  # The run's own evaluation always belongs to the newest checkpoint.
   suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
   name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
   path = folder / name
@@ -80,28 +80,27 @@ def evaluate_workdir(
   """Evaluates a checkpoint of a run.
 
   The newest checkpoint on the run's own split rewrites evaluation.json and the
-  report. Anything else gets files of its own, with the step in their names:
+  report. Other evaluations have separate files, with the step in their names:
   evaluation_best_step_00004000.json for the best checkpoint,
-  evaluation_native_step_00008000.json for images at their own size
+  evaluation_native_step_00008000.json for images at their native size
   (eval.native_size), and, for other images, a name with a hash of the fields
   that select them: evaluation_photos_test_1f0c2d3e_step_00008000.json.
 
   Args:
     config: of the run; its data section may name other evaluation images.
     workdir: the run's folder.
-    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
-      of a step.
-    output: folder that files are written to, in place of the run's.
-    show: called with lines for a person: the numbers, before anything of them
-      is written, and then the file that was written.
+    which: checkpoint: 'newest', 'best' (highest PSNR), or a step number.
+    output: folder for the files; by default the run's.
+    show: called with lines to print: the results before they are written, then
+      the path of the file.
 
   Returns:
     The evaluation, also written to the folder.
 
   Raises:
-    ValueError: a config that is not valid or not that of the checkpoint's
-      model, no checkpoint, or a folder that cannot be written.
-    RuntimeError: what was evaluated and shown cannot be written.
+    ValueError: an invalid config or another model than the checkpoint's, no
+      checkpoint, or a folder that cannot be written.
+    RuntimeError: the results cannot be written; they have been shown.
   """
   configuration.check_config(config, jax.device_count(), mode='eval')
   config = configuration.resolve(config)
@@ -110,7 +109,7 @@ def evaluate_workdir(
   saved_model.check_same_model(found.config, config)
   folder = prepare_output(found.folder, output)
   native = config.eval.native_size
-  # All native images pass every process, whose devices do the same.
+  # At native size every process evaluates all images.
   share = (
       partitioning.Share(0, 1)
       if native
@@ -123,7 +122,7 @@ def evaluate_workdir(
       process_index=share.index,
       process_count=share.count,
   )
-  # Before anything that takes long: files may be missing.
+  # Early, since files may be missing.
   networks = evaluators.build_networks(config, dataset, mesh, folder)
   model, variables = saved_model.restore(found, mesh)
   kwargs = {
@@ -150,17 +149,17 @@ def evaluate_workdir(
 def prepare_output(
     folder: pathlib.Path, output: str | os.PathLike[str] | None
 ) -> pathlib.Path:
-  """Returns the folder for what is found about a run, known to be writable.
+  """Returns the folder for results about a run, after a check of writing.
 
   Args:
     folder: of the run.
-    output: the folder to take in its place, created if missing; None for none.
+    output: folder to use instead, created if missing; None for the run's.
 
   Raises:
-    ValueError: nothing can be written there.
+    ValueError: the folder cannot be written.
   """
   path = folder if output is None else pathlib.Path(output)
-  # Of several processes one writes.
+  # Only the first process writes.
   with processes.fail_together():
     if jax.process_index() == 0:
       path = workdirs.create(path, '--output')
@@ -169,10 +168,10 @@ def prepare_output(
 
 @contextlib.contextmanager
 def writing_to(folder: pathlib.Path) -> Iterator[None]:
-  """Says where files could have gone if the body cannot write them.
+  """Context for writing results; errors name the flag for another folder.
 
   Raises:
-    RuntimeError: in place of an OSError.
+    RuntimeError: an OSError of the body.
   """
   try:
     yield
@@ -188,10 +187,10 @@ def _label(
     own: ml_collections.ConfigDict,
     which: str,
 ) -> str:
-  """Names what is not the run's own evaluation; '' for what is."""
+  """Returns the label of an evaluation; '' for the run's own."""
   words = [] if which == 'newest' else [which]
   if which.isdecimal():
-    words = ['checkpoint']  # The step is in the name anyway.
+    words = ['checkpoint']  # File names contain the step.
   if config.eval.native_size:
     words.append('native')
   images, own_images = _images(config), _images(own)
@@ -207,10 +206,10 @@ def _label(
 
 
 def _images(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the fields that say which images are evaluated, and how."""
+  """Returns the fields that select and preprocess evaluation images."""
   fields = {name: config.data[name] for name in _EVALUATION_IMAGES}
   if config.data.data_dir:
     path = pathlib.Path(config.data.data_dir).expanduser()
-    # Where a folder lies decides, not how that is written.
+    # Equal for all spellings of the same path.
     fields['data_dir'] = str(path.resolve())
   return fields

@@ -1,4 +1,4 @@
-"""The image metrics of one image of any size, in the memory of a tile."""
+"""Image metrics of one image of any size, computed tile by tile."""
 
 from collections.abc import Iterator
 import math
@@ -9,11 +9,11 @@ import numpy as np
 
 from fsq_jax.evaluation import image_metrics as image_metrics_lib
 
-# Pixels a side of tiles, powers of 2.
+# Smallest and largest side of tiles in pixels, powers of 2.
 _MIN_TILE = 16
 _MAX_TILE = 256
 # Rows and columns that a tile shares with the next one: windows of SSIM that
-# begin in one reach as far into the other.
+# begin in a tile extend so far beyond it.
 _OVERLAP = 10
 _WINDOWS = {
     'ssim': image_metrics_lib.ssim_map,
@@ -24,18 +24,18 @@ _WINDOWS = {
 def image_metrics(
     original: np.ndarray, reconstruction: np.ndarray
 ) -> dict[str, float]:
-  """Computes what `image_metrics.image_metrics` does, of one rounded image.
+  """Returns the metrics of `image_metrics.image_metrics` for one image.
 
-  Sums over tiles are added up in float64. There are few shapes of tiles, so
-  that images of many sizes need few compiled functions.
+  Sums over tiles are added in float64. Tiles have few shapes, so that images of
+  many sizes need few compiled functions.
 
   Args:
     original: [H, W, 3] uint8 on the host.
-    reconstruction: as the original.
+    reconstruction: like `original`.
 
   Returns:
-    name -> value, for the names of `image_metrics.IMAGE_METRICS` that images of
-    this size have.
+    name -> value, for the names of `image_metrics.IMAGE_METRICS` that are
+    defined for images of this size.
   """
   size = original.shape[:2]
   sums = {'squared': 0.0, 'absolute': 0.0, 'different': 0.0}
@@ -65,7 +65,7 @@ def image_metrics(
 
 
 def _tiles(size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-  """Yields the rows and the columns that belong to each tile alone."""
+  """Yields the rows and the columns of each tile, without shared ones."""
   step = _MAX_TILE - _OVERLAP
   for row in range(0, size[0], step):
     for column in range(0, size[1], step):
@@ -76,7 +76,7 @@ def _tiles(size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
 
 
 def _cut(image: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
-  """Returns a tile with what it shares, [1, h, w, 3], sides powers of 2."""
+  """Returns a tile with shared pixels, padded to powers of 2: [1, h, w, 3]."""
   tile = image[
       rows.start : rows.stop + _OVERLAP, columns.start : columns.stop + _OVERLAP
   ]
@@ -89,13 +89,13 @@ def _cut(image: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
 
 @jax.jit
 def _sum_tile(originals, reconstructions, own, left) -> dict[str, jax.Array]:
-  """Sums over a tile, row by row: [h] int32, of windows float32.
+  """Sums over each row of a tile: [h] int32, for windows float32.
 
   Args:
     originals: [1, h, w, 3] uint8.
-    reconstructions: as originals.
-    own: [2] int32, rows and columns that belong to the tile alone.
-    left: [2] int32, rows and columns from its first ones to the image's last.
+    reconstructions: like `originals`.
+    own: [2] int32, rows and columns of the tile without shared ones.
+    left: [2] int32, rows and columns from the tile's start to the image's end.
   """
   error = originals.astype(jnp.int32) - reconstructions.astype(jnp.int32)
   error = jnp.where(_mask(error, own), error, 0)
@@ -110,7 +110,7 @@ def _sum_tile(originals, reconstructions, own, left) -> dict[str, jax.Array]:
 
 
 def _mask(values: jax.Array, num: jax.Array) -> jax.Array:
-  """Whether values [1, h, w, C] are of the first [rows, columns] = num."""
+  """Whether values [1, h, w, C] are within the first [rows, columns] = num."""
   _, height, width, _ = values.shape
   rows = jnp.arange(height) < num[0]
   columns = jnp.arange(width) < num[1]

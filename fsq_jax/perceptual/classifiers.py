@@ -2,7 +2,7 @@
 
 Liu et al., A ConvNet for the 2020s (arxiv.org/abs/2201.03545); He et al., Deep
 Residual Learning (arxiv.org/abs/1512.03385), with the stride of a block in its
-3 x 3 convolution. Structure and weights are those of torchvision.
+3 x 3 convolution. Structure and weights as in torchvision.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.models import resampling
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
 _SIDE = 224
@@ -21,20 +22,20 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _IGNORED = re.compile(r'.*\.num_batches_tracked$')
 _layer_norm = functools.partial(
-    # E[x^2] - E[x]^2 would lose digits where the mean is large.
+    # E[x^2] - E[x]^2 is inexact where the mean is large.
     nn.LayerNorm, epsilon=1e-6, use_fast_variance=False
 )
 _batch_norm = functools.partial(frozen_network.FrozenBatchNorm, 1e-5)
 
 
 class ConvNext(nn.Module):
-  """Depthwise convolutions in the form of transformer blocks.
+  """ConvNeXt: blocks of depthwise convolution and MLP.
 
   Attributes:
     widths: channels of each stage.
     depths: blocks of each stage.
-    num_classes: how many logits there are.
-    precision: of the products, as in `jax.lax.Precision`.
+    num_classes: number of logits.
+    precision: of the matmuls, as in `jax.lax.Precision`.
     dtype: of the convolutions and blocks; norms and logits are in float32.
   """
 
@@ -78,16 +79,16 @@ class ConvNext(nn.Module):
     return nn.Dense(self.num_classes, precision=self.precision, name='head')(x)
 
   @staticmethod
-  def find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
-    """Says where torchvision's state dict has a parameter."""
+  def find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
+    """Returns the place of a parameter in torchvision's state dict."""
     module, leaf = name.rsplit('/', 1)
-    # It numbers stages and what shrinks between them as one list.
+    # torchvision numbers stages and the layers between them as one list.
     block = re.match(r'stage(\d+)_block(\d+)/?(\w*)', module)
     between = re.match(r'shrink(\d+)_(norm|conv)', module)
     if block:
       key = f'features.{2 * int(block[1]) + 1}.{block[2]}'
       if leaf == 'layer_scale':
-        return frozen_network.Place(f'{key}.layer_scale', 'c 1 1 -> c')
+        return parameters.Place(f'{key}.layer_scale', 'c 1 1 -> c')
       layers = {'depthwise': 0, 'norm': 2, 'expand': 3, 'contract': 5}
       key = f'{key}.block.{layers[block[3]]}'
     elif between:
@@ -102,12 +103,12 @@ class ConvNext(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Bottleneck blocks, each added to its input.
+  """ResNet with bottleneck blocks.
 
   Attributes:
     depths: blocks of each stage.
-    num_classes: how many logits there are.
-    precision: of the products, as in `jax.lax.Precision`.
+    num_classes: number of logits.
+    precision: of the matmuls, as in `jax.lax.Precision`.
     dtype: of the convolutions and blocks; norms and logits are in float32.
   """
 
@@ -143,16 +144,16 @@ class ResNet(nn.Module):
     return nn.Dense(self.num_classes, precision=self.precision, name='fc')(x)
 
   @staticmethod
-  def find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
-    """Says where torchvision's state dict has a parameter."""
+  def find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
+    """Returns the place of a parameter in torchvision's state dict."""
     module, leaf = name.rsplit('/', 1)
-    # Its names are ours, with numbers of lists as names of their own.
+    # The same names, with '.' before the index in a list.
     key = re.sub(r'_(\d+)', r'.\1', module).replace('/', '.')
     return frozen_network.pytorch_place(leaf, key, len(shape))
 
 
-# By torchvision's names. The first is that of TiTok's loss and of VQRAE's; the
-# second is the kind of MaskGIT's, whose own weights are others.
+# By torchvision's names. TiTok and VQRAE use the first in their losses; MaskGIT
+# the second, with its own weights.
 CLASSIFIERS = {
     'convnext_small': functools.partial(
         ConvNext, widths=(96, 192, 384, 768), depths=(3, 3, 27, 3),
@@ -176,33 +177,29 @@ def load_classifier(
   Args:
     path: its state dict as a safetensors file.
     name: a key of `CLASSIFIERS`.
-    precision: of the products, as in `jax.lax.Precision`.
+    precision: of the matmuls, as in `jax.lax.Precision`.
     dtype: as in `ConvNext`.
 
   Raises:
-    ValueError: an unknown name, or a file that is missing, damaged, or of
+    ValueError: an unknown name, or a file that is missing, corrupted, or of
       another network.
   """
   if name not in CLASSIFIERS:
     raise ValueError(
         f'The classifier is {name!r}; known: {sorted(CLASSIFIERS)}.'
     )
-  return fill_classifier(
-      CLASSIFIERS[name](precision=precision, dtype=dtype),
-      path,
-      "Where PyTorch is installed, save torchvision's"
-      f" {name}(weights='IMAGENET1K_V1').state_dict() with"
-      ' safetensors.torch.save_file.',
-  )
-
-
-def fill_classifier(
-    module: ConvNext | ResNet, path: str | os.PathLike[str], instructions: str
-) -> frozen_network.FrozenNetwork:
-  """Fills a classifier of any size; see `frozen_network.load_network`."""
+  module = CLASSIFIERS[name](precision=precision, dtype=dtype)
   return frozen_network.load_network(
-      module, path, num_images=1, find_place=module.find_place,
-      ignored=_IGNORED, instructions=instructions,
+      module,
+      path,
+      num_images=1,
+      find_place=module.find_place,
+      ignored=_IGNORED,
+      instructions=(
+          "Where PyTorch is installed, save torchvision's"
+          f" {name}(weights='IMAGENET1K_V1').state_dict() with"
+          ' safetensors.torch.save_file.'
+      ),
   )
 
 
@@ -235,7 +232,7 @@ class _ConvNextBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-  """1 x 1, 3 x 3, 1 x 1, with four times the channels at the end."""
+  """1 x 1, 3 x 3 and 1 x 1 convolution; the output has 4 times the channels."""
 
   channels: int
   stride: int
@@ -266,7 +263,7 @@ class _Bottleneck(nn.Module):
 
 
 def _preprocess(images: jax.Array) -> jax.Array:
-  """Makes inputs of ImageNet's mean and deviation, resampled as TiTok does."""
+  """Resamples images as TiTok does and normalizes them by mean and std."""
   frozen_network.check_images(images)
   images = resampling.resize_images(
       images, (_SIDE, _SIDE), 'bilinear_antialias'

@@ -1,8 +1,7 @@
-"""Perceptual losses: distances of images in what frozen networks see.
+"""Perceptual losses: distances between images in features of frozen networks.
 
-Which published recipes they cover: 'lpips_vgg16' is the loss of RAE, LlamaGen
-and SEED-Voken; 'convnext' that of TiTok and VQRAE; 'resnet50' the kind that
-MaskGIT has, with torchvision's weights instead of its own; 'vit' compares
+RAE, LlamaGen and SEED-Voken use 'lpips_vgg16', TiTok and VQRAE 'convnext'.
+'resnet50' is like MaskGIT's loss, with torchvision's weights. 'vit' compares
 latents of any encoder of `models.load_encoder`.
 """
 
@@ -20,13 +19,12 @@ from fsq_jax.perceptual import classifiers
 from fsq_jax.perceptual import frozen_network
 from fsq_jax.perceptual import lpips
 
-# Gradients need no more digits than those of the model that they train;
-# numbers that are quoted do, and come from lpips.load_lpips.
+# Enough for gradients; reported LPIPS numbers have precision 'highest'.
 _PRECISION = 'default'
 
 
 class OutputDistance(nn.Module):
-  """Mean squared difference of what a network makes of images.
+  """Mean squared difference of a network's outputs.
 
   Attributes:
     network: maps [B, H, W, 3] images in [-1, 1] to [B, ...] floats.
@@ -35,17 +33,17 @@ class OutputDistance(nn.Module):
   network: nn.Module
 
   def __call__(self, images: jax.Array, others: jax.Array) -> jax.Array:
-    """Compares images pair by pair.
+    """Returns the distance of each pair of images.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1].
-      others: the same.
+      others: like `images`.
 
     Returns:
       [B] float32 distances, 0 for equal images.
 
     Raises:
-      ValueError: shapes that differ.
+      ValueError: different shapes.
     """
     frozen_network.check_images(images, others)
     difference = self.network(images) - self.network(others)
@@ -63,16 +61,15 @@ def build_perceptual_loss(
 
   Args:
     name: 'lpips_vgg16', 'lpips_alexnet', 'convnext', 'resnet50' or 'vit'.
-    path: of its weights: for 'vit' what `models.load_encoder` takes, for the
-      others a safetensors file.
+    path: of the weights: for 'vit' as in `models.load_encoder`, otherwise a
+      safetensors file.
     dtype: of the network's activations; distances are float32.
 
   Returns:
-    A module whose `__call__(images, others)` returns [B] distances, and its
-    variables.
+    The network; its module maps images and others to [B] distances.
 
   Raises:
-    ValueError: an unknown name, or weights that are missing, damaged, or of
+    ValueError: an unknown name, or weights that are missing, corrupted, or of
       another network.
   """
   if name not in _LOSSES:
@@ -97,7 +94,7 @@ def _load_classifier(
 
 
 def _load_vit(path, dtype) -> frozen_network.FrozenNetwork:
-  # Without the last scale and bias every channel counts the same.
+  # Without the last scale and bias all channels have the same weight.
   module, variables = models.load_encoder(path, final_affine=False)
   return _compare_outputs(
       module.clone(dtype=dtype), variables, models.hash_weights(path)

@@ -1,4 +1,4 @@
-"""Frozen networks by which images are compared, and how they are loaded."""
+"""Loads frozen networks that compare images."""
 
 from collections.abc import Callable, Mapping
 import os
@@ -6,7 +6,6 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from einops import rearrange
 from flax import linen as nn
 from flax import traverse_util
 import jax
@@ -14,6 +13,7 @@ from jax import numpy as jnp
 
 from fsq_jax import models
 from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import parameters
 
 # einops patterns from PyTorch's arrays to ours.
 _CONV = 'o i h w -> h w i o'
@@ -24,11 +24,11 @@ class FrozenNetwork(NamedTuple):
   """A trained network that no optimizer changes.
 
   Attributes:
-    module: the unbound module; what it makes of images is its own to say.
-    variables: {'params': float32 arrays}, on the default device. Give them to
-      a jitted function as an argument: constants would be compiled into it.
-    sha256: of the weights, by `models.hash_weights`; a number made with
-      the network is quoted with it.
+    module: the unbound module.
+    variables: {'params': float32 arrays}, on the default device. Pass them to
+      jitted functions as an argument: constants are compiled into the function.
+    sha256: of the weights, from `models.hash_weights`; reported with every
+      number that the network computes.
   """
 
   module: nn.Module
@@ -36,21 +36,8 @@ class FrozenNetwork(NamedTuple):
   sha256: str
 
 
-class Place(NamedTuple):
-  """Where a file has a parameter.
-
-  Attributes:
-    key: of the array.
-    pattern: of einops, from the axes in the file to ours; names, and 1 for axes
-      that we do not have. None if they are the same.
-  """
-
-  key: str
-  pattern: str | None = None
-
-
 class FrozenBatchNorm(nn.Module):
-  """Batch normalisation by given statistics, which are parameters here.
+  """Batch normalization whose statistics are parameters.
 
   Attributes:
     epsilon: added to the variance.
@@ -60,7 +47,7 @@ class FrozenBatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises [..., C] floats; returns the same shape."""
+    """Normalizes [..., C] floats; returns the same shape."""
 
     def vector(name: str, init: nn.initializers.Initializer) -> jax.Array:
       return self.param(name, init, x.shape[-1:], jnp.float32)
@@ -72,20 +59,21 @@ class FrozenBatchNorm(nn.Module):
     return (x - mean) * (scale / jnp.sqrt(variance + self.epsilon)) + bias
 
 
-def pytorch_place(name: str, key: str, num_axes: int) -> Place:
-  """Says where a PyTorch state dict has a parameter.
+def pytorch_place(name: str, key: str, num_axes: int) -> parameters.Place:
+  """Returns the place of a parameter in a PyTorch state dict.
 
   Args:
-    name: the parameter's last name: 'kernel', 'bias', or one of a batch norm.
+    name: last part of the parameter's path: 'kernel', 'bias', or a parameter of
+      `FrozenBatchNorm`.
     key: of the PyTorch module.
-    num_axes: of the parameter, which tells convolutions from dense layers.
+    num_axes: of the parameter; distinguishes convolutions from dense layers.
   """
   if name == 'kernel':
-    return Place(f'{key}.weight', _CONV if num_axes == 4 else _DENSE)
+    return parameters.Place(f'{key}.weight', _CONV if num_axes == 4 else _DENSE)
   names = {
       'scale': 'weight', 'mean': 'running_mean', 'variance': 'running_var'
   }
-  return Place(f'{key}.{names.get(name, name)}')
+  return parameters.Place(f'{key}.{names.get(name, name)}')
 
 
 def load_network(
@@ -93,32 +81,33 @@ def load_network(
     path: str | os.PathLike[str],
     *,
     num_images: int,
-    find_place: Callable[[str, tuple[int, ...]], Place],
+    find_place: Callable[[str, tuple[int, ...]], parameters.Place],
     ignored: re.Pattern[str] | None,
     instructions: str,
+    unread: Mapping[str, tuple[int, ...]] = {},
 ) -> FrozenNetwork:
-  """Fills a module with the arrays of one safetensors file.
+  """Loads a network from one safetensors file.
+
+  All frozen networks are made here, so that none has random weights.
 
   Args:
-    module: whose `__call__` takes arrays of images.
+    module: its `__call__` takes arrays of images.
     path: of the file.
-    num_images: how many arrays of images `__call__` takes.
-    find_place: from the path ('block/conv/kernel') and the shape of a parameter
-      to where the file has it.
-    ignored: keys that may be in the file beside the parameters.
-    instructions: how to get the file; one sentence, for errors.
-
-  Returns:
-    The network; there is no other way to get one, so that none is ever random.
+    num_images: number of arrays that `__call__` takes.
+    find_place: maps the path ('block/conv/kernel') and the shape of a parameter
+      to its place in the file.
+    ignored: keys that the file may have besides the parameters.
+    instructions: how to get the file, for messages.
+    unread: shapes by key of further arrays that the file must have.
 
   Raises:
-    ValueError: a file that is missing, damaged, or of another network; the keys
+    ValueError: a file that is missing, corrupted, or of another network; keys
       that are missing, unexpected, or of another shape are listed.
   """
   path = pathlib.Path(path).expanduser()
   if not os.path.isfile(path):
     raise ValueError(f'There is no file {path}. {instructions}')
-  # Large enough for every network here; no parameter depends on it.
+  # Large enough for every network; no parameter depends on the size.
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   abstract = jax.eval_shape(
       module.init, jax.random.key(0), *[images] * num_images
@@ -130,27 +119,21 @@ def load_network(
       ).items()
   }
   places = {name: find_place(name, shape) for name, shape in shapes.items()}
-  stored = {
-      place.key: _stored_shape(place, shapes[name])
-      for name, place in places.items()
-  }
-
-  def is_unexpected(key: str) -> bool:
-    return key not in stored and not (ignored and ignored.match(key))
-
-  params = {}
   with weight_files.open_file(path) as weights:
-    misfits = weight_files.list_misfits(weights.headers, stored, is_unexpected)
-    if misfits:
-      raise ValueError(
-          f'The arrays of {path} are not those of the network: {misfits}.'
-          f' {instructions}'
-      )
-    for name, place in places.items():
-      array = weights.read(place.key)
-      if place.pattern is not None:
-        array = rearrange(array, place.pattern)
-      params[name] = jnp.asarray(array)
+    parameters.check_arrays(
+        weights,
+        places | {key: parameters.Place(key) for key in unread},
+        shapes | unread,
+        part='network',
+        advice=instructions,
+        is_unexpected=lambda key: not (ignored and ignored.match(key)),
+    )
+    params = {
+        name: jnp.asarray(
+            parameters.read_parameter(weights, places[name], shape)
+        )
+        for name, shape in shapes.items()
+    }
   params = traverse_util.unflatten_dict(params, sep='/')
   return FrozenNetwork(
       module, {'params': params}, models.hash_weights(path)
@@ -158,7 +141,7 @@ def load_network(
 
 
 def check_images(images: jax.Array, others: jax.Array | None = None) -> None:
-  """Raises ValueError unless these are images, of one shape if two arrays."""
+  """Raises ValueError unless these are images, all of the same shape."""
   if images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f'images have shape {images.shape}; give [B, H, W, 3].')
   if others is not None and images.shape != others.shape:
@@ -166,11 +149,3 @@ def check_images(images: jax.Array, others: jax.Array | None = None) -> None:
         f'images have shape {images.shape} and others {others.shape}; a'
         ' distance compares arrays of one shape.'
     )
-
-
-def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
-  if place.pattern is None:
-    return shape
-  stored, ours = (side.split() for side in place.pattern.split('->'))
-  sizes = {'1': 1, **dict(zip(ours, shape, strict=True))}
-  return tuple(sizes[axis] for axis in stored)

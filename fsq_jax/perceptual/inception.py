@@ -1,15 +1,13 @@
-"""Inception-v3 as FID uses it: that of TensorFlow's graph of 2015.
+"""Inception-v3 of FID: TensorFlow's graph of 2015.
 
 Szegedy et al., Rethinking the Inception Architecture for Computer Vision
-(arxiv.org/abs/1512.00567). Structure, names and weights are those of
-pytorch-fid (github.com/mseitzer/pytorch-fid), which is not torchvision's
-network: averages leave padding out, the last block takes a maximum, and the
-weights are others.
+(arxiv.org/abs/1512.00567). Structure, names and weights as in pytorch-fid
+(github.com/mseitzer/pytorch-fid). Unlike torchvision's network, average pooling
+excludes padding, the last block has max pooling, and the weights differ.
 """
 
 from collections.abc import Callable
 import os
-import pathlib
 import re
 from typing import NamedTuple
 
@@ -18,29 +16,29 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.models import resampling
-from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
 _SIDE = 299
 _MIN_SIDE = 75
 _IGNORED = re.compile(r'fc\.|.*\.num_batches_tracked$')
 # TensorFlow's graph has 1008 classes, torchvision's 1000.
-_CLASSIFIER = 'fc.weight'
-_NUM_CLASSES = 1008
+_CLASSIFIER = {'fc.weight': (1008, 2048)}
 _INSTRUCTIONS = (
-    'Load pytorch-fid\'s pt_inception-2015-12-05-6726825d.pth with'
+    'The weights by which FID is defined have 1008 classes, torchvision\'s have'
+    ' 1000. Load pytorch-fid\'s pt_inception-2015-12-05-6726825d.pth with'
     ' torch.load(..., weights_only=True) where PyTorch is installed, and save'
     ' what it returns with safetensors.torch.save_file.'
 )
 
 
 class _Protocol(NamedTuple):
-  """How images in [-1, 1] become inputs.
+  """Preprocessing of images in [-1, 1].
 
   Attributes:
-    kernel: that resamples them, of `resampling.KERNELS`.
-    scale: by which they are multiplied then.
-    shift: that is added then.
+    kernel: resampling kernel, a key of `resampling.KERNELS`.
+    scale: factor of the resampled images.
+    shift: added to the scaled images.
   """
 
   kernel: str
@@ -50,7 +48,7 @@ class _Protocol(NamedTuple):
 
 PROTOCOLS = {
     'pytorch_fid': _Protocol('bilinear', 1.0, 0.0),
-    # The graph itself, and so ADM's evaluator and torch-fidelity: it takes
+    # The graph itself, ADM's evaluator and torch-fidelity: the input is
     # (pixels - 128) / 128.
     'tf1': _Protocol('bilinear_tf1', 127.5 / 128, -0.5 / 128),
 }
@@ -59,7 +57,7 @@ PROTOCOLS = {
 class InceptionV3(nn.Module):
   """Features for FID, with weights from `load_inception`.
 
-  Numbers made with one protocol are not comparable with those of the other.
+  Distances of different protocols are not comparable.
 
   Attributes:
     protocol: a key of `PROTOCOLS`.
@@ -68,11 +66,11 @@ class InceptionV3(nn.Module):
   protocol: str = 'pytorch_fid'
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Computes one vector per image.
+    """Returns one vector per image.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1], of any size; for numbers that are
-        quoted, of pixels rounded to 8 bits.
+      images: [B, H, W, 3] floats in [-1, 1], of any size; from pixels rounded
+        to 8 bits for reported numbers.
 
     Returns:
       [B, 2048] float32.
@@ -84,16 +82,16 @@ class InceptionV3(nn.Module):
 
   @nn.compact
   def features(self, x: jax.Array) -> jax.Array:
-    """Computes the vectors of images that are not resampled.
+    """Returns one vector per preprocessed image.
 
     Args:
-      x: [B, H, W, 3] float32 inputs as the protocol makes them.
+      x: [B, H, W, 3] float32 images, preprocessed by the protocol.
 
     Returns:
       [B, 2048] float32: the spatial mean of the last block.
 
     Raises:
-      ValueError: a side that leaves nothing to the last block.
+      ValueError: images smaller than 75 pixels.
     """
     if min(x.shape[1:3]) < _MIN_SIDE:
       raise ValueError(
@@ -121,38 +119,30 @@ class InceptionV3(nn.Module):
 def load_inception(
     path: str | os.PathLike[str], protocol: str = 'pytorch_fid'
 ) -> frozen_network.FrozenNetwork:
-  """Loads pytorch-fid's weights.
+  """Loads Inception-v3 with pytorch-fid's weights.
 
   Args:
-    path: its state dict as a safetensors file, with its classifier, by which
-      it can be told from torchvision's.
+    path: pytorch-fid's state dict as a safetensors file, with the classifier,
+      which distinguishes it from torchvision's.
     protocol: a key of `PROTOCOLS`.
 
   Raises:
-    ValueError: an unknown protocol, or a file that is missing, damaged, or of
+    ValueError: an unknown protocol, or a file that is missing, corrupted, or of
       another network.
   """
   if protocol not in PROTOCOLS:
     raise ValueError(
         f'The protocol of FID is {protocol!r}; known: {sorted(PROTOCOLS)}.'
     )
-  network = frozen_network.load_network(
+  return frozen_network.load_network(
       InceptionV3(protocol),
       path,
       num_images=1,
       find_place=_find_place,
+      unread=_CLASSIFIER,
       ignored=_IGNORED,
       instructions=_INSTRUCTIONS,
   )
-  with weight_files.open_file(pathlib.Path(path).expanduser()) as weights:
-    header = weights.headers.get(_CLASSIFIER)
-  if header is None or header.shape[:1] != (_NUM_CLASSES,):
-    raise ValueError(
-        f'{path} has {"no" if header is None else header.shape} {_CLASSIFIER}'
-        f' instead of one for {_NUM_CLASSES} classes: these are not the weights'
-        f' by which FID is defined, but may be torchvision\'s. {_INSTRUCTIONS}'
-    )
-  return network
 
 
 class _ConvNorm(nn.Module):
@@ -173,7 +163,7 @@ class _ConvNorm(nn.Module):
 
 
 class _BlockA(nn.Module):
-  """5 x 5 and two 3 x 3 beside each other."""
+  """Branches with a 5 x 5 and with two 3 x 3 convolutions."""
 
   pool_channels: int
 
@@ -191,7 +181,7 @@ class _BlockA(nn.Module):
 
 
 class _BlockB(nn.Module):
-  """Halves the grid of 3 x 3 convolutions."""
+  """Halves the grid, with 3 x 3 convolutions."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -205,7 +195,7 @@ class _BlockB(nn.Module):
 
 
 class _BlockC(nn.Module):
-  """7 x 7 as 1 x 7 and 7 x 1, once and twice."""
+  """Branches with one and with two 7 x 7, factored into 1 x 7 and 7 x 1."""
 
   width: int
 
@@ -227,7 +217,7 @@ class _BlockC(nn.Module):
 
 
 class _BlockD(nn.Module):
-  """Halves the grid of 7 x 7 convolutions."""
+  """Halves the grid, with factored 7 x 7 convolutions."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -243,7 +233,7 @@ class _BlockD(nn.Module):
 
 
 class _BlockE(nn.Module):
-  """3 x 3 as 1 x 3 beside 3 x 1."""
+  """Branches that end in 1 x 3 and 3 x 1 convolutions side by side."""
 
   pool: Callable[[jax.Array], jax.Array]
 
@@ -271,7 +261,7 @@ def _conv(
     stride: int = 1,
     padding: str = 'SAME',
 ) -> jax.Array:
-  """A `_ConvNorm` of the module whose method calls; none pads with a stride."""
+  """Applies a `_ConvNorm` of the calling module; strided ones do not pad."""
   if isinstance(kernel, int):
     kernel = (kernel, kernel)
   padding = 'VALID' if stride > 1 else padding
@@ -279,12 +269,12 @@ def _conv(
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
-  """Mean of those of 3 x 3 neighbours that exist."""
+  """Mean over 3 x 3 windows, excluding padding."""
   return resampling.average_pool(x, 3, 1)
 
 
 def _max_pool(x: jax.Array, stride: int = 1) -> jax.Array:
-  """Maximum of 3 x 3 neighbours."""
+  """Maximum over 3 x 3 windows."""
   padding = 'SAME' if stride == 1 else 'VALID'
   return nn.max_pool(x, (3, 3), strides=(stride, stride), padding=padding)
 
@@ -293,7 +283,7 @@ def _concatenate(*branches: jax.Array) -> jax.Array:
   return jnp.concatenate(branches, axis=-1)
 
 
-def _find_place(name: str, shape: tuple[int, ...]) -> frozen_network.Place:
+def _find_place(name: str, shape: tuple[int, ...]) -> parameters.Place:
   module, leaf = name.rsplit('/', 1)
   key = module.replace('/', '.')
   return frozen_network.pytorch_place(leaf, key, len(shape))

@@ -1,8 +1,8 @@
-"""LPIPS v0.1: distances of images in the activations of VGG16 or AlexNet.
+"""LPIPS v0.1: distances between images in VGG16's or AlexNet's activations.
 
 Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual
-Metric (arxiv.org/abs/1801.03924). Numbers are those of the package lpips
-(github.com/richzhang/PerceptualSimilarity), version='0.1'.
+Metric (arxiv.org/abs/1801.03924). Equal to version='0.1' of the package lpips
+(github.com/richzhang/PerceptualSimilarity).
 """
 
 import os
@@ -12,21 +12,22 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
-# LPIPS's own mean and deviation of pixels in [-1, 1].
+# LPIPS's mean and standard deviation of pixels in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
 
 class _Stage(NamedTuple):
-  """Convolutions with ReLU, the last of which is compared.
+  """Convolutions with ReLU; LPIPS compares the activations of the last one.
 
   Attributes:
     channels: of each convolution.
-    kernel: its side.
-    stride: between windows.
-    pool: side of the maximum before them, of stride 2; 0 for none.
+    kernel: side of the windows.
+    stride: of the windows.
+    pool: window side of the max pooling before them, stride 2; 0 without.
   """
 
   channels: tuple[int, ...]
@@ -36,7 +37,7 @@ class _Stage(NamedTuple):
 
 
 class _Network(NamedTuple):
-  """The stages of a network and the smallest side that leaves a pixel."""
+  """The stages of a network, and the smallest side of images it takes."""
 
   stages: tuple[_Stage, ...]
   min_side: int
@@ -67,11 +68,11 @@ NETWORKS = {
 
 
 class Backbone(nn.Module):
-  """The convolutions of a network, up to the last activation compared.
+  """The convolutions of a network.
 
   Attributes:
     network: a key of `NETWORKS`.
-    precision: of the products, as in `jax.lax.Precision`.
+    precision: of the matmuls, as in `jax.lax.Precision`.
     dtype: of the convolutions.
   """
 
@@ -81,12 +82,12 @@ class Backbone(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Maps normalised [B, H, W, 3] images to one [B, h, w, C] per stage."""
+    """Maps normalized [B, H, W, 3] images to one [B, h, w, C] per stage."""
     taps = []
     for i, stage in enumerate(NETWORKS[self.network].stages, start=1):
       if stage.pool:
         x = nn.max_pool(x, (stage.pool,) * 2, strides=(2, 2))
-      # torchvision pads AlexNet's first convolution by 2 and not by half.
+      # torchvision pads AlexNet's first convolution by 2, not by half.
       padding = 2 if stage.kernel == 11 else stage.kernel // 2
       for j, channels in enumerate(stage.channels, start=1):
         x = nn.relu(
@@ -106,9 +107,9 @@ class Lpips(nn.Module):
 
   Attributes:
     network: a key of `NETWORKS`.
-    precision: of the products, as in `jax.lax.Precision`: 'highest' for
-      numbers that are quoted; 'default' is faster where float32 is not native.
-    dtype: of the convolutions; what they make is compared in float32.
+    precision: of the matmuls, as in `jax.lax.Precision`: 'highest' for reported
+      numbers; 'default' is faster where float32 is not native.
+    dtype: of the convolutions; activations are compared in float32.
   """
 
   network: str
@@ -127,26 +128,26 @@ class Lpips(nn.Module):
 
   @property
   def min_side(self) -> int:
-    """Least pixels a side of images."""
+    """Smallest side of images, in pixels."""
     return NETWORKS[self.network].min_side
 
   def __call__(self, images: jax.Array, others: jax.Array) -> jax.Array:
-    """Compares images pair by pair; the order of the two does not matter.
+    """Returns the distance of each pair of images; it is symmetric.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1]. In [0, 1] photographs would seem
-        14 to 43 % more alike (JPEG, VGG16), and nothing would tell.
-      others: the same.
+      images: [B, H, W, 3] floats in [-1, 1]. With [0, 1] distances would be 14
+        to 43 % smaller (JPEG, VGG16) without an error.
+      others: like `images`.
 
     Returns:
       [B] float32 distances, 0 for equal images.
 
     Raises:
-      ValueError: shapes that differ, or a side too small for the network.
+      ValueError: different shapes, or a side too small for the network.
     """
     frozen_network.check_images(images, others)
-    # One after the other: where only one side is differentiated, the other's
-    # activations need not be kept.
+    # Not as one batch: if only one side is differentiated, activations of the
+    # other side need not be kept.
     pairs = zip(self.features(images), self.features(others), strict=True)
     distances = [
         jnp.einsum(
@@ -159,14 +160,14 @@ class Lpips(nn.Module):
     return sum(distances)
 
   def features(self, images: jax.Array) -> tuple[jax.Array, ...]:
-    """Computes the activations that are compared, before they are normalised.
+    """Returns the activations that are compared, before normalization.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1].
 
     Returns:
-      [B, h, w, C] float32 for each of five stages; of VGG16 relu1_2, relu2_2,
-      relu3_3, relu4_3, relu5_3, of AlexNet relu1 to relu5.
+      [B, h, w, C] float32 of each of five stages: relu1_2, relu2_2, relu3_3,
+      relu4_3 and relu5_3 of VGG16, relu1 to relu5 of AlexNet.
 
     Raises:
       ValueError: a side too small for the network.
@@ -184,7 +185,7 @@ class Lpips(nn.Module):
     return tuple(x.astype(jnp.float32) for x in taps)
 
   def pooled(self, images: jax.Array) -> jax.Array:
-    """Computes one vector per image, for a Frechet distance.
+    """Returns one vector per image, for a Frechet distance.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1].
@@ -203,16 +204,17 @@ def load_lpips(
     precision: str = 'highest',
     dtype: jnp.dtype = jnp.float32,
 ) -> frozen_network.FrozenNetwork:
-  """Loads what experiments/weights/convert_lpips.py has written.
+  """Loads LPIPS.
 
   Args:
-    path: a safetensors file whose keys are the paths of our parameters.
+    path: a safetensors file from experiments/weights/convert_lpips.py, whose
+      keys are the paths of the parameters.
     network: a key of `NETWORKS`.
     precision: as in `Lpips`.
-    dtype: as there.
+    dtype: as in `Lpips`.
 
   Raises:
-    ValueError: an unknown network, or a file that is missing, damaged, or of
+    ValueError: an unknown network, or a file that is missing, corrupted, or of
       another network.
   """
   if network not in NETWORKS:
@@ -223,18 +225,18 @@ def load_lpips(
       Lpips(network, precision, dtype),
       path,
       num_images=2,
-      find_place=lambda name, shape: frozen_network.Place(name),
+      find_place=lambda name, shape: parameters.Place(name),
       ignored=None,
       instructions=(
-          'experiments/weights/convert_lpips.py makes such a file for'
-          f' --network={network} and says from what.'
+          'experiments/weights/convert_lpips.py makes such a file with'
+          f' --network={network}; its docstring names the sources.'
       ),
   )
 
 
 def _normalize(x: jax.Array) -> jax.Array:
-  """Scales channels to length 1; what is zero stays so."""
-  # The root's slope at 0 is infinite, but there is no length 0 except where
-  # ReLU has cut off all channels, and it lets no gradient through there.
+  """Scales channels to length 1; zeros stay zero."""
+  # The slope of the square root is infinite at 0, but a length is 0 only where
+  # ReLU has cut off all channels and passes no gradient.
   norms = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
   return x / (norms + 1e-10)

@@ -18,10 +18,8 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import quantizers
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
-from fsq_jax.evaluation import codebook_statistics
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
@@ -117,14 +115,18 @@ def test_the_numbers_are_those_of_numpy(config, model, variables):
   np.testing.assert_array_equal(evaluation.reconstructions, pixels[shown])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'codebook_size', 'indices_a_code', 'num_dims'),
     [
-        ('vq', 512, 1, 0),
-        ('simvq', 512, 1, 0),
-        ('lfq', 512, 1, 9),
-        ('grouped_fsq', 512, 2, 3),
         ('residual_fsq', 512, 2, 3),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (
+                ('vq', 512, 1, 0), ('simvq', 512, 1, 0), ('lfq', 512, 1, 9),
+                ('grouped_fsq', 512, 2, 3),
+            )
+        ),
     ],
 )
 def test_tokens_of_every_kind_are_counted(
@@ -148,27 +150,6 @@ def test_tokens_of_every_kind_are_counted(
   assert codebook['num_used_codes'] == len(np.unique(indices))
   # Levels are of quantizers whose indices have digits.
   assert len(codebook.get('level_histograms', ())) == num_dims
-
-
-def test_every_number_of_codes_has_its_digits_without_compiling(caplog):
-  quantizer = quantizers.FSQ((8, 8, 8, 5, 5))
-  rng = np.random.default_rng(0)
-  for num_codes in (1, 5, 17, 4096, 9999):
-    codes = rng.choice(12_800, num_codes, replace=False).astype(np.int32)
-    # The first one compiles for all.
-    caplog.clear()
-    with jax.log_compiles():
-      statistics = codebook_statistics.count_codes(quantizer)
-      statistics.update(codes[None], np.array([True]))
-      histograms = statistics.result()['level_histograms']
-    compiled = [x for x in caplog.messages if 'XLA compilation' in x]
-    assert not compiled or num_codes == 1
-    digits = np.unravel_index(codes, quantizer.levels)
-    for digit, level, histogram in zip(
-        digits, quantizer.levels, histograms, strict=True
-    ):
-      expected = np.bincount(digit, minlength=level)
-      np.testing.assert_array_equal(histogram, expected)
 
 
 def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
@@ -209,7 +190,14 @@ def test_a_summary_has_the_numbers_of_images_and_codebook(
 
 
 @pytest.mark.parametrize(
-    ('batch_size', 'num_devices'), [(8, 8), (24, 8), (7, 1), (64, 2)]
+    ('batch_size', 'num_devices'),
+    [
+        (7, 1),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((8, 8), (24, 8), (64, 2))
+        ),
+    ],
 )
 def test_batches_and_devices_do_not_change_the_numbers(
     config, model, variables, batch_size, num_devices
@@ -448,6 +436,7 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   assert (own, saved_run._label(config, config, 'best')) == ('', 'best')
 
 
+@pytest.mark.slow
 def test_evaluations_of_several_steps_are_kept(tmp_path):
   image = np.zeros((1, 8, 8, 3), np.uint8)
   for label in ('', 'best', 'native'):
@@ -675,8 +664,9 @@ def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
 
 def test_the_evaluation_step_scores_uint8_images(config, model, variables):
   (batch,) = _dataset(config, _NUM_IMAGES)
-  step = jax.jit(evaluators.build_eval_step(model))
-  output = step(variables, batch['image'][:4])
+  output = jax.eval_shape(
+      evaluators.build_eval_step(model), variables, batch['image'][:4]
+  )
   assert output.reconstructions.dtype == jnp.uint8
   assert output.reconstructions.shape == (4, 16, 16, 3)
   assert output.indices.dtype == jnp.int32

@@ -4,6 +4,7 @@ Golden logits are in tests/testdata/frozen; experiments/weights/
 golden_networks.py has made them, with weights that follow from a seed.
 """
 
+import functools
 import json
 import pathlib
 
@@ -45,9 +46,10 @@ def _load_small(name, directory):
   path = directory / f'{name}.safetensors'
   arrays = golden_networks.make_arrays(_shapes(name, 'shapes'))
   safetensors_numpy.save_file(arrays, path)
-  build = classifiers.CLASSIFIERS[name]
-  module = build(precision='highest', **_SMALL[name])
-  return classifiers.fill_classifier(module, path, 'No instructions.')
+  small = functools.partial(classifiers.CLASSIFIERS[name], **_SMALL[name])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(classifiers.CLASSIFIERS, name, small)
+    return classifiers.load_classifier(path, name)
 
 
 def _trace(module):

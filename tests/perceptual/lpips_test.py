@@ -49,6 +49,9 @@ _TAP_CHANNELS = {
 _SIZE = {'vgg16': (35, 50), 'alexnet': (47, 63)}
 
 each_network = pytest.mark.parametrize('network', sorted(lpips.NETWORKS))
+each_network_runs = pytest.mark.parametrize(
+    'network', ['alexnet', pytest.param('vgg16', marks=pytest.mark.slow)]
+)
 on_real_weights = pytest.mark.skipif(
     not _WEIGHTS, reason='FSQ_JAX_WEIGHTS names no directory.'
 )
@@ -171,6 +174,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def networks(paths):
+  """The networks of these files."""
   return {
       name: perceptual.load_lpips(path, name) for name, path in paths.items()
   }
@@ -179,7 +183,7 @@ def networks(paths):
 # What is computed.
 
 
-@each_network
+@each_network_runs
 def test_distances_are_those_of_numpy(networks, network):
   images, others = _images(0, network), _images(1, network)
   others[1] = 0.9 * images[1] + 0.1 * others[1]
@@ -191,7 +195,7 @@ def test_distances_are_those_of_numpy(networks, network):
   np.testing.assert_allclose(distances, expected, rtol=1e-5)
 
 
-@each_network
+@each_network_runs
 def test_features_are_those_of_numpy(networks, network):
   images = _images(0, network)
   module, variables, _ = networks[network]
@@ -207,7 +211,8 @@ def test_features_are_those_of_numpy(networks, network):
   np.testing.assert_allclose(pooled, reference.mean((1, 2)), atol=atol)
 
 
-@each_network
+@pytest.mark.slow
+@each_network_runs
 def test_equal_images_are_at_distance_zero_and_order_is_no_matter(
     networks, network
 ):
@@ -220,6 +225,7 @@ def test_equal_images_are_at_distance_zero_and_order_is_no_matter(
   )
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_all_channels_are_off(networks):
   module, variables, _ = networks['alexnet']
   off = jax.tree.map(lambda x: x - 100 * (x.ndim == 1), variables)

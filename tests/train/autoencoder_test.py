@@ -326,7 +326,8 @@ def test_a_signal_stops_an_evaluation_that_is_made_up_for(
   del journal  # No report.
   config = _load_config()
   counts = []  # Batches of each evaluation.
-  start, update = results_lib.Tally.__init__, results_lib.Tally.update
+  sums = results_lib.EvaluationSums
+  start, update = sums.__init__, sums.update
 
   def count_from_0(*args):
     start(*args)
@@ -339,8 +340,8 @@ def test_a_signal_stops_an_evaluation_that_is_made_up_for(
     if counts[-1] == 2 and len(counts) in (1, 2, 4):
       os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(results_lib.Tally, '__init__', count_from_0)
-  monkeypatch.setattr(results_lib.Tally, 'update', update_and_ask)
+  monkeypatch.setattr(sums, '__init__', count_from_0)
+  monkeypatch.setattr(sums, 'update', update_and_ask)
   for step in (6, 6, 12):
     with pytest.raises(train.Preempted) as preempted:
       train.train_and_evaluate(config, tmp_path)

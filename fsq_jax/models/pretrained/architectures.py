@@ -7,7 +7,7 @@ from typing import Any
 
 from fsq_jax.models import resampling
 
-# Longer than any description, and short enough for Python's parser.
+# Longer than any description, short enough for Python's parser.
 _MAX_TEXT = 1000
 _MAX_FLOAT32 = 3.4e38
 POSITIONS = ('learned', 'sincos', 'rope')
@@ -21,29 +21,30 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-  """What tells pretrained vision transformers apart.
+  """Sizes and variants of a pretrained vision transformer.
 
   Attributes:
     width: channels of a token.
     depth: blocks.
-    num_heads: attention heads, which divide the width.
-    mlp_dim: channels inside of the MLP; with a gate, of each of its halves.
-    patch_size: pixels a side; what a patch does not fill is cut off at the
-      bottom and on the right, as by a convolution without padding.
-    num_class_tokens: 0 or 1, before all others.
+    num_heads: attention heads; they divide the width.
+    mlp_dim: hidden channels of the MLP; with a gate, of each of its halves.
+    patch_size: side in pixels; incomplete patches at the bottom and on the
+      right are cropped, as by a convolution without padding.
+    num_class_tokens: 0 or 1; the class token comes first.
     num_registers: tokens without a position, between class token and patches.
-    position: 'learned' and 'sincos' are added before the first block, and
-      differ only in how they start; 'rope' turns queries and keys of patches.
-    position_kernel: how added positions were resampled to other grids by those
-      who trained them; a key of `resampling.KERNELS`, and unused by 'rope'.
+    position: 'learned' and 'sincos' embeddings are added before the first block
+      and differ only in their initial values; 'rope' rotates the queries and
+      keys of patches.
+    position_kernel: kernel by which the authors of the weights resample added
+      positions to other grids, a key of `resampling.KERNELS`; unused by 'rope'.
     rope_theta: base of the wavelengths of 'rope'.
-    mlp: 'plain', two dense layers, or 'gated', the first of them doubled.
+    mlp: 'plain', two dense layers, or 'gated', with a gate beside the first.
     activation: 'gelu' is exact, 'gelu_tanh' its approximation.
-    biases: which dense layers have one, of `BIASES`.
+    biases: dense layers with a bias, of `BIASES`.
     layer_scale: whether a learned vector scales each residual branch.
-    norm_epsilon: what each LayerNorm adds to the variance.
-    mean: of the pixels in [0, 1] that it was trained on, per channel.
-    std: the standard deviation that it was trained with, likewise.
+    norm_epsilon: added to the variance by each LayerNorm.
+    mean: per channel, of the training pixels in [0, 1].
+    std: standard deviation per channel, likewise.
   """
 
   width: int
@@ -70,8 +71,8 @@ class Architecture:
         raise ValueError(f'{name} is {getattr(self, name)!r}; {allowed}.')
     if self.position == 'rope' and not self.rope_theta:
       raise ValueError("rope_theta is 0; positions 'rope' divide by it.")
-    # A rotation takes pairs of channels, rows and columns one half of each; so
-    # do sines and cosines, but of the whole width.
+    # RoPE uses pairs of the channels of a head, one half for rows and one for
+    # columns; sines and cosines do the same with the full width.
     multiple = {
         'learned': self.num_heads,
         'sincos': math.lcm(4, self.num_heads),
@@ -85,19 +86,19 @@ class Architecture:
 
   @property
   def num_prefix_tokens(self) -> int:
-    """Tokens before those of the patches."""
+    """Number of tokens before the patches."""
     return self.num_class_tokens + self.num_registers
 
 
 def _one_of(*known):
-  # By type too, since 1 == True.
+  # Types are compared too, since 1 == True.
   return f'known: {sorted(known)}', lambda x: any(
       type(x) is type(y) and x == y for y in known
   )
 
 
 def _is_number(x: Any, low: float = -math.inf) -> bool:
-  # Not math.isfinite, which fails on an int that no float holds.
+  # math.isfinite fails on an int that exceeds a float.
   return type(x) in (int, float) and low <= x and abs(x) <= _MAX_FLOAT32
 
 
@@ -108,7 +109,7 @@ def _are_channels(x: Any) -> bool:
 _COUNT = ('it must be an integer >= 1', lambda x: type(x) is int and x >= 1)
 _NUMBER = ('it must be a finite number >= 0', lambda x: _is_number(x, 0))
 _CHANNELS = ('it must be a tuple of three finite numbers', _are_channels)
-# Texts describe architectures, so that any value may come.
+# `parse_architecture` may read values of any type from a text.
 _FIELDS = {
     'width': _COUNT,
     'depth': _COUNT,
@@ -136,8 +137,8 @@ _FIELDS = {
         lambda x: _are_channels(x) and min(x) > 0,
     ),
 }
-# What all members of a family share. Big_vision's SigLIP is that of Hugging
-# Face but for the resampling of positions.
+# Fields that all members of a family share. SigLIP of big_vision differs from
+# SigLIP of Hugging Face only in the resampling of positions.
 FAMILIES: dict[str, dict[str, Any]] = {}
 FAMILIES['siglip'] = {
     'num_class_tokens': 0,
@@ -192,19 +193,21 @@ _SIZES = {
     'L': {'width': 1024, 'depth': 24, 'num_heads': 16, 'mlp_dim': 4096},
     'So400m': {'width': 1152, 'depth': 27, 'num_heads': 16, 'mlp_dim': 4304},
     'g-opt': {'width': 1536, 'depth': 40, 'num_heads': 16, 'mlp_dim': 6144},
-    # DINOv2's giant, with two thirds of 4 times the width in each half.
+    # DINOv2's giant; each half of its MLP has 2/3 of 4 times the width.
     'g': {
         'width': 1536, 'depth': 40, 'num_heads': 24, 'mlp_dim': 4096,
         'mlp': 'gated', 'activation': 'silu',
     },
 }
 _MEMBERS = {
-    'siglip': ('B/16', 'L/16', 'So400m/14', 'So400m/16', 'g-opt/16'),
-    'dino': ('S/8', 'S/16', 'B/8', 'B/16'),
-    'dinov2': ('S/14', 'B/14', 'L/14', 'g/14'),
-    'dinov2_with_registers': ('S/14', 'B/14', 'L/14', 'g/14'),
-    'dinov3': ('B/16', 'L/16'),
-    'mae': ('B/16', 'L/16'),
+    'siglip': (
+        ('B', 16), ('L', 16), ('So400m', 14), ('So400m', 16), ('g-opt', 16)
+    ),
+    'dino': (('S', 8), ('S', 16), ('B', 8), ('B', 16)),
+    'dinov2': (('S', 14), ('B', 14), ('L', 14), ('g', 14)),
+    'dinov2_with_registers': (('S', 14), ('B', 14), ('L', 14), ('g', 14)),
+    'dinov3': (('B', 16), ('L', 16)),
+    'mae': (('B', 16), ('L', 16)),
 }
 
 
@@ -213,42 +216,37 @@ def build_architecture(family: str, **fields: Any) -> Architecture:
 
   Args:
     family: a key of `FAMILIES`.
-    **fields: of `Architecture`, those that the family leaves open, and others
-      in place of the family's.
+    **fields: of `Architecture`: required fields that the family does not set,
+      and overrides.
 
   Raises:
-    ValueError: an unknown family, or fields that do not fit each other.
+    ValueError: an unknown family, or invalid or inconsistent fields.
   """
   if family not in FAMILIES:
     raise ValueError(f'The family is {family!r}; known: {sorted(FAMILIES)}.')
   return Architecture(**{**FAMILIES[family], **fields})
 
 
-def _build_all() -> dict[str, Architecture]:
-  architectures = {}
-  for family, members in _MEMBERS.items():
-    for member in members:
-      size, patch = member.split('/')
-      architectures[f'{family}_{member}'] = build_architecture(
-          family, patch_size=int(patch), **_SIZES[size]
-      )
-  return architectures
-
-
-# Published sizes, such as 'siglip_L/16'. SigLIP 2 of a fixed resolution has
+# Published sizes, such as 'siglip_L/16'. SigLIP 2 with a fixed resolution has
 # the architecture of SigLIP.
-ARCHITECTURES = _build_all()
+ARCHITECTURES = {
+    f'{family}_{size}/{patch}': build_architecture(
+        family, patch_size=patch, **_SIZES[size]
+    )
+    for family, members in _MEMBERS.items()
+    for size, patch in members
+}
 
 
 def parse_architecture(text: str) -> Architecture:
-  """Returns the architecture that a text names or describes.
+  """Returns the architecture with a name or a description.
 
   Args:
-    text: a key of `ARCHITECTURES`, or what `describe_architecture` returns: a
-      family, and fields in parentheses, 'siglip(width=32, depth=2, ...)'.
+    text: a key of `ARCHITECTURES`, or a family with fields in parentheses as
+      returned by `describe_architecture`: 'siglip(width=32, depth=2, ...)'.
 
   Raises:
-    ValueError: other text, or fields that are missing, unknown or do not fit.
+    ValueError: another text, or missing, unknown or invalid fields.
   """
   if text in ARCHITECTURES:
     return ARCHITECTURES[text]
@@ -257,15 +255,14 @@ def parse_architecture(text: str) -> Architecture:
   except _NO_ARCHITECTURE as error:
     shown = text if len(text) <= _MAX_TEXT else f'{text[:50]} ...'
     raise ValueError(
-        f'The architecture {shown!r} is none ({error}); known:'
+        f'The architecture {shown!r} is invalid ({error}); known:'
         f' {sorted(ARCHITECTURES)}, or a family with its fields, such as'
         " 'siglip(width=768, depth=12, num_heads=12, mlp_dim=3072,"
         " patch_size=16)'."
     ) from error
 
 
-# What Python's parser raises over text that is none, and the rest over calls
-# that are no description.
+# Errors of Python's parser, and of `build_architecture` with wrong fields.
 _NO_ARCHITECTURE = (
     MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
 )
@@ -277,7 +274,7 @@ def _parse_call(text: str) -> dict[str, Any]:
     raise ValueError(f'{len(text)} characters, more than {_MAX_TEXT}')
   call = ast.parse(text, mode='eval').body
   if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-    raise ValueError('neither a name nor a family with its fields')
+    raise ValueError('neither a name nor a family with fields')
   if call.args:
     raise ValueError('fields without a name')
   names = [keyword.arg for keyword in call.keywords]
@@ -290,14 +287,14 @@ def _parse_call(text: str) -> dict[str, Any]:
 
 
 def describe_architecture(architecture: Architecture) -> str:
-  """Returns a text that `parse_architecture` reads back.
+  """Returns a text from which `parse_architecture` makes the architecture.
 
   Args:
     architecture: of any family.
 
   Returns:
-    Its name where it has one, else the nearest family and what that leaves open
-    or has otherwise.
+    Its name in `ARCHITECTURES`; without one, the family with the fewest fields
+    to be added or changed, and these fields.
   """
   for name, known in ARCHITECTURES.items():
     if architecture == known:

@@ -1,4 +1,4 @@
-"""Transformer blocks that pretrained weights of several families fit."""
+"""Transformer blocks for pretrained weights of several families."""
 
 import functools
 
@@ -23,8 +23,8 @@ Rotation = tuple[jax.Array, jax.Array] | None
 def layer_norm(
     arch: architectures.Architecture, name: str, affine: bool = True
 ) -> nn.LayerNorm:
-  """A LayerNorm of the architecture, in float32."""
-  # E[x^2] - E[x]^2 would lose what an epsilon of 1e-12 leaves of the variance.
+  """Returns a LayerNorm of the architecture, in float32."""
+  # E[x^2] - E[x]^2 is too inexact for an epsilon of 1e-12.
   return nn.LayerNorm(
       epsilon=arch.norm_epsilon, use_bias=affine, use_scale=affine,
       use_fast_variance=False, dtype=jnp.float32, name=name,
@@ -32,14 +32,14 @@ def layer_norm(
 
 
 class DenseParameters(nn.Module):
-  """The parameters of nn.Dense, under its names, to be used elsewhere."""
+  """Parameters of nn.Dense, under its names, without applying them."""
 
   features: int
   use_bias: bool
 
   @nn.compact
   def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
-    """Returns a [channels, features] kernel and its bias, zeros without."""
+    """Returns the [channels, features] kernel and the bias, 0 without one."""
     init = nn.linear.default_kernel_init
     shape = (channels, self.features)
     kernel = self.param('kernel', init, shape, jnp.float32)
@@ -50,14 +50,14 @@ class DenseParameters(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-  """Multi-head self-attention that may turn queries and keys by position."""
+  """Multi-head self-attention with optional rotary position embedding."""
 
   architecture: architectures.Architecture
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Mixes [B, N, C] tokens; returns the same shape."""
+    """Maps [B, N, C] tokens to the same shape."""
     heads = self.architecture.num_heads
     q, k, v = (
         partitioning.constrain(
@@ -71,14 +71,14 @@ class RotaryAttention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-  """Two dense layers, the first of which may have a gate beside it."""
+  """Two dense layers; the first may have a gate."""
 
   architecture: architectures.Architecture
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Transforms each of the [B, N, C] tokens; returns the same shape."""
+    """Maps each of the [B, N, C] tokens; returns the same shape."""
     arch = self.architecture
     activate = _ACTIVATIONS[arch.activation]
 
@@ -92,16 +92,23 @@ class GatedMlp(nn.Module):
 
 
 class PretrainedBlock(nn.Module):
-  """Pre-LayerNorm transformer block, in the form that nn.scan iterates."""
+  """Pre-LayerNorm transformer block with the signature of nn.scan.
+
+  Attributes:
+    architecture: sizes and variants.
+    dtype: of the matmuls.
+    keep: whether nn.scan stacks the outputs of all blocks.
+  """
 
   architecture: architectures.Architecture
   dtype: jnp.dtype
+  keep: bool
 
   @nn.compact
   def __call__(
       self, x: jax.Array, rotation: Rotation
-  ) -> tuple[jax.Array, None]:
-    """Transforms [B, N, C] tokens; the second value is nn.scan's output."""
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Maps [B, N, C] tokens; the second value is the output of nn.scan."""
     arch = self.architecture
 
     def scale(name: str, y: jax.Array) -> jax.Array:
@@ -119,68 +126,47 @@ class PretrainedBlock(nn.Module):
     y = layer_norm(arch, 'mlp_norm')(x.astype(jnp.float32))
     mlp = GatedMlp(arch, self.dtype, name='mlp')
     x = x + scale('mlp_scale', mlp(y.astype(self.dtype)))
-    return partitioning.constrain(x), None
-
-
-class KeptBlock(PretrainedBlock):
-  """The same block; nn.scan keeps what it returns."""
-
-  def __call__(
-      self, x: jax.Array, rotation: Rotation
-  ) -> tuple[jax.Array, jax.Array]:
-    """Transforms [B, N, C] tokens; returns them twice."""
-    x, _ = super().__call__(x, rotation)
-    return x, x
+    x = partitioning.constrain(x)
+    return x, x if self.keep else None
 
 
 def apply_blocks(
-    module: nn.Module, x: jax.Array, rotation: Rotation = None
+    module: nn.Module,
+    x: jax.Array,
+    rotation: Rotation = None,
+    *,
+    keep_all: bool = False,
 ) -> jax.Array:
-  """Applies all blocks of a module, under nn.scan, by the name 'blocks'.
+  """Applies all blocks of a module by nn.scan, under the name 'blocks'.
 
   Args:
-    module: with the fields architecture, dtype, remat and scan_unroll.
+    module: has the fields architecture, dtype, remat and scan_unroll.
     x: [B, N, C] tokens.
-    rotation: of queries and keys.
+    rotation: rotary position embedding, if any.
+    keep_all: whether the outputs of all blocks are returned.
 
   Returns:
-    Tokens of the same shape, of the module's dtype.
+    [B, N, C] tokens after the last block, with keep_all [depth, B, N, C] after
+    each block, of the module's dtype.
   """
-  return _scan(PretrainedBlock, module)(x.astype(module.dtype), rotation)[0]
-
-
-def outputs_of_blocks(
-    module: nn.Module, x: jax.Array, rotation: Rotation = None
-) -> jax.Array:
-  """Applies all blocks as `apply_blocks` does, and keeps what each returns.
-
-  Args:
-    module: as there.
-    x: as there.
-    rotation: as there.
-
-  Returns:
-    [depth, B, N, C] tokens, of the module's dtype.
-  """
-  return _scan(KeptBlock, module)(x.astype(module.dtype), rotation)[1]
-
-
-def _scan(block: type[PretrainedBlock], module: nn.Module) -> nn.Module:
+  block = PretrainedBlock
   if module.remat:
     block = nn.remat(block, prevent_cse=False)
   depth = module.architecture.depth
-  return nn.scan(
+  blocks = nn.scan(
       block,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=depth,
       unroll=min(module.scan_unroll, depth),
-  )(module.architecture, module.dtype, name='blocks')
+  )(module.architecture, module.dtype, keep_all, name='blocks')
+  last, outputs = blocks(x.astype(module.dtype), rotation)
+  return outputs if keep_all else last
 
 
 def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Turns pairs of channels, half of a head apart, of [B, h, N, d] tokens."""
+  """Rotates pairs of channels, half a head apart, of [B, h, N, d] tokens."""
   if rotation is None:
     return x
   sin, cos = rotation
@@ -197,16 +183,16 @@ def _dense_together(
     features: int | None = None,
     bias: str | None = None,
 ) -> jax.Array:
-  """Applies dense layers of the module to the same tokens by one product.
+  """Applies dense layers of the module to the same tokens by one matmul.
 
-  Tokens are read once, and where 'tensor' splits the layers, the gradient at
-  the tokens is summed over the devices once and not for every layer.
+  Tokens are read once, and with 'tensor' parallelism their gradient is summed
+  over devices once instead of once per layer.
 
   Args:
-    module: with the fields architecture and dtype.
+    module: has the fields architecture and dtype.
     names: of the layers.
     x: [B, N, C] tokens.
-    features: of each layer; C if it is not given.
+    features: output channels of each layer; by default C.
     bias: as in `_dense`.
 
   Returns:
@@ -232,7 +218,7 @@ def _dense_together(
 def _dense(
     module: nn.Module, name: str, features: int, bias: str | None = None
 ) -> nn.Dense:
-  """A dense layer of the module, with a bias where the family has one."""
+  """Returns a dense layer, with a bias if `bias`, or `name`, is in `biases`."""
   use_bias = (bias or name) in module.architecture.biases
   return nn.Dense(
       features, use_bias=use_bias, dtype=module.dtype,

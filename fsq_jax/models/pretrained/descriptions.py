@@ -1,7 +1,8 @@
-"""What architecture a checkpoint has, by its config.json or by its shapes."""
+"""The architecture of a checkpoint, from its config.json or its shapes."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+import contextlib
 import math
 import re
 from typing import Any, NamedTuple
@@ -24,24 +25,36 @@ _ACTIVATIONS = {
     'gelu_pytorch_tanh': 'gelu_tanh',
     'silu': 'silu',
 }
-# What a vision_config leaves out, since it is the default of transformers.
+# Defaults of transformers, which a vision_config leaves out.
 _SIGLIP_DEFAULTS = {
     'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12,
     'intermediate_size': 3072, 'patch_size': 16, 'image_size': 224,
     'hidden_act': 'gelu_pytorch_tanh',
 }
-_MAX_COUNT = 10**6
-# Channels of all patches of an image; positions are made for so many.
+# Fields of the biases, by the dense layers of `architectures.BIASES`.
+_BIASES = dict.fromkeys(('query', 'key', 'value'), 'qkv_bias')
+_DINOV3_BIASES = {
+    'query': 'query_bias', 'key': 'key_bias', 'value': 'value_bias',
+    'out': 'proj_bias', 'mlp': 'mlp_bias',
+}
+# Sizes that no model has would fail in other ways than by a ValueError.
+_MAX_NUMBER = 10**6
+_KINDS = {
+    int: ((int,), f'an integer from 0 to {_MAX_NUMBER}'),
+    float: ((int, float), f'a number from 0 to {_MAX_NUMBER}'),
+    bool: ((bool,), 'true or false'),
+}
+# Patches of an image times channels; position embeddings are made for them.
 _MAX_CHANNELS = 2**28
 
 
 class Description(NamedTuple):
-  """What is in a checkpoint.
+  """The model that a checkpoint holds.
 
   Attributes:
     family: a key of `architectures.FAMILIES`, or 'rae_decoder'.
-    architecture: the rest of it.
-    image_size: pixels a side that the weights are for.
+    architecture: its sizes and variants.
+    image_size: side in pixels of the images that it was trained on.
     scanned: whether blocks are stacked along the first axis of one array.
     input_width: channels of a decoder's latents; None for encoders.
   """
@@ -49,117 +62,87 @@ class Description(NamedTuple):
   family: str
   architecture: architectures.Architecture
   image_size: int
-  scanned: bool
+  scanned: bool = False
   input_width: int | None = None
+
+  @property
+  def num_positions(self) -> int:
+    """Rows of the position embedding: class token and patches."""
+    grid = self.image_size // self.architecture.patch_size
+    return self.architecture.num_class_tokens + grid**2
 
 
 def describe_config(config: Mapping[str, Any], source: str) -> Description:
-  """Describes a Hugging Face checkpoint.
+  """Describes a Hugging Face encoder.
 
   Args:
     config: the content of config.json.
-    source: of it, for messages.
+    source: path of config.json, for messages.
 
   Raises:
-    ValueError: another kind of model, or fields of another kind.
+    ValueError: an unknown model type, or fields with unusable values.
   """
-  family = _choose(config, 'model_type', _MODEL_TYPES, source)
-  if family == 'siglip':
-    vision = config.get('vision_config', config)
-    if not isinstance(vision, Mapping):
-      raise ValueError(
-          f'vision_config of {source} is {vision!r}; it must be an object.'
-      )
-    config = {**_SIGLIP_DEFAULTS, **vision}
-
-  def count(name: str) -> int:
-    return _number(config, name, source, int)
-
-  _check_channels(config, source)
-  fields = {
-      'width': count('hidden_size'),
-      'depth': count('num_hidden_layers'),
-      'num_heads': count('num_attention_heads'),
-      'patch_size': count('patch_size'),
-      'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
-      'biases': _biases(config, family, source),
-  }
-  fields.update(_norm_epsilon(config, source))
-  if family in ('dinov2', 'dinov2_with_registers'):
-    ratio = _number(config, 'mlp_ratio', source, float)
-    fields['mlp_dim'] = int(fields['width'] * ratio)
-    if not fields['mlp_dim']:
-      raise ValueError(
-          f'mlp_ratio of {source} is {ratio}, which leaves no channels of'
-          f' hidden_size {fields["width"]}.'
-      )
-    if _flag(config, 'use_swiglu_ffn', source, default=False):
-      # Two thirds in each half, rounded up to a multiple of 8.
-      mlp_dim = (int(fields['mlp_dim'] * 2 / 3) + 7) // 8 * 8
-      fields.update(mlp='gated', activation='silu', mlp_dim=mlp_dim)
-  else:
-    fields['mlp_dim'] = count('intermediate_size')
-  if family == 'dinov3':
-    fields['rope_theta'] = _number(config, 'rope_theta', source, float)
-    if _flag(config, 'use_gated_mlp', source, default=False):
-      fields['mlp'] = 'gated'
-  if 'num_register_tokens' in config:
-    fields['num_registers'] = _number(
-        config, 'num_register_tokens', source, int, least=0
+  with _errors_name(source):
+    family = _choose(config, 'model_type', _MODEL_TYPES)
+    if family == 'siglip':
+      vision = config.get('vision_config', config)
+      if not isinstance(vision, Mapping):
+        raise ValueError(f'vision_config is {vision!r}; it must be an object.')
+      config = {**_SIGLIP_DEFAULTS, **vision}
+    fields = _read_fields(config, family)
+    if family in ('dinov2', 'dinov2_with_registers'):
+      ratio = _read(config, 'mlp_ratio', float)
+      fields['mlp_dim'] = int(fields['width'] * ratio)
+      if _read(config, 'use_swiglu_ffn', bool, False):
+        # Two thirds in each half, rounded up to a multiple of 8.
+        mlp_dim = (int(fields['mlp_dim'] * 2 / 3) + 7) // 8 * 8
+        fields.update(mlp='gated', activation='silu', mlp_dim=mlp_dim)
+    else:
+      fields['mlp_dim'] = _read(config, 'intermediate_size', int)
+    if family == 'dinov3':
+      fields['rope_theta'] = _read(config, 'rope_theta', float)
+      if _read(config, 'use_gated_mlp', bool, False):
+        fields['mlp'] = 'gated'
+    num_registers = _read(
+        config, 'num_register_tokens', int,
+        architectures.FAMILIES[family]['num_registers'],
     )
-    if fields['num_registers'] and family in (
-        'siglip', 'dino', 'mae'
-    ):
+    if num_registers and not family.startswith('dinov'):
       raise ValueError(
-          f'num_register_tokens of {source} is {fields["num_registers"]};'
-          f' models of the family {family!r} have none.'
+          f'num_register_tokens is {num_registers}; models of the family'
+          f' {family!r} have none.'
       )
-  architecture = _build(family, fields, source)
-  side = count('image_size')
-  check_image_size((side, side), architecture, f'image_size of {source}')
-  return Description(family, architecture, side, scanned=False)
+    fields['num_registers'] = num_registers
+    return _describe(family, fields, _read(config, 'image_size', int))
 
 
 def describe_decoder(config: Mapping[str, Any], source: str) -> Description:
-  """Describes a decoder of RAE, whose config is that of a ViT-MAE.
+  """Describes a decoder of RAE, whose config.json is ViT-MAE's.
 
   Args:
     config: the content of config.json.
-    source: of it, for messages.
+    source: path of config.json, for messages.
 
   Raises:
-    ValueError: another kind of model, or fields of another kind.
+    ValueError: another model type, or fields with unusable values.
   """
-
-  def count(name: str) -> int:
-    return _number(config, name, source, int)
-
-  _choose(config, 'model_type', {'vit_mae': 'mae'}, source)
-  _check_channels(config, source)
-  fields = {
-      'width': count('decoder_hidden_size'),
-      'depth': count('decoder_num_hidden_layers'),
-      'num_heads': count('decoder_num_attention_heads'),
-      'mlp_dim': count('decoder_intermediate_size'),
-      'patch_size': count('patch_size'),
-      'activation': _choose(config, 'hidden_act', _ACTIVATIONS, source),
-      'biases': _biases(config, 'mae', source),
-      **_norm_epsilon(config, source),
-  }
-  architecture = _build('mae', fields, source)
-  side = count('image_size')
-  check_image_size((side, side), architecture, f'image_size of {source}')
-  return Description(
-      'rae_decoder', architecture, side, scanned=False,
-      input_width=count('hidden_size'),
-  )
+  with _errors_name(source):
+    _choose(config, 'model_type', {'vit_mae': 'mae'})
+    fields = _read_fields(config, 'mae', prefix='decoder_')
+    fields['mlp_dim'] = _read(config, 'decoder_intermediate_size', int)
+    return _describe(
+        'mae', fields, _read(config, 'image_size', int)
+    )._replace(
+        family='rae_decoder', input_width=_read(config, 'hidden_size', int)
+    )
 
 
 def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
   """Describes the image tower of a big_vision SigLIP checkpoint by its shapes.
 
   Raises:
-    ValueError: arrays that tell the shape are missing or of another rank.
+    ValueError: arrays with the sizes of the model are missing or have fewer
+      axes.
   """
   keys = list(weights.headers)
   found = [re.match(r'(|.*/)Transformer/encoderblock(_\d+)?/', k) for k in keys]
@@ -169,55 +152,48 @@ def describe_big_vision(weights: weight_files.WeightFiles) -> Description:
         f'{weights.source} has no keys like img/Transformer/encoderblock_0/...'
         f' of a big_vision image tower, but {keys[:5]} ...'
     )
-  # The copies in an optimizer's state have the longer prefixes.
+  # Copies in an optimizer state have longer prefixes.
   prefix = min(counts, key=lambda p: (-counts[p], len(p)))
   indices = {match[2] for match in found if match and match[1] == prefix}
   scanned = None in indices
-  block = f'{prefix}Transformer/encoderblock' + ('' if scanned else '_0')
-  patches = _shape(weights, f'{prefix}embedding/kernel', 4)
-  positions = _shape(weights, f'{prefix}pos_embedding', 3)
-  query = f'{block}/MultiHeadDotProductAttention_0/query/kernel'
-  attention = _shape(weights, query, 3 + scanned)
-  mlp = _shape(weights, f'{block}/MlpBlock_0/Dense_0/kernel', 2 + scanned)
-  grid = math.isqrt(positions[1])
-  if grid**2 != positions[1]:
-    raise ValueError(
-        f'{prefix}pos_embedding of {weights.source} has {positions[1]}'
-        ' positions, which are no square grid without class token.'
-    )
-  try:
-    architecture = architectures.build_architecture(
-        'siglip_big_vision',
-        width=patches[-1],
-        depth=(
-            attention[0]
+  block = 'Transformer/encoderblock' + ('' if scanned else '_0')
+
+  def size(key: str, axis: int) -> int:
+    header = weights.headers.get(prefix + key)
+    if header is None or len(header.shape) < -axis:
+      raise ValueError(
+          f'It needs an array {prefix + key} of {-axis} axes or more; the file'
+          ' is corrupted or no big_vision SigLIP.'
+      )
+    return header.shape[axis]
+
+  with _errors_name(weights.source):
+    query = f'{block}/MultiHeadDotProductAttention_0/query/kernel'
+    fields = {
+        'width': size('embedding/kernel', -1),
+        'depth': (
+            size(query, -4)
             if scanned
             else 1 + max(int(index[1:]) for index in indices)
         ),
-        num_heads=attention[-2],
-        mlp_dim=mlp[-1],
-        patch_size=patches[0],
+        'num_heads': size(query, -2),
+        'mlp_dim': size(f'{block}/MlpBlock_0/Dense_0/kernel', -1),
+        'patch_size': size('embedding/kernel', -4),
+    }
+    side = math.isqrt(size('pos_embedding', -2)) * fields['patch_size']
+    return _describe('siglip_big_vision', fields, side)._replace(
+        scanned=scanned
     )
-  except ValueError as error:
-    raise ValueError(f'{weights.source} holds no model. {error}') from error
-  side = grid * patches[0]
-  check_image_size(
-      (side, side), architecture, f'image_size of {weights.source}'
-  )
-  return Description('siglip_big_vision', architecture, side, scanned)
 
 
 def check_image_size(
-    image_size: Sequence[int],
-    architecture: architectures.Architecture,
-    what: str,
+    image_size: tuple[int, int], architecture: architectures.Architecture
 ) -> None:
-  """Checks that images have patches, and no more than memory has room for.
+  """Checks that images have patches, and that memory can hold their positions.
 
   Args:
     image_size: (height, width) in pixels.
-    architecture: of the model that takes or makes them.
-    what: their name, for messages.
+    architecture: of the model that takes or makes the images.
 
   Raises:
     ValueError: sides below a patch, or too many patches.
@@ -225,157 +201,80 @@ def check_image_size(
   patch, width = architecture.patch_size, architecture.width
   if min(image_size) < patch:
     raise ValueError(
-        f'{what} is {tuple(image_size)}; both sides must be at least those of a'
+        f'image_size is {image_size}; both sides must be at least those of a'
         f' patch, which has {patch} pixels a side.'
     )
   num_patches = math.prod(side // patch for side in image_size)
   if num_patches * width > _MAX_CHANNELS:
     raise ValueError(
-        f'{what} is {tuple(image_size)}, which are {num_patches} patches of'
+        f'image_size is {image_size}, that is, {num_patches} patches of'
         f' {width} channels; at most {_MAX_CHANNELS // width} can be held.'
     )
 
 
-def find_prefix(
-    keys: Sequence[str], expected: Sequence[str], source: str
-) -> str:
-  """Finds what stands before the keys of the vision tower in a checkpoint.
-
-  Args:
-    keys: of the checkpoint.
-    expected: keys of the vision tower without a prefix.
-    source: of the keys, for messages.
-
-  Returns:
-    The prefix under which the most of them are found; the shortest of several.
-
-  Raises:
-    ValueError: all are there several times, and nothing tells which to take.
-  """
-  wanted = set(expected)
-  counts = collections.Counter()
-  for key in keys:
-    for match in re.finditer(r'^|[./]', key):
-      if key[match.end():] in wanted:
-        counts[key[:match.end()]] += 1
-  prefix = min(counts, key=lambda p: (-counts[p], len(p)), default='')
-  # The copies in an optimizer's state, of big_vision, have the longer prefixes.
-  rivals = [
-      p
-      for p in counts
-      if counts[p] == len(wanted)
-      and (len(p) == len(prefix) or not p.endswith('/'))
-  ]
-  if len(rivals) > 1:
-    raise ValueError(
-        f'{source} holds the whole model {len(rivals)} times, under keys that'
-        f' begin with {sorted(rivals)}; keep one of them.'
-    )
-  return prefix
-
-
-def _build(
-    family: str, fields: Mapping[str, Any], source: str
-) -> architectures.Architecture:
+@contextlib.contextmanager
+def _errors_name(source: str) -> Iterator[None]:
+  """Adds the source of a description to the messages of its errors."""
   try:
-    return architectures.build_architecture(family, **fields)
+    yield
   except ValueError as error:
-    raise ValueError(f'{source} describes no model. {error}') from error
+    raise ValueError(f'{source} describes no known model. {error}') from error
 
 
-def _check_channels(config: Mapping[str, Any], source: str) -> None:
-  channels = config.get('num_channels', 3)
-  if channels != 3:
+def _describe(
+    family: str, fields: Mapping[str, Any], image_size: int
+) -> Description:
+  architecture = architectures.build_architecture(family, **fields)
+  check_image_size((image_size, image_size), architecture)
+  return Description(family, architecture, image_size)
+
+
+def _read_fields(
+    config: Mapping[str, Any], family: str, prefix: str = ''
+) -> dict[str, Any]:
+  """Reads the fields of `Architecture` that all config.json have."""
+  if config.get('num_channels', 3) != 3:
     raise ValueError(
-        f'num_channels of {source} is {channels!r}; only models of 3 channels'
-        ' are known.'
+        f'num_channels is {config["num_channels"]!r}; it must be 3.'
     )
-
-
-def _norm_epsilon(config: Mapping[str, Any], source: str) -> dict[str, float]:
-  """The epsilon of LayerNorm, if it is not left to the family."""
-  if 'layer_norm_eps' not in config:
-    return {}
-  return {'norm_epsilon': _number(config, 'layer_norm_eps', source, float)}
-
-
-def _biases(
-    config: Mapping[str, Any], family: str, source: str
-) -> tuple[str, ...]:
-  """Which dense layers have a bias."""
-  if family == 'dinov3':
-    fields = {
-        'query': 'query_bias', 'key': 'key_bias', 'value': 'value_bias',
-        'out': 'proj_bias', 'mlp': 'mlp_bias',
-    }
-  else:
-    fields = dict.fromkeys(('query', 'key', 'value'), 'qkv_bias')
-  usual = architectures.FAMILIES[family]['biases']
-  return tuple(
-      name
-      for name in architectures.BIASES
-      if _flag(config, fields.get(name), source, default=name in usual)
+  fields = {
+      'width': _read(config, f'{prefix}hidden_size', int),
+      'depth': _read(config, f'{prefix}num_hidden_layers', int),
+      'num_heads': _read(config, f'{prefix}num_attention_heads', int),
+      'patch_size': _read(config, 'patch_size', int),
+      'activation': _choose(config, 'hidden_act', _ACTIVATIONS),
+  }
+  if 'layer_norm_eps' in config:
+    fields['norm_epsilon'] = _read(config, 'layer_norm_eps', float)
+  names = _DINOV3_BIASES if family == 'dinov3' else _BIASES
+  defaults = architectures.FAMILIES[family]['biases']
+  fields['biases'] = tuple(
+      layer
+      for layer in architectures.BIASES
+      if _read(config, names.get(layer), bool, layer in defaults)
   )
-
-
-def _shape(
-    weights: weight_files.WeightFiles, key: str, rank: int
-) -> tuple[int, ...]:
-  """Shape of an array that tells what the model is like."""
-  if key not in weights.headers:
-    raise ValueError(
-        f'{weights.source} lacks {key!r}, which tells the shape of the model;'
-        ' the file is damaged or no big_vision SigLIP.'
-    )
-  shape = weights.headers[key].shape
-  if len(shape) != rank or not all(0 < n <= _MAX_COUNT for n in shape):
-    raise ValueError(
-        f'{key!r} of {weights.source} has the shape {shape}; it must have'
-        f' {rank} axes, none of which is empty.'
-    )
-  return shape
+  return fields
 
 
 def _choose(
-    config: Mapping[str, Any], name: str, table: Mapping[str, str], source: str
+    config: Mapping[str, Any], name: str, table: Mapping[str, str]
 ) -> str:
   value = config.get(name)
   if not isinstance(value, str) or value not in table:
-    raise ValueError(
-        f'{name} of {source} is {value!r}; known: {sorted(table)}.'
-    )
+    raise ValueError(f'{name} is {value!r}; known: {sorted(table)}.')
   return table[value]
 
 
-def _flag(
-    config: Mapping[str, Any], name: str | None, source: str, *, default: bool
-) -> bool:
-  value = config.get(name, default)
-  # The string 'false' would count as true.
-  if not isinstance(value, bool):
-    raise ValueError(
-        f'{name} of {source} is {value!r}; it must be true or false.'
-    )
-  return value
-
-
-def _number(
+def _read(
     config: Mapping[str, Any],
-    name: str,
-    source: str,
+    name: str | None,
     kind: type,
-    least: int | None = None,
+    default: Any = None,
 ) -> Any:
-  value = config.get(name)
-  kinds = (int,) if kind is int else (int, float)
-  if (
-      isinstance(value, bool)
-      or not isinstance(value, kinds)
-      or not (0 < value <= _MAX_COUNT or value == least)
-  ):
-    above = 'above 0' if least is None else f'from {least}'
-    raise ValueError(
-        f'{name} of {source} is {value!r}; it must be a number of type'
-        f' {kind.__name__} {above} and up to {_MAX_COUNT}.'
-    )
+  """Returns a number or a flag; ranges are checked where it is used."""
+  value = config.get(name, default)
+  types, allowed = _KINDS[kind]
+  # By type itself: a bool is an int, and the string 'false' is true.
+  if type(value) not in types or not 0 <= value <= _MAX_NUMBER:
+    raise ValueError(f'{name} is {value!r}; it must be {allowed}.')
   return kind(value)

@@ -1,4 +1,4 @@
-"""A vision transformer that pretrained weights of several families fit."""
+"""A vision transformer for pretrained weights of several families."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,13 @@ _INIT = nn.initializers.normal(stddev=0.02)
 def rope_angles(
     height: int, width: int, head_dim: int, theta: float
 ) -> np.ndarray:
-  """Angles of DINOv3's rotary position embedding.
+  """Returns the angles of DINOv3's rotary position embedding.
 
-  Centres of patches lie in [-1, 1] along both axes. A quarter of the channels
-  turns with the row and a quarter with the column, from half a turn at the
-  edges down to 1 / theta of that; the same again for the other channel of each
-  pair. As in Hugging Face's `DINOv3ViTRopePositionEmbedding`.
+  Patch centres lie in [-1, 1] along both axes. A quarter of the channels
+  rotates with the row and a quarter with the column, by a full turn at the
+  edges down to 1 / theta of it; the second half, the other channels of the
+  pairs, has the same angles. Equal to Hugging Face's
+  `DINOv3ViTRopePositionEmbedding`.
 
   Args:
     height: rows of the grid.
@@ -44,20 +45,20 @@ def rope_angles(
 
 
 class PretrainedVit(nn.Module):
-  """Images to latents, with weights from `models.load_encoder`.
+  """Encodes images to latents, with weights from `models.load_encoder`.
 
   Attributes:
-    architecture: which vision transformer.
-    image_size: (height, width) in pixels that images are resampled to, and the
-      grid of added positions.
+    architecture: sizes and variants.
+    image_size: (height, width) in pixels to which images are resampled; fixes
+      the grid of added positions.
     final_affine: whether the last LayerNorm has a scale and a bias; without
       them every token has mean 0 and variance 1.
     resize: kernel for images of another size, of `resampling.KERNELS`.
-      'bicubic' is that of github.com/hugoycj/RAE, for every family;
-      'bicubic_antialias' is nearer to how Pillow shrinks photographs.
-    dtype: of the products; LayerNorm and softmax are in float32.
-    remat: whether the backward pass computes each block again.
-    scan_unroll: blocks laid out in one iteration; changes speed, not results.
+      'bicubic' as in github.com/hugoycj/RAE for every family;
+      'bicubic_antialias' is closer to how Pillow shrinks photographs.
+    dtype: of the matmuls; LayerNorm and softmax are in float32.
+    remat: whether the backward pass recomputes each block.
+    scan_unroll: blocks unrolled per iteration; changes speed, not results.
   """
 
   architecture: architectures.Architecture
@@ -87,7 +88,7 @@ class PretrainedVit(nn.Module):
 
     Returns:
       [B, h, w, width] float32 latents of the patches of images resampled to
-      image_size, without those of class token and registers.
+      image_size, without class token and registers.
     """
     arch = self.architecture
     latents = self.tokens(self._normalize(images))[:, arch.num_prefix_tokens:]
@@ -96,9 +97,9 @@ class PretrainedVit(nn.Module):
     )
 
   def latents_of_blocks(self, images: jax.Array) -> jax.Array:
-    """Encodes images and returns what every block does.
+    """Encodes images and returns the output of every block.
 
-    The parameters are those of an encoder without a final scale and bias.
+    The module has no parameters of the last LayerNorm.
 
     Args:
       images: [B, H, W, 3] floats in [-1, 1], of any size.
@@ -109,23 +110,23 @@ class PretrainedVit(nn.Module):
     """
 
     def keep(x: jax.Array, rotation: vit_blocks.Rotation) -> jax.Array:
-      outputs = vit_blocks.outputs_of_blocks(self, x, rotation)
+      outputs = vit_blocks.apply_blocks(self, x, rotation, keep_all=True)
       return outputs[:, :, self.architecture.num_prefix_tokens:]
 
     return self._transform(self._normalize(images), keep).astype(jnp.float32)
 
   def tokens(self, images: jax.Array) -> jax.Array:
-    """Encodes images that are already of the family's mean and deviation.
+    """Encodes images that are already normalized by mean and std.
 
     Args:
-      images: [B, H, W, 3] floats; of image_size, unless positions are 'rope'.
+      images: [B, H, W, 3] floats, of image_size unless positions are 'rope'.
 
     Returns:
       [B, N, width] float32 tokens after the last LayerNorm: class token,
       registers, patches in row-major order.
 
     Raises:
-      ValueError: added positions are for another grid.
+      ValueError: images of another grid than the added positions.
     """
 
     def finish(x: jax.Array, rotation: vit_blocks.Rotation) -> jax.Array:
@@ -137,7 +138,7 @@ class PretrainedVit(nn.Module):
     return self._transform(images, finish)
 
   def _normalize(self, images: jax.Array) -> jax.Array:
-    """Resamples images in [-1, 1] and gives them the family's mean and std."""
+    """Resamples images in [-1, 1] and normalizes them by mean and std."""
     arch = self.architecture
     images = resampling.resize_images(images, self.image_size, self.resize)
     return ((images + 1) / 2 - np.float32(arch.mean)) / np.float32(arch.std)
@@ -148,7 +149,7 @@ class PretrainedVit(nn.Module):
       images: jax.Array,
       blocks: Callable[[jax.Array, vit_blocks.Rotation], jax.Array],
   ) -> jax.Array:
-    """Makes tokens of normalized images and returns what `blocks` does."""
+    """Returns `blocks` of the tokens of normalized images."""
     arch = self.architecture
     p = arch.patch_size
     height, width = images.shape[1] // p, images.shape[2] // p
@@ -176,15 +177,15 @@ class PretrainedVit(nn.Module):
     return x.astype(jnp.float32) + positions
 
   def _prepend(self, x: jax.Array) -> jax.Array:
-    """Puts class token and registers before [B, N, C] tokens of patches."""
+    """Prepends class token and registers to [B, N, C] tokens of patches."""
     arch = self.architecture
     prefix = []
     if arch.num_class_tokens:
       token = self.param('class_token', _INIT, (arch.width,), jnp.float32)
       if arch.position != 'rope':
-        # Added to the token all the same: kept apart as in the checkpoints.
+        # Separate parameters, as in the checkpoints.
         zeros = nn.initializers.zeros
-        # Not in place, since parameters may be NumPy arrays.
+        # Not in place: parameters may be NumPy arrays.
         token = token + self.param(
             'class_position', zeros, (arch.width,), jnp.float32
         )
@@ -199,7 +200,7 @@ class PretrainedVit(nn.Module):
 def _sincos(
     key: jax.Array, shape: tuple[int, int, int], dtype: jnp.dtype
 ) -> jax.Array:
-  del key  # The same every time.
+  del key  # Not random.
   return jnp.asarray(layers.sincos_positions(*shape), dtype)
 
 
@@ -210,7 +211,7 @@ def _rotation(
     return None
   head_dim = arch.width // arch.num_heads
   angles = rope_angles(height, width, head_dim, arch.rope_theta)
-  # Class token and registers turn by nothing.
+  # Class token and registers are not rotated.
   angles = np.pad(angles, ((arch.num_prefix_tokens, 0), (0, 0)))
   return (
       jnp.asarray(np.sin(angles), jnp.float32),

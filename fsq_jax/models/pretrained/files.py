@@ -1,4 +1,4 @@
-"""Files of pretrained weights, read array by array and never unpickled."""
+"""Reads files of pretrained weights, array by array and without pickle."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -18,15 +18,16 @@ import numpy as np
 import safetensors
 
 _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-# NumPy has no name for bfloat16 and stores it as two bytes of anything.
+# NumPy has no bfloat16 and stores its two bytes as void.
 _NUMPY_DTYPES = {
     'float32': 'float32', 'float16': 'float16', 'void16': 'bfloat16'
 }
 _MAX_LISTED = 20
-# What np.savez and np.savez_compressed use; others may ask for any memory.
+# Compression of np.savez and np.savez_compressed; others may allocate any
+# amount of memory.
 _NPZ_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What zipfile, zlib, NumPy and safetensors raise over damaged files.
-_DAMAGE = (
+# Errors of zipfile, zlib, NumPy and safetensors on corrupted files.
+_CORRUPTION = (
     EOFError, KeyError, MemoryError, NotImplementedError, OSError,
     OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
     safetensors.SafetensorError, struct.error, zipfile.BadZipFile, zlib.error,
@@ -34,11 +35,11 @@ _DAMAGE = (
 
 
 class ArrayHeader(NamedTuple):
-  """Shape and dtype of an array, as its file says.
+  """Shape and dtype of an array, from its header.
 
   Attributes:
     shape: sizes of the axes.
-    dtype: 'float32', 'float16' or 'bfloat16', or a name that is none of these.
+    dtype: name of the dtype; only arrays with a dtype of `FLOATS` can be read.
   """
 
   shape: tuple[int, ...]
@@ -50,10 +51,10 @@ FLOATS = frozenset(_SAFETENSORS_DTYPES.values())
 
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
-  """The arrays of one checkpoint, of which only headers are in memory.
+  """The arrays of one checkpoint; only their headers are in memory.
 
   Attributes:
-    source: the file or directory, for messages.
+    source: path of the file or directory, for messages.
     headers: shape and dtype of each array, by key.
   """
 
@@ -62,12 +63,12 @@ class WeightFiles:
   _read: Callable[[str], np.ndarray]
 
   def read(self, key: str) -> np.ndarray:
-    """Reads one array as float32, which holds all values of `FLOATS`.
+    """Reads one array as float32, which is exact for all dtypes of `FLOATS`.
 
     Raises:
-      ValueError: the file is damaged there, or holds NaN or infinity.
+      ValueError: the array is corrupted, or holds NaN or infinity.
     """
-    with _refusing(f'{key!r} of {self.source}'):
+    with _corruption_named(f'{key!r} of {self.source}'):
       array = self._read(key)
     if array.dtype.kind == 'V':
       array = array.view(jnp.bfloat16)
@@ -75,7 +76,7 @@ class WeightFiles:
     if not np.isfinite(array).all():
       raise ValueError(
           f'{key!r} of {self.source} holds NaN or infinity: the file is'
-          ' damaged. Download it again.'
+          ' corrupted. Download it again.'
       )
     return array
 
@@ -86,13 +87,13 @@ def open_weights(path: pathlib.Path) -> Iterator[WeightFiles]:
 
   Args:
     path: a directory with `model.safetensors` or, for weights in several
-      files, `model.safetensors.index.json`; or a file.
+      files, `model.safetensors.index.json`; or an .npz file.
 
   Raises:
-    ValueError: there are no such files, or damaged ones.
+    ValueError: files are missing or corrupted.
   """
   with contextlib.ExitStack() as stack:
-    # Those of pathlib raise over names that no file can have.
+    # pathlib's methods raise on names that are no valid file names.
     if os.path.isdir(path):
       headers, read = _open_directory(path, stack)
     elif path.suffix == '.safetensors':
@@ -112,13 +113,13 @@ def open_weights(path: pathlib.Path) -> Iterator[WeightFiles]:
 
 @contextlib.contextmanager
 def open_file(path: pathlib.Path) -> Iterator[WeightFiles]:
-  """Opens one safetensors file, which needs no config.json beside it.
+  """Opens one safetensors file without a config.json.
 
   Args:
     path: the file.
 
   Raises:
-    ValueError: there is no such file, or a damaged one, or a pickle.
+    ValueError: the file is missing, corrupted, or a pickle.
   """
   if not os.path.isfile(path):
     raise ValueError(f'There is no file {path}.')
@@ -128,18 +129,17 @@ def open_file(path: pathlib.Path) -> Iterator[WeightFiles]:
 
 
 def hash_weights(path: str | os.PathLike[str]) -> str:
-  """Hashes the bytes of weights, so that a number can name its network.
+  """Returns a hash of weights, which identifies the network of a metric.
 
   Args:
     path: a file, or a directory with safetensors files as in `open_weights`.
 
   Returns:
-    sha256 in hexadecimal of the file, or of the directory's weight files one
-    after the other in the order of their names: what `cat FILES | sha256sum`
-    prints.
+    sha256 in hexadecimal of the file, or of the directory's concatenated weight
+    files in the order of their names, as printed by `cat FILES | sha256sum`.
 
   Raises:
-    ValueError: there are no such files.
+    ValueError: files are missing or unreadable.
   """
   path = pathlib.Path(path).expanduser()
   paths = _find_files(path) if os.path.isdir(path) else [path]
@@ -159,16 +159,16 @@ def list_misfits(
     shapes: Mapping[str, tuple[int, ...]],
     is_unexpected: Callable[[str], bool],
 ) -> str:
-  """Compares the arrays of a checkpoint with what a network needs.
+  """Lists differences between a checkpoint and the arrays that are required.
 
   Args:
     headers: of the checkpoint.
-    shapes: by key, that the arrays must have.
-    is_unexpected: of a key in headers, whether it should not be there.
+    shapes: required shapes, by key.
+    is_unexpected: whether a key of the checkpoint should not be there.
 
   Returns:
-    Which keys are missing, unexpected, or of another shape or dtype, for an
-    error; empty if none is.
+    The keys that are missing, unexpected, or of another shape or dtype, as part
+    of an error message; '' without differences.
   """
   problems = {
       'missing': [key for key in shapes if key not in headers],
@@ -199,7 +199,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object from a file.
 
   Raises:
-    ValueError: there is no such file, or something else in it.
+    ValueError: the file is missing or holds no JSON object.
   """
   if not os.path.isfile(path):
     raise ValueError(
@@ -209,26 +209,26 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, RecursionError, ValueError) as error:
-    raise ValueError(f'{path} is no JSON file: {error}.') from error
+    raise ValueError(f'{path} is not a JSON file: {error}.') from error
   if not isinstance(content, dict):
     raise ValueError(f'{path} holds no JSON object; download it again.')
   return content
 
 
 def _find_files(path: pathlib.Path) -> list[pathlib.Path]:
-  """Finds the safetensors files of a directory, sorted by name."""
+  """Returns the safetensors files of a directory, sorted by name."""
   if os.path.isfile(path / 'model.safetensors'):
     return [path / 'model.safetensors']
   return [path / name for name in sorted(set(_read_index(path).values()))]
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-  """Reads which file of a directory each key is in."""
+  """Returns the name of the file with each key, from the index."""
   index = path / 'model.safetensors.index.json'
   if not os.path.isfile(index):
     raise ValueError(
         f'{path} has neither model.safetensors nor {index.name}. Files such as'
-        ' pytorch_model.bin are pickles, which may run any code and are never'
+        ' pytorch_model.bin are pickles, which can run any code and are never'
         ' read; save the model as safetensors.'
     )
   files = read_json(index).get('weight_map')
@@ -263,10 +263,10 @@ def _open_directory(path, stack):
 
 
 def _open_safetensors(path, stack):
-  with _refusing(str(path)):
+  with _corruption_named(str(path)):
     file = stack.enter_context(safetensors.safe_open(path, framework='numpy'))
     headers = {}
-    for key in file.keys():  # noqa: SIM118, it is no mapping.
+    for key in file.keys():  # noqa: SIM118, not a mapping.
       header = file.get_slice(key)
       dtype = header.get_dtype()
       headers[key] = ArrayHeader(
@@ -276,7 +276,7 @@ def _open_safetensors(path, stack):
 
 
 def _open_npz(path, stack):
-  with _refusing(str(path)):
+  with _corruption_named(str(path)):
     archive = stack.enter_context(zipfile.ZipFile(path))
     members = {
         name.removesuffix('.npy'): name
@@ -287,7 +287,7 @@ def _open_npz(path, stack):
     for key, name in members.items():
       info = archive.getinfo(name)
       if info.compress_type not in _NPZ_COMPRESSION:
-        raise ValueError(f'{key} is compressed otherwise than by NumPy')
+        raise ValueError(f'{key} has a compression that NumPy does not use')
       with archive.open(name) as file:
         headers[key] = _read_npy_header(file, key, info.file_size)
 
@@ -299,13 +299,13 @@ def _open_npz(path, stack):
 
 
 def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
-  """Reads shape and dtype, and compares them with the bytes that follow."""
+  """Reads shape and dtype, and checks the number of bytes that follow."""
   version = np.lib.format.read_magic(file)
-  # Later ones are for structured arrays, and may have headers of 4 GiB.
+  # Later versions are for structured arrays; headers may have 4 GiB.
   if version != (1, 0):
     raise ValueError(f'{key} has the .npy format {version}')
   shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-  # Pickled objects have no size of their own; they are refused by dtype.
+  # Pickled objects have no known size; their dtype is rejected later.
   if not dtype.hasobject:
     claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
     if claimed != held:
@@ -315,13 +315,12 @@ def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
 
 
 @contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-  """Turns what readers raise over damaged files into one kind of error."""
+def _corruption_named(source: str) -> Iterator[None]:
+  """Raises ValueError with the source for every error on corrupted files."""
   try:
     yield
-  except _DAMAGE as error:
+  except _CORRUPTION as error:
     raise ValueError(
-        f'{what} cannot be read, since it is damaged or of another kind than'
-        f' safetensors or .npz: {type(error).__name__}: {error}. Download it'
-        ' again.'
+        f'{source} cannot be read: it is corrupted, or not safetensors or .npz.'
+        f' {type(error).__name__}: {error}. Download it again.'
     ) from error

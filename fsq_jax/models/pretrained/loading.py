@@ -1,4 +1,4 @@
-"""Pretrained encoders and decoders, loaded from published checkpoints."""
+"""Loads pretrained encoders and decoders from published checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -12,15 +12,18 @@ from flax import linen as nn
 from flax import traverse_util
 import jax
 from jax import numpy as jnp
+import numpy as np
 
+from fsq_jax.models import resampling
 from fsq_jax.models.pretrained import descriptions
 from fsq_jax.models.pretrained import encoder as pretrained_vit
 from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import layouts
 from fsq_jax.models.pretrained import mae_decoder
 from fsq_jax.models.pretrained import parameters
 
-# Parts of vision towers that make no tokens: what pools or classifies them,
-# masks them, and numbers that follow from others.
+# Arrays of vision towers that the encoder does not use: pooling, classifier
+# heads, mask tokens, and buffers.
 _UNUSED = re.compile(
     r'(head|MAPHead_0|pooler|rope_embeddings)[./]'
     r'|embeddings\.(mask_token|position_ids)$'
@@ -33,8 +36,8 @@ class PretrainedEncoder(NamedTuple):
 
   Attributes:
     module: `module.apply(variables, images)` maps images in [-1, 1] to latents;
-      with method='tokens', normalised images to all tokens.
-    variables: float32 parameters, those of the blocks stacked.
+      with method='tokens', normalized images to all tokens.
+    variables: float32 parameters; parameters of blocks are stacked.
   """
 
   module: pretrained_vit.PretrainedVit
@@ -46,9 +49,9 @@ class PretrainedDecoder(NamedTuple):
 
   Attributes:
     module: `module.apply(variables, latents)` maps latents to images in
-      [-1, 1]; with method='logits', to normalised pixels of patches.
-    variables: float32 parameters, those of the blocks stacked, and the fixed
-      positions in the collection `constants`.
+      [-1, 1]; with method='logits', to normalized pixels of patches.
+    variables: float32 parameters, stacked over blocks, and the fixed positions
+      in the collection `constants`.
   """
 
   module: mae_decoder.MaeDecoder
@@ -67,33 +70,32 @@ def load_encoder(
   Args:
     path: a Hugging Face directory (config.json, and model.safetensors or
       model.safetensors.index.json) or a big_vision SigLIP .npz file.
-    image_size: pixels a side, or (height, width), that the encoder is to take;
-      position embeddings are resampled as the family does it. By default what
-      the checkpoint was trained for.
+    image_size: side, or (height, width), of the encoder's images in pixels;
+      position embeddings are resampled with the family's kernel. By default
+      the size of the checkpoint.
     final_affine: whether the last LayerNorm keeps its scale and bias.
-    shardings: from the variables as `jax.ShapeDtypeStruct` to a tree of
+    shardings: maps the variables as `jax.ShapeDtypeStruct` to a tree of
       shardings, such as `partitioning.state_shardings` with a mesh and rules.
-      Devices then receive their shards, and no device the whole. The host
-      holds one parameter at a time.
+      Each device then receives only its shards; the host holds one parameter
+      at a time.
 
   Returns:
     The module and its variables.
 
   Raises:
-    ValueError: files that are missing, damaged, or of another kind; the keys
+    ValueError: files that are missing, corrupted, or of another model; keys
       that are missing, unexpected, or of another shape are listed.
   """
   path = pathlib.Path(path).expanduser()
   with weight_files.open_weights(path) as weights:
     description = _describe(path, weights)
     module = _build_encoder(description, image_size, final_affine)
-    # The final scale and bias are looked for even where they are not used.
-    whole = _build_encoder(description, None, final_affine=True)
-    sources = parameters.find_sources(
-        _shapes(_abstract_variables(whole)), description, weights,
+    # Scale and bias of the last LayerNorm must be there even if not used.
+    trained = _build_encoder(description, None, final_affine=True)
+    variables = _load_variables(
+        module, trained, description, weights, shardings,
         part='vision tower', unused=_UNUSED,
     )
-    variables = _load(module, sources, description, weights, shardings)
   return PretrainedEncoder(module, variables)
 
 
@@ -106,44 +108,42 @@ def load_decoder(
   """Loads a decoder of RAE (github.com/bytetriper/RAE).
 
   Args:
-    path: a directory with config.json, of ViT-MAE's kind with hidden_size the
-      channels of the latents, and model.safetensors or
+    path: a directory with a config.json of ViT-MAE, whose hidden_size is the
+      number of latent channels, and model.safetensors or
       model.safetensors.index.json.
-    normalization: the encoder family by whose mean and deviation its pixels
-      are normalised, which RAE takes from the encoder and no file tells; a key
-      of `mae_decoder.NORMALIZATIONS`.
+    normalization: encoder family whose mean and std denormalize the pixels, a
+      key of `mae_decoder.NORMALIZATIONS`. RAE takes them from the encoder; no
+      file of the decoder has them.
     shardings: as in `load_encoder`.
 
   Returns:
     The module and its variables.
 
   Raises:
-    ValueError: files that are missing, damaged, or of another kind; the keys
-      that are missing, unexpected, or of another shape are listed.
+    ValueError: as in `load_encoder`.
   """
   path = pathlib.Path(path).expanduser()
   with weight_files.open_weights(path) as weights:
     description = _describe_decoder(path)
     module = _build_decoder(description, normalization)
-    sources = parameters.find_sources(
-        _shapes(_abstract_variables(module)), description, weights,
-        part='decoder', unused=None,
+    variables = _load_variables(
+        module, module, description, weights, shardings, part='decoder',
+        unused=None,
     )
-    variables = _load(module, sources, description, weights, shardings)
   return PretrainedDecoder(module, variables)
 
 
 def build_decoder(
     path: str | os.PathLike[str], normalization: str = 'none'
 ) -> mae_decoder.MaeDecoder:
-  """Builds the module of `load_decoder` and reads no weights.
+  """Builds the module of `load_decoder` without reading weights.
 
   Args:
-    path: as there; only config.json is read.
-    normalization: as there.
+    path: as in `load_decoder`; only config.json is read.
+    normalization: as in `load_decoder`.
 
   Raises:
-    ValueError: a config.json that describes no such decoder.
+    ValueError: config.json describes no such decoder.
   """
   path = pathlib.Path(path).expanduser()
   return _build_decoder(_describe_decoder(path), normalization)
@@ -154,15 +154,16 @@ def build_encoder(
     image_size: int | tuple[int, int] | None = None,
     final_affine: bool = True,
 ) -> pretrained_vit.PretrainedVit:
-  """Builds the module of `load_encoder` and reads no weights.
+  """Builds the module of `load_encoder` without reading weights.
 
   Args:
-    path: as there; only config.json or the headers of the .npz file are read.
-    image_size: as there.
-    final_affine: as there.
+    path: as in `load_encoder`; only config.json, or the headers of an .npz
+      file, are read.
+    image_size: as in `load_encoder`.
+    final_affine: as in `load_encoder`.
 
   Raises:
-    ValueError: files that describe no known encoder.
+    ValueError: the files describe no known encoder.
   """
   path = pathlib.Path(path).expanduser()
   if os.path.isdir(path):
@@ -185,7 +186,7 @@ def _describe(path, weights) -> descriptions.Description:
 
 
 def _check_normalization(path, description) -> None:
-  """Checks that a model of type 'vit', which others are too, is DINO's."""
+  """Checks that a model of type 'vit' is DINO, by its normalization."""
   if not path.exists():
     return
   config = weight_files.read_json(path)
@@ -195,8 +196,8 @@ def _check_normalization(path, description) -> None:
     if given != expected:
       raise ValueError(
           f'image_{name} of {path} is {given!r}. Models of model_type \'vit\''
-          f' are read as DINO, which is trained with {expected}; this one is'
-          ' another.'
+          f' are read as DINO, which is trained with {expected}; this is'
+          ' another model.'
       )
 
 
@@ -234,12 +235,10 @@ def _build_encoder(
     sides = (sides, sides)
   if len(sides) != 2 or not all(isinstance(x, numbers.Integral) for x in sides):
     raise ValueError(
-        f'image_size is {image_size!r}; give one or two integers, pixels.'
+        f'image_size is {image_size!r}; give one or two integers, in pixels.'
     )
   image_size = (int(sides[0]), int(sides[1]))
-  descriptions.check_image_size(
-      image_size, description.architecture, 'image_size'
-  )
+  descriptions.check_image_size(image_size, description.architecture)
   return pretrained_vit.PretrainedVit(
       architecture=description.architecture,
       image_size=image_size,
@@ -256,34 +255,84 @@ def _abstract_variables(module: nn.Module) -> Any:
   return jax.eval_shape(module.init, jax.random.key(0), inputs)
 
 
-def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes by path, of all collections together."""
-  return {
-      name: leaf.shape
-      for collection in variables.values()
-      for name, leaf in traverse_util.flatten_dict(collection, sep='/').items()
+def _load_variables(
+    module: nn.Module,
+    trained: nn.Module,
+    description: descriptions.Description,
+    weights: weight_files.WeightFiles,
+    shardings: Shardings | None,
+    *,
+    part: str,
+    unused: re.Pattern[str] | None,
+) -> Any:
+  """Reads the variables of a module, one at a time, and puts them on devices.
+
+  Args:
+    module: has the variables to load; its positions are resampled.
+    trained: has the variables that must be in the checkpoint.
+    description: of the checkpoint.
+    weights: the checkpoint.
+    shardings: as in `load_encoder`.
+    part: name of the module, for messages.
+    unused: further keys, without prefix, that the checkpoint may have; None for
+      no further keys with the same prefix.
+  """
+  shapes = {
+      name.partition('/')[2]: leaf.shape
+      for name, leaf in _flatten(_abstract_variables(trained)).items()
   }
+  places, prefix = layouts.find_places(description, shapes, weights)
+  # Without a prefix, a text tower and others may stand beside these.
+  roots = {re.split('[./]', place.key)[0] for place in places.values()}
+  has_others = not prefix and unused is not None
 
+  def is_unexpected(key: str) -> bool:
+    if not key.startswith(prefix):
+      return False
+    if has_others and re.split('[./]', key)[0] not in roots:
+      return False
+    return unused is None or not unused.match(key.removeprefix(prefix))
 
-def _load(module, sources, description, weights, shardings) -> Any:
-  """Reads the variables of a module and puts them where they belong."""
-  abstract = _abstract_variables(module)
-  targets = jax.tree.map(lambda _: None, abstract)
-  if shardings is not None:
-    targets = shardings(abstract)
-    if jax.tree.structure(targets) != jax.tree.structure(abstract):
-      raise ValueError(
-          'shardings must return a tree of shardings like the variables that it'
-          f' is called with, not {jax.tree.structure(targets)}.'
-      )
-  by_name = {source.parameter: source for source in sources}
+  parameters.check_arrays(
+      weights, places, shapes, part=part, is_unexpected=is_unexpected,
+      advice='The file is corrupted, or of another model.',
+  )
   variables = {}
-  for collection, leaves in targets.items():
-    loaded = {}
-    for name, sharding in traverse_util.flatten_dict(leaves, sep='/').items():
-      value = parameters.read_source(
-          by_name[name], description, module.grid_size, weights
+  for path, sharding in _flatten(_targets(module, shardings)).items():
+    name = path.partition('/')[2]
+    value = parameters.read_parameter(weights, places[name], shapes[name])
+    if name == 'positions':
+      value = resampling.resize_grid(
+          value, module.grid_size, module.architecture.position_kernel
       )
-      loaded[name] = parameters.place_value(value, sharding)
-    variables[collection] = traverse_util.unflatten_dict(loaded, sep='/')
-  return variables
+    variables[path] = _put(value, sharding)
+  return traverse_util.unflatten_dict(variables, sep='/')
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def _targets(module: nn.Module, shardings: Shardings | None) -> Any:
+  """Returns the sharding of each variable; None for the default device."""
+  abstract = _abstract_variables(module)
+  if shardings is None:
+    return jax.tree.map(lambda _: None, abstract)
+  targets = shardings(abstract)
+  if jax.tree.structure(targets) != jax.tree.structure(abstract):
+    raise ValueError(
+        'shardings must return a tree of shardings like the variables that it'
+        f' is called with, not {jax.tree.structure(targets)}.'
+    )
+  return targets
+
+
+def _put(
+    value: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+  """Puts an array on the default device, or each shard on its own."""
+  if sharding is None:
+    return jnp.asarray(value)
+  return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index]
+  )

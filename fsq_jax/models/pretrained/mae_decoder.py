@@ -1,4 +1,4 @@
-"""A decoder of latents like MAE's: a vision transformer with a class token."""
+"""MAE's decoder for latents: a vision transformer with a class token."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,8 +21,8 @@ PRESETS: Mapping[str, Mapping[str, int]] = {
     'L': {'width': 1024, 'depth': 24, 'num_heads': 16, 'mlp_dim': 4096},
     'XL': {'width': 1152, 'depth': 28, 'num_heads': 16, 'mlp_dim': 4096},
 }
-# Mean and standard deviation of pixels in [0, 1] which make a decoder's pixels
-# those of encoder families; with those of 'none' they are in [-1, 1] as is.
+# Mean and standard deviation of pixels in [0, 1] by which the decoder's outputs
+# are denormalized, by encoder family; with 'none' outputs are in [-1, 1].
 NORMALIZATIONS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     'none': {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)},
     **{
@@ -33,22 +33,22 @@ NORMALIZATIONS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
 
 
 class MaeDecoder(nn.Module):
-  """Latents to images: linear embedding, transformer, linear pixel head.
+  """Decodes latents to images: linear embedding, transformer, pixel head.
 
-  The `GeneralDecoder` of RAE (github.com/bytetriper/RAE), which is the decoder
-  of MAE with a class token of its own. Positions are fixed: they are in the
-  collection `constants`, and are no parameters. A grid of latents that is not
-  the decoder's is resized bilinearly.
+  The `GeneralDecoder` of RAE (github.com/bytetriper/RAE): MAE's decoder with
+  its own class token. Positions are fixed; they are in the collection
+  `constants` and not parameters. Latents of another grid are resized
+  bilinearly.
 
   Attributes:
-    architecture: of the blocks, with the side of the patches of pixels; `mean`
-      and `std` are what its pixels are normalised by.
+    architecture: of the blocks and the patches; `mean` and `std` denormalize
+      the pixels.
     input_width: channels of the latents.
     grid_size: rows and columns of tokens, and of patches of the images.
-    dtype: of the products in the embedding and the blocks; LayerNorm, softmax
-      and the pixel head are in float32.
-    remat: whether the backward pass computes each block again.
-    scan_unroll: blocks laid out in one iteration; changes speed, not results.
+    dtype: of the matmuls in embedding and blocks; LayerNorm, softmax and the
+      pixel head are in float32.
+    remat: whether the backward pass recomputes each block.
+    scan_unroll: blocks unrolled per iteration; changes speed, not results.
   """
 
   architecture: architectures.Architecture
@@ -60,7 +60,7 @@ class MaeDecoder(nn.Module):
 
   @property
   def image_size(self) -> tuple[int, int]:
-    """Height and width of the images, pixels."""
+    """Height and width of the images in pixels."""
     patch = self.architecture.patch_size
     return self.grid_size[0] * patch, self.grid_size[1] * patch
 
@@ -71,61 +71,61 @@ class MaeDecoder(nn.Module):
       latents: [B, h, w, input_width], of any grid.
 
     Returns:
-      [B, *image_size, 3] float32 images, about in [-1, 1].
+      [B, *image_size, 3] float32 images, approximately in [-1, 1].
 
     Raises:
-      ValueError: latents have another number of channels.
+      ValueError: latents with another number of channels.
     """
     arch = self.architecture
     pixels = rearrange(
         self.logits(latents), 'b (h w) (p q c) -> b (h p) (w q) c',
         h=self.grid_size[0], p=arch.patch_size, q=arch.patch_size,
     )
-    # From deviations around the mean to [0, 1], and from there to [-1, 1].
+    # Denormalizes to [0, 1], and maps to [-1, 1].
     scale = 2 * np.asarray(arch.std, np.float32)
     shift = 2 * np.asarray(arch.mean, np.float32) - 1
     return pixels * scale + shift
 
   @nn.compact
   def logits(self, latents: jax.Array) -> jax.Array:
-    """Decodes latents to normalised pixels, patch by patch.
+    """Decodes latents to normalized pixels, patch by patch.
 
     Args:
       latents: [B, h, w, input_width], of any grid.
 
     Returns:
-      [B, N, P * P * 3] float32, patches in row-major order, in each of them
+      [B, N, P * P * 3] float32, patches in row-major order, each with axes
       row, column, channel.
     """
     arch = self.architecture
     if latents.shape[-1] != self.input_width:
       raise ValueError(
           f'The decoder takes latents of {self.input_width} channels, not'
-          f' {latents.shape[-1]}; give it the input_width of what projector_out'
-          ' makes.'
+          f' {latents.shape[-1]}; set input_width to the width of'
+          ' projector_out.'
       )
     x = nn.Dense(arch.width, dtype=self.dtype, name='embed')(latents)
-    # After the embedding, as in RAE; a linear map and the resizing commute.
+    # After the embedding, as in RAE; linear map and resizing commute.
     x = resampling.resize_images(x, self.grid_size, 'bilinear')
     positions = self._constant(
         'positions',
         lambda: layers.sincos_positions(*self.grid_size, arch.width),
     )
     tokens = rearrange(x + positions, 'b h w c -> b (h w) c')
-    # RAE's starts at zeros. The first LayerNorm has a slope of 1 / sqrt(1e-12)
-    # there, and the token's gradient would be the norm of all gradients.
+    # Zeros in RAE. The first LayerNorm has a slope of 1 / sqrt(1e-12) at zero,
+    # so the token's gradient would dominate the gradient norm.
     token = self.param(
         'class_token', nn.initializers.normal(0.02), (arch.width,), jnp.float32
     )
-    # Zeros, but what checkpoints have there is added. Not in place: applied
-    # outside of jit, parameters may be NumPy arrays.
+    # Zeros by default; checkpoints may have other values. Not in place: outside
+    # of jit, parameters may be NumPy arrays.
     token = token + self._constant(
         'class_position', lambda: np.zeros(arch.width, np.float32)
     )
     token = jnp.broadcast_to(token, (x.shape[0], 1, arch.width))
     x = vit_blocks.apply_blocks(self, jnp.concatenate([token, tokens], axis=1))
     x = vit_blocks.layer_norm(arch, 'norm')(x[:, 1:].astype(jnp.float32))
-    # Starts near mid-grey: the first steps need not unlearn a random image.
+    # Initial images are near mid-grey.
     return nn.Dense(
         arch.patch_size**2 * 3, dtype=jnp.float32,
         kernel_init=nn.initializers.normal(0.02), name='pixels',
@@ -145,18 +145,18 @@ def build_mae_decoder(
     image_size: tuple[int, int],
     compute: Mapping[str, Any],
 ) -> MaeDecoder:
-  """Builds the decoder that `model.decoder` describes by the name 'mae'.
+  """Builds the decoder 'mae' of the section `model.decoder`.
 
   Args:
     config: the `model.decoder` section; see configs/default.py.
-    latent_grid: rows and columns of the latents, the decoder's grid unless the
-      config has another.
-    image_size: (height, width) in pixels that the images must have.
+    latent_grid: rows and columns of the latents; the decoder's grid unless the
+      config sets another.
+    image_size: required (height, width) of the images in pixels.
     compute: dtype, remat and scan_unroll.
 
   Raises:
-    ValueError: unknown names, sizes that do not fit each other, or images of
-      another size than image_size.
+    ValueError: unknown names, inconsistent sizes, or images of another size
+      than image_size.
   """
   options = config['mae']
   for field, known in (('preset', ['none', *PRESETS]),
@@ -176,7 +176,7 @@ def build_mae_decoder(
         **NORMALIZATIONS[options['normalization']],
     )
   except ValueError as error:
-    raise ValueError(f'model.decoder is none. {error}') from error
+    raise ValueError(f'model.decoder is invalid. {error}') from error
   decoder = MaeDecoder(
       architecture=architecture,
       input_width=options['input_width'],
@@ -187,7 +187,8 @@ def build_mae_decoder(
     raise ValueError(
         f'data.image_size is {tuple(image_size)}, but model.decoder makes'
         f' images of {decoder.image_size} pixels: {decoder.grid_size} patches'
-        f' of a side of {config["patch_size"]}. Change model.decoder.patch_size'
-        ' or model.decoder.mae.grid_size, to which latents are resized.'
+        f' with a side of {config["patch_size"]}. Change'
+        ' model.decoder.patch_size or model.decoder.mae.grid_size, to which'
+        ' latents are resized.'
     )
   return decoder

@@ -1,180 +1,123 @@
-"""Parameters in checkpoints: each one found, checked, and read."""
+"""Reads parameters from the arrays of a checkpoint, whatever their layout."""
 
-from collections.abc import Mapping
-import math
-import re
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from einops import rearrange
 import jax
-from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax.models import resampling
-from fsq_jax.models.pretrained import descriptions
 from fsq_jax.models.pretrained import files as weight_files
-from fsq_jax.models.pretrained import layouts
-
-_POSITIONS = ('positions', 'class_position')
 
 
-class Source(NamedTuple):
-  """One parameter, where it is, and the shape that it must have there.
+class Place(NamedTuple):
+  """The array that holds a parameter, and the layout of its axes.
 
   Attributes:
-    parameter: its path, such as 'blocks/mlp/in/kernel'.
-    shape: of the parameter.
-    place: how the arrays of the checkpoint are arranged.
-    keys: of these arrays, one or one for each block.
-    stored_shape: that each of them must have.
+    key: of the array. With '{i}' it stands for as many arrays as the parameter
+      has along its first axis, which i counts.
+    pattern: einops pattern from the axes of an array to the axes of the
+      parameter (of its part i); None if they are the same.
+    part: index into the first axis of the rearranged array; None for all.
+    sizes: of axes of the pattern that the parameter's shape does not determine.
   """
 
-  parameter: str
-  shape: tuple[int, ...]
-  place: layouts.Place
-  keys: list[str]
-  stored_shape: tuple[int, ...]
+  key: str
+  pattern: str | None = None
+  part: int | slice | None = None
+  sizes: Mapping[str, int] = {}
 
 
-def find_sources(
-    shapes: Mapping[str, tuple[int, ...]],
-    description: descriptions.Description,
+def check_arrays(
     weights: weight_files.WeightFiles,
+    places: Mapping[str, Place],
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     part: str,
-    unused: re.Pattern[str] | None,
-) -> list[Source]:
-  """Finds all parameters in a checkpoint's headers, or says what is off.
+    is_unexpected: Callable[[str], bool],
+    advice: str,
+) -> None:
+  """Checks that a checkpoint holds all parameters and nothing unexpected.
 
   Args:
-    shapes: of the parameters, by path.
-    description: of the checkpoint.
-    weights: its files.
-    part: what the parameters are, for messages.
-    unused: keys, without their prefix, that may be there beside them. Without
-      a prefix so may all that begin otherwise than theirs, such as a text
-      tower. None lets nothing be there but what has another prefix.
+    weights: the checkpoint.
+    places: of the parameters, by their paths.
+    shapes: of the parameters, by their paths.
+    part: the model or its part, for messages.
+    is_unexpected: whether a key that holds no parameter should not be there.
+    advice: one sentence for the message.
 
   Raises:
-    ValueError: keys that are missing, unexpected or of another shape, listed.
+    ValueError: the keys that are missing, unexpected, or of another shape or
+      dtype, listed.
   """
-  depth = description.architecture.depth
-  if depth > len(weights.headers):
-    raise ValueError(
-        f'{weights.source} has {len(weights.headers)} arrays, too few for'
-        f' {depth} blocks: it is damaged, or described by another model\'s'
-        ' config.json.'
-    )
-  sources = [
-      _find_source(name, shape, description) for name, shape in shapes.items()
-  ]
-  expected = [key for source in sources for key in source.keys]
-  prefix = descriptions.find_prefix(
-      list(weights.headers), expected, weights.source
+  stored = {
+      key: _stored_shape(place, shapes[name])
+      for name, place in places.items()
+      for key in _keys(place, shapes[name])
+  }
+  misfits = weight_files.list_misfits(
+      weights.headers,
+      stored,
+      lambda key: key not in stored and is_unexpected(key),
   )
-  sources = [
-      source._replace(keys=[prefix + key for key in source.keys])
-      for source in sources
-  ]
-  _check(sources, prefix, weights, part, unused)
-  return sources
-
-
-def _find_source(name: str, shape, description) -> Source:
-  """Finds where a parameter is, without the prefix of the checkpoint."""
-  architecture = description.architecture
-  place = layouts.find_place(description.family, architecture, name)
-  if name in _POSITIONS:
-    grid = description.image_size // architecture.patch_size
-    tokens = architecture.num_class_tokens + grid**2
-    stored = layouts.stored_shape(
-        place._replace(part=None), (tokens, architecture.width), architecture
-    )
-    return Source(name, shape, place, [place.key], stored)
-  if not name.startswith('blocks/'):
-    stored = layouts.stored_shape(place, shape, architecture)
-    return Source(name, shape, place, [place.key], stored)
-  stored = layouts.stored_shape(place, shape[1:], architecture)
-  if description.scanned:
-    key = place.key.replace('_{i}', '')
-    return Source(name, shape, place, [key], (shape[0], *stored))
-  keys = [place.key.format(i=i) for i in range(shape[0])]
-  return Source(name, shape, place, keys, stored)
-
-
-def _check(sources, prefix, weights, part, unused) -> None:
-  """Raises one error that names all keys which are not as they should be."""
-  headers = weights.headers
-  shapes = {key: s.stored_shape for s in sources for key in s.keys}
-  # Without a prefix, the text tower and others stand beside the vision tower.
-  roots = {re.split('[./]', key)[0] for key in shapes}
-  strict = bool(prefix) or unused is None
-
-  def is_unexpected(key: str) -> bool:
-    if key in shapes or not key.startswith(prefix):
-      return False
-    if not strict and re.split('[./]', key)[0] not in roots:
-      return False
-    return unused is None or not unused.match(key.removeprefix(prefix))
-
-  misfits = weight_files.list_misfits(headers, shapes, is_unexpected)
   if misfits:
     raise ValueError(
-        f'The {part} of {weights.source} does not fit its description:'
-        f' {misfits}. The file is damaged, or of another model.'
+        f'The arrays of {weights.source} are not those of the {part}:'
+        f' {misfits}. {advice}'
     )
 
 
-def read_source(
-    source: Source,
-    description: descriptions.Description,
-    grid_size: tuple[int, int],
-    weights: weight_files.WeightFiles,
+def read_parameter(
+    weights: weight_files.WeightFiles, place: Place, shape: tuple[int, ...]
 ) -> np.ndarray:
-  """Reads one parameter.
+  """Reads one parameter of a checkpoint that `check_arrays` has accepted.
 
   Args:
-    source: from `find_sources`.
-    description: of the checkpoint.
-    grid_size: rows and columns that positions are resampled to.
-    weights: files of the checkpoint.
+    weights: the checkpoint.
+    place: of the parameter.
+    shape: of the parameter.
 
   Returns:
-    The parameter, float32; blocks are stacked along the first axis.
+    The parameter, float32.
 
   Raises:
-    ValueError: a damaged file.
+    ValueError: the array is corrupted, or holds NaN or infinity.
   """
-  architecture = description.architecture
-  if source.parameter == 'positions':
-    stored = layouts.arrange(
-        source.place, weights.read(source.keys[0]), architecture
-    )[architecture.num_class_tokens:]
-    side = math.isqrt(len(stored))
-    return resampling.resize_grid(
-        rearrange(stored, '(h w) c -> h w c', h=side),
-        grid_size,
-        architecture.position_kernel,
-    )
-  if not source.parameter.startswith('blocks/'):
-    array = weights.read(source.keys[0])
-    return layouts.arrange(source.place, array, architecture)
-  value = np.empty(source.shape, np.float32)
-  for i in range(architecture.depth):
-    # Scanned checkpoints have one array for all blocks.
-    if i < len(source.keys):
-      array = weights.read(source.keys[i])
-    block = array[i] if description.scanned else array
-    value[i] = layouts.arrange(source.place, block, architecture)
+
+  def read(key: str) -> np.ndarray:
+    array = weights.read(key)
+    if place.pattern is not None:
+      array = rearrange(array, place.pattern, **place.sizes)
+    return array if place.part is None else array[place.part]
+
+  if '{i}' not in place.key:
+    return read(place.key).reshape(shape)
+  value = np.empty(shape, np.float32)
+  for i, key in enumerate(_keys(place, shape)):
+    value[i] = read(key)
   return value
 
 
-def place_value(
-    value: np.ndarray, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
-  """Puts a parameter on the default device, or each shard on its own."""
-  if sharding is None:
-    return jnp.asarray(value)
-  return jax.make_array_from_callback(
-      value.shape, sharding, lambda index: value[index]
-  )
+def _keys(place: Place, shape: tuple[int, ...]) -> list[str]:
+  """Returns the keys of all arrays that hold the parameter."""
+  if '{i}' not in place.key:
+    return [place.key]
+  return [place.key.replace('{i}', str(i)) for i in range(shape[0])]
+
+
+def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of the array, or arrays, that hold the parameter."""
+  if '{i}' in place.key:
+    shape = shape[1:]
+  if place.pattern is None:
+    return shape
+  stored, ours = place.pattern.split(' -> ')
+  if place.part is not None:
+    # The first axis counts the parts.
+    first, *rest = ours.split()
+    shape = (place.sizes[first], *shape[len(shape) - len(rest):])
+  return jax.eval_shape(
+      lambda x: rearrange(x, f'{ours} -> {stored}', **place.sizes),
+      jax.ShapeDtypeStruct(shape, np.float32),
+  ).shape

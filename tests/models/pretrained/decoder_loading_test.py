@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 from flax import traverse_util
 import jax
@@ -104,7 +105,13 @@ def test_variables_are_those_of_a_new_decoder():
   )
 
 
-@pytest.mark.parametrize('normalization', mae_decoder.NORMALIZATIONS)
+@pytest.mark.parametrize(
+    'normalization',
+    [
+        x if x == 'dinov2' else pytest.param(x, marks=pytest.mark.slow)
+        for x in mae_decoder.NORMALIZATIONS
+    ],
+)
 def test_images_are_denormalised_to_the_range_of_pixels(normalization):
   golden = np.load(_RAE / 'expected.npz')
   decoder = models.load_decoder(_RAE, normalization)
@@ -192,6 +199,7 @@ def test_no_device_holds_the_whole_of_what_is_sharded():
   assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
 
 
+@pytest.mark.slow
 # What is refused.
 
 
@@ -210,7 +218,7 @@ def test_one_error_names_all_that_is_wrong_with_the_keys(tmp_path):
   weights['decoder_norm.bias'] = np.zeros(39, np.float32)
   weights['decoder_norm.weight'] = np.zeros(40, np.int64)
   del weights['trainable_cls_token']
-  with pytest.raises(ValueError, match=r'The decoder of .* not fit') as error:
+  with pytest.raises(ValueError, match='are not those of the dec') as error:
     models.load_decoder(_write(tmp_path, weights))
   message = str(error.value)
   assert '1 missing: trainable_cls_token;' in message
@@ -235,27 +243,31 @@ def test_encoders_and_masked_autoencoders_are_no_decoders(tmp_path):
     models.load_decoder(_write(tmp_path, weights, model_type='dinov2'))
 
 
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'decoder_hidden_size': 0}, 'decoder_hidden_size .* must be a number'),
-        ({'decoder_hidden_size': None}, 'decoder_hidden_size'),
-        ({'decoder_num_attention_heads': 3}, 'width 40 must be a multiple of'),
-        ({'decoder_num_hidden_layers': 10**6}, 'too few for 1000000 blocks'),
-        ({'decoder_intermediate_size': 97}, r'\(96, 40\) instead of \(97, 40'),
-        ({'hidden_size': 47}, r'embed.weight is \(40, 48\) instead of \(40'),
-        ({'patch_size': 8}, r'pred.bias is \(768,\) instead of \(192,\)'),
-        ({'image_size': 80}, r'pos_embed is \(1, 17, 40\) instead of \(1, 26,'),
-        ({'image_size': 8}, r'config\.json is \(8, 8\); both sides .* 16'),
-        ({'image_size': 10**6}, r'config\.json is \(1000000, .* can be held'),
-        ({'qkv_bias': 'false'}, r"qkv_bias .* 'false'; it must be true"),
-        ({'num_channels': 1}, 'num_channels .* is 1; only'),
-        ({'hidden_act': 'relu'}, r"hidden_act .* 'relu'; known: \['gelu'"),
-    ],
+_REFUSED_CONFIGS = (
+    ({'decoder_hidden_size': 0}, 'width is 0; it must be an integer'),
+    ({'decoder_hidden_size': None}, 'decoder_hidden_size'),
+    ({'decoder_num_attention_heads': 3}, 'width 40 must be a multiple of'),
+    ({'decoder_num_hidden_layers': 10**6}, 'too few for 1000000 blocks'),
+    ({'decoder_intermediate_size': 97}, r'\(96, 40\) instead of \(97, 40'),
+    ({'hidden_size': 47}, r'embed.weight is \(40, 48\) instead of \(40'),
+    ({'patch_size': 8}, r'pred.bias is \(768,\) instead of \(192,\)'),
+    ({'image_size': 80}, r'pos_embed is \(1, 17, 40\) instead of \(1, 26,'),
+    ({'image_size': 8}, r'image_size is \(8, 8\); both sides .* 16'),
+    ({'image_size': 10**6}, r'image_size is \(1000000, .* can be held'),
+    ({'qkv_bias': 'false'}, r"qkv_bias .* 'false'; it must be true"),
+    ({'num_channels': 1}, 'num_channels is 1; it must be 3'),
+    ({'hidden_act': 'relu'}, r"hidden_act .* 'relu'; known: \['gelu'"),
 )
-def test_configs_that_do_not_fit_are_refused(fields, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
-    models.load_decoder(_write(tmp_path, _weights(), **fields))
+
+
+def test_configs_that_do_not_fit_are_refused(tmp_path):
+  unlike = []
+  for fields, message in _REFUSED_CONFIGS:
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+      models.load_decoder(_write(tmp_path, _weights(), **fields))
+    if not re.search(message, str(error.value)):
+      unlike.append((fields, str(error.value)))
+  assert not unlike
 
 
 def test_two_decoders_in_one_checkpoint_are_refused(tmp_path):
@@ -281,12 +293,12 @@ def test_damaged_files_are_refused(tmp_path):
   path = _write(tmp_path, _weights()) / 'model.safetensors'
   content = path.read_bytes()
   path.write_bytes(content[:len(content) // 2])
-  with pytest.raises(ValueError, match='damaged or of another kind'):
+  with pytest.raises(ValueError, match='corrupted, or not safetensors'):
     models.load_decoder(tmp_path)
   with pytest.raises(ValueError, match='give its directory'):
     models.load_decoder(path)
   with pytest.raises(ValueError, match='There is no'):
     models.load_decoder(tmp_path / 'absent')
   (tmp_path / 'config.json').unlink()
-  with pytest.raises(ValueError, match=r'config\.json|damaged'):
+  with pytest.raises(ValueError, match=r'config\.json|corrupted'):
     models.load_decoder(tmp_path)

@@ -126,7 +126,16 @@ def _images(latents, variables, mean, std):
   return images
 
 
-@pytest.mark.parametrize('grid', [_GRID, (3, 2), (5, 7), (1, 1)])
+@pytest.mark.parametrize(
+    'grid',
+    [
+        (5, 7),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (_GRID, (3, 2), (1, 1))
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     ('normalization', 'mean', 'std'),
     [
@@ -189,6 +198,8 @@ def test_it_starts_with_fixed_positions_and_a_small_class_token():
   assert 0 < np.std(images) < 0.2
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient():
   decoder = _decoder()
   latents = _latents((4, 5))
@@ -212,6 +223,7 @@ def test_every_parameter_has_a_gradient():
       assert all(np.abs(x).max() > 1e-6 for x in stacked), name
 
 
+@pytest.mark.slow
 def test_compiling_remat_and_unrolling_change_no_result():
   decoder = _decoder()
   latents = _latents()
@@ -305,6 +317,8 @@ def test_names_are_those_of_the_rules():
     assert rule.allowed == f'one of {sorted(names)}'
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_decoding_the_indices_equals_the_forward_pass():
   config = _config(
       data__image_size=(16, 24), model__decoder__mae__grid_size=(2, 3)

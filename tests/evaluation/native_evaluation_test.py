@@ -22,6 +22,7 @@ from fsq_jax.evaluation import native_evaluation
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import saved_run
 from fsq_jax.models import native_size
+from fsq_jax.models.pretrained import encoder as pretrained_vit
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 
@@ -121,7 +122,10 @@ class _Runs:
     return json.loads((self.folder / _FILE).read_text())
 
 
-@pytest.fixture(scope='module', params=sorted(_KINDS))
+@pytest.fixture(
+    scope='module',
+    params=['tiles', pytest.param('whole', marks=pytest.mark.slow)],
+)
 def runs(request, root, built, tmp_path_factory):
   """An evaluated run of each kind."""
   folder = tmp_path_factory.mktemp('run')
@@ -195,6 +199,7 @@ def test_tokens_that_see_the_image_are_counted(runs):
   assert (padded > len(tokens)) == (runs.kind == 'tiles')
 
 
+@pytest.mark.slow
 def test_the_protocol_says_what_is_done_to_images(runs):
   text = runs.record()['protocol']['native_size']
   sides = {'tiles': '16 x 16', 'whole': '4 x 4'}[runs.kind]
@@ -234,6 +239,7 @@ def test_the_grid_has_the_middle_of_images_on_white(runs, root):
   )
 
 
+@pytest.mark.slow
 def _evaluator(root, built, num_devices, folder, **networks):
   config = _config(root, 'tiles')
   mesh = partitioning.create_mesh(
@@ -278,6 +284,8 @@ def test_networks_measure_images_as_they_are(root, built, tmp_path):
   assert path.read_bytes() == first
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_devices_do_not_change_the_numbers(root, built, num_devices):
   expected = _evaluator(root, built, 8, None).run(built['tiles'][1])
@@ -317,6 +325,8 @@ def test_an_image_that_needs_too_much_memory_is_named_and_skipped(
     _evaluator(root, built, 8, None).run(built['tiles'][1])
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_where_no_image_can_be_evaluated_the_first_one_is_named(
     root, built, monkeypatch
 ):
@@ -325,6 +335,7 @@ def test_where_no_image_can_be_evaluated_the_first_one_is_named(
     _evaluator(root, built, 8, None).run(built['tiles'][1])
 
 
+@pytest.mark.slow
 def test_a_network_that_lacks_memory_for_an_image_leaves_it_out(
     root, built, monkeypatch
 ):
@@ -344,6 +355,7 @@ def test_a_network_that_lacks_memory_for_an_image_leaves_it_out(
   assert protocol['unmeasured_images'][path].endswith('fd_encoder too much')
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_counted(root, built):
   variables = jax.tree.map(np.array, built['tiles'][1])
   variables['params']['decoder']['pixels']['bias'][0] = np.inf
@@ -356,7 +368,9 @@ def test_what_is_not_finite_is_counted(root, built):
 def test_images_smaller_than_a_network_takes_are_counted(
     root, built, monkeypatch
 ):
-  monkeypatch.setattr(network_metrics, '_min_side', lambda network: 17)
+  monkeypatch.setattr(
+      pretrained_vit.PretrainedVit, 'min_side', 17, raising=False
+  )
   result = _evaluator(root, built, 8, None, fd_encoder=str(_ENCODER)).run(
       built['tiles'][1]
   )
