@@ -8,6 +8,7 @@ import numpy as np
 
 from fsq_jax.data import transforms
 from fsq_jax.models import autoencoder
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 
 # Executables to keep of a function of whole arrays: images of 200 to 2000
@@ -51,6 +52,34 @@ class ImageSizes:
   def pad(self, image: np.ndarray) -> np.ndarray:
     """Mirrors [H, W, 3] at the bottom and right to sides of `multiples`."""
     return transforms.pad(image, self.multiples)
+
+  def map(
+      self,
+      function: Callable[[jax.Array, np.ndarray | None], Any],
+      x: np.ndarray,
+      cell: tuple[int, int],
+      batcher: batching.Batcher,
+  ) -> Any:
+    """Applies the model to padded images, or tokens, of any size.
+
+    Args:
+      function: from a batch [b, H', W', ...] and a size, as in `call`, to a
+        tree of arrays [b, h, w, ...] or [b].
+      x: [B, H, W, ...] padded images, or tokens.
+      cell: `multiples` for images, `grid` for tokens.
+      batcher: splits whole arrays, or their tiles, into batches.
+
+    Returns:
+      The tree of NumPy arrays [B, h, w, ...], or [number of tiles].
+    """
+    if not self.whole:
+      return batcher.map_tiles(lambda batch: function(batch, None), x, cell)
+    usual_size = tuple(np.multiply(self._trained, cell).tolist())
+
+    def map_batches(x: np.ndarray, size: np.ndarray | None) -> Any:
+      return batcher.map(lambda batch: function(batch, size), x, usual_size)
+
+    return self.call(map_batches, x, cell)
 
   def call(
       self,

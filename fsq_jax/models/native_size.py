@@ -6,6 +6,7 @@ was.
 """
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from fsq_jax.models import autoencoder
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 
@@ -57,14 +59,15 @@ def reconstruct(
     size: see `Autoencoder.encode`.
 
   Returns:
-    Reconstructions, the same shape, uint8; indices, int32; and one bool,
-    whether all reconstructions are finite.
+    Reconstructions, the same shape, uint8; indices, int32; and [B] bool,
+    whether each reconstruction is finite.
   """
-  output = model.apply(variables, pixels.to_float(images), size=size)
+  with partitioning.mesh_of(images):
+    output = model.apply(variables, pixels.to_float(images), size=size)
   return (
       pixels.to_uint8(output.reconstructions),
       output.indices,
-      jnp.all(jnp.isfinite(output.reconstructions)),
+      jnp.all(jnp.isfinite(output.reconstructions), axis=(1, 2, 3)),
   )
 
 
@@ -92,6 +95,10 @@ class Reconstructor:
       mesh: from `partitioning.create_mesh`. All devices do the same.
     """
     self._sizes = image_sizes.ImageSizes(model, image_size)
+    # Powers of 2, for which there are few executables, and no tile too much.
+    self._batcher = batching.Batcher(
+        mesh, _MAX_TILES, fill='none', split=False
+    )
     self._reconstruct = compiled.Compiled(
         lambda *arguments: reconstruct(model, *arguments),
         max_shapes=image_sizes.MAX_SHAPES,
@@ -135,63 +142,19 @@ class Reconstructor:
     if not image.size:
       raise ValueError(f'An image of {list(image.shape)} has no pixel.')
     padded = self._sizes.pad(image)
-    padded_size = padded.shape[:2]
-    if self._sizes.whole:
-      images, indices, finite = self._sizes.call(
-          lambda x, size: jax.device_get(self._reconstruct(variables, x, size)),
-          padded[None],
-          self._sizes.multiples,
-      )
-      padded, indices = images[0], indices[0]
-    else:
-      padded, indices, finite = self._run_on_tiles(variables, padded)
+    images, indices, finite = self._sizes.map(
+        functools.partial(self._reconstruct, variables), padded[None],
+        self._sizes.multiples, self._batcher,
+    )
+    indices = indices[0]
     height, width = image.shape[:2]
     rows, columns = (
         math.ceil(side * num / padded_side)
         for side, num, padded_side in zip(
-            (height, width), indices.shape[:2], padded_size, strict=True
+            (height, width), indices.shape[:2], padded.shape[:2], strict=True
         )
     )
     return Reconstruction(
-        padded[:height, :width], indices, (rows, columns), bool(finite)
+        images[0, :height, :width], indices, (rows, columns),
+        bool(finite.all()),
     )
-
-  def _run_on_tiles(
-      self, variables, image: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns the image and the indices put together out of tiles.
-
-    Tiles go straight to their place: large images are not copied again.
-    """
-    height, width = self._sizes.multiples
-    places = [
-        (row, column)
-        for row in range(image.shape[0] // height)
-        for column in range(image.shape[1] // width)
-    ]
-
-    def cell(place, side_h, side_w):
-      row, column = place
-      return np.s_[
-          row * side_h : (row + 1) * side_h,
-          column * side_w : (column + 1) * side_w,
-      ]
-
-    reconstruction, grid, all_finite = np.empty_like(image), None, True
-    while places:
-      # Powers of 2, for which there are few executables, and no tile too much.
-      size = min(_MAX_TILES, 2 ** (len(places).bit_length() - 1))
-      taken, places = places[:size], places[size:]
-      tiles = np.stack([image[cell(x, height, width)] for x in taken])
-      images, indices, finite = jax.device_get(
-          self._reconstruct(variables, tiles)
-      )
-      h, w = indices.shape[1:3]
-      if grid is None:
-        shape = image.shape[0] // height * h, image.shape[1] // width * w
-        grid = np.empty((*shape, *indices.shape[3:]), indices.dtype)
-      for place, tile, tokens in zip(taken, images, indices, strict=True):
-        reconstruction[cell(place, height, width)] = tile
-        grid[cell(place, h, w)] = tokens
-      all_finite = all_finite and bool(finite)
-    return reconstruction, grid, all_finite

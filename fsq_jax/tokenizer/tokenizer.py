@@ -20,9 +20,9 @@ from fsq_jax.data import transforms
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import convert
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
-from fsq_jax.tokenizer import batching
 from fsq_jax.tokenizer import files as tokenizer_files
 
 FITS = ('crop', 'pad')
@@ -262,12 +262,9 @@ class Tokenizer:
           ' load the whole one.'
       )
     images = self._fit(_check_images(images), fit)
-    if self._sizes.whole or images.shape[1:3] == self._image_size:
-      return self._map(
-          self._encode, images, self._sizes.multiples, self._image_size
-      )
-    return self._batcher.map_tiles(
-        self._encode, self.variables, images, self._image_size
+    return self._sizes.map(
+        functools.partial(self._encode, self.variables), images,
+        self._sizes.multiples, self._batcher,
     )
 
   def decode(
@@ -310,14 +307,10 @@ class Tokenizer:
             f'Images of {tokens.shape[1:3]} tokens have {largest} pixels; they'
             f' cannot be cropped to {size}. Give a size of at most that.'
         )
-    if self._sizes.whole or tokens.shape[1:3] == self._sizes.grid:
-      images = self._map(
-          self._decode, tokens, self._sizes.grid, self.grid_size
-      )
-    else:
-      images = self._batcher.map_tiles(
-          self._decode, self.variables, tokens, self._sizes.grid
-      )
+    images = self._sizes.map(
+        functools.partial(self._decode, self.variables), tokens,
+        self._sizes.grid, self._batcher,
+    )
     return images if size is None else images[:, : size[0], : size[1]]
 
   def reconstruct(self, images: np.ndarray, fit: str = 'crop') -> np.ndarray:
@@ -334,25 +327,6 @@ class Tokenizer:
     images = _check_images(images)
     size = images.shape[1:3] if fit == 'pad' else None
     return self.decode(self.encode(images, fit), size)
-
-  def _map(
-      self,
-      function: Callable[..., jax.Array],
-      x: np.ndarray,
-      cell: tuple[int, int],
-      usual_size: tuple[int, int],
-  ) -> np.ndarray:
-    """Applies a compiled function to images or tokens that are not cut."""
-
-    def call(x, size):
-      # Tiles are compiled without a size, too.
-      sizes = () if size is None else (size,)
-      return self._batcher.map(
-          lambda variables, batch: function(variables, batch, *sizes),
-          self.variables, x, usual_size,
-      )
-
-    return self._sizes.call(call, x, cell)
 
   def _stored(self) -> tokenizer_files.Stored:
     if self.stored is None:

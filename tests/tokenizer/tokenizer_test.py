@@ -24,7 +24,6 @@ from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
-from fsq_jax.tokenizer import batching
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -82,34 +81,6 @@ def test_batches_are_filled_up_and_cut(tokenizer, num):
   part = tokenizer.encode(images[:num])
   assert part.shape[0] == num
   assert np.mean(part != whole[:num]) < 1e-2
-
-
-@pytest.mark.parametrize(
-    ('num_devices', 'num', 'side', 'lengths'),
-    [
-        (1, 1, 16, [1]), (1, 3, 16, [4]), (1, 16, 16, [16]),
-        (1, 17, 16, [16, 16]), (1, 45, 8, [16] * 3),
-        # Of four times the pixels, a fourth of the images.
-        (1, 9, 32, [4] * 3), (1, 3, 1024, [1] * 3),
-        (4, 1, 16, [4]), (4, 9, 16, [16]), (4, 9, 32, [4] * 3),
-        (4, 9, 1024, [4] * 3),
-    ],
-)  # fmt: skip
-def test_batches_have_few_sizes(num_devices, num, side, lengths):
-  devices = jax.devices()[:num_devices]
-  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, devices)
-  x = np.zeros((num, side, side), np.uint8)
-  x[:, 0, 0] = np.arange(num)
-  seen = []
-
-  def function(_, batch):
-    seen.append(len(batch))
-    return batch[:, 0, 0]
-
-  batcher = batching.Batcher(mesh, 13 if num_devices > 1 else 16)
-  given = batcher.map(function, None, x, (16, 16))
-  assert seen == lengths
-  np.testing.assert_array_equal(given, np.arange(num))
 
 
 @pytest.mark.parametrize('sizes', [
@@ -506,15 +477,6 @@ def test_lists_of_different_shapes_are_refused(tokenizer):
     tokenizer.decode([[[0, 1]], [[0]]])
 
 
-@pytest.mark.parametrize('batch_size', [0, -1, True, 1.5, '8', None])
-def test_batch_sizes_are_integers(tokenizer, batch_size):
-  with pytest.raises(ValueError, match=r'^batch_size is .*; use an integer, 1'):
-    Tokenizer(
-        tokenizer.config, tokenizer.variables, tokenizer.mesh,
-        batch_size=batch_size,
-    )  # fmt: skip
-
-
 def _encode_in_worker(tokenizer, images):
   return (
       tokenizer.encode(images), tokenizer.spec, tokenizer.model_hash,
@@ -619,11 +581,3 @@ def test_the_hub_keeps_folders(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(ValueError, match=r'pip install huggingface_hub\.'):
     tokenizer.push_to_hub('me/mine')
-
-
-def test_meshes_of_others_are_refused(tokenizer, monkeypatch):
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  with pytest.raises(ValueError, match='local_devices'):
-    Tokenizer(tokenizer.config, tokenizer.variables, tokenizer.mesh)
-
-
