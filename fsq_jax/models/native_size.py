@@ -1,8 +1,7 @@
-"""Reconstructions of images at their own size, whatever that is.
+"""Reconstructs images at their native size.
 
-A model takes images of one size, or of sides that its stride divides. Any other
-image is padded at its bottom and right, reconstructed, and cropped to what it
-was.
+A model takes images of one size, or sides that are multiples of its stride.
+Other images are padded at the bottom and right, reconstructed, and cropped.
 """
 
 from collections.abc import Mapping
@@ -26,16 +25,16 @@ _MAX_TILES = 32
 
 
 class Reconstruction(NamedTuple):
-  """What becomes of an image.
+  """Result of reconstructing one image.
 
   Attributes:
     image: [H, W, 3] uint8.
-    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid
-      of all tiles.
-    num_seen: (rows, columns) of indices that see the image; those behind them
-      are of padding alone.
-    finite: whether what the decoder made, padding included, is free of NaN and
-      infinity, for which the image has no value.
+    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid for
+      all tiles.
+    num_seen: (rows, columns) of indices that cover pixels of the image; the
+      other indices cover padding only.
+    finite: whether the decoder's output, including padding, has no NaN and no
+      infinity, which uint8 cannot represent.
   """
 
   image: np.ndarray
@@ -50,7 +49,7 @@ def reconstruct(
     images: jax.Array,
     size: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Codes and decodes images of a size that the model takes.
+  """Encodes and decodes images of a size that the model takes.
 
   Args:
     model: the autoencoder.
@@ -74,11 +73,11 @@ def reconstruct(
 class Reconstructor:
   """Reconstructs images of any size with one model.
 
-  A model with a stride, a convolutional one, takes the whole padded image, and
-  is compiled for few sizes (`image_sizes`). Its GroupNorm sees the mirrored
-  padding, so that every pixel may differ a little from what it would be
-  without. Other models take tiles of the size that they were trained with, each
-  by itself, and edges of tiles may show.
+  A convolutional model, which has a stride, takes the whole padded image, and
+  is compiled for few sizes (`image_sizes`). Its GroupNorm also averages over
+  the mirrored padding, which changes every pixel slightly. Other models take
+  independent tiles of the size they were trained with; tile edges may be
+  visible.
   """
 
   def __init__(
@@ -92,10 +91,11 @@ class Reconstructor:
     Args:
       model: an autoencoder.
       image_size: (height, width) in pixels that it was built for.
-      mesh: from `partitioning.create_mesh`. All devices do the same.
+      mesh: from `partitioning.create_mesh`; tiles are sharded over it if it
+        divides their number.
     """
     self._sizes = image_sizes.ImageSizes(model, image_size)
-    # Powers of 2, for which there are few executables, and no tile too much.
+    # Powers of 2: few executables, and no padding tiles.
     self._batcher = batching.Batcher(
         mesh, _MAX_TILES, fill='none', split=False
     )
@@ -107,7 +107,7 @@ class Reconstructor:
 
   @property
   def protocol(self) -> str:
-    """What is done to images, in words."""
+    """The treatment of images in words, for evaluation.json."""
     height, width = self._sizes.multiples
     text = (
         f'sides padded to multiples of {height} x {width} pixels by mirroring'
@@ -131,7 +131,7 @@ class Reconstructor:
 
     Raises:
       ValueError: an array of another shape or dtype.
-      compiled.TooLargeError: the device has too little memory for the image.
+      compiled.TooLargeError: not enough device memory for the image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -140,7 +140,7 @@ class Reconstructor:
           f' {image.dtype}.'
       )
     if not image.size:
-      raise ValueError(f'An image of {list(image.shape)} has no pixel.')
+      raise ValueError(f'An image of {list(image.shape)} has no pixels.')
     padded = self._sizes.pad(image)
     images, indices, finite = self._sizes.map(
         functools.partial(self._reconstruct, variables), padded[None],

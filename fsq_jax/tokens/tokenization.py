@@ -1,4 +1,4 @@
-"""Images of a data set to token files (mode tokenize)."""
+"""Writes the tokens of a data set to token files (mode tokenize)."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
@@ -17,37 +17,38 @@ import numpy as np
 
 from fsq_jax import configuration
 from fsq_jax import data
-from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import preemption
 from fsq_jax.runtime import processes
+from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
 from fsq_jax.workdir import progress
 
-# Images that are in memory together where they are not cropped.
+# Images in memory at a time where they are not cropped.
 NUM_WHOLE = 8
 
 
 class Interrupted(Exception):  # noqa: N818
-  """A signal has stopped the run; the same command goes on."""
+  """A signal stopped the run; the same command resumes it."""
 
 
 class _Chunk(NamedTuple):
   """Images of one shard that are encoded together.
 
   Attributes:
-    shard: that they belong to.
-    images: those that can be read, [H, W, 3] uint8, fitted to the model.
-    examples: what is known of these; tokens are to come.
-    num_bytes: of their files; None where they have none.
-    damaged: the others, each once, whatever the number of views.
-    num_views: of all of them.
-    states: of these and the damaged ones, by index, where they have any.
-    num_upscaled: of the source's images that are scaled up, each once, too.
+    shard: number of the shard.
+    images: readable images, [H, W, 3] uint8, fitted to the model.
+    examples: their metadata, without tokens.
+    num_bytes: size of their files; None without files.
+    damaged: unreadable images, each once for all views.
+    num_views: number of views, readable or not.
+    states: states of all images by index, if the source has files.
+    num_upscaled: images that were scaled up, each once for all views.
   """
 
   shard: int
@@ -70,39 +71,38 @@ def tokenize_workdir(
 ) -> manifest.Manifest:
   """Writes the tokens of a data set, in the order of its images.
 
-  Each image has one token grid, of the crop that evaluation takes, or one for
-  each of tokenize.views random crops as in training.
+  Each image has one token grid, of the crop of evaluation, or one for each of
+  tokenize.views random crops as in training.
 
-  Resumes where a run of the same command was stopped; what it writes is to the
-  byte what a run writes that was not. Several processes share the files. A
-  folder that is complete is left as it is, if the images have not changed.
+  Resumes a stopped run of the same command; the files are the same, byte for
+  byte, as without a stop. Several processes share the work by shards. A
+  complete folder is not changed, but checked for changes of the images.
 
   Args:
-    config: of the model; its data section may name any images, its tokenize
-      section says which of them, and how they are written.
-    workdir: the run's folder, or one of `Tokenizer.save_pretrained`.
-    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
-      of a step.
+    config: of the model, with any data section; the tokenize section selects
+      the images and the format.
+    workdir: the run's folder, or a folder of `Tokenizer.save_pretrained`.
+    which: 'newest' checkpoint, 'best' (highest PSNR), or a step number.
     folder: for the files; `default_folder` by default.
-    verify_images: compare the hashes of all images that earlier runs have
-      tokenized; otherwise of those whose files have another size or time.
+    verify_images: compare the hashes of all images tokenized by earlier runs;
+      by default only of images whose files changed in size or time.
 
   Returns:
     The manifest, also written to the folder.
 
   Raises:
-    ValueError: a config that is not valid or not that of the model, images
-      that are not there or have changed since earlier runs have tokenized
-      them, or a folder of something else.
-    Interrupted: by SIGTERM or SIGINT, of any process.
-    PeerError: another of several processes has failed.
+    ValueError: an invalid config, a config of another model, images that are
+      missing or changed since they were tokenized, or a folder of something
+      else.
+    Interrupted: by SIGTERM or SIGINT in any process.
+    PeerError: another process has failed.
   """
   configuration.check_config(config, mode='tokenize')
   folder = pathlib.Path(folder or default_folder(config, workdir))
   folder = folder.expanduser().absolute()
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
-  # Before the model, which takes long: they may be missing.
+  # Before the model, which takes long to load: images may be missing.
   with processes.fail_together():
     source = _open_source(data_config, config.tokenize)
   tokenizer = tokenizers.load_tokenizer(
@@ -136,7 +136,7 @@ def tokenize_workdir(
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
-  """Returns whether a folder has all token files of an earlier run."""
+  """Returns whether a folder holds a complete set of token files."""
   return (pathlib.Path(folder).expanduser() / manifest.FILE).is_file()
 
 
@@ -146,11 +146,11 @@ def default_folder(
   """Returns WORKDIR/tokens/NAME, named for the images.
 
   Args:
-    config: of which the sections data and tokenize count.
+    config: its sections data and tokenize determine the name.
     workdir: of the run.
 
   Returns:
-    Such as tokens/tfds_cifar10_test, or tokens/photos_train_4_views.
+    For example tokens/tfds_cifar10_test or tokens/photos_train_4_views.
   """
   words = [config.data.source, config.data.name]
   if config.data.source in ('folder', 'tfds'):
@@ -168,28 +168,25 @@ def apply_filled(
     x: np.ndarray,
     job: manifest.Job,
 ) -> np.ndarray:
-  """Applies a function to at most a batch, which it gets whole under 'crop'.
+  """Applies a function to a batch, filled up to job.batch_size under 'crop'.
 
-  So what becomes of an image does not depend on how many are left of a shard.
-  Under 'pad' sizes differ, and most batches would be nearly empty.
+  The result of an image then does not depend on the number of images left in
+  its shard. Under 'pad' sizes differ, and most batches would be nearly empty.
 
   Args:
     function: `Tokenizer.encode` or `Tokenizer.decode`, of their first argument.
     x: [n, ...], n at most job.batch_size.
-    job: that is done.
+    job: the job.
 
   Returns:
-    [n, ...], what the function makes of x.
+    [n, ...], the results of x.
   """
-  num = len(x)
-  if job.fit == 'crop':
-    filling = np.zeros((job.batch_size - num, *x.shape[1:]), x.dtype)
-    x = np.concatenate([x, filling])
-  return function(x)[:num]
+  size = job.batch_size if job.fit == 'crop' else len(x)
+  return function(batching.fill(x, size))[: len(x)]
 
 
 def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
-  """Returns the positions of each of the keys that occur, in order."""
+  """Returns the positions of each distinct key, in order of occurrence."""
   rows = {}
   for i, key in enumerate(keys):
     rows.setdefault(key, []).append(i)
@@ -236,7 +233,7 @@ def _make_job(
 
 
 class _Run:
-  """One run of this process."""
+  """Tokenizes the shards of this process."""
 
   def __init__(
       self,
@@ -247,7 +244,7 @@ class _Run:
       writer: writers.TokenWriter,
       verify_images: bool = False,
   ):
-    """Reads nothing yet; `config` is the data section."""
+    """Takes the parts of a run; `config` is the data section."""
     self._config = config
     self._tokenizer = tokenizer
     self._source = source
@@ -256,21 +253,21 @@ class _Run:
     self._verify_images = verify_images
 
   def check_images(self) -> None:
-    """Refuses images that have changed since the folder was completed.
+    """Checks that no image has changed since the folder was completed.
 
-    Several processes look at those of their shards.
+    Each process checks the images of its shards.
 
     Raises:
-      ValueError: they have; the message lists the first.
+      ValueError: images have changed; lists the first of them.
     """
     if not isinstance(self._source, data.EncodedSource):
-      return  # What they are is in the job.
+      return  # The job determines these images.
     folder = self._writer.folder
     content = manifest.read(folder).content_sha256
     if content is None:
       logging.warning(
-          '%s was written by an earlier version, without hashes of the images:'
-          ' whether they have changed since then is not known.', folder,
+          '%s was written by an earlier version without hashes of the images;'
+          ' changes of the images since then cannot be detected.', folder,
       )
       return
     states = image_states.read(folder, len(self._source), content)
@@ -295,23 +292,23 @@ class _Run:
     )
 
   def write_shards(self, request: preemption.StopRequest) -> bool:
-    """Writes those of this process's shards that are not there yet.
+    """Writes the missing shards of this process.
 
     Args:
-      request: to stop, after the next batch, which stops other processes too.
+      request: stops this and other processes after the next batch.
 
     Returns:
-      Whether all are there.
+      Whether all shards of this process are written.
 
     Raises:
-      ValueError: images of shards that are there have changed, or too many
+      ValueError: images of finished shards have changed, or too many images
         cannot be read.
     """
     numbers = self._shards()
     done = [i for i in numbers if self._writer.is_done(i)]
     for shard in done:
       self._check_unchanged(shard, self._writer.states(shard))
-      # They count towards data.max_damaged_share, as in a run without stops.
+      # Counted towards data.max_damaged_share, as in a run without stops.
       for image in self._writer.damaged(shard):
         self._source.damaged[image.index] = image.reason
     missing = sorted(set(numbers) - set(done))
@@ -357,22 +354,22 @@ class _Run:
     return True
 
   def _shards(self) -> range:
-    """Numbers of this process's shards."""
+    """Shard numbers of this process."""
     return range(
         jax.process_index(), self._job.num_shards, jax.process_count()
     )
 
   def _indices(self, shard: int) -> range:
-    """Indices of the images of a shard."""
+    """Image indices of a shard."""
     start = shard * self._job.images_per_shard
     stop = start + self._job.images_per_shard
     return range(start, min(stop, len(self._source)))
 
   def _read(self, missing: Sequence[int]) -> Iterator[_Chunk]:
-    """Reads the images of shards, in batches that no shard shares."""
+    """Reads the images of shards in batches of one shard each."""
     batch_size = self._job.batch_size
     if self._job.fit == 'pad':
-      # They may be photographs, which wait here as a whole.
+      # Whole photographs may wait here.
       batch_size = min(batch_size, NUM_WHOLE)
     views = self._job.views
     plan = [
@@ -397,7 +394,7 @@ class _Run:
     )
 
   def _load(self, shard: int, numbers: range) -> _Chunk:
-    """Loads views by number: all those of an image follow each other."""
+    """Loads views by number; views of an image are consecutive."""
     images, examples, sizes, damaged, states = [], [], [], [], {}
     num_upscaled = 0
     by_image = itertools.groupby(numbers, lambda x: x // self._job.views)
@@ -406,7 +403,7 @@ class _Run:
       facts = self._source.facts(index)
       stamp = None
       if isinstance(self._source, data.EncodedSource):
-        # Of before it is read, so that a later change shows.
+        # Taken before reading, so that a later change is detected.
         stamp = image_states.take_stamp(self._source, index)
       try:
         image, original_size = self._source.load_with_size(index)
@@ -442,11 +439,11 @@ class _Run:
   def _fit(
       self, image: np.ndarray, index: int, view: int
   ) -> tuple[np.ndarray, tuple]:
-    """Returns what the model gets of an image, and crop and flip if random."""
+    """Returns an image fitted to the model, and crop and flip if random."""
     if self._job.fit == 'pad':
       return image, ()
     if self._job.views == 1:
-      # A copy: a view would keep the whole image until it is encoded.
+      # A copy, since a view would keep the whole image in memory.
       return np.array(data.centre_crop(image, self._job.image_size)), ()
     options = dict(self._job.augmentation)
     seed = np.random.SeedSequence(
@@ -461,7 +458,7 @@ class _Run:
     return crop, (drawn.crop, drawn.is_flipped)
 
   def _encode(self, chunk: _Chunk) -> list[np.ndarray]:
-    """Returns the tokens of each image, those of one size taken together."""
+    """Returns the tokens of each image, encoding images of a size together."""
     tokens = [None] * len(chunk.images)
     for rows in group_equal([image.shape for image in chunk.images]):
       images = np.stack([chunk.images[i] for i in rows])
@@ -475,8 +472,8 @@ class _Run:
             chunk.examples[i].name for i in rows if tokens[i].min() < 0
         )
         raise ValueError(
-            f'Latents of image {name!r} are NaN, which has no token; leave it'
-            ' out, or take another checkpoint.'
+            f'Latents of image {name!r} are NaN and have no tokens; remove the'
+            ' image, or use another checkpoint.'
         )
     return tokens
 
@@ -484,7 +481,7 @@ class _Run:
 def _ahead(
     chunks: Iterator[_Chunk], encode: Callable[[_Chunk], list[np.ndarray]]
 ) -> Iterator[tuple[_Chunk, list[np.ndarray]]]:
-  """Yields chunks with their tokens while the next is being encoded."""
+  """Yields chunks with their tokens while the next chunk is encoded."""
   with futures.ThreadPoolExecutor(1) as pool:
     pending = None
     for chunk in chunks:

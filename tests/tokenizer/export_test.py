@@ -23,6 +23,7 @@ from fsq_jax.quantizers import lookup
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokenizer import export
+from fsq_jax.tokenizer import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -54,7 +55,8 @@ def _abstract(config):
   model = models.build_autoencoder(config.model, config.data.image_size)
   images = np.zeros((1, *config.data.image_size, 3), np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  return Tokenizer(config, dict(variables), _mesh(), batch_size=4)
+  saved = files.SavedModel(config, model, dict(variables))
+  return Tokenizer(saved, _mesh(), batch_size=4)
 
 
 def _untrained(config):
@@ -68,11 +70,11 @@ def _untrained(config):
     deviation = np.prod(x.shape[:-1]) ** -0.5 if path[0].key == 'params' else 1
     return (deviation * rng.standard_normal(x.shape)).astype(x.dtype)
 
-  variables = jax.tree_util.tree_map_with_path(
-      draw, _abstract(config).variables
-  )
+  abstract = _abstract(config)
+  variables = jax.tree_util.tree_map_with_path(draw, abstract.variables)
   variables = jax.device_put(variables, partitioning.replicated(_mesh()))
-  return Tokenizer(config, variables, _mesh(), batch_size=4)
+  saved = files.SavedModel(config, abstract.model, variables)
+  return Tokenizer(saved, _mesh(), batch_size=4)
 
 
 def _load(folder, name):
@@ -326,7 +328,7 @@ def test_a_run_is_exported_to_its_folder(tmp_path, tokenizer, monkeypatch):
   export.export_workdir(config, saved, tmp_path / 'other')
   (of_run, folder), (of_saved, other) = exported
   assert (of_run.step, folder) == (8, tmp_path / 'run' / 'export')
-  assert of_saved.stored is not None
+  assert of_saved.model_hash == of_run.model_hash
   assert other == tmp_path / 'other'
   config.model.encoder.depth = 7
   with pytest.raises(ValueError, match='another model'):

@@ -24,6 +24,7 @@ from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -44,7 +45,8 @@ def _untrained(**kwargs):
   images = np.zeros((1, *config.data.image_size, 3), np.float32)
   variables = jax.jit(model.init)(jax.random.key(0), images)
   variables = jax.device_put(variables, partitioning.replicated(mesh))
-  return Tokenizer(config, dict(variables), mesh, batch_size=8)
+  saved = files.SavedModel(config, model, dict(variables))
+  return Tokenizer(saved, mesh, batch_size=8)
 
 
 @pytest.fixture(scope='module')
@@ -252,8 +254,11 @@ def test_the_card_says_what_was_evaluated(tokenizer, tmp_path):
       (_ROOT / 'experiments/default_run/results.json').read_text()
   )['evaluation']
   evaluated = Tokenizer(
-      tokenizer.config, tokenizer.variables, tokenizer.mesh, step=8,
-      evaluation=evaluation,
+      files.SavedModel(
+          tokenizer.config, tokenizer.model, tokenizer.variables,
+          files.Metadata(step=8, evaluation=evaluation),
+      ),
+      tokenizer.mesh,
   )
   folder = evaluated.save_pretrained(tmp_path / 'x')
   card = (folder / 'README.md').read_text()
@@ -385,7 +390,11 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
       },
   }
   other = Tokenizer(
-      config, tokenizer.variables, tokenizer.mesh, step=8, evaluation=evaluation
+      files.SavedModel(
+          config, tokenizer.model, tokenizer.variables,
+          files.Metadata(step=8, evaluation=evaluation),
+      ),
+      tokenizer.mesh,
   )
   folder = other.save_pretrained(tmp_path / 'x')
   for name in ('config.json', 'README.md'):
@@ -396,7 +405,7 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
   protocol = evaluation['protocol']
   del protocol['command']
   protocol['images']['folder'] = 'images'
-  assert again.stored.evaluation == evaluation
+  assert again.evaluation == evaluation
   assert again.model_hash == other.model_hash == tokenizer.model_hash
 
 
@@ -506,7 +515,7 @@ def test_pickling_keeps_all_but_the_mesh(folder):
       folder, mesh=mesh, batch_size=3, dtype='bfloat16'
   )
   again = pickle.loads(pickle.dumps(tokenizer))
-  for name in ('config', 'model', 'step', 'evaluation', 'stored'):
+  for name in ('config', 'model', 'step', 'evaluation', 'model_hash'):
     assert getattr(again, name) == getattr(tokenizer, name)
   assert again.model.encoder.dtype == jnp.bfloat16
   assert again.mesh.size == 8
