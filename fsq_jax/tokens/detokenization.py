@@ -13,10 +13,10 @@ from PIL import Image
 from fsq_jax import workdir as workdirs
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import batches
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
-from fsq_jax.tokens import tokenization
 from fsq_jax.workdir import progress
 
 _NUM_THREADS = 2
@@ -58,27 +58,27 @@ def detokenize_workdir(
   # Batches are the same for any number of processes.
   size = job.batch_size
   if job.fit == 'pad':
-    size = min(size, tokenization.NUM_WHOLE)
+    size = min(size, batches.NUM_WHOLE)
   starts = range(
       jax.process_index() * size, len(source), jax.process_count() * size
   )
-  batches = [range(i, min(i + size, len(source))) for i in starts]
+  parts = [range(i, min(i + size, len(source))) for i in starts]
   with processes.fail_together():
     source.check_decodable(tokenizer.spec, tokenizer.model_hash)
     workdirs.create(folder, '--images')
-    _write_images(source, tokenizer, batches, folder)
-  return sum(map(len, batches))
+    _write_images(source, tokenizer, parts, folder)
+  return sum(map(len, parts))
 
 
 def _write_images(
     source: sources.TokenSource,
     tokenizer: tokenizers.Tokenizer,
-    batches: list[range],
+    parts: list[range],
     folder: pathlib.Path,
 ) -> None:
   job = source.manifest.job
   bar = progress.ImageProgress(
-      num_images=sum(map(len, batches)), first=0,
+      num_images=sum(map(len, parts)), first=0,
       enabled=jax.process_index() == 0,
   )
   with (
@@ -86,7 +86,7 @@ def _write_images(
       futures.ThreadPoolExecutor(_NUM_THREADS) as pool,
   ):
     writing = []
-    for indices in batches:
+    for indices in parts:
       batch = [source[i] for i in indices]
       paths = [folder / _file(example, job) for example in batch]
       # The previous batch is written while this batch is decoded.
@@ -111,11 +111,11 @@ def _decode(
   """Returns the [H, W, 3] uint8 image of each example."""
   images = [None] * len(batch)
   sizes = [example.size if job.fit == 'pad' else None for example in batch]
-  for rows in tokenization.group_equal([
+  for rows in batches.group_equal([
       (example.tokens.shape, size)
       for example, size in zip(batch, sizes, strict=True)
   ]):
-    decoded = tokenization.apply_filled(
+    decoded = batches.apply_filled(
         lambda x, size=sizes[rows[0]]: tokenizer.decode(x, size),
         np.stack([batch[i].tokens for i in rows]),
         job,

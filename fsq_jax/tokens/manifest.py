@@ -117,6 +117,12 @@ class Job:
     """Name of the file of a shard."""
     return f'tokens-{shard:05d}-of-{self.num_shards:05d}.{self.storage}'
 
+  def indices(self, shard: int) -> range:
+    """Returns the indices of the images of a shard, readable or not."""
+    start = shard * self.images_per_shard
+    stop = start + self.images_per_shard
+    return range(start, min(stop, self.source['num_examples']))
+
   def to_json(self) -> dict[str, Any]:
     """Returns plain values: the attributes and fields derived from them."""
     has_views = self.views > 1

@@ -1,6 +1,7 @@
 """Token files in the formats array_record and npz."""
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import math
 import pathlib
 import struct
@@ -74,6 +75,12 @@ def open_shard(path: pathlib.Path, job: manifest.Job) -> Sequence[Example]:
     ValueError: a file of another kind.
   """
   return _READERS[job.storage](path, job)
+
+
+def hash_file(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _encode_name(name: str) -> bytes:

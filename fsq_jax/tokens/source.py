@@ -139,15 +139,9 @@ class TokenSource(Sequence[shards.Example]):
       return f'{shard.file} is missing.'
     if (size := path.stat().st_size) != shard.num_bytes:
       return f'{shard.file} has {size} bytes, not {shard.num_bytes}.'
-    if (digest := hash_file(path)) != shard.sha256:
+    if (digest := shards.hash_file(path)) != shard.sha256:
       return f'{shard.file} has sha256 {digest}, not {shard.sha256}.'
     return None
-
-
-def hash_file(path: pathlib.Path) -> str:
-  """Returns the sha256 of a file."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,15 @@
 """Writes the tokens of a data set to token files (mode tokenize)."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
 import re
-from typing import NamedTuple
 
 from absl import logging
-import grain
 import jax
 import ml_collections
 import numpy as np
@@ -19,46 +18,18 @@ from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.runtime import batching
 from fsq_jax.runtime import preemption
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import batches
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest
-from fsq_jax.tokens import shards
 from fsq_jax.tokens import writer as writers
 from fsq_jax.workdir import progress
-
-# Images in memory at a time where they are not cropped.
-NUM_WHOLE = 8
 
 
 class Interrupted(Exception):  # noqa: N818
   """A signal stopped the run; the same command resumes it."""
-
-
-class _Chunk(NamedTuple):
-  """Images of one shard that are encoded together.
-
-  Attributes:
-    shard: number of the shard.
-    images: readable images, [H, W, 3] uint8, fitted to the model.
-    examples: their metadata, without tokens.
-    num_bytes: size of their files; None without files.
-    damaged: unreadable images, each once for all views.
-    num_views: number of views, readable or not.
-    states: states of all images by index, if the source has files.
-    num_upscaled: images that were scaled up, each once for all views.
-  """
-
-  shard: int
-  images: list[np.ndarray]
-  examples: list[shards.Example]
-  num_bytes: int | None
-  damaged: list[writers.Damage]
-  num_views: int
-  states: dict[int, image_states.ImageState]
-  num_upscaled: int
 
 
 def tokenize_workdir(
@@ -104,7 +75,7 @@ def tokenize_workdir(
   data_config.cache_mib = 0  # Each image is read once.
   # Before the model, which takes long to load: images may be missing.
   with processes.fail_together():
-    source = _open_source(data_config, config.tokenize)
+    source = batches.open_source(data_config, config.tokenize)
   tokenizer = tokenizers.load_tokenizer(
       workdir, which, config.data.eval_batch_size
   )
@@ -119,7 +90,10 @@ def tokenize_workdir(
         unfinished = folder / manifest.UNFINISHED
         stack.enter_context(workdirs.lock(unfinished, '--tokens'))
         writer.start()
-    run = _Run(data_config, tokenizer, source, job, writer, verify_images)
+    run = _Run(
+        config=data_config, tokenizer=tokenizer, source=source, job=job,
+        writer=writer, verify_images=verify_images,
+    )
     if writer.is_finished:
       with processes.fail_together():
         run.check_images()
@@ -163,45 +137,6 @@ def default_folder(
   return pathlib.Path(workdir) / 'tokens' / name
 
 
-def apply_filled(
-    function: Callable[[np.ndarray], np.ndarray],
-    x: np.ndarray,
-    job: manifest.Job,
-) -> np.ndarray:
-  """Applies a function to a batch, filled up to job.batch_size under 'crop'.
-
-  The result of an image then does not depend on the number of images left in
-  its shard. Under 'pad' sizes differ, and most batches would be nearly empty.
-
-  Args:
-    function: `Tokenizer.encode` or `Tokenizer.decode`, of their first argument.
-    x: [n, ...], n at most job.batch_size.
-    job: the job.
-
-  Returns:
-    [n, ...], the results of x.
-  """
-  size = job.batch_size if job.fit == 'crop' else len(x)
-  return function(batching.fill(x, size))[: len(x)]
-
-
-def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
-  """Returns the positions of each distinct key, in order of occurrence."""
-  rows = {}
-  for i, key in enumerate(keys):
-    rows.setdefault(key, []).append(i)
-  return list(rows.values())
-
-
-def _open_source(
-    config: ml_collections.ConfigDict, tokenize: ml_collections.ConfigDict
-) -> data.ImageSource:
-  split = tokenize.split
-  if split == 'train' and tokenize.views == 1:
-    split = 'train_once'
-  return data.open_source(config, split)
-
-
 def _make_job(
     config: ml_collections.ConfigDict,
     tokenizer: tokenizers.Tokenizer,
@@ -232,25 +167,16 @@ def _make_job(
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-  """Tokenizes the shards of this process."""
+  """Tokenizes the shards of this process; `config` is the data section."""
 
-  def __init__(
-      self,
-      config: ml_collections.ConfigDict,
-      tokenizer: tokenizers.Tokenizer,
-      source: data.ImageSource,
-      job: manifest.Job,
-      writer: writers.TokenWriter,
-      verify_images: bool = False,
-  ):
-    """Takes the parts of a run; `config` is the data section."""
-    self._config = config
-    self._tokenizer = tokenizer
-    self._source = source
-    self._job = job
-    self._writer = writer
-    self._verify_images = verify_images
+  config: ml_collections.ConfigDict
+  tokenizer: tokenizers.Tokenizer
+  source: data.ImageSource
+  job: manifest.Job
+  writer: writers.TokenWriter
+  verify_images: bool
 
   def check_images(self) -> None:
     """Checks that no image has changed since the folder was completed.
@@ -260,9 +186,9 @@ class _Run:
     Raises:
       ValueError: images have changed; lists the first of them.
     """
-    if not isinstance(self._source, data.EncodedSource):
+    if not isinstance(self.source, data.EncodedSource):
       return  # The job determines these images.
-    folder = self._writer.folder
+    folder = self.writer.folder
     content = manifest.read(folder).content_sha256
     if content is None:
       logging.warning(
@@ -270,9 +196,9 @@ class _Run:
           ' changes of the images since then cannot be detected.', folder,
       )
       return
-    states = image_states.read(folder, len(self._source), content)
+    states = image_states.read(folder, len(self.source), content)
     for shard in self._shards():
-      indices = self._indices(shard)
+      indices = self.job.indices(shard)
       rows = slice(indices.start, indices.stop)
       part = image_states.ImageStates(*(x[rows] for x in states))
       self._check_unchanged(shard, part)
@@ -283,12 +209,12 @@ class _Run:
     if states is None:
       return
     image_states.check_unchanged(
-        self._source,
+        self.source,
         states,
-        self._indices(shard),
-        verify=self._verify_images,
-        folder=self._writer.folder,
-        num_threads=self._config.num_threads,
+        self.job.indices(shard),
+        verify=self.verify_images,
+        folder=self.writer.folder,
+        num_threads=self.config.num_threads,
     )
 
   def write_shards(self, request: preemption.StopRequest) -> bool:
@@ -305,21 +231,22 @@ class _Run:
         cannot be read.
     """
     numbers = self._shards()
-    done = [i for i in numbers if self._writer.is_done(i)]
+    done = [i for i in numbers if self.writer.is_done(i)]
     for shard in done:
-      self._check_unchanged(shard, self._writer.states(shard))
+      self._check_unchanged(shard, self.writer.states(shard))
       # Counted towards data.max_damaged_share, as in a run without stops.
-      for image in self._writer.damaged(shard):
-        self._source.damaged[image.index] = image.reason
+      for image in self.writer.damaged(shard):
+        self.source.damaged[image.index] = image.reason
     missing = sorted(set(numbers) - set(done))
-    views = self._job.views
+    views = self.job.views
     bar = progress.ImageProgress(
-        num_images=views * sum(len(self._indices(i)) for i in numbers),
-        first=views * sum(len(self._indices(i)) for i in done),
+        num_images=views * sum(len(self.job.indices(i)) for i in numbers),
+        first=views * sum(len(self.job.indices(i)) for i in done),
         enabled=jax.process_index() == 0,
     )
     with contextlib.closing(bar):
-      chunks = _ahead(self._read(missing), self._encode)
+      reader = batches.ImageReader(self.config, self.source, self.job)
+      chunks = _ahead(reader.read(missing), self._encode)
       for shard, parts in itertools.groupby(chunks, lambda x: x[0].shard):
         if not self._write_shard(shard, parts, bar, request):
           return False
@@ -339,10 +266,10 @@ class _Run:
       num_upscaled += chunk.num_upscaled
       bar.update(chunk.num_views)
       if request.is_due():
-        self._writer.stop()
-      if self._writer.is_stopped:
+        self.writer.stop()
+      if self.writer.is_stopped:
         return False
-    self._writer.write(
+    self.writer.write(
         shard,
         examples,
         damaged=damaged,
@@ -356,114 +283,16 @@ class _Run:
   def _shards(self) -> range:
     """Shard numbers of this process."""
     return range(
-        jax.process_index(), self._job.num_shards, jax.process_count()
+        jax.process_index(), self.job.num_shards, jax.process_count()
     )
 
-  def _indices(self, shard: int) -> range:
-    """Image indices of a shard."""
-    start = shard * self._job.images_per_shard
-    stop = start + self._job.images_per_shard
-    return range(start, min(stop, len(self._source)))
-
-  def _read(self, missing: Sequence[int]) -> Iterator[_Chunk]:
-    """Reads the images of shards in batches of one shard each."""
-    batch_size = self._job.batch_size
-    if self._job.fit == 'pad':
-      # Whole photographs may wait here.
-      batch_size = min(batch_size, NUM_WHOLE)
-    views = self._job.views
-    plan = [
-        (shard, range(start, min(start + batch_size, stop)))
-        for shard in missing
-        for indices in [self._indices(shard)]
-        for stop in [indices.stop * views]
-        for start in range(indices.start * views, stop, batch_size)
-    ]
-    if not plan:
-      return
-    num_ahead = -(-self._config.prefetch // self._job.batch_size)
-    yield from (
-        grain.MapDataset.source(plan)
-        .map(lambda part: self._load(*part))
-        .to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=self._config.num_threads,
-                prefetch_buffer_size=max(num_ahead, self._config.num_threads),
-            )
-        )
-    )
-
-  def _load(self, shard: int, numbers: range) -> _Chunk:
-    """Loads views by number; views of an image are consecutive."""
-    images, examples, sizes, damaged, states = [], [], [], [], {}
-    num_upscaled = 0
-    by_image = itertools.groupby(numbers, lambda x: x // self._job.views)
-    for index, group in by_image:
-      views = [number % self._job.views for number in group]
-      facts = self._source.facts(index)
-      stamp = None
-      if isinstance(self._source, data.EncodedSource):
-        # Taken before reading, so that a later change is detected.
-        stamp = image_states.take_stamp(self._source, index)
-      try:
-        image, original_size = self._source.load_with_size(index)
-      except data.DamagedImageError as error:
-        if views[0] == 0:
-          damaged.append(writers.Damage(index, facts.name, str(error)))
-        continue
-      finally:
-        if stamp is not None:
-          digest = self._source.digests[index].tobytes()
-          states[index] = image_states.ImageState(digest, stamp)
-      if self._job.fit == 'crop' and data.is_smaller(
-          image, self._job.image_size
-      ):
-        self._source.record_upscaled(index)
-      num_upscaled += views[0] == 0 and index in self._source.upscaled
-      for view in views:
-        fitted, drawn = self._fit(image, index, view)
-        images.append(fitted)
-        size = image.shape[:2]
-        examples.append(
-            shards.Example(
-                None, facts.name, facts.label, size, original_size, view, *drawn
-            )
-        )
-        sizes.append(facts.num_bytes)
-    num_bytes = None if None in sizes else sum(sizes)
-    return _Chunk(
-        shard, images, examples, num_bytes, damaged, len(numbers), states,
-        num_upscaled,
-    )
-
-  def _fit(
-      self, image: np.ndarray, index: int, view: int
-  ) -> tuple[np.ndarray, tuple]:
-    """Returns an image fitted to the model, and crop and flip if random."""
-    if self._job.fit == 'pad':
-      return image, ()
-    if self._job.views == 1:
-      # A copy, since a view would keep the whole image in memory.
-      return np.array(data.centre_crop(image, self._job.image_size)), ()
-    options = dict(self._job.augmentation)
-    seed = np.random.SeedSequence(
-        options.pop('seed'), spawn_key=(index, view)
-    )
-    size = self._job.image_size
-    drawn = data.draw_augmentation(
-        image, np.random.default_rng(seed), size=size, color_jitter=0.0,
-        **options,
-    )
-    crop = np.array(data.apply_augmentation(image, drawn, size))
-    return crop, (drawn.crop, drawn.is_flipped)
-
-  def _encode(self, chunk: _Chunk) -> list[np.ndarray]:
+  def _encode(self, chunk: batches.Chunk) -> list[np.ndarray]:
     """Returns the tokens of each image, encoding images of a size together."""
     tokens = [None] * len(chunk.images)
-    for rows in group_equal([image.shape for image in chunk.images]):
+    for rows in batches.group_equal([image.shape for image in chunk.images]):
       images = np.stack([chunk.images[i] for i in rows])
-      encoded = apply_filled(
-          lambda x: self._tokenizer.encode(x, self._job.fit), images, self._job
+      encoded = batches.apply_filled(
+          lambda x: self.tokenizer.encode(x, self.job.fit), images, self.job
       )
       for i, x in zip(rows, encoded, strict=True):
         tokens[i] = x
@@ -479,8 +308,9 @@ class _Run:
 
 
 def _ahead(
-    chunks: Iterator[_Chunk], encode: Callable[[_Chunk], list[np.ndarray]]
-) -> Iterator[tuple[_Chunk, list[np.ndarray]]]:
+    chunks: Iterator[batches.Chunk],
+    encode: Callable[[batches.Chunk], list[np.ndarray]],
+) -> Iterator[tuple[batches.Chunk, list[np.ndarray]]]:
   """Yields chunks with their tokens while the next chunk is encoded."""
   with futures.ThreadPoolExecutor(1) as pool:
     pending = None

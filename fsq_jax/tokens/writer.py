@@ -15,7 +15,6 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import source
 from fsq_jax.tokens import summary
 
 _JOB = 'job.json'
@@ -104,7 +103,7 @@ class TokenWriter:
         record is not None
         and 'num_upscaled' in record  # Earlier versions did not write it.
         and path.is_file()
-        and source.hash_file(path) == record['sha256']
+        and shards.hash_file(path) == record['sha256']
     )
 
   def damaged(self, shard: int) -> list[Damage]:
@@ -140,7 +139,7 @@ class TokenWriter:
     shards.write(temporary, examples, self._job)
     with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
-    digest = source.hash_file(temporary)
+    digest = shards.hash_file(temporary)
     os.replace(temporary, path)
     tokens = [x.tokens.reshape(-1) for x in examples]
     codes, counts = np.unique(

@@ -128,11 +128,14 @@ def programs(folder):
   return {name: jax.jit(_load(folder, name).call) for name in _NAMES}
 
 
-@pytest.mark.parametrize('num', [2, 4])
+@pytest.mark.parametrize(
+    'num', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_programs_do_what_the_tokenizer_does(tokenizer, programs, weights, num):
   _check_equal(tokenizer, weights, programs, num)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     {**_CONV, 'model.quantizer.name': 'vq'},
     {'model.quantizer.name': 'grouped_fsq', 'model.encoder.depth': 1},
@@ -170,11 +173,16 @@ _TINY = {
 
 
 @pytest.mark.parametrize(('config', 'fields', 'size'), [
-    ('debug', {'model.quantizer.name': 'lfq'}, 16),
-    ('debug', {'model.quantizer.name': 'residual_fsq'}, 16),
     ('debug', {'model.quantizer.name': 'simvq'}, 16),
-    ('vqrae_fsq_dinov2_b', _TINY, 56),
-], ids=['lfq', 'residual_fsq', 'simvq', 'pretrained'])  # fmt: skip
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ('debug', {'model.quantizer.name': 'lfq'}, 16),
+            ('debug', {'model.quantizer.name': 'residual_fsq'}, 16),
+            ('vqrae_fsq_dinov2_b', _TINY, 56),
+        )
+    ),
+], ids=['simvq', 'lfq', 'residual_fsq', 'pretrained'])  # fmt: skip
 def test_every_part_is_lowered_for_every_platform(config, fields, size):
   config = configuration.load_config(_ROOT / 'configs' / f'{config}.py')
   config.update_from_flattened_dict(fields)
@@ -208,6 +216,7 @@ for name, path in zip(['encode', 'decode'], sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_gives_the_same(
     tokenizer, folder, tmp_path
 ):

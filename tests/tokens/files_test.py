@@ -188,7 +188,10 @@ def test_other_programs_can_read_the_files_by_the_manifest(tmp_path, storage):
   )
 
 
-@pytest.mark.parametrize('levels', ['8x8x8', '8x6x5', '8x5x5x5'])
+@pytest.mark.parametrize('levels', [
+    '8x6x5',
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ('8x8x8', '8x5x5x5')),
+])  # fmt: skip
 def test_tokens_of_the_paper_mean_the_same_in_other_programs(tmp_path, levels):
   # Of the paper's notebook, and of vector-quantize-pytorch 1.32.0.
   paper = quantizers.FSQ(_levels(levels), 'paper')

@@ -30,9 +30,9 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokenizer import files
 from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import batches
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import tokenization as tokenization_lib
 from fsq_jax.tokens import writer
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -312,11 +312,14 @@ def test_a_change_of_views_needs_another_folder(tmp_path, root):
 
 def _first_images(config, num):
   """What the model gets of the first images of `photos`."""
-  source = tokenization_lib._open_source(config.data, config.tokenize)
-  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
-  job = tokenization_lib._make_job(config, tokenizer, source)
-  run = tokenization_lib._Run(config.data, tokenizer, source, job, None)
-  return run._load(0, range(num)).images
+  source = batches.open_source(config.data, config.tokenize)
+  augmentation = {'seed': 0, 'crop_scale': (1.0, 4.0), 'flip': True}
+  job = types.SimpleNamespace(
+      fit='crop', image_size=config.data.image_size,
+      views=config.tokenize.views, augmentation=augmentation,
+  )
+  reader = batches.ImageReader(config.data, source, job)
+  return reader.load(0, range(num)).images
 
 
 @pytest.mark.parametrize('views', [1, 2])
@@ -578,8 +581,7 @@ def test_images_that_wait_are_no_larger_than_their_crop(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
   job = types.SimpleNamespace(fit='crop', image_size=(8, 8), views=1)
-  run = tokenization_lib._Run(config, None, source, job, None)
-  chunk = run._load(0, range(10))
+  chunk = batches.ImageReader(config, source, job).load(0, range(10))
   assert len(chunk.images) == 9  # One is damaged.
   assert all(image.base is None for image in chunk.images)
 
@@ -588,10 +590,10 @@ def test_few_whole_images_wait_at_a_time(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
   job = types.SimpleNamespace(
-      fit='pad', batch_size=32, images_per_shard=45, views=1
+      fit='pad', batch_size=32, views=1, indices=lambda shard: range(45)
   )
-  run = tokenization_lib._Run(config, None, source, job, None)
-  sizes = [len(x.images) + len(x.damaged) for x in run._read([0])]
+  chunks = batches.ImageReader(config, source, job).read([0])
+  sizes = [len(x.images) + len(x.damaged) for x in chunks]
   assert sizes == [8, 8, 8, 8, 8, 5]
 
 
@@ -897,7 +899,7 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
 def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):
   """The plan of a shard is the same whichever shards are done."""
   keys = [(1, 1), (2, 2), (1, 1), (3, 3), (2, 2)]
-  assert tokenization_lib.group_equal(keys) == [[0, 2], [1, 4], [3]]
+  assert batches.group_equal(keys) == [[0, 2], [1, 4], [3]]
 
 
 def test_the_manifest_has_no_time_and_no_place(tmp_path, root):
