@@ -158,7 +158,7 @@ class Batcher:
       take: Callable[[slice], np.ndarray],
       batch_size: int,
   ) -> Iterator[tuple[slice, Any]]:
-    """Yields the results of all batches, with the elements that they are of."""
+    """Yields the result of each batch with the slice of its elements."""
 
     def fetch(part: slice, result: Any) -> tuple[slice, Any]:
       length = part.stop - part.start

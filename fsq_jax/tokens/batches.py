@@ -1,4 +1,4 @@
-"""Batches of images on their way to tokens, and of tokens to images."""
+"""Batches of images to tokenize, and of tokens to decode."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 import dataclasses

@@ -293,7 +293,7 @@ _HASH = _Rule(
     lambda x: isinstance(x, str) and bool(re.fullmatch('[0-9a-f]{64}', x)),
 )
 _SIZE = rules.tuple_of('two integers >= 1', rules.COUNT, (2,))
-# Of the values of JSON, with lists as tuples.
+# Rules for the JSON values, with lists converted to tuples.
 _RULES: Mapping[str, rules.Rule] = {
     'format': _Rule(repr(_FORMAT), lambda x: x == _FORMAT),
     'version': _Rule(

@@ -253,7 +253,7 @@ def _check_batches(
     process_index: int,
     process_count: int,
 ) -> None:
-  """Raises ValueError where there can be no such batches."""
+  """Checks the arguments of `build_dataset`."""
   if not 0 <= process_index < process_count:
     raise ValueError(
         f'process_index is {process_index} of {process_count} processes; it'
