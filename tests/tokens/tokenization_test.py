@@ -49,6 +49,13 @@ def once_loaded(monkeypatch):
 _load_tokenizer = functools.cache(tokenizers.load_tokenizer)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+  """Compiles the functions of the run's tokenizer before the first test."""
+  tokenizer = _load_tokenizer(_RUN, 'newest', 8)
+  tokenizer.reconstruct(np.zeros((8, 16, 16, 3), np.uint8))
+
+
 def _config(**fields):
   """That of the run, with dotted fields (a__b) replaced."""
   text = (_RUN / 'config.json').read_text()
