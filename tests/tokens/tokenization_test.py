@@ -688,6 +688,7 @@ def saved(tmp_path_factory):
   return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('quantizer', ['grouped_fsq', 'residual_fsq'])
 def test_every_quantizer_with_tokens_goes_through_files(
     tmp_path, saved, quantizer
@@ -715,11 +716,17 @@ def test_every_quantizer_with_tokens_goes_through_files(
   assert not (tmp_path / 'other').exists()
 
 
-def test_tokens_of_another_model_are_not_decoded(tmp_path, saved):
-  config, folder = saved('fsq')
-  tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
+def test_tokens_of_another_model_are_not_decoded(tmp_path, root):
+  tokens.tokenize_workdir(_folder_config(root), _RUN, folder=tmp_path / 'x')
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
+  variables = jax.tree.map(
+      lambda x: jax.device_put(np.asarray(x) + 1, x.sharding),
+      tokenizer.variables,
+  )
+  model = files.SavedModel(tokenizer.config, tokenizer.model, variables)
+  other = Tokenizer(model, tokenizer.mesh).save_pretrained(tmp_path / 'other')
   with pytest.raises(ValueError, match='by the model with hash'):
-    tokens.detokenize_workdir(_RUN, tmp_path / 'x', tmp_path / 'out')
+    tokens.detokenize_workdir(other, tmp_path / 'x', tmp_path / 'out')
 
 
 def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
