@@ -74,7 +74,8 @@ class ImageSizes:
     """
     if not self.whole:
       return batcher.map_tiles(lambda batch: function(batch, None), x, cell)
-    usual_size = tuple(np.multiply(self._trained, cell).tolist())
+    trained = np.maximum(self._trained, 1)
+    usual_size = tuple(np.multiply(trained, cell).tolist())
 
     def map_batches(x: np.ndarray, size: np.ndarray | None) -> Any:
       return batcher.map(lambda batch: function(batch, size), x, usual_size)

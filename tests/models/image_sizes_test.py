@@ -141,7 +141,9 @@ def test_arrays_of_any_size_are_mapped_in_batches():
   assert all(tuple(size) == (10, 18) for _, size in seen)
 
 
-@pytest.mark.parametrize('projector', ['linear', 'standardized', 'mlp'])
+@pytest.mark.parametrize('projector', [
+    'linear', 'standardized', pytest.param('mlp', marks=pytest.mark.slow)
+])  # fmt: skip
 def test_projectors_see_no_other_position(projector):
   # What `takes_size` says of those that say nothing.
   model = _model(projector_in__name=projector, encoder__conv__latent_width=8)
