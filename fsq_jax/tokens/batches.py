@@ -114,7 +114,7 @@ class ImageReader:
     by_image = itertools.groupby(numbers, lambda x: x // self.job.views)
     for index, group in by_image:
       views = [number % self.job.views for number in group]
-      facts = self.source.facts(index)
+      metadata = self.source.facts(index)
       stamp = None
       if isinstance(self.source, data.EncodedSource):
         # Taken before reading, so that a later change is detected.
@@ -123,7 +123,7 @@ class ImageReader:
         image, original_size = self.source.load_with_size(index)
       except data.DamagedImageError as error:
         if views[0] == 0:
-          damaged.append(writers.Damage(index, facts.name, str(error)))
+          damaged.append(writers.Damage(index, metadata.name, str(error)))
         continue
       finally:
         if stamp is not None:
@@ -140,10 +140,11 @@ class ImageReader:
         size = image.shape[:2]
         examples.append(
             shards.Example(
-                None, facts.name, facts.label, size, original_size, view, *drawn
+                None, metadata.name, metadata.label, size, original_size, view,
+                *drawn,
             )
         )
-        sizes.append(facts.num_bytes)
+        sizes.append(metadata.num_bytes)
     num_bytes = None if None in sizes else sum(sizes)
     return Chunk(
         shard, images, examples, num_bytes, damaged, len(numbers), states,
