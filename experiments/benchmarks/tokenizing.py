@@ -16,6 +16,7 @@ from fsq_jax import models
 from fsq_jax import tokenizer as tokenizers
 from fsq_jax import tokens
 from fsq_jax.runtime import partitioning
+from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import tokenizer as tokenizer_lib
 
 CONFIG = 'configs/fsq_888.py'
@@ -136,6 +137,5 @@ def _build_tokenizer(
   images = np.zeros((1, *config.data.image_size, 3), np.float32)
   variables = jax.jit(model.init)(jax.random.key(0), images)
   variables = jax.device_put(variables, partitioning.replicated(mesh))
-  return tokenizers.Tokenizer(
-      config, dict(variables), mesh, batch_size=BATCH_SIZE
-  )
+  saved = tokenizer_files.SavedModel(config, model, dict(variables))
+  return tokenizers.Tokenizer(saved, mesh, batch_size=BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""Sizes of images that a model takes, and the few that it is compiled for."""
+"""Image sizes that a model takes, and the few sizes it is compiled for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,30 +8,31 @@ import numpy as np
 
 from fsq_jax.data import transforms
 from fsq_jax.models import autoencoder
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 
-# Executables to keep of a function of whole arrays: images of 200 to 2000
-# pixels a side fill 49 buckets.
+# Executables to keep per function of whole arrays: images with sides of 200 to
+# 2000 pixels fall into 49 buckets.
 MAX_SHAPES = 64
 
 
 class ImageSizes:
-  """Brings images, and tokens, of any size to a size that a model takes.
+  """Applies a model to images, and tokens, of any size.
 
   A model with a stride takes whole images whose sides are multiples of the
-  stride; other models take tiles of the size that they were trained with.
+  stride; other models take tiles of the size they were trained with.
 
   Attributes:
     whole: whether the model takes whole images.
     multiples: (height, width) in pixels that divide the sides of padded images:
-      the stride twice, or the size of a tile.
+      (stride, stride), or the size of a tile.
     grid: (rows, columns) of the latents of `multiples` pixels.
   """
 
   def __init__(
       self, model: autoencoder.Autoencoder, image_size: tuple[int, int]
   ):
-    """Reads the sizes of a model.
+    """Takes the sizes from a model.
 
     Args:
       model: an autoencoder.
@@ -49,8 +50,37 @@ class ImageSizes:
     self._trained = np.floor_divide(image_size, self.multiples).tolist()
 
   def pad(self, image: np.ndarray) -> np.ndarray:
-    """Mirrors [H, W, 3] at the bottom and right to sides of `multiples`."""
+    """Pads [H, W, 3] to sides of `multiples`, mirroring bottom and right."""
     return transforms.pad(image, self.multiples)
+
+  def map(
+      self,
+      function: Callable[[jax.Array, np.ndarray | None], Any],
+      x: np.ndarray,
+      cell: tuple[int, int],
+      batcher: batching.Batcher,
+  ) -> Any:
+    """Applies the model to padded images, or tokens, of any size.
+
+    Args:
+      function: from a batch [b, H', W', ...] and a size, as in `call`, to a
+        tree of arrays [b, h, w, ...] or [b].
+      x: [B, H, W, ...] padded images, or tokens.
+      cell: `multiples` for images, `grid` for tokens.
+      batcher: splits whole arrays, or their tiles, into batches.
+
+    Returns:
+      The tree of NumPy arrays [B, h, w, ...], or [number of tiles].
+    """
+    if not self.whole:
+      return batcher.map_tiles(lambda batch: function(batch, None), x, cell)
+    trained = np.maximum(self._trained, 1)
+    usual_size = tuple(np.multiply(trained, cell).tolist())
+
+    def map_batches(x: np.ndarray, size: np.ndarray | None) -> Any:
+      return batcher.map(lambda batch: function(batch, size), x, usual_size)
+
+    return self.call(map_batches, x, cell)
 
   def call(
       self,
@@ -60,22 +90,22 @@ class ImageSizes:
   ) -> Any:
     """Calls a function of whole images or tokens with one of few shapes.
 
-    Arrays are filled up with zeros at the bottom and right to the next bucket,
-    and the model, which is told their size, ignores these zeros: results are
-    those without them but for the rounding of sums. (In bfloat16, where
-    activations are rounded, this changes about 1 % of the tokens.) The
-    size that the model was trained with is a bucket. Arrays keep their size
-    where a bucket needs too much memory, or the model cannot ignore zeros.
+    Arrays are padded with zeros at the bottom and right to the next bucket. The
+    model gets their true size and ignores the zeros; results differ only in the
+    rounding of sums. (In bfloat16, where activations are rounded, about 1 % of
+    the tokens change.) The size that the model was trained with is a bucket.
+    Arrays are not padded if a bucket needs too much memory, or the model cannot
+    ignore zeros.
 
     Args:
-      function: of [B, H', W', ...] and of [2] int32, the height and width of
-        what is not filling; None where nothing is.
+      function: of [B, H', W', ...] and of their true height and width, [2]
+        int32, or None without zeros.
       x: [B, H, W, ...] padded images, or tokens.
       cell: `multiples` for images, `grid` for tokens.
 
     Returns:
-      What the function returns, a tree of NumPy arrays; those with a height and
-      a width are cropped to what belongs to x.
+      The result of the function, a tree of NumPy arrays, with the padding
+      cropped from arrays that have a height and a width.
     """
     size = np.array(x.shape[1:3], np.int32)
     num_cells = (size // cell).tolist()
@@ -101,11 +131,11 @@ class ImageSizes:
 
 
 def bucket(num: int) -> int:
-  """Returns the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: 2^k and 3 * 2^k.
+  """Rounds up to the next of 1, 2, 3, 4, 6, 8, 12, 16, ...: 2^k and 3 * 2^k.
 
-  Areas grow by a factor below 2.25, by 1.4 in the mean. Four steps in an octave
-  instead of two make that 1.2, but twice as many shapes: 103 for 200 random
-  sizes of 32 to 400 pixels instead of 47.
+  Areas grow by a factor below 2.25, 1.4 on average. Four steps per octave would
+  reduce the average to 1.2, with twice as many shapes: 103 instead of 47 for
+  200 random sizes of 32 to 400 pixels.
   """
   step = 2 ** max((num - 1).bit_length() - 2, 0)
   return -(-num // step) * step

@@ -1,11 +1,11 @@
-"""Reconstructions of images at their own size, whatever that is.
+"""Reconstructs images at their native size.
 
-A model takes images of one size, or of sides that its stride divides. Any other
-image is padded at its bottom and right, reconstructed, and cropped to what it
-was.
+A model takes images of one size, or sides that are multiples of its stride.
+Other images are padded at the bottom and right, reconstructed, and cropped.
 """
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from fsq_jax.models import autoencoder
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 
@@ -24,16 +25,16 @@ _MAX_TILES = 32
 
 
 class Reconstruction(NamedTuple):
-  """What becomes of an image.
+  """Result of reconstructing one image.
 
   Attributes:
     image: [H, W, 3] uint8.
-    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid
-      of all tiles.
-    num_seen: (rows, columns) of indices that see the image; those behind them
-      are of padding alone.
-    finite: whether what the decoder made, padding included, is free of NaN and
-      infinity, for which the image has no value.
+    indices: [h, w, *index_shape] int32 tokens of the padded image, one grid for
+      all tiles.
+    num_seen: (rows, columns) of indices that cover pixels of the image; the
+      other indices cover padding only.
+    finite: whether the decoder's output, including padding, has no NaN and no
+      infinity, which uint8 cannot represent.
   """
 
   image: np.ndarray
@@ -48,7 +49,7 @@ def reconstruct(
     images: jax.Array,
     size: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Codes and decodes images of a size that the model takes.
+  """Encodes and decodes images of a size that the model takes.
 
   Args:
     model: the autoencoder.
@@ -57,25 +58,26 @@ def reconstruct(
     size: see `Autoencoder.encode`.
 
   Returns:
-    Reconstructions, the same shape, uint8; indices, int32; and one bool,
-    whether all reconstructions are finite.
+    Reconstructions, the same shape, uint8; indices, int32; and [B] bool,
+    whether each reconstruction is finite.
   """
-  output = model.apply(variables, pixels.to_float(images), size=size)
+  with partitioning.mesh_of(images):
+    output = model.apply(variables, pixels.to_float(images), size=size)
   return (
       pixels.to_uint8(output.reconstructions),
       output.indices,
-      jnp.all(jnp.isfinite(output.reconstructions)),
+      jnp.all(jnp.isfinite(output.reconstructions), axis=(1, 2, 3)),
   )
 
 
 class Reconstructor:
   """Reconstructs images of any size with one model.
 
-  A model with a stride, a convolutional one, takes the whole padded image, and
-  is compiled for few sizes (`image_sizes`). Its GroupNorm sees the mirrored
-  padding, so that every pixel may differ a little from what it would be
-  without. Other models take tiles of the size that they were trained with, each
-  by itself, and edges of tiles may show.
+  A convolutional model, which has a stride, takes the whole padded image, and
+  is compiled for few sizes (`image_sizes`). Its GroupNorm also averages over
+  the mirrored padding, which changes every pixel slightly. Other models take
+  independent tiles of the size they were trained with; tile edges may be
+  visible.
   """
 
   def __init__(
@@ -89,9 +91,14 @@ class Reconstructor:
     Args:
       model: an autoencoder.
       image_size: (height, width) in pixels that it was built for.
-      mesh: from `partitioning.create_mesh`. All devices do the same.
+      mesh: from `partitioning.create_mesh`; tiles are sharded over it if it
+        divides their number.
     """
     self._sizes = image_sizes.ImageSizes(model, image_size)
+    # Powers of 2: few executables, and no padding tiles.
+    self._batcher = batching.Batcher(
+        mesh, _MAX_TILES, fill='none', split=False
+    )
     self._reconstruct = compiled.Compiled(
         lambda *arguments: reconstruct(model, *arguments),
         max_shapes=image_sizes.MAX_SHAPES,
@@ -100,7 +107,7 @@ class Reconstructor:
 
   @property
   def protocol(self) -> str:
-    """What is done to images, in words."""
+    """The treatment of images in words, for evaluation.json."""
     height, width = self._sizes.multiples
     text = (
         f'sides padded to multiples of {height} x {width} pixels by mirroring'
@@ -124,7 +131,7 @@ class Reconstructor:
 
     Raises:
       ValueError: an array of another shape or dtype.
-      compiled.TooLargeError: the device has too little memory for the image.
+      compiled.TooLargeError: not enough device memory for the image.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -133,65 +140,21 @@ class Reconstructor:
           f' {image.dtype}.'
       )
     if not image.size:
-      raise ValueError(f'An image of {list(image.shape)} has no pixel.')
+      raise ValueError(f'An image of {list(image.shape)} has no pixels.')
     padded = self._sizes.pad(image)
-    padded_size = padded.shape[:2]
-    if self._sizes.whole:
-      images, indices, finite = self._sizes.call(
-          lambda x, size: jax.device_get(self._reconstruct(variables, x, size)),
-          padded[None],
-          self._sizes.multiples,
-      )
-      padded, indices = images[0], indices[0]
-    else:
-      padded, indices, finite = self._run_on_tiles(variables, padded)
+    images, indices, finite = self._sizes.map(
+        functools.partial(self._reconstruct, variables), padded[None],
+        self._sizes.multiples, self._batcher,
+    )
+    indices = indices[0]
     height, width = image.shape[:2]
     rows, columns = (
         math.ceil(side * num / padded_side)
         for side, num, padded_side in zip(
-            (height, width), indices.shape[:2], padded_size, strict=True
+            (height, width), indices.shape[:2], padded.shape[:2], strict=True
         )
     )
     return Reconstruction(
-        padded[:height, :width], indices, (rows, columns), bool(finite)
+        images[0, :height, :width], indices, (rows, columns),
+        bool(finite.all()),
     )
-
-  def _run_on_tiles(
-      self, variables, image: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns the image and the indices put together out of tiles.
-
-    Tiles go straight to their place: large images are not copied again.
-    """
-    height, width = self._sizes.multiples
-    places = [
-        (row, column)
-        for row in range(image.shape[0] // height)
-        for column in range(image.shape[1] // width)
-    ]
-
-    def cell(place, side_h, side_w):
-      row, column = place
-      return np.s_[
-          row * side_h : (row + 1) * side_h,
-          column * side_w : (column + 1) * side_w,
-      ]
-
-    reconstruction, grid, all_finite = np.empty_like(image), None, True
-    while places:
-      # Powers of 2, for which there are few executables, and no tile too much.
-      size = min(_MAX_TILES, 2 ** (len(places).bit_length() - 1))
-      taken, places = places[:size], places[size:]
-      tiles = np.stack([image[cell(x, height, width)] for x in taken])
-      images, indices, finite = jax.device_get(
-          self._reconstruct(variables, tiles)
-      )
-      h, w = indices.shape[1:3]
-      if grid is None:
-        shape = image.shape[0] // height * h, image.shape[1] // width * w
-        grid = np.empty((*shape, *indices.shape[3:]), indices.dtype)
-      for place, tile, tokens in zip(taken, images, indices, strict=True):
-        reconstruction[cell(place, height, width)] = tile
-        grid[cell(place, h, w)] = tokens
-      all_finite = all_finite and bool(finite)
-    return reconstruction, grid, all_finite

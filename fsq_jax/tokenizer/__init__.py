@@ -1,4 +1,4 @@
-"""Trained tokenizers: images to tokens and back."""
+"""Trained tokenizers: encode images to tokens and decode them."""
 
 from fsq_jax.tokenizer.tokenizer import Tokenizer
 from fsq_jax.tokenizer.tokenizer import load_tokenizer

@@ -1,8 +1,8 @@
-"""A tokenizer as programs that plain JAX runs, without this package.
+"""Exports a tokenizer as StableHLO functions that need only JAX.
 
-encode, decode, and the conversions between codes and indices, as StableHLO for
-CPUs, NVIDIA GPUs and TPUs and for any number of images. Weights are an
-argument: one file of them serves all programs, and programs stay small.
+encode, decode, and the conversions between codes and indices, for CPUs, NVIDIA
+GPUs and TPUs, with a symbolic batch dimension. Weights are an argument, in one
+file for all functions.
 """
 
 from collections.abc import Mapping
@@ -39,17 +39,17 @@ _METHODS = {
     'indices_to_codes': lambda model, x: model.quantizer.indices_to_codes(x),
 }
 _UNCHECKED = (
-    'Programs cannot refuse values. Of a token outside of 0 ... codebook_size -'
-    ' 1, such as the -1 that encode gives where a latent is NaN,'
-    ' indices_to_codes makes NaN, and decode an image that is black where the'
-    ' NaN reaches, which is everywhere in models whose decoder sees the whole'
-    ' grid. Other images of the batch are not touched.'
+    'Exported functions cannot raise errors. A token outside of 0 ...'
+    ' codebook_size - 1, such as the -1 that encode returns for a NaN latent,'
+    ' becomes NaN in indices_to_codes, and in decode an image that is black'
+    ' where the NaN reaches: everywhere if the decoder sees the whole grid.'
+    ' Other images of the batch are not affected.'
 )
 _EXAMPLE = """\
 import jax
 import numpy as np
 import safetensors.numpy
-from jax import export  # It needs the package flatbuffers.
+from jax import export  # Needs the package flatbuffers.
 
 weights = safetensors.numpy.load_file('{weights}')
 weights = jax.device_put(weights)
@@ -71,17 +71,16 @@ def export_workdir(
 
   Args:
     config: of the run.
-    workdir: the run's folder, or one of `Tokenizer.save_pretrained`.
+    workdir: the run's folder, or a folder of `Tokenizer.save_pretrained`.
     folder: as in `write`; by default, `FOLDER` in the workdir.
-    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
-      of a step.
+    which: 'newest' checkpoint, 'best' (highest PSNR), or a step number.
 
   Returns:
     The folder.
 
   Raises:
-    ValueError: a config that is not that of the checkpoint's model, no
-      checkpoint, or a folder that holds something.
+    ValueError: a config of another model, no checkpoint, or a folder that is
+      not empty.
   """
   folder = folder or pathlib.Path(workdir) / FOLDER
   with processes.fail_together():
@@ -99,26 +98,25 @@ def export_workdir(
 def write(
     tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike[str]
 ) -> pathlib.Path:
-  """Writes programs, weights and a manifest to a folder.
+  """Writes exported functions, weights and a manifest to a folder.
 
-  A program takes the weights, path to array, as its first argument, and images
-  of config.data.image_size, tokens or codes as its second one. What
-  `Tokenizer` does around it, it does not: images are not fitted, tokens not
-  checked. Of a tokenizer that was saved with decoder_only there is no encode.
+  Functions take the weights, path to array, and images of
+  config.data.image_size, tokens or codes. Unlike `Tokenizer` they neither fit
+  images nor check tokens. A tokenizer saved with decoder_only has no encode.
 
-  manifest.json is written last; without it an export is not finished. It holds
-  the version of JAX (that one or a newer one reads the programs), dialect, hash
-  of the model, shapes, hashes of the files, and lines that load them.
+  manifest.json is written last; without it an export is incomplete. It holds
+  the version of JAX (this or a newer version reads the functions), the
+  convention, model hash, shapes, hashes of the files, and code that loads them.
 
   Args:
-    tokenizer: what to export.
+    tokenizer: the tokenizer to export.
     folder: a new or empty folder.
 
   Returns:
     Its absolute path.
 
   Raises:
-    ValueError: the folder holds something, or cannot be written.
+    ValueError: the folder is not empty, or cannot be written.
   """
   _check_new(folder)
   folder = workdirs.create(folder, '--export')
@@ -126,7 +124,7 @@ def write(
   weights = {
       path: np.asarray(x) for path, x in _flatten(tokenizer.variables).items()
   }
-  facts = {
+  metadata = {
       'model_hash': tokenizer.model_hash,
       'quantizer': tokenizer.spec,
       'codebook_size': tokenizer.model.quantizer.codebook_size,
@@ -135,7 +133,7 @@ def write(
   }
   files = {
       WEIGHTS: safetensors.numpy.save(
-          weights, {name: json.dumps(value) for name, value in facts.items()}
+          weights, {name: json.dumps(value) for name, value in metadata.items()}
       )
   }
   files |= {
@@ -158,7 +156,7 @@ def write(
           ),
           'platforms': list(PLATFORMS),
           'step': tokenizer.step,
-          **facts,
+          **metadata,
           'functions': functions,
           'out_of_range': _UNCHECKED,
           'sha256': {
@@ -173,15 +171,14 @@ def write(
 def export_programs(
     tokenizer: tokenizers.Tokenizer,
 ) -> dict[str, export.Exported]:
-  """Lowers the programs, and runs none.
+  """Lowers the functions without running them.
 
   Args:
-    tokenizer: of the model; on whatever devices its weights are, programs are
-      for one.
+    tokenizer: on any devices; the exported functions are for one device.
 
   Returns:
-    By name: programs of the weights, path to array, and x with b along its
-    first axis.
+    By name, functions of the weights, path to array, and of x with the symbolic
+    batch dimension b.
   """
   model = tokenizer.model
   grid = tokenizer.grid_size
@@ -192,7 +189,7 @@ def export_programs(
       'codes_to_indices': ((*grid, model.quantizer.code_dim), jnp.float32),
       'indices_to_codes': tokens,
   }
-  if tokenizer.stored and tokenizer.stored.decoder_only:
+  if tokenizer.decoder_only:
     del inputs['encode']
   weights = {
       path: jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -217,7 +214,7 @@ def _check_new(folder: str | os.PathLike[str]) -> None:
   if folder.is_dir() and any(folder.iterdir()):
     problem = 'is not empty'
     if not (folder / MANIFEST).exists():
-      problem += f' and has no {MANIFEST}, as an export that was cut short'
+      problem += f' and has no {MANIFEST}, like an interrupted export'
     raise ValueError(
         f'{folder} {problem}; remove it or give a new folder with --export.'
     )

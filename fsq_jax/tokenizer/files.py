@@ -1,7 +1,8 @@
-"""A tokenizer as a folder: weights, config, dialect, card, and hashes of all.
+"""Tokenizers as folders: weights, config, convention, model card, hashes.
 
-model.safetensors holds the variables under their paths, config.json what they
-are of, quantizer.json what the tokens mean, README.md is a card for people.
+model.safetensors holds the variables by path, config.json the run's config and
+the metadata of the weights, quantizer.json the convention of the tokens,
+README.md a model card.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import integrity
-from fsq_jax.models import variables
+from fsq_jax.models import variables as variables_lib
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import model_card
@@ -32,26 +33,57 @@ WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
 CARD = 'README.md'
 _FORMAT = 'fsq_jax tokenizer, version 1'
-# What encodes and nothing else.
+# Parts of the model that only encode.
 _ENCODERS = ('encoder', 'projector_in')
 
 
-class Stored(NamedTuple):
-  """What is known of a model's weights.
+class Metadata(NamedTuple):
+  """Metadata of a model's weights.
 
   Attributes:
-    hashes: of each variable of the whole model, by path: `hash_arrays`.
-    model_hash: sha256 of the hashes, of the spec and of the image size.
-    step: training steps taken, or None.
+    step: training steps taken; None if unknown.
     evaluation: content of the run's evaluation.json for that step, or None.
-    decoder_only: whether what encodes is missing.
+    hashes: hash of each variable of the whole model, by path
+      (`integrity.hash_arrays`); None until it is computed.
+    decoder_only: whether the encoder is missing.
   """
 
-  hashes: Mapping[str, str]
-  model_hash: str
-  step: int | None
-  evaluation: Mapping[str, Any] | None
-  decoder_only: bool
+  step: int | None = None
+  evaluation: Mapping[str, Any] | None = None
+  hashes: Mapping[str, str] | None = None
+  decoder_only: bool = False
+
+
+class SavedModel(NamedTuple):
+  """A trained model.
+
+  Attributes:
+    config: the whole config of the run.
+    model: the autoencoder, see `build_model`.
+    variables: params and the model's other collections.
+    metadata: of the weights.
+  """
+
+  config: ml_collections.ConfigDict
+  model: models.Autoencoder
+  variables: Mapping[str, Any]
+  metadata: Metadata = Metadata()
+
+  @property
+  def model_hash(self) -> str:
+    """sha256 of the hashes of the weights, the image size and the spec."""
+    return integrity.hash_json({
+        'hashes': self.metadata.hashes,
+        'image_size': self.config.data.image_size,
+        'spec': self.model.quantizer.spec(),
+    })
+
+  def with_hashes(self) -> 'SavedModel':
+    """Returns the model with the hashes of its variables."""
+    if self.metadata.hashes is not None:
+      return self
+    hashes = integrity.hash_arrays(dict(self.variables))
+    return self._replace(metadata=self.metadata._replace(hashes=hashes))
 
 
 def build_model(
@@ -61,94 +93,70 @@ def build_model(
 
   Args:
     config: the whole config.
-    dtype: that it computes in; None is the config's.
+    dtype: that the model computes in; by default the config's.
 
   Raises:
-    ValueError: a model that has no tokens, or a dtype that is none.
+    ValueError: an unknown dtype.
   """
   model_config = config.model.copy_and_resolve_references()
   if dtype is not None:
     if dtype not in ('float32', 'bfloat16'):
       raise ValueError(
-          f"dtype is {dtype!r}; known: 'float32', 'bfloat16' and None."
+          f"dtype is {dtype!r}; allowed: 'float32', 'bfloat16' and None."
       )
     model_config.dtype = dtype
-  model = models.build_autoencoder(model_config, config.data.image_size)
-  if not model.quantizer.codebook_size:
-    raise ValueError(
-        f'The quantizer {config.model.quantizer.name!r} has no tokens; a'
-        ' tokenizer is a model with another one.'
-    )
-  return model
-
-
-def describe(
-    config: ml_collections.ConfigDict,
-    variables: Mapping[str, Any],
-    *,
-    spec: Mapping[str, Any],
-    step: int | None,
-    evaluation: Mapping[str, Any] | None,
-) -> Stored:
-  """Hashes the variables of a whole model."""
-  hashes = integrity.hash_arrays(dict(variables))
-  return Stored(
-      hashes=hashes,
-      model_hash=_hash_model(config, hashes, spec),
-      step=step,
-      evaluation=evaluation,
-      decoder_only=False,
-  )
+  return models.build_autoencoder(model_config, config.data.image_size)
 
 
 def write(
-    folder: str | os.PathLike[str],
-    config: ml_collections.ConfigDict,
-    variables: Mapping[str, Any],
-    *,
-    stored: Stored,
-    decoder_only: bool,
+    folder: str | os.PathLike[str], saved: SavedModel, *, decoder_only: bool
 ) -> pathlib.Path:
   """Writes a folder; see `tokenizer.Tokenizer.save_pretrained`."""
   if pathlib.Path(folder).is_dir() and any(pathlib.Path(folder).iterdir()):
     raise ValueError(f'{folder} is not empty; give a new folder.')
   folder = workdirs.create(folder)
-  decoder_only = decoder_only or stored.decoder_only
-  flat = traverse_util.flatten_dict(dict(variables), sep='/')
+  saved = saved.with_hashes()
+  config, model, metadata = saved.config, saved.model, saved.metadata
+  decoder_only = decoder_only or metadata.decoder_only
+  flat = traverse_util.flatten_dict(dict(saved.variables), sep='/')
   arrays = {
       path: np.asarray(x)
       for path, x in flat.items()
       if not (decoder_only and _encodes(path))
   }
-  stored = stored._replace(evaluation=_without_places(stored.evaluation))
-  model = build_model(config)
+  stored = {
+      'hashes': metadata.hashes,
+      'model_hash': saved.model_hash,
+      'step': metadata.step,
+      'evaluation': _without_places(metadata.evaluation),
+      'decoder_only': decoder_only,
+  }
   spec = model.quantizer.spec()
   workdirs.write_bytes(folder / WEIGHTS, safetensors.numpy.save(arrays))
   workdirs.write_json(folder / workdirs.QUANTIZER, spec)
-  facts = {
-      **stored._asdict(),
-      'decoder_only': decoder_only,
-      'spec': spec,
-      'codebook_size': model.quantizer.codebook_size,
-      'tokens_shape': (
-          *model.encoder.grid_size, *model.quantizer.index_shape
-      ),
-      'num_parameters': sum(
-          x.size for path, x in arrays.items() if path.startswith('params/')
-      ),
-  }
-  workdirs.write_bytes(
-      folder / CARD, model_card.write(config, facts).encode()
+  card = model_card.write(
+      config,
+      {
+          **stored,
+          'spec': spec,
+          'codebook_size': model.quantizer.codebook_size,
+          'tokens_shape': (
+              *model.encoder.grid_size, *model.quantizer.index_shape
+          ),
+          'num_parameters': sum(
+              x.size for path, x in arrays.items() if path.startswith('params/')
+          ),
+      },
   )
+  workdirs.write_bytes(folder / CARD, card.encode())
   saved_config = _without_folders(config)
-  # Last: without it the others are no tokenizer.
+  # Last: a folder without it is no tokenizer.
   workdirs.write_json(
       folder / CONFIG,
       {
           'format': _FORMAT,
           'fsq_jax': fsq_jax.__version__,
-          **stored._asdict(),
-          'decoder_only': decoder_only,
+          **stored,
           'config_hash': integrity.hash_json(saved_config),
           'config': saved_config,
       },
@@ -157,21 +165,22 @@ def write(
 
 
 def find(name: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns a folder, downloaded from the Hugging Face Hub if it is not here.
+  """Returns a local folder, or downloads one from the Hugging Face Hub.
 
   Args:
-    name: of a folder, or 'owner/name' of a repository.
+    name: a folder, or 'owner/name' of a repository.
 
   Raises:
-    ValueError: there is no such folder.
+    ValueError: no such folder or repository.
   """
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder.absolute()
   if len(folder.parts) != 2 or folder.is_absolute() or folder.exists():
     raise ValueError(
-        f'There is no folder {folder}; give one that save_pretrained has'
-        " written, or 'owner/name' of a repository of the Hugging Face Hub."
+        f'There is no folder {folder}; give a folder written by'
+        " save_pretrained, or 'owner/name' of a repository of the Hugging Face"
+        ' Hub.'
     )
   hub = _import_hub()
   patterns = [WEIGHTS, CONFIG, workdirs.QUANTIZER, CARD]
@@ -179,11 +188,11 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(
         hub.snapshot_download(str(name), allow_patterns=patterns)
     )
-  # Of the hub's own kinds and of the network's, which have no common base.
+  # Errors of the hub and of the network have no common base class.
   except Exception as error:
     raise ValueError(
-        f'{name} is no folder here and cannot be had from the Hugging Face'
-        f' Hub: {error}'
+        f'{name} is no local folder, and downloading it from the Hugging Face'
+        f' Hub failed: {error}'
     ) from error
 
 
@@ -191,11 +200,11 @@ def upload(name: str, save: Callable[[str], pathlib.Path]) -> str:
   """Uploads a folder to a repository of the Hugging Face Hub.
 
   Args:
-    name: 'owner/name'; made if there is none.
-    save: writes the folder that is given.
+    name: 'owner/name'; created if it does not exist.
+    save: writes the tokenizer to a given folder.
 
   Returns:
-    The repository's address.
+    The repository's URL.
   """
   api = _import_hub().HfApi()
   with tempfile.TemporaryDirectory() as parent:
@@ -206,19 +215,21 @@ def upload(name: str, save: Callable[[str], pathlib.Path]) -> str:
 
 
 def read(
-    folder: pathlib.Path, mesh: jax.sharding.Mesh
-) -> tuple[ml_collections.ConfigDict, dict[str, Any], Stored]:
-  """Reads what `write` wrote, and holds it to its hashes.
+    folder: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str | None = None
+) -> SavedModel:
+  """Reads a folder of `write` and checks it against its hashes.
 
   Args:
     folder: of the files.
-    mesh: devices that get the variables, by the config's partitioning.rules.
+    mesh: devices for the variables, sharded by the config's
+      partitioning.rules.
+    dtype: as in `build_model`.
 
   Returns:
-    The config, the variables and what is known of them.
+    The model.
 
   Raises:
-    ValueError: files that are missing or damaged, or do not belong together.
+    ValueError: missing or corrupted files, or files of different models.
   """
   content = _read_json(folder / CONFIG)
   if content.get('format') != _FORMAT:
@@ -228,42 +239,46 @@ def read(
     )
   try:
     config = configuration.config_from_json(json.dumps(content['config']))
-    stored = Stored(**{name: content[name] for name in Stored._fields})
-    model = build_model(config)
-    arrays = _place(folder, config, model, mesh, stored.decoder_only)
-    spec = model.quantizer.spec()
-    found = (
-        _hash_model(config, stored.hashes, spec),
-        # As it is there: later versions add fields to it.
+    metadata = Metadata(**{name: content[name] for name in Metadata._fields})
+    model = build_model(config, dtype)
+    arrays = _place(folder, config, model, mesh, metadata.decoder_only)
+    saved = SavedModel(
+        config, model, traverse_util.unflatten_dict(arrays, sep='/'), metadata
+    )
+    hashes = (
+        saved.model_hash,
+        # Of the config as it is stored: later versions add fields to it.
         integrity.hash_json(content['config']),
     )
-    named = stored.model_hash, content['config_hash']
+    stored = content['model_hash'], content['config_hash']
+    wanted = {x: y for x, y in metadata.hashes.items() if x in arrays}
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
-        f'{folder / CONFIG} is damaged: {type(error).__name__}: {error}.'
+        f'{folder / CONFIG} is corrupted: {type(error).__name__}: {error}.'
     ) from error
   specs.check_same_spec(
-      _read_json(folder / workdirs.QUANTIZER), spec
+      _read_json(folder / workdirs.QUANTIZER), model.quantizer.spec()
   )
-  wanted = {x: y for x, y in stored.hashes.items() if x in arrays}
   # One by one: `hash_arrays` has the order of a tree.
   given = {x: integrity.hash_arrays({x: y})[x] for x, y in arrays.items()}
   if lines := integrity.compare(given, wanted):
     raise ValueError(
-        '\n  '.join([f'{folder / WEIGHTS} is damaged (read -> saved):', *lines])
+        '\n  '.join(
+            [f'{folder / WEIGHTS} is corrupted (read -> saved):', *lines]
+        )
     )
-  if found != named:
+  if hashes != stored:
     raise ValueError(
-        f'{folder / CONFIG} is damaged or was changed: the hashes of its model'
-        f' and config are {found}, and it names {named}.'
+        f'{folder / CONFIG} is corrupted or was changed: the hashes of its'
+        f' model and config are {hashes}, those stored in it {stored}.'
     )
-  return config, traverse_util.unflatten_dict(arrays, sep='/'), stored
+  return saved
 
 
 def _place(folder, config, model, mesh, decoder_only) -> dict[str, jax.Array]:
-  """Puts the variables on the devices, by path."""
+  """Reads the variables, by path, onto the devices."""
   abstract = partitioning.place_abstract(
-      variables.abstract_variables(model, config.data.image_size),
+      variables_lib.abstract_variables(model, config.data.image_size),
       mesh,
       config.partitioning.rules,
       config.partitioning.fsdp_min_size,
@@ -284,7 +299,7 @@ def _place(folder, config, model, mesh, decoder_only) -> dict[str, jax.Array]:
   ):
     raise ValueError(
         '\n  '.join([
-            f'{folder / WEIGHTS} is of another model than {CONFIG}'
+            f'{folder / WEIGHTS} belongs to another model than {CONFIG}'
             ' (weights -> config):',
             *lines,
         ])
@@ -297,22 +312,12 @@ def _place(folder, config, model, mesh, decoder_only) -> dict[str, jax.Array]:
   }
 
 
-def _hash_model(
-    config: ml_collections.ConfigDict,
-    hashes: Mapping[str, str],
-    spec: Mapping[str, Any],
-) -> str:
-  return integrity.hash_json({
-      'hashes': hashes, 'image_size': config.data.image_size, 'spec': spec
-  })
-
-
 def _encodes(path: str) -> bool:
   return path.split('/')[1] in _ENCODERS
 
 
 def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns a config for others: of paths, which say much, the last part."""
+  """Returns the config with paths, which are private, cut to their names."""
   config = json.loads(configuration.config_to_json(config))
   flat = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
   for name, value in flat.items():
@@ -322,7 +327,7 @@ def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _without_places(value: Any) -> Any:
-  """Returns an evaluation for others: no command, of paths the last part."""
+  """Returns an evaluation without its command, paths cut to their names."""
   if isinstance(value, Mapping):
     return {
         name: _without_places(x)
@@ -341,11 +346,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, RecursionError, ValueError) as error:
     raise ValueError(
-        f'{path} cannot be read: {error}. A tokenizer is a folder that'
-        ' save_pretrained wrote; that of a run is for from_workdir.'
+        f'{path} cannot be read: {error}. from_pretrained loads folders written'
+        ' by save_pretrained; load a run with from_workdir.'
     ) from error
   if not isinstance(content, dict):
-    raise ValueError(f'{path} holds no JSON object.')
+    raise ValueError(f'{path} is corrupted: it holds no JSON object.')
   return content
 
 

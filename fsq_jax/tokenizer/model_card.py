@@ -1,4 +1,4 @@
-"""The card of a tokenizer: what it is, how good it is, and at what."""
+"""Model cards of saved tokenizers."""
 
 from collections.abc import Mapping
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-# Name of a number: its heading, its format.
+# Heading and format of each metric.
 _METRICS = {
     'psnr': ('PSNR, dB', '.2f'),
     'ssim': ('SSIM', '.3f'),
@@ -14,7 +14,7 @@ _METRICS = {
 _CODEBOOK = {
     'usage': ('codebook usage', '.1%'),
     'perplexity': ('perplexity', ',.1f'),
-    'entropy_bits': ('bits a token', '.2f'),
+    'entropy_bits': ('bits per token', '.2f'),
 }
 _FRONT = """\
 ---
@@ -34,31 +34,31 @@ images = tokenizer.decode(tokens)"""
 
 
 def write(
-    config: ml_collections.ConfigDict, facts: Mapping[str, Any]
+    config: ml_collections.ConfigDict, metadata: Mapping[str, Any]
 ) -> str:
-  """Writes a card in Markdown, with the front matter of the Hugging Face Hub.
+  """Writes a model card in Markdown, with the front matter of Hugging Face.
 
   Args:
     config: of the run.
-    facts: what is known of the model: 'spec' and 'codebook_size' of the
-      quantizer, 'tokens_shape' (h, w, *index_shape) of an image, 'step',
-      'evaluation' (content of evaluation.json, or None), 'model_hash',
-      'num_parameters' and 'decoder_only'.
+    metadata: of the model: 'spec' and 'codebook_size' of the quantizer,
+      'tokens_shape' (h, w, *index_shape) of an image, 'step', 'evaluation'
+      (content of evaluation.json, or None), 'model_hash', 'num_parameters' and
+      'decoder_only'.
   """
   height, width = config.data.image_size
-  spec, grid = facts['spec'], facts['tokens_shape'][:2]
-  shape = f'[B, {", ".join(map(str, facts["tokens_shape"]))}] int32'
-  num = math.prod(facts['tokens_shape'])
-  bits = num * math.log2(facts['codebook_size'])
-  usage = _DECODING if facts['decoder_only'] else _ENCODING
+  spec, grid = metadata['spec'], metadata['tokens_shape'][:2]
+  shape = f'[B, {", ".join(map(str, metadata["tokens_shape"]))}] int32'
+  num = math.prod(metadata['tokens_shape'])
+  bits = num * math.log2(metadata['codebook_size'])
+  usage = _DECODING if metadata['decoder_only'] else _ENCODING
   lines = [
       f'# {spec["name"]} tokenizer, {height} x {width} pixels to'
       f' {grid[0]} x {grid[1]} tokens',
       '',
-      f'{num} tokens of {facts["codebook_size"]:,} codes an image, {bits:,.0f}'
-      f' bits for {height * width * 24:,} of pixels;'
-      f' {facts["num_parameters"]:,} parameters'
-      + (', of the decoder alone.' if facts['decoder_only'] else '.'),
+      f'{num} tokens per image with {metadata["codebook_size"]:,} codes:'
+      f' {bits:,.0f} bits for {height * width * 24:,} bits of pixels;'
+      f' {metadata["num_parameters"]:,} parameters'
+      + (' (decoder only).' if metadata['decoder_only'] else '.'),
       '',
       '```python',
       'from fsq_jax.tokenizer import Tokenizer',
@@ -67,36 +67,36 @@ def write(
       usage.format(tokens=shape, height=height, width=width),
       '```',
       '',
-      '## What the tokens mean',
+      '## Token convention',
       '',
-      'Another dialect gives the same numbers another meaning; `decode` refuses'
-      ' it when it is told (`spec`).',
+      'Token ids are not interchangeable between conventions; `decode` rejects'
+      ' tokens of another convention if it is given their `spec`.',
       '',
       '| | |',
       '|---|---|',
       *(f'| {name} | {_show(value)} |' for name, value in spec.items()),
       '',
-      '## How good it is',
+      '## Evaluation',
       '',
-      *_evaluation(facts['evaluation']),
+      *_evaluation(metadata['evaluation']),
       '',
-      '## How it was made',
+      '## Training',
       '',
-      *_training(config, facts),
+      *_training(config, metadata),
       '',
       '## Limits',
       '',
-      'A tokenizer reconstructs well what resembles its training images; text,'
-      ' faces and fine texture suffer first. PSNR and SSIM compare pixels and'
-      ' say little of sharpness; usage is at most what the evaluated images'
-      ' ask for.',
+      'Reconstructions are best for images similar to the training images;'
+      ' text, faces and fine texture degrade first. PSNR and SSIM compare'
+      ' pixels and say little about sharpness; codebook usage is limited by the'
+      ' variety of the evaluated images.',
   ]
   return _FRONT + '\n'.join(lines) + '\n'
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
   if evaluation is None:
-    return ['These weights were not evaluated.']
+    return ['These weights have not been evaluated.']
   protocol = evaluation['protocol']
   networks = protocol.get('networks', {})
   values = [
@@ -125,23 +125,23 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 
 def _training(
-    config: ml_collections.ConfigDict, facts: Mapping[str, Any]
+    config: ml_collections.ConfigDict, metadata: Mapping[str, Any]
 ) -> list[str]:
-  step = facts['step']
+  step = metadata['step']
   source = f'{config.data.source} {config.data.name}'.strip()
   losses = f'reconstruction {config.losses.reconstruction}'
   if config.losses.perceptual.name != 'none':
     losses += f', perceptual {config.losses.perceptual.name}'
   if config.discriminator.name != 'none':
     losses += f', discriminator {config.discriminator.name}'
-  steps = 'a number of' if step is None else f'{step:,}'
+  steps = 'An unknown number of' if step is None else f'{step:,}'
   return [
-      f'{steps} steps of {config.data.batch_size} images of {source}'
+      f'{steps} steps with {config.data.batch_size} images of {source}'
       f' ({config.data.train_split}); losses: {losses}; encoder'
-      f' {config.model.encoder.name}, decoder {config.model.decoder.name}. All'
-      ' fields are in config.json.',
+      f' {config.model.encoder.name}, decoder {config.model.decoder.name}. The'
+      ' full config is in config.json.',
       '',
-      f'Model hash: `{facts["model_hash"]}`',
+      f'Model hash: `{metadata["model_hash"]}`',
   ]
 
 

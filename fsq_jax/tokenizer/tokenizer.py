@@ -1,4 +1,4 @@
-"""Images to tokens and back, with a trained model."""
+"""Tokenizer: encodes images and decodes tokens with a trained model."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -10,7 +10,6 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-import ml_collections
 import numpy as np
 
 from fsq_jax import data
@@ -20,76 +19,69 @@ from fsq_jax.data import transforms
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import specs
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
-from fsq_jax.tokenizer import batching
 from fsq_jax.tokenizer import files as tokenizer_files
 
 FITS = ('crop', 'pad')
 
 
 class Tokenizer:
-  """Turns uint8 images into int32 tokens, and tokens into images.
+  """Encodes uint8 images to int32 tokens, and decodes tokens to images.
 
-  Programs are compiled once for each shape of a batch, and there are few of
-  these: batches of `batch_size`, the last one filled up, or, where there are
-  fewer images, of the next power of 2. What becomes of an image in a batch does
-  not depend on the others; in a batch of another size, arithmetic may differ in
-  the last bits, so that a latent between two levels, or a pixel between two
-  values, falls otherwise.
+  Functions are compiled once per batch shape, and there are few shapes:
+  `batch_size` with the last batch filled up, or, for fewer images, the next
+  power of 2. Results of an image do not depend on the other images of its
+  batch; with another batch size, rounding may differ in the last bits, which
+  can change the token of a latent halfway between two levels, or a pixel
+  halfway between two values.
 
-  A tokenizer can be pickled, for worker processes. It is loaded onto the local
-  devices of the process that unpickles it, whatever its mesh was; start workers
-  by 'spawn' or 'forkserver', since JAX does not survive a fork.
+  A tokenizer can be pickled, for worker processes. Unpickling places it on the
+  local devices of the process, whatever its mesh was; start workers with
+  'spawn' or 'forkserver', since JAX does not survive a fork.
 
   Attributes:
-    config: of the run that the model comes from.
+    config: of the run that trained the model.
     model: the autoencoder.
-    variables: its averaged parameters and its other collections.
+    variables: its EMA parameters and its other collections.
     mesh: the devices.
-    step: training steps taken; None where it is not known.
+    step: training steps taken; None if unknown.
     evaluation: content of the run's evaluation.json for that step, or None.
-    stored: of a folder that it was loaded from: hashes and parts; else None.
+    decoder_only: whether the encoder is missing.
   """
 
   def __init__(
       self,
-      config: ml_collections.ConfigDict,
-      variables: Mapping[str, Any],
+      saved: tokenizer_files.SavedModel,
       mesh: jax.sharding.Mesh,
       *,
       batch_size: int = 64,
-      dtype: str | None = None,
-      step: int | None = None,
-      evaluation: Mapping[str, Any] | None = None,
-      stored: tokenizer_files.Stored | None = None,
   ):
-    """Compiles nothing yet.
+    """Functions are compiled on first call.
 
     Args:
-      config: the whole config of the run.
-      variables: params and the model's other collections, on `mesh`.
+      saved: the model, with its variables on `mesh`.
       mesh: from `partitioning.create_mesh`, of devices of this process.
-      batch_size: images that devices take together, at most; rounded up to what
-        the devices divide.
-      dtype: that the model computes in, 'float32' or 'bfloat16'; None is the
-        config's. The quantizer computes in float32 always.
-      step: training steps taken.
-      evaluation: content of evaluation.json for that step.
-      stored: see the attribute.
+      batch_size: largest number of images in a batch; rounded up to a multiple
+        of the devices.
 
     Raises:
       ValueError: a model without tokens, or devices of other processes.
     """
-    self.config = config
-    self.variables = variables
+    self.config, self.model, self.variables, metadata = saved
+    if not self.model.quantizer.codebook_size:
+      raise ValueError(
+          f'The quantizer {self.config.model.quantizer.name!r} has no tokens; a'
+          ' tokenizer needs a model with another quantizer.'
+      )
     self.mesh = mesh
-    self.step = step
-    self.evaluation = evaluation
-    self.stored = stored
-    self._options = {'batch_size': batch_size, 'dtype': dtype}
-    self.model = tokenizer_files.build_model(config, dtype)
-    self._image_size = tuple(config.data.image_size)
+    self.step = metadata.step
+    self.evaluation = metadata.evaluation
+    self.decoder_only = metadata.decoder_only
+    self._saved = saved
+    self._batch_size = batch_size
+    self._image_size = tuple(self.config.data.image_size)
     self._batcher = batching.Batcher(mesh, batch_size)
     self._sizes = image_sizes.ImageSizes(self.model, self._image_size)
     self._encode = _compile(self.model, images_to_tokens)
@@ -97,18 +89,16 @@ class Tokenizer:
 
   def __getstate__(self) -> dict[str, Any]:
     """Returns all arguments of `__init__` but the mesh, arrays on the host."""
-    return {
-        'config': self.config, 'variables': jax.device_get(self.variables),
-        'step': self.step, 'evaluation': self.evaluation,
-        'stored': self.stored, **self._options,
-    }
+    saved = self._saved._replace(variables=jax.device_get(self.variables))
+    return {'saved': saved, 'batch_size': self._batch_size}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
-    mesh = _local_mesh()
-    variables = jax.device_put(
-        state['variables'], partitioning.replicated(mesh)
+    mesh, saved = _local_mesh(), state['saved']
+    variables = jax.device_put(saved.variables, partitioning.replicated(mesh))
+    self.__init__(
+        saved._replace(variables=variables), mesh,
+        batch_size=state['batch_size'],
     )
-    self.__init__(mesh=mesh, **{**state, 'variables': variables})
 
   @classmethod
   def from_workdir(
@@ -120,33 +110,36 @@ class Tokenizer:
       batch_size: int = 64,
       dtype: str | None = None,
   ) -> 'Tokenizer':
-    """Loads the averaged parameters of a run.
+    """Loads the EMA parameters of a run.
 
     Args:
       workdir: the run's folder.
-      checkpoint: 'newest', 'best' (of the highest PSNR), or the number of a
-        step.
-      mesh: see `__init__`; by default images are split over this process's
-        devices and parameters are whole on each.
+      checkpoint: 'newest', 'best' (highest PSNR), or a step number.
+      mesh: see `__init__`; by default images are sharded over the devices of
+        this process and parameters are replicated.
       batch_size: see `__init__`.
-      dtype: see `__init__`.
+      dtype: that the model computes in, 'float32' or 'bfloat16'; by default the
+        config's. The quantizer always computes in float32.
 
     Raises:
-      ValueError: no such checkpoint, or a damaged one.
+      ValueError: no such checkpoint, or a corrupted one.
     """
     found = saved_model.find(workdir, checkpoint)
-    read_on = mesh or partitioning.create_mesh(_WHOLE)
-    _, variables = saved_model.restore(found, read_on)
+    read_on = mesh or partitioning.create_mesh(_REPLICATED)
+    model, variables = saved_model.restore(found, read_on)
     if mesh is None:
       mesh = _local_mesh()
       variables = jax.device_put(
           jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), variables),
           partitioning.replicated(mesh),
       )
-    return cls(
-        found.config, variables, mesh, batch_size=batch_size, dtype=dtype,
-        step=found.step, evaluation=saved_model.read_evaluation(found),
+    if dtype is not None:
+      model = tokenizer_files.build_model(found.config, dtype)
+    metadata = tokenizer_files.Metadata(
+        step=found.step, evaluation=saved_model.read_evaluation(found)
     )
+    saved = tokenizer_files.SavedModel(found.config, model, variables, metadata)
+    return cls(saved, mesh, batch_size=batch_size)
 
   @classmethod
   def from_pretrained(
@@ -157,55 +150,51 @@ class Tokenizer:
       batch_size: int = 64,
       dtype: str | None = None,
   ) -> 'Tokenizer':
-    """Loads what `save_pretrained` wrote.
+    """Loads a folder written by `save_pretrained`.
 
     Args:
       name: a folder, or 'owner/name' of a repository of the Hugging Face Hub,
         which needs the extra `hub`.
       mesh: as in `from_workdir`.
       batch_size: see `__init__`.
-      dtype: see `__init__`.
+      dtype: as in `from_workdir`.
 
     Raises:
-      ValueError: no such folder, or one that is damaged or of another dialect
-        than its weights; the message says of what.
+      ValueError: no such folder, corrupted files, or weights and tokens of
+        different conventions.
     """
     mesh = mesh or _local_mesh()
     folder = tokenizer_files.find(name)
-    config, variables, stored = tokenizer_files.read(folder, mesh)
-    return cls(
-        config, variables, mesh, batch_size=batch_size, dtype=dtype,
-        step=stored.step, evaluation=stored.evaluation, stored=stored,
-    )
+    saved = tokenizer_files.read(folder, mesh, dtype)
+    return cls(saved, mesh, batch_size=batch_size)
 
   def save_pretrained(
       self, folder: str | os.PathLike[str], *, decoder_only: bool = False
   ) -> pathlib.Path:
     """Writes a folder that `from_pretrained` loads.
 
-    It holds model.safetensors, config.json (the run's, without the folders of
-    its paths), quantizer.json, and README.md, a model card with what the run's
-    evaluation.json says.
+    It holds model.safetensors, config.json (the run's config, with paths cut to
+    their last part), quantizer.json, and README.md, a model card with the
+    results of the run's evaluation.json.
 
     Args:
       folder: a new or empty folder.
-      decoder_only: leaves out what `decode` does without.
+      decoder_only: leaves out the parts that only `encode` uses.
 
     Returns:
       Its absolute path.
 
     Raises:
-      ValueError: the folder holds something, or cannot be written.
+      ValueError: the folder is not empty, or cannot be written.
     """
     return tokenizer_files.write(
-        folder, self.config, self.variables, stored=self._stored(),
-        decoder_only=decoder_only,
+        folder, self._with_hashes(), decoder_only=decoder_only
     )
 
   def push_to_hub(self, name: str, *, decoder_only: bool = False) -> str:
     """Saves to a repository 'owner/name' of the Hugging Face Hub.
 
-    Returns its address.
+    Returns its URL.
     """
     return tokenizer_files.upload(
         name, lambda x: self.save_pretrained(x, decoder_only=decoder_only)
@@ -213,21 +202,21 @@ class Tokenizer:
 
   @property
   def spec(self) -> dict[str, Any]:
-    """What fixes the meaning of a token: the quantizer's `spec()`."""
+    """The quantizer's `spec()`, which defines the meaning of tokens."""
     return self.model.quantizer.spec()
 
   @functools.cached_property
   def model_hash(self) -> str:
     """sha256 of the weights, the image size and the spec."""
-    return self._stored().model_hash
+    return self._with_hashes().model_hash
 
   @property
   def grid_size(self) -> tuple[int, int]:
-    """(h, w) of the tokens of an image of config.data.image_size."""
+    """Token grid (h, w) of an image of config.data.image_size."""
     return self.tokens_of(self._image_size)
 
   def tokens_of(self, size: tuple[int, int]) -> tuple[int, int]:
-    """Returns (h, w) of the tokens of an image of (H, W) pixels under 'pad'."""
+    """Returns the token grid (h, w) of an (H, W) image under fit='pad'."""
     size = _check_size(size)
     return tuple(
         math.ceil(side / multiple) * num
@@ -241,33 +230,31 @@ class Tokenizer:
 
     Args:
       images: [B, H, W, 3] uint8.
-      fit: 'crop' makes of them what evaluation makes of them: the shorter side
-        is resized to config.data.resize_shorter if that is set, and the centre
-        cropped; images of config.data.image_size stay as they are. 'pad' keeps
-        all pixels: bottom and right are mirrored to what the model takes, and
-        `decode` crops them away. A ViT then takes tiles of the size that it was
-        trained with, a convolutional model whole images; of these, few sizes
-        are compiled (`image_sizes`).
+      fit: 'crop' crops as evaluation does: the shorter side is resized to
+        config.data.resize_shorter if that is set, then the centre is cropped;
+        images of config.data.image_size are not changed. 'pad' keeps all
+        pixels: the bottom and right are padded by mirroring, and `decode` can
+        crop them away. A ViT then encodes tiles of its training size, a
+        convolutional model whole images, compiled for few sizes
+        (`image_sizes`).
 
     Returns:
-      [B, h, w, *index_shape] int32, -1 where a latent was NaN; index_shape, of
-      the quantizer, is () for most.
+      [B, h, w, *index_shape] int32, -1 where a latent was NaN; index_shape is
+      the quantizer's, () for most.
 
     Raises:
-      ValueError: other arrays, or a model without an encoder.
+      ValueError: arrays of another shape or dtype, or a model without an
+        encoder.
     """
-    if self.stored and self.stored.decoder_only:
+    if self.decoder_only:
       raise ValueError(
           'This tokenizer was saved with decoder_only=True and cannot encode;'
-          ' load the whole one.'
+          ' load a complete tokenizer.'
       )
     images = self._fit(_check_images(images), fit)
-    if self._sizes.whole or images.shape[1:3] == self._image_size:
-      return self._map(
-          self._encode, images, self._sizes.multiples, self._image_size
-      )
-    return self._batcher.map_tiles(
-        self._encode, self.variables, images, self._image_size
+    return self._sizes.map(
+        functools.partial(self._encode, self.variables), images,
+        self._sizes.multiples, self._batcher,
     )
 
   def decode(
@@ -280,18 +267,16 @@ class Tokenizer:
     """Decodes tokens.
 
     Args:
-      tokens: [B, h, w, *index_shape] of any integer dtype, what `encode`
-        returned.
-      size: (H, W) to crop to, where images were padded; integers from 1 to the
-        sides that the tokens decode to.
-      spec: of the quantizer that made the tokens, as kept beside them.
+      tokens: [B, h, w, *index_shape] of any integer dtype, from `encode`.
+      size: (H, W) to crop padded images to, at most the decoded size.
+      spec: of the quantizer that made the tokens, as stored next to them.
 
     Returns:
       [B, H, W, 3] uint8.
 
     Raises:
-      ValueError: tokens of another dialect, shape, dtype or range, or another
-        size.
+      ValueError: tokens of another convention, shape, dtype or range, or an
+        invalid size.
     """
     if spec is not None:
       specs.check_same_spec(spec, self.spec)
@@ -307,17 +292,13 @@ class Tokenizer:
       )
       if np.any(np.greater(size, largest)):
         raise ValueError(
-            f'Images of {tokens.shape[1:3]} tokens have {largest} pixels; they'
-            f' cannot be cropped to {size}. Give a size of at most that.'
+            f'Images of {tokens.shape[1:3]} tokens have {largest} pixels and'
+            f' cannot be cropped to {size}; give a size of at most {largest}.'
         )
-    if self._sizes.whole or tokens.shape[1:3] == self._sizes.grid:
-      images = self._map(
-          self._decode, tokens, self._sizes.grid, self.grid_size
-      )
-    else:
-      images = self._batcher.map_tiles(
-          self._decode, self.variables, tokens, self._sizes.grid
-      )
+    images = self._sizes.map(
+        functools.partial(self._decode, self.variables), tokens,
+        self._sizes.grid, self._batcher,
+    )
     return images if size is None else images[:, : size[0], : size[1]]
 
   def reconstruct(self, images: np.ndarray, fit: str = 'crop') -> np.ndarray:
@@ -328,43 +309,21 @@ class Tokenizer:
       fit: as in `encode`.
 
     Returns:
-      uint8 images, of the size of `images` under 'pad', else of
+      uint8 images, of the same size under 'pad', else of
       config.data.image_size.
     """
     images = _check_images(images)
     size = images.shape[1:3] if fit == 'pad' else None
     return self.decode(self.encode(images, fit), size)
 
-  def _map(
-      self,
-      function: Callable[..., jax.Array],
-      x: np.ndarray,
-      cell: tuple[int, int],
-      usual_size: tuple[int, int],
-  ) -> np.ndarray:
-    """Applies a compiled function to images or tokens that are not cut."""
-
-    def call(x, size):
-      # Tiles are compiled without a size, too.
-      sizes = () if size is None else (size,)
-      return self._batcher.map(
-          lambda variables, batch: function(variables, batch, *sizes),
-          self.variables, x, usual_size,
-      )
-
-    return self._sizes.call(call, x, cell)
-
-  def _stored(self) -> tokenizer_files.Stored:
-    if self.stored is None:
-      self.stored = tokenizer_files.describe(
-          self.config, self.variables, spec=self.spec, step=self.step,
-          evaluation=self.evaluation,
-      )
-    return self.stored
+  def _with_hashes(self) -> tokenizer_files.SavedModel:
+    """Returns the model with hashes, which are computed once."""
+    self._saved = self._saved.with_hashes()
+    return self._saved
 
   def _fit(self, images: np.ndarray, fit: str) -> np.ndarray:
     if fit not in FITS:
-      raise ValueError(f'fit is {fit!r}; known: {list(FITS)}.')
+      raise ValueError(f'fit is {fit!r}; allowed: {list(FITS)}.')
     if fit == 'pad':
       return np.stack([self._sizes.pad(x) for x in images])
     if images.shape[1:3] == self._image_size:
@@ -390,23 +349,23 @@ class Tokenizer:
       raise ValueError(
           f'Tokens are {tokens.dtype}{list(tokens.shape)}; give integers'
           f' [{", ".join(["B", "h", "w", *map(str, shape)])}], with h and w'
-          f' multiples of {self._sizes.grid}, and none of these 0.'
+          f' multiples of {self._sizes.grid}, and no dimension 0.'
       )
     limit = self.model.quantizer.codebook_size
     if tokens.min() < 0 or tokens.max() >= limit:
       raise ValueError(
           f'Tokens hold {tokens.min()} ... {tokens.max()}; allowed: 0 ...'
-          f' {limit - 1}. -1 marks latents that were NaN, which have no code.'
+          f' {limit - 1}. -1 marks NaN latents, which cannot be decoded.'
       )
     return tokens.astype(np.int32)
 
 
-# Parameters whole on every device, images split over all.
-_WHOLE = {'data': -1, 'fsdp': 1}
+# Sizes of a mesh with replicated parameters and sharded images.
+_REPLICATED = {'data': -1, 'fsdp': 1}
 
 
 def _local_mesh() -> jax.sharding.Mesh:
-  return partitioning.create_mesh(_WHOLE, jax.local_devices())
+  return partitioning.create_mesh(_REPLICATED, jax.local_devices())
 
 
 def images_to_tokens(
@@ -448,13 +407,13 @@ def _to_array(x: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(x)
   except ValueError as error:
     raise ValueError(
-        f'{name} of a list have different shapes: {error} Give those of each'
-        ' shape in a call of their own.'
+        f'{name} of a list have different shapes: {error} Use one call per'
+        ' shape.'
     ) from error
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:
-  """Returns a (height, width) as ints, or raises ValueError."""
+  """Returns (height, width) as ints, or raises ValueError."""
   if (
       not isinstance(size, (list, tuple, np.ndarray))
       or len(size) != 2
@@ -489,18 +448,16 @@ def _check_images(images: np.ndarray) -> np.ndarray:
 def load_tokenizer(
     workdir: str | os.PathLike[str], which: str, batch_size: int = 64
 ) -> Tokenizer:
-  """Loads the tokenizer of a run, or one that was saved as a folder.
+  """Loads the tokenizer of a run or of a folder of `save_pretrained`.
 
   Args:
-    workdir: folder of either.
-    which: checkpoint of a run; a saved tokenizer has but one.
-    batch_size: images that devices take together.
+    workdir: the folder.
+    which: checkpoint of a run; ignored for a saved tokenizer, which has one.
+    batch_size: see `Tokenizer`.
 
   Returns:
     The tokenizer, on the devices of this process.
   """
-  if (pathlib.Path(workdir).expanduser() / 'model.safetensors').exists():
+  if (pathlib.Path(workdir).expanduser() / tokenizer_files.WEIGHTS).exists():
     return Tokenizer.from_pretrained(workdir, batch_size=batch_size)
-  return Tokenizer.from_workdir(
-      workdir, which, batch_size=batch_size
-  )
+  return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

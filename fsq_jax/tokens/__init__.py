@@ -1,6 +1,5 @@
-"""Token files: data sets as tokens, written once and read in any order."""
+"""Token files: data sets as tokens, with random access."""
 
-from fsq_jax.tokenizer.tokenizer import load_tokenizer
 from fsq_jax.tokens.detokenization import detokenize_workdir
 from fsq_jax.tokens.manifest import Job
 from fsq_jax.tokens.manifest import Manifest
@@ -17,5 +16,5 @@ from fsq_jax.tokens.tokenization import tokenize_workdir
 __all__ = [
     'Example', 'Interrupted', 'Job', 'Manifest', 'TokenDataset', 'TokenSource',
     'build_dataset', 'default_folder', 'describe', 'detokenize_workdir',
-    'is_complete', 'load_tokenizer', 'tokenize_workdir',
+    'is_complete', 'tokenize_workdir',
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Token files to images (mode detokenize)."""
+"""Decodes token files to images (mode detokenize)."""
 
 from concurrent import futures
 import contextlib
@@ -10,17 +10,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from fsq_jax import tokenizer as tokenizers
 from fsq_jax import workdir as workdirs
 from fsq_jax.runtime import processes
+from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import batches
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
-from fsq_jax.tokens import tokenization
 from fsq_jax.workdir import progress
 
 _NUM_THREADS = 2
-# Of most file systems.
+# Bytes of a file name, on most file systems.
 _MAX_NAME = 255
 
 
@@ -31,23 +31,23 @@ def detokenize_workdir(
     *,
     which: str = 'newest',
 ) -> int:
-  """Writes the images of token files as PNG, named as those they are of.
+  """Writes the decoded images of token files as PNG.
 
-  They are what `Tokenizer.reconstruct` makes of the images.
+  They equal `Tokenizer.reconstruct` of the original images.
 
   Args:
     workdir: folder of the run, or of the saved tokenizer, that made the tokens.
     tokens: folder of the token files.
-    images: folder for the images, NAME.png for the one of each NAME, or
-      NAME.viewN.png where there are several views; several processes share
-      them, batch by batch.
+    images: output folder; image NAME becomes NAME.png, or NAME.viewN.png if
+      there are several views. Several processes share the images batch by
+      batch.
     which: checkpoint of the run that made the tokens.
 
   Returns:
     Number of images written by this process.
 
   Raises:
-    ValueError: token files that are damaged, or that another model made.
+    ValueError: corrupted token files, or token files of another model.
   """
   with processes.fail_together():
     source = sources.TokenSource(tokens)
@@ -55,30 +55,30 @@ def detokenize_workdir(
     _check_names(source, folder)
   job = source.manifest.job
   tokenizer = tokenizers.load_tokenizer(workdir, which, job.batch_size)
-  # Whole batches, so that as many images are decoded together as by one.
+  # Batches are the same for any number of processes.
   size = job.batch_size
   if job.fit == 'pad':
-    size = min(size, tokenization.NUM_WHOLE)
+    size = min(size, batches.NUM_WHOLE)
   starts = range(
       jax.process_index() * size, len(source), jax.process_count() * size
   )
-  shares = [range(i, min(i + size, len(source))) for i in starts]
+  parts = [range(i, min(i + size, len(source))) for i in starts]
   with processes.fail_together():
     source.check_decodable(tokenizer.spec, tokenizer.model_hash)
     workdirs.create(folder, '--images')
-    _write_images(source, tokenizer, shares, folder)
-  return sum(map(len, shares))
+    _write_images(source, tokenizer, parts, folder)
+  return sum(map(len, parts))
 
 
 def _write_images(
     source: sources.TokenSource,
     tokenizer: tokenizers.Tokenizer,
-    shares: list[range],
+    parts: list[range],
     folder: pathlib.Path,
 ) -> None:
   job = source.manifest.job
   bar = progress.ImageProgress(
-      num_images=sum(map(len, shares)), first=0,
+      num_images=sum(map(len, parts)), first=0,
       enabled=jax.process_index() == 0,
   )
   with (
@@ -86,10 +86,10 @@ def _write_images(
       futures.ThreadPoolExecutor(_NUM_THREADS) as pool,
   ):
     writing = []
-    for share in shares:
-      batch = [source[i] for i in share]
+    for indices in parts:
+      batch = [source[i] for i in indices]
       paths = [folder / _file(example, job) for example in batch]
-      # The last batch is written while this one is decoded.
+      # The previous batch is written while this batch is decoded.
       decoded = _decode(tokenizer, batch, job)
       for written in writing:
         written.result()
@@ -111,11 +111,11 @@ def _decode(
   """Returns the [H, W, 3] uint8 image of each example."""
   images = [None] * len(batch)
   sizes = [example.size if job.fit == 'pad' else None for example in batch]
-  for rows in tokenization.group_equal([
+  for rows in batches.group_equal([
       (example.tokens.shape, size)
       for example, size in zip(batch, sizes, strict=True)
   ]):
-    decoded = tokenization.apply_filled(
+    decoded = batches.apply_filled(
         lambda x, size=sizes[rows[0]]: tokenizer.decode(x, size),
         np.stack([batch[i].tokens for i in rows]),
         job,
@@ -131,7 +131,7 @@ def _file(example: shards.Example, job: manifest.Job) -> str:
 
 
 def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
-  """Refuses names that are of no file in the folder, before any is written."""
+  """Checks that each name gives a file of its own inside the folder."""
   files, folders = set(), set()
   root = os.path.realpath(folder)
   for i in range(len(source)):
@@ -140,19 +140,19 @@ def _check_names(source: sources.TokenSource, folder: pathlib.Path) -> None:
     file = _file(example, source.manifest.job)
     problem = None
     if not name or '\0' in name:
-      problem = 'is no name of a file'
+      problem = 'is not a file name'
     elif file in files:
-      problem = 'is that of another image, too'
+      problem = 'is also the name of another image'
     elif file in folders or not files.isdisjoint(_parents(file)):
-      problem = 'is a folder of another image, or the other way round'
+      problem = 'is a folder in the name of another image, or vice versa'
     elif max(len(os.fsencode(part)) for part in file.split('/')) > _MAX_NAME:
-      problem = f'has more than the {_MAX_NAME} bytes of a name of a file'
+      problem = f'has more than {_MAX_NAME} bytes, the limit of a file name'
     elif not pathlib.Path(os.path.realpath(folder / file)).is_relative_to(root):
       problem = f'is outside of {folder}'
     if problem is not None:
       raise ValueError(
-          f'The token files have an image of the name {name[:99]!r}, which'
-          f' {problem}; nothing was written.'
+          f'The token files have an image named {name[:99]!r}, which {problem};'
+          ' nothing was written.'
       )
     files.add(file)
     folders.update(_parents(file))

@@ -1,4 +1,4 @@
-"""Whether images are still those that tokens were made of."""
+"""Detects changes of images since they were tokenized."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -17,20 +17,19 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.workdir import progress
 
 HASHES_FILE = 'image_hashes.npy'
-# Of this copy of the images, so that it may be deleted: hashes are compared
-# where a time is not known.
+# Times of this copy of the images; without the file, hashes are compared.
 TIMES_FILE = '.image_times.npy'
 _UNKNOWN = (0, 0, 0)
-# A file that changes twice within the resolution of its times shows one time.
-# FAT's is the coarsest, 2 s.
+# Two changes within the resolution of file times are not distinguished; FAT has
+# the coarsest, 2 s.
 _RESOLUTION_NS = 2 * 10**9
 _NUM_LISTED = 10
-# Images whose comparison waits for a thread at a time.
+# Images submitted to the threads at a time.
 _BLOCK = 1024
 
 
 class ImageState(NamedTuple):
-  """What an image was when it was read.
+  """State of an image when it was read.
 
   Attributes:
     digest: sha256 of the encoded image; `data.NO_DIGEST` if it was not read.
@@ -69,20 +68,20 @@ def stack(states: Sequence[ImageState]) -> ImageStates:
 
 
 def concatenate(parts: Sequence[ImageStates]) -> ImageStates:
-  """Returns the states of the images of several parts, one after another."""
+  """Concatenates the states of several parts."""
   return ImageStates(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def take_stamp(source: data.EncodedSource, index: int) -> tuple[int, int, int]:
-  """Returns the stamp of a file that is about to be read.
+  """Returns the stamp of a file before it is read.
 
   Args:
     source: the images.
-    index: of one of them.
+    index: of the image.
 
   Returns:
-    `source.stamp(index)`; zeros if the file is so new that it might change
-    without a change of its times.
+    `source.stamp(index)`; zeros if the file is so new that a change might not
+    change its times.
   """
   stamp = source.stamp(index)
   is_new = time.time_ns() - max(stamp[1:]) < _RESOLUTION_NS
@@ -98,18 +97,18 @@ def check_unchanged(
     folder: pathlib.Path,
     num_threads: int,
 ) -> None:
-  """Compares images with what they were when tokens were made of them.
+  """Checks that images have not changed since they were tokenized.
 
-  As in Git's index, a file of the same size and times is taken to be
-  unchanged; any other is read and its hash compared.
+  As in Git's index, a file of the same size and times counts as unchanged; the
+  hashes of all other files are compared.
 
   Args:
     source: the images.
-    states: of these images, when they were read.
-    indices: of these images.
-    verify: compare the hashes of all.
+    states: states of the images when they were tokenized.
+    indices: indices of the images.
+    verify: compare the hashes of all images.
     folder: of the token files.
-    num_threads: that read.
+    num_threads: reader threads.
 
   Raises:
     ValueError: images have changed; lists the first of them.
@@ -134,10 +133,9 @@ def check_unchanged(
   if changed:
     listing = '\n  '.join(map(source.describe, changed[:_NUM_LISTED]))
     raise ValueError(
-        f'{len(changed)} of {len(source)} images are no longer those that the'
-        f' tokens in {folder} were made of. The first:\n  {listing}\nDelete'
-        ' that folder to tokenize the images again, or give another one with'
-        ' --tokens.'
+        f'{len(changed)} of {len(source)} images have changed since the tokens'
+        f' in {folder} were made. The first:\n  {listing}\nDelete that folder'
+        ' to tokenize the images again, or give another folder with --tokens.'
     )
 
 
@@ -147,7 +145,7 @@ def _select(
     pool: futures.Executor,
     bar: progress.ImageProgress | None = None,
 ) -> Iterator[int]:
-  """Yields the rows that pass a test, which threads make block by block."""
+  """Yields the rows that pass a test, run by threads block by block."""
   for start in range(0, len(rows), _BLOCK):
     block = rows[start : start + _BLOCK]
     for row, passes in zip(block, pool.map(test, block), strict=True):
@@ -158,7 +156,7 @@ def _select(
 
 
 def write(folder: pathlib.Path, states: ImageStates) -> None:
-  """Writes the states of all images, hashes and times to a file each."""
+  """Writes the states of all images: a file of hashes and a file of times."""
   files = {HASHES_FILE: states.digests, TIMES_FILE: states.stamps}
   for name, array in files.items():
     buffer = io.BytesIO()
@@ -167,18 +165,18 @@ def write(folder: pathlib.Path, states: ImageStates) -> None:
 
 
 def read(folder: pathlib.Path, num_images: int, content: str) -> ImageStates:
-  """Reads what `write` has written.
+  """Reads the files of `write`.
 
   Args:
     folder: of the token files.
-    num_images: of the source.
-    content: hash of all of them.
+    num_images: number of images in the source.
+    content: content hash of all images.
 
   Returns:
-    The states; stamps are zeros where the file is missing or damaged.
+    The states; stamps are zeros if their file is missing or corrupted.
 
   Raises:
-    ValueError: the hashes are missing or damaged.
+    ValueError: the hashes are missing or corrupted.
   """
   digests = _load(folder / HASHES_FILE, (num_images, 32), np.uint8)
   stamps = _load(folder / TIMES_FILE, (num_images, 3), np.int64)
@@ -187,8 +185,8 @@ def read(folder: pathlib.Path, num_images: int, content: str) -> ImageStates:
   if digests is None or ImageStates(digests, stamps).content_hash != content:
     raise ValueError(
         f'{folder / HASHES_FILE}, the hashes of the images, is missing or'
-        ' corrupted. Copy it anew, or delete the folder and run --mode=tokenize'
-        ' again.'
+        ' corrupted; copy it again, or delete the folder and run'
+        ' --mode=tokenize again.'
     )
   return ImageStates(digests, stamps)
 

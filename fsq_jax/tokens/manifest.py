@@ -1,6 +1,6 @@
-"""manifest.json of a folder of token files: all that decoding them needs."""
+"""manifest.json of a folder of token files: job, files, hashes, summary."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import json
 import math
@@ -8,18 +8,21 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import numpy as np
 
+from fsq_jax.checkpoints import integrity
+from fsq_jax.configuration import rules
 from fsq_jax.quantizers import builder
 from fsq_jax.quantizers import convert
 
 FILE = 'manifest.json'
-# Of what a killed run has done, until the manifest is there.
+# Folder of partial results, until the manifest is written.
 UNFINISHED = '.unfinished'
 _FORMAT = 'fsq_jax tokens'
-# 2: one view of each image. 3: several.
+# 2: one view per image. 3: several.
 _VERSIONS = (2, 3)
-# How files are laid out, for programs without this package.
+# Layout of the files, for readers without this package.
 _LAYOUTS = {
     'array_record': (
         'A record is an image, little endian: int64 label; uint32 h, w, H, W,'
@@ -60,22 +63,23 @@ STORAGES = tuple(_LAYOUTS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """What decides, with the images, which bytes are in token files.
+  """Everything except the images that determines the token files.
 
   Attributes:
-    storage: of `STORAGES`.
-    quantizer: spec of the quantizer: levels, convention, order of the index.
+    storage: one of `STORAGES`.
+    quantizer: spec of the quantizer: levels, convention, index order.
     codebook_size: K; tokens are 0 ... K - 1.
     index_shape: trailing axes of the tokens of one code; () for most.
     model_hash: of the model that made the tokens.
-    fit: how images were fitted to it, 'crop' or 'pad'.
-    image_size: (height, width) in pixels that images are cropped to, or that
+    fit: how images were fitted to the model, 'crop' or 'pad'.
+    image_size: (height, width) in pixels of the crops, or of the images that
       the model was trained with.
-    batch_size: images that were encoded together, at most.
-    images_per_shard: of the source, readable or not; the last has the rest.
+    batch_size: largest number of images that were encoded together.
+    images_per_shard: images of the source per file, readable or not; the last
+      file has the rest.
     source: fingerprint of the images.
-    label_names: of the classes, by label; () where they have none.
-    views: random crops of each image; 1 is no random one but the evaluation's.
+    label_names: class names by label; () without classes.
+    views: random crops per image; 1 is the centre crop of evaluation.
     augmentation: 'seed', 'crop_scale' and 'flip' of several views, see
       `data.draw_augmentation`; None for one view.
   """
@@ -96,25 +100,31 @@ class Job:
 
   @property
   def version(self) -> int:
-    """Of the format: programs that know one view alone read version 2."""
+    """Version of the format; readers of one view per image know only 2."""
     return _VERSIONS[self.views > 1]
 
   @property
   def dtype(self) -> np.dtype:
-    """uint16 where all tokens fit in, else int32; little endian."""
+    """uint16 if all tokens fit, else int32; little endian."""
     return np.dtype('<u2' if self.codebook_size <= 2**16 else '<i4')
 
   @property
   def num_shards(self) -> int:
-    """Number of files, from that of images in the source."""
+    """Number of files."""
     return math.ceil(self.source['num_examples'] / self.images_per_shard)
 
   def shard_file(self, shard: int) -> str:
     """Name of the file of a shard."""
     return f'tokens-{shard:05d}-of-{self.num_shards:05d}.{self.storage}'
 
+  def indices(self, shard: int) -> range:
+    """Returns the indices of the images of a shard, readable or not."""
+    start = shard * self.images_per_shard
+    stop = start + self.images_per_shard
+    return range(start, min(stop, self.source['num_examples']))
+
   def to_json(self) -> dict[str, Any]:
-    """Returns plain values, with what follows from the attributes."""
+    """Returns plain values: the attributes and fields derived from them."""
     has_views = self.views > 1
     layout = _LAYOUTS[self.storage].format(
         view=_VIEW_LAYOUTS[self.storage] if has_views else ''
@@ -131,14 +141,13 @@ class Job:
 
 
 class Shard(NamedTuple):
-  """One file.
+  """A token file.
 
   Attributes:
     file: its name.
-    num_images: that it holds, each view counted; those that could not be read
-      are missing.
-    num_bytes: of the file.
-    sha256: of the file.
+    num_images: images in it, counting each view; unreadable images are missing.
+    num_bytes: size of the file.
+    sha256: hash of the file.
   """
 
   file: str
@@ -149,15 +158,15 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-  """What manifest.json holds.
+  """Content of manifest.json.
 
   Attributes:
-    job: what the files were made of, and how.
-    grid: (h, w) of the tokens of every image; None where they differ.
+    job: how the files were made.
+    grid: token grid (h, w) of every image; None if grids differ.
     shards: the files, in the order of the images.
-    damaged: name and reason of images that could not be read.
-    content_sha256: `data.content_hash` of the images, of which
-      image_states.HASHES_FILE has all hashes; None where it is not known.
+    damaged: name and reason of each image that could not be read.
+    content_sha256: `data.content_hash` of the images, whose hashes are in
+      image_states.HASHES_FILE; None if unknown.
     summary: usage, entropy, compression; see `summary.summarize`.
   """
 
@@ -170,7 +179,7 @@ class Manifest:
 
   @property
   def num_images(self) -> int:
-    """Number of images in all files, each view counted."""
+    """Number of images in all files, counting each view."""
     return sum(shard.num_images for shard in self.shards)
 
   def to_json(self) -> dict[str, Any]:
@@ -187,7 +196,7 @@ class Manifest:
 
 
 def read(folder: pathlib.Path) -> Manifest:
-  """Reads and checks the manifest of a folder; looks at no other file.
+  """Reads and checks the manifest of a folder, but no other file.
 
   Args:
     folder: of token files.
@@ -196,21 +205,17 @@ def read(folder: pathlib.Path) -> Manifest:
     The manifest.
 
   Raises:
-    ValueError: there is none, or it is damaged, of another format, or says
-      what cannot be; the message says what.
+    ValueError: it is missing, corrupted, of another format, or inconsistent.
   """
   path = folder / FILE
   if not path.is_file():
     if (folder / UNFINISHED).is_dir():
       raise ValueError(
-          f'{folder} is unfinished; run the same --mode=tokenize again, which'
-          ' goes on where it stopped.'
+          f'{folder} is unfinished; run the same --mode=tokenize again to'
+          ' resume it.'
       )
     raise ValueError(f'{folder} holds no token files: {FILE} is missing.')
-  try:
-    values = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is damaged, no JSON: {error}.') from error
+  values = _read_json(path)
   try:
     return _parse(values)
   except ValueError as error:
@@ -218,70 +223,52 @@ def read(folder: pathlib.Path) -> Manifest:
 
 
 def check_same_job(path: pathlib.Path, job: Job) -> None:
-  """Refuses to go on in a folder that is of another job.
+  """Checks that a folder with earlier results belongs to the same job.
 
   Args:
     path: JSON of a job or of a manifest.
-    job: what is to be done.
+    job: the job of this run.
 
   Raises:
     ValueError: they differ; a line for each difference.
   """
-  try:
-    saved = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged, no JSON: {error}.') from error
+  saved = _read_json(path)
   saved = _flatten(_ADDED | saved if isinstance(saved, dict) else {})
   wanted = _flatten(job.to_json())
-  differences = [
-      f'  {key}: {saved.get(key)!r} -> {value!r}'
-      for key, value in wanted.items()
-      # The layout follows from storage and version.
-      if key != 'layout' and saved.get(key) != value
-  ]
-  if differences:
+  del wanted['layout']  # It follows from storage and version.
+  saved = {key: saved[key] for key in wanted if key in saved}
+  if lines := integrity.compare(saved, wanted, most=len(wanted)):
     note = ''
     if wanted.get('source.content') != saved.get('source.content'):
       note = (
           '\nsource.content differs: images were added, removed, renamed or'
-          ' changed, or are others.'
+          ' changed, or the folder is of other images.'
       )
     raise ValueError(
-        f'{path} is of other tokens (there -> now):\n'
-        + '\n'.join(differences)
+        '\n  '.join([f'{path} is of other tokens (saved -> now):', *lines])
         + note
-        + '\nGive another folder with --tokens, or delete that one.'
+        + '\nGive another folder with --tokens, or delete this one.'
     )
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the values of nested objects under dotted names."""
-  flat = {}
-  for key, value in values.items():
-    nested = _flatten(value) if isinstance(value, Mapping) else {'': value}
-    flat |= {f'{key}.{name}'.rstrip('.'): x for name, x in nested.items()}
-  return flat
+  return traverse_util.flatten_dict(dict(values), sep='.')
 
 
-def _is_count(x: Any) -> bool:
-  return type(x) is int and 0 <= x < 2**63
+def _read_json(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is corrupted, not JSON: {error}.') from error
 
 
-def _are_counts(x: Any) -> bool:
-  return isinstance(x, list) and all(map(_is_count, x))
-
-
-def _is_hash(x: Any) -> bool:
-  return isinstance(x, str) and bool(re.fullmatch('[0-9a-f]{64}', x))
-
-
-def _are_damaged(x: Any) -> bool:
-  return isinstance(x, list) and all(
-      isinstance(image, dict)
-      and isinstance(image.get('name'), str)
-      and isinstance(image.get('reason'), str)
-      for image in x
-  )
+# Fields that earlier versions did not write.
+_ADDED = {'views': 1, 'augmentation': None, 'content_sha256': None}
+# Results of `summary.summarize` that are printed.
+_SUMMARY = (
+    'usage', 'entropy_bits', 'bits_per_image', 'entropy_bits_per_image',
+    'compression_of_pixels', 'compression_of_files',
+)
 
 
 def _is_summary(x: Any) -> bool:
@@ -292,124 +279,111 @@ def _is_summary(x: Any) -> bool:
   )
 
 
-def _is_size(x: Any) -> bool:
-  return _are_counts(x) and len(x) == 2 and min(x) > 0
+def _is_damaged(x: Any) -> bool:
+  return isinstance(x, dict) and all(
+      isinstance(x.get(name), str) for name in ('name', 'reason')
+  )
 
 
-def _are_texts(x: Any) -> bool:
-  return isinstance(x, list) and all(isinstance(text, str) for text in x)
-
-
-# Fields that earlier programs did not write.
-_ADDED = {'views': 1, 'augmentation': None, 'content_sha256': None}
-# Of `summary.summarize`, those that are shown.
-_SUMMARY = (
-    'usage', 'entropy_bits', 'bits_per_image', 'entropy_bits_per_image',
-    'compression_of_pixels', 'compression_of_files',
+_Rule = rules.Rule
+_COUNT = rules.integer(0, 2**63 - 1)
+_OBJECT = _Rule('an object', lambda x: isinstance(x, dict))
+_HASH = _Rule(
+    '64 hexadecimal digits',
+    lambda x: isinstance(x, str) and bool(re.fullmatch('[0-9a-f]{64}', x)),
 )
-_OBJECT = ('an object', lambda x: isinstance(x, dict))
-_COUNT = ('an integer >= 0', _is_count)
-_POSITIVE = ('1 ... 2^31', lambda x: _is_count(x) and 1 <= x <= 2**31)
-_HASH = ('64 hexadecimal digits', _is_hash)
-_Check = tuple[str, Callable[[Any], bool]]
-_FIELDS: Mapping[str, _Check] = {
-    'format': (repr(_FORMAT), lambda x: x == _FORMAT),
-    'version': (
-        f'one of {_VERSIONS}, which this program reads',
+_SIZE = rules.tuple_of('two integers >= 1', rules.COUNT, (2,))
+# Rules for the JSON values, with lists converted to tuples.
+_RULES: Mapping[str, rules.Rule] = {
+    'format': _Rule(repr(_FORMAT), lambda x: x == _FORMAT),
+    'version': _Rule(
+        f'one of {_VERSIONS}, which this version of fsq_jax reads',
         lambda x: type(x) is int and x in _VERSIONS,
     ),
-    'storage': (f'one of {STORAGES}', lambda x: x in STORAGES),
+    'storage': rules.name(*STORAGES),
     'quantizer': _OBJECT,
-    'codebook_size': (
-        '2 ... 2^31', lambda x: _is_count(x) and 2 <= x <= 2**31
+    'codebook_size': rules.integer(2, 2**31),
+    'index_shape': rules.tuple_of(
+        'integers >= 1', rules.COUNT, rules.ANY_LENGTH
     ),
-    'index_shape': ('integers >= 1', lambda x: _are_counts(x) and all(x)),
-    'dtype': ("'uint16' or 'int32'", lambda x: x in ('uint16', 'int32')),
+    'dtype': rules.name('uint16', 'int32'),
     'model_hash': _HASH,
-    'fit': ("'crop' or 'pad'", lambda x: x in ('crop', 'pad')),
-    'image_size': ('two integers >= 1', _is_size),
-    'batch_size': _POSITIVE,
-    'images_per_shard': _POSITIVE,
-    'source': (
+    'fit': rules.name('crop', 'pad'),
+    'image_size': _SIZE,
+    'batch_size': rules.COUNT,
+    'images_per_shard': rules.COUNT,
+    'source': _Rule(
         'an object with num_examples',
-        lambda x: isinstance(x, dict) and _is_count(x.get('num_examples')),
+        lambda x: isinstance(x, dict) and _COUNT.fits(x.get('num_examples')),
     ),
-    'label_names': ('texts', _are_texts),
-    'views': _POSITIVE,
-    'augmentation': ('null or an object', lambda x: isinstance(x, dict | None)),
-    'content_sha256': (
-        'null or 64 hexadecimal digits', lambda x: x is None or _is_hash(x)
+    'label_names': rules.tuple_of(
+        'strings', _Rule('', lambda x: isinstance(x, str)), rules.ANY_LENGTH
     ),
-    'grid': (
-        'null or two integers >= 1', lambda x: x is None or _is_size(x)
-    ),
+    'views': rules.COUNT,
+    'augmentation': rules.optional(_OBJECT),
+    'content_sha256': rules.optional(_HASH),
+    'grid': rules.optional(_SIZE),
     'num_images': _COUNT,
     'num_damaged': _COUNT,
-    'damaged': ('objects with name and reason', _are_damaged),
-    'summary': (f'an object with the numbers {_SUMMARY}', _is_summary),
-    'shards': ('a list', lambda x: isinstance(x, list)),
+    'damaged': rules.tuple_of(
+        'objects with name and reason', _Rule('', _is_damaged), rules.ANY_LENGTH
+    ),
+    'summary': _Rule(f'an object with the numbers {_SUMMARY}', _is_summary),
+    'shards': _Rule('a list', lambda x: isinstance(x, tuple)),
 }
-_SHARD_FIELDS: Mapping[str, _Check] = {
-    'file': ('a text', lambda x: isinstance(x, str)),
+_SHARD_RULES: Mapping[str, rules.Rule] = {
+    'file': _Rule('a string', lambda x: isinstance(x, str)),
     'num_images': _COUNT,
     'num_bytes': _COUNT,
     'sha256': _HASH,
 }
 
 
-def _show(x: Any) -> str:
-  text = repr(x)
-  return text if len(text) < 200 else f'{text[:200]}...'
-
-
-def _check_fields(
-    values: Any, fields: Mapping[str, _Check], prefix: str = ''
-) -> None:
-  if not isinstance(values, dict):
-    raise ValueError(
-        f'{prefix.rstrip(".") or "it"} is {_show(values)}; needed: an object.'
-    )
-  for name, (allowed, is_allowed) in fields.items():
-    if name not in values:
-      raise ValueError(f'{prefix}{name} is missing; needed: {allowed}.')
-    if not is_allowed(values[name]):
-      raise ValueError(
-          f'{prefix}{name} is {_show(values[name])}; needed: {allowed}.'
-      )
-
-
 def _parse(values: Any) -> Manifest:
+  """Returns the manifest of JSON values, or says which of them is invalid."""
   if isinstance(values, dict):
     values = _ADDED | values
-  _check_fields(values, _FIELDS)
-  for i, shard in enumerate(values['shards']):
-    _check_fields(shard, _SHARD_FIELDS, f'shards[{i}].')
-  job = Job(**{
-      field.name: (
-          tuple(values[field.name])
-          if isinstance(values[field.name], list)
-          else values[field.name]
-      )
-      for field in dataclasses.fields(Job)
-  })
-  manifest = Manifest(
-      job=job,
-      grid=values['grid'] and tuple(values['grid']),
-      shards=tuple(
-          Shard(**{name: shard[name] for name in Shard._fields})
-          for shard in values['shards']
-      ),
-      damaged=tuple(values['damaged']),
-      content_sha256=values['content_sha256'],
-      summary=values['summary'],
+  fields = _check_fields(values, _RULES)
+  shards = tuple(
+      Shard(**_check_fields(shard, _SHARD_RULES, f'shards[{i}].'))
+      for i, shard in enumerate(fields['shards'])
   )
-  _check_dialect(job)
+  manifest = Manifest(
+      job=Job(**{x.name: fields[x.name] for x in dataclasses.fields(Job)}),
+      shards=shards,
+      **{
+          name: fields[name]
+          for name in ('grid', 'damaged', 'content_sha256', 'summary')
+      },
+  )
+  _check_quantizer(manifest.job)
   _check_counts(values, manifest)
   return manifest
 
 
-def _check_dialect(job: Job) -> None:
-  """Refuses a codebook size or an index shape that is not the quantizer's."""
+def _check_fields(
+    values: Any, fields: Mapping[str, rules.Rule], prefix: str = ''
+) -> dict[str, Any]:
+  """Returns the fields, lists as tuples, or raises ValueError."""
+  if not isinstance(values, dict):
+    raise ValueError(
+        f'{prefix.rstrip(".") or "it"} is {_show(values)}; needed: an object.'
+    )
+  checked = {}
+  for name, rule in fields.items():
+    if name not in values:
+      raise ValueError(f'{prefix}{name} is missing; needed: {rule.allowed}.')
+    value = values[name]
+    checked[name] = tuple(value) if isinstance(value, list) else value
+    if not rule.fits(checked[name]):
+      raise ValueError(
+          f'{prefix}{name} is {_show(value)}; needed: {rule.allowed}.'
+      )
+  return checked
+
+
+def _check_quantizer(job: Job) -> None:
+  """Checks codebook size and index shape against the quantizer's spec."""
   if 'index_order' in job.quantizer:
     quantizer = convert.quantizer_from_spec(job.quantizer)
     known = quantizer.codebook_size, quantizer.index_shape
@@ -428,38 +402,37 @@ def _check_dialect(job: Job) -> None:
 
 
 def _check_counts(values: Mapping[str, Any], manifest: Manifest) -> None:
-  """Refuses numbers that do not follow from each other."""
+  """Checks the fields that follow from other fields."""
   job = manifest.job
-  num_damaged = len(manifest.damaged)
-  given = {
-      'version': values['version'],
-      'augmentation': None if job.augmentation is None else 'an object',
-      'dtype': values['dtype'],
-      'num_images': values['num_images'],
-      'num_damaged': values['num_damaged'],
-      'num_images + views * num_damaged': (
-          manifest.num_images + job.views * num_damaged
-      ),
-      'files': [shard.file for shard in manifest.shards],
-  }
-  # Before as many names are made as it says that there are.
+  # Before as many file names are made as the manifest claims shards.
   if job.num_shards != len(manifest.shards):
     raise ValueError(
         f'it lists {len(manifest.shards)} shards; needed: {job.num_shards}.'
     )
+  derived = manifest.to_json()
   needed = {
-      'version': job.version,
-      'augmentation': 'an object' if job.views > 1 else None,
-      'dtype': job.dtype.name,
-      'num_images': manifest.num_images,
-      'num_damaged': num_damaged,
-      'num_images + views * num_damaged': (
-          job.views * job.source['num_examples']
-      ),
-      'files': [job.shard_file(i) for i in range(job.num_shards)],
+      name: (values[name], derived[name])
+      for name in ('version', 'dtype', 'num_images', 'num_damaged')
   }
-  for name, value in given.items():
-    if value != needed[name]:
-      raise ValueError(
-          f'{name} is {_show(value)}; needed: {_show(needed[name])}.'
-      )
+  needed |= {
+      'augmentation': (
+          None if job.augmentation is None else 'an object',
+          'an object' if job.views > 1 else None,
+      ),
+      'num_images + views * num_damaged': (
+          manifest.num_images + job.views * len(manifest.damaged),
+          job.views * job.source['num_examples'],
+      ),
+      'files': (
+          [shard.file for shard in manifest.shards],
+          [job.shard_file(i) for i in range(job.num_shards)],
+      ),
+  }
+  for name, (given, wanted) in needed.items():
+    if given != wanted:
+      raise ValueError(f'{name} is {_show(given)}; needed: {_show(wanted)}.')
+
+
+def _show(x: Any) -> str:
+  text = repr(x)
+  return text if len(text) < 200 else f'{text[:200]}...'

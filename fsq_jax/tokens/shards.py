@@ -1,6 +1,7 @@
-"""Files of tokens, and what is in one: array_record or npz."""
+"""Token files in the formats array_record and npz."""
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import math
 import pathlib
 import struct
@@ -11,12 +12,12 @@ import numpy as np
 
 from fsq_jax.tokens import manifest
 
-# label, h, w, H, W, those of the original, bytes of the name.
+# label, h, w, H, W, H and W of the original, bytes of the name.
 _HEADER = struct.Struct('<q7I')
-# The same with view, crop and flip before the last.
+# The same with view, crop and flip before the bytes of the name.
 _VIEW_HEADER = struct.Struct('<q13I')
-# One image a record, for random access. Little of one can be compressed, and it
-# takes longer than all else.
+# One image per record, for random access. Tokens hardly compress, and
+# compression would dominate the time.
 _WRITER_OPTIONS = 'group_size:1,uncompressed,max_parallelism:1'
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 
@@ -27,13 +28,13 @@ class Example(NamedTuple):
   Attributes:
     tokens: [h, w, *index_shape] int32.
     name: of the image in its source.
-    label: -1 for none.
+    label: class label; -1 for no label.
     size: (height, width) in pixels of the image that was fitted to the model.
-    original_size: the same before data.resize_shorter.
-    view: number of the random crop of this image; 0 where there is one view.
-    crop: (top, left, height, width) of it, in pixels of the image of `size`;
-      None where there is one view, which is no random crop.
-    is_flipped: whether it is mirrored left to right.
+    original_size: (height, width) before data.resize_shorter.
+    view: number of the random crop of the image; 0 with one view.
+    crop: (top, left, height, width) of the random crop, in pixels of the image
+      of `size`; None with one view.
+    is_flipped: whether the crop is mirrored left to right.
   """
 
   tokens: np.ndarray
@@ -49,12 +50,12 @@ class Example(NamedTuple):
 def write(
     path: pathlib.Path, examples: Sequence[Example], job: manifest.Job
 ) -> None:
-  """Writes a file, whose bytes depend on nothing but the arguments.
+  """Writes a file; its bytes depend on the arguments alone.
 
   Args:
-    path: of the file, which may be left in part by a kill.
-    examples: its images.
-    job: what they are tokens of, and the storage.
+    path: of the file; not written atomically.
+    examples: the tokens of its images.
+    job: the job, with the storage.
   """
   _WRITERS[job.storage](path, examples, job)
 
@@ -67,17 +68,23 @@ def open_shard(path: pathlib.Path, job: manifest.Job) -> Sequence[Example]:
     job: of its manifest.
 
   Returns:
-    The images. Taking one raises ValueError, saying why, if it is damaged or
-    not what the job says.
+    The examples. Indexing raises ValueError for a corrupted example, or an
+    example that contradicts the job.
 
   Raises:
-    ValueError: it is no such file.
+    ValueError: a file of another kind.
   """
   return _READERS[job.storage](path, job)
 
 
+def hash_file(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def _encode_name(name: str) -> bytes:
-  # Names of files need not be text.
+  # File names need not be valid UTF-8.
   return name.encode('utf-8', 'surrogateescape')
 
 
@@ -134,7 +141,7 @@ def _rows(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
 
 
 class _ArrayRecordShard(Sequence[Example]):
-  """One file of records."""
+  """The examples of an array_record file."""
 
   def __init__(self, path: pathlib.Path, job: manifest.Job):
     self._path = path
@@ -144,7 +151,7 @@ class _ArrayRecordShard(Sequence[Example]):
           str(path), _READER_OPTIONS
       )
       self._length = self._reader.num_records()
-    except Exception as error:  # Whatever array_record raises.
+    except Exception as error:  # array_record raises errors of any class.
       raise ValueError(f'{path} is no array_record file: {error}') from error
 
   def __len__(self) -> int:
@@ -153,7 +160,7 @@ class _ArrayRecordShard(Sequence[Example]):
   def __getitem__(self, index: int) -> Example:
     try:
       (record,) = self._reader.read([index])
-    except Exception as error:  # Whatever array_record raises.
+    except Exception as error:  # array_record raises errors of any class.
       raise ValueError(
           f'{self._path} record {index} cannot be read: {error}'
       ) from error
@@ -165,7 +172,7 @@ class _ArrayRecordShard(Sequence[Example]):
   def _parse(self, record: bytes) -> Example:
     header = _header(self._job)
     if len(record) < header.size:
-      raise ValueError(f'{len(record)} bytes have no header.')
+      raise ValueError(f'{len(record)} bytes are less than a header.')
     label, *numbers, num_name = header.unpack_from(record)
     grid, size, original_size = (tuple(numbers[i : i + 2]) for i in (0, 2, 4))
     start = header.size + num_name
@@ -187,7 +194,7 @@ class _ArrayRecordShard(Sequence[Example]):
 
 
 class _NpzShard(Sequence[Example]):
-  """One file of arrays, which are held in memory."""
+  """The examples of an npz file, whose arrays are held in memory."""
 
   def __init__(self, path: pathlib.Path, job: manifest.Job):
     self._path = path
@@ -195,7 +202,7 @@ class _NpzShard(Sequence[Example]):
     try:
       with np.load(path, allow_pickle=False) as file:
         self._arrays = {name: file[name] for name in file.files}
-    # A foreign file may be of any kind, and announce any size.
+    # A foreign file may be of any kind, and claim any size.
     except Exception as error:
       raise ValueError(
           f'{path} is no npz file of tokens: {type(error).__name__}: {error}'
@@ -268,7 +275,7 @@ def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
   }
   if given != needed or arrays['tokens'].ndim != 1 + len(job.index_shape):
     raise ValueError(f'it has the arrays {given}; needed: {needed}.')
-  # Python's integers: those of a foreign file may overflow.
+  # As Python integers: int32 products of a foreign file may overflow.
   num_tokens = sum(math.prod(map(int, grid)) for grid in arrays['grid'])
   if len(arrays['tokens']) != num_tokens:
     raise ValueError(
@@ -280,7 +287,7 @@ def _check_arrays(arrays: Mapping[str, Any], job: manifest.Job) -> None:
 def _parse_view(
     numbers: Sequence[int], size: tuple[int, int], job: manifest.Job
 ) -> tuple[int, tuple[int, int, int, int], bool] | tuple[()]:
-  """Returns view, crop and flip, or says what they cannot be; () for none."""
+  """Returns view, crop and flip, () with one view; raises ValueError."""
   if job.views == 1:
     return ()
   view, top, left, height, width, flipped = numbers
@@ -300,7 +307,7 @@ def _parse_view(
 
 
 def _check_tokens(tokens: np.ndarray, job: manifest.Job) -> np.ndarray:
-  """Returns tokens as int32, or says which are none."""
+  """Returns tokens as int32; raises ValueError for invalid tokens."""
   if not tokens.size:
     raise ValueError(f'its grid is {tokens.shape[:2]}; needed: 1 or more.')
   low, high = int(tokens.min()), int(tokens.max())

@@ -1,4 +1,4 @@
-"""Token files read back: images by number, and batches to train on."""
+"""Reads token files: images by number, and batches for training."""
 
 import bisect
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 
 _HASH_THREADS = 8
-# Files open at a time; systems often allow a process 1,024.
+# Files open at a time; the limit of a process is often 1,024.
 _MAX_OPEN = 256
 
 
@@ -32,19 +32,19 @@ class TokenSource(Sequence[shards.Example]):
   A random access source of Grain: `grain.MapDataset.source(tokens)`.
 
   Attributes:
-    folder: that holds the files.
-    manifest: what they are.
+    folder: of the token files.
+    manifest: of the folder.
   """
 
   def __init__(self, folder: str | os.PathLike[str]):
-    """Compares all files with the manifest.
+    """Checks size and hash of all files against the manifest.
 
     Args:
-      folder: that --mode=tokenize wrote.
+      folder: written by --mode=tokenize.
 
     Raises:
-      ValueError: a file is missing, or has not the size, the hash or the number
-        of images of the manifest; each is named.
+      ValueError: files that are missing or differ from the manifest; lists
+        each of them.
     """
     self.folder = pathlib.Path(folder).expanduser().absolute()
     self.manifest = manifests.read(self.folder)
@@ -60,13 +60,13 @@ class TokenSource(Sequence[shards.Example]):
       )
     counts = [shard.num_images for shard in self.manifest.shards]
     self._ends = list(itertools.accumulate(counts))
-    # Those read last, at the end; each keeps a file open, or is in memory.
+    # Open files, the last used last; an npz file is held in memory.
     self._shards: dict[int, Sequence[shards.Example]] = {}
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    # Grain's worker processes get a copy, which opens files of its own and
-    # does not compare them again.
+    # Grain's worker processes get a copy, which opens its own files and does
+    # not check them again.
     return self.__dict__ | {'_shards': {}, '_lock': None}
 
   def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -79,11 +79,11 @@ class TokenSource(Sequence[shards.Example]):
     """Returns the tokens of an image.
 
     Raises:
-      ValueError: they are not what the manifest says.
-      IndexError: there is no such image.
+      ValueError: a corrupted file, or tokens that contradict the manifest.
+      IndexError: no such image.
     """
     if not -len(self) <= index < len(self):
-      raise IndexError(f'{self.folder} has {len(self)} images, no {index}.')
+      raise IndexError(f'{self.folder} has {len(self)} images, not {index}.')
     index %= len(self)
     number = bisect.bisect_right(self._ends, index)
     shard = self._open(number)
@@ -97,22 +97,22 @@ class TokenSource(Sequence[shards.Example]):
     return example
 
   def check_decodable(self, spec: Mapping[str, Any], model_hash: str) -> None:
-    """Refuses to have these tokens decoded by another model.
+    """Checks that a model made these tokens and can decode them.
 
     Args:
-      spec: of the quantizer that is to decode them.
-      model_hash: of its model.
+      spec: of the model's quantizer.
+      model_hash: of the model.
 
     Raises:
-      ValueError: they are of another dialect or of another model.
+      ValueError: tokens of another convention or of another model.
     """
     specs.check_same_spec(self.manifest.job.quantizer, spec)
     made_by = self.manifest.job.model_hash
     if made_by != model_hash:
       raise ValueError(
-          f'The tokens in {self.folder} are of the model with hash {made_by},'
-          f' not of {model_hash}; decode them with the checkpoint that made'
-          ' them (--workdir, --checkpoint).'
+          f'The tokens in {self.folder} were made by the model with hash'
+          f' {made_by}, not by {model_hash}; decode them with the checkpoint'
+          ' that made them (--workdir, --checkpoint).'
       )
 
   def _open(self, number: int) -> Sequence[shards.Example]:
@@ -128,7 +128,7 @@ class TokenSource(Sequence[shards.Example]):
               f' {shard.num_images}.'
           )
         if len(self._shards) >= _MAX_OPEN:
-          # It is closed when no thread has it any more.
+          # The file is closed when no thread uses it any more.
           del self._shards[next(iter(self._shards))]
       self._shards[number] = opened
       return opened
@@ -139,31 +139,24 @@ class TokenSource(Sequence[shards.Example]):
       return f'{shard.file} is missing.'
     if (size := path.stat().st_size) != shard.num_bytes:
       return f'{shard.file} has {size} bytes, not {shard.num_bytes}.'
-    if (digest := hash_file(path)) != shard.sha256:
+    if (digest := shards.hash_file(path)) != shard.sha256:
       return f'{shard.file} has sha256 {digest}, not {shard.sha256}.'
     return None
 
 
-def hash_file(path: pathlib.Path) -> str:
-  """Returns the sha256 of a file."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenDataset:
-  """Tokens in batches without end, this process's share of each.
+  """Infinite batches of tokens, this process's data shard of each.
 
   Batches are dicts, with b = batch size / process_count:
     'tokens': [b, h, w, *index_shape] int32.
-    'label': [b] int64, -1 for none.
-    'index': [b] int64, the number of the image in the source, where views of
-      an image are images.
+    'label': [b] int64, -1 for no label.
+    'index': [b] int64, the number of the image in the source, counting views.
 
   Attributes:
-    num_examples: in the source.
-    fingerprint: flat, JSON-able; everything that decides which tokens a step
-      gets. Save it beside the iterator's state; see `data.check_fingerprint`.
+    num_examples: images in the source.
+    fingerprint: flat and JSON-able; determines the tokens of every step. Save
+      it next to the iterator's state; see `data.check_fingerprint`.
   """
 
   num_examples: int
@@ -173,8 +166,8 @@ class TokenDataset:
   def iterator(self) -> grain.DatasetIterator:
     """Returns a new iterator at the first batch.
 
-    Its get_state() is a JSON-able dict that counts the batches taken, the
-    same on every process; set_state() of it continues with the next batch.
+    get_state() returns a JSON-able dict with the number of batches taken, the
+    same on every process; set_state() resumes with the next batch.
     """
     return iter(self._batches)
 
@@ -192,48 +185,27 @@ def build_dataset(
     num_threads: int = 2,
     prefetch: int = 128,
 ) -> TokenDataset:
-  """Shuffles tokens without end, to train a generator on them.
+  """Builds infinite shuffled batches of tokens, to train a generator.
 
-  Each epoch is another seeded permutation; batches cross the borders of
-  epochs. What a step gets depends neither on the number of processes nor on
-  that of threads.
+  Each epoch is a new seeded permutation; batches may span two epochs. The
+  global batch of a step does not depend on the number of processes or threads.
 
   Args:
     source: tokens of images of one size.
-    batch_size: images a step over all processes.
+    batch_size: global batch size (images per step over all processes).
     seed: of shuffling, >= 0.
     process_index: this process, in [0, process_count).
     process_count: processes that share each batch.
-    num_threads: that read.
-    prefetch: images that are read ahead.
+    num_threads: reader threads.
+    prefetch: images to read ahead.
 
   Returns:
     The data set.
 
   Raises:
-    ValueError: a batch size that cannot be, or grids that differ.
+    ValueError: an invalid batch size, or images with different token grids.
   """
-  if not 0 <= process_index < process_count:
-    raise ValueError(
-        f'process_index is {process_index} of {process_count} processes; it'
-        ' counts from 0.'
-    )
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-        f'batch_size is {batch_size}; use a positive multiple of the'
-        f' {process_count} processes.'
-    )
-  if batch_size > len(source):
-    logging.warning(
-        'batch_size is %d, but there are %d images; each batch repeats images.',
-        batch_size,
-        len(source),
-    )
-  if source.manifest.grid is None:
-    raise ValueError(
-        f'{source.folder} holds images of several sizes, which make no batch;'
-        " tokenize them with tokenize.fit 'crop'."
-    )
+  _check_batches(source, batch_size, process_index, process_count)
 
   def load(index: int) -> dict[str, Any]:
     example = source[index]
@@ -243,7 +215,7 @@ def build_dataset(
         'index': np.int64(index),
     }
 
-  # As for images: Grain shuffles epoch e with seed + e.
+  # As in `data`: Grain shuffles epoch e with seed + e.
   (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
   examples = data.repeat_endlessly(
       grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
@@ -275,7 +247,37 @@ def build_dataset(
   )
 
 
+def _check_batches(
+    source: TokenSource,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> None:
+  """Checks the arguments of `build_dataset`."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+        f'process_index is {process_index} of {process_count} processes; it'
+        ' counts from 0.'
+    )
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+        f'batch_size is {batch_size}; use a positive multiple of the'
+        f' {process_count} processes.'
+    )
+  if batch_size > len(source):
+    logging.warning(
+        'batch_size is %d, but there are %d images; each batch repeats images.',
+        batch_size,
+        len(source),
+    )
+  if source.manifest.grid is None:
+    raise ValueError(
+        f'{source.folder} holds images of several sizes, which cannot be'
+        " batched; tokenize them with tokenize.fit 'crop'."
+    )
+
+
 def _hash_shards(manifest: manifests.Manifest) -> str:
-  """Identifies the tokens of all files."""
+  """Returns a hash of the tokens of all files."""
   text = ' '.join(shard.sha256 for shard in manifest.shards)
   return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What the tokens of a data set are like: usage, entropy, compression."""
+"""Statistics of the tokens of a data set: usage, entropy, compression."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import math
@@ -13,7 +13,7 @@ from fsq_jax.tokens import manifest as manifests
 # Two different grids of a million share a hash with probability 3e-8.
 GRID_HASH_BYTES = 8
 _BITS_OF_PIXEL = 24
-# Share of grids that repeat others above which there is a warning.
+# Fraction of repeated grids above which there is a warning.
 _MAX_REPEATED = 0.01
 _DEFINITIONS = {
     'distinct_grids': 'number of different token grids, of num_images',
@@ -42,18 +42,18 @@ _DEFINITIONS = {
 def summarize(
     records: Iterable[Mapping[str, Any]], job: manifests.Job
 ) -> dict[str, Any]:
-  """Sums up what the tokens of all shards are like.
+  """Computes the statistics of the tokens of all shards.
 
   Args:
-    records: of the shards, with codes, counts, grid_hashes, num_images,
+    records: one per shard, with codes, counts, grid_hashes, num_images,
       num_pixels, num_upscaled, num_without_label and source_bytes.
-    job: what they are of.
+    job: the job.
 
   Returns:
     JSON-able numbers, the same for the same tokens, and their definitions.
 
   Raises:
-    ValueError: there is no image.
+    ValueError: no image.
   """
   num_images = num_pixels = num_bytes = num_without_label = num_upscaled = 0
   grid_hashes = []
@@ -71,7 +71,7 @@ def summarize(
         np.array(record['counts'], np.int64),
     )
   if not num_images:
-    raise ValueError('No image of the split can be read.')
+    raise ValueError('Could not read any image of the split.')
   codebook = statistics.result()
   num_tokens = codebook['num_tokens']
   num_bits = num_tokens * math.log2(job.codebook_size)
@@ -98,7 +98,7 @@ def summarize(
 
 
 def describe(manifest: manifests.Manifest) -> Iterator[str]:
-  """Yields the numbers that matter most as lines for a person."""
+  """Yields the main statistics as lines of text."""
   summary = manifest.summary
   num_images = manifest.num_images
   views = manifest.job.views
@@ -109,10 +109,10 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
   if views > 1:
     yield f'views: {views} random crops of each image, counted as images'
   for image in manifest.damaged:
-    # Names of files need not be text.
+    # File names need not be valid UTF-8.
     name = image['name'].encode(errors='backslashreplace').decode()
     yield f'damaged: {name}: {image["reason"]}'
-  # Earlier programs did not count these.
+  # Earlier versions did not count distinct grids.
   if (distinct := summary.get('distinct_grids')) is not None:
     yield f'distinct token grids: {distinct}'
     if num_images - distinct > _MAX_REPEATED * num_images:
@@ -125,12 +125,12 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
       yield (
           f'warning: {(num_images - distinct) / num_images:.1%} of the token'
           ' grids repeat others. Flat images have equal grids, and so have many'
-          f' where the tokenizer has hardly been trained.{advice}'
+          f' images if the tokenizer has hardly been trained.{advice}'
       )
   if num := summary.get('num_upscaled_images'):
     yield (
-        f'scaled up: {num} images, which have fewer pixels than data.image_size'
-        ' or data.resize_shorter asks for'
+        f'scaled up: {num} images, smaller than data.image_size or'
+        ' data.resize_shorter'
     )
   if num := summary.get('num_without_label'):
     yield (
@@ -140,10 +140,10 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
   yield f'codebook usage: {summary["usage"]:.1%}'
   yield (
       f'entropy: {summary["entropy_bits"]:.3f} of'
-      f' {math.log2(manifest.job.codebook_size):.3f} bits a token'
+      f' {math.log2(manifest.job.codebook_size):.3f} bits per token'
   )
   yield (
-      f'bits an image: {summary["bits_per_image"]:.1f}, entropy'
+      f'bits per image: {summary["bits_per_image"]:.1f}, entropy'
       f' {summary["entropy_bits_per_image"]:.1f}'
   )
   yield f'compression of pixels: {summary["compression_of_pixels"]:.1f}'

@@ -1,4 +1,4 @@
-"""Token files written a shard at a time, so that a killed run can go on."""
+"""Writes token files shard by shard, so that a killed run can be resumed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
@@ -15,7 +15,6 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import source
 from fsq_jax.tokens import summary
 
 _JOB = 'job.json'
@@ -37,19 +36,19 @@ class Damage(NamedTuple):
 
 
 class TokenWriter:
-  """Writes the shards of one folder in any order, and last the manifest.
+  """Writes the shards of a folder in any order, and last the manifest.
 
-  A shard is there once it has its name, and is done once it has a record in
-  the folder of what is unfinished, which goes when the manifest is there. What
-  is written depends on the images and the job alone.
+  A shard is done once its file is renamed to its final name and its record is
+  in the folder of partial results, which is deleted after the manifest is
+  written. All files depend on the images and the job alone.
   """
 
   def __init__(self, folder: pathlib.Path, job: manifests.Job):
-    """Creates the folder, or goes on in one of the same job.
+    """Creates the folder, or resumes in a folder of the same job.
 
     Args:
-      folder: for the files; a new or empty one, or one of this job.
-      job: what is to be done.
+      folder: for the files; new, empty, or of the same job.
+      job: the job.
 
     Raises:
       ValueError: the folder holds something else, or cannot be written.
@@ -68,7 +67,7 @@ class TokenWriter:
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     if names and manifests.UNFINISHED not in names:
       raise ValueError(
-          f'{folder} holds {names[0]!r} and no token files; give a new folder'
+          f'{folder} holds {names[0]!r} but no token files; give a new folder'
           ' with --tokens.'
       )
     workdirs.create(self._unfinished, '--tokens')
@@ -76,10 +75,10 @@ class TokenWriter:
       workdirs.write_json(record, job.to_json())
 
   def start(self) -> None:
-    """Has this run write; call it in one process, under a lock.
+    """Starts writing; called in one process, under a lock.
 
     Raises:
-      ValueError: another run has finished meanwhile.
+      ValueError: another run has finished the folder in the meantime.
     """
     if (self.folder / manifests.FILE).exists():
       raise ValueError(
@@ -88,31 +87,31 @@ class TokenWriter:
     (self._unfinished / _STOP).unlink(missing_ok=True)
 
   def stop(self) -> None:
-    """Asks all processes of this run to stop."""
+    """Requests all processes of this run to stop."""
     (self._unfinished / _STOP).touch()
 
   @property
   def is_stopped(self) -> bool:
-    """Whether one of them has asked."""
+    """Whether a process has requested a stop."""
     return (self._unfinished / _STOP).exists()
 
   def is_done(self, shard: int) -> bool:
-    """Whether a shard has been written, and is undamaged."""
+    """Whether a shard is written and not corrupted."""
     record = self._read(shard)
     path = self.folder / self._job.shard_file(shard)
     return (
         record is not None
-        and 'num_upscaled' in record  # Earlier programs did not write it.
+        and 'num_upscaled' in record  # Earlier versions did not write it.
         and path.is_file()
-        and source.hash_file(path) == record['sha256']
+        and shards.hash_file(path) == record['sha256']
     )
 
   def damaged(self, shard: int) -> list[Damage]:
-    """Returns the damaged images of a shard that is done."""
+    """Returns the unreadable images of a finished shard."""
     return [Damage(*image) for image in self._read(shard)['damaged']]
 
   def states(self, shard: int) -> image_states.ImageStates | None:
-    """Returns what the images of a shard that is done were, where known."""
+    """Returns the image states of a finished shard; None without files."""
     return _parse_states(self._read(shard))
 
   def write(
@@ -125,14 +124,14 @@ class TokenWriter:
       states: image_states.ImageStates | None = None,
       num_upscaled: int = 0,
   ) -> None:
-    """Writes a shard; when this returns it is on disk.
+    """Writes a shard; when this returns, it is on disk.
 
     Args:
       shard: its number.
-      examples: its images, in the order of the source.
-      damaged: those of its images that could not be read.
-      source_bytes: of the images as the source has them; None if unknown.
-      states: of all its images, readable or not; None where they have none.
+      examples: the tokens of its images, in the order of the source.
+      damaged: images that could not be read.
+      source_bytes: size of the image files; None if unknown.
+      states: states of all images, readable or not; None without files.
       num_upscaled: number of images that were scaled up.
     """
     path = self.folder / self._job.shard_file(shard)
@@ -140,7 +139,7 @@ class TokenWriter:
     shards.write(temporary, examples, self._job)
     with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
-    digest = source.hash_file(temporary)
+    digest = shards.hash_file(temporary)
     os.replace(temporary, path)
     tokens = [x.tokens.reshape(-1) for x in examples]
     codes, counts = np.unique(
@@ -167,14 +166,14 @@ class TokenWriter:
     )
 
   def finish(self, *, max_damaged_share: float = 1.0) -> None:
-    """Writes the manifest; all shards have to be done.
+    """Writes the manifest after all shards are done.
 
     Args:
-      max_damaged_share: of the images; each of several processes has counted
-        its own alone.
+      max_damaged_share: largest allowed fraction of unreadable images, over all
+        processes.
 
     Raises:
-      ValueError: more of them are damaged, or all.
+      ValueError: more images, or all, cannot be read.
     """
     if not self.is_finished:
       manifest, states = self._gather()
@@ -192,7 +191,7 @@ class TokenWriter:
   def _gather(
       self,
   ) -> tuple[manifests.Manifest, image_states.ImageStates | None]:
-    """Sums up the records, of which one at a time is in memory."""
+    """Summarizes the records, holding one at a time in memory."""
     grids, parts, damaged, states = set(), [], [], []
 
     def read_records() -> Iterator[Mapping[str, Any]]:
@@ -225,7 +224,7 @@ class TokenWriter:
 
   def _read(self, shard: int) -> dict[str, Any] | None:
     path = self._record(shard)
-    # Written atomically: it is there whole or not at all.
+    # Records are written atomically.
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
@@ -242,7 +241,7 @@ def _parse_states(
 
 
 def _hash_grid(tokens: np.ndarray) -> str:
-  """Returns a hash of shape and values of the tokens of an image."""
+  """Hashes shape and values of the tokens of an image."""
   result = hashlib.blake2b(
       repr(tokens.shape).encode(), digest_size=summary.GRID_HASH_BYTES
   )
@@ -251,6 +250,6 @@ def _hash_grid(tokens: np.ndarray) -> str:
 
 
 def _num_pixels(example: shards.Example, job: manifests.Job) -> int:
-  """Pixels of an image that its tokens stand for."""
+  """Returns the number of pixels that the tokens of an image represent."""
   height, width = example.size if job.fit == 'pad' else job.image_size
   return height * width

@@ -11,7 +11,9 @@ from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax.models import autoencoder
 from fsq_jax.models import image_sizes
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
+from fsq_jax.runtime import partitioning
 
 _DEBUG = pathlib.Path(__file__).parents[2] / 'configs' / 'debug.py'
 _CONV = {
@@ -121,15 +123,35 @@ def test_models_that_mix_positions_have_no_buckets():
   assert not autoencoder.takes_size(_model().clone(encoder=None))
 
 
-@pytest.mark.parametrize('projector', ['linear', 'standardized', 'mlp'])
+def test_arrays_of_any_size_are_mapped_in_batches():
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  batcher = batching.Batcher(mesh, 4)
+  x = np.random.default_rng(0).integers(1, 256, (9, 10, 18, 3), dtype=np.uint8)
+  sizes = image_sizes.ImageSizes(_model(), (14, 22))
+  seen = []
+
+  def function(batch, size):
+    seen.append((batch.shape, size))
+    return batch[:, ::2, ::2]
+
+  given = sizes.map(function, x, sizes.multiples, batcher)
+  np.testing.assert_array_equal(given, x[:, ::2, ::2])
+  # Whole images in a bucket of 12 x 24 pixels.
+  assert [shape for shape, _ in seen] == [(4, 12, 24, 3)] * 3
+  assert all(tuple(size) == (10, 18) for _, size in seen)
+
+
+@pytest.mark.parametrize('projector', [
+    'linear', 'standardized', pytest.param('mlp', marks=pytest.mark.slow)
+])  # fmt: skip
 def test_projectors_see_no_other_position(projector):
   # What `takes_size` says of those that say nothing.
   model = _model(projector_in__name=projector, encoder__conv__latent_width=8)
   assert autoencoder.takes_size(model)
   module = model.projector_in
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 8)))
-  variables = module.init(jax.random.key(0), x)
-  whole, part = (
-      module.apply(variables, y, train=False) for y in (x, x[:, :1, :2])
-  )
+  # Under jit: running each operation by itself compiles them one by one.
+  variables = jax.jit(module.init)(jax.random.key(0), x)
+  apply = jax.jit(lambda *arguments: module.apply(*arguments, train=False))
+  whole, part = (apply(variables, y) for y in (x, x[:, :1, :2]))
   np.testing.assert_allclose(whole[:, :1, :2], part, rtol=1e-5, atol=1e-6)

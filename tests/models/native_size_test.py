@@ -44,14 +44,41 @@ class _Up(nn.Module):
     return 0.5 * nn.Conv(3, (5, 5))(x)
 
 
-def _without_norm(stride):
+class _TileDown(nn.Module):
+  """The same for images of (16, 24) pixels alone, as a ViT."""
+
+  grid_size: tuple[int, int] = (4, 6)
+
+  @nn.compact
+  def __call__(self, images):
+    assert images.shape[1:3] == (16, 24)
+    return _Down(4)(images)
+
+
+class _TileUp(nn.Module):
+  """The decoder of `_TileDown`."""
+
+  @nn.compact
+  def __call__(self, latents):
+    return _Up(4)(latents)
+
+
+def _small(encoder, decoder):
   return models.Autoencoder(
-      encoder=_Down(stride),
+      encoder=encoder,
       projector_in=projectors.NoProjectorIn(code_dim=3),
       quantizer=quantizers.FSQ(levels=(8, 8, 8)),
       projector_out=projectors.NoProjectorOut(width=3),
-      decoder=_Up(stride),
+      decoder=decoder,
   )
+
+
+def _without_norm(stride):
+  return _small(_Down(stride), _Up(stride))
+
+
+def _tiled():
+  return _small(_TileDown(), _TileUp())
 
 
 def _build(**overrides):
@@ -116,11 +143,12 @@ def test_every_size_comes_back(kind):
   if kind == 'whole':
     model, cell, side = _without_norm(32), (32, 32), 32
   else:
-    model, cell, side = _build(), (16, 24), 4
+    model, cell, side = _tiled(), (16, 24), 4
   variables = _variables(model)
   reconstructor = _reconstructor(model)
   seen = set()
-  sizes = [(h, 98 - h) for h in range(1, 98)] + [(1, 1), (97, 97), (16, 24)]
+  sizes = [(h, 98 - h) for h in range(1, 98, 4)]
+  sizes += [(1, 1), (97, 97), (16, 24)]
   for height, width in sizes:
     output = reconstructor(variables, _image(height, width))
     assert output.image.shape == (height, width, 3)
@@ -163,6 +191,7 @@ def test_padding_changes_no_pixel_beyond_the_receptive_field():
   np.testing.assert_array_equal(whole.indices[:6, :9], part.indices[:6, :9])
 
 
+@pytest.mark.slow
 def test_group_norm_feels_the_padding_everywhere_a_little():
   # As the class says: its statistics are of the whole image.
   model = _conv()
@@ -176,6 +205,7 @@ def test_group_norm_feels_the_padding_everywhere_a_little():
   assert 0 < difference.mean() < 0.2 * whole.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(16, 24), (32, 20)])
 def test_a_conv_model_takes_what_its_stride_divides_as_it_is(size):
   model = _conv()
@@ -187,7 +217,14 @@ def test_a_conv_model_takes_what_its_stride_divides_as_it_is(size):
   np.testing.assert_array_equal(output.indices, indices[0])
 
 
-def test_a_conv_model_is_compiled_for_few_sizes():
+@pytest.mark.slow
+def test_a_conv_model_is_compiled_for_few_sizes(monkeypatch):
+  traced, to_float = [], pixels.to_float
+
+  def to_float_recorded(images):
+    traced.append(images.shape)
+    return to_float(images)
+
   model = _conv()
   variables = _variables(model)
   reconstructor = _reconstructor(model)
@@ -195,7 +232,9 @@ def test_a_conv_model_is_compiled_for_few_sizes():
   sizes = [(17, 33), (19, 45), (21, 39), (24, 46), (25, 37), (30, 47), (29, 43)]
   for size in sizes:
     image = _image(*size)
-    output = reconstructor(variables, image)
+    with monkeypatch.context() as patch:
+      patch.setattr(pixels, 'to_float', to_float_recorded)
+      output = reconstructor(variables, image)
     padded = transforms.pad(image, (4, 4))
     assert output.indices.shape == tuple(np.floor_divide(padded.shape[:2], 4))
     assert output.num_seen == output.indices.shape
@@ -205,12 +244,14 @@ def test_a_conv_model_is_compiled_for_few_sizes():
       np.testing.assert_array_equal(output.indices, indices[0])
       expected = images[0, : size[0], : size[1]].astype(int)
       assert np.abs(output.image - expected).max() <= 1
-  shapes = {key[0] for key in reconstructor._reconstruct._executables}
-  assert {x[0] for x in shapes} == {(1, 24, 48, 3), (1, 32, 48, 3)}
+  assert traced == [(1, 24, 48, 3), (1, 32, 48, 3)]
 
 
-def test_an_image_of_one_tile_is_the_forward_pass():
-  model = _build()
+@pytest.mark.parametrize(
+    'build', [_tiled, pytest.param(_build, marks=pytest.mark.slow)]
+)
+def test_an_image_of_one_tile_is_the_forward_pass(build):
+  model = build()
   variables = _variables(model)
   image = _image(16, 24)
   output = _reconstructor(model)(variables, image)
@@ -219,12 +260,11 @@ def test_an_image_of_one_tile_is_the_forward_pass():
   np.testing.assert_array_equal(output.indices, indices[0])
 
 
-@pytest.mark.parametrize('max_tiles', [1, 2, 32])
-def test_tiles_are_coded_by_themselves_and_stay_where_they_are(
-    monkeypatch, max_tiles
-):
-  monkeypatch.setattr(native_size, '_MAX_TILES', max_tiles)
-  model = _build()
+@pytest.mark.parametrize(
+    'build', [_tiled, pytest.param(_build, marks=pytest.mark.slow)]
+)
+def test_tiles_are_coded_by_themselves_and_stay_where_they_are(build):
+  model = build()
   variables = _variables(model)
   image = _image(3 * 16 - 5, 2 * 24 - 7)
   padded = transforms.pad(image, (16, 24))
@@ -242,6 +282,7 @@ def test_tiles_are_coded_by_themselves_and_stay_where_they_are(
       np.testing.assert_array_equal(output.indices[cell], indices[0])
 
 
+@pytest.mark.slow
 def test_indices_may_have_several_in_a_place():
   model = _build(quantizer__name='residual_fsq')
   output = _reconstructor(model)(_variables(model), _image(17, 25))
@@ -258,21 +299,36 @@ def test_only_models_of_any_grid_have_a_stride():
 
 
 def test_what_is_not_finite_is_said():
-  model = _build()
+  model = _tiled()
   variables = _variables(model)
-  variables['params']['decoder']['pixels']['bias'][0] = np.inf
-  assert not _reconstructor(model)(variables, _image(40, 10)).finite
+  reconstructor = _reconstructor(model)
+  image = _image(40, 10)
+  assert reconstructor(variables, image).finite
+  bias = variables['params']['decoder']['_Up_0']['Conv_0']['bias']
+  bias[0] = np.inf
+  assert not reconstructor(variables, image).finite
 
 
-@pytest.mark.parametrize(
-    ('image', 'message'),
-    [
-        (np.zeros((4, 4), np.uint8), r'not \[4, 4\] uint8'),
-        (np.zeros((4, 4, 1), np.uint8), r'not \[4, 4, 1\] uint8'),
-        (np.zeros((4, 4, 3)), r'not \[4, 4, 3\] float64'),
-        (np.zeros((4, 0, 3), np.uint8), r'\[4, 0, 3\] has no pixel'),
-    ],
-)
-def test_what_is_no_image_is_refused(image, message):
-  with pytest.raises(ValueError, match=message):
-    _reconstructor(_build())({}, image)
+@pytest.mark.parametrize('build', [_tiled, lambda: _without_norm(4)])
+def test_activations_stay_sharded(build):
+  model = build()
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 4})
+  images = jax.device_put(
+      np.zeros((8, 16, 24, 3), np.uint8), partitioning.replicated(mesh)
+  )
+  lowered = jax.jit(
+      lambda *arguments: native_size.reconstruct(model, *arguments)
+  ).lower(_variables(model), images)
+  assert lowered.as_text().count('sharding_constraint') >= 3
+
+
+def test_what_is_no_image_is_refused():
+  reconstructor = _reconstructor(_tiled())
+  for image, message in (
+      (np.zeros((4, 4), np.uint8), r'not \[4, 4\] uint8'),
+      (np.zeros((4, 4, 1), np.uint8), r'not \[4, 4, 1\] uint8'),
+      (np.zeros((4, 4, 3)), r'not \[4, 4, 3\] float64'),
+      (np.zeros((4, 0, 3), np.uint8), r'\[4, 0, 3\] has no pixel'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      reconstructor({}, image)

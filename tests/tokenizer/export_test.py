@@ -23,6 +23,7 @@ from fsq_jax.quantizers import lookup
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokenizer import export
+from fsq_jax.tokenizer import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -54,7 +55,8 @@ def _abstract(config):
   model = models.build_autoencoder(config.model, config.data.image_size)
   images = np.zeros((1, *config.data.image_size, 3), np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
-  return Tokenizer(config, dict(variables), _mesh(), batch_size=4)
+  saved = files.SavedModel(config, model, dict(variables))
+  return Tokenizer(saved, _mesh(), batch_size=4)
 
 
 def _untrained(config):
@@ -68,11 +70,11 @@ def _untrained(config):
     deviation = np.prod(x.shape[:-1]) ** -0.5 if path[0].key == 'params' else 1
     return (deviation * rng.standard_normal(x.shape)).astype(x.dtype)
 
-  variables = jax.tree_util.tree_map_with_path(
-      draw, _abstract(config).variables
-  )
+  abstract = _abstract(config)
+  variables = jax.tree_util.tree_map_with_path(draw, abstract.variables)
   variables = jax.device_put(variables, partitioning.replicated(_mesh()))
-  return Tokenizer(config, variables, _mesh(), batch_size=4)
+  saved = files.SavedModel(config, abstract.model, variables)
+  return Tokenizer(saved, _mesh(), batch_size=4)
 
 
 def _load(folder, name):
@@ -126,11 +128,14 @@ def programs(folder):
   return {name: jax.jit(_load(folder, name).call) for name in _NAMES}
 
 
-@pytest.mark.parametrize('num', [2, 4])
+@pytest.mark.parametrize(
+    'num', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_programs_do_what_the_tokenizer_does(tokenizer, programs, weights, num):
   _check_equal(tokenizer, weights, programs, num)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     {**_CONV, 'model.quantizer.name': 'vq'},
     {'model.quantizer.name': 'grouped_fsq', 'model.encoder.depth': 1},
@@ -167,6 +172,7 @@ _TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('config', 'fields', 'size'), [
     ('debug', {'model.quantizer.name': 'lfq'}, 16),
     ('debug', {'model.quantizer.name': 'residual_fsq'}, 16),
@@ -206,6 +212,7 @@ for name, path in zip(['encode', 'decode'], sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_gives_the_same(
     tokenizer, folder, tmp_path
 ):
@@ -259,7 +266,7 @@ def test_the_manifest_says_what_is_there(tokenizer, folder, manifest, weights):
 def test_tokens_without_a_code_are_black(
     tokenizer, programs, weights, token
 ):
-  tokens = tokenizer.encode(_images(4))
+  tokens = tokenizer.encode(_images(2))
   changed = tokens.copy()
   changed[1, 2, 3] = token
   codes = np.asarray(programs['indices_to_codes'](weights, changed))
@@ -326,7 +333,7 @@ def test_a_run_is_exported_to_its_folder(tmp_path, tokenizer, monkeypatch):
   export.export_workdir(config, saved, tmp_path / 'other')
   (of_run, folder), (of_saved, other) = exported
   assert (of_run.step, folder) == (8, tmp_path / 'run' / 'export')
-  assert of_saved.stored is not None
+  assert of_saved.model_hash == of_run.model_hash
   assert other == tmp_path / 'other'
   config.model.encoder.depth = 7
   with pytest.raises(ValueError, match='another model'):

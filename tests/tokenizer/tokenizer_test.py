@@ -18,14 +18,17 @@ import pytest
 import safetensors.numpy
 
 from fsq_jax import configuration
-from fsq_jax import models
 from fsq_jax.configuration import loading
 from fsq_jax.configuration import schema
+from fsq_jax.data import transforms
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.models import pixels
+from fsq_jax.models import variables as variables_lib
 from fsq_jax.quantizers import convert
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
-from fsq_jax.tokenizer import batching
+from fsq_jax.tokenizer import files
+from fsq_jax.tokenizer import tokenizer as tokenizer_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -41,17 +44,32 @@ def _untrained(**kwargs):
   """A tokenizer of configs/debug.py with random weights; kwargs: fields."""
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
   config.update_from_flattened_dict(kwargs)
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = files.build_model(config)
+  rng = np.random.default_rng(0)
+
+  def draw(path, x):
+    if path[-1].key in ('bias', 'scale'):
+      return np.full(x.shape, path[-1].key == 'scale', x.dtype)
+    # Latents have to differ, or all of them would be one token.
+    deviation = np.prod(x.shape[:-1]) ** -0.5 if path[0].key == 'params' else 1
+    return (deviation * rng.standard_normal(x.shape)).astype(x.dtype)
+
+  # The model's own initialization takes long to compile.
+  variables = jax.tree_util.tree_map_with_path(
+      draw, variables_lib.abstract_variables(model, config.data.image_size)
+  )
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
-  images = np.zeros((1, *config.data.image_size, 3), np.float32)
-  variables = jax.jit(model.init)(jax.random.key(0), images)
   variables = jax.device_put(variables, partitioning.replicated(mesh))
-  return Tokenizer(config, dict(variables), mesh, batch_size=8)
+  saved = files.SavedModel(config, model, variables)
+  return Tokenizer(saved, mesh, batch_size=8)
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  return Tokenizer.from_workdir(_RUN, batch_size=16)
+  tokenizer = Tokenizer.from_workdir(_RUN, batch_size=16)
+  # Compiles its functions before the first test.
+  tokenizer.reconstruct(_images(16, 16, 16))
+  return tokenizer
 
 
 @pytest.fixture
@@ -76,43 +94,16 @@ def test_tokens_and_images_are_those_of_the_evaluation(tokenizer):
   )
 
 
-@pytest.mark.parametrize('num', [1, 3, 16, 17, 45])
-def test_batches_are_filled_up_and_cut(tokenizer, num):
+def test_batches_are_filled_up_and_cut(tokenizer):
   images = _images(45, 16, 16)
   whole = tokenizer.encode(images)
-  part = tokenizer.encode(images[:num])
-  assert part.shape[0] == num
-  assert np.mean(part != whole[:num]) < 1e-2
+  for num in (3, 17):
+    part = tokenizer.encode(images[:num])
+    assert part.shape[0] == num
+    assert np.mean(part != whole[:num]) < 1e-2
 
 
-@pytest.mark.parametrize(
-    ('num_devices', 'num', 'side', 'lengths'),
-    [
-        (1, 1, 16, [1]), (1, 3, 16, [4]), (1, 16, 16, [16]),
-        (1, 17, 16, [16, 16]), (1, 45, 8, [16] * 3),
-        # Of four times the pixels, a fourth of the images.
-        (1, 9, 32, [4] * 3), (1, 3, 1024, [1] * 3),
-        (4, 1, 16, [4]), (4, 9, 16, [16]), (4, 9, 32, [4] * 3),
-        (4, 9, 1024, [4] * 3),
-    ],
-)  # fmt: skip
-def test_batches_have_few_sizes(num_devices, num, side, lengths):
-  devices = jax.devices()[:num_devices]
-  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, devices)
-  x = np.zeros((num, side, side), np.uint8)
-  x[:, 0, 0] = np.arange(num)
-  seen = []
-
-  def function(_, batch):
-    seen.append(len(batch))
-    return batch[:, 0, 0]
-
-  batcher = batching.Batcher(mesh, 13 if num_devices > 1 else 16)
-  given = batcher.map(function, None, x, (16, 16))
-  assert seen == lengths
-  np.testing.assert_array_equal(given, np.arange(num))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [
     {'data': 1, 'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2}
 ])  # fmt: skip
@@ -127,26 +118,39 @@ def test_any_mesh_gives_the_same(tokenizer, folder, sizes):
     assert np.mean(other.encode(images) != tokenizer.encode(images)) < 1e-2
 
 
-def test_bfloat16_is_the_model_only(tokenizer):
+def test_bfloat16_is_the_model_only(tokenizer, folder):
+  for other in (
+      Tokenizer.from_workdir(_RUN, dtype='bfloat16'),
+      Tokenizer.from_pretrained(folder, dtype='bfloat16'),
+  ):
+    assert other.model.encoder.dtype == jnp.bfloat16
+    assert other.model_hash == tokenizer.model_hash
+    assert other.variables['params']['encoder']['patches']['kernel'].dtype == (
+        jnp.float32
+    )
+  for load in (Tokenizer.from_workdir, Tokenizer.from_pretrained):
+    with pytest.raises(ValueError, match='int8'):
+      load(_RUN if load == Tokenizer.from_workdir else folder, dtype='int8')
+
+
+@pytest.mark.slow
+def test_bfloat16_changes_some_tokens(tokenizer):
   other = Tokenizer.from_workdir(_RUN, batch_size=16, dtype='bfloat16')
   images = _images(20, 16, 16)
-  assert other.model_hash == tokenizer.model_hash
   tokens, expected = other.encode(images), tokenizer.encode(images)
   assert 0 < np.mean(tokens != expected) < 0.5
-  with pytest.raises(ValueError, match='int8'):
-    Tokenizer.from_workdir(_RUN, dtype='int8')
 
 
-@pytest.mark.parametrize('size', [(1, 1), (16, 16), (15, 33), (48, 5)])
-def test_padding_keeps_the_size(tokenizer, size):
-  images = _images(2, *size)
-  tokens = tokenizer.encode(images, 'pad')
-  assert tokens.shape == (2, *tokenizer.tokens_of(size))
-  restored = tokenizer.decode(tokens, size)
-  assert restored.shape == images.shape
-  np.testing.assert_array_equal(
-      tokenizer.reconstruct(images, 'pad'), restored
-  )
+def test_padding_keeps_the_size(tokenizer):
+  for size in ((1, 1), (16, 16), (15, 33), (48, 5)):
+    images = _images(2, *size)
+    tokens = tokenizer.encode(images, 'pad')
+    assert tokens.shape == (2, *tokenizer.tokens_of(size))
+    restored = tokenizer.decode(tokens, size)
+    assert restored.shape == images.shape
+    np.testing.assert_array_equal(
+        tokenizer.reconstruct(images, 'pad'), restored
+    )
 
 
 def test_a_vit_takes_tiles_by_themselves(tokenizer):
@@ -168,6 +172,7 @@ def _convolutional():
   return _untrained(**fields)
 
 
+@pytest.mark.slow
 def test_a_convolutional_model_takes_whole_images():
   tokenizer = _convolutional()
   images = _images(2, 19, 30)
@@ -178,13 +183,37 @@ def test_a_convolutional_model_takes_whole_images():
   assert tokenizer.reconstruct(images[:, :16, :16]).shape == (2, 16, 16, 3)
 
 
-def test_convolutional_models_are_compiled_for_few_sizes():
+@pytest.mark.slow
+def test_convolutional_models_are_compiled_for_few_sizes(monkeypatch):
   tokenizer = _convolutional()
-  exact = _convolutional()
-  exact._sizes._has_buckets = False
+  exact = {
+      method: jax.jit(
+          lambda x, method=method: tokenizer.model.apply(
+              tokenizer.variables, x, method=method
+          )
+      )
+      for method in (
+          tokenizer_lib.images_to_tokens, tokenizer_lib.tokens_to_images
+      )
+  }
+  encode, decode = exact.values()
+  # (17, 33) pixels are in the bucket of (20, 48).
+  images = _images(2, 17, 33)
+  tokens = tokenizer.encode(images, 'pad')
+  padded = np.stack([transforms.pad(x, (4, 4)) for x in images])
+  np.testing.assert_array_equal(tokens, encode(padded))
+  others = np.asarray(decode(tokens))[:, :17, :33].astype(int)
+  assert np.abs(tokenizer.decode(tokens, (17, 33)) - others).max() <= 1
   # Of 5 and 6 by 9 to 12 tokens of 4 x 4 pixels, in one bucket; the last one
   # fills it.
-  for size in ((17, 33), (24, 36), (20, 48), (19, 42), (23, 47)):
+  traced, to_float, to_uint8 = [], pixels.to_float, pixels.to_uint8
+  monkeypatch.setattr(
+      pixels, 'to_float', lambda x: (traced.append(x.shape), to_float(x))[1]
+  )
+  monkeypatch.setattr(
+      pixels, 'to_uint8', lambda x: (traced.append(x.shape), to_uint8(x))[1]
+  )
+  for size in ((24, 36), (19, 42), (23, 47)):
     images = _images(2, *size)
     tokens = tokenizer.encode(images, 'pad')
     assert tokens.shape == (2, *tokenizer.tokens_of(size))
@@ -192,26 +221,8 @@ def test_convolutional_models_are_compiled_for_few_sizes():
     assert whole.shape[1:3] == tuple(4 * x for x in tokens.shape[1:3])
     restored = tokenizer.decode(tokens, size)
     np.testing.assert_array_equal(restored, whole[:, : size[0], : size[1]])
-    if size in ((17, 33), (20, 48)):
-      np.testing.assert_array_equal(tokens, exact.encode(images, 'pad'))
-      others = exact.decode(tokens, size)
-      assert np.abs(restored.astype(int) - others).max() <= 1
-  for function in (tokenizer._encode, tokenizer._decode):
-    assert len(function._executables) == 2
-  # Cropping is as ever: of no other size.
-  np.testing.assert_array_equal(
-      tokenizer.encode(images), exact.encode(images)
-  )
-
-
-def test_executables_of_few_sizes_are_kept():
-  tokenizer = _untrained()
-  tokenizer._encode._max_shapes = 2
-  batches = [_images(num, 16, 16) for num in (1, 2, 3, 5)]
-  tokens = [tokenizer.encode(x) for x in batches]
-  assert len(tokenizer._encode._executables) == 2
-  for images, expected in zip(batches, tokens, strict=True):
-    np.testing.assert_array_equal(tokenizer.encode(images), expected)
+  # Once for the full bucket and once for sizes within it.
+  assert traced == [(2, 24, 48, 3)] * 4
 
 
 def test_cropping_is_that_of_evaluation(tokenizer):
@@ -223,6 +234,7 @@ def test_cropping_is_that_of_evaluation(tokenizer):
     tokenizer.encode(images, 'stretch')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['vq', 'residual_fsq'])
 def test_other_quantizers_return_from_a_folder(name, tmp_path):
   tokenizer = _untrained(**{'model.quantizer.name': name})
@@ -282,8 +294,11 @@ def test_the_card_says_what_was_evaluated(tokenizer, tmp_path):
       (_ROOT / 'experiments/default_run/results.json').read_text()
   )['evaluation']
   evaluated = Tokenizer(
-      tokenizer.config, tokenizer.variables, tokenizer.mesh, step=8,
-      evaluation=evaluation,
+      files.SavedModel(
+          tokenizer.config, tokenizer.model, tokenizer.variables,
+          files.Metadata(step=8, evaluation=evaluation),
+      ),
+      tokenizer.mesh,
   )
   folder = evaluated.save_pretrained(tmp_path / 'x')
   card = (folder / 'README.md').read_text()
@@ -305,23 +320,24 @@ def _change_json(path, change):
 @pytest.mark.parametrize('name', [
     'model.safetensors', 'config.json', 'quantizer.json'
 ])  # fmt: skip
-@pytest.mark.parametrize('damage', ['missing', 'empty', 'half', 'other'])
-def test_damaged_files_are_refused(folder, name, damage):
+def test_damaged_files_are_refused(folder, name):
   path = folder / name
   content = path.read_bytes()
-  path.unlink()
-  if damage != 'missing':
-    changed = {'empty': b'', 'half': content[: len(content) // 2]}
-    path.write_bytes(changed.get(damage, b'[1]'))
-  with pytest.raises(ValueError, match=name):
-    Tokenizer.from_pretrained(folder)
+  for changed in (None, b'', content[: len(content) // 2], b'[1]'):
+    path.unlink()
+    if changed is not None:
+      path.write_bytes(changed)
+    with pytest.raises(ValueError, match=name):
+      Tokenizer.from_pretrained(folder)
+    path.write_bytes(content)
+  Tokenizer.from_pretrained(folder)
 
 
 def test_flipped_bits_of_weights_are_found(folder):
   path = folder / 'model.safetensors'
   content = path.read_bytes()
   rng = np.random.default_rng(0)
-  for position in rng.integers(0, len(content) * 8, 12):
+  for position in rng.integers(0, len(content) * 8, 5):
     flipped = bytearray(content)
     flipped[position // 8] ^= 1 << (position % 8)
     path.write_bytes(flipped)
@@ -416,7 +432,11 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
       },
   }
   other = Tokenizer(
-      config, tokenizer.variables, tokenizer.mesh, step=8, evaluation=evaluation
+      files.SavedModel(
+          config, tokenizer.model, tokenizer.variables,
+          files.Metadata(step=8, evaluation=evaluation),
+      ),
+      tokenizer.mesh,
   )
   folder = other.save_pretrained(tmp_path / 'x')
   for name in ('config.json', 'README.md'):
@@ -427,34 +447,37 @@ def test_paths_stay_at_home(tokenizer, tmp_path):
   protocol = evaluation['protocol']
   del protocol['command']
   protocol['images']['folder'] = 'images'
-  assert again.stored.evaluation == evaluation
+  assert again.evaluation == evaluation
   assert again.model_hash == other.model_hash == tokenizer.model_hash
 
 
-@pytest.mark.parametrize(('images', 'message'), [
-    (np.zeros((2, 16, 16, 3), np.float32), r'float32\[2, 16, 16, 3\]'),
-    (np.zeros((16, 16, 3), np.uint8), r'uint8\[16, 16, 3\]'),
-    (np.zeros((2, 3, 16, 16), np.uint8), r'uint8\[2, 3, 16, 16\]'),
-    (np.zeros((0, 16, 16, 3), np.uint8), 'at least one pixel'),
-])  # fmt: skip
-def test_other_arrays_are_no_images(tokenizer, images, message):
-  with pytest.raises(ValueError, match=message):
-    tokenizer.encode(images)
+def test_other_arrays_are_no_images(tokenizer):
+  for images, message in (
+      (np.zeros((2, 16, 16, 3), np.float32), r'float32\[2, 16, 16, 3\]'),
+      (np.zeros((16, 16, 3), np.uint8), r'uint8\[16, 16, 3\]'),
+      (np.zeros((2, 3, 16, 16), np.uint8), r'uint8\[2, 3, 16, 16\]'),
+      (np.zeros((0, 16, 16, 3), np.uint8), 'at least one pixel'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tokenizer.encode(images)
 
 
-@pytest.mark.parametrize(('tokens', 'message'), [
-    (np.zeros((2, 4, 4), np.float32), 'float32'),
-    (np.zeros((4, 4), np.int32), r'int32\[4, 4\]'),
-    (np.zeros((2, 4, 6), np.int32), r'multiples of \(4, 4\)'),
-    (np.zeros((2, 4, 4, 2), np.int32), r'\[2, 4, 4, 2\]'),
-    (np.zeros((0, 4, 4), np.int32), r'\[0, 4, 4\]'),
-    (np.full((2, 4, 4), 512, np.uint16), r'512.*0 \.\.\. 511'),
-    (np.full((2, 4, 4), -1, np.int64), 'NaN'),
-    (np.full((2, 4, 4), 2**40, np.int64), str(2**40)),
-])  # fmt: skip
-def test_other_arrays_are_no_tokens(tokenizer, tokens, message):
-  with pytest.raises(ValueError, match=message):
-    tokenizer.decode(tokens)
+def test_other_arrays_are_no_tokens(tokenizer):
+  for tokens, message in (
+      (np.zeros((2, 4, 4), np.float32), 'float32'),
+      (np.zeros((4, 4), np.int32), r'int32\[4, 4\]'),
+      (np.zeros((2, 4, 6), np.int32), r'multiples of \(4, 4\)'),
+      (np.zeros((2, 4, 4, 2), np.int32), r'\[2, 4, 4, 2\]'),
+      (np.zeros((0, 4, 4), np.int32), r'\[0, 4, 4\]'),
+      (np.full((2, 4, 4), 512, np.uint16), r'512.*0 \.\.\. 511'),
+      (np.full((2, 4, 4), -1, np.int64), 'NaN'),
+      (np.full((2, 4, 4), 2**40, np.int64), str(2**40)),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tokenizer.decode(tokens)
+  residual = _untrained(**{'model.quantizer.name': 'residual_fsq'})
+  with pytest.raises(ValueError, match=r'integers \[B, h, w, 2\]'):
+    residual.decode(np.zeros((2, 4, 4), np.int32))
 
 
 def test_tokens_of_another_dialect_are_converted(tokenizer):
@@ -478,25 +501,26 @@ def test_sizes_beyond_the_images_are_refused(tokenizer):
       tokenizer.decode(tokens, size)
 
 
-@pytest.mark.parametrize('size', [
-    (-3, 10), (0, 4), (4, 0), (16,), (16, 16, 3), 16, '16', (16.0, 16),
-    (True, 4), np.array([4.0, 5.0]), np.array([[4, 5]]), ('4', '4'), (None, 4),
-    {4, 5},
-])  # fmt: skip
-def test_sizes_are_two_integers_of_at_least_one(tokenizer, size):
+def test_sizes_are_two_integers_of_at_least_one(tokenizer):
   tokens = tokenizer.encode(_images(1, 16, 16))
-  with pytest.raises(ValueError, match=r'^size is .*; give \(height, width\)'):
-    tokenizer.decode(tokens, size)
-  with pytest.raises(ValueError, match=r'^size is '):
-    tokenizer.tokens_of(size)
+  for size in (
+      (-3, 10), (0, 4), (4, 0), (16,), (16, 16, 3), 16, '16', (16.0, 16),
+      (True, 4), np.array([4.0, 5.0]), np.array([[4, 5]]), ('4', '4'),
+      (None, 4), {4, 5},
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=r'^size is .*; give \(height, width'):
+      tokenizer.decode(tokens, size)
+    with pytest.raises(ValueError, match=r'^size is '):
+      tokenizer.tokens_of(size)
 
 
-@pytest.mark.parametrize('size', [(5, 7), [5, 7], np.array([5, 7])])
-def test_sizes_crop_from_the_top_left(tokenizer, size):
+def test_sizes_crop_from_the_top_left(tokenizer):
   tokens = tokenizer.encode(_images(1, 16, 16))
-  np.testing.assert_array_equal(
-      tokenizer.decode(tokens, size), tokenizer.decode(tokens)[:, :5, :7]
-  )
+  whole = tokenizer.decode(tokens)
+  for size in ((5, 7), [5, 7], np.array([5, 7])):
+    np.testing.assert_array_equal(
+        tokenizer.decode(tokens, size), whole[:, :5, :7]
+    )
 
 
 def test_lists_of_different_shapes_are_refused(tokenizer):
@@ -506,15 +530,6 @@ def test_lists_of_different_shapes_are_refused(tokenizer):
       call(images)
   with pytest.raises(ValueError, match='Tokens of a list have different'):
     tokenizer.decode([[[0, 1]], [[0]]])
-
-
-@pytest.mark.parametrize('batch_size', [0, -1, True, 1.5, '8', None])
-def test_batch_sizes_are_integers(tokenizer, batch_size):
-  with pytest.raises(ValueError, match=r'^batch_size is .*; use an integer, 1'):
-    Tokenizer(
-        tokenizer.config, tokenizer.variables, tokenizer.mesh,
-        batch_size=batch_size,
-    )  # fmt: skip
 
 
 def _encode_in_worker(tokenizer, images):
@@ -546,23 +561,20 @@ def test_pickling_keeps_all_but_the_mesh(folder):
       folder, mesh=mesh, batch_size=3, dtype='bfloat16'
   )
   again = pickle.loads(pickle.dumps(tokenizer))
-  for name in ('config', 'model', 'step', 'evaluation', 'stored'):
+  for name in ('config', 'model', 'step', 'evaluation', 'model_hash'):
     assert getattr(again, name) == getattr(tokenizer, name)
   assert again.model.encoder.dtype == jnp.bfloat16
   assert again.mesh.size == 8
   chex.assert_trees_all_equal(
       jax.device_get(again.variables), jax.device_get(tokenizer.variables)
   )
-  images = _images(5, 16, 16)
-  assert np.mean(again.encode(images) != tokenizer.encode(images)) < 1e-2
   # Of the decoder alone, too.
   tokenizer.save_pretrained(folder.parent / 'decoder', decoder_only=True)
   decoder = Tokenizer.from_pretrained(folder.parent / 'decoder')
   again = pickle.loads(pickle.dumps(decoder))
-  tokens = tokenizer.encode(images)
-  np.testing.assert_array_equal(again.decode(tokens), decoder.decode(tokens))
+  assert again.model_hash == tokenizer.model_hash
   with pytest.raises(ValueError, match='decoder_only'):
-    again.encode(images)
+    again.encode(_images(5, 16, 16))
 
 
 @pytest.mark.parametrize('text', ['{"step": ', '[]', '{}'])
@@ -621,11 +633,3 @@ def test_the_hub_keeps_folders(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(ValueError, match=r'pip install huggingface_hub\.'):
     tokenizer.push_to_hub('me/mine')
-
-
-def test_meshes_of_others_are_refused(tokenizer, monkeypatch):
-  monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  with pytest.raises(ValueError, match='local_devices'):
-    Tokenizer(tokenizer.config, tokenizer.variables, tokenizer.mesh)
-
-

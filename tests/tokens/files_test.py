@@ -188,7 +188,10 @@ def test_other_programs_can_read_the_files_by_the_manifest(tmp_path, storage):
   )
 
 
-@pytest.mark.parametrize('levels', ['8x8x8', '8x6x5', '8x5x5x5'])
+@pytest.mark.parametrize('levels', [
+    '8x6x5',
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ('8x8x8', '8x5x5x5')),
+])  # fmt: skip
 def test_tokens_of_the_paper_mean_the_same_in_other_programs(tmp_path, levels):
   # Of the paper's notebook, and of vector-quantize-pytorch 1.32.0.
   paper = quantizers.FSQ(_levels(levels), 'paper')
@@ -278,7 +281,7 @@ def test_a_shard_may_hold_no_image(tmp_path, storage):
   writer = writers.TokenWriter(tmp_path / 'y', job)
   for shard in (0, 1):
     writer.write(shard, [], damaged=damaged, source_bytes=None)
-  with pytest.raises(ValueError, match='No image of the split'):
+  with pytest.raises(ValueError, match='any image of the split'):
     writer.finish()
 
 
@@ -419,42 +422,51 @@ def test_other_programs_can_read_views_by_the_manifest(tmp_path, storage):
 
 
 @_STORAGES
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'view': 3}, 'view 3 of 3'),
-        ({'crop': (0, 0, 0, 2)}, 'crop of 0 x 2'),
-        ({'crop': (15, 0, 2, 2)}, 'at row 15, column 0 of an image of (16, 12'),
-        ({'crop': (0, 2**32 - 1, 1, 1)}, 'column 4294967295'),
-    ],
-)
-def test_views_that_cannot_be_are_refused(tmp_path, storage, fields, message):
+def test_views_that_cannot_be_are_refused(tmp_path, storage):
   job = _view_job(storage, source={'num_examples': 3})
   examples = _write_views(tmp_path / 'x', job)
-  examples[0] = examples[0]._replace(**fields)
-  _replace_shard(
-      tmp_path / 'x', 0, lambda path: shards.write(path, examples, job)
-  )
-  assert message in _refuse_to_read(tmp_path / 'x')
+  wrong = []
+  for fields, message in (
+      ({'view': 3}, 'view 3 of 3'),
+      ({'crop': (0, 0, 0, 2)}, 'crop of 0 x 2'),
+      ({'crop': (15, 0, 2, 2)}, 'at row 15, column 0 of an image of (16, 12'),
+      ({'crop': (0, 2**32 - 1, 1, 1)}, 'column 4294967295'),
+  ):
+    changed = [examples[0]._replace(**fields), *examples[1:]]
+    _replace_shard(
+        tmp_path / 'x', 0, lambda path, x=changed: shards.write(path, x, job)
+    )
+    answer = _refuse_to_read(tmp_path / 'x')
+    if message not in answer:
+      wrong.append((message, answer))
+  assert not wrong
 
 
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        (lambda x: x.update(version=2), 'version is 2; needed: 3'),
-        (lambda x: x.update(views=2), 'needed: 6'),
-        (lambda x: x.update(views=1), 'version is 3; needed: 2'),
-        (lambda x: x.update(views=0), 'views is 0'),
-        (lambda x: x.update(augmentation=None), "None; needed: 'an object'"),
-        (lambda x: x.update(content_sha256='x'), 'content_sha256'),
-    ],
-)
-def test_manifests_of_views_that_cannot_be_are_refused(
-    tmp_path, change, message
-):
+def _check_manifests(folder, cases):
+  """Changes the manifest in several ways; each has to be refused."""
+  path = folder / 'manifest.json'
+  content = path.read_bytes()
+  wrong = []
+  for change, message in cases:
+    _change_manifest(folder, change)
+    answer = _refuse_to_read(folder)
+    if message not in answer:
+      wrong.append((message, answer))
+    path.write_bytes(content)
+  assert not wrong
+  tokens.TokenSource(folder)
+
+
+def test_manifests_of_views_that_cannot_be_are_refused(tmp_path):
   _write_views(tmp_path / 'x', _view_job(source={'num_examples': 3}))
-  _change_manifest(tmp_path / 'x', change)
-  assert message in _refuse_to_read(tmp_path / 'x')
+  _check_manifests(tmp_path / 'x', [
+      (lambda x: x.update(version=2), 'version is 2; needed: 3'),
+      (lambda x: x.update(views=2), 'needed: 6'),
+      (lambda x: x.update(views=1), 'version is 3; needed: 2'),
+      (lambda x: x.update(views=0), 'views is 0'),
+      (lambda x: x.update(augmentation=None), "None; needed: 'an object'"),
+      (lambda x: x.update(content_sha256='x'), 'content_sha256'),
+  ])  # fmt: skip
 
 
 # What earlier programs have written.
@@ -524,19 +536,16 @@ def _write_grids(folder, grids, labels=None, **fields):
   return '\n'.join(tokens.describe(manifest))
 
 
-@pytest.mark.parametrize(
-    ('num_repeated', 'is_warned_of'), [(0, False), (2, False), (3, True)]
-)
-def test_token_grids_that_repeat_are_warned_of(
-    tmp_path, num_repeated, is_warned_of
-):
-  grids = [
-      np.full((2, 2), 199 - max(i, num_repeated), np.int32) for i in range(200)
-  ]
-  text = _write_grids(tmp_path / 'x', grids)
-  assert f'distinct token grids: {200 - num_repeated}' in text
-  assert ('warning: 1.5% of the token grids repeat' in text) == is_warned_of
-  assert ('--config.tokenize.views=N' in text) == is_warned_of
+def test_token_grids_that_repeat_are_warned_of(tmp_path):
+  for num_repeated, is_warned_of in ((0, False), (2, False), (3, True)):
+    grids = [
+        np.full((2, 2), 199 - max(i, num_repeated), np.int32)
+        for i in range(200)
+    ]
+    text = _write_grids(tmp_path / str(num_repeated), grids)
+    assert f'distinct token grids: {200 - num_repeated}' in text
+    assert ('warning: 1.5% of the token grids repeat' in text) == is_warned_of
+    assert ('--config.tokenize.views=N' in text) == is_warned_of
 
 
 def test_grids_of_other_shapes_are_other_grids(tmp_path):
@@ -556,13 +565,13 @@ def test_repeated_grids_are_found_in_different_shards(tmp_path):
   assert manifest.summary['distinct_grids'] == 2
 
 
-@pytest.mark.parametrize('num_without', [0, 2, 3])
-def test_labels_of_no_class_are_explained(tmp_path, num_without):
+def test_labels_of_no_class_are_explained(tmp_path):
   grids = [np.full((2, 2), i, np.int32) for i in range(3)]
-  labels = [-1] * num_without + [1] * (3 - num_without)
-  text = _write_grids(tmp_path / 'x', grids, labels)
-  wanted = f'no class label (-1): {num_without} images; classes are the sub-f'
-  assert (wanted in text) == (num_without > 0)
+  for num_without in (0, 2, 3):
+    labels = [-1] * num_without + [1] * (3 - num_without)
+    text = _write_grids(tmp_path / str(num_without), grids, labels)
+    wanted = f'no class label (-1): {num_without} images; classes are the sub-f'
+    assert (wanted in text) == (num_without > 0)
 
 
 @_STORAGES
@@ -616,42 +625,40 @@ def test_damaged_files_are_named(tmp_path, storage):
   assert len(list(tokens.TokenSource(folder))) == 6
 
 
-@pytest.mark.parametrize(
-    ('change', 'message'),
-    [
-        (lambda x: x.update(format='webdataset'), "needed: 'fsq_jax tokens'"),
-        (lambda x: x.update(version=1), 'version is 1'),
-        (lambda x: x.update(storage='pickle'), "storage is 'pickle'"),
-        (lambda x: x.update(storage=[]), 'storage is []'),
-        (lambda x: x.pop('model_hash'), 'model_hash is missing'),
-        (lambda x: x.update(model_hash='0x1'), 'hexadecimal'),
-        (lambda x: x.update(codebook_size=199), 'of its quantizer'),
-        (lambda x: x.update(index_shape=[2]), 'of its quantizer'),
-        (lambda x: x.update(dtype='int32'), 'dtype is'),
-        (lambda x: x.update(quantizer={'name': 'rvq'}), "'rvq'; known"),
-        (lambda x: x['quantizer'].update(levels='8'), 'cannot be used'),
-        (lambda x: x['quantizer'].update(rounding='up'), 'rounding'),
-        (lambda x: x.update(num_images=7), 'num_images is 7; needed: 6'),
-        (lambda x: x.update(num_damaged=0), 'num_damaged is 0; needed: 1'),
-        (lambda x: x.update(damaged=['five']), 'name and reason'),
-        (lambda x: x.update(summary={}), 'summary is {}; needed: an object'),
-        (lambda x: x['summary'].update(usage='all'), 'with the numbers'),
-        (lambda x: x['source'].update(num_examples=8), 'needed: 8'),
-        (lambda x: x['source'].update(num_examples=10**15), 'shards; needed'),
-        (lambda x: x['shards'].pop(), '2 shards; needed: 3'),
-        (lambda x: x['shards'].reverse(), 'files is'),
-        (lambda x: x['shards'][0].update(file='../x'), 'files is'),
-        (lambda x: x['shards'][0].update(num_bytes=-1), 'shards[0].num_bytes'),
-        (lambda x: x['shards'][0].update(num_images=2.0), 'num_images is 2.0'),
-        (lambda x: x['shards'].insert(0, 3), 'shards[0] is 3'),
-        (lambda x: x.update(grid=[4, 3, 1]), 'grid is'),
-        (lambda x: x.update(grid=[3, 4]), 'its manifest says (3, 4)'),
-    ],
-)  # fmt: skip
-def test_manifests_that_cannot_be_are_refused(tmp_path, change, message):
+def test_manifests_that_cannot_be_are_refused(tmp_path):
   _write(tmp_path / 'x', _job())
-  _change_manifest(tmp_path / 'x', change)
-  assert message in _refuse_to_read(tmp_path / 'x')
+  _check_manifests(tmp_path / 'x', [
+      (lambda x: x.update(format='webdataset'), "needed: 'fsq_jax tokens'"),
+      (lambda x: x.update(version=1), 'version is 1'),
+      (lambda x: x.update(storage='pickle'), "storage is 'pickle'"),
+      (lambda x: x.update(storage=[]), 'storage is []'),
+      (lambda x: x.pop('model_hash'), 'model_hash is missing'),
+      (lambda x: x.update(model_hash='0x1'), 'hexadecimal'),
+      (lambda x: x.update(codebook_size=199), 'of its quantizer'),
+      (lambda x: x.update(index_shape=[2]), 'of its quantizer'),
+      (lambda x: x.update(dtype='int32'), 'dtype is'),
+      (lambda x: x.update(quantizer={'name': 'rvq'}), "'rvq'; known"),
+      (lambda x: x['quantizer'].update(levels='8'), 'cannot be used'),
+      (lambda x: x['quantizer'].update(rounding='up'), 'rounding'),
+      (lambda x: x.update(num_images=7), 'num_images is 7; needed: 6'),
+      (lambda x: x.update(num_damaged=0), 'num_damaged is 0; needed: 1'),
+      (lambda x: x.update(damaged=['five']), 'name and reason'),
+      (lambda x: x.update(summary={}), 'summary is {}; needed: an object'),
+      (lambda x: x['summary'].update(usage='all'), 'with the numbers'),
+      (lambda x: x['source'].update(num_examples=8), 'needed: 8'),
+      (lambda x: x['source'].update(num_examples=10**15), 'shards; needed'),
+      (lambda x: x['shards'].pop(), '2 shards; needed: 3'),
+      (lambda x: x['shards'].reverse(), 'files is'),
+      (lambda x: x['shards'][0].update(file='../x'), 'files is'),
+      (lambda x: x['shards'][0].update(num_bytes=-1), 'shards[0].num_bytes'),
+      (lambda x: x['shards'][0].update(num_images=2.0), 'num_images is 2.0'),
+      (lambda x: x['shards'].insert(0, 3), 'shards[0] is 3'),
+      (lambda x: x.update(grid=[4, 3, 1]), 'grid is'),
+      (lambda x: x.update(grid=[3, 4]), 'its manifest says (3, 4)'),
+      (lambda x: x.update(batch_size=True), 'batch_size is True'),
+      (lambda x: x.update(num_damaged=True), 'num_damaged is True'),
+      (lambda x: x.update(label_names=[1]), 'label_names is [1]'),
+  ])  # fmt: skip
 
 
 def test_folders_without_a_whole_manifest_are_refused(tmp_path):
@@ -733,43 +740,40 @@ def _write_records(*records):
   return write
 
 
-@pytest.mark.parametrize(
-    'record',
-    [b'', b'x' * 27, b'\xff' * 28, b'\xff' * 40, b'\0' * 28],
-    ids=['empty', 'no header', 'huge header', 'huge and more', 'no grid'],
-)
-def test_records_of_other_programs_are_refused(tmp_path, record):
+def test_records_of_other_programs_are_refused(tmp_path):
   _write(tmp_path / 'x', _job())
-  _replace_shard(tmp_path / 'x', 0, _write_records(record, record, record))
-  assert 'record 0: ' in _refuse_to_read(tmp_path / 'x')
+  # Empty, no header, a huge header, huge and more, no grid.
+  for record in (b'', b'x' * 27, b'\xff' * 28, b'\xff' * 40, b'\0' * 28):
+    _replace_shard(tmp_path / 'x', 0, _write_records(record, record, record))
+    assert 'record 0: ' in _refuse_to_read(tmp_path / 'x'), record
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda x: x.pop('name'),
-        lambda x: x.update(extra=np.zeros(3)),
-        lambda x: x.update(tokens=x['tokens'].astype(np.float32)),
-        lambda x: x.update(tokens=x['tokens'].astype('>u2')),
-        lambda x: x.update(tokens=x['tokens'][:-1]),
-        lambda x: x.update(tokens=np.zeros((), np.uint16)),
-        lambda x: x.update(tokens=x['tokens'][:, None]),
-        lambda x: x.update(grid=x['grid'][:2]),
-        lambda x: x.update(grid=x['grid'][0]),
-        lambda x: x.update(grid=np.uint32(3)),
-        lambda x: x.update(grid=np.full((3, 2), 2**32 - 1, np.uint32)),
-        lambda x: x.update(label=x['label'].astype(np.float64)),
-        lambda x: x.update(name=np.array([['a'], [{}], [1]], object)),
-    ],
-)
-def test_arrays_of_other_programs_are_refused(tmp_path, change):
+def test_arrays_of_other_programs_are_refused(tmp_path):
   folder = tmp_path / 'x'
   _write(folder, _job('npz'))
-  with np.load(folder / _file(folder, 0)) as file:
-    arrays = {name: file[name] for name in file.files}
-  change(arrays)
-  _replace_shard(folder, 0, lambda path: np.savez(path, **arrays))
-  assert _file(folder, 0) in _refuse_to_read(folder)
+  path = folder / _file(folder, 0)
+  content = path.read_bytes()
+  for i, change in enumerate((
+      lambda x: x.pop('name'),
+      lambda x: x.update(extra=np.zeros(3)),
+      lambda x: x.update(tokens=x['tokens'].astype(np.float32)),
+      lambda x: x.update(tokens=x['tokens'].astype('>u2')),
+      lambda x: x.update(tokens=x['tokens'][:-1]),
+      lambda x: x.update(tokens=np.zeros((), np.uint16)),
+      lambda x: x.update(tokens=x['tokens'][:, None]),
+      lambda x: x.update(grid=x['grid'][:2]),
+      lambda x: x.update(grid=x['grid'][0]),
+      lambda x: x.update(grid=np.uint32(3)),
+      lambda x: x.update(grid=np.full((3, 2), 2**32 - 1, np.uint32)),
+      lambda x: x.update(label=x['label'].astype(np.float64)),
+      lambda x: x.update(name=np.array([['a'], [{}], [1]], object)),
+  )):  # fmt: skip
+    path.write_bytes(content)
+    with np.load(path) as file:
+      arrays = {name: file[name] for name in file.files}
+    change(arrays)
+    _replace_shard(folder, 0, lambda path, x=arrays: np.savez(path, **x))
+    assert path.name in _refuse_to_read(folder), i
 
 
 @_STORAGES
@@ -964,15 +968,12 @@ def test_fingerprints_tell_other_tokens(tmp_path):
       data.check_fingerprint(saved, other.fingerprint)
 
 
-@pytest.mark.parametrize(
-    ('fields', 'message'),
-    [
-        ({'batch_size': 0}, 'batch_size is 0'),
-        ({'batch_size': 3, 'process_count': 2}, 'multiple of the 2'),
-        ({'batch_size': 2, 'process_index': 1}, 'counts from 0'),
-    ],
-)
-def test_batches_that_cannot_be_are_refused(tmp_path, fields, message):
+def test_batches_that_cannot_be_are_refused(tmp_path):
   source = _source(tmp_path / 'x')
-  with pytest.raises(ValueError, match=message):
-    tokens.build_dataset(source, seed=0, **fields)
+  for fields, message in (
+      ({'batch_size': 0}, 'batch_size is 0'),
+      ({'batch_size': 3, 'process_count': 2}, 'multiple of the 2'),
+      ({'batch_size': 2, 'process_index': 1}, 'counts from 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tokens.build_dataset(source, seed=0, **fields)

@@ -23,15 +23,16 @@ from experiments.fault_suite import group_processes
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import tokenizer as tokenizers
 from fsq_jax import tokens
 from fsq_jax.data import folder as folder_lib
 from fsq_jax.data import transforms
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import files
+from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import batches
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import shards
-from fsq_jax.tokens import tokenization as tokenization_lib
 from fsq_jax.tokens import writer
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -46,6 +47,13 @@ def once_loaded(monkeypatch):
 
 
 _load_tokenizer = functools.cache(tokenizers.load_tokenizer)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+  """Compiles the functions of the run's tokenizer before the first test."""
+  tokenizer = _load_tokenizer(_RUN, 'newest', 8)
+  tokenizer.reconstruct(np.zeros((8, 16, 16, 3), np.uint8))
 
 
 def _config(**fields):
@@ -172,11 +180,17 @@ def _kill_at(monkeypatch, moment):
     monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
 
 
-@pytest.mark.parametrize(
-    ('storage', 'views'), [('array_record', 1), ('npz', 1), ('array_record', 3)]
-)
+@pytest.mark.parametrize(('storage', 'views', 'step'), [
+    ('array_record', 1, 5),
+    *(
+        pytest.param(storage, views, 1, marks=pytest.mark.slow)
+        for storage, views in (
+            ('array_record', 1), ('npz', 1), ('array_record', 3)
+        )
+    ),
+])  # fmt: skip
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
-    tmp_path, root, storage, views
+    tmp_path, root, storage, views, step
 ):
   config = _folder_config(
       root, tokenize__storage=storage, tokenize__views=views
@@ -184,7 +198,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
   tokens.tokenize_workdir(config, _RUN, folder=tmp_path / 'straight')
   wanted = _files(tmp_path / 'straight')
   assert len(wanted) == 5
-  for moment in itertools.count():
+  for moment in itertools.count(step=step):
     folder = tmp_path / str(moment)
     killed = False
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -305,11 +319,14 @@ def test_a_change_of_views_needs_another_folder(tmp_path, root):
 
 def _first_images(config, num):
   """What the model gets of the first images of `photos`."""
-  source = tokenization_lib._open_source(config.data, config.tokenize)
-  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
-  job = tokenization_lib._make_job(config, tokenizer, source)
-  run = tokenization_lib._Run(config.data, tokenizer, source, job, None)
-  return run._load(0, range(num)).images
+  source = batches.open_source(config.data, config.tokenize)
+  augmentation = {'seed': 0, 'crop_scale': (1.0, 4.0), 'flip': True}
+  job = types.SimpleNamespace(
+      fit='crop', image_size=config.data.image_size,
+      views=config.tokenize.views, augmentation=augmentation,
+  )
+  reader = batches.ImageReader(config.data, source, job)
+  return reader.load(0, range(num)).images
 
 
 @pytest.mark.parametrize('views', [1, 2])
@@ -394,7 +411,7 @@ def test_images_of_a_part_of_a_run_are_compared_too(tmp_path, copy):
       tokens.tokenize_workdir(config, _RUN, folder=folder)
   path = copy / 'validation' / 'a' / '44.png'
   _replace(path)
-  with pytest.raises(ValueError, match='1 of 45 images are no longer'):
+  with pytest.raises(ValueError, match='1 of 45 images have changed'):
     tokens.tokenize_workdir(config, _RUN, folder=folder)
   # An image of a shard that is written again may have changed.
   (folder / 'tokens-00001-of-00003.array_record').unlink()
@@ -448,7 +465,7 @@ def test_hashes_are_compared_where_times_tell_nothing(
   tokens.tokenize_workdir(config, _RUN, folder=folder)
   _replace(copy / 'validation' / 'b' / '07.png')
   tokens.tokenize_workdir(config, _RUN, folder=folder)
-  with pytest.raises(ValueError, match='1 of 45 images are no longer'):
+  with pytest.raises(ValueError, match='1 of 45 images have changed'):
     tokens.tokenize_workdir(config, _RUN, folder=folder, verify_images=True)
 
 
@@ -500,7 +517,7 @@ def test_folders_without_hashes_are_left_with_a_warning(
   path.write_text(json.dumps(values))
   caplog.clear()
   tokens.tokenize_workdir(config, _RUN, folder=folder)
-  assert 'whether they have changed since then is not known' in caplog.text
+  assert 'since then cannot be detected' in caplog.text
 
 
 def test_names_that_are_no_text_go_through_files(tmp_path):
@@ -571,8 +588,7 @@ def test_images_that_wait_are_no_larger_than_their_crop(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
   job = types.SimpleNamespace(fit='crop', image_size=(8, 8), views=1)
-  run = tokenization_lib._Run(config, None, source, job, None)
-  chunk = run._load(0, range(10))
+  chunk = batches.ImageReader(config, source, job).load(0, range(10))
   assert len(chunk.images) == 9  # One is damaged.
   assert all(image.base is None for image in chunk.images)
 
@@ -581,10 +597,10 @@ def test_few_whole_images_wait_at_a_time(root):
   config = _folder_config(root).data
   source = data.open_source(config, 'eval')
   job = types.SimpleNamespace(
-      fit='pad', batch_size=32, images_per_shard=45, views=1
+      fit='pad', batch_size=32, views=1, indices=lambda shard: range(45)
   )
-  run = tokenization_lib._Run(config, None, source, job, None)
-  sizes = [len(x.images) + len(x.damaged) for x in run._read([0])]
+  chunks = batches.ImageReader(config, source, job).read([0])
+  sizes = [len(x.images) + len(x.damaged) for x in chunks]
   assert sizes == [8, 8, 8, 8, 8, 5]
 
 
@@ -664,13 +680,15 @@ def saved(tmp_path_factory):
       variables = jax.jit(model.init)(jax.random.key(0), images)
       variables = jax.device_put(variables, partitioning.replicated(mesh))
       folder = tmp_path_factory.mktemp(name) / 'saved'
-      Tokenizer(config, variables, mesh).save_pretrained(folder)
+      model = files.SavedModel(config, model, variables)
+      Tokenizer(model, mesh).save_pretrained(folder)
       made[name] = config, folder
     return made[name]
 
   return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('quantizer', ['grouped_fsq', 'residual_fsq'])
 def test_every_quantizer_with_tokens_goes_through_files(
     tmp_path, saved, quantizer
@@ -698,11 +716,17 @@ def test_every_quantizer_with_tokens_goes_through_files(
   assert not (tmp_path / 'other').exists()
 
 
-def test_tokens_of_another_model_are_not_decoded(tmp_path, saved):
-  config, folder = saved('fsq')
-  tokens.tokenize_workdir(config, folder, folder=tmp_path / 'x')
-  with pytest.raises(ValueError, match='of the model with hash'):
-    tokens.detokenize_workdir(_RUN, tmp_path / 'x', tmp_path / 'out')
+def test_tokens_of_another_model_are_not_decoded(tmp_path, root):
+  tokens.tokenize_workdir(_folder_config(root), _RUN, folder=tmp_path / 'x')
+  tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
+  variables = jax.tree.map(
+      lambda x: jax.device_put(np.asarray(x) + 1, x.sharding),
+      tokenizer.variables,
+  )
+  model = files.SavedModel(tokenizer.config, tokenizer.model, variables)
+  other = Tokenizer(model, tokenizer.mesh).save_pretrained(tmp_path / 'other')
+  with pytest.raises(ValueError, match='by the model with hash'):
+    tokens.detokenize_workdir(other, tmp_path / 'x', tmp_path / 'out')
 
 
 def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
@@ -721,9 +745,9 @@ def test_latents_without_a_token_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [('../a', 'outside of'), ('/a', 'outside of'), ('link/a', 'outside of'),
-     ('', 'no name of a file'), ('a\0b', 'no name of a file'),
-     ('b/../1', 'of another image'), ('1.png/b', 'a folder of another'),
-     ('x' * 252, 'more than the 255 bytes')],
+     ('', 'not a file name'), ('a\0b', 'not a file name'),
+     ('b/../1', 'of another image'), ('1.png/b', 'a folder in the name of'),
+     ('x' * 252, 'more than 255 bytes')],
 )  # fmt: skip
 def test_names_do_not_lead_out_of_the_folder(
     tmp_path, monkeypatch, name, message
@@ -889,7 +913,7 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
 def test_the_order_of_batches_does_not_depend_on_where_a_run_goes_on(root):
   """The plan of a shard is the same whichever shards are done."""
   keys = [(1, 1), (2, 2), (1, 1), (3, 3), (2, 2)]
-  assert tokenization_lib.group_equal(keys) == [[0, 2], [1, 4], [3]]
+  assert batches.group_equal(keys) == [[0, 2], [1, 4], [3]]
 
 
 def test_the_manifest_has_no_time_and_no_place(tmp_path, root):
