@@ -16,7 +16,6 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import quantizers
 from fsq_jax import report
@@ -100,23 +99,20 @@ def analyze_workdir(
       written.
     RuntimeError: the files cannot be written in the end.
   """
-  configuration.check_config(config, jax.device_count(), mode='report')
+  found, config, mesh = saved_model.open_run(
+      config, workdir, which, mode='report'
+  )
   if config.eval.native_size:
     raise ValueError(
         'eval.native_size is True; allowed in mode report: False, since it'
         ' looks at crops of data.image_size.'
     )
-  mesh = partitioning.create_mesh(config.partitioning.mesh)
-  share = partitioning.process_share(mesh)
-  found = saved_model.find(workdir, which)
-  saved_model.check_same_model(found.config, configuration.resolve(config))
   folder = saved_run.prepare_output(found.folder, output)
   dataset = data.build_dataset(
       config.data,
       split='eval',
       seed=config.seed,
-      process_index=share.index,
-      process_count=share.count,
+      **partitioning.data_shard(mesh)._asdict(),
   )
   model, variables = saved_model.restore(found, mesh)
   evaluator = evaluators.Evaluator(model, dataset, mesh, num_grid_images=0)

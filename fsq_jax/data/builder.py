@@ -40,7 +40,7 @@ def build_dataset(
       their own size; 'train_once': each training image once, as 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
     process_index: this process, in [0, process_count); see
-      `partitioning.process_share` for those that read the same.
+      `partitioning.data_shard` for those that read the same.
     process_count: processes that share each batch.
 
   Returns:

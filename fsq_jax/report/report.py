@@ -1,7 +1,6 @@
 """report.html: one self-contained page on a run."""
 
 import io
-import json
 import os
 import re
 from typing import Any
@@ -74,7 +73,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
       quantizer=files['quantizer'],
       provenance=files['run'],
       evaluation=files['evaluation'],
-      rows=_read_rows(find('metrics.jsonl')),
+      rows=_read_rows(os.path.dirname(find(workdirs.METRICS))),
       frames=_read_frames(find('reconstructions'), notices),
       analysis=analysis,
       notices=notices,
@@ -83,31 +82,18 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
 
 def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
   try:
-    with open(path, encoding='utf-8') as file:
-      value = json.load(file)
-    if isinstance(value, dict):
-      return value
-    notices.append(f'{os.path.basename(path)} is not a JSON object.')
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError) as error:
-    notices.append(f'{os.path.basename(path)} cannot be read: {error}')
-  return {}
+    return workdirs.read_json(path) or {}
+  except ValueError as error:
+    notices.append(str(error))
+    return {}
 
 
-def _read_rows(path: str) -> dict[str, list[dict[str, Any]]]:
-  """Rows of each split; of a step that was repeated after a resume the last."""
+def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
+  """Rows of each split; the last row of a step repeated after a resume."""
   rows = {'train': {}, 'eval': {}}
-  if os.path.exists(path):
-    with open(path, encoding='utf-8', errors='replace') as file:
-      for line in file:
-        try:
-          row = json.loads(line)
-          step = int(row['step'])
-          rows[row['split']][step] = row | {'step': step}
-        except (ValueError, TypeError, KeyError, OverflowError):
-          # A crash cuts lines short; other splits are not drawn.
-          continue
+  for row in workdirs.read_metrics(folder):
+    if (by_step := rows.get(str(row.get('split')))) is not None:
+      by_step[row['step']] = row
   return {
       split: [by_step[step] for step in sorted(by_step)]
       for split, by_step in rows.items()

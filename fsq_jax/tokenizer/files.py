@@ -337,15 +337,12 @@ def _without_places(value: Any) -> Any:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, RecursionError, ValueError) as error:
+  content = workdirs.read_json(path)
+  if content is None:
     raise ValueError(
-        f'{path} cannot be read: {error}. A tokenizer is a folder that'
-        ' save_pretrained wrote; that of a run is for from_workdir.'
-    ) from error
-  if not isinstance(content, dict):
-    raise ValueError(f'{path} holds no JSON object.')
+        f'{path} is missing. A tokenizer is a folder that save_pretrained'
+        ' wrote; use from_workdir for a run.'
+    )
   return content
 
 

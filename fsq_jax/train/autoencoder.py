@@ -240,13 +240,11 @@ class _Run:
 
   def build_dataset(self, split: str) -> data.Dataset:
     """Builds a split, this process's part of each batch."""
-    share = partitioning.process_share(self._mesh)
     return data.build_dataset(
         self.config.data,
         split=split,
         seed=self.config.seed,
-        process_index=share.index,
-        process_count=share.count,
+        **partitioning.data_shard(self._mesh)._asdict(),
     )
 
   def restore_or_create(

@@ -167,7 +167,7 @@ def naming(field: str) -> Iterator[None]:
 def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
   """Finds the run of train.init_from, which must be of the same model."""
   with naming('train.init_from'):
-    found = saved_model.find(config.train.init_from)
+    found = saved_model.find_run(config.train.init_from)
   if differences := configuration.diff_models(found.config, config):
     raise ValueError(
         '\n  '.join([

@@ -69,7 +69,7 @@ class StateBuilder:
     abstract: the state as shapes, types and shardings.
     shardings: tree of the shardings.
     whole: what of the state no axis of the mesh divides, and stays whole:
-      `partitioning.list_whole` of it.
+      `partitioning.list_replicated` of it.
   """
 
   def __init__(
@@ -137,7 +137,9 @@ class StateBuilder:
     self.abstract_variables = place(jax.eval_shape(init_variables))
     self.abstract = place(jax.eval_shape(init, {}))
     self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-    self.whole = partitioning.list_whole(self.abstract, mesh, rules, min_size)
+    self.whole = partitioning.list_replicated(
+        self.abstract, mesh, rules, min_size
+    )
     if self.whole:
       logging.warning(
           '%d arrays of together %.1f MiB stay whole, since the mesh %s divides'

@@ -105,8 +105,7 @@ def build_train_step(
     return gradients, jax.tree.map(jnp.mean, scalars), *states
 
   def step_fn(state, images, networks=None):
-    with partitioning.mesh_of(images):
-      return take_step(state, images, partitioning.gather(networks or {}))
+    return take_step(state, images, partitioning.gather(networks or {}))
 
   def take_step(state, images, networks):
     compute = gradient_fn if num_parts == 1 else accumulate

@@ -108,6 +108,23 @@ def unused(path: pathlib.Path) -> pathlib.Path:
   return candidate
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Reads a JSON object; returns None if there is no such file.
+
+  Raises:
+    ValueError: the file cannot be read, or is not a JSON object.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_text('utf-8'))
+    if not isinstance(value, dict):
+      raise ValueError('it is not a JSON object')
+  except FileNotFoundError:
+    return None
+  except (OSError, RecursionError, ValueError) as error:
+    raise ValueError(f'{path} cannot be read: {error}.') from error
+  return value
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes a file so that it is there either whole or not at all."""
   path = pathlib.Path(path)

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shlex
@@ -14,6 +13,7 @@ from absl import logging
 import jax
 
 import fsq_jax
+from fsq_jax.workdir import files
 
 _PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
@@ -44,23 +44,16 @@ def command() -> str:
 
 
 def read_started_from(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run's run.json says that it started from.
+  """Returns 'started_from' of a run.json: sources of the initial variables.
 
-  Args:
-    path: of run.json.
-
-  Returns:
-    The facts; {}, with a warning, where the file is damaged: a run goes on
-    without them.
+  A corrupted file gives {} and a warning, since a run can resume without.
   """
   try:
-    return json.loads(path.read_text('utf-8')).get('started_from', {})
-  except FileNotFoundError:
-    return {}
-  except (AttributeError, ValueError) as error:
+    return (files.read_json(path) or {}).get('started_from', {})
+  except ValueError as error:
     logging.warning(
-        '%s is damaged (%s): what the run started from is not known any more.',
-        path, error,
+        '%s The new run.json will not say what the run was initialized from.',
+        error,
     )
     return {}
 

@@ -176,11 +176,11 @@ def test_what_nothing_divides_is_listed():
       }.items()
   }
   rules = (('column', 'column'), ('.*', 'fsdp'))
-  assert partitioning.list_whole(state, _mesh(1, 4, 2), rules, 2) == {
+  assert partitioning.list_replicated(state, _mesh(1, 4, 2), rules, 2) == {
       'odd (3, 5)': 60, 'column (8, 7)': 224
   }
-  assert not partitioning.list_whole(state, _mesh(8, 1), rules, 0)
-  assert not partitioning.list_whole(state, _mesh(1, 8), rules, 60)
+  assert not partitioning.list_replicated(state, _mesh(8, 1), rules, 0)
+  assert not partitioning.list_replicated(state, _mesh(1, 8), rules, 60)
 
 
 def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
@@ -458,11 +458,10 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
 
   def loss_and_gradients(variables, images):
     def loss(params):
-      with partitioning.mesh_of(images):
-        output, state = model.apply(
-            {**variables, 'params': params}, images, train=True,
-            mutable=['batch_stats'],
-        )
+      output, state = model.apply(
+          {**variables, 'params': params}, images, train=True,
+          mutable=['batch_stats'],
+      )
       error = jnp.mean(jnp.square(output.reconstructions - images))
       return error + output.quantizer_loss, (state, output.indices)
 
@@ -543,7 +542,7 @@ def test_processes_share_a_batch_as_their_devices_do(
   mesh = _mesh_of_processes(processes)
   for process, index in enumerate(shares):
     monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
-    assert partitioning.process_share(mesh) == (index, count)
+    assert partitioning.data_shard(mesh) == (index, count)
 
 
 @pytest.mark.parametrize(
@@ -551,8 +550,8 @@ def test_processes_share_a_batch_as_their_devices_do(
     [
         # Three devices of each, two along 'tensor'.
         ([[[0, 0]], [[0, 1]], [[1, 1]]], r'0 .* \[0, 1\] .* 1 \[1, 2\]'),
-        ([[[0]], [[1]], [[1]]], r'0 .* \[0\] and process 1 \[1, 2\]'),
-        ([[[0, 1]], [[0, 0]]], r'0 .* \[0, 1\] and process 1 \[0\]'),
+        ([[[0]], [[1]], [[1]]], r'0 .* \[0\] .* process 1 \[1, 2\]'),
+        ([[[0, 1]], [[0, 0]]], r'0 .* \[0, 1\] .* process 1 \[0\]'),
     ],
 )
 def test_processes_that_cannot_share_a_batch_are_refused_by_all(
@@ -562,7 +561,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_by_all(
   for process in range(2):
     monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
     with pytest.raises(ValueError, match=parts) as error:
-      partitioning.process_share(mesh)
+      partitioning.data_shard(mesh)
     assert f'partitioning.mesh is {mesh.shape}' in str(error.value)
     assert 'make tensor a divisor or a multiple' in str(error.value)
 

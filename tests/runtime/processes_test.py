@@ -260,7 +260,7 @@ def test_parts_of_large_arrays_are_saved_undamaged(tmp_path, images):
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 2.' in log
   assert not (folder / workdirs.DAMAGED).exists()
-  found = saved_model.find(folder)
+  found = saved_model.find_run(folder)
   assert found.step == 3
   saved_model.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
 
