@@ -122,7 +122,7 @@ class _Run:
     self.decoder = codebook_figures.Decoder(
         self.model, self.variables, mesh, batch_size
     )
-    tally = codebook_analysis.Tally(_NUM_IMAGES, self.decoder)
+    tally = codebook_analysis.CodebookHistogram(_NUM_IMAGES, self.decoder)
     # The last batch is filled up, as the data set does.
     for start in range(0, _NUM_IMAGES, batch_size):
       index = np.arange(start, start + batch_size)
@@ -461,7 +461,7 @@ def test_batches_change_nothing():
 
 
 def test_tokens_that_are_none_and_images_that_are_not_finite(fsq):
-  tally = codebook_analysis.Tally(3, fsq.decoder)
+  tally = codebook_analysis.CodebookHistogram(3, fsq.decoder)
   tokens = fsq.tokens[:3].copy()
   tokens[0, 2, 3] = -1
   output = results_lib.EvalOutput(
