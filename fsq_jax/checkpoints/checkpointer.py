@@ -34,7 +34,7 @@ _STORAGE_ERROR = re.compile(
 
 
 class CorruptedError(ValueError):
-  """The content of a step is not what was saved."""
+  """The content of a step differs from the saved content."""
 
 
 class ReadError(RuntimeError):
@@ -108,12 +108,12 @@ class Checkpointer:
 
   @property
   def latest_step(self) -> int | None:
-    """The newest step, None if there is none."""
+    """The newest step; None without any step."""
     return max(self.steps, default=None)
 
   @property
   def best_step(self) -> int | None:
-    """The step with the highest evaluated PSNR, None if there is none."""
+    """The step with the highest evaluated PSNR; None without any."""
     values = {
         step: psnr
         for step in self.steps
@@ -179,14 +179,16 @@ class Checkpointer:
     """Returns the JSON values of a step and reads no array.
 
     Raises:
-      CorruptedError: they are not what was saved.
+      CorruptedError: they differ from the saved ones.
       ReadError: they cannot be read now.
     """
     manifest = self._read_manifest(step)
     with _in_all_processes(step):
       record = self._read(step, 'record', ocp.args.JsonRestore())
       if integrity.hash_json(record) != manifest['record']:
-        raise CorruptedError(f'Step {step}: the record is not what was saved.')
+        raise CorruptedError(
+            f'Step {step}: the record differs from the saved one.'
+        )
     return record
 
   def restore(self, step: int, abstract: Any) -> Any:
@@ -201,7 +203,7 @@ class Checkpointer:
       The state.
 
     Raises:
-      CorruptedError: arrays are not what was saved.
+      CorruptedError: arrays differ from the saved ones.
       ReadError: arrays cannot be read now.
       ValueError: the step has other arrays than `abstract`; nothing is cast.
     """
@@ -255,15 +257,15 @@ class Checkpointer:
       )
     with _in_all_processes(step):
       state = self._read(step, 'state', args)
-      # Orbax returns the abstract array in the place of one that is missing.
+      # Orbax returns abstract arrays in place of missing ones.
       if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
         raise CorruptedError(f'Step {step}: arrays of the state are missing.')
     lines = integrity.compare(hashes, integrity.hash_arrays(state))
     with _in_all_processes(step):  # Each process hashes its own replicas.
       if lines:
         raise CorruptedError(
-            f'Step {step}: arrays are not what was saved (hash then -> now):'
-            '\n  ' + '\n  '.join(lines)
+            f'Step {step}: arrays differ from the saved ones (hash then ->'
+            ' now):\n  ' + '\n  '.join(lines)
         )
     return state
 
@@ -328,7 +330,7 @@ class Checkpointer:
       try:
         sha256 = manifest.pop('sha256')
         if sha256 != integrity.hash_json(manifest) or manifest['step'] != step:
-          raise ValueError('it is not what was saved')
+          raise ValueError('its hash differs')
         if manifest['format'] != _FORMAT:
           raise ValueError(f'format {manifest["format"]}, not {_FORMAT}')
       except (AttributeError, KeyError, ValueError) as error:

@@ -106,7 +106,7 @@ def data_shard(mesh: jax.sharding.Mesh) -> DataShard:
   for i, devices in enumerate(rearrange(mesh.devices, 'd f t -> (d f) t')):
     for device in devices:
       parts.setdefault(device.process_index, set()).add(i)
-  # The first process of those with the same images.
+  # Among processes with the same images, the first one.
   firsts = {}
   for process in sorted(parts):
     firsts.setdefault(frozenset(parts[process]), process)
@@ -142,14 +142,14 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
   """Constrains activations to be sharded over the batch axes of their mesh.
 
-  The mesh is that of the array itself: JAX carries it from the arguments of a
+  The mesh is a property of the array: JAX carries it from the arguments of a
   compiled function to everything computed from them. Without the constraint,
   sharded parameters let the compiler shard the channels and gather the batch,
   which multiplies the memory by the number of devices.
 
   Args:
     x: [B, ...] activations.
-    tensor_axis: dimension to shard over 'tensor', such as that of heads.
+    tensor_axis: dimension to shard over 'tensor', such as the heads.
 
   Returns:
     x, unconstrained if it is on no mesh of `create_mesh`, if the devices do not
@@ -259,7 +259,7 @@ def list_replicated(
 ) -> dict[str, int]:
   """Lists arrays that stay replicated because no mesh axis divides them.
 
-  Arguments are those of `state_shardings`.
+  Takes the arguments of `state_shardings`.
 
   Returns:
     Path and shape, such as 'quantizer/codebook (3, 5)', to bytes.

@@ -1,4 +1,4 @@
-"""What a run was made with: command, versions, devices, git state."""
+"""Provenance of a run: command, versions, devices, git commit."""
 
 import datetime
 import importlib.metadata
@@ -21,7 +21,10 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-  """Returns JSON-able facts about this process; nothing of its environment."""
+  """Returns metadata of this process as JSON values.
+
+  Environment variables are left out, since they may hold secrets.
+  """
   return {
       'command': command(),
       'started': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
@@ -52,17 +55,17 @@ def read_started_from(path: pathlib.Path) -> dict[str, Any]:
     return (files.read_json(path) or {}).get('started_from', {})
   except ValueError as error:
     logging.warning(
-        '%s The new run.json will not say what the run was initialized from.',
+        '%s The new run.json will lack the sources of the initial variables.',
         error,
     )
     return {}
 
 
 def git_revision() -> str | None:
-  """Returns the commit of the package's checkout, '+' if changed, or None."""
+  """Returns the commit of the package's checkout, with '+' if modified."""
   root = pathlib.Path(fsq_jax.__file__).parents[1]
   if not (root / '.git').exists():
-    return None  # An installed package may lie in somebody else's checkout.
+    return None  # An installed package may lie in the checkout of a user.
 
   def git(*arguments: str) -> str:
     command = ['git', '-C', str(root), *arguments]

@@ -233,7 +233,7 @@ def test_an_array_that_is_not_what_was_saved_is_named(saved, monkeypatch):
   monkeypatch.setattr(_Reader, 'restore', change)
   with pytest.raises(
       checkpoints_lib.CorruptedError,
-      match=r'Step 2: arrays are not .*\n  kernel: \w{16} -> \w{16}$',
+      match=r'Step 2: arrays differ from .*\n  kernel: \w{16} -> \w{16}$',
   ):
     checkpointer.restore(2, _ABSTRACT)
   checkpointer.close()
