@@ -328,40 +328,54 @@ def _os_error(number, *names):
   return OSError(number, os.strerror(number), *names)
 
 
-@pytest.mark.parametrize(
-    'error',
-    [
-        _os_error(errno.EIO),
-        *(
-            _os_error(number, 'd/0')
-            for number in (
-                errno.ESTALE, errno.EMFILE, errno.EACCES, errno.ETIMEDOUT,
-                errno.ENOSPC,
-            )
-        ),
-        ValueError("UNKNOWN: Reading d/0: I/O error [os_error_code='5']"),
-        ValueError('UNAVAILABLE: Reading d/0'),
-        ValueError('PERMISSION_DENIED: Reading d/0'),
-        ValueError('Error opening d/0: RESOURCE_EXHAUSTED: quota'),
-        ValueError('DEADLINE_EXCEEDED: Reading d/0'),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize('link', ['', '__cause__', '__context__'])
-def test_errors_of_the_system_are_no_damage(saved, monkeypatch, error, link):
-  raised = error
-  if link:
-    raised = RuntimeError('Encountered error while reading')
-    setattr(raised, link, error)
+_STORAGE_ERRORS = [
+    _os_error(errno.EIO),
+    *(
+        _os_error(number, 'd/0')
+        for number in (
+            errno.ESTALE, errno.EMFILE, errno.EACCES, errno.ETIMEDOUT,
+            errno.ENOSPC,
+        )
+    ),
+    ValueError("UNKNOWN: Reading d/0: I/O error [os_error_code='5']"),
+    ValueError('UNAVAILABLE: Reading d/0'),
+    ValueError('PERMISSION_DENIED: Reading d/0'),
+    ValueError('Error opening d/0: RESOURCE_EXHAUSTED: quota'),
+    ValueError('DEADLINE_EXCEEDED: Reading d/0'),
+]
 
+
+def _open_where_reading_raises(folder, error, monkeypatch):
   def fail(*args, **kwargs):
-    raise raised
+    raise error
 
   monkeypatch.setattr(_Reader, 'restore', fail)
-  with pytest.raises(checkpoints_lib.ReadError) as refusal:
-    checkpoints_lib.Checkpointer(saved, read_only=True)
-  assert f'{workdirs.CHECKPOINTS}/1: the manifest' in str(refusal.value)
-  assert str(error) in str(refusal.value)
+  checkpoints_lib.Checkpointer(folder, read_only=True).close()
+
+
+@pytest.mark.parametrize('link', ['', '__cause__', '__context__'])
+def test_errors_of_the_system_are_no_damage(saved, monkeypatch, link):
+  wrong = []
+  for error in _STORAGE_ERRORS:
+    raised = error
+    if link:
+      raised = RuntimeError('Encountered error while reading')
+      setattr(raised, link, error)
+    try:
+      _open_where_reading_raises(saved, raised, monkeypatch)
+    except checkpoints_lib.ReadError as refusal:
+      message = str(refusal)
+      if 'checkpoints/1: the manifest' in message and str(error) in message:
+        continue
+    wrong.append(error)
+  assert not wrong
+
+
+def test_errors_about_files_are_damage(saved, monkeypatch, caplog):
+  for error in (_os_error(errno.ENOENT, 'd/0'), ValueError('a bad chunk')):
+    _open_where_reading_raises(saved, error, monkeypatch)
+    assert f'the manifest cannot be read ({type(error).__name__}' in caplog.text
+    caplog.clear()
 
 
 @pytest.mark.parametrize('part', ['manifest', 'record', 'state'])

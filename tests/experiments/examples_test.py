@@ -46,13 +46,14 @@ def _vectors():
   return jnp.sin(2 * jnp.pi * time * jnp.arange(1, _FEATURES + 1))
 
 
-@pytest.fixture(params=[_linen, _nnx], ids=['linen', 'nnx'])
-def example(request):
-  return request.param()
+_MAKERS = {'linen': _linen, 'nnx': _nnx}
 
 
-def test_gradients_arrive_at_the_encoder(example):
-  method, params = example
+@pytest.mark.parametrize(
+    'name', ['linen', pytest.param('nnx', marks=pytest.mark.slow)]
+)
+def test_gradients_arrive_at_the_encoder(name):
+  method, params = _MAKERS[name]()
   x = _vectors()
 
   def loss(params):
@@ -77,8 +78,9 @@ def test_gradients_arrive_at_the_encoder(example):
   assert losses[-1] < 0.5 * losses[0]
 
 
-def test_indices_round_trip(example):
-  method, params = example
+@pytest.mark.parametrize('name', _MAKERS)
+def test_indices_round_trip(name):
+  method, params = _MAKERS[name]()
   x = _vectors()
   indices = jax.jit(method('encode_to_indices'))(params, x)
   assert indices.dtype == jnp.int32
