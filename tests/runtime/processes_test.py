@@ -380,7 +380,7 @@ def test_the_most_severe_error_of_all_processes_is_raised(
 
 
 def test_flags_of_processes_belong_together():
-  with pytest.raises(ValueError, match='all are needed'):
+  with pytest.raises(ValueError, match='give all of them, or none'):
     processes_lib.join_processes('127.0.0.1:1', 2)
 
 
