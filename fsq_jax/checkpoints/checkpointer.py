@@ -191,16 +191,21 @@ class Checkpointer:
         )
     return record
 
-  def restore(self, step: int, abstract: Any) -> Any:
+  def restore(
+      self, step: int, abstract: Any, *, partial: bool = False
+  ) -> Any:
     """Restores the state of a step.
 
     Args:
       step: one of `steps`.
       abstract: tree of `jax.ShapeDtypeStruct` with shardings, which may differ
         from the shardings of the saved arrays.
+      partial: `abstract` is a dict with some fields of the state, and only
+        these are read and checked. Without the fields of the optimizer, a state
+        is a third of its size.
 
     Returns:
-      The state.
+      The state; with `partial` a dict of its fields.
 
     Raises:
       CorruptedError: arrays differ from the saved ones.
@@ -209,46 +214,15 @@ class Checkpointer:
     """
     saved = self._read_manifest(step)['arrays']
     args = ocp.args.StandardRestore(abstract)
-    return self._restore(step, abstract, saved, args)
-
-  def restore_fields(
-      self, step: int, abstract: Mapping[str, Any]
-  ) -> dict[str, Any]:
-    """Restores some fields of the state of a step, and checks only these.
-
-    Args:
-      step: as in `restore`.
-      abstract: the fields, each as in `restore`. Without the fields of the
-        optimizer, a state is a third of its size.
-
-    Returns:
-      The fields.
-
-    Raises:
-      CorruptedError: as in `restore`.
-      ReadError: as in `restore`.
-      ValueError: as in `restore`.
-    """
-    abstract = dict(abstract)
-    saved = {
-        path: x
-        for path, x in self._read_manifest(step)['arrays'].items()
-        if path.split('/')[0] in abstract
-    }
-    args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-    )
-    return self._restore(step, abstract, saved, args)
-
-  def _restore(
-      self,
-      step: int,
-      abstract: Any,
-      saved: Mapping[str, dict[str, Any]],
-      args: ocp.args.CheckpointArgs,
-  ) -> Any:
+    if partial:
+      saved = {
+          path: x for path, x in saved.items() if path.split('/')[0] in abstract
+      }
+      args = ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+      )
     hashes = {path: x.pop('hash') for path, x in saved.items()}
     if lines := integrity.compare(saved, integrity.describe_arrays(abstract)):
       raise ValueError(
@@ -393,21 +367,15 @@ class Checkpointer:
 
 def _in_all_processes(step: int) -> contextlib.AbstractContextManager[None]:
   """Raises in every process if reading a step fails in any."""
+
+  def error(kind: type[Exception], reason: str) -> Callable[[int], Exception]:
+    return lambda process: kind(
+        f'Step {step}: process {process} {reason}; its log says why.'
+    )
+
   return processes.fail_together((
-      (
-          CorruptedError,
-          lambda process: CorruptedError(
-              f'Step {step}: process {process} found it corrupted; its log says'
-              ' why.'
-          ),
-      ),
-      (
-          Exception,
-          lambda process: ReadError(
-              f'Step {step}: process {process} cannot read it now; its log says'
-              ' why.'
-          ),
-      ),
+      (CorruptedError, error(CorruptedError, 'found it corrupted')),
+      (Exception, error(ReadError, 'cannot read it now')),
   ))
 
 

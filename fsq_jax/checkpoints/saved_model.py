@@ -188,7 +188,7 @@ def restore(
       checkpointer_lib.Checkpointer(found.folder, read_only=True)
   ) as checkpointer:
     try:
-      fields = checkpointer.restore_fields(found.step, abstract)
+      fields = checkpointer.restore(found.step, abstract, partial=True)
     except checkpointer_lib.CorruptedError as error:
       raise ValueError(
           f'{found.folder}: {error} --checkpoint=STEP takes another of'

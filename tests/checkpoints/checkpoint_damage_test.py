@@ -139,7 +139,7 @@ def test_a_part_of_a_state_is_held_to_its_hashes(saved, names, tmp_path):
       damage(_newest(folder) / name)
       checkpointer = checkpoints_lib.Checkpointer(folder, read_only=True)
       try:
-        state = checkpointer.restore_fields(2, _part('scale', 'step'))
+        state = checkpointer.restore(2, _part('scale', 'step'), partial=True)
       except checkpoints_lib.CorruptedError:
         refused += 1
       else:
@@ -161,14 +161,14 @@ def test_what_is_not_asked_for_is_not_read(saved, monkeypatch):
     return hash_arrays(state)
 
   monkeypatch.setattr(integrity, 'hash_arrays', hash_and_record)
-  checkpointer.restore_fields(2, _part('scale'))
+  checkpointer.restore(2, _part('scale'), partial=True)
   assert hashed == ['scale']
   # In any order.
   chex.assert_trees_all_equal(checkpointer.restore(2, _ABSTRACT), _state(2))
-  checkpointer.restore_fields(2, _part('step'))
+  checkpointer.restore(2, _part('step'), partial=True)
   other = {'kernel': _ABSTRACT['scale']}
   with pytest.raises(ValueError, match='other arrays than this model'):
-    checkpointer.restore_fields(2, other)
+    checkpointer.restore(2, other, partial=True)
   checkpointer.close()
 
 
