@@ -31,7 +31,7 @@ _PLACES = re.compile(
     r'data\.data_dir|train\.init_from|eval\.networks\..*|.*\.checkpoint'
 )
 
-# What is kept of an evaluation.
+# Metrics of an evaluation that are kept.
 _NUMBERS = (
     'psnr', 'ssim', 'codebook_size', 'num_used_codes', 'usage', 'perplexity',
     'entropy_bits', 'entropy_share',
@@ -48,17 +48,17 @@ def main(
     runs: str = 'quantizers',
     paths: Mapping[str, str] | None = None,
 ) -> None:
-  """Parses the flags that all sweeps have, runs if asked to, and shows.
+  """Parses the flags of a sweep, trains with --run, and prints and plots.
 
   Args:
-    description: what the script does.
-    folder: gets results.json, of what `run` returns, and plot.png.
+    description: description of the script.
+    folder: folder for results.json, with the results of `run`, and plot.png.
     run: from the folder of the runs, data.data_dir and the values of `paths` by
       their names to the results.
     print_tables: prints the results.
     plot: draws them.
     runs: name of the folder of the runs under runs/.
-    paths: further flags that --run needs, with what they are.
+    paths: further flags that --run needs, with their descriptions.
   """
   paths = paths or {}
   results = folder / 'results.json'
@@ -107,8 +107,8 @@ def train(
 ) -> None:
   """Trains the runs that are not finished, one after the other.
 
-  Each is a command of its own, which goes on where it was stopped. A run whose
-  folder holds another config than it should is refused by that command.
+  Each run is a command of its own, and an interrupted one resumes. The command
+  fails if the folder of the run holds another config.
 
   Args:
     config_path: relative to the repository.
@@ -167,7 +167,7 @@ def read_numbers(folder: pathlib.Path) -> dict[str, float]:
 
 
 def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
-  """Returns what finished runs gave and what they were made with.
+  """Returns results and provenance of finished runs.
 
   Args:
     workdir: holds a folder for each run.
@@ -199,13 +199,13 @@ def draw_reconstructions(
     num_images: int,
     enlargement: int = 1,
 ) -> None:
-  """Draws held-out images over what each run makes of them.
+  """Draws held-out images above the reconstructions of each run.
 
   Args:
     workdir: holds a folder for each run; all evaluate the same images.
     names: of the runs, one row each.
     path: of the PNG.
-    num_images: images in a row, spread over the split.
+    num_images: images per row, evenly spaced in the split.
     enlargement: pixels a side of the square that a pixel becomes.
   """
   rows = []

@@ -1,11 +1,11 @@
-"""Prints and writes the figures of speed.
+"""Runs the speed benchmarks and prints their tables.
 
   python -m experiments.benchmarks.benchmarks --write --torch_python=PYTHON
 
 PYTHON is the interpreter of an environment with torch and
-vector-quantize-pytorch; without one those comparisons are left out, and
-results.json keeps the ones it has. What is compared alternates in short
-blocks, so that other load of the machine falls on both.
+vector-quantize-pytorch. Without it the comparisons with PyTorch are skipped and
+keep their results in results.json. Alternatives are timed in short alternating
+blocks, so that other load of the machine affects all of them.
 """
 
 import argparse
@@ -166,14 +166,14 @@ def _measure(
 
 
 def _rounded(value: Any) -> Any:
-  """Rounds all numbers of a tree to four digits."""
+  """Rounds all numbers of a tree to 4 significant figures."""
   if isinstance(value, dict):
     return {key: _rounded(part) for key, part in value.items()}
   return float(f'{value:.4g}') if isinstance(value, float) else value
 
 
 def main() -> None:
-  """Measures what is asked for."""
+  """Runs the benchmarks that the command line names."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', nargs='+', choices=GROUPS, default=GROUPS)
   parser.add_argument('--rounds', type=int, default=9)

@@ -1,7 +1,7 @@
-"""Times alternatives in short alternating blocks, so that load hits them all.
+"""Times alternatives in short alternating blocks, so that all share the load.
 
-What is compared are medians of the ratios within one round: the machine's
-speed may drift from round to round.
+Results are medians of the ratios within one round, since the speed of the
+machine may drift from round to round.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,18 +31,18 @@ def block_of(function: Callable[[], Any]) -> Block:
 def alternate(
     blocks: Mapping[str, Block], *, baseline: str, calls: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-  """Runs each block once a round.
+  """Runs each block once per round.
 
   Args:
-    blocks: by name.
-    baseline: the one whose time is 1.
-    calls: in a block.
-    rounds: how often each block is run, after one that is not counted.
+    blocks: blocks by name.
+    baseline: name of the block that ratios are relative to.
+    calls: number of calls per block.
+    rounds: number of rounds, after one warm-up round.
 
   Returns:
     For each name: ms, median wall time of a call; ratio, median over rounds of
-    its wall time by that of the baseline; cpu_ms and cpu_ratio, the same of the
-    seconds that all threads of the process computed.
+    the wall time relative to the baseline; cpu_ms and cpu_ratio, the same for
+    the CPU time of all threads of the process.
   """
   for block in blocks.values():
     block(1)
@@ -78,7 +78,7 @@ class TorchPeer:
     return self._ask({'name': name, 'build': arguments})
 
   def block(self, name: str) -> Block:
-    """Returns the block of what was built by this name."""
+    """Returns the block of a function that `build` has built."""
 
     def run(calls: int) -> tuple[float, float]:
       answer = self._ask({'name': name, 'calls': calls})

@@ -3,10 +3,10 @@
   python -m experiments.codebook_size.codebook_size --run [--data_dir=DIR]
 
 After figure 3 of the FSQ paper (arXiv 2309.15505), with PSNR in place of FID.
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; runs that experiments/quantizer_comparison
-has trained there are used. Writes results.json and plot.png beside this script
-and prints the table. Without --run plot and table are made from results.json.
+Trains all runs that are not finished, each in its own folder under --workdir;
+interrupted runs resume, and runs of experiments/quantizer_comparison are
+reused. Writes results.json and plot.png beside this script and prints the
+table. Without --run the plot and the table are made from results.json.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def seeds(quantizer: str, bits: int) -> tuple[int, ...]:
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
-  """Trains; returns what is stored."""
+  """Trains; returns the results to store."""
   keys = {
       settings.run_name(quantizer, bits, seed): (quantizer, bits, seed)
       # Whole curves of one seed first.

@@ -1,9 +1,9 @@
-"""Takes one part of a smaller default run away at a time.
+"""Ablates a smaller default run, one part at a time.
 
   python experiments/default_run/ablation.py --run
 
-Each variant is a run of its own under --workdir and goes on where it was
-stopped. The results are written to ablation.json beside this script; without
+Each variant is a run in its own folder under --workdir; interrupted runs
+resume. The results are written to ablation.json beside this script; without
 --run the table is printed from that file.
 """
 

@@ -10,9 +10,9 @@ class Autoencoder(nn.Module):
   """An MLP autoencoder with FSQ between its halves.
 
   Attributes:
-    levels: of FSQ; the encoder's last layer has a channel for each.
-    width: channels of the hidden layers.
-    features: channels of the vectors.
+    levels: levels of FSQ, one per output channel of the encoder.
+    width: number of channels of the hidden layers.
+    features: number of channels of the vectors.
   """
 
   levels: tuple[int, ...]
@@ -23,7 +23,7 @@ class Autoencoder(nn.Module):
     self.encoder = nn.Sequential(
         [nn.Dense(self.width), nn.gelu, nn.Dense(len(self.levels))]
     )
-    # tanh bounds the latents: a commitment loss has nothing to do.
+    # FSQ bounds the latents, so that it needs no commitment loss.
     self.quantizer = FSQ(self.levels, commitment_weight=0)
     self.decoder = nn.Sequential(
         [nn.Dense(self.width), nn.gelu, nn.Dense(self.features)]

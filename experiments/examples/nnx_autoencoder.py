@@ -17,21 +17,21 @@ class Autoencoder(nnx.Module):
       features: int,
       rngs: nnx.Rngs,
   ):
-    """Draws the weights.
+    """Initializes the weights.
 
     Args:
-      levels: of FSQ; the encoder's last layer has a channel for each.
-      width: channels of the hidden layers.
-      features: channels of the vectors.
-      rngs: with a stream for parameters.
+      levels: levels of FSQ, one per output channel of the encoder.
+      width: number of channels of the hidden layers.
+      features: number of channels of the vectors.
+      rngs: random number generators of the parameters.
     """
     self.encoder = nnx.Sequential(
         nnx.Linear(features, width, rngs=rngs),
         nnx.gelu,
         nnx.Linear(width, len(levels), rngs=rngs),
     )
-    # FSQ has no variables, so there is nothing to initialize. Its methods are
-    # those of the bridge too.
+    # FSQ has no variables, so that `ToNNX` needs no lazy_init. The bridge passes
+    # its methods on.
     self.quantizer = nnx.bridge.ToNNX(FSQ(levels, commitment_weight=0))
     self.decoder = nnx.Sequential(
         nnx.Linear(len(levels), width, rngs=rngs),

@@ -1,4 +1,4 @@
-"""What a fault test is, what it gives, and what several of them need."""
+"""Definition and outcome of a fault test, and tools for several of them."""
 
 from collections.abc import Callable, Mapping
 import pathlib
@@ -23,12 +23,12 @@ ENCODERS = ROOT / 'tests' / 'testdata' / 'encoders'
 
 
 class Outcome(NamedTuple):
-  """What a fault test measured.
+  """Outcome of a fault test.
 
   Attributes:
-    passed: whether that is what is required.
+    passed: whether the requirement is met.
     measured: a line for the table.
-    figures: the numbers in it, and others, JSON-able.
+    figures: JSON values: the numbers in that line, and others.
   """
 
   passed: bool
@@ -40,12 +40,12 @@ class Fault(NamedTuple):
   """One fault test.
 
   Attributes:
-    injected: what goes wrong, in words.
-    required: what has to happen then.
-    test: a function of an empty folder, and of whether to inject only a few,
-      to what was measured. It has a process of its own.
-    num_devices: CPU devices that it needs.
-    limit_seconds: after which it has failed.
+    injected: the fault, in words.
+    required: the required behaviour, in words.
+    test: function of an empty folder, and of whether to inject few faults only,
+      to the outcome. It runs in a process of its own.
+    num_devices: number of CPU devices that the test needs.
+    limit_seconds: time limit; the test fails after it.
   """
 
   injected: str
@@ -66,7 +66,7 @@ class Training(NamedTuple):
 
 
 def add_hook(hook: loop.Hook) -> None:
-  """Has every later run of this process call a hook after the one that logs."""
+  """Adds a hook to all later runs of this process, after the logging hook."""
   run = loop.run
   loop.run = lambda *args, hooks, **kwargs: run(
       *args, hooks=[hooks[0], hook, *hooks[1:]], **kwargs
@@ -100,18 +100,18 @@ def build_training(
 
 
 def reset_peak() -> float:
-  """Forgets the largest memory so far; returns what is held, in MB (Linux)."""
+  """Resets the peak memory; returns the resident memory in MB (Linux)."""
   pathlib.Path('/proc/self/clear_refs').write_text('5')
   return resident_mb()
 
 
 def peak_mb() -> float:
-  """The largest memory since `reset_peak`, in MB (Linux)."""
+  """Returns the peak memory since `reset_peak`, in MB (Linux)."""
   return _status_mb('VmHWM')
 
 
 def resident_mb() -> float:
-  """The memory that this process holds, in MB (Linux)."""
+  """Returns the resident memory of this process, in MB (Linux)."""
   return _status_mb('VmRSS')
 
 
@@ -136,7 +136,7 @@ def run_python(
 
 
 def launch(*arguments: Any, timeout: float = 300, **options: Any):
-  """Runs launch.py and returns what it did."""
+  """Runs launch.py and returns the completed process."""
   return subprocess.run(
       [sys.executable, 'launch.py', *map(str, arguments)],
       cwd=ROOT,

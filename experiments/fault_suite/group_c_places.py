@@ -1,4 +1,4 @@
-"""Faults of what runs are on and beside: devices, repeats, readers, clocks."""
+"""Faults of the surroundings of a run: devices, repeats, readers, clocks."""
 
 import hashlib
 import os

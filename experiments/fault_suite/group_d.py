@@ -1,4 +1,4 @@
-"""Faults of data: damaged, unusual, huge and misnamed images; few of them."""
+"""Faults of data: corrupted, unusual, huge, misnamed, too few images."""
 
 import io
 import pathlib
@@ -49,7 +49,7 @@ def write(root: pathlib.Path, num: int, split: str = 'train') -> pathlib.Path:
 
 
 def _damage(index: int) -> bytes:
-  """Returns a file that is damaged in one of eight ways."""
+  """Returns an image file corrupted in one of eight ways."""
   png = encode(photo(index, (64, 64)))
   jpeg = encode(photo(index, (64, 64)), 'JPEG')
   crc = bytearray(png)

@@ -1,4 +1,4 @@
-"""Faults of files of images: bombs, names, damaged records."""
+"""Faults of image files: decompression bombs, names, corrupted records."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Faults of configs and commands; what is installed; long runs."""
+"""Faults of configs, commands and installations; long runs."""
 
 import json
 import pathlib

@@ -151,7 +151,7 @@ def _use(folder: pathlib.Path) -> None:
 
 
 def _fuzz_files(folder: pathlib.Path, num: int) -> list[str]:
-  """Harms token files; returns what was not refused."""
+  """Corrupts token files; returns the cases without an error."""
   rng = np.random.default_rng(0)
   for storage in manifest.STORAGES:
     _write(folder / storage, storage, rng)
@@ -171,7 +171,7 @@ def _fuzz_files(folder: pathlib.Path, num: int) -> list[str]:
 
 
 def _fuzz_arrays(cases: int) -> int:
-  """Harms arrays of tokens or their specs; returns how many were refused."""
+  """Corrupts token arrays or specs; returns how many raised an error."""
   rng = np.random.default_rng(0)
   good = rng.integers(0, 200, (4, 8))
   refused = 0

@@ -28,7 +28,7 @@ def launch(
     env: environment variables; those of this process by default.
 
   Returns:
-    The processes, the one that writes first.
+    The processes; the first one writes.
   """
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))

@@ -1,12 +1,11 @@
-"""Runs fault tests: each injects a fault and measures what becomes of it.
+"""Runs fault tests: each injects a fault and measures the behaviour.
 
   python -m experiments.fault_suite.run [--only=D1,F3] [--quick]
 
-Without --only all are run, one after the other, each in a process of its own:
-one that dies or hangs has failed. What each measured is written to
-results.json, beside the others' results, and to the table of README.md.
---quick injects fewer faults and writes nothing. The exit code is 1 if one has
-failed.
+Without --only all tests run, one after the other, each in its own process; a
+test that dies or hangs has failed. Outcomes are written to results.json, where
+other tests keep theirs, and to the table of README.md. --quick injects fewer
+faults and writes nothing. The exit code is 1 if a test has failed.
 """
 
 import argparse
@@ -61,7 +60,7 @@ FAULTS: dict[str, faults.Fault] = {
 
 
 def main() -> int:
-  """Runs what the command line names."""
+  """Runs the tests that the command line names."""
   parser = argparse.ArgumentParser(
       description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,12 +96,12 @@ def _run(name: str, quick: bool, facts: dict[str, Any]) -> dict[str, Any]:
   """Runs one fault test in a process of its own.
 
   Args:
-    name: of the test.
-    quick: whether to inject a few faults only.
-    facts: of `provenance.describe`.
+    name: name of the test.
+    quick: whether to inject few faults only.
+    facts: metadata from `provenance.describe`.
 
   Returns:
-    What results.json holds of it.
+    The entry of results.json.
   """
   fault = FAULTS[name]
   started = time.monotonic()

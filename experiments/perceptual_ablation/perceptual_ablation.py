@@ -1,12 +1,12 @@
-"""What do LPIPS and a discriminator change, and what do they cost?
+"""Effects and costs of LPIPS and of a discriminator.
 
   python -m experiments.perceptual_ablation.perceptual_ablation --run
       --data_dir=DIR --vgg16=FILE --alexnet=FILE
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; writes results.json, plot.png and
-reconstructions.png beside this script and prints the table. Without --run plot
-and table are made from results.json.
+Trains all runs that are not finished, each in its own folder under --workdir;
+interrupted runs resume. Writes results.json, plot.png and reconstructions.png
+beside this script and prints the table. Without --run the plot and the table
+are made from results.json.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def settings(
   shared = {
       'data.data_dir': data_dir,
       'data.eval_split': 'val',
-      # 64 tokens an image: few enough that it matters where they go.
+      # 64 tokens per image, few enough for the losses to make a difference.
       'model.encoder.patch_size': 8,
       'model.encoder.width': 192,
       'model.encoder.num_heads': 6,
@@ -98,7 +98,7 @@ def settings(
 def run(
     workdir: pathlib.Path, data_dir: str, vgg16: str, alexnet: str
 ) -> dict[str, Any]:
-  """Trains, draws the reconstructions; returns what is stored."""
+  """Trains and draws the reconstructions; returns the results to store."""
   runs = settings(workdir, data_dir, vgg16, alexnet)
   sweep.train(CONFIG, runs, workdir)
   results = sweep.collect(workdir, runs)

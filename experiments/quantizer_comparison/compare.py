@@ -2,10 +2,10 @@
 
   python -m experiments.quantizer_comparison.compare --run [--data_dir=DIR]
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; measures what the quantizers cost; writes
-results.json and plot.png beside this script; prints the tables. Without --run
-the plot and the tables are made from results.json.
+Trains all runs that are not finished, each in its own folder under --workdir;
+interrupted runs resume. Measures the costs of the quantizers, writes
+results.json and plot.png beside this script, and prints the tables. Without
+--run the plot and the tables are made from results.json.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def runs() -> list[tuple[str, int, int]]:
 
 
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
-  """Trains and measures; returns what is stored."""
+  """Trains and measures; returns the results to store."""
   sweep.train(settings.CONFIG, settings.tuning_runs(data_dir), workdir)
   tuning = _tuning(workdir)
   final = {

@@ -1,4 +1,4 @@
-"""What a quantizer costs a training step: time, memory, bytes of its own."""
+"""Costs of a quantizer in a training step: time, memory, bytes of arrays."""
 
 from collections.abc import Mapping
 import statistics

@@ -1,4 +1,4 @@
-"""What is trained: quantizers, the settings tried for each, and the budget."""
+"""Runs of the comparison: quantizers, settings tried for each, and budget."""
 
 from typing import Any
 

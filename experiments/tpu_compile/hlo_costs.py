@@ -1,4 +1,4 @@
-"""What a compiled program costs, counted in the text of its HLO.
+"""Costs of a compiled program, counted in the text of its HLO.
 
 XLA's own `cost_analysis` counts the body of a loop once, whatever its trip
 count, and says nothing of collectives. Here every instruction counts as often
@@ -70,7 +70,7 @@ class Collective(NamedTuple):
 
 
 class Costs(NamedTuple):
-  """What one run of a program costs one chip."""
+  """Costs of one run of a program on one chip."""
 
   products: list[Product]
   collectives: list[Collective]

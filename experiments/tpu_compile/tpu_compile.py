@@ -310,7 +310,7 @@ def _run_case(case: Case) -> dict[str, Any]:
         'JAX_PLATFORMS': 'cpu',
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-        # One that was stopped may have left its lock.
+        # An interrupted compilation may have left its lock.
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
     command = [sys.executable, __file__, '--case', case.name, '--to', path]

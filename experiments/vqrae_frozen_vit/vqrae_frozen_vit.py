@@ -1,12 +1,12 @@
-"""VQRAE on photographs: what is a frozen pretrained encoder worth?
+"""VQRAE on photographs: the value of a frozen pretrained encoder.
 
   python -m experiments.vqrae_frozen_vit.vqrae_frozen_vit --run --data_dir=DIR
       --encoder=ENCODER
 
-Trains what is not trained yet, each run in a folder of its own under --workdir,
-where it goes on if it was stopped; writes results.json, plot.png and
-reconstructions.png beside this script and prints the table. Without --run plot
-and table are made from results.json.
+Trains all runs that are not finished, each in its own folder under --workdir;
+interrupted runs resume. Writes results.json, plot.png and reconstructions.png
+beside this script and prints the table. Without --run the plot and the table
+are made from results.json.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +76,7 @@ def settings(
 def run(
     workdir: pathlib.Path, data_dir: str, encoder: str
 ) -> dict[str, Any]:
-  """Trains, draws the reconstructions; returns what is stored."""
+  """Trains and draws the reconstructions; returns the results to store."""
   runs = settings(workdir, data_dir, encoder)
   sweep.train(CONFIG, runs, workdir)
   results = sweep.collect(workdir, runs)

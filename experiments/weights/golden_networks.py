@@ -1,4 +1,4 @@
-"""Makes tests/testdata/frozen: what the originals of frozen networks compute.
+"""Makes tests/testdata/frozen: outputs of the original frozen networks.
 
 The original weights are not to be had everywhere and are large, so tests fill
 both the originals and ours with the same random arrays: shapes by key are in
