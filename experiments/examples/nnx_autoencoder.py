@@ -30,8 +30,8 @@ class Autoencoder(nnx.Module):
         nnx.gelu,
         nnx.Linear(width, len(levels), rngs=rngs),
     )
-    # FSQ has no variables, so that `ToNNX` needs no lazy_init. The bridge passes
-    # its methods on.
+    # FSQ has no variables, so that the bridge needs no lazy_init. The bridge
+    # offers all methods of FSQ.
     self.quantizer = nnx.bridge.ToNNX(FSQ(levels, commitment_weight=0))
     self.decoder = nnx.Sequential(
         nnx.Linear(len(levels), width, rngs=rngs),
