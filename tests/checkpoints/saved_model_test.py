@@ -1,9 +1,11 @@
 """Tests of models out of runs, one of them of an earlier version."""
 
+import contextlib
 import pathlib
 import shutil
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +54,21 @@ def test_a_folder_without_checkpoints_says_why(make, problem, tmp_path):
   for which in ('newest', 'best', '8'):
     with pytest.raises(ValueError, match=problem):
       saved_model.find_run(tmp_path / 'run', which)
+
+
+def test_the_newest_the_best_and_a_numbered_step_are_found(tmp_path):
+  with contextlib.closing(checkpoints.Checkpointer(_RUN, read_only=True)) as run:
+    record = run.restore_record(8)
+  with contextlib.closing(checkpoints.Checkpointer(tmp_path, keep=3)) as run:
+    for step, psnr in ((1, 20.0), (2, 25.0), (3, 21.0)):
+      run.save(step, {'x': jnp.arange(4.0)}, record, {'psnr': psnr})
+
+  def find(*names):
+    return [saved_model.find_run(tmp_path, name).step for name in names]
+
+  assert find('newest', 'best', '1', '3') == [3, 2, 1, 3]
+  (tmp_path / 'checkpoints' / '3' / 'record' / 'metadata').unlink()
+  assert find('newest', 'best') == [2, 2]
 
 
 def test_steps_that_are_not_there_are_told_from_the_others():
