@@ -57,7 +57,8 @@ def test_a_folder_without_checkpoints_says_why(make, problem, tmp_path):
 
 
 def test_the_newest_the_best_and_a_numbered_step_are_found(tmp_path):
-  with contextlib.closing(checkpoints.Checkpointer(_RUN, read_only=True)) as run:
+  run = checkpoints.Checkpointer(_RUN, read_only=True)
+  with contextlib.closing(run):
     record = run.restore_record(8)
   with contextlib.closing(checkpoints.Checkpointer(tmp_path, keep=3)) as run:
     for step, psnr in ((1, 20.0), (2, 25.0), (3, 21.0)):
