@@ -212,7 +212,7 @@ def draw_reconstructions(
   """
   rows = []
   for name in names:
-    found = saved_model.find(workdir / name)
+    found = saved_model.find_run(workdir / name)
     mesh = partitioning.create_mesh(found.config.partitioning.mesh)
     model, variables = saved_model.restore(found, mesh)
     dataset = data.build_dataset(found.config.data, split='eval', seed=0)

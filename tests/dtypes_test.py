@@ -222,7 +222,17 @@ def _abstract_networks(config):
   return network, variables
 
 
-@pytest.mark.parametrize('name', _CONFIGS)
+# Together they have each kind of quantizer and loss, bfloat16 and remat.
+_FAST = ('grouped', 'lfq', 'bsq', 'vq')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        x if x in _FAST else pytest.param(x, marks=pytest.mark.slow)
+        for x in _CONFIGS
+    ],
+)
 def test_steps_of_every_family_keep_their_dtypes(name):
   config = _load_config(_CONFIGS[name])
   images = jax.ShapeDtypeStruct((4, *config.data.image_size, 3), np.uint8)
@@ -266,6 +276,7 @@ def test_steps_give_the_same(name):
   _check_same(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same():
   images = np.random.default_rng(0).integers(0, 256, (3, 20, 17, 3), np.uint8)
 
@@ -285,7 +296,8 @@ def test_tokens_are_the_same():
 
 
 @pytest.mark.parametrize('build', [
-    inception.InceptionV3, lambda: lpips.Lpips('alexnet'),
+    pytest.param(inception.InceptionV3, marks=pytest.mark.slow),
+    lambda: lpips.Lpips('alexnet'),
     lambda: classifiers.ConvNext((8, 16, 24, 32), (1, 1, 2, 1), 10, 'highest'),
     lambda: classifiers.ResNet((1, 2, 1, 1), 10, 'highest'),
 ])  # fmt: skip

@@ -200,7 +200,7 @@ def _mismatches(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 def _previous(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   run = shutil.copytree(_PREVIOUS, folder / 'run')
   expected = np.load(run / 'expected.npz')
-  found = saved_model.find(run)
+  found = saved_model.find_run(run)
   mesh = partitioning.create_mesh(
       found.config.partitioning.mesh, jax.devices()[:1]
   )

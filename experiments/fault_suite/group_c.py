@@ -183,7 +183,7 @@ def _signals(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   process.send_signal(signal.SIGTERM)
   os.kill(process.pid, signal.SIGCONT)
   log = folder / 'twice.log'
-  while 'Once more stops at once' not in log.read_text() and (
+  while 'Send the signal again' not in log.read_text() and (
       process.poll() is None
   ):
     time.sleep(0.001)

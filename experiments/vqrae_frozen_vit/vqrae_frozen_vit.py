@@ -120,7 +120,7 @@ def probe_encoders(
   """
   results = {}
   for name in names:
-    found = saved_model.find(workdir / name)
+    found = saved_model.find_run(workdir / name)
     mesh = partitioning.create_mesh(found.config.partitioning.mesh)
     model, variables = saved_model.restore(found, mesh)
     gram, product = 0.0, 0.0

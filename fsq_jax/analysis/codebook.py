@@ -1,7 +1,7 @@
-"""What a trained model does with its codebook, measured and drawn.
+"""Measures and draws how a trained model uses its codebook (mode report).
 
-The evaluation split is gone through once. What is kept of it are counts, a few
-images, and the tokens of at most `_MAX_GRIDS` images.
+One pass over the evaluation split keeps counts, a few images, and the tokens of
+at most `_MAX_GRIDS` images.
 """
 
 import collections
@@ -16,12 +16,11 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import quantizers
 from fsq_jax import report
 from fsq_jax import workdir as workdirs
-from fsq_jax.analysis import figures as codebook_figures
+from fsq_jax.analysis import figures
 from fsq_jax.analysis import token_statistics
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.evaluation import codebook_statistics
@@ -30,25 +29,27 @@ from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
 from fsq_jax.runtime import partitioning
 
-# Images shown: spread over the split, those of them whose token is swapped, the
-# best and as many worst ones, and those whose nearest are looked for.
+# Numbers of images shown: evenly spaced in the split, with swapped tokens, best
+# (and as many worst ones), and queries of the nearest-neighbour search.
 _NUM_SPREAD = 4
 _NUM_SWAPPED = 3
 _NUM_EXTREME = 8
 _NUM_QUERIES = 4
-# Larger images are shrunk to this, in pixels: where many are shown small, and
-# where one is looked at.
+# Largest side in pixels of small images, and of images that are shown alone;
+# larger images are shrunk.
 _MAX_SIDE = 256
 _MAX_SPREAD_SIDE = 1024
-# Among so many images, spread over the split, the nearest are looked for.
+# Number of images, evenly spaced in the split, for the nearest-neighbour
+# search.
 _MAX_GRIDS = 4096
-# Pairs are counted of so many classes of codes at most, 32 MiB a direction, and
-# of digits with so many levels, and so many of these, in sum.
+# Limits of the counts of pairs: classes of codes (32 MiB per direction), sum of
+# the levels of all dimensions, and number of dimensions.
 _MAX_CLASSES = 2048
 _MAX_LEVELS = 1024
 _MAX_DIGITS = 32
-# Codes, and classes of codes, with the most tokens.
+# Number of most frequent codes, and of classes of codes, that are shown.
 _NUM_SHOWN = 12
+# Points of the curve of counts by rank.
 _MAX_RANKS = 400
 
 
@@ -62,9 +63,9 @@ class _Image(NamedTuple):
   tokens: np.ndarray
 
   def show(self, max_side: int) -> dict[str, Any]:
-    """Returns the image ready for JSON, of at most `max_side` pixels a side."""
+    """Returns JSON values with images of at most `max_side` pixels a side."""
     original, reconstruction = (
-        codebook_figures.png(image, max_side)
+        figures.png(image, max_side)
         for image in (self.original, self.reconstruction)
     )
     return {
@@ -82,59 +83,55 @@ def analyze_workdir(
     which: str = 'newest',
     output: str | os.PathLike[str] | None = None,
 ) -> str:
-  """Writes codebook.json, and the report with it.
+  """Analyzes the codebook of a run; writes codebook.json and the report.
 
   Args:
-    config: of the run; its data section may name other evaluation images.
+    config: config of the run; its data section may name other evaluation
+      images.
     workdir: the run's folder.
-    which: 'newest' checkpoint, the 'best' (of the highest PSNR), or the number
-      of a step.
-    output: folder that both are written to, in place of the run's.
+    which: 'newest', 'best' (highest PSNR), or the number of a step.
+    output: folder for both files; None is the run's folder.
 
   Returns:
-    Path of the report.
+    The path of the report.
 
   Raises:
-    ValueError: a config that is not valid or not that of the checkpoint's
-      model, no checkpoint, no readable image, or a folder that cannot be
-      written.
-    RuntimeError: the files cannot be written in the end.
+    ValueError: an invalid config, another model than the checkpoint's, no
+      checkpoint, no readable image, or a folder that cannot be written.
+    RuntimeError: the files cannot be written after the analysis.
   """
-  configuration.check_config(config, jax.device_count(), mode='report')
+  found, config, mesh = saved_model.open_run(
+      config, workdir, which, mode='report'
+  )
   if config.eval.native_size:
     raise ValueError(
         'eval.native_size is True; allowed in mode report: False, since it'
-        ' looks at crops of data.image_size.'
+        ' analyzes crops of data.image_size.'
     )
-  mesh = partitioning.create_mesh(config.partitioning.mesh)
-  share = partitioning.process_share(mesh)
-  found = saved_model.find(workdir, which)
-  saved_model.check_same_model(found.config, configuration.resolve(config))
   folder = saved_run.prepare_output(found.folder, output)
   dataset = data.build_dataset(
       config.data,
       split='eval',
       seed=config.seed,
-      process_index=share.index,
-      process_count=share.count,
+      **partitioning.data_shard(mesh)._asdict(),
   )
   model, variables = saved_model.restore(found, mesh)
   evaluator = evaluators.Evaluator(model, dataset, mesh, num_grid_images=0)
-  decoder = codebook_figures.Decoder(
+  decoder = figures.Decoder(
       model, variables, mesh, config.data.eval_batch_size
   )
-  tally = Tally(dataset.num_examples, decoder)
+  histogram = CodebookHistogram(dataset.num_examples, decoder)
   outputs = evaluator.outputs(variables)
   for batch, output, *_ in tqdm.tqdm(
       outputs, total=dataset.num_batches, disable=None
   ):
-    tally.update(batch, output)
+    histogram.update(batch, output)
   result = {
       'version': report.ANALYSIS_VERSION,
       'step': found.step,
       'protocol': dict(dataset.protocol),
       'quantizer': model.quantizer.spec(),
-      **tally.result(),
+      **histogram.result(),
   }
   result['names'] = _names(result, dataset)
   if jax.process_index() == 0:
@@ -145,7 +142,7 @@ def analyze_workdir(
 
 
 def _names(value: Any, dataset: data.Dataset) -> dict[str, str]:
-  """Returns the names of all images with an 'index' in a value, by that."""
+  """Returns 'index' to name of all images in a tree of JSON values."""
   if isinstance(value, list):
     parts, names = value, {}
   elif isinstance(value, Mapping):
@@ -159,23 +156,23 @@ def _names(value: Any, dataset: data.Dataset) -> dict[str, str]:
   return names
 
 
-class Tally:
-  """Counts tokens and keeps images of one pass over a split."""
+class CodebookHistogram:
+  """Counts the tokens, and keeps some images, of one pass over a split."""
 
-  def __init__(self, num_examples: int, decoder: codebook_figures.Decoder):
-    """Counts nothing yet.
+  def __init__(self, num_examples: int, decoder: figures.Decoder):
+    """Starts with empty counts.
 
     Args:
-      num_examples: images in the split, readable or not.
-      decoder: of the model.
+      num_examples: number of images in the split, readable or not.
+      decoder: decoder of the model.
     """
     self._decoder = decoder
     self._quantizer = decoder.quantizer
     self._num_images = 0
     self._num_nonfinite = 0
     self._spread, self._worst, self._best = [], [], []
-    self._waiting = _spread(num_examples, _NUM_SPREAD)
-    self._grids_waiting = _spread(num_examples, _MAX_GRIDS)
+    self._waiting = _evenly_spaced(num_examples, _NUM_SPREAD)
+    self._grids_waiting = _evenly_spaced(num_examples, _MAX_GRIDS)
     self._grids, self._grid_numbers = [], []
     self._codes = codebook_statistics.count_codes(self._quantizer)
     self._levels = _levels(self._quantizer)
@@ -189,14 +186,14 @@ class Tally:
   def update(
       self, batch: Mapping[str, np.ndarray], output: results_lib.EvalOutput
   ) -> None:
-    """Adds a batch of the data set and what became of it, on the host."""
+    """Adds a batch of the data set and the model's output, on the host."""
     mask, psnr = batch['mask'], output.metrics['psnr']
     self._num_images += int(np.sum(mask))
     finite = mask & np.isfinite(psnr)
     self._num_nonfinite += int(np.sum(mask & ~finite))
 
     def take(rows: Iterable[int]) -> list[_Image]:
-      # Copies, or whole batches would be kept.
+      # Copies, since views would keep the whole batch alive.
       return [
           _Image(
               int(batch['index'][i]),
@@ -236,10 +233,10 @@ class Tally:
       )
 
   def result(self) -> dict[str, Any]:
-    """Returns all that was counted and kept, ready for JSON.
+    """Returns all counts and images as JSON values.
 
     Raises:
-      ValueError: the split holds no readable image.
+      ValueError: no image of the split can be read.
     """
     if not self._spread:
       raise ValueError('No image of the evaluation split can be read.')
@@ -260,7 +257,7 @@ class Tally:
     return result
 
   def _tokens(self) -> dict[str, Any]:
-    """What there is only where there are tokens."""
+    """Returns the part of the result that needs discrete tokens."""
     codes, counts = self._codes.histogram()
     order = np.lexsort((codes, -counts))
     codes, counts = codes[order], counts[order]
@@ -275,13 +272,13 @@ class Tally:
         'code_pairs': self._pairs_of_codes(codes, counts),
         'swaps': self._swaps(),
         'num_grids': len(grids),
-        'nearest': codebook_figures.nearest(
+        'nearest': figures.nearest(
             self._decoder, grids, np.array(self._grid_numbers), _NUM_QUERIES
         ),
     }
 
   def _digits(self) -> dict[str, Any] | None:
-    """Use of each level of each digit, and pairs of digits."""
+    """Returns counts of the levels of each dimension, and of their pairs."""
     if self._digit_pairs is None:
       return None
     num = len(self._levels)
@@ -304,7 +301,7 @@ class Tally:
     }
 
   def _top_codes(self, codes, counts, grid) -> list[dict[str, Any]]:
-    """The codes with the most tokens, with swatches of whole tokens."""
+    """Returns the most frequent codes, with swatches if they are tokens."""
     codes, counts = codes[:_NUM_SHOWN], counts[:_NUM_SHOWN]
     top = [
         {'code': int(code), 'count': int(count)}
@@ -315,13 +312,13 @@ class Tally:
       for entry, values in zip(top, digits.tolist(), strict=True):
         entry['digits'] = values
     if not self._quantizer.index_shape and top:
-      images = codebook_figures.swatches(self._decoder, codes, grid)
+      images = figures.swatches(self._decoder, codes, grid)
       for entry, image in zip(top, images, strict=True):
         entry['swatch'] = image
     return top
 
   def _pairs_of_codes(self, codes, counts) -> dict[str, Any]:
-    """Neighbours among the classes of codes with the most tokens."""
+    """Returns counts of neighbouring codes among the most frequent classes."""
     classes = self._classes.of(codes)
     totals = np.bincount(classes, counts, minlength=self._classes.num)
     shown = np.argsort(-totals, kind='stable')[:_NUM_SHOWN]
@@ -349,30 +346,30 @@ class Tally:
       height, width = image.tokens.shape[:2]
       if np.all(image.tokens >= 0):
         position = height // 2, width // 2
-        swap = codebook_figures.swap(self._decoder, image.tokens, position)
+        swap = figures.swap(self._decoder, image.tokens, position)
         swaps.append({'index': image.index, **swap})
     return swaps
 
 
 class _Classes:
-  """Classes of codes, few enough to count their pairs; each its own if so.
+  """Partition of the codes into classes, few enough to count their pairs.
 
   Attributes:
     num: number of classes.
-    size: codes in a class; the last may have fewer.
-    order: by what codes are alike that share a class: 'index', of which the
-      slowest digits are the same then, or 'first principal component'.
+    size: number of codes per class; the last class may have fewer.
+    order: order of the codes, cut into classes: 'index', where codes of a
+      class share the slowest level indices, or 'first principal
+      component'.
   """
 
-  def __init__(self, decoder: codebook_figures.Decoder):
+  def __init__(self, decoder: figures.Decoder):
     num_codes = decoder.quantizer.codebook_size
     self.size = math.ceil(num_codes / _MAX_CLASSES)
     self.num = math.ceil(num_codes / self.size)
     self.order = 'index'
     self._num_codes = num_codes
     self._ranks = None
-    has_digits = isinstance(decoder.quantizer, quantizers.DigitQuantizer)
-    if self.size > 1 and not has_digits:
+    if self.size > 1 and not _levels(decoder.quantizer):
       codes = decoder.codes(np.arange(num_codes, dtype=np.int32))
       codes = codes - codes.mean(axis=0)
       _, vectors = np.linalg.eigh(codes.T @ codes)
@@ -382,7 +379,7 @@ class _Classes:
       self.order = 'first principal component'
 
   def of(self, indices: np.ndarray) -> np.ndarray:
-    """Returns the classes of indices, -1 of invalid ones."""
+    """Returns the classes of indices, -1 for invalid indices."""
     valid = (indices >= 0) & (indices < self._num_codes)
     ranks = np.where(valid, indices, 0)
     if self._ranks is not None:
@@ -391,20 +388,20 @@ class _Classes:
 
 
 def _levels(quantizer: quantizers.Quantizer) -> tuple[int, ...]:
-  """Levels of all digits of a position; () where there are none."""
+  """Levels of all dimensions of a token; () if codes have no level indices."""
   if not isinstance(quantizer, quantizers.DigitQuantizer):
     return ()
   return tuple(quantizer.levels) * math.prod(quantizer.index_shape)
 
 
-def _spread(num_examples: int, num: int) -> collections.deque[int]:
-  """Ascending numbers of at most `num` images, evenly spread."""
+def _evenly_spaced(num_examples: int, num: int) -> collections.deque[int]:
+  """Returns ascending numbers of at most `num` images, evenly spaced."""
   positions = (np.arange(num) + 0.5) * num_examples / num
   return collections.deque(sorted(set(positions.astype(int).tolist())))
 
 
 def _ranks(counts: np.ndarray) -> dict[str, Any]:
-  """The curve of descending counts, thinned out towards high ranks."""
+  """Returns the curve of descending counts, at geometrically spaced ranks."""
   total = np.cumsum(counts)
   ranks = np.geomspace(1, max(len(counts), 1), _MAX_RANKS).round()
   ranks = np.unique(ranks.astype(int))[: len(counts)]

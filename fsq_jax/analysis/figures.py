@@ -1,4 +1,4 @@
-"""What tokens decode to: one of them swapped, a code alone, alike grids."""
+"""Figures of decoded tokens: swapped tokens, swatches, nearest neighbours."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,13 @@ import PIL.Image
 from fsq_jax import models
 from fsq_jax import quantizers
 from fsq_jax.models import pixels
+from fsq_jax.runtime import batching
 from fsq_jax.runtime import partitioning
 
-# Rows of a figure of swaps, one for each digit, and images in a row.
+# Limits of a figure of swaps: rows, one per dimension, and images per row.
 _MAX_SWAPPED_DIGITS = 12
 _MAX_SWAPS = 9
-# A swap is shown with so many patches on each side of the token's own.
+# Number of patches shown on each side of the patch of a swapped token.
 _PATCHES_AROUND = 2
 _NUM_NEAREST = 5
 
@@ -35,86 +36,75 @@ class Decoder:
       mesh: jax.sharding.Mesh,
       batch_size: int,
   ):
-    """Compiles nothing yet.
+    """Functions are compiled on first call.
 
     Args:
       model: an autoencoder with tokens.
-      variables: of the model.
+      variables: variables of the model.
       mesh: from `partitioning.create_mesh`.
-      batch_size: grids decoded at a time.
+      batch_size: number of grids decoded at a time.
     """
     self.quantizer = model.quantizer
     self._variables = variables
-    self._mesh = mesh
-    self._batch_size = batch_size
+    self._batcher = batching.Batcher(
+        mesh, batch_size, fill='batch', split=False
+    )
 
-    def codes(module, tokens):
-      return module.quantizer.indices_to_codes(tokens)
+    def codes(variables, tokens):
+      return model.apply(
+          variables,
+          tokens,
+          method=lambda module, x: module.quantizer.indices_to_codes(x),
+      )
 
     def decode(variables, tokens):
       images = model.apply(variables, tokens, method='decode_from_indices')
       return pixels.to_uint8(images)
 
-    def distances(variables, queries, tokens):
-      queries = model.apply(variables, queries, method=codes)
-      others = model.apply(variables, tokens, method=codes)
-      # A query at a time, so that nothing is [queries, tokens, h, w, d].
-      return jax.lax.map(
+    def distances(variables, tokens, queries):
+      others = codes(variables, tokens)
+      # One query at a time, so that no array is [queries, tokens, h, w, d].
+      by_query = jax.lax.map(
           lambda query: jnp.mean(
               jnp.sum(jnp.square(others - query), axis=-1), axis=(1, 2)
           ),
-          queries,
+          codes(variables, queries),
       )
+      return by_query.T
 
-    # Every process gets all of it.
-    jit_kwargs = {'out_shardings': partitioning.replicated(mesh)}
-    self._codes = jax.jit(
-        lambda variables, tokens: model.apply(variables, tokens, method=codes),
-        **jit_kwargs,
+    # Every process gets the whole result.
+    self._codes, self._decode, self._distances = (
+        jax.jit(function, out_shardings=partitioning.replicated(mesh))
+        for function in (codes, decode, distances)
     )
-    self._decode = jax.jit(decode, **jit_kwargs)
-    self._distances = jax.jit(distances, **jit_kwargs)
 
   def codes(self, indices: np.ndarray) -> np.ndarray:
     """Returns float32 codes [..., code_dim] of int32 indices."""
-    return np.asarray(self._codes(self._variables, self._put(indices)))
+    indices = self._batcher.put(indices)
+    return np.asarray(self._codes(self._variables, indices))
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
     """Returns [n, H, W, 3] uint8 images of [n, h, w, *index_shape] tokens."""
-    images = [
-        np.asarray(self._decode(self._variables, block))
-        for block in self._blocks(tokens)
-    ]
-    return np.concatenate(images)[: len(tokens)]
+    return self._batcher.map(
+        lambda batch: self._decode(self._variables, batch), tokens
+    )
 
   def distances(self, queries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Returns how far the codes of token grids are from each other.
+    """Returns the distances between the codes of token grids.
 
     Args:
       queries: [q, h, w, *index_shape] int32.
       tokens: [n, h, w, *index_shape] int32.
 
     Returns:
-      [q, n] float32: mean over positions of the squared Euclidean distance of
-      the codes there; NaN where a token is invalid.
+      [q, n] float32: squared Euclidean distance of the codes, averaged over
+      positions; NaN if a token is invalid.
     """
-    queries = self._put(queries)
-    distances = [
-        np.asarray(self._distances(self._variables, queries, block))
-        for block in self._blocks(tokens)
-    ]
-    return np.concatenate(distances, axis=1)[:, : len(tokens)]
-
-  def _blocks(self, tokens: np.ndarray):
-    for start in range(0, len(tokens), self._batch_size):
-      block = tokens[start : start + self._batch_size]
-      rest = self._batch_size - len(block)
-      yield self._put(np.concatenate([block, block[:1].repeat(rest, axis=0)]))
-
-  def _put(self, x: np.ndarray) -> jax.Array:
-    return jax.make_array_from_process_local_data(
-        partitioning.replicated(self._mesh), x
+    queries = self._batcher.put(queries)
+    by_token = self._batcher.map(
+        lambda batch: self._distances(self._variables, batch, queries), tokens
     )
+    return by_token.T
 
 
 def png(image: np.ndarray, max_side: int = 256) -> str:
@@ -122,7 +112,7 @@ def png(image: np.ndarray, max_side: int = 256) -> str:
 
   Args:
     image: [H, W, 3] uint8.
-    max_side: larger images are shrunk, by a whole number, to at most this.
+    max_side: largest side in pixels; larger images are shrunk by an integer.
   """
   shown = PIL.Image.fromarray(image)
   shown = shown.reduce(math.ceil(max(shown.size) / max_side))
@@ -131,11 +121,13 @@ def png(image: np.ndarray, max_side: int = 256) -> str:
   return base64.b64encode(file.getvalue()).decode()
 
 
-def swatches(decoder: Decoder, codes: Sequence[int], grid: tuple[int, int]):
-  """Returns a PNG for each code: the middle patch of a grid of that code.
+def swatches(
+    decoder: Decoder, codes: Sequence[int], grid: tuple[int, int]
+) -> list[str]:
+  """Returns a PNG per code: the middle patch of a grid with only that code.
 
   Args:
-    decoder: of a model whose tokens have one index.
+    decoder: decoder of a model whose tokens have one index.
     codes: indices.
     grid: rows and columns of tokens.
   """
@@ -148,19 +140,19 @@ def swatches(decoder: Decoder, codes: Sequence[int], grid: tuple[int, int]):
 def swap(
     decoder: Decoder, tokens: np.ndarray, position: tuple[int, int]
 ) -> dict[str, Any]:
-  """Decodes a grid with one token changed, in one way after the other.
+  """Decodes a grid with one token swapped for others.
 
-  Where codes have digits, each digit of the token takes each of its levels,
-  the others as they are. Where they have none, the token becomes the codes at
-  rank 1, 2, 4, ... of Euclidean distance from its own.
+  If codes have level indices, each of them takes all its levels in turn.
+  Otherwise the token becomes the codes at rank 1, 2, 4, ... by Euclidean
+  distance from its own code.
 
   Args:
-    decoder: of the model.
-    tokens: [h, w, *index_shape] int32, valid ones.
+    decoder: decoder of the model.
+    tokens: [h, w, *index_shape] int32, all valid.
     position: row and column of the token.
 
   Returns:
-    Plain values and PNGs, ready for JSON; 'rows' holds one dict for each digit.
+    JSON values with PNGs; 'rows' has one dict per dimension.
   """
   if isinstance(decoder.quantizer, quantizers.DigitQuantizer):
     rows = _digit_swaps(decoder.quantizer, tokens[position])
@@ -193,7 +185,7 @@ def swap(
     row['share_in_patch'] = inside / max(int(squares.sum()), 1)
   return {
       'position': list(position),
-      # Left, top, width, height of the patch, in shares of the image.
+      # Left, top, width and height of the patch, as fractions of the image.
       'box': [
           patch[1].start / size[1],
           patch[0].start / size[0],
@@ -211,17 +203,17 @@ def swap(
 def nearest(
     decoder: Decoder, tokens: np.ndarray, index: np.ndarray, num_queries: int
 ) -> list[dict[str, Any]]:
-  """Finds the grids whose codes are nearest to those of some of the grids.
+  """Finds the nearest neighbours of some token grids by the distance of codes.
 
   Args:
-    decoder: of the model.
+    decoder: decoder of the model.
     tokens: [n, h, w, *index_shape] int32.
-    index: [n] numbers of their images.
-    num_queries: grids, evenly spread, for which the nearest are found.
+    index: [n] numbers of the images.
+    num_queries: number of query grids, evenly spaced.
 
   Returns:
-    For each query, the query and its nearest with distances and PNGs, ready
-    for JSON; [] of fewer than two grids.
+    JSON values per query: its PNG, and its nearest neighbours with distances
+    and PNGs; [] if fewer than two grids are valid.
   """
   valid = np.all(tokens >= 0, axis=tuple(range(1, tokens.ndim)))
   tokens, index = tokens[valid], index[valid]
@@ -254,7 +246,7 @@ def nearest(
 def _digit_swaps(
     quantizer: quantizers.DigitQuantizer, token: np.ndarray
 ) -> list[dict[str, Any]]:
-  """Rows of swaps of a token [*index_shape], which are under 'token'."""
+  """Returns rows of a figure; 'token' of a cell is the changed token."""
   digits = np.asarray(quantizer.indices_to_digits(token))
   own = rearrange(digits[None], 'one ... d -> (one ...) d')
   rows = []
@@ -282,7 +274,7 @@ def _digit_swaps(
 
 
 def _code_swaps(decoder: Decoder, token: np.ndarray) -> dict[str, Any]:
-  """A row of swaps of a token [], which are under 'token'."""
+  """Returns a row of a figure; 'token' of a cell is the other token."""
   size = decoder.quantizer.codebook_size
   codes = decoder.codes(np.arange(size, dtype=np.int32))
   distances = np.linalg.norm(codes - codes[token], axis=-1)
@@ -312,7 +304,7 @@ def _patch(
     *,
     margin: int = 0,
 ) -> tuple[slice, slice]:
-  """Pixels of a token in an image of `size`, with patches around it."""
+  """Slices of a token's patch, and `margin` patches around it, in an image."""
   return tuple(
       slice(
           max(i - margin, 0) * side // num,

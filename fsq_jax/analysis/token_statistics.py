@@ -1,7 +1,7 @@
-"""Which digits and which codes are neighbours, counted on the host.
+"""Counts of pairs of level indices and of neighbouring codes, on the host.
 
-Memory depends on the number of digits and levels, or of classes of codes, and
-not on the number of images.
+Memory depends on the number of levels, or of classes of codes, but not on the
+number of images.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Rows down and columns to the right, from a token to its neighbour.
+# (rows down, columns to the right) from a token to its neighbour.
 NEIGHBOURS = {'right': (0, 1), 'below': (1, 0)}
 
 
 class MutualInformation(NamedTuple):
-  """How much one thing says about another, from counts of pairs.
+  """Mutual information estimated from counts of pairs.
 
   Attributes:
-    num_pairs: pairs counted.
-    num_cells: different pairs among them.
-    bits: of the shares as counted, which is too high where pairs are few.
-    bits_miller_madow: `bits` less its first-order bias, may be below 0.
+    num_pairs: number of pairs.
+    num_cells: number of distinct pairs.
+    bits: plug-in estimate, biased upwards if pairs are few.
+    bits_miller_madow: `bits` with Miller-Madow correction; may be negative.
   """
 
   num_pairs: int
@@ -34,10 +34,10 @@ def mutual_information(counts: np.ndarray) -> MutualInformation:
   """Computes the mutual information of rows and columns.
 
   Args:
-    counts: [m, n] integers, how often row i and column j were a pair.
+    counts: [m, n] integers, number of pairs of row i and column j.
 
   Returns:
-    The mutual information; NaN where nothing was counted.
+    The mutual information; NaN if all counts are zero.
   """
   total = int(counts.sum())
   if not total:
@@ -59,19 +59,20 @@ def mutual_information(counts: np.ndarray) -> MutualInformation:
 
 
 class DigitPairs:
-  """Counts pairs of levels: of digits of one token, and of neighbours.
+  """Counts pairs of level indices in one token and in neighbouring tokens.
 
   Attributes:
-    counts: 'token' (one token) and the names of `NEIGHBOURS` to int64 [S, S],
-      S the sum of all levels: row i is a level of the first, column j one of
-      the second. `block` cuts out what is of two digits.
+    counts: 'token' (pairs in one token) and the names of `NEIGHBOURS` to int64
+      [S, S], where S is the sum of all levels: row i is a level of the first
+      dimension of a pair, column j a level of the second. `block` returns the
+      counts of two dimensions.
   """
 
   def __init__(self, levels: Sequence[int]):
-    """Counts nothing yet.
+    """Starts with zero counts.
 
     Args:
-      levels: number of levels of each digit.
+      levels: number of levels per dimension.
     """
     self._levels = np.asarray(levels)
     self._starts = np.cumsum([0, *levels])
@@ -81,9 +82,8 @@ class DigitPairs:
     }
 
   def update(self, digits: np.ndarray) -> None:
-    """Adds digits [B, h, w, len(levels)]; -1 counts nowhere."""
-    # Ones where a digit has a level; float32, whose products BLAS computes,
-    # counts exactly to 2^24, a batch at a time.
+    """Adds level indices [B, h, w, len(levels)]; -1 is not counted."""
+    # One-hot levels. float32, for BLAS, is exact up to 2^24 pairs per batch.
     ones = np.concatenate(
         [
             digits[..., [i]] == np.arange(level)
@@ -97,20 +97,20 @@ class DigitPairs:
       counts += np.rint(product).astype(np.int64)
 
   def block(self, name: str, first: int, second: int) -> np.ndarray:
-    """Counts [levels[first], levels[second]] of two digits by their numbers."""
+    """Returns counts [levels[first], levels[second]] of two dimensions."""
     starts = self._starts
     return self.counts[name][
         starts[first] : starts[first + 1], starts[second] : starts[second + 1]
     ]
 
-  def histogram(self, digit: int) -> np.ndarray:
-    """Tokens at each level of a digit."""
-    return np.diagonal(self.block('token', digit, digit))
+  def histogram(self, dimension: int) -> np.ndarray:
+    """Returns the number of tokens at each level of a dimension."""
+    return np.diagonal(self.block('token', dimension, dimension))
 
   def mutual_information(self, name: str) -> list[list[float]]:
-    """Bits that each digit says about each, rows the first of a pair.
+    """Returns the bits between all dimensions, rows the first of a pair.
 
-    In one token a digit says its own entropy about itself.
+    On the diagonal of 'token' it is the entropy of a dimension.
     """
     numbers = range(len(self._levels))
     return [
@@ -127,19 +127,19 @@ class CodePairs:
   """
 
   def __init__(self, num_classes: int):
-    """Counts nothing yet.
+    """Starts with zero counts.
 
     Args:
-      num_classes: that codes fall into; the number of codes where each has its
-        own.
+      num_classes: number of classes of codes.
     """
     shape = (num_classes, num_classes)
     self.counts = {name: np.zeros(shape, np.int64) for name in NEIGHBOURS}
 
   def update(self, classes: np.ndarray) -> None:
-    """Adds classes [B, h, w, ...] of codes; pairs with -1 are left out.
+    """Adds classes [B, h, w, ...] of codes; pairs with -1 are not counted.
 
-    Where a token has several, each meets the same one of its neighbour.
+    If a token has several indices, each is paired with the same one of the
+    neighbour.
     """
     for name, counts in self.counts.items():
       first, second = _pairs(classes, NEIGHBOURS[name])
@@ -150,7 +150,7 @@ class CodePairs:
 def _pairs(
     grid: np.ndarray, offset: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what has a neighbour in [B, h, w, ...], and these neighbours."""
+  """Returns the tokens of [B, h, w, ...] with a neighbour, and the latter."""
   down, right = offset
   height, width = grid.shape[1:3]
   return grid[:, : height - down, : width - right], grid[:, down:, right:]

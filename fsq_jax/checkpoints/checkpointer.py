@@ -1,46 +1,55 @@
 """Checkpoints of a run: state, input position and config in one step.
 
-Orbax keeps no checksums: a bit that flips on disk comes back as another number.
-So each step has a manifest with a hash of every array and of the record, which
-is compared with what is read before anybody gets it.
+Orbax stores no checksums: a flipped bit on disk is read as another number. So
+each step has a manifest with a hash of every array and of the record, and
+everything that is read is checked against it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import integrity
-from fsq_jax.checkpoints import storage_errors
 from fsq_jax.runtime import processes
+from fsq_jax.workdir import files as workdirs
 
 _FORMAT = 1
+# Numbers of system errors that corrupted or missing files cause. Any other
+# error, as of a disk or a server, says nothing about the files.
+_CORRUPTION_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
+_ERRNO = re.compile(r"(?:\[Errno |os_error_code=')(\d+)")
+# Errors of object stores, for which TensorStore has no number.
+_STORAGE_ERROR = re.compile(
+    r'\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED'
+    r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE):'
+)
 
 
-class DamagedError(ValueError):
-  """A step that is not what was saved."""
+class CorruptedError(ValueError):
+  """The content of a step differs from the saved content."""
 
 
 class ReadError(RuntimeError):
-  """A step that cannot be read now, and may be whole."""
+  """A step could not be read (I/O error); it may be intact."""
 
 
 class SaveError(ValueError):
-  """A step that could not be written."""
+  """A step could not be written."""
 
 
 class Restored(NamedTuple):
-  """A step that was read whole and checked.
+  """A step that was read and verified.
 
   Attributes:
-    step: steps taken.
+    step: training steps taken.
     record: JSON values.
     state: tree of arrays.
   """
@@ -53,10 +62,11 @@ class Restored(NamedTuple):
 class Checkpointer:
   """Saves and restores the steps under `checkpoints/` of a run's folder.
 
-  A step appears whole or not at all: it is written in the background under
-  another name and then renamed. The newest ones and the best one are kept.
+  Steps are written atomically: in the background, under another name, and then
+  renamed. The newest steps and the best one are kept.
 
-  Several processes call each method together: what one cannot read, none gets.
+  With several processes, all call each method together, and all skip a step
+  that any of them cannot read.
   """
 
   def __init__(
@@ -66,11 +76,11 @@ class Checkpointer:
 
     Args:
       folder: the run's folder.
-      keep: newest steps to keep, >= 1, beside the one of the highest PSNR.
-      read_only: for looking; else what an interrupted save has left is removed.
+      keep: number of newest steps to keep, >= 1, beside the best one.
+      read_only: leaves the remains of an interrupted save in place.
 
     Raises:
-      ReadError: what a step says of itself cannot be read now.
+      ReadError: the manifest of a step cannot be read now.
     """
     self._folder = folder
     self._metrics: dict[int, Mapping[str, float | None]] = {}
@@ -85,40 +95,35 @@ class Checkpointer:
             create=not read_only,
         ),
     )
-    # The manager's own `restore` ends at a barrier, which a process that cannot
-    # read would never reach.
-    self._reader = ocp.CompositeCheckpointHandler()
-    # One takes each item by one kind of arguments alone.
-    self._part_reader = ocp.CompositeCheckpointHandler()
     for step in self.steps:
       try:
         self._metrics[step] = self._read_manifest(step)['metrics']
-      except DamagedError as error:
+      except CorruptedError as error:
         logging.warning('%s', error)
 
   @property
   def steps(self) -> list[int]:
-    """Steps that are there, whole or not, ascending."""
+    """All steps on disk, intact or not, ascending."""
     return sorted(self._manager.all_steps())
 
   @property
   def latest_step(self) -> int | None:
-    """The newest step, None without any."""
+    """The newest step; None without any step."""
     return max(self.steps, default=None)
 
   @property
   def best_step(self) -> int | None:
-    """The step of the highest evaluated PSNR, None without any."""
+    """The step with the highest evaluated PSNR; None without any."""
     values = {
         step: psnr
         for step in self.steps
-        # Those not finite are null.
+        # A PSNR that is not finite is saved as null.
         if (psnr := self._metrics.get(step, {}).get('psnr')) is not None
     }
     return max(values, key=values.get, default=None)
 
   def is_evaluated(self, step: int) -> bool:
-    """Whether the step was saved with the numbers of an evaluation."""
+    """Whether the step was saved with the metrics of an evaluation."""
     return bool(self._metrics.get(step))
 
   def save(
@@ -128,17 +133,17 @@ class Checkpointer:
       record: Mapping[str, Any],
       metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Starts to save one step; the state may be donated afterwards.
+    """Starts to save a step; the state may be donated afterwards.
 
-    A step that is there already stays as it is.
+    A step that exists is not written again.
 
     Args:
-      step: steps taken.
+      step: training steps taken.
       state: tree of arrays.
       record: JSON values: config, quantizer, position and fingerprint of the
         input.
-      metrics: of an evaluation at this step, with the key 'psnr'; one that is
-        not finite ranks last.
+      metrics: metrics of an evaluation at this step, with the key 'psnr'; a
+        PSNR that is not finite ranks last.
 
     Raises:
       SaveError: this step, or the one before it, cannot be written.
@@ -157,7 +162,7 @@ class Checkpointer:
         'metrics': metrics,
     }
     self._metrics[step] = metrics
-    # It waits for the one before, whose error comes up here.
+    # Orbax waits for the save before this one, whose error is raised here.
     with self._saving(f'Step {step}, or the one before it,'):
       self._manager.save(
           step,
@@ -171,78 +176,53 @@ class Checkpointer:
       )
 
   def restore_record(self, step: int) -> dict[str, Any]:
-    """Reads the JSON values of one step, without its arrays.
+    """Returns the JSON values of a step and reads no array.
 
     Raises:
-      DamagedError: they are not what was saved.
+      CorruptedError: they differ from the saved ones.
       ReadError: they cannot be read now.
     """
     manifest = self._read_manifest(step)
     with _in_all_processes(step):
       record = self._read(step, 'record', ocp.args.JsonRestore())
       if integrity.hash_json(record) != manifest['record']:
-        raise DamagedError(f'Step {step}: the record is not what was saved.')
+        raise CorruptedError(
+            f'Step {step}: the record differs from the saved one.'
+        )
     return record
 
-  def restore(self, step: int, abstract: Any) -> Any:
-    """Reads the state of one step.
+  def restore(
+      self, step: int, abstract: Any, *, partial: bool = False
+  ) -> Any:
+    """Restores the state of a step.
 
     Args:
-      step: one of the steps that are there.
-      abstract: tree of `jax.ShapeDtypeStruct` with the shardings wanted; how
-        the arrays were sharded when saved does not matter.
+      step: one of `steps`.
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings, which may differ
+        from the shardings of the saved arrays.
+      partial: `abstract` is a dict with some fields of the state, and only
+        these are read and checked. Without the fields of the optimizer, a state
+        is a third of its size.
 
     Returns:
-      The state.
+      The state; with `partial` a dict of its fields.
 
     Raises:
-      DamagedError: arrays are not what was saved.
-      ReadError: they cannot be read now.
+      CorruptedError: arrays differ from the saved ones.
+      ReadError: arrays cannot be read now.
       ValueError: the step has other arrays than `abstract`; nothing is cast.
     """
     saved = self._read_manifest(step)['arrays']
     args = ocp.args.StandardRestore(abstract)
-    return self._restore(step, abstract, saved, args, self._reader)
-
-  def restore_fields(
-      self, step: int, abstract: Mapping[str, Any]
-  ) -> dict[str, Any]:
-    """Reads some fields of the state of one step, and compares only these.
-
-    Args:
-      step: as in `restore`.
-      abstract: by field of the state, as in `restore`. Without the optimizer's
-        fields, a state is a third of its size.
-
-    Returns:
-      The fields.
-
-    Raises:
-      DamagedError: as in `restore`.
-      ReadError: as in `restore`.
-      ValueError: as in `restore`.
-    """
-    abstract = dict(abstract)
-    saved = {
-        path: x
-        for path, x in self._read_manifest(step)['arrays'].items()
-        if path.split('/')[0] in abstract
-    }
-    args = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-    )
-    return self._restore(step, abstract, saved, args, self._part_reader)
-
-  def _restore(
-      self,
-      step: int,
-      abstract: Any,
-      saved: Mapping[str, dict[str, Any]],
-      args: ocp.args.CheckpointArgs,
-      reader: ocp.CompositeCheckpointHandler,
-  ) -> Any:
+    if partial:
+      saved = {
+          path: x for path, x in saved.items() if path.split('/')[0] in abstract
+      }
+      args = ocp.args.PyTreeRestore(
+          item=abstract,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+          partial_restore=True,
+      )
     hashes = {path: x.pop('hash') for path, x in saved.items()}
     if lines := integrity.compare(saved, integrity.describe_arrays(abstract)):
       raise ValueError(
@@ -250,60 +230,60 @@ class Checkpointer:
           ' optimizer (saved -> wanted):\n  ' + '\n  '.join(lines)
       )
     with _in_all_processes(step):
-      state = self._read(step, 'state', args, reader)
-      # In the place of arrays that Orbax does not find, it leaves their shapes.
+      state = self._read(step, 'state', args)
+      # Orbax returns abstract arrays in place of missing ones.
       if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(state)):
-        raise DamagedError(f'Step {step}: arrays of the state are missing.')
+        raise CorruptedError(f'Step {step}: arrays of the state are missing.')
     lines = integrity.compare(hashes, integrity.hash_arrays(state))
-    with _in_all_processes(step):  # Some arrays are whole in each of them.
+    with _in_all_processes(step):  # Each process hashes its own replicas.
       if lines:
-        raise DamagedError(
-            f'Step {step}: arrays are not what was saved (hash then -> now):'
-            '\n  ' + '\n  '.join(lines)
+        raise CorruptedError(
+            f'Step {step}: arrays differ from the saved ones (hash then ->'
+            ' now):\n  ' + '\n  '.join(lines)
         )
     return state
 
   def restore_newest(
       self, abstract_of: Callable[[Mapping[str, Any]], Any]
   ) -> Restored | None:
-    """Reads the newest step that is undamaged.
+    """Restores the newest intact step.
 
-    Damaged ones that are newer are moved to `damaged/` in the run's folder, so
-    that their numbers are free again.
+    Newer steps that are corrupted are moved to `damaged/` in the run's folder,
+    so that their numbers can be used again.
 
     Args:
-      abstract_of: the tree for `restore`, of the step's record; it may refuse
-        the record with a ValueError.
+      abstract_of: from the record of a step to the tree for `restore`; it may
+        reject the record with a ValueError.
 
     Returns:
-      The step; None if there are none.
+      The step; None if there are no steps.
 
     Raises:
-      ReadError: one cannot be read now; none is moved.
-      ValueError: all steps are damaged (they stay where they are), or as
-        raised by `abstract_of`.
+      ReadError: a step cannot be read now; no step is moved.
+      ValueError: all steps are corrupted (none is moved), or an error of
+        `abstract_of`.
     """
-    refused = {}
+    reasons = {}
     for step in reversed(self.steps):
       try:
         record = self.restore_record(step)
         state = self.restore(step, abstract_of(record))
-      except DamagedError as error:
-        logging.error('%s is passed over. %s', step, error)
-        refused[step] = str(error)
+      except CorruptedError as error:
+        logging.error('%s is skipped. %s', step, error)
+        reasons[step] = str(error)
         continue
-      self._set_aside(refused)
+      self._set_aside(reasons)
       return Restored(step, record, state)
-    if not refused:
+    if not reasons:
       return None
-    reasons = '\n'.join(refused.values())
     raise ValueError(
         f'No step of {self._folder} can be restored; nothing was changed there.'
-        f' Take another --workdir to start anew.\n{reasons}'
+        ' Start a new run in another --workdir.\n'
+        + '\n'.join(reasons.values())
     )
 
   def wait(self) -> None:
-    """Returns when everything that was saved is on disk.
+    """Waits until everything that was saved is on disk.
 
     Raises:
       SaveError: it cannot be written.
@@ -312,11 +292,9 @@ class Checkpointer:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits and closes; `wait` first, to know that all is on disk."""
+    """Waits and closes; errors are logged, call `wait` to have them raised."""
     try:
       self._manager.close()
-      self._reader.close()
-      self._part_reader.close()
     except Exception as error:
       logging.error('The last step is not on disk. %s', error)
 
@@ -326,56 +304,52 @@ class Checkpointer:
       try:
         sha256 = manifest.pop('sha256')
         if sha256 != integrity.hash_json(manifest) or manifest['step'] != step:
-          raise ValueError('it is not what was saved')
+          raise ValueError('its hash differs')
         if manifest['format'] != _FORMAT:
           raise ValueError(f'format {manifest["format"]}, not {_FORMAT}')
       except (AttributeError, KeyError, ValueError) as error:
-        raise DamagedError(
+        raise CorruptedError(
             f'Step {step}: the manifest cannot be used ({error}).'
         ) from error
     return manifest
 
-  def _read(
-      self,
-      step: int,
-      part: str,
-      args: ocp.args.CheckpointArgs,
-      reader: ocp.CompositeCheckpointHandler | None = None,
-  ) -> Any:
+  def _read(self, step: int, part: str, args: ocp.args.CheckpointArgs) -> Any:
     self.wait()
     folder = self._manager.directory / str(step)
-    try:
-      parts = ocp.args.Composite(**{part: args})
-      return (reader or self._reader).restore(folder, args=parts)[part]
-    except (MemoryError, jax.errors.JaxRuntimeError):
-      raise  # Says nothing about the files.
-    except Exception as error:  # Whatever a reader makes of damaged bytes.
-      if cause := storage_errors.find_other_cause(error):
-        raise ReadError(
-            f'{folder}: the {part} cannot be read now'
-            f' ({storage_errors.shorten(cause)}) and may be whole. No step was'
-            ' moved; run the same command again when it can be read, or move'
-            ' this step away.'
+    # The manager's own `restore` ends with a barrier, which a process that
+    # cannot read would never reach. A reader takes one kind of arguments.
+    with contextlib.closing(ocp.CompositeCheckpointHandler()) as reader:
+      try:
+        args = ocp.args.Composite(**{part: args})
+        return reader.restore(folder, args=args)[part]
+      except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # Says nothing about the files.
+      except Exception as error:  # Corrupted files cause any kind of error.
+        if cause := _find_storage_error(error):
+          raise ReadError(
+              f'{folder}: the {part} cannot be read now ({_shorten(cause)}) and'
+              ' may be intact. No step was moved; run the same command again'
+              ' when it can be read, or move this step away.'
+          ) from error
+        raise CorruptedError(
+            f'Step {step}: the {part} cannot be read ({type(error).__name__}:'
+            f' {_shorten(error)}).'
         ) from error
-      raise DamagedError(
-          f'Step {step}: the {part} cannot be read ({type(error).__name__}:'
-          f' {storage_errors.shorten(error)}).'
-      ) from error
 
-  def _set_aside(self, refused: Mapping[int, str]) -> None:
-    """Moves steps out of the way, whose numbers will come again."""
-    if not refused:
+  def _set_aside(self, reasons: Mapping[int, str]) -> None:
+    """Moves corrupted steps to `damaged/`, since training repeats them."""
+    if not reasons:
       return
     if jax.process_index() == 0:
       folder = self._folder / workdirs.DAMAGED
       folder.mkdir(exist_ok=True)
-      for step, reason in refused.items():
+      for step, reason in reasons.items():
         target = workdirs.unused(folder / str(step))
         (self._folder / workdirs.CHECKPOINTS / str(step)).rename(target)
         logging.error('Moved to %s: %s', target, reason)
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('damaged steps are set aside')
-    for step in refused:
+      multihost_utils.sync_global_devices('corrupted steps are moved')
+    for step in reasons:
       self._metrics.pop(step, None)
     self._manager.reload()
 
@@ -385,35 +359,48 @@ class Checkpointer:
       yield
     except Exception as error:
       raise SaveError(
-          f'{what} of {self._folder} cannot be written'
-          f' ({storage_errors.shorten(error)}). Steps on disk are {self.steps};'
-          ' make room, or the folder writable, and run the same command again.'
+          f'{what} of {self._folder} cannot be written ({_shorten(error)}).'
+          f' Steps on disk are {self.steps}; free some space or make the folder'
+          ' writable, and run the same command again.'
       ) from error
 
 
-@contextlib.contextmanager
-def _in_all_processes(step: int) -> Iterator[None]:
-  """Raises in every process if what is done inside fails in one of them."""
-  failure = None
-  try:
-    yield
-  except Exception as error:
-    failure = error
-  kind = 0 if failure is None else 1 if isinstance(failure, DamagedError) else 2
-  worst = processes.gather(np.array(kind, np.int32)).max()
-  if kind < worst:
-    error = DamagedError if worst == 1 else ReadError
-    reason = 'found it damaged' if worst == 1 else 'cannot read it now'
-    raise error(f'Step {step}: another process {reason}; its log says why.')
-  if failure is not None:
-    raise failure
+def _in_all_processes(step: int) -> contextlib.AbstractContextManager[None]:
+  """Raises in every process if reading a step fails in any."""
+
+  def error(kind: type[Exception], reason: str) -> Callable[[int], Exception]:
+    return lambda process: kind(
+        f'Step {step}: process {process} {reason}; its log says why.'
+    )
+
+  return processes.fail_together((
+      (CorruptedError, error(CorruptedError, 'found it corrupted')),
+      (Exception, error(ReadError, 'cannot read it now')),
+  ))
+
+
+def _find_storage_error(error: BaseException | None) -> BaseException | None:
+  """Returns the error among the causes that does not mean corrupted files."""
+  while error is not None:
+    numbers = {int(x) for x in _ERRNO.findall(str(error))}
+    if numbers - _CORRUPTION_ERRNOS or _STORAGE_ERROR.search(str(error)):
+      return error
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _shorten(error: BaseException) -> str:
+  """Returns the two ends of an error's text, which may fill pages."""
+  # TensorStore appends how the file was opened.
+  text = ' '.join(str(error).partition(' [tensorstore_spec')[0].split())
+  return text if len(text) < 300 else f'{text[:120]} ... {text[-160:]}'
 
 
 class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
-  """Preserves the step that a function names.
+  """Preserves the step that a function returns.
 
-  Orbax has a policy of that kind for metrics that it keeps itself, in files of
-  which one that is damaged would keep the folder from being opened.
+  The policy of Orbax for metrics reads them from files of its own, and a single
+  corrupted one would keep the folder from being opened.
   """
 
   def __init__(self, best_step: Callable[[], int | None]):

@@ -1,4 +1,4 @@
-"""Hashes of arrays and JSON values, by which damage to them is found."""
+"""Hashes of arrays and JSON values, to detect corruption."""
 
 from collections.abc import Mapping, Sequence
 import hashlib
@@ -12,18 +12,18 @@ import numpy as np
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import processes
 
-# Of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): its last step.
+# The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
-# Elements that are hashed at a time, so that they stay in the cache.
+# Elements hashed at a time, few enough for the CPU cache.
 _BLOCK = 2**16
 
 
 def describe_arrays(tree: Any) -> dict[str, dict[str, Any]]:
-  """Returns path to shape and dtype of the arrays of a tree, JSON-able.
+  """Returns path to shape and dtype of the arrays of a tree, as JSON values.
 
   Args:
-    tree: of arrays or `jax.ShapeDtypeStruct`.
+    tree: tree of arrays or `jax.ShapeDtypeStruct`.
   """
   return {
       path: {'shape': list(x.shape), 'dtype': str(x.dtype)}
@@ -36,28 +36,28 @@ def describe_arrays(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def hash_arrays(tree: Any) -> dict[str, str]:
-  """Hashes the bytes of every array of a tree.
+  """Hashes the bytes of every array of a tree; collective.
 
-  The hash does not depend on how an array is spread over devices: it is the
-  sum, modulo 2^64, of a number for each element and its position. That number
-  is a one-to-one function of the two (the last step of SplitMix64), so that a
-  single changed element is always found; of any other damage one in 2^64 stays
-  unseen. It is no defence against intent.
+  The hash does not depend on the sharding of an array: it is the sum, modulo
+  2^64, of a number per element. That number is a bijective function of value
+  and position (the finalizer of SplitMix64), so that a single changed element
+  is always detected; other corruption is missed with probability 2^-64. It does
+  not protect against deliberate changes.
 
   Args:
-    tree: of arrays with elements of 1, 2 or 4 bytes; of those of several
-      processes, every process gets the hashes and has to call this.
+    tree: tree of arrays with elements of 1, 2 or 4 bytes. Every process calls
+      this if some of them are sharded over processes, and gets all hashes.
 
   Returns:
-    Path to 16 hexadecimal digits.
+    Path to 16 hexadecimal characters.
   """
   paths = jax.tree.leaves(parameter_paths.tree_paths(tree))
   leaves = jax.tree.leaves(tree)
   sums = [_hash_local(x) for x in leaves]
-  # Of an array of this process alone, every other has its own whole copy.
+  # Other arrays are replicated: each process has its own copy.
   is_shared = [not x.is_fully_addressable for x in leaves]
   if any(is_shared):
-    # As halves: JAX has no 64 bits unless it is told to.
+    # In two halves, since JAX has no 64-bit types by default.
     halves = np.array([divmod(x, 2**32) for x in sums], np.uint32)
     halves = processes.gather(halves).astype(object)
     totals = [high * 2**32 + low for high, low in halves.sum(axis=0)]
@@ -72,7 +72,7 @@ def hash_arrays(tree: Any) -> dict[str, str]:
 
 
 def hash_json(value: Any) -> str:
-  """Returns the sha256 of JSON values, whatever the order of their keys."""
+  """Returns the sha256 of JSON values, independent of the order of keys."""
   text = json.dumps(value, sort_keys=True, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -80,15 +80,15 @@ def hash_json(value: Any) -> str:
 def compare(
     given: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 10
 ) -> list[str]:
-  """Lists what differs between two results of one of the functions above.
+  """Lists differences of two results of `describe_arrays` or `hash_arrays`.
 
   Args:
-    given: by path.
-    wanted: by path.
-    most: lines to return at most; one more then counts the rest.
+    given: values by path.
+    wanted: values by path.
+    most: largest number of differences listed; another line counts the rest.
 
   Returns:
-    Lines as 'params/x: given -> wanted'; empty if they are equal.
+    Lines such as 'params/x: given -> wanted'; [] if there is no difference.
   """
   lines = [
       f'{path}: {_show(given.get(path))} -> {_show(wanted.get(path))}'
@@ -107,7 +107,7 @@ def _show(value: Any) -> str:
 
 
 def _hash_local(x: jax.Array) -> int:
-  """Hashes what this process has of an array and no other one counts."""
+  """Returns the sum over the shards of which this process has replica 0."""
   strides = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
   total = 0
   for shard in x.addressable_shards:
@@ -123,7 +123,7 @@ def _hash_local(x: jax.Array) -> int:
 
 
 def _hash_part(x: np.ndarray, first: int, strides: Sequence[int]) -> int:
-  """Hashes a part of an array.
+  """Returns the sum over a part of an array.
 
   Args:
     x: the part.
@@ -142,7 +142,7 @@ def _hash_part(x: np.ndarray, first: int, strides: Sequence[int]) -> int:
     along = np.arange(size, dtype=np.uint64) * np.uint64(stride)
     positions = positions[..., None] + along
   bits = np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
-  # Positions beyond 2^32 begin again.
+  # Positions wrap around at 2^32.
   mixed = (positions << np.uint64(32)) | bits
   for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
     mixed ^= mixed >> np.uint64(shift)

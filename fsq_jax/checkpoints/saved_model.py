@@ -1,4 +1,4 @@
-"""Models out of the checkpoints of a run, built as its config says."""
+"""Loads models from the checkpoints of a run."""
 
 from collections.abc import Mapping
 import contextlib
@@ -24,10 +24,10 @@ class Checkpoint(NamedTuple):
   """One saved step of a run.
 
   Attributes:
-    folder: of the run.
-    step: steps taken.
-    config: of the run when it was saved.
-    quantizer: spec of its quantizer.
+    folder: the run's folder.
+    step: training steps taken.
+    config: the run's config when the step was saved.
+    quantizer: spec of the quantizer.
   """
 
   folder: pathlib.Path
@@ -36,33 +36,64 @@ class Checkpoint(NamedTuple):
   quantizer: Mapping[str, Any]
 
 
-def find(
+def open_run(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    which: str,
+    *,
+    mode: str,
+) -> tuple[Checkpoint, ml_collections.ConfigDict, jax.sharding.Mesh]:
+  """Finds the checkpoint that a mode of launch.py works on.
+
+  Args:
+    config: config of the run; sections other than the model's may differ.
+    workdir: the run's folder.
+    which: as in `find_run`.
+    mode: the mode, whose rules the config is checked against.
+
+  Returns:
+    The checkpoint, the resolved config, and the mesh of its partitioning
+    section.
+
+  Raises:
+    ValueError: an invalid config, another model than the checkpoint's, or no
+      such checkpoint.
+  """
+  configuration.check_config(config, jax.device_count(), mode=mode)
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  found = find_run(workdir, which)
+  config = configuration.resolve(config)
+  check_same_model(found.config, config)
+  return found, config, mesh
+
+
+def find_run(
     workdir: str | os.PathLike[str], which: str = 'newest'
 ) -> Checkpoint:
-  """Finds a checkpoint of a run and reads no array of it.
+  """Finds a checkpoint of a run and reads its record, but no array.
 
   Args:
     workdir: the run's folder.
-    which: 'newest', 'best' (of the highest PSNR), or the number of a step.
+    which: 'newest', 'best' (highest PSNR), or the number of a step.
 
   Returns:
-    The checkpoint. The newest is the newest whose record is undamaged.
+    The checkpoint. 'newest' skips checkpoints whose record is corrupted.
 
   Raises:
-    ValueError: no such checkpoint, or it is damaged.
+    ValueError: there is no such checkpoint, or it is corrupted.
   """
   folder = pathlib.Path(workdir).expanduser().absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(_explain_missing(folder))
+  reasons = []
   with contextlib.closing(
       checkpointer_lib.Checkpointer(folder, read_only=True)
   ) as checkpointer:
-    reasons = []
     for step in _candidates(checkpointer, which):
       try:
         record = checkpointer.restore_record(step)
-      except checkpointer_lib.DamagedError as error:
-        logging.warning('Passed over. %s', error)
+      except checkpointer_lib.CorruptedError as error:
+        logging.warning('Skipped. %s', error)
         reasons.append(str(error))
         continue
       return Checkpoint(
@@ -77,33 +108,29 @@ def find(
   if not steps:
     raise ValueError(_explain_missing(folder))
   if reasons:
-    raise ValueError(
-        '\n  '.join([
-            f'{folder} has no undamaged checkpoint {which!r}; there are the'
-            f' steps {steps}.',
-            *reasons,
-        ])
+    problem = f'has no intact checkpoint {which!r} among the steps {steps}.'
+  elif which == 'best':
+    problem = (
+        f'has no best checkpoint: none of the steps {steps} was saved with the'
+        " PSNR of an evaluation. Use 'newest' or one of these steps."
     )
-  if which == 'best':
-    raise ValueError(
-        f'{folder} has no best checkpoint: none of the steps {steps} was saved'
-        " with the PSNR of an evaluation. Use 'newest' or one of these steps."
+  else:
+    problem = (
+        f"has no checkpoint {which}; allowed: 'newest', 'best' and the steps"
+        f' {steps}.'
     )
-  raise ValueError(
-      f"{folder} has no checkpoint {which}; allowed: 'newest', 'best' and the"
-      f' steps {steps}.'
-  )
+  raise ValueError('\n  '.join([f'{folder} {problem}', *reasons]))
 
 
 def _explain_missing(folder: pathlib.Path) -> str:
-  """Says why there is no checkpoint in a folder, and what to do."""
+  """Returns why a folder has no checkpoint, and what to do."""
   if not folder.is_dir():
     return f'{folder} is not a folder; give the workdir of a run.'
   if (folder / 'model.safetensors').is_file():
     return (
         f'{folder} holds weights, not a run with checkpoints. A saved tokenizer'
-        ' can tokenize, detokenize and be exported, no more; give the workdir'
-        ' of a run.'
+        ' works with the modes tokenize, detokenize and export only; give the'
+        ' workdir of a run.'
     )
   if runs := sorted(x.parent for x in folder.glob(f'*/{workdirs.CHECKPOINTS}')):
     return f'{folder} is not a run; give one of {list(map(str, runs))}.'
@@ -125,25 +152,26 @@ def _candidates(
   if which.isdecimal():
     return [x for x in checkpointer.steps if x == int(which)]
   raise ValueError(
-      f"checkpoint is {which!r}; known: 'newest', 'best' and numbers of steps."
+      f"checkpoint is {which!r}; allowed: 'newest', 'best' or a step number."
   )
 
 
 def restore(
     found: Checkpoint, mesh: jax.sharding.Mesh
 ) -> tuple[models.Autoencoder, dict[str, Any]]:
-  """Builds the model of a checkpoint and reads its variables.
+  """Builds the model of a checkpoint and restores its variables.
 
   Args:
-    found: from `find`.
-    mesh: from `partitioning.create_mesh`; how the arrays were spread over
-      devices when saved does not matter.
+    found: from `find_run`.
+    mesh: from `partitioning.create_mesh`; it may differ from the mesh of the
+      run.
 
   Returns:
-    The model, and its variables with the averaged parameters.
+    The model, and its variables with the EMA of the parameters.
 
   Raises:
-    ValueError: a checkpoint that is of another quantizer than its config says.
+    ValueError: the checkpoint is corrupted, or its quantizer differs from its
+      config.
   """
   config = found.config
   model = models.build_autoencoder(config.model, config.data.image_size)
@@ -160,8 +188,8 @@ def restore(
       checkpointer_lib.Checkpointer(found.folder, read_only=True)
   ) as checkpointer:
     try:
-      fields = checkpointer.restore_fields(found.step, abstract)
-    except checkpointer_lib.DamagedError as error:
+      fields = checkpointer.restore(found.step, abstract, partial=True)
+    except checkpointer_lib.CorruptedError as error:
       raise ValueError(
           f'{found.folder}: {error} --checkpoint=STEP takes another of'
           f' {checkpointer.steps}.'
@@ -170,38 +198,34 @@ def restore(
 
 
 def read_evaluation(found: Checkpoint) -> dict[str, Any] | None:
-  """Returns the content of the run's evaluation.json if it is of this step.
+  """Returns the run's evaluation.json if it is of this step, else None.
 
   Raises:
-    ValueError: the file is damaged.
+    ValueError: the file is corrupted.
   """
   path = found.folder / workdirs.EVALUATION
-  if not path.is_file():
-    return None
   try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-    step = content['step']
-  except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    content = workdirs.read_json(path)
+    if content is not None and 'step' not in content:
+      raise ValueError(f"{path} cannot be read: 'step' is missing.")
+  except ValueError as error:
     raise ValueError(
-        f'{path} cannot be read: {error}. Delete it, or write it anew with'
-        ' --mode=eval.'
+        f'{error} Delete it, or write it again with --mode=eval.'
     ) from error
-  return content if step == found.step else None
+  return content if content and content['step'] == found.step else None
 
 
 def check_same_model(
     saved: ml_collections.ConfigDict, given: ml_collections.ConfigDict
 ) -> None:
-  """Refuses a config that was given for another model than the checkpoint's.
+  """Raises a ValueError that lists how the models of two configs differ.
 
   Args:
-    saved: config of the run.
-    given: of which only other sections may differ.
-
-  Raises:
-    ValueError: the models differ; it lists how.
+    saved: config of a run.
+    given: config of a command that uses the run.
   """
-  # Where weights and statistics once came from; a checkpoint has them.
+  given = configuration.resolve(given)
+  # Sources of initial weights and statistics, which a checkpoint contains.
   files = ['model.decoder.mae.checkpoint', 'model.encoder.checkpoint']
   if bool(saved.model.latent_statistics) == bool(given.model.latent_statistics):
     files.append('model.latent_statistics')

@@ -39,7 +39,7 @@ def build_dataset(
       one at its own size; 'train_once': training images as by 'eval'.
     seed: of shuffling and augmentation, >= 0; only 'train' uses it.
     process_index: index of the data shard of this process, in
-      [0, process_count); see `partitioning.process_share`.
+      [0, process_count); see `partitioning.data_shard`.
     process_count: data shards of each batch.
 
   Returns:

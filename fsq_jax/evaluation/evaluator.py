@@ -180,8 +180,7 @@ def build_eval_step(
   """
 
   def step_fn(variables, images):
-    with partitioning.mesh_of(images):
-      output = model.apply(variables, pixels.to_float(images))
+    output = model.apply(variables, pixels.to_float(images))
     return results_lib.EvalOutput(
         metrics=image_metrics.image_metrics(images, output.reconstructions),
         indices=output.indices,

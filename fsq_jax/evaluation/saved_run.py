@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import ml_collections
 
-from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import report
 from fsq_jax import workdir as workdirs
@@ -102,25 +101,20 @@ def evaluate_workdir(
       checkpoint, or a folder that cannot be written.
     RuntimeError: the results cannot be written; they have been shown.
   """
-  configuration.check_config(config, jax.device_count(), mode='eval')
-  config = configuration.resolve(config)
-  mesh = partitioning.create_mesh(config.partitioning.mesh)
-  found = saved_model.find(workdir, which)
-  saved_model.check_same_model(found.config, config)
+  found, config, mesh = saved_model.open_run(
+      config, workdir, which, mode='eval'
+  )
   folder = prepare_output(found.folder, output)
   native = config.eval.native_size
   # At native size every process evaluates all images.
-  share = (
-      partitioning.Share(0, 1)
-      if native
-      else partitioning.process_share(mesh)
-  )
+  shard = partitioning.DataShard(0, 1)
+  if not native:
+    shard = partitioning.data_shard(mesh)
   dataset = data.build_dataset(
       config.data,
       split='eval_native' if native else 'eval',
       seed=config.seed,
-      process_index=share.index,
-      process_count=share.count,
+      **shard._asdict(),
   )
   # Early, since files may be missing.
   networks = evaluators.build_networks(config, dataset, mesh, folder)

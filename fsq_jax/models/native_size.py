@@ -61,8 +61,7 @@ def reconstruct(
     Reconstructions, the same shape, uint8; indices, int32; and [B] bool,
     whether each reconstruction is finite.
   """
-  with partitioning.mesh_of(images):
-    output = model.apply(variables, pixels.to_float(images), size=size)
+  output = model.apply(variables, pixels.to_float(images), size=size)
   return (
       pixels.to_uint8(output.reconstructions),
       output.indices,

@@ -1,7 +1,6 @@
 """report.html: one self-contained page on a run."""
 
 import io
-import json
 import os
 import re
 from typing import Any
@@ -81,16 +80,10 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
 
 def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
   try:
-    with open(path, encoding='utf-8') as file:
-      value = json.load(file)
-    if isinstance(value, dict):
-      return value
-    notices.append(f'{os.path.basename(path)} is not a JSON object.')
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError) as error:
-    notices.append(f'{os.path.basename(path)} cannot be read: {error}')
-  return {}
+    return workdirs.read_json(path) or {}
+  except ValueError as error:
+    notices.append(str(error))
+    return {}
 
 
 def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:

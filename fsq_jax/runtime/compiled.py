@@ -1,4 +1,4 @@
-"""Functions compiled for many shapes, of which the last ones are kept."""
+"""Compiled functions of many shapes, with a cache of bounded size."""
 
 import collections
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-# Executables kept of each function: a ViT's batches of tiles have fewer.
+# Executables kept per function; the batches of tiles of a ViT need fewer.
 _MAX_SHAPES = 32
 
 
 class TooLargeError(ValueError):
-  """Arrays need more memory than there is; nothing was computed."""
+  """A call needs more memory than is free; nothing was computed."""
 
 
 class Compiled:
-  """A function of variables and arrays, compiled once for each shape of these.
+  """A function of variables and arrays, compiled once per shape of the arrays.
 
-  Executables of the shapes used last are kept; `jax.jit` would keep all of
-  them, which fills the memory where images have many sizes.
+  Executables of the most recently used shapes are kept. `jax.jit` would keep
+  all of them and fill the memory if images have many sizes.
   """
 
   def __init__(
@@ -33,9 +33,9 @@ class Compiled:
     """Functions are compiled on first call.
 
     Args:
-      function: of variables, a tree of arrays, and of arrays or None.
-      max_shapes: executables to keep.
-      **jit_options: of `jax.jit`.
+      function: function of variables (a tree of arrays) and of arrays or None.
+      max_shapes: number of executables to keep.
+      **jit_options: options of `jax.jit`.
     """
     self._function = function
     self._max_shapes = max_shapes
@@ -43,30 +43,30 @@ class Compiled:
     self._executables = collections.OrderedDict()
 
   def __call__(self, variables: Any, *arrays: Any) -> Any:
-    """Returns what the function returns.
+    """Calls the function, compiled for the shapes of these arrays.
 
     Raises:
-      TooLargeError: the device has not the memory that this takes.
+      TooLargeError: the device has too little free memory.
     """
     key = tuple(
         None if x is None else (x.shape, np.dtype(x.dtype)) for x in arrays
     )
     jitted = self._executables.pop(key, None)
     if jitted is None:
-      # Of a function of its own, with which JAX drops all that it cached.
+      # A new function, so that JAX drops its caches together with it.
       jitted = jax.jit(
           lambda *arguments: self._function(*arguments), **self._jit_options
       )
       _check_memory(jitted, variables, arrays)
       while len(self._executables) >= self._max_shapes:
         self._executables.popitem(last=False)
-    # The last of the dict is the one used last.
+    # The dict is ordered by last use.
     self._executables[key] = jitted
     return jitted(variables, *arrays)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether an error of JAX, NumPy or `Compiled` says that memory is short."""
+  """Whether an error of JAX, NumPy or `Compiled` means lack of memory."""
   return isinstance(error, TooLargeError | MemoryError) or (
       isinstance(error, jax.errors.JaxRuntimeError)
       and 'RESOURCE_EXHAUSTED' in str(error)
@@ -76,7 +76,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def _check_memory(jitted, variables, arrays) -> None:
   """Raises TooLargeError if a call would need more memory than is free.
 
-  The kernel of Linux grants memory that it has not, and kills who uses it.
+  Linux grants more memory than there is, and kills the process that uses it.
   """
   free = _free_bytes()
   if free is None:
@@ -95,7 +95,7 @@ def _check_memory(jitted, variables, arrays) -> None:
 
 
 def _free_bytes() -> int | None:
-  """Bytes free on the first device of this process; None if not known."""
+  """Returns the free bytes of the first local device; None if unknown."""
   device = jax.local_devices()[0]
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats and 'bytes_in_use' in stats:
@@ -109,11 +109,11 @@ def _free_bytes() -> int | None:
   sizes = dict(line.split(':') for line in lines)
   free = int(sizes['MemAvailable'].split()[0]) * 1024
   try:
-    # A container may have less than the machine.
+    # A container may have less memory than the machine.
     limit, used = (
         int(pathlib.Path('/sys/fs/cgroup', name).read_text())
         for name in ('memory.max', 'memory.current')
     )
-  except (OSError, ValueError):  # No cgroup, or a limit of 'max'.
+  except (OSError, ValueError):  # There is no cgroup, or the limit is 'max'.
     return free
   return min(free, limit - used)

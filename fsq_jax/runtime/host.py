@@ -1,4 +1,4 @@
-"""Settings of the process: memory, compilation cache, profiler."""
+"""Process-wide settings: malloc, compilation cache, profiler."""
 
 from collections.abc import Sequence
 import contextlib
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-# Of malloc.h.
+# Constants of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
@@ -18,15 +18,15 @@ _M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> None:
-  """Has glibc reuse freed memory where the CPU does the work.
+  """Makes glibc reuse freed memory if the CPU is the accelerator.
 
   XLA's CPU backend allocates and frees the buffers of every step, and glibc
-  gives large ones back to the kernel each time: fetching their pages again
-  takes a fifth of a step of 400 MiB. This takes all memory from one heap and
-  keeps up to 2 GiB of it. Call it before JAX starts its threads, which would
-  otherwise have heaps of their own, too small for large buffers; they keep
-  them where JAX might find an accelerator, since threads that read images
-  would wait for each other at one. Without glibc, as on macOS, nothing changes.
+  returns large ones to the kernel each time: page faults then take a fifth of a
+  step of 400 MiB. This allocates everything from one heap and keeps up to 2 GiB
+  of free memory. Call it before JAX starts its threads, which otherwise get
+  heaps of their own that are too small for large buffers. If JAX may find an
+  accelerator, threads keep their heaps, since threads that decode images would
+  contend for one. Without glibc, as on macOS, this has no effect.
   """
   with contextlib.suppress(AttributeError, OSError, TypeError):
     library = ctypes.CDLL(None)
@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
 
 
 def _has_cpu_alone() -> bool:
-  """Whether JAX has nothing but CPUs; asking it would start its threads."""
+  """Whether JAX only finds CPUs; asking JAX itself would start its threads."""
   if platforms := jax.config.jax_platforms:
     return platforms == 'cpu'
   plugins = importlib.metadata.entry_points(group='jax_plugins')
@@ -47,7 +47,7 @@ def _has_cpu_alone() -> bool:
 
 
 def use_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs in a folder for later runs; '' does not."""
+  """Sets the folder of JAX's persistent compilation cache; '' disables it."""
   if folder:
     path = str(pathlib.Path(folder).expanduser())
     jax.config.update('jax_compilation_cache_dir', path)
@@ -55,21 +55,21 @@ def use_compilation_cache(folder: str) -> None:
 
 
 class Profiler:
-  """Traces the steps that are to be traced, into a folder for xprof."""
+  """Traces a range of training steps into a folder for xprof."""
 
   def __init__(self, folder: pathlib.Path, steps: Sequence[int]):
-    """Traces nothing yet.
+    """Does not trace before `start`.
 
     Args:
-      folder: for the trace.
-      steps: (first, last), or () for none.
+      folder: folder of the trace.
+      steps: (first, last) step to trace; () traces none.
     """
     self._folder = folder
     self._steps = steps
     self._is_tracing = False
 
   def start(self, step: int) -> None:
-    """Starts if the step that comes is one of them."""
+    """Starts tracing if the next step is in the range."""
     if self._is_tracing or not self._steps:
       return
     if self._steps[0] <= step <= self._steps[1]:
@@ -77,13 +77,13 @@ class Profiler:
       self._is_tracing = True
 
   def stop(self, step: int, results: Any) -> None:
-    """Stops after the last of them, when its results are there."""
+    """Stops tracing after the last step, once its results are ready."""
     if self._is_tracing and step == self._steps[1]:
       jax.block_until_ready(results)
       self.close()
 
   def close(self) -> None:
-    """Stops in any case."""
+    """Stops tracing."""
     if self._is_tracing:
       jax.profiler.stop_trace()
       self._is_tracing = False

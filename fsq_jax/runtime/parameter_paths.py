@@ -1,4 +1,4 @@
-"""Paths of parameters, and trees split by them."""
+"""Paths of parameters, and splitting of trees by path."""
 
 from collections.abc import Iterable, Sequence
 import re
@@ -11,19 +11,19 @@ import jax
 def split_frozen(
     params: Any, patterns: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Separates parameters that train from those that do not.
+  """Splits parameters into trainable and frozen ones.
 
   Args:
     params: the parameter tree, nested dicts.
-    patterns: regular expressions of the frozen ones, that match the whole of a
-      path such as 'encoder/patches/kernel'.
+    patterns: regular expressions that match the whole path of frozen
+      parameters, such as 'encoder/patches/kernel'.
 
   Returns:
-    Two trees without a leaf in common, the second the frozen one;
-    `merge_frozen` makes one of them again.
+    The tree of trainable and the tree of frozen parameters; `merge_frozen` is
+    the inverse.
 
   Raises:
-    ValueError: a pattern that matches no parameter, or none left to train.
+    ValueError: a pattern matches no parameter, or all parameters are frozen.
   """
   leaves = traverse_util.flatten_dict(params, sep='/')
   check_patterns('frozen', patterns, leaves)
@@ -46,7 +46,7 @@ def split_frozen(
 
 
 def merge_frozen(trained: Any, frozen: Any) -> dict[str, Any]:
-  """Undoes `split_frozen`."""
+  """Merges the trees of `split_frozen`."""
   leaves = [traverse_util.flatten_dict(tree) for tree in (trained, frozen)]
   return traverse_util.unflatten_dict(leaves[0] | leaves[1])
 
@@ -54,7 +54,7 @@ def merge_frozen(trained: Any, frozen: Any) -> dict[str, Any]:
 def check_patterns(
     field: str, patterns: Sequence[str], paths: Iterable[str]
 ) -> None:
-  """Raises a ValueError for a pattern of optim.FIELD that matches no path."""
+  """Raises a ValueError if a pattern of optim.FIELD matches no path."""
   for pattern in patterns:
     if not any(re.fullmatch(pattern, path) for path in paths):
       raise ValueError(
@@ -64,7 +64,7 @@ def check_patterns(
 
 
 def tree_paths(tree: Any) -> Any:
-  """Replaces every leaf by its path, such as 'encoder/patches/kernel'."""
+  """Returns the tree with its paths, as 'encoder/patches/kernel', as leaves."""
   return jax.tree_util.tree_map_with_path(
       lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'),
       tree,

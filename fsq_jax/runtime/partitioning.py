@@ -1,7 +1,8 @@
 """Device mesh, shardings of the batch, and rules that shard parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import contextvars
 import itertools
 import math
 import re
@@ -13,17 +14,26 @@ import jax
 from fsq_jax.runtime import parameter_paths
 
 AXES = ('data', 'fsdp', 'tensor')
-# Those that the batch is split over; along 'tensor' devices share its images.
+# Axes that shard the batch; devices along 'tensor' share its images.
 BATCH_AXES = ('data', 'fsdp')
 STRATEGIES = ('column', 'fsdp', 'replicate', 'row')
 Strategy = str | Sequence[str | None]
+# Whether `constrain` and its like have an effect; see `no_mesh`.
+_is_constrained = contextvars.ContextVar('_is_constrained', default=True)
 
 
-class Share(NamedTuple):
-  """What a process reads of each batch: part `index` of `count` equal ones."""
+class DataShard(NamedTuple):
+  """The part of each batch that a process reads.
 
-  index: int
-  count: int
+  The fields are arguments of `data.build_dataset`.
+
+  Attributes:
+    process_index: number of the part.
+    process_count: number of parts, all of the same size.
+  """
+
+  process_index: int
+  process_count: int
 
 
 def create_mesh(
@@ -37,7 +47,7 @@ def create_mesh(
     devices: devices to use; all of them by default.
 
   Returns:
-    The mesh; the compiler chooses shardings that the program does not state.
+    The mesh; the compiler chooses all shardings that nothing constrains.
 
   Raises:
     ValueError: other axes, or sizes that do not multiply to the devices.
@@ -66,62 +76,62 @@ def create_mesh(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Sharding of an array that every device holds whole."""
+  """Sharding of an array that is replicated on every device."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Sharding of a batch: its first axis over 'data' and 'fsdp'."""
+  """Sharding of a batch: its first dimension over 'data' and 'fsdp'."""
   return jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec(BATCH_AXES)
   )
 
 
-def process_share(mesh: jax.sharding.Mesh) -> Share:
-  """Tells which part of each batch this process has to read.
+def data_shard(mesh: jax.sharding.Mesh) -> DataShard:
+  """Returns the part of each batch that this process reads.
 
-  Processes along 'tensor' have devices for the same images, and read the same.
+  Processes along 'tensor' have devices for the same images and read the same.
 
   Args:
-    mesh: from `create_mesh`, of the devices of all processes.
+    mesh: from `create_mesh`, with the devices of all processes.
 
   Returns:
-    The share, in the order of a batch's parts on the mesh.
+    The data shard, numbered in the order of the batch on the mesh.
 
   Raises:
-    ValueError: two processes for parts of a batch that overlap, or that differ
-      in size; every process raises it.
+    ValueError: the parts of two processes overlap or differ in size; raised in
+      every process.
   """
   parts = {}
   for i, devices in enumerate(rearrange(mesh.devices, 'd f t -> (d f) t')):
     for device in devices:
       parts.setdefault(device.process_index, set()).add(i)
-  # Of processes with the same images, the first.
+  # Among processes with the same images, the first one.
   firsts = {}
   for process in sorted(parts):
     firsts.setdefault(frozenset(parts[process]), process)
-  shares = sorted(firsts, key=min)
-  for a, b in itertools.combinations(shares, 2):
+  shards = sorted(firsts, key=min)
+  for a, b in itertools.combinations(shards, 2):
     if a & b or len(a) != len(b):
       raise ValueError(
-          f'partitioning.mesh is {dict(mesh.shape)}, which cuts a batch into'
-          f' parts of which process {firsts[a]} has to read {sorted(a)} and'
-          f' process {firsts[b]} {sorted(b)}; allowed are the same ones, or as'
-          ' many others. Give every process as many devices, and make tensor'
-          ' a divisor or a multiple of that number.'
+          f'partitioning.mesh is {dict(mesh.shape)}: process {firsts[a]} has to'
+          f' read the parts {sorted(a)} of a batch and process {firsts[b]}'
+          f' {sorted(b)}; allowed: the same parts, or as many others. Give'
+          ' every process the same number of devices, and make tensor a divisor'
+          ' or a multiple of that number.'
       )
-  return Share(shares.index(parts[jax.process_index()]), len(shares))
+  return DataShard(shards.index(parts[jax.process_index()]), len(shards))
 
 
 def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   """Makes global arrays of the NumPy arrays that each process has read.
 
   Args:
-    batch: tree of arrays [b, ...], this process's `process_share` of a batch.
+    batch: tree of arrays [b, ...], the `data_shard` of this process.
     mesh: from `create_mesh`.
 
   Returns:
-    Tree of arrays [B, ...], split as in `batch_sharding`.
+    Tree of arrays [B, ...] with `batch_sharding`.
   """
   sharding = batch_sharding(mesh)
   return jax.tree.map(
@@ -129,81 +139,66 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
-def mesh_of(x: jax.Array) -> contextlib.AbstractContextManager[Any]:
-  """Makes the mesh of a traced argument that of `constrain`.
-
-  Args:
-    x: an argument of a function under jit.
-
-  Returns:
-    A context; it does nothing if x is on one device.
-  """
-  mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty:
-    return contextlib.nullcontext()
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
 def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
-  """States how activations are spread over the devices.
+  """Constrains activations to be sharded over the batch axes of their mesh.
 
-  Where parameters are split, the compiler would else be free to split channels
-  and to gather the batch, which takes more memory by the number of devices.
+  The mesh is a property of the array: JAX carries it from the arguments of a
+  compiled function to everything computed from them. Without the constraint,
+  sharded parameters let the compiler shard the channels and gather the batch,
+  which multiplies the memory by the number of devices.
 
   Args:
     x: [B, ...] activations.
-    tensor_axis: the axis that 'tensor' splits, such as that of heads.
+    tensor_axis: dimension to shard over 'tensor', such as the heads.
 
   Returns:
-    x; nothing is stated outside of `mesh_of`, and of a batch that the devices
-    do not divide.
+    x, unconstrained if it is on no mesh of `create_mesh`, if the devices do not
+    divide the batch, and under `no_mesh`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if x.shape[0] % math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES):
-    return x
-  return _constrain(x, {0: BATCH_AXES}, tensor_axis)
+  return _constrain(x, BATCH_AXES, tensor_axis)
 
 
 def gather_parameter(
     x: jax.Array, tensor_axis: int | None = None
 ) -> jax.Array:
-  """States that a parameter is whole where it is used, but for 'tensor'.
+  """All-gathers a parameter over 'fsdp' before use.
 
-  Where 'fsdp' splits it, the compiler would else use it piece by piece as the
-  pieces arrive, and read all activations again for each: more memory traffic
-  than a kernel is large.
+  Otherwise the compiler may use a parameter that 'fsdp' shards shard by shard
+  as they arrive, and read all activations again for each: more memory traffic
+  than the parameter is large.
 
   Args:
-    x: of any shape.
-    tensor_axis: as in `constrain`.
+    x: parameter of any shape.
+    tensor_axis: dimension that stays sharded over 'tensor'.
 
   Returns:
-    x; nothing is stated outside of `mesh_of`.
+    x, unconstrained in the same cases as by `constrain`.
   """
-  return _constrain(x, {}, tensor_axis)
+  return _constrain(x, (), tensor_axis)
 
 
 def gather(tree: Any) -> Any:
-  """Returns the parameters of a small network, whole on every device."""
+  """Replicates the parameters of a small network on every device."""
   return jax.tree.map(gather_parameter, tree)
 
 
 def spread(x: jax.Array) -> jax.Array:
-  """Spreads [B, ...] images over all devices, those along 'tensor' too.
+  """Shards [B, ...] images over every mesh axis, 'tensor' included.
 
-  For networks of which every device has all parameters: without, the devices
-  along 'tensor' would do the same work. In such a network `constrain` has to be
-  of no effect, see `no_mesh`.
+  For networks whose parameters are replicated: otherwise the devices along
+  'tensor' would repeat the same work. Apply such a network under `no_mesh`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if x.shape[0] % math.prod(mesh.shape.values()):
-    return x
-  return _constrain(x, {0: AXES}, None)
+  return _constrain(x, AXES, None)
 
 
-def no_mesh() -> contextlib.AbstractContextManager[Any]:
-  """A context in which `constrain` and the like state nothing."""
-  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+  """Context in which `constrain`, `gather_parameter` and `spread` return x."""
+  token = _is_constrained.set(False)
+  try:
+    yield
+  finally:
+    _is_constrained.reset(token)
 
 
 def state_shardings(
@@ -212,27 +207,34 @@ def state_shardings(
     rules: Sequence[tuple[str, Strategy]],
     fsdp_min_size: int,
 ) -> Any:
-  """Chooses a sharding for every array of a train state.
+  """Chooses the sharding of every array of a train state by rules.
 
   Args:
     state: a tree of arrays or `jax.ShapeDtypeStruct`.
     mesh: from `create_mesh`.
-    rules: (regular expression, strategy); the first one whose expression is
-      found in an array's path applies. The paths of optimizer state and
-      averages end in those of their parameters, so they follow them. The
-      strategies are 'replicate'; 'fsdp', the largest axis that the fsdp axis
-      of the mesh divides; 'column' and 'row', the last axis and the one before
-      it over 'tensor', and the largest other one as under 'fsdp'; and a tuple
-      with a mesh axis or None for each axis.
-    fsdp_min_size: arrays with fewer elements are not split over 'fsdp'.
+    rules: (regular expression, strategy) pairs; the first expression found in
+      the path of an array decides. Paths of optimizer state and EMA end in the
+      paths of their parameters, so they are sharded alike. Strategies:
+      'replicate'; 'fsdp': the largest dimension that the fsdp axis of the mesh
+      divides; 'column' and 'row': the last and the second-last dimension over
+      'tensor', and the largest other one as under 'fsdp'; or a tuple with a
+      mesh axis or None for each dimension.
+    fsdp_min_size: arrays with fewer elements are not sharded over 'fsdp'.
 
   Returns:
     A tree of NamedShardings.
 
   Raises:
-    ValueError: an array that no rule matches, or a rule that does not fit it.
+    ValueError: no rule matches an array, or the rule does not fit it.
   """
-  return _place(state, mesh, rules, fsdp_min_size)[0]
+
+  def shard(path: str, array: Any) -> jax.sharding.NamedSharding:
+    axes, _ = _partition(path, array, rules, mesh, fsdp_min_size)
+    while axes and axes[-1] is None:
+      axes = axes[:-1]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+  return jax.tree.map(shard, parameter_paths.tree_paths(state), state)
 
 
 def place_abstract(
@@ -241,17 +243,7 @@ def place_abstract(
     rules: Sequence[tuple[str, Strategy]],
     fsdp_min_size: int,
 ) -> Any:
-  """Adds to shapes and dtypes the shardings of `state_shardings`.
-
-  Args:
-    state: a tree of `jax.ShapeDtypeStruct`.
-    mesh: from `create_mesh`.
-    rules: as in `state_shardings`.
-    fsdp_min_size: as in `state_shardings`.
-
-  Returns:
-    The tree of `jax.ShapeDtypeStruct` with shardings.
-  """
+  """Returns a tree of `jax.ShapeDtypeStruct` with its `state_shardings`."""
   shardings = state_shardings(state, mesh, rules, fsdp_min_size)
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -259,104 +251,110 @@ def place_abstract(
   )
 
 
-def list_whole(
+def list_replicated(
     state: Any,
     mesh: jax.sharding.Mesh,
     rules: Sequence[tuple[str, Strategy]],
     fsdp_min_size: int,
 ) -> dict[str, int]:
-  """Lists what stays whole although a rule would split it.
+  """Lists arrays that stay replicated because no mesh axis divides them.
 
-  Args:
-    state: as in `state_shardings`, like all the others.
-    mesh: of these.
-    rules: of these.
-    fsdp_min_size: of these.
+  Takes the arguments of `state_shardings`.
 
   Returns:
     Path and shape, such as 'quantizer/codebook (3, 5)', to bytes.
   """
-  return _place(state, mesh, rules, fsdp_min_size)[1]
+  paths = jax.tree.leaves(parameter_paths.tree_paths(state))
+  return {
+      f'{path} {x.shape}': x.size * x.dtype.itemsize
+      for path, x in zip(paths, jax.tree.leaves(state), strict=True)
+      if _partition(path, x, rules, mesh, fsdp_min_size)[1]
+  }
 
 
 def _constrain(
-    x: jax.Array, axes: dict[int, Any], tensor_axis: int | None
+    x: jax.Array, batch_axes: tuple[str, ...], tensor_axis: int | None
 ) -> jax.Array:
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.axis_names != AXES:
+  """Constrains the first dimension, the tensor axis and no other one."""
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty:
+    mesh = jax.sharding.get_abstract_mesh()
+  if mesh.axis_names != AXES or not _is_constrained.get():
     return x
-  num_shards = mesh.shape['tensor']
-  if tensor_axis is not None and not x.shape[tensor_axis] % num_shards:
-    axes |= {tensor_axis: 'tensor'}
-  spec = jax.sharding.PartitionSpec(*(axes.get(i) for i in range(x.ndim)))
-  return jax.lax.with_sharding_constraint(x, spec)
-
-
-def _place(state, mesh, rules, min_size) -> tuple[Any, dict[str, int]]:
-  """Returns the shardings and what `list_whole` does."""
-  whole = {}
-
-  def shard(path: str, array: Any) -> jax.sharding.NamedSharding:
-    for pattern, strategy in rules:
-      if re.search(pattern, path):
-        axes, missed = _partition(path, array, strategy, mesh, min_size)
-        if missed:
-          size = array.size * array.dtype.itemsize
-          whole[f'{path} {array.shape}'] = size
-        while axes and axes[-1] is None:
-          axes = axes[:-1]
-        spec = jax.sharding.PartitionSpec(*axes)
-        return jax.sharding.NamedSharding(mesh, spec)
-    raise ValueError(
-        f'partitioning.rules match nothing in {path!r}; end them with'
-        " ('.*', 'replicate')."
-    )
-
-  return jax.tree.map(shard, parameter_paths.tree_paths(state), state), whole
+  axes: list[Any] = [None] * x.ndim
+  if batch_axes:
+    if x.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes):
+      return x
+    axes[0] = batch_axes
+  if tensor_axis is not None and not (
+      x.shape[tensor_axis] % mesh.shape['tensor']
+  ):
+    axes[tensor_axis] = 'tensor'
+  spec = jax.sharding.PartitionSpec(*axes)
+  return jax.lax.with_sharding_constraint(
+      x, jax.sharding.NamedSharding(mesh, spec)
+  )
 
 
 def _partition(
     path: str,
     array: Any,
-    strategy: Strategy,
+    rules: Sequence[tuple[str, Strategy]],
     mesh: jax.sharding.Mesh,
     min_size: int,
 ) -> tuple[list[str | None], bool]:
-  """Returns a mesh axis for each axis, and whether one did not divide."""
+  """Returns the mesh axis of each dimension, and whether one did not divide."""
+  strategy = next((s for rule, s in rules if re.search(rule, path)), None)
+  if strategy is None:
+    raise ValueError(
+        f'partitioning.rules match nothing in {path!r}; end them with'
+        " ('.*', 'replicate')."
+    )
   axes: list[str | None] = [None] * array.ndim
   if strategy == 'replicate' or array.ndim == 0:
     return axes, False
-  if isinstance(strategy, str):
-    if strategy not in STRATEGIES:
-      raise ValueError(
-          f'partitioning.rules has the strategy {strategy!r}; known:'
-          f' {list(STRATEGIES)} or a tuple of axis names.'
-      )
-    split = {'column': -1, 'row': -2}.get(strategy)
-    missed = False
-    if split is not None and mesh.shape['tensor'] > 1:
-      num_shards = mesh.shape['tensor']
-      missed = -split > array.ndim or array.shape[split] % num_shards > 0
-      if not missed:
-        axes[split] = 'tensor'
-    missed |= _split_fsdp(axes, array, mesh.shape['fsdp'], min_size)
-    return axes, missed
-  if len(strategy) != array.ndim or any(
+  if not isinstance(strategy, str):
+    _check_axes(path, array, strategy, mesh)
+    return list(strategy), False
+  if strategy not in STRATEGIES:
+    raise ValueError(
+        f'partitioning.rules has the strategy {strategy!r}; known:'
+        f' {list(STRATEGIES)} or a tuple of axis names.'
+    )
+  missed = False
+  split = {'column': -1, 'row': -2}.get(strategy)
+  if split is not None and mesh.shape['tensor'] > 1:
+    missed = (
+        -split > array.ndim or array.shape[split] % mesh.shape['tensor'] > 0
+    )
+    if not missed:
+      axes[split] = 'tensor'
+  missed |= _split_fsdp(axes, array, mesh.shape['fsdp'], min_size)
+  return axes, missed
+
+
+def _check_axes(
+    path: str,
+    array: Any,
+    axes: Sequence[str | None],
+    mesh: jax.sharding.Mesh,
+) -> None:
+  """Raises a ValueError if axes named by a rule do not fit an array."""
+  if len(axes) != array.ndim or any(
       axis is not None and size % mesh.shape.get(axis, size + 1)
-      for axis, size in zip(strategy, array.shape, strict=False)
+      for axis, size in zip(axes, array.shape, strict=False)
   ):
     raise ValueError(
-        f'partitioning.rules gives {tuple(strategy)} to {path!r} of shape'
+        f'partitioning.rules gives {tuple(axes)} to {path!r} of shape'
         f' {array.shape} on the mesh {dict(mesh.shape)}; give one axis name or'
         ' None for each axis, and only names that divide it.'
     )
-  return list(strategy), False
 
 
 def _split_fsdp(
     axes: list[str | None], array: Any, num_shards: int, min_size: int
 ) -> bool:
-  """Gives 'fsdp' one of the free axes; returns whether it divides none."""
+  """Gives 'fsdp' a free dimension; returns whether it divides none."""
   if num_shards == 1 or array.size < min_size:
     return False
   fitting = [
@@ -366,6 +364,6 @@ def _split_fsdp(
   ]
   if not fitting:
     return True
-  # The last of several equally large axes: the rows of memory stay whole.
+  # Of equally large dimensions the last one.
   axes[max(fitting)[1]] = 'fsdp'
   return False

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop (SIGTERM, SIGINT)."""
+"""Signals that stop a run (SIGTERM, SIGINT)."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,13 +12,13 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-  """Whether a signal has asked the run to stop.
+  """Whether a signal has requested the run to stop.
 
-  Of several processes, one that is asked stops them all, after the same step,
-  if they take steps together.
+  If several processes take steps together, a request to any of them stops all
+  after the same step.
 
   Attributes:
-    together: whether they do.
+    together: whether several processes take steps together.
   """
 
   def __init__(self, *, together: bool = True):
@@ -26,19 +26,19 @@ class StopRequest:
     self.together = together and jax.process_count() > 1
 
   def ask(self) -> None:
-    """Asks this process, or with others all of them, to stop."""
+    """Requests this process, or all that take steps together, to stop."""
     self._asked.set()
     if self.together:
-      # JAX passes this signal on to the other processes.
+      # JAX forwards this signal to the other processes.
       os.kill(os.getpid(), signal.SIGTERM)
 
   def is_due(self, step: int | None = None) -> bool:
     """Whether to stop now.
 
     Args:
-      step: steps taken; None between steps, where several processes never
-        stop: they agree on the number of a step, which Orbax asks for too.
-        They have to call this after every step.
+      step: training steps taken; None between steps, where several processes
+        never stop: they agree on a step, after which each has to call this.
+        Orbax does so, too.
     """
     if not self.together:
       return self._asked.is_set()
@@ -51,8 +51,8 @@ class StopRequest:
 def catch_signals(*, together: bool = True) -> Iterator[StopRequest]:
   """Turns the first SIGTERM or SIGINT into a request; a second one kills.
 
-  Among several processes that take steps together SIGTERM is caught by JAX, and
-  a second one does nothing.
+  If several processes take steps together, JAX catches SIGTERM, and a second
+  SIGTERM has no effect.
 
   Args:
     together: whether several processes take steps together.
@@ -65,7 +65,8 @@ def catch_signals(*, together: bool = True) -> Iterator[StopRequest]:
 
   def stop(number: int, _) -> None:
     logging.warning(
-        '%s: stopping as soon as all is saved. Once more stops at once.',
+        '%s: finishing the current step and saving. Send the signal again to'
+        ' exit immediately.',
         signal.Signals(number).name,
     )
     for caught in previous:
@@ -81,5 +82,5 @@ def catch_signals(*, together: bool = True) -> Iterator[StopRequest]:
     yield request
   finally:
     for number, handler in previous.items():
-      # None was set by JAX, and is not to be had back.
+      # JAX installs its handler outside of Python, where it reads as None.
       signal.signal(number, handler or signal.SIG_DFL)

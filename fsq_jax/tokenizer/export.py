@@ -21,7 +21,6 @@ import numpy as np
 import safetensors.numpy
 
 import fsq_jax
-from fsq_jax import configuration
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import processes
@@ -87,9 +86,7 @@ def export_workdir(
     _check_new(folder)
   tokenizer = tokenizers.load_tokenizer(workdir, which)
   with processes.fail_together():
-    saved_model.check_same_model(
-        tokenizer.config, configuration.resolve(config)
-    )
+    saved_model.check_same_model(tokenizer.config, config)
     if jax.process_index() == 0:
       write(tokenizer, folder)
   return pathlib.Path(folder).expanduser().absolute()

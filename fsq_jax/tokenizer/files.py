@@ -342,15 +342,12 @@ def _without_places(value: Any) -> Any:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, RecursionError, ValueError) as error:
+  content = workdirs.read_json(path)
+  if content is None:
     raise ValueError(
-        f'{path} cannot be read: {error}. from_pretrained loads folders written'
-        ' by save_pretrained; load a run with from_workdir.'
-    ) from error
-  if not isinstance(content, dict):
-    raise ValueError(f'{path} is corrupted: it holds no JSON object.')
+        f'{path} is missing. from_pretrained loads folders written by'
+        ' save_pretrained; load a run with from_workdir.'
+    )
   return content
 
 

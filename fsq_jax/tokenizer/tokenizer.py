@@ -124,7 +124,7 @@ class Tokenizer:
     Raises:
       ValueError: no such checkpoint, or a corrupted one.
     """
-    found = saved_model.find(workdir, checkpoint)
+    found = saved_model.find_run(workdir, checkpoint)
     read_on = mesh or partitioning.create_mesh(_REPLICATED)
     model, variables = saved_model.restore(found, read_on)
     if mesh is None:
@@ -396,8 +396,7 @@ def _compile(
     model: nn.Module, method: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
   def function(variables, x, size=None):
-    with partitioning.mesh_of(x):
-      return model.apply(variables, x, size, method=method)
+    return model.apply(variables, x, size, method=method)
 
   return compiled.Compiled(function, max_shapes=image_sizes.MAX_SHAPES)
 

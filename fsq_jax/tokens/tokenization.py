@@ -81,9 +81,7 @@ def tokenize_workdir(
   )
   with contextlib.ExitStack() as stack:
     with processes.fail_together():
-      saved_model.check_same_model(
-          tokenizer.config, configuration.resolve(config)
-      )
+      saved_model.check_same_model(tokenizer.config, config)
       job = _make_job(config, tokenizer, source)
       writer = writers.TokenWriter(folder, job)
       if jax.process_index() == 0 and not writer.is_finished:

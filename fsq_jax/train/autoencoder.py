@@ -195,13 +195,11 @@ def _build_dataset(
     config: ml_collections.ConfigDict, split: str, mesh: jax.sharding.Mesh
 ) -> data.Dataset:
   """Builds this process's data shard of a split."""
-  share = partitioning.process_share(mesh)
   return data.build_dataset(
       config.data,
       split=split,
       seed=config.seed,
-      process_index=share.index,
-      process_count=share.count,
+      **partitioning.data_shard(mesh)._asdict(),
   )
 
 

@@ -214,7 +214,7 @@ def read_statistics(
 def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
   """Finds the run of train.init_from, which must have the same model."""
   with errors.about('train.init_from'):
-    found = saved_model.find(config.train.init_from)
+    found = saved_model.find_run(config.train.init_from)
   if differences := configuration.diff_models(found.config, config):
     raise ValueError(
         '\n  '.join([

@@ -59,7 +59,7 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   if config.train.init_from:
     # That run may use statistics, which are part of its model.
     with errors.about('train.init_from'):
-      found = saved_model.find(config.train.init_from)
+      found = saved_model.find_run(config.train.init_from)
     config.model.latent_statistics = found.config.model.latent_statistics
   if not (initialization.reads_encoder(config) or config.train.init_from):
     raise ValueError(
@@ -68,15 +68,13 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
         ' train.init_from.'
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  share = partitioning.process_share(mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   initializer = initialization.Initializer(config, model)
   dataset = data.build_dataset(
       config.data,
       split='train_once',
       seed=config.seed,
-      process_index=share.index,
-      process_count=share.count,
+      **partitioning.data_shard(mesh)._asdict(),
   )
   abstract = partitioning.place_abstract(
       variables_lib.abstract_variables(model, config.data.image_size),

@@ -102,7 +102,7 @@ class StateBuilder:
     abstract: shapes, dtypes and shardings of the state.
     shardings: tree of the shardings.
     whole: arrays of the state that stay replicated because no mesh axis divides
-      them, from `partitioning.list_whole`.
+      them, from `partitioning.list_replicated`.
   """
 
   def __init__(
@@ -135,7 +135,7 @@ class StateBuilder:
         jax.eval_shape(self._init, {}), mesh, *rules
     )
     self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-    self.whole = partitioning.list_whole(self.abstract, mesh, *rules)
+    self.whole = partitioning.list_replicated(self.abstract, mesh, *rules)
     if self.whole:
       logging.warning(
           '%d arrays (%.1f MiB in total) are replicated, since the mesh %s'

@@ -83,10 +83,9 @@ class TrainStep:
     """
     single = self.accumulation_steps == 1
     differentiate = self._differentiate if single else self._accumulate
-    with partitioning.mesh_of(images):
-      networks = partitioning.gather(networks or {})
-      key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-      return self._update(state, *differentiate(state, images, key, networks))
+    networks = partitioning.gather(networks or {})
+    key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    return self._update(state, *differentiate(state, images, key, networks))
 
   def _accumulate(self, state, images, key, networks):
     """Does what `_differentiate` does, one part of the batch at a time."""

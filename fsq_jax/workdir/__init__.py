@@ -17,6 +17,7 @@ from fsq_jax.workdir.files import TENSORBOARD
 from fsq_jax.workdir.files import create
 from fsq_jax.workdir.files import finite_or_null
 from fsq_jax.workdir.files import lock
+from fsq_jax.workdir.files import read_json
 from fsq_jax.workdir.files import unused
 from fsq_jax.workdir.files import write_bytes
 from fsq_jax.workdir.files import write_json
@@ -42,6 +43,7 @@ __all__ = [
     'create',
     'finite_or_null',
     'lock',
+    'read_json',
     'read_metrics',
     'unused',
     'write_bytes',

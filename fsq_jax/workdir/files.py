@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, atomic writing, metric rows."""
+"""The folder of a run: names of its files, lock, reading, atomic writes."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -33,17 +33,17 @@ PROFILE = 'profile'
 def create(
     path: str | os.PathLike[str], flag: str = '--workdir'
 ) -> pathlib.Path:
-  """Creates the folder of a run and shows that it can be written.
+  """Creates the folder of a run and checks that it is writable.
 
   Args:
-    path: the folder; parents are created too.
-    flag: that names it.
+    path: the folder; parents are created, too.
+    flag: flag of the folder, for messages.
 
   Returns:
-    Its absolute path.
+    The absolute path.
 
   Raises:
-    ValueError: the path is a file, or nothing can be written there.
+    ValueError: the path is a file, or the folder is not writable.
   """
   folder = pathlib.Path(path).expanduser().absolute()
   if folder.is_file():
@@ -52,7 +52,7 @@ def create(
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe-{os.getpid()}'
     probe.touch()
-    # Processes of other hosts may have the same id, and be quicker.
+    # A process of another host may have the same id and unlink it first.
     probe.unlink(missing_ok=True)
   except OSError as error:
     raise ValueError(
@@ -64,24 +64,24 @@ def create(
 
 @contextlib.contextmanager
 def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
-  """Keeps a second run from writing into the folder of a run.
+  """Locks the folder of a run against writes of a second run.
 
-  The lock goes when the process ends, however it ends. It holds between hosts
-  where the file system says so (NFS 4 and Lustre with flock do).
+  The lock is released when the process ends, however it ends. It holds between
+  hosts if the file system supports that (NFS 4, and Lustre with flock).
 
   Args:
     folder: the run's folder.
-    flag: that names it.
+    flag: flag of the folder, for messages.
 
   Raises:
-    ValueError: another process writes there.
+    ValueError: another process holds the lock.
   """
   with open(folder / LOCK, 'a+', encoding='utf-8') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      # It is empty until the holder has written who it is.
+      # The file is empty until the holder has written its name.
       holder = file.read().strip() or 'another process'
       raise ValueError(
           f'{folder} is being written by {holder}; wait until that run has'
@@ -89,7 +89,7 @@ def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
       ) from error
     except OSError as error:
       logging.warning(
-          'No lock of %s (%s): nothing keeps another run from writing there.',
+          '%s cannot be locked (%s): another run could write there, too.',
           folder, error.strerror,
       )
     file.truncate(0)
@@ -100,7 +100,7 @@ def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
 
 
 def unused(path: pathlib.Path) -> pathlib.Path:
-  """Returns the path, or the path with a number that makes it a new one."""
+  """Returns the path, with a number appended if it exists."""
   numbers = itertools.count(2)
   candidate = path
   while candidate.exists():
@@ -108,10 +108,28 @@ def unused(path: pathlib.Path) -> pathlib.Path:
   return candidate
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Reads a JSON object; returns None if there is no such file.
+
+  Raises:
+    ValueError: the file cannot be read, or is not a JSON object.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_text('utf-8'))
+    if not isinstance(value, dict):
+      raise ValueError('it is not a JSON object')
+  except FileNotFoundError:
+    return None
+  except (OSError, RecursionError, ValueError) as error:
+    raise ValueError(f'{path} cannot be read: {error}.') from error
+  return value
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file so that it is there either whole or not at all."""
+  """Writes a file atomically."""
   path = pathlib.Path(path)
-  # By chance: processes of other hosts may have the same id. Names have limits.
+  # A random name, since processes of other hosts may have the same id; cut,
+  # since file systems limit the length of names.
   name = os.fsdecode(os.fsencode(path.name)[:200])
   temporary = path.with_name(f'.{name}.{uuid.uuid4().hex}.tmp')
   try:
@@ -125,13 +143,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """Writes plain values as JSON, atomically; non-finite numbers as null."""
+  """Writes JSON values atomically; non-finite numbers become null."""
   text = json.dumps(finite_or_null(value), indent=2, allow_nan=False)
   write_bytes(path, (text + '\n').encode())
 
 
 def finite_or_null(value: Any) -> Any:
-  """Replaces non-finite floats by None, in dicts and lists too."""
+  """Returns a tree of dicts and lists with None for non-finite floats."""
   if isinstance(value, Mapping):
     return {str(k): finite_or_null(v) for k, v in value.items()}
   if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard events."""
+"""Writes and reads metrics.jsonl; writes TensorBoard events."""
 
 from collections.abc import Mapping
 import contextlib
@@ -15,8 +15,8 @@ from fsq_jax.workdir import files
 class MetricWriter:
   """Appends rows to metrics.jsonl and, with tensorboardX, to event files.
 
-  A run that goes on from a checkpoint first drops the rows after it, so that
-  the file reads as if the run had never stopped.
+  A run that resumes from a checkpoint first drops the rows after it, so that
+  the file equals that of an uninterrupted run.
   """
 
   def __init__(self, folder: pathlib.Path, *, first_step: int):
@@ -31,10 +31,11 @@ class MetricWriter:
     self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115
     self._events = None
     try:
-      import tensorboardX  # An extra: runs do without it.
+      import tensorboardX  # An optional dependency.
     except ImportError:
       logging.info(
-          'No TensorBoard events: pip install tensorboardX adds them.'
+          'No TensorBoard events are written; install them by: pip install'
+          ' tensorboardX'
       )
     else:
       self._events = tensorboardX.SummaryWriter(
@@ -51,15 +52,14 @@ class MetricWriter:
         self._events.add_scalar(f'{split}/{name}', value, step)
 
   def flush(self) -> None:
-    """Returns when the rows are on disk."""
+    """Waits until the rows are on disk."""
     os.fsync(self._file.fileno())
     if self._events is not None:
       self._events.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    # Every row is flushed as it is written: a row that is still here has
-    # failed, and whoever wrote it knows.
+    # `write` flushes every row, so that an error of this one has been raised.
     with contextlib.suppress(OSError):
       self._file.close()
     if self._events is not None:
@@ -67,13 +67,13 @@ class MetricWriter:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Reads the rows of metrics.jsonl; a last line cut off by a crash is left.
+  """Reads metrics.jsonl and skips corrupted lines, as after a crash.
 
   Args:
     folder: the run's folder.
 
   Returns:
-    The rows in order; empty without the file.
+    The rows in order; [] if there is no file.
   """
   return [row for _, row in _read_rows(pathlib.Path(folder) / files.METRICS)]
 
@@ -86,7 +86,7 @@ def _read_rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     try:
       row = json.loads(line)
     except ValueError:
-      logging.warning('%s has a damaged line, left out: %.60s', path, line)
+      logging.warning('%s: skipped a corrupted line: %.60s', path, line)
       continue
     if isinstance(row, dict) and isinstance(row.get('step'), int):
       rows.append((line, row))

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, plain lines anywhere else."""
+"""Progress of a run: a bar on a terminal, plain lines otherwise."""
 
 import collections
 from collections.abc import Mapping
@@ -15,30 +15,31 @@ _SHOWN = (
     'distillation_loss', 'adversarial_loss', 'discriminator_loss',
     'gradient_norm',
 )
-# Of a loss, over the median of so many before it, to be called an explosion.
-_EXPLOSION = 100
+# A loss spikes if it exceeds the running median of the losses before by this
+# factor; window of the median, and number of losses that it needs.
+_SPIKE_FACTOR = 100
 _NUM_MEDIAN = 101
 _MIN_MEDIAN = 10
 
 
 class LossAlarm:
-  """Tells explosions of a loss: far above what it was, though finite."""
+  """Detects finite loss spikes."""
 
   def __init__(self):
-    """Knows no loss yet."""
+    """Starts with an empty window."""
     self._sizes = collections.deque(maxlen=_NUM_MEDIAN)
-    self._exploded = False
+    self._is_spike = False
 
   def check(self, loss: float) -> float | None:
-    """Takes the loss of a step; adversarial ones may be negative.
+    """Adds the loss of a step and returns the median if a spike starts.
 
     Args:
-      loss: any number. What is not finite is passed over: such steps are
-        skipped anyhow.
+      loss: any number. Losses that are not finite are ignored, since training
+        skips such steps; adversarial losses may be negative.
 
     Returns:
-      The median size of the losses before, where an explosion begins: where the
-      loss is 100 times as large, and the one before was not. Otherwise None.
+      The median magnitude of the losses before, if the loss is over 100 times
+      as large and the one before was not. Otherwise None.
     """
     if not math.isfinite(loss):
       return None
@@ -46,19 +47,19 @@ class LossAlarm:
     if len(self._sizes) >= _MIN_MEDIAN:
       median = statistics.median(self._sizes)
     self._sizes.append(abs(loss))
-    before, self._exploded = self._exploded, abs(loss) > _EXPLOSION * median
-    return median if self._exploded and not before else None
+    before, self._is_spike = self._is_spike, abs(loss) > _SPIKE_FACTOR * median
+    return median if self._is_spike and not before else None
 
 
 class Progress:
   """Shows steps, speed, time left and losses on standard error."""
 
   def __init__(self, *, num_steps: int, batch_size: int, enabled: bool):
-    """Shows nothing yet.
+    """Shows nothing before `start`.
 
     Args:
-      num_steps: steps of the whole run.
-      batch_size: images a step.
+      num_steps: number of steps of the whole run.
+      batch_size: images per step.
       enabled: False shows nothing, as in all processes but one.
     """
     self._num_steps = num_steps
@@ -79,14 +80,14 @@ class Progress:
     self.restart_clock()
 
   def update(self, step: int, scalars: Mapping[str, float]) -> float:
-    """Counts a finished step, and warns where its loss explodes.
+    """Counts a finished step and warns of a loss spike.
 
     Args:
-      step: steps taken.
-      scalars: of that step.
+      step: training steps taken.
+      scalars: metrics of that step.
 
     Returns:
-      Images a second since the last `log` or `restart_clock`.
+      Images per second since the last `log` or `restart_clock`.
     """
     self._step = step
     median = self._alarm.check(scalars['loss'])
@@ -95,7 +96,7 @@ class Progress:
           'Step %d: loss %.4g is over %d times the median %.4g of the steps'
           ' before. Earlier checkpoints are in the workdir; lower'
           ' optim.learning_rate or optim.clip_norm if it does not fall again.',
-          step, scalars['loss'], _EXPLOSION, median,
+          step, scalars['loss'], _SPIKE_FACTOR, median,
       )
     first, started = self._since
     seconds = time.perf_counter() - started
@@ -109,7 +110,7 @@ class Progress:
     return self._rate
 
   def log(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Writes a line about a step where there is no bar; restarts the clock."""
+    """Writes a line about a step if there is no bar; restarts the clock."""
     if self._enabled and self._bar is None:
       left = (self._num_steps - step) * self._batch_size / self._rate
       shown = [name for name in _SHOWN if name in scalars]
@@ -121,7 +122,7 @@ class Progress:
     self.restart_clock()
 
   def restart_clock(self) -> None:
-    """Counts images a second from here on."""
+    """Restarts the measurement of images per second."""
     self._since = (self._step, time.perf_counter())
 
   def say(self, text: str) -> None:
@@ -130,20 +131,20 @@ class Progress:
       tqdm.tqdm.write(text, file=sys.stderr)
 
   def close(self) -> None:
-    """Leaves the bar as it stands."""
+    """Leaves the bar as it is."""
     if self._bar is not None:
       self._bar.close()
 
 
 class ImageProgress:
-  """Shows images, speed and time left of one pass on standard error."""
+  """Shows images, speed and time left of one pass over a data set."""
 
   def __init__(self, *, num_images: int, first: int, enabled: bool):
     """Starts the bar and the clock.
 
     Args:
-      num_images: of the whole pass.
-      first: images that earlier runs have done.
+      num_images: number of images of the whole pass.
+      first: number of images finished by earlier runs.
       enabled: False shows nothing, as in all processes but one.
     """
     self._enabled = enabled
@@ -157,13 +158,13 @@ class ImageProgress:
       )
 
   def update(self, num_images: int) -> None:
-    """Counts images."""
+    """Counts finished images."""
     self._done += num_images
     if self._bar is not None:
       self._bar.update(num_images)
 
   def log(self) -> None:
-    """Writes a line where there is no bar."""
+    """Writes a line if there is no bar."""
     if self._enabled and self._bar is None:
       seconds = time.perf_counter() - self._started
       rate = (self._done - self._first) / max(seconds, 1e-9)
@@ -175,6 +176,6 @@ class ImageProgress:
       )
 
   def close(self) -> None:
-    """Leaves the bar as it stands."""
+    """Leaves the bar as it is."""
     if self._bar is not None:
       self._bar.close()

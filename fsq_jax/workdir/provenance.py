@@ -1,8 +1,7 @@
-"""What a run was made with: command, versions, devices, git state."""
+"""Provenance of a run: command, versions, devices, git commit."""
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shlex
@@ -14,6 +13,7 @@ from absl import logging
 import jax
 
 import fsq_jax
+from fsq_jax.workdir import files
 
 _PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
@@ -21,7 +21,10 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-  """Returns JSON-able facts about this process; nothing of its environment."""
+  """Returns metadata of this process as JSON values.
+
+  Environment variables are left out, since they may hold secrets.
+  """
   return {
       'command': command(),
       'started': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
@@ -44,32 +47,25 @@ def command() -> str:
 
 
 def read_started_from(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run's run.json says that it started from.
+  """Returns 'started_from' of a run.json: sources of the initial variables.
 
-  Args:
-    path: of run.json.
-
-  Returns:
-    The facts; {}, with a warning, where the file is damaged: a run goes on
-    without them.
+  A corrupted file gives {} and a warning, since a run can resume without.
   """
   try:
-    return json.loads(path.read_text('utf-8')).get('started_from', {})
-  except FileNotFoundError:
-    return {}
-  except (AttributeError, ValueError) as error:
+    return (files.read_json(path) or {}).get('started_from', {})
+  except ValueError as error:
     logging.warning(
-        '%s is damaged (%s): what the run started from is not known any more.',
-        path, error,
+        '%s The new run.json will lack the sources of the initial variables.',
+        error,
     )
     return {}
 
 
 def git_revision() -> str | None:
-  """Returns the commit of the package's checkout, '+' if changed, or None."""
+  """Returns the commit of the package's checkout, with '+' if modified."""
   root = pathlib.Path(fsq_jax.__file__).parents[1]
   if not (root / '.git').exists():
-    return None  # An installed package may lie in somebody else's checkout.
+    return None  # An installed package may lie in the checkout of a user.
 
   def git(*arguments: str) -> str:
     command = ['git', '-C', str(root), *arguments]

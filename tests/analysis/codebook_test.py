@@ -122,7 +122,7 @@ class _Run:
     self.decoder = codebook_figures.Decoder(
         self.model, self.variables, mesh, batch_size
     )
-    tally = codebook_analysis.Tally(_NUM_IMAGES, self.decoder)
+    tally = codebook_analysis.CodebookHistogram(_NUM_IMAGES, self.decoder)
     # The last batch is filled up, as the data set does.
     for start in range(0, _NUM_IMAGES, batch_size):
       index = np.arange(start, start + batch_size)
@@ -159,7 +159,17 @@ def _run(name):
   return _Run(_QUANTIZERS[name])
 
 
-@pytest.fixture(params=_QUANTIZERS)
+def _quantizers(*names):
+  """Parameters of a test: 'fsq' and 'vq' stand for all in the fast tier."""
+  return [
+      name
+      if name in ('fsq', 'vq')
+      else pytest.param(name, marks=pytest.mark.slow)
+      for name in names
+  ]
+
+
+@pytest.fixture(params=_quantizers(*_QUANTIZERS))
 def run(request):
   """A run of each quantizer."""
   return _run(request.param)
@@ -269,7 +279,7 @@ def test_digits_are_those_of_numpy(fsq):
     assert code['digits'] == [int(x) for x in expected]
 
 
-@pytest.mark.parametrize('name', ['grouped_fsq', 'residual_fsq'])
+@pytest.mark.parametrize('name', _quantizers('grouped_fsq', 'residual_fsq'))
 def test_each_index_of_a_token_has_digits_of_its_own(name):
   run = _run(name)
   found = run.result['digits']
@@ -342,7 +352,7 @@ def test_every_digit_takes_every_level(fsq):
     assert swap['num_digits'] == 3
 
 
-@pytest.mark.parametrize('name', ['vq', 'cosine', 'simvq'])
+@pytest.mark.parametrize('name', _quantizers('vq', 'cosine', 'simvq'))
 def test_codes_without_digits_are_swapped_by_distance(name):
   run = _run(name)
   codes = run.codes(np.arange(24)).astype(np.float64)
@@ -360,6 +370,7 @@ def test_codes_without_digits_are_swapped_by_distance(name):
       )
 
 
+@pytest.mark.slow
 def test_long_swaps_are_cut():
   quantizer = quantizers.GroupedFSQ(levels=(40, 3), num_groups=8)
   run = _Run(quantizer)
@@ -461,7 +472,7 @@ def test_batches_change_nothing():
 
 
 def test_tokens_that_are_none_and_images_that_are_not_finite(fsq):
-  tally = codebook_analysis.Tally(3, fsq.decoder)
+  tally = codebook_analysis.CodebookHistogram(3, fsq.decoder)
   tokens = fsq.tokens[:3].copy()
   tokens[0, 2, 3] = -1
   output = results_lib.EvalOutput(
@@ -534,6 +545,7 @@ def test_the_mode_writes_the_report_of_a_run(workdir):
   assert (workdir / 'report.html').read_text() == page
 
 
+@pytest.mark.slow
 def test_images_of_folders_have_their_names(tmp_path):
   shutil.copytree(_RUN, tmp_path / 'run')
   folder = tmp_path / 'images' / 'validation' / 'cat & dog'

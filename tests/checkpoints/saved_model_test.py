@@ -1,9 +1,11 @@
 """Tests of models out of runs, one of them of an earlier version."""
 
+import contextlib
 import pathlib
 import shutil
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ _RUN = pathlib.Path(__file__).parents[1] / 'testdata' / 'run'
 
 @pytest.mark.parametrize('which', ['newest', 'best', '8'])
 def test_a_run_of_an_earlier_version_is_found(which):
-  found = saved_model.find(_RUN, which)
+  found = saved_model.find_run(_RUN, which)
   assert found.step == 8
   assert found.quantizer['levels'] == [8, 8, 8]
   assert found.config.model.quantizer.name == 'fsq'
@@ -43,22 +45,38 @@ def test_a_run_of_an_earlier_version_is_found(which):
             lambda folder: (
                 folder.mkdir(), (folder / 'model.safetensors').touch()
             ),
-            'run holds weights, not a run .* A saved tokenizer can tokenize',
+            'run holds weights, not a run .* A saved tokenizer works with',
         ),
     ],
 )
-@pytest.mark.parametrize('which', ['newest', 'best', '8'])
-def test_a_folder_without_checkpoints_says_why(make, problem, which, tmp_path):
+def test_a_folder_without_checkpoints_says_why(make, problem, tmp_path):
   make(tmp_path / 'run')
-  with pytest.raises(ValueError, match=problem):
-    saved_model.find(tmp_path / 'run', which)
+  for which in ('newest', 'best', '8'):
+    with pytest.raises(ValueError, match=problem):
+      saved_model.find_run(tmp_path / 'run', which)
+
+
+def test_the_newest_the_best_and_a_numbered_step_are_found(tmp_path):
+  run = checkpoints.Checkpointer(_RUN, read_only=True)
+  with contextlib.closing(run):
+    record = run.restore_record(8)
+  with contextlib.closing(checkpoints.Checkpointer(tmp_path, keep=3)) as run:
+    for step, psnr in ((1, 20.0), (2, 25.0), (3, 21.0)):
+      run.save(step, {'x': jnp.arange(4.0)}, record, {'psnr': psnr})
+
+  def find(*names):
+    return [saved_model.find_run(tmp_path, name).step for name in names]
+
+  assert find('newest', 'best', '1', '3') == [3, 2, 1, 3]
+  (tmp_path / 'checkpoints' / '3' / 'record' / 'metadata').unlink()
+  assert find('newest', 'best') == [2, 2]
 
 
 def test_steps_that_are_not_there_are_told_from_the_others():
   with pytest.raises(ValueError, match=(
       r"no checkpoint 7; allowed: 'newest', 'best' and the steps \[8\]"
   )):
-    saved_model.find(_RUN, '7')
+    saved_model.find_run(_RUN, '7')
 
 
 def test_without_an_evaluation_none_is_best(monkeypatch):
@@ -66,17 +84,17 @@ def test_without_an_evaluation_none_is_best(monkeypatch):
   with pytest.raises(ValueError, match=(
       r"no best checkpoint: none of the steps \[8\] .* Use 'newest' or one"
   )):
-    saved_model.find(_RUN, 'best')
+    saved_model.find_run(_RUN, 'best')
 
 
 def test_the_steps_that_are_damaged_are_told_why(tmp_path):
   run = shutil.copytree(_RUN, tmp_path / 'run')
   (run / 'checkpoints' / '8' / 'record' / 'metadata').unlink()
   with pytest.raises(ValueError, match=(
-      r"no undamaged checkpoint 'newest'; there are the steps \[8\]"
+      r"no intact checkpoint 'newest' among the steps \[8\]"
       r'(.|\n)*the record cannot be read'
   )):
-    saved_model.find(run)
+    saved_model.find_run(run)
 
 
 def test_a_path_of_an_earlier_version_is_looked_for_from_here(
@@ -92,7 +110,7 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
     return config
 
   monkeypatch.setattr(configuration, 'config_from_json', read_relative)
-  assert saved_model.find(_RUN).config.data.data_dir == f'{tmp_path}/images'
+  assert saved_model.find_run(_RUN).config.data.data_dir == f'{tmp_path}/images'
 
 
 @pytest.mark.parametrize(
@@ -105,7 +123,7 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
     ],
 )
 def test_files_that_a_run_was_made_of_may_be_elsewhere(fields, same):
-  saved = saved_model.find(_RUN).config
+  saved = saved_model.find_run(_RUN).config
   saved.model.latent_statistics = '/a'
   given = saved.copy_and_resolve_references()
   given.update_from_flattened_dict(fields)
@@ -118,7 +136,7 @@ def test_files_that_a_run_was_made_of_may_be_elsewhere(fields, same):
 
 @pytest.mark.slow
 def test_a_run_of_an_earlier_version_gives_the_same_tokens():
-  found = saved_model.find(_RUN)
+  found = saved_model.find_run(_RUN)
   mesh = partitioning.create_mesh(
       found.config.partitioning.mesh, jax.devices()[:2]
   )

@@ -137,8 +137,8 @@ def _launch(*args):
 
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory):
-  """Folder of the config, what it names, and a run of it."""
+def inputs(tmp_path_factory):
+  """Folder of the config and of its images and encoders."""
   root = tmp_path_factory.mktemp('modes')
   rng = np.random.default_rng(0)
   for split in ('train', 'validation'):
@@ -149,6 +149,13 @@ def root(tmp_path_factory):
   for name in ('encoders/siglip', 'encoders/dino', 'decoders/rae_decoder'):
     shutil.copytree(_TESTDATA / name, root / pathlib.Path(name).name)
   (root / 'config.py').write_text(_CONFIG.format(root=root))
+  return root
+
+
+@pytest.fixture(scope='module')
+def root(inputs):
+  """The same folder with latent statistics, a run and its tokens."""
+  root = inputs
   config = f'--config={root}/config.py'
   assert not _launch(config, '--mode=latent_statistics', f'--workdir={root}')
   assert not _launch(config, f'--workdir={root}/run')
@@ -199,25 +206,42 @@ def test_a_mode_runs_without_what_it_does_not_use(mode, root, tmp_path):
     folder.rename(root)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('mode', 'name'),
-    [(mode, name) for mode, names in _USED.items() for name in names],
-)
-def test_a_mode_names_what_is_missing(
-    mode, name, root, tmp_path, capsys, monkeypatch
-):
+def _check_messages(modes, root, folder, capsys, monkeypatch, *changes):
+  """Runs modes without each of their inputs; lists what they said instead."""
 
   def work(*args, **kwargs):
     raise AssertionError('It is too late to say so.')
 
   monkeypatch.setattr(saved_model, 'restore', work)
   monkeypatch.setattr(train_state.StateBuilder, 'create', work)
-  changes, message = _MISSING[name]
-  args = _args(mode, root, tmp_path)
-  assert _launch(f'--mode={mode}', *args, *changes) == 2
-  assert message in capsys.readouterr().err
-  assert not list(tmp_path.glob('*/run.json'))
+  wrong = []
+  for mode in modes:
+    for name in _USED[mode]:
+      missing, message = _MISSING[name]
+      args = _args(mode, root, folder)
+      code = _launch(f'--mode={mode}', *args, *changes, *missing)
+      said = capsys.readouterr().err
+      if code != 2 or message not in said:
+        wrong.append((mode, name, code, said))
+  assert not wrong
+  assert not list(folder.glob('*/run.json'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', _USED)
+def test_a_mode_names_what_is_missing(
+    mode, root, tmp_path, capsys, monkeypatch
+):
+  _check_messages([mode], root, tmp_path, capsys, monkeypatch)
+
+
+def test_modes_without_a_run_name_what_is_missing(
+    inputs, tmp_path, capsys, monkeypatch
+):
+  _check_messages(
+      ['train', 'latent_statistics'], inputs, tmp_path, capsys, monkeypatch,
+      '--config.model.latent_statistics=',
+  )
 
 
 @pytest.mark.slow
@@ -242,7 +266,7 @@ def test_a_saved_tokenizer_is_no_run(mode, root, tmp_path, capsys):
   Tokenizer.from_workdir(root / 'run').save_pretrained(folder)
   images = f'--config.data.data_dir={root}/images'
   assert _launch(f'--mode={mode}', f'--workdir={folder}', images) == 2
-  assert 'A saved tokenizer can tokenize' in capsys.readouterr().err
+  assert 'A saved tokenizer works with the modes' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class _Runs:
     self.reconstructions.clear()
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(native_size.Reconstructor, '__call__', recorded)
-      patch.setattr(saved_model, 'find', lambda *args: found)
+      patch.setattr(saved_model, 'find_run', lambda *args: found)
       patch.setattr(saved_model, 'restore', lambda *args: self._restored)
       return saved_run.evaluate_workdir(config, self.folder)
 

@@ -232,7 +232,7 @@ def test_damaged_files_are_named(workdir):
   page = _read(workdir)
   text = _Page(page).text
   assert 'evaluation.json cannot be read' in text
-  assert 'run.json is not a JSON object' in text
+  assert 'run.json cannot be read: it is not a JSON object' in text
   assert 'step_00001500.png: ' in text
   assert page.count('data:image/png') == 2
 

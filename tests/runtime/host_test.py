@@ -3,22 +3,14 @@
 import ctypes
 import importlib.metadata
 import importlib.util
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 import types
 
-import jax
-from jax.experimental import multihost_utils
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from fsq_jax.runtime import host
-from fsq_jax.runtime import preemption
-from fsq_jax.runtime import processes
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -96,70 +88,3 @@ def test_other_systems_are_left_alone(monkeypatch, error):
   host.keep_freed_memory()
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: object())
   host.keep_freed_memory()
-
-
-def _join(monkeypatch, *others):
-  """Makes this process 0, which others tell whether they have failed."""
-  told = []
-
-  def gather(failed):
-    told.append(bool(failed))
-    assert len(waited) == len(told)
-    return np.array([failed, *others])
-
-  def wait(*, key, timeout_ms):
-    assert key not in waited
-    assert timeout_ms > 24 * 3600 * 1000
-    waited.append(key)
-
-  waited = []
-  monkeypatch.setattr(ocp.multihost, 'get_barrier_sync_fn', lambda: wait)
-  monkeypatch.setattr(jax, 'process_count', lambda: 1 + len(others))
-  monkeypatch.setattr(multihost_utils, 'process_allgather', gather)
-  return told
-
-
-@pytest.mark.parametrize('others', [(), (False, False), (False, True)])
-def test_a_process_that_fails_tells_the_others(monkeypatch, others):
-  told = _join(monkeypatch, *others)
-  with pytest.raises(OSError, match='full'), processes.fail_together():
-    raise OSError('full')
-  assert told == ([True] if others else [])
-
-
-def test_a_process_fails_with_another_and_not_without(monkeypatch):
-  told = _join(monkeypatch, False, False)
-  with processes.fail_together():
-    pass
-  _join(monkeypatch, False, True)
-  with (
-      pytest.raises(processes.PeerError, match='process 2 has failed'),
-      processes.fail_together(),
-  ):
-    pass
-  assert told == [False]
-
-
-def test_several_processes_stop_after_a_step_alone(monkeypatch):
-  asked = []
-
-  def is_reached(step):
-    asked.append(step)
-    return step == 3
-
-  monkeypatch.setattr(
-      multihost_utils, 'reached_preemption_sync_point', is_reached
-  )
-  with preemption.catch_signals() as request:
-    os.kill(os.getpid(), signal.SIGINT)
-    assert request.is_due()
-    assert request.is_due(1)
-    assert not request.together
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    assert preemption.StopRequest().together
-    assert not preemption.StopRequest(together=False).together
-    request.together = True
-    assert [request.is_due(step) for step in (2, None, 3)] == [
-        False, False, True,
-    ]  # fmt: skip
-  assert asked == [2, 3]

@@ -1,5 +1,7 @@
 """Meshes, sharding rules, and what devices hold of a real train state."""
 
+import contextlib
+import itertools
 import pathlib
 import socket
 import subprocess
@@ -14,14 +16,19 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
+from fsq_jax.analysis import figures
+from fsq_jax.checkpoints import saved_model
+from fsq_jax.models import native_size
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
+from fsq_jax.train import latent_statistics
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
 from fsq_jax.train import step as train_step
 
 P = jax.sharding.PartitionSpec
 _ROOT = pathlib.Path(__file__).parents[2]
+_RUN = _ROOT / 'tests' / 'testdata' / 'run'
 _FSDP = (('.*', 'fsdp'),)
 
 
@@ -176,11 +183,11 @@ def test_what_nothing_divides_is_listed():
       }.items()
   }
   rules = (('column', 'column'), ('.*', 'fsdp'))
-  assert partitioning.list_whole(state, _mesh(1, 4, 2), rules, 2) == {
+  assert partitioning.list_replicated(state, _mesh(1, 4, 2), rules, 2) == {
       'odd (3, 5)': 60, 'column (8, 7)': 224
   }
-  assert not partitioning.list_whole(state, _mesh(8, 1), rules, 0)
-  assert not partitioning.list_whole(state, _mesh(1, 8), rules, 60)
+  assert not partitioning.list_replicated(state, _mesh(8, 1), rules, 0)
+  assert not partitioning.list_replicated(state, _mesh(1, 8), rules, 60)
 
 
 def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
@@ -302,6 +309,7 @@ def test_teacher_and_adversary_follow_their_parameters():
     ] == [spec, spec]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('optimizer_name', 'discriminator'),
     [('adamw', 'patch'), ('muon', 'none')],
@@ -427,6 +435,7 @@ def _small_autoencoder(projector_in, projector_out, decoder):
   return models.build_autoencoder(config, (16, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('projector_in', 'projector_out', 'decoder', 'sizes'),
     [
@@ -458,11 +467,10 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
 
   def loss_and_gradients(variables, images):
     def loss(params):
-      with partitioning.mesh_of(images):
-        output, state = model.apply(
-            {**variables, 'params': params}, images, train=True,
-            mutable=['batch_stats'],
-        )
+      output, state = model.apply(
+          {**variables, 'params': params}, images, train=True,
+          mutable=['batch_stats'],
+      )
       error = jnp.mean(jnp.square(output.reconstructions - images))
       return error + output.quantizer_loss, (state, output.indices)
 
@@ -507,6 +515,83 @@ def test_gradients_of_a_model_do_not_depend_on_the_mesh(
   )
 
 
+@pytest.fixture(scope='module')
+def restored():
+  """A run of an earlier version on 2 x 4 devices: model, variables, mesh."""
+  found = saved_model.find_run(_RUN)
+  found.config.partitioning.mesh.update(data=2, fsdp=4)
+  found.config.partitioning.fsdp_min_size = 0
+  mesh = partitioning.create_mesh(found.config.partitioning.mesh)
+  return found.config, *saved_model.restore(found, mesh), mesh
+
+
+def _decode_tokens(config, model, variables, mesh):
+  decoder = figures.Decoder(model, variables, mesh, batch_size=8)
+  decoder.decode(np.zeros((8, *model.encoder.grid_size), np.int32))
+
+
+def _reconstruct_tiles(config, model, variables, mesh):
+  size = config.data.image_size
+  image = np.zeros((2 * size[0], 4 * size[1], 3), np.uint8)
+  native_size.Reconstructor(model, size, mesh)(variables, image)
+
+
+def _measure_latents(config, *_):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+        latent_statistics.tqdm,
+        'tqdm',
+        lambda batches, **_: itertools.islice(batches, 1),
+    )
+    config = config.copy_and_resolve_references()
+    config.train.init_from = str(_RUN)
+    latent_statistics.measure(config)
+
+
+@pytest.mark.parametrize(
+    ('apply', 'num_activations'),
+    [(_decode_tokens, 9), (_reconstruct_tiles, 17), (_measure_latents, 7)],
+)
+def test_activations_are_sharded_wherever_a_model_is_applied(
+    restored, monkeypatch, apply, num_activations
+):
+  """Parameters are sharded, and nobody says on what mesh the images are."""
+  constrain, specs = partitioning.constrain, []
+
+  def constrain_and_look(x, *args, **kwargs):
+    x = constrain(x, *args, **kwargs)
+    jax.debug.inspect_array_sharding(
+        x, callback=lambda sharding: specs.append(sharding.spec)
+    )
+    return x
+
+  monkeypatch.setattr(partitioning, 'constrain', constrain_and_look)
+  apply(*restored)
+  assert specs == [P(('data', 'fsdp'))] * num_activations
+
+
+def test_constraints_follow_the_array_and_can_be_switched_off():
+  mesh = _mesh(2, 2, 2)
+
+  def num_constraints(x, context=contextlib.nullcontext):
+    def function(x):
+      with context():
+        y = partitioning.constrain(jnp.sin(x).reshape(8, 2, 2), tensor_axis=2)
+        return partitioning.spread(partitioning.gather_parameter(y))
+
+    return jax.jit(function).lower(x).as_text().count('sharding_constraint')
+
+  x = np.ones((8, 4), np.float32)
+  sharded = partitioning.shard_batch(x, mesh)
+  assert num_constraints(sharded) == 3
+  assert num_constraints(sharded, partitioning.no_mesh) == 0
+  assert num_constraints(sharded) == 3
+  assert num_constraints(x) == 0
+  # A batch of 2 is not divided by 4 or 8 devices.
+  function = jax.jit(lambda x: partitioning.constrain(x[:2]))
+  assert 'sharding_constraint' not in function.lower(sharded).as_text()
+
+
 def _mesh_of_processes(processes):
   """A mesh of [data, fsdp, tensor] devices of the processes named."""
   processes = np.array(processes)
@@ -543,7 +628,7 @@ def test_processes_share_a_batch_as_their_devices_do(
   mesh = _mesh_of_processes(processes)
   for process, index in enumerate(shares):
     monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
-    assert partitioning.process_share(mesh) == (index, count)
+    assert partitioning.data_shard(mesh) == (index, count)
 
 
 @pytest.mark.parametrize(
@@ -551,8 +636,8 @@ def test_processes_share_a_batch_as_their_devices_do(
     [
         # Three devices of each, two along 'tensor'.
         ([[[0, 0]], [[0, 1]], [[1, 1]]], r'0 .* \[0, 1\] .* 1 \[1, 2\]'),
-        ([[[0]], [[1]], [[1]]], r'0 .* \[0\] and process 1 \[1, 2\]'),
-        ([[[0, 1]], [[0, 0]]], r'0 .* \[0, 1\] and process 1 \[0\]'),
+        ([[[0]], [[1]], [[1]]], r'0 .* \[0\] .* process 1 \[1, 2\]'),
+        ([[[0, 1]], [[0, 0]]], r'0 .* \[0, 1\] .* process 1 \[0\]'),
     ],
 )
 def test_processes_that_cannot_share_a_batch_are_refused_by_all(
@@ -562,7 +647,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_by_all(
   for process in range(2):
     monkeypatch.setattr(jax, 'process_index', lambda i=process: i)
     with pytest.raises(ValueError, match=parts) as error:
-      partitioning.process_share(mesh)
+      partitioning.data_shard(mesh)
     assert f'partitioning.mesh is {mesh.shape}' in str(error.value)
     assert 'make tensor a divisor or a multiple' in str(error.value)
 
@@ -583,6 +668,7 @@ print(batch.shape, jax.process_count(), mesh.devices.shape, int(total))
 """
 
 
+@pytest.mark.slow
 def test_batches_of_two_processes_become_one():
   with socket.socket() as free:
     free.bind(('localhost', 0))

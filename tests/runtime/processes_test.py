@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
+import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
 
@@ -260,7 +263,7 @@ def test_parts_of_large_arrays_are_saved_undamaged(tmp_path, images):
   log = folder.with_suffix('.log0').read_text()
   assert 'from step 2.' in log
   assert not (folder / workdirs.DAMAGED).exists()
-  found = saved_model.find(folder)
+  found = saved_model.find_run(folder)
   assert found.step == 3
   saved_model.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
 
@@ -274,7 +277,6 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 
 
-@pytest.mark.slow
 def test_slurm_tells_processes_of_each_other():
   with socket.socket() as listener:
     port = 0
@@ -307,8 +309,78 @@ def test_slurm_tells_processes_of_each_other():
     assert f'{i} 2 6\n' in output, output
 
 
+def _join(monkeypatch, *others):
+  """Makes this process 0; others tell it how severely they have failed."""
+  told = []
+
+  def gather(severity):
+    told.append(int(severity))
+    assert len(waited) == len(told)
+    return np.array([severity, *others])
+
+  def wait(*, key, timeout_ms):
+    assert key not in waited
+    assert timeout_ms > 24 * 3600 * 1000
+    waited.append(key)
+
+  waited = []
+  monkeypatch.setattr(ocp.multihost, 'get_barrier_sync_fn', lambda: wait)
+  monkeypatch.setattr(jax, 'process_count', lambda: 1 + len(others))
+  monkeypatch.setattr(multihost_utils, 'process_allgather', gather)
+  return told
+
+
+@pytest.mark.parametrize('others', [(), (0, 0), (0, 1)])
+def test_a_process_that_fails_tells_the_others(monkeypatch, others):
+  told = _join(monkeypatch, *others)
+  with pytest.raises(OSError, match='full'), processes_lib.fail_together():
+    raise OSError('full')
+  assert told == ([1] if others else [])
+
+
+def test_a_process_fails_with_another_and_not_without(monkeypatch):
+  told = _join(monkeypatch, 0, 0)
+  with processes_lib.fail_together():
+    pass
+  _join(monkeypatch, 0, 1)
+  with (
+      pytest.raises(processes_lib.PeerError, match='process 2 has failed'),
+      processes_lib.fail_together(),
+  ):
+    pass
+  assert told == [0]
+
+
+@pytest.mark.parametrize(
+    ('own', 'others', 'raised'),
+    [
+        (ValueError('mine'), (0, 1), (ValueError, 'mine')),
+        (ValueError('mine'), (1, 2), (RuntimeError, 'process 2 is worse')),
+        (KeyError('mine'), (1, 0), (KeyError, 'mine')),
+        (None, (0, 1), (ValueError, 'process 2 is bad')),
+        (None, (2, 1), (RuntimeError, 'process 1 is worse')),
+    ],
+)
+def test_the_most_severe_error_of_all_processes_is_raised(
+    monkeypatch, own, others, raised
+):
+  _join(monkeypatch, *others)
+  kinds = (
+      (ValueError, lambda process: ValueError(f'process {process} is bad')),
+      (Exception, lambda process: RuntimeError(f'process {process} is worse')),
+  )
+
+  @processes_lib.fail_together(kinds)
+  def body():
+    if own is not None:
+      raise own
+
+  with pytest.raises(raised[0], match=raised[1]):
+    body()
+
+
 def test_flags_of_processes_belong_together():
-  with pytest.raises(ValueError, match='all are needed'):
+  with pytest.raises(ValueError, match='give all of them, or none'):
     processes_lib.join_processes('127.0.0.1:1', 2)
 
 

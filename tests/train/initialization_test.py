@@ -425,7 +425,7 @@ def test_a_run_starts_from_all_variables_of_another_one(finished):
   assert int(state.step) == 0
   assert np.asarray(state.model_state['codebook']['quantizer']['step']) == 2
   _, restored = saved_model.restore(
-      saved_model.find(folder),
+      saved_model.find_run(folder),
       partitioning.create_mesh(config.partitioning.mesh),
   )
   _assert_same(restored, variables)

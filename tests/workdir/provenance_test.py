@@ -69,7 +69,7 @@ def test_a_damaged_description_is_warned_of(tmp_path, caplog, data):
   path = tmp_path / 'run.json'
   path.write_bytes(data)
   assert provenance.read_started_from(path) == {}
-  assert f'{path} is damaged' in caplog.text
+  assert f'{path} cannot be read' in caplog.text
 
 
 def test_start_is_in_universal_time():
