@@ -23,8 +23,8 @@ from absl import flags
 from absl import logging
 import ml_collections
 
-from fsq_jax import configuration
 from fsq_jax.configuration import command_line
+from fsq_jax.configuration import loading as configuration
 
 _CONFIG = flags.DEFINE_string(
     'config',
@@ -99,13 +99,14 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
 
 
 def _train(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax import train
+  from fsq_jax.train import autoencoder
+  from fsq_jax.train import loop as train_loop
 
   try:
-    train.train_and_evaluate(
+    autoencoder.train_and_evaluate(
         config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
     )
-  except train.Preempted as preempted:
+  except train_loop.Preempted as preempted:
     raise _Interrupted(f'; step {preempted.step} is saved') from preempted
   return []
 
@@ -133,27 +134,29 @@ def _report(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _tokenize(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax import tokens
+  from fsq_jax.tokens import summary
+  from fsq_jax.tokens import tokenization
 
-  folder = _TOKENS.value or tokens.default_folder(config, workdir)
-  was_complete = tokens.is_complete(folder)
+  folder = _TOKENS.value or tokenization.default_folder(config, workdir)
+  was_complete = tokenization.is_complete(folder)
   try:
-    manifest = tokens.tokenize_workdir(
+    manifest = tokenization.tokenize_workdir(
         config, workdir, which=_CHECKPOINT.value, folder=folder,
         verify_images=_VERIFY_IMAGES.value,
     )
-  except tokens.Interrupted as interrupted:
+  except tokenization.Interrupted as interrupted:
     raise _Interrupted from interrupted
   notes = ['nothing written: the folder is already complete'] * was_complete
-  return [folder, *notes, *tokens.describe(manifest)]
+  return [folder, *notes, *summary.describe(manifest)]
 
 
 def _detokenize(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax import tokens
+  from fsq_jax.tokens import detokenization
+  from fsq_jax.tokens import tokenization
 
-  folder = _TOKENS.value or tokens.default_folder(config, workdir)
+  folder = _TOKENS.value or tokenization.default_folder(config, workdir)
   images = _IMAGES.value or f'{folder}_images'
-  tokens.detokenize_workdir(workdir, folder, images, which=_CHECKPOINT.value)
+  detokenization.detokenize_workdir(workdir, folder, images, which=_CHECKPOINT.value)
   return [images]
 
 
@@ -167,7 +170,7 @@ def _export(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _prepare(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax import data
+  from fsq_jax.data import builder as data
 
   del workdir  # Data sets have their own folders.
   data.prepare(config.data)

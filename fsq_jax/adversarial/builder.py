@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax import numpy as jnp
 import optax
 
-from fsq_jax import models
 from fsq_jax.adversarial import adversary
 from fsq_jax.adversarial import dino_discriminator
 from fsq_jax.adversarial import discriminators
+from fsq_jax.models.pretrained import architectures
 
 _DISCRIMINATORS = {
     'dino': dino_discriminator.DinoDiscriminator,
@@ -44,7 +44,7 @@ def build_discriminator(config: Mapping[str, Any]) -> nn.Module:
   }
   if name == 'dino':
     try:
-      architecture = models.parse_architecture(fields['architecture'])
+      architecture = architectures.parse_architecture(fields['architecture'])
     except ValueError as error:
       raise ValueError(f'discriminator.dino: {error}') from error
     fields['dtype'] = jnp.dtype(fields['dtype'])

@@ -11,7 +11,6 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import models
 from fsq_jax.adversarial import spectral_norm
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import encoder as pretrained_vit
@@ -19,7 +18,7 @@ from fsq_jax.models.pretrained import loading as pretrained
 
 # The backbone of VAR and RAE: DINO ViT-S/8 with the approximate GELU.
 ARCHITECTURE = dataclasses.replace(
-    models.ARCHITECTURES['dino_S/8'], activation='gelu_tanh'
+    architectures.ARCHITECTURES['dino_S/8'], activation='gelu_tanh'
 )
 # Blocks with a head, in addition to the last one.
 BLOCKS = (2, 5, 8, 11)
@@ -164,7 +163,7 @@ def load_discriminator_backbone(
   Raises:
     ValueError: missing or corrupted files, or another architecture.
   """
-  found = models.build_encoder(path).architecture
+  found = pretrained.build_encoder(path).architecture
   differences = [
       f'{field.name} is {getattr(found, field.name)!r} instead of {expected!r}'
       for field in dataclasses.fields(found)
@@ -176,7 +175,7 @@ def load_discriminator_backbone(
     raise ValueError(
         f'{path} does not fit the discriminator: {"; ".join(differences)}.'
     )
-  encoder = models.load_encoder(
+  encoder = pretrained.load_encoder(
       path, discriminator.image_size, final_affine=False, shardings=shardings
   )
   return encoder.variables['params']

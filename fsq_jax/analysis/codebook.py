@@ -16,18 +16,20 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from fsq_jax import data
-from fsq_jax import quantizers
-from fsq_jax import report
-from fsq_jax import workdir as workdirs
 from fsq_jax.analysis import figures
 from fsq_jax.analysis import token_statistics
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import builder as data_builder
+from fsq_jax.data import pipelines
 from fsq_jax.evaluation import codebook_statistics
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
+from fsq_jax.quantizers import base as quantizer_base
+from fsq_jax.quantizers import digits as digits_lib
+from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
+from fsq_jax.workdir import files as workdirs
 
 # Numbers of images shown: evenly spaced in the split, with swapped tokens, best
 # (and as many worst ones), and queries of the nearest-neighbour search.
@@ -109,7 +111,7 @@ def analyze_workdir(
         ' analyzes crops of data.image_size.'
     )
   folder = saved_run.prepare_output(found.folder, output)
-  dataset = data.build_dataset(
+  dataset = data_builder.build_dataset(
       config.data,
       split='eval',
       seed=config.seed,
@@ -141,7 +143,7 @@ def analyze_workdir(
   return str(folder / workdirs.REPORT)
 
 
-def _names(value: Any, dataset: data.Dataset) -> dict[str, str]:
+def _names(value: Any, dataset: pipelines.Dataset) -> dict[str, str]:
   """Returns 'index' to name of all images in a tree of JSON values."""
   if isinstance(value, list):
     parts, names = value, {}
@@ -387,9 +389,9 @@ class _Classes:
     return np.where(valid, ranks // self.size, -1)
 
 
-def _levels(quantizer: quantizers.Quantizer) -> tuple[int, ...]:
+def _levels(quantizer: quantizer_base.Quantizer) -> tuple[int, ...]:
   """Levels of all dimensions of a token; () if codes have no level indices."""
-  if not isinstance(quantizer, quantizers.DigitQuantizer):
+  if not isinstance(quantizer, digits_lib.DigitQuantizer):
     return ()
   return tuple(quantizer.levels) * math.prod(quantizer.index_shape)
 

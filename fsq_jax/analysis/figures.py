@@ -12,9 +12,9 @@ from jax import numpy as jnp
 import numpy as np
 import PIL.Image
 
-from fsq_jax import models
-from fsq_jax import quantizers
+from fsq_jax.models import autoencoder
 from fsq_jax.models import pixels
+from fsq_jax.quantizers import digits as digits_lib
 from fsq_jax.runtime import batching
 from fsq_jax.runtime import partitioning
 
@@ -31,7 +31,7 @@ class Decoder:
 
   def __init__(
       self,
-      model: models.Autoencoder,
+      model: autoencoder.Autoencoder,
       variables: Mapping[str, Any],
       mesh: jax.sharding.Mesh,
       batch_size: int,
@@ -154,7 +154,7 @@ def swap(
   Returns:
     JSON values with PNGs; 'rows' has one dict per dimension.
   """
-  if isinstance(decoder.quantizer, quantizers.DigitQuantizer):
+  if isinstance(decoder.quantizer, digits_lib.DigitQuantizer):
     rows = _digit_swaps(decoder.quantizer, tokens[position])
     num_digits = tokens[position].size * len(decoder.quantizer.levels)
   else:
@@ -244,7 +244,7 @@ def nearest(
 
 
 def _digit_swaps(
-    quantizer: quantizers.DigitQuantizer, token: np.ndarray
+    quantizer: digits_lib.DigitQuantizer, token: np.ndarray
 ) -> list[dict[str, Any]]:
   """Returns rows of a figure; 'token' of a cell is the changed token."""
   digits = np.asarray(quantizer.indices_to_digits(token))

@@ -11,13 +11,14 @@ from absl import logging
 import jax
 import ml_collections
 
-from fsq_jax import configuration
-from fsq_jax import models
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import checkpointer as checkpointer_lib
+from fsq_jax.configuration import loading as configuration
+from fsq_jax.models import autoencoder
+from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
+from fsq_jax.workdir import files as workdirs
 
 
 class Checkpoint(NamedTuple):
@@ -158,7 +159,7 @@ def _candidates(
 
 def restore(
     found: Checkpoint, mesh: jax.sharding.Mesh
-) -> tuple[models.Autoencoder, dict[str, Any]]:
+) -> tuple[autoencoder.Autoencoder, dict[str, Any]]:
   """Builds the model of a checkpoint and restores its variables.
 
   Args:
@@ -174,7 +175,7 @@ def restore(
       config.
   """
   config = found.config
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = model_builder.build_autoencoder(config.model, config.data.image_size)
   specs.check_same_spec(found.quantizer, model.quantizer.spec())
   abstract = partitioning.place_abstract(
       variables.abstract_eval_fields(

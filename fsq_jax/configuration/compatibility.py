@@ -103,10 +103,10 @@ def _is_built(name: str, config: Mapping[str, Any]) -> bool:
 
 def _is_same_architecture(*texts: Any) -> bool:
   """Whether two texts describe one architecture of a pretrained encoder."""
-  from fsq_jax import models
+  from fsq_jax.models.pretrained import architectures
 
   try:
-    first, second = map(models.parse_architecture, texts)
+    first, second = map(architectures.parse_architecture, texts)
   except (TypeError, ValueError):
     return False
   # Positions are resampled before they get into the model.

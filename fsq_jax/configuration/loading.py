@@ -141,7 +141,7 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     fields: values by dotted name. Quantizers that lack a field are skipped.
   """
   # Imported here since it imports JAX, which the command line starts without.
-  from fsq_jax import quantizers
+  from fsq_jax.quantizers import builder as quantizers
 
   for name, rows in schema.QUANTIZERS.items():
     prefix = f'model.quantizer.{name}.'
@@ -156,13 +156,13 @@ def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
 def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
   """Yields the error of building the model, if there is one."""
   # Imported here for the same reason.
-  from fsq_jax import models
+  from fsq_jax.models import builder as model_builder
 
   model = config['model']
   try:
     architecture = _find_architecture(model['encoder'])
     encoder = {**model['encoder'], 'architecture': architecture}
-    models.build_autoencoder(
+    model_builder.build_autoencoder(
         {**model, 'encoder': encoder}, config['data']['image_size']
     )
   except ValueError as error:
@@ -182,16 +182,17 @@ def _find_architecture(encoder: Mapping[str, Any] | Config) -> str:
         "model.encoder.architecture is 'checkpoint' without a"
         ' model.encoder.checkpoint; set one, or name an architecture.'
     )
-  from fsq_jax import models
+  from fsq_jax.models.pretrained import architectures
+  from fsq_jax.models.pretrained import loading as pretrained
 
   try:
-    module = models.build_encoder(encoder['checkpoint'])
+    module = pretrained.build_encoder(encoder['checkpoint'])
   except ValueError as error:
     raise ValueError(
         f'model.encoder.checkpoint: {error} A run that has started needs no'
         ' checkpoint, with the model.encoder.architecture of its config.json.'
     ) from error
-  return models.describe_architecture(module.architecture)
+  return architectures.describe_architecture(module.architecture)
 
 
 def describe_unknown(names: Iterable[str]) -> list[str]:

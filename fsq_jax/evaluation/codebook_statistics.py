@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fsq_jax import quantizers
+from fsq_jax.quantizers import base as quantizer_base
 from fsq_jax.quantizers import digits
 
 # (code, count) pairs buffered before they are merged into the sorted counts.
@@ -21,7 +21,7 @@ class CodebookStatistics:
   def __init__(
       self,
       codebook_size: int,
-      quantizer: quantizers.DigitQuantizer | None = None,
+      quantizer: digits.DigitQuantizer | None = None,
   ):
     """Statistics of no tokens.
 
@@ -124,19 +124,19 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 
 def count_codes(
-    quantizer: quantizers.Quantizer,
+    quantizer: quantizer_base.Quantizer,
 ) -> CodebookStatistics | None:
   """Returns the statistics of a quantizer's tokens; None without tokens."""
   if not quantizer.codebook_size:
     return None
-  has_levels = isinstance(quantizer, quantizers.DigitQuantizer)
+  has_levels = isinstance(quantizer, digits.DigitQuantizer)
   return CodebookStatistics(
       quantizer.codebook_size, quantizer if has_levels else None
   )
 
 
 def level_indices(
-    quantizer: quantizers.DigitQuantizer, indices: np.ndarray
+    quantizer: digits.DigitQuantizer, indices: np.ndarray
 ) -> np.ndarray:
   """Returns the level index of each dimension, by NumPy.
 

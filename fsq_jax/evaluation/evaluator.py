@@ -8,13 +8,13 @@ from flax import linen as nn
 import jax
 import ml_collections
 
-from fsq_jax import data
-from fsq_jax import workdir as workdirs
+from fsq_jax.data import pipelines
 from fsq_jax.evaluation import image_metrics
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.models import pixels
 from fsq_jax.runtime import partitioning
+from fsq_jax.workdir import files as workdirs
 
 
 class Evaluator:
@@ -26,7 +26,7 @@ class Evaluator:
   def __init__(
       self,
       model: nn.Module,
-      dataset: data.Dataset,
+      dataset: pipelines.Dataset,
       mesh: jax.sharding.Mesh,
       *,
       num_grid_images: int,
@@ -112,7 +112,7 @@ def _fetch(
 def build_evaluator(
     config: ml_collections.ConfigDict,
     model: nn.Module,
-    dataset: data.Dataset,
+    dataset: pipelines.Dataset,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> Evaluator:
@@ -145,7 +145,7 @@ def build_evaluator(
 
 def build_networks(
     config: ml_collections.ConfigDict,
-    dataset: data.Dataset,
+    dataset: pipelines.Dataset,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> network_metrics.NetworkMetrics:

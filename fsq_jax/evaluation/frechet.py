@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import files as workdirs
 
 # With fewer images per feature, distances are far too large: a covariance has
 # as many directions as features, each to be estimated.

@@ -8,11 +8,11 @@ from absl import logging
 import jax
 import numpy as np
 
-from fsq_jax import data
-from fsq_jax import models
+from fsq_jax.data import pipelines
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import tiled_metrics
+from fsq_jax.models import autoencoder
 from fsq_jax.models import native_size
 from fsq_jax.runtime import compiled
 
@@ -31,8 +31,8 @@ class NativeEvaluator:
 
   def __init__(
       self,
-      model: models.Autoencoder,
-      dataset: data.Dataset,
+      model: autoencoder.Autoencoder,
+      dataset: pipelines.Dataset,
       mesh: jax.sharding.Mesh,
       image_size: tuple[int, int],
       *,

@@ -17,11 +17,14 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax import models
-from fsq_jax import perceptual
 from fsq_jax.evaluation import frechet
 from fsq_jax.evaluation import image_metrics
 from fsq_jax.models import pixels as pixels_lib
+from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import loading as pretrained
+from fsq_jax.perceptual import frozen_network
+from fsq_jax.perceptual import inception
+from fsq_jax.perceptual import lpips
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 
@@ -213,7 +216,7 @@ class _Network:
 
   def __init__(
       self,
-      network: perceptual.FrozenNetwork,
+      network: frozen_network.FrozenNetwork,
       apply: Callable[..., jax.Array],
       mesh: jax.sharding.Mesh,
   ):
@@ -355,7 +358,7 @@ class _Metric(NamedTuple):
     compares_sets: whether the metric is a Frechet distance of features.
   """
 
-  load: Callable[[str], perceptual.FrozenNetwork]
+  load: Callable[[str], frozen_network.FrozenNetwork]
   apply: Callable[..., jax.Array]
   compares_sets: bool = True
 
@@ -373,24 +376,24 @@ def _mean_latent(module, variables, images) -> jax.Array:
   return jnp.mean(latents.astype(jnp.float32), axis=(1, 2))
 
 
-def _load_encoder(path: str) -> perceptual.FrozenNetwork:
+def _load_encoder(path: str) -> frozen_network.FrozenNetwork:
   """Loads an encoder for the size that its checkpoint was trained for."""
-  encoder = models.load_encoder(path, final_affine=False)
-  return perceptual.FrozenNetwork(
-      encoder.module, encoder.variables, models.hash_weights(path)
+  encoder = pretrained.load_encoder(path, final_affine=False)
+  return frozen_network.FrozenNetwork(
+      encoder.module, encoder.variables, weight_files.hash_weights(path)
   )
 
 
-def _lpips(network: str) -> Callable[[str], perceptual.FrozenNetwork]:
-  return lambda path: perceptual.load_lpips(path, network)
+def _lpips(network: str) -> Callable[[str], frozen_network.FrozenNetwork]:
+  return lambda path: lpips.load_lpips(path, network)
 
 
 _METRICS = {
     'lpips_alexnet': _Metric(_lpips('alexnet'), _output, compares_sets=False),
     'lpips_vgg16': _Metric(_lpips('vgg16'), _output, compares_sets=False),
-    'rfid': _Metric(perceptual.load_inception, _output),
+    'rfid': _Metric(inception.load_inception, _output),
     'rfid_tf1': _Metric(
-        lambda path: perceptual.load_inception(path, 'tf1'), _output
+        lambda path: inception.load_inception(path, 'tf1'), _output
     ),
     'fd_vgg16': _Metric(_lpips('vgg16'), _pooled),
     'fd_encoder': _Metric(_load_encoder, _mean_latent),

@@ -2,18 +2,22 @@
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
 import numpy as np
 
-from fsq_jax import data
-from fsq_jax import quantizers
+from fsq_jax.data import image_source
+from fsq_jax.data import pipelines
 from fsq_jax.evaluation import codebook_statistics
 from fsq_jax.evaluation import image_metrics
 from fsq_jax.evaluation import network_metrics
+from fsq_jax.quantizers import base as quantizers
+from fsq_jax.report import grid as grid_lib
 from fsq_jax.runtime import processes
+from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import provenance
 
 
@@ -108,7 +112,7 @@ class EvaluationSums:
       self,
       quantizer: quantizers.Quantizer,
       networks: network_metrics.NetworkMetrics,
-      dataset: data.Dataset,
+      dataset: pipelines.Dataset,
       num_grid_images: int,
       *,
       cut: Callable[[np.ndarray], np.ndarray] = np.copy,
@@ -248,7 +252,7 @@ class EvaluationSums:
     )
 
 
-def _content(dataset: data.Dataset) -> str:
+def _content(dataset: pipelines.Dataset) -> str:
   """Returns a hash of all images of a data set after a full epoch.
 
   Collective: each process has read a part of the images.
@@ -256,7 +260,7 @@ def _content(dataset: data.Dataset) -> str:
   digests = dataset.digests
   if not len(digests):
     return dataset.fingerprint['content']
-  return data.content_hash(processes.gather(digests).max(axis=0))
+  return image_source.content_hash(processes.gather(digests).max(axis=0))
 
 
 def select(
@@ -278,3 +282,41 @@ def select(
       waiting.popleft()
       shown.append(row)
   return shown
+
+
+def write_evaluation(
+    folder: pathlib.Path,
+    step: int,
+    result: Evaluation,
+    label: str = '',
+) -> pathlib.Path:
+  """Writes evaluation.json and the grid of reconstructions of one step.
+
+  Args:
+    folder: the run's folder.
+    step: of the checkpoint.
+    result: the evaluation.
+    label: part of the file names, for other images or another checkpoint than
+      the newest; '' for the run's own evaluation.
+
+  Returns:
+    The path of the JSON file.
+  """
+  record = {
+      'step': step,
+      'metrics': result.metrics,
+      'codebook': result.codebook,
+      'protocol': result.protocol,
+  }
+  # The run's own evaluation always belongs to the newest checkpoint.
+  suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
+  name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
+  path = folder / name
+  workdirs.write_json(path, record)
+  grids = folder / workdirs.RECONSTRUCTIONS
+  grids.mkdir(exist_ok=True)
+  grid = grid_lib.reconstruction_grid(
+      result.originals, result.reconstructions
+  )
+  grid_lib.save_png(grids / f'{suffix}.png', grid)
+  return path

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from fsq_jax import data
-from fsq_jax import report
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import builder as data
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import native_evaluation
 from fsq_jax.evaluation import results as results_lib
+from fsq_jax.report import report as reports
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import processes
+from fsq_jax.workdir import files as workdirs
 
 # Fields of the data section that select and preprocess evaluation images.
 _EVALUATION_IMAGES = (
@@ -28,44 +28,6 @@ _EVALUATION_IMAGES = (
 )
 # Characters of a hash in a file name.
 _SHORT_HASH = 8
-
-
-def write_evaluation(
-    folder: pathlib.Path,
-    step: int,
-    result: results_lib.Evaluation,
-    label: str = '',
-) -> pathlib.Path:
-  """Writes evaluation.json and the grid of reconstructions of one step.
-
-  Args:
-    folder: the run's folder.
-    step: of the checkpoint.
-    result: the evaluation.
-    label: part of the file names, for other images or another checkpoint than
-      the newest; '' for the run's own evaluation.
-
-  Returns:
-    The path of the JSON file.
-  """
-  record = {
-      'step': step,
-      'metrics': result.metrics,
-      'codebook': result.codebook,
-      'protocol': result.protocol,
-  }
-  # The run's own evaluation always belongs to the newest checkpoint.
-  suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
-  name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
-  path = folder / name
-  workdirs.write_json(path, record)
-  grids = folder / workdirs.RECONSTRUCTIONS
-  grids.mkdir(exist_ok=True)
-  grid = report.reconstruction_grid(
-      result.originals, result.reconstructions
-  )
-  report.save_png(grids / f'{suffix}.png', grid)
-  return path
 
 
 def evaluate_workdir(
@@ -133,9 +95,9 @@ def evaluate_workdir(
   if jax.process_index() == 0:
     label = _label(config, found.config, which)
     with writing_to(folder):
-      path = write_evaluation(folder, found.step, result, label)
+      path = results_lib.write_evaluation(folder, found.step, result, label)
       if not label:
-        report.write_report(found.folder, folder)
+        reports.write_report(found.folder, folder)
     show([path])
   return result
 

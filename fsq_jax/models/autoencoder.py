@@ -7,8 +7,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import quantizers
 from fsq_jax.models import normalization
+from fsq_jax.quantizers import base as quantizers
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 

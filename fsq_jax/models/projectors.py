@@ -9,8 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from fsq_jax import quantizers
 from fsq_jax.models import layers
+from fsq_jax.quantizers import digits as digits_lib
 
 BOUNDS = {'none': lambda x: x, 'tanh': jnp.tanh}
 # Variance of gelu(x) for unit-normal x; its mean is 1 / (2 sqrt(pi)).
@@ -342,11 +342,11 @@ class LevelsProjectorOut(nn.Module):
   """
 
   width: int
-  quantizer: quantizers.DigitQuantizer
+  quantizer: digits_lib.DigitQuantizer
   dtype: jnp.dtype = jnp.float32
 
   def __post_init__(self):
-    if not isinstance(self.quantizer, quantizers.DigitQuantizer):
+    if not isinstance(self.quantizer, digits_lib.DigitQuantizer):
       raise ValueError(
           f"model.projector_out is 'levels', but codes of"
           f' {type(self.quantizer).__name__} have no levels to embed; use a'

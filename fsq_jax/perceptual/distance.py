@@ -14,7 +14,8 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import models
+from fsq_jax.models.pretrained import files as weight_files
+from fsq_jax.models.pretrained import loading as pretrained
 from fsq_jax.perceptual import classifiers
 from fsq_jax.perceptual import frozen_network
 from fsq_jax.perceptual import lpips
@@ -95,9 +96,9 @@ def _load_classifier(
 
 def _load_vit(path, dtype) -> frozen_network.FrozenNetwork:
   # Without the last scale and bias all channels have the same weight.
-  module, variables = models.load_encoder(path, final_affine=False)
+  module, variables = pretrained.load_encoder(path, final_affine=False)
   return _compare_outputs(
-      module.clone(dtype=dtype), variables, models.hash_weights(path)
+      module.clone(dtype=dtype), variables, weight_files.hash_weights(path)
   )
 
 

@@ -11,7 +11,6 @@ from flax import traverse_util
 import jax
 from jax import numpy as jnp
 
-from fsq_jax import models
 from fsq_jax.models.pretrained import files as weight_files
 from fsq_jax.models.pretrained import parameters
 
@@ -136,7 +135,7 @@ def load_network(
     }
   params = traverse_util.unflatten_dict(params, sep='/')
   return FrozenNetwork(
-      module, {'params': params}, models.hash_weights(path)
+      module, {'params': params}, weight_files.hash_weights(path)
   )
 
 

@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import files as workdirs
 
 # Pixels: approximate width of a grid, largest enlargement of images, margin of
 # labels, gaps between images and between pairs of rows.

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from fsq_jax import workdir as workdirs
 from fsq_jax.report import page
+from fsq_jax.workdir import files as workdir_files
+from fsq_jax.workdir import metric_log
 
 # Version of codebook.json; increment it if pages need new contents.
 ANALYSIS_VERSION = 1
@@ -38,7 +39,7 @@ def write_report(
   run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
   text = page.render(run)
   path = os.path.join(output, 'report.html')
-  workdirs.write_bytes(path, text.encode('utf-8', 'replace'))
+  workdir_files.write_bytes(path, text.encode('utf-8', 'replace'))
   return path
 
 
@@ -52,11 +53,11 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
       name: _read_json(find(f'{name}.json'), notices)
       for name in ('config', 'quantizer', 'run', 'evaluation')
   }
-  analysis = _read_json(find(workdirs.CODEBOOK), notices)
+  analysis = _read_json(find(workdir_files.CODEBOOK), notices)
   if analysis and analysis.get('version') != ANALYSIS_VERSION:
     analysis = {}
     notices.append(
-        f'{workdirs.CODEBOOK} is of another version of fsq_jax and is skipped;'
+        f'{workdir_files.CODEBOOK} is of another version of fsq_jax and is skipped;'
         ' --mode=report writes a new one.'
     )
   step = files['evaluation'].get('step')
@@ -71,7 +72,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
       quantizer=files['quantizer'],
       provenance=files['run'],
       evaluation=files['evaluation'],
-      rows=_read_rows(os.path.dirname(find(workdirs.METRICS))),
+      rows=_read_rows(os.path.dirname(find(workdir_files.METRICS))),
       frames=_read_frames(find('reconstructions'), notices),
       analysis=analysis,
       notices=notices,
@@ -80,7 +81,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
 
 def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
   try:
-    return workdirs.read_json(path) or {}
+    return workdir_files.read_json(path) or {}
   except ValueError as error:
     notices.append(str(error))
     return {}
@@ -91,7 +92,7 @@ def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
 
   A resumed run may have repeated steps; the last row of a step is kept.
   """
-  rows = workdirs.read_metrics(folder)
+  rows = metric_log.read_metrics(folder)
   by_split = {}
   for split in ('train', 'eval'):
     last = {row['step']: row for row in rows if row.get('split') == split}

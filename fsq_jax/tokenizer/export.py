@@ -21,10 +21,10 @@ import numpy as np
 import safetensors.numpy
 
 import fsq_jax
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.workdir import files as workdirs
 
 FOLDER = 'export'
 MANIFEST = 'manifest.json'

@@ -20,14 +20,16 @@ import safetensors
 import safetensors.numpy
 
 import fsq_jax
-from fsq_jax import configuration
-from fsq_jax import models
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import integrity
+from fsq_jax.configuration import loading as config_loading
+from fsq_jax.configuration import schema as config_schema
+from fsq_jax.models import autoencoder
+from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables as variables_lib
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import model_card
+from fsq_jax.workdir import files as workdirs
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -65,7 +67,7 @@ class SavedModel(NamedTuple):
   """
 
   config: ml_collections.ConfigDict
-  model: models.Autoencoder
+  model: autoencoder.Autoencoder
   variables: Mapping[str, Any]
   metadata: Metadata = Metadata()
 
@@ -88,7 +90,7 @@ class SavedModel(NamedTuple):
 
 def build_model(
     config: ml_collections.ConfigDict, dtype: str | None = None
-) -> models.Autoencoder:
+) -> autoencoder.Autoencoder:
   """Builds the autoencoder of a run's config.
 
   Args:
@@ -105,7 +107,7 @@ def build_model(
           f"dtype is {dtype!r}; allowed: 'float32', 'bfloat16' and None."
       )
     model_config.dtype = dtype
-  return models.build_autoencoder(model_config, config.data.image_size)
+  return model_builder.build_autoencoder(model_config, config.data.image_size)
 
 
 def write(
@@ -238,7 +240,7 @@ def read(
         f' version reads {_FORMAT!r}.'
     )
   try:
-    config = configuration.config_from_json(json.dumps(content['config']))
+    config = config_loading.config_from_json(json.dumps(content['config']))
     metadata = Metadata(**{name: content[name] for name in Metadata._fields})
     model = build_model(config, dtype)
     arrays = _place(folder, config, model, mesh, metadata.decoder_only)
@@ -318,10 +320,10 @@ def _encodes(path: str) -> bool:
 
 def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the config with paths, which are private, cut to their names."""
-  config = json.loads(configuration.config_to_json(config))
+  config = json.loads(config_loading.config_to_json(config))
   flat = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
   for name, value in flat.items():
-    if isinstance(value, str) and name in configuration.PATHS:
+    if isinstance(value, str) and name in config_schema.PATHS:
       flat[name] = pathlib.PurePath(value).name
   return traverse_util.unflatten_dict(flat, sep='.')
 

@@ -12,10 +12,9 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from fsq_jax import data
-from fsq_jax import models
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import transforms
+from fsq_jax.models import autoencoder
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import specs
@@ -330,7 +329,7 @@ class Tokenizer:
       return images
     length = self.config.data.resize_shorter
     return np.stack([
-        data.centre_crop(
+        transforms.centre_crop(
             transforms.resize_shorter(x, length), self._image_size
         )
         for x in images
@@ -369,7 +368,7 @@ def _local_mesh() -> jax.sharding.Mesh:
 
 
 def images_to_tokens(
-    model: models.Autoencoder,
+    model: autoencoder.Autoencoder,
     images: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:
@@ -381,7 +380,7 @@ def images_to_tokens(
 
 
 def tokens_to_images(
-    model: models.Autoencoder,
+    model: autoencoder.Autoencoder,
     tokens: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:

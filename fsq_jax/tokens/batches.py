@@ -9,7 +9,10 @@ import grain
 import ml_collections
 import numpy as np
 
-from fsq_jax import data
+from fsq_jax.data import builder as data_builder
+from fsq_jax.data import image_errors
+from fsq_jax.data import image_source
+from fsq_jax.data import transforms
 from fsq_jax.runtime import batching
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest
@@ -46,7 +49,7 @@ class Chunk(NamedTuple):
 
 def open_source(
     config: ml_collections.ConfigDict, tokenize: ml_collections.ConfigDict
-) -> data.ImageSource:
+) -> image_source.ImageSource:
   """Opens the images that are tokenized.
 
   Args:
@@ -56,7 +59,7 @@ def open_source(
   split = tokenize.split
   if split == 'train' and tokenize.views == 1:
     split = 'train_once'
-  return data.open_source(config, split)
+  return data_builder.open_source(config, split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class ImageReader:
   """
 
   config: ml_collections.ConfigDict
-  source: data.ImageSource
+  source: image_source.ImageSource
   job: manifest.Job
 
   def read(self, missing: Sequence[int]) -> Iterator[Chunk]:
@@ -116,12 +119,12 @@ class ImageReader:
       views = [number % self.job.views for number in group]
       metadata = self.source.metadata(index)
       stamp = None
-      if isinstance(self.source, data.EncodedSource):
+      if isinstance(self.source, image_source.EncodedSource):
         # Taken before reading, so that a later change is detected.
         stamp = image_states.take_stamp(self.source, index)
       try:
         image, original_size = self.source.load_with_size(index)
-      except data.DamagedImageError as error:
+      except image_errors.DamagedImageError as error:
         if views[0] == 0:
           damaged.append(writers.Damage(index, metadata.name, str(error)))
         continue
@@ -129,7 +132,7 @@ class ImageReader:
         if stamp is not None:
           digest = self.source.digests[index].tobytes()
           states[index] = image_states.ImageState(digest, stamp)
-      if self.job.fit == 'crop' and data.is_smaller(
+      if self.job.fit == 'crop' and transforms.is_smaller(
           image, self.job.image_size
       ):
         self.source.record_upscaled(index)
@@ -159,17 +162,17 @@ class ImageReader:
       return image, ()
     if self.job.views == 1:
       # A copy, since a view would keep the whole image in memory.
-      return np.array(data.centre_crop(image, self.job.image_size)), ()
+      return np.array(transforms.centre_crop(image, self.job.image_size)), ()
     options = dict(self.job.augmentation)
     seed = np.random.SeedSequence(
         options.pop('seed'), spawn_key=(index, view)
     )
     size = self.job.image_size
-    drawn = data.draw_augmentation(
+    drawn = transforms.draw_augmentation(
         image, np.random.default_rng(seed), size=size, color_jitter=0.0,
         **options,
     )
-    crop = np.array(data.apply_augmentation(image, drawn, size))
+    crop = np.array(transforms.apply_augmentation(image, drawn, size))
     return crop, (drawn.crop, drawn.is_flipped)
 
 

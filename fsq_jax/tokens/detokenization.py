@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from fsq_jax import workdir as workdirs
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import batches
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
+from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
 
 _NUM_THREADS = 2

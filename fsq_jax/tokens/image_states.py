@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fsq_jax import data
-from fsq_jax import workdir as workdirs
+from fsq_jax.data import image_errors
+from fsq_jax.data import image_source
+from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
 
 HASHES_FILE = 'image_hashes.npy'
@@ -54,7 +55,7 @@ class ImageStates(NamedTuple):
   @property
   def content_hash(self) -> str:
     """`data.content_hash` of these images."""
-    return data.content_hash(self.digests)
+    return image_source.content_hash(self.digests)
 
 
 def stack(states: Sequence[ImageState]) -> ImageStates:
@@ -72,7 +73,7 @@ def concatenate(parts: Sequence[ImageStates]) -> ImageStates:
   return ImageStates(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def take_stamp(source: data.EncodedSource, index: int) -> tuple[int, int, int]:
+def take_stamp(source: image_source.EncodedSource, index: int) -> tuple[int, int, int]:
   """Returns the stamp of a file before it is read.
 
   Args:
@@ -89,7 +90,7 @@ def take_stamp(source: data.EncodedSource, index: int) -> tuple[int, int, int]:
 
 
 def check_unchanged(
-    source: data.EncodedSource,
+    source: image_source.EncodedSource,
     states: ImageStates,
     indices: Sequence[int],
     *,
@@ -201,8 +202,8 @@ def _load(
   return array if (array.shape, array.dtype) == (shape, dtype) else None
 
 
-def _digest(source: data.EncodedSource, index: int) -> bytes:
+def _digest(source: image_source.EncodedSource, index: int) -> bytes:
   try:
     return hashlib.sha256(source.read(index)).digest()
-  except data.DamagedImageError:
-    return data.NO_DIGEST
+  except image_errors.DamagedImageError:
+    return image_source.NO_DIGEST

@@ -16,7 +16,7 @@ from absl import logging
 import grain
 import numpy as np
 
-from fsq_jax import data
+from fsq_jax.data import pipelines
 from fsq_jax.quantizers import specs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
@@ -217,7 +217,7 @@ def build_dataset(
 
   # As in `data`: Grain shuffles epoch e with seed + e.
   (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
-  examples = data.repeat_endlessly(
+  examples = pipelines.repeat_endlessly(
       grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
   ).map(load)
   local_size = batch_size // process_count

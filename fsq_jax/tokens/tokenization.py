@@ -14,10 +14,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from fsq_jax import configuration
-from fsq_jax import data
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import loading as configuration
+from fsq_jax.data import image_source
+from fsq_jax.data import pipelines
 from fsq_jax.runtime import preemption
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
@@ -25,6 +25,7 @@ from fsq_jax.tokens import batches
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest
 from fsq_jax.tokens import writer as writers
+from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
 
 
@@ -138,7 +139,7 @@ def default_folder(
 def _make_job(
     config: ml_collections.ConfigDict,
     tokenizer: tokenizers.Tokenizer,
-    source: data.ImageSource,
+    source: image_source.ImageSource,
 ) -> manifest.Job:
   quantizer = tokenizer.model.quantizer
   augmentation = None
@@ -158,7 +159,7 @@ def _make_job(
       image_size=tuple(config.data.image_size),
       batch_size=config.data.eval_batch_size,
       images_per_shard=config.tokenize.images_per_shard,
-      source=data.fingerprint(config.data, source),
+      source=pipelines.fingerprint(config.data, source),
       label_names=tuple(source.label_names),
       views=config.tokenize.views,
       augmentation=augmentation,
@@ -171,7 +172,7 @@ class _Run:
 
   config: ml_collections.ConfigDict
   tokenizer: tokenizers.Tokenizer
-  source: data.ImageSource
+  source: image_source.ImageSource
   job: manifest.Job
   writer: writers.TokenWriter
   verify_images: bool
@@ -184,7 +185,7 @@ class _Run:
     Raises:
       ValueError: images have changed; lists the first of them.
     """
-    if not isinstance(self.source, data.EncodedSource):
+    if not isinstance(self.source, image_source.EncodedSource):
       return  # The job determines these images.
     folder = self.writer.folder
     content = manifest.read(folder).content_sha256

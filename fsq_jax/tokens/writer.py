@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsq_jax import data
-from fsq_jax import workdir as workdirs
+from fsq_jax.data import image_source
 from fsq_jax.tokens import image_states
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import summary
+from fsq_jax.workdir import files as workdirs
 
 _JOB = 'job.json'
 _STOP = 'stop'
@@ -177,7 +177,7 @@ class TokenWriter:
     """
     if not self.is_finished:
       manifest, states = self._gather()
-      data.check_damaged_share(
+      image_source.check_damaged_share(
           {image['name']: image['reason'] for image in manifest.damaged},
           self._job.source['num_examples'], max_damaged_share,
       )

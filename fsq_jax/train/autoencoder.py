@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from fsq_jax import checkpoints
-from fsq_jax import configuration
-from fsq_jax import data
-from fsq_jax import models
-from fsq_jax import report
-from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import checkpointer as checkpointers
+from fsq_jax.configuration import loading as configuration
+from fsq_jax.data import builder as data_builder
+from fsq_jax.data import pipelines
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.models import builder as models
+from fsq_jax.report import report
 from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
@@ -28,6 +28,8 @@ from fsq_jax.train import optim
 from fsq_jax.train import run_record
 from fsq_jax.train import state as train_state
 from fsq_jax.train import step as train_step
+from fsq_jax.workdir import files as workdir_files
+from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
 from fsq_jax.workdir import provenance
 
@@ -67,7 +69,7 @@ def train_and_evaluate(
     # The stack closes everything that is opened, whatever fails.
     with contextlib.ExitStack() as stack:
       return _train(_open(config, workdir, stack), allow_config_change)
-  except (checkpoints.SaveError, processes.PeerError) as error:
+  except (checkpointers.SaveError, processes.PeerError) as error:
     raise loop.RunError(str(error)) from error
   except OSError as error:
     raise loop.RunError(
@@ -83,7 +85,7 @@ class _Run(NamedTuple):
   mesh: jax.sharding.Mesh
   stop_request: preemption.StopRequest
   progress: progress_lib.Progress
-  checkpointer: checkpoints.Checkpointer
+  checkpointer: checkpointers.Checkpointer
   stack: contextlib.ExitStack
 
   def close_at_end(self, part: Any) -> Any:
@@ -101,9 +103,9 @@ def _open(
   stop_request = stack.enter_context(preemption.catch_signals())
   is_writer = jax.process_index() == 0
   with processes.fail_together():
-    folder = workdirs.create(workdir)
+    folder = workdir_files.create(workdir)
     if is_writer:
-      stack.enter_context(workdirs.lock(folder))
+      stack.enter_context(workdir_files.lock(folder))
   progress = progress_lib.Progress(
       num_steps=config.train.num_steps,
       batch_size=config.data.batch_size,
@@ -116,7 +118,7 @@ def _open(
   )
   checkpointer = stack.enter_context(
       contextlib.closing(
-          checkpoints.Checkpointer(folder, keep=config.train.keep_checkpoints)
+          checkpointers.Checkpointer(folder, keep=config.train.keep_checkpoints)
       )
   )
   return _Run(
@@ -145,7 +147,7 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
   )
   if restored is not None:
     run.progress.say(f'Continuing {folder} from step {restored.step}.')
-    record.started_from = provenance.read_started_from(folder / workdirs.RUN)
+    record.started_from = provenance.read_started_from(folder / workdir_files.RUN)
     state = restored.state
   else:
     record.started_from = initializer.sources
@@ -166,7 +168,7 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
     if jax.process_index() == 0:
       record.write(folder, state, mesh, compile_seconds)
       writer = run.close_at_end(
-          workdirs.MetricWriter(folder, first_step=int(state.step))
+          metric_log.MetricWriter(folder, first_step=int(state.step))
       )
   run.progress.say(
       f'{train_state.num_parameters(state.params):,} trainable and'
@@ -193,9 +195,9 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
 
 def _build_dataset(
     config: ml_collections.ConfigDict, split: str, mesh: jax.sharding.Mesh
-) -> data.Dataset:
+) -> pipelines.Dataset:
   """Builds this process's data shard of a split."""
-  return data.build_dataset(
+  return data_builder.build_dataset(
       config.data,
       split=split,
       seed=config.seed,
@@ -207,8 +209,8 @@ def _build_hooks(
     run: _Run,
     record: run_record.RunRecord,
     evaluator: evaluators.Evaluator,
-    writer: workdirs.MetricWriter | None,
-    dataset: data.Dataset,
+    writer: metric_log.MetricWriter | None,
+    dataset: pipelines.Dataset,
 ) -> list[loop.Hook]:
   """Returns the hooks in the order of their calls after a step."""
   options, checkpointer = run.config.train, run.checkpointer
@@ -222,7 +224,7 @@ def _build_hooks(
       latest_saved=lambda: checkpointer.latest_step,
   )
   profiler = run.close_at_end(
-      host.Profiler(run.folder / workdirs.PROFILE, options.profile_steps)
+      host.Profiler(run.folder / workdir_files.PROFILE, options.profile_steps)
   )
   saver = hooks.Saver(checkpointer, record, log)
   stop = hooks.Stop(run.stop_request, saver)

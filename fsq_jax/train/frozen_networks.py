@@ -8,9 +8,10 @@ import jax
 from jax import numpy as jnp
 import ml_collections
 
-from fsq_jax import adversarial
-from fsq_jax import models
+from fsq_jax.adversarial import builder as adversarial_builder
+from fsq_jax.adversarial import dino_discriminator
 from fsq_jax.configuration import errors
+from fsq_jax.models.pretrained import files as weight_files
 from fsq_jax.perceptual import distance
 from fsq_jax.runtime import partitioning
 
@@ -85,11 +86,11 @@ def load_networks(
     hashes[f'losses.perceptual.{options.name}'] = network.sha256
   if config.discriminator.name == 'dino':
     path = config.discriminator.dino.checkpoint
-    discriminator = adversarial.build_discriminator(config.discriminator)
+    discriminator = adversarial_builder.build_discriminator(config.discriminator)
     with errors.about('discriminator.dino.checkpoint'):
-      backbone = adversarial.load_discriminator_backbone(path, discriminator)
+      backbone = dino_discriminator.load_discriminator_backbone(path, discriminator)
     variables['discriminator'] = {'backbone': backbone}
-    hashes['discriminator.dino'] = models.hash_weights(path)
+    hashes['discriminator.dino'] = weight_files.hash_weights(path)
   shardings = partitioning.state_shardings(
       variables, mesh, (('.*', 'fsdp'),), config.partitioning.fsdp_min_size
   )

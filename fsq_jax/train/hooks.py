@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 
-from fsq_jax import checkpoints
-from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import checkpointer as checkpointers
 from fsq_jax.evaluation import evaluator as evaluators
-from fsq_jax.evaluation import saved_run
+from fsq_jax.evaluation import results as results_lib
 from fsq_jax.runtime import host
 from fsq_jax.runtime import preemption
 from fsq_jax.train import loop
 from fsq_jax.train import run_record
+from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
 
 # Images that the message about a bad step names.
@@ -48,7 +48,7 @@ class Log(loop.Hook):
   """
 
   progress: progress_lib.Progress
-  writer: workdirs.MetricWriter | None
+  writer: metric_log.MetricWriter | None
   every_steps: int
   num_steps: int
   max_bad_steps: int
@@ -130,7 +130,7 @@ class Saver:
     log: flushed first, so that the log always reaches the newest checkpoint.
   """
 
-  checkpointer: checkpoints.Checkpointer
+  checkpointer: checkpointers.Checkpointer
   record: run_record.RunRecord
   log: Log
 
@@ -222,7 +222,7 @@ class Evaluate(loop.Hook):
     )
     scalars = result.scalars()
     if self.log.writer is not None:
-      saved_run.write_evaluation(self.folder, step, result)
+      results_lib.write_evaluation(self.folder, step, result)
       if not self._is_written(step):
         self.log.writer.write(step, 'eval', scalars)
     self.log.progress.say(f'Step {step}: {result.summary()}')
@@ -231,7 +231,7 @@ class Evaluate(loop.Hook):
 
   def _is_written(self, step: int) -> bool:
     """Whether metrics.jsonl has the evaluation, as when it is repeated."""
-    rows = workdirs.read_metrics(self.folder)
+    rows = metric_log.read_metrics(self.folder)
     return any((row['step'], row['split']) == (step, 'eval') for row in rows)
 
 

@@ -10,10 +10,13 @@ import ml_collections
 import numpy as np
 import safetensors
 
-from fsq_jax import configuration
-from fsq_jax import models
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import errors
+from fsq_jax.configuration import loading as config_loading
+from fsq_jax.models import autoencoder
+from fsq_jax.models.pretrained import architectures
+from fsq_jax.models.pretrained import loading as pretrained
 
 
 class Initializer:
@@ -29,7 +32,7 @@ class Initializer:
   """
 
   def __init__(
-      self, config: ml_collections.ConfigDict, model: models.Autoencoder
+      self, config: ml_collections.ConfigDict, model: autoencoder.Autoencoder
   ):
     """Checks the files; reads only their metadata and statistics.
 
@@ -83,7 +86,7 @@ class Initializer:
     parts = {}
     if path := self.sources.get('model.encoder.checkpoint'):
       with errors.about('model.encoder.checkpoint'):
-        parts['encoder'] = models.load_encoder(
+        parts['encoder'] = pretrained.load_encoder(
             path,
             model.encoder.image_size,
             model.encoder.final_affine,
@@ -91,7 +94,7 @@ class Initializer:
         ).variables
     if path := self.sources.get('model.decoder.mae.checkpoint'):
       with errors.about('model.decoder.mae.checkpoint'):
-        parts['decoder'] = models.load_decoder(
+        parts['decoder'] = pretrained.load_decoder(
             path,
             config.model.decoder.mae.normalization,
             shardings=lambda _: _shardings(abstract, 'decoder'),
@@ -109,7 +112,7 @@ class Initializer:
 
   def _check_encoder(self, path: str) -> None:
     with errors.about('model.encoder.checkpoint'):
-      module = models.build_encoder(path)
+      module = pretrained.build_encoder(path)
     _check_architecture(
         'model.encoder', module.architecture, self._model.encoder.architecture
     )
@@ -118,7 +121,7 @@ class Initializer:
   def _check_decoder(self, path: str) -> None:
     normalization = self._config.model.decoder.mae.normalization
     with errors.about('model.decoder.mae.checkpoint'):
-      module = models.build_decoder(path, normalization)
+      module = pretrained.build_decoder(path, normalization)
     decoder = self._model.decoder
     _check_architecture(
         'model.decoder.mae', module.architecture, decoder.architecture
@@ -141,12 +144,12 @@ def reads_encoder(config: ml_collections.ConfigDict) -> bool:
 
 def encoder_metadata(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns what determines the latents, as metadata of statistics files."""
-  encoder = configuration.resolve(config).model.encoder
+  encoder = config_loading.resolve(config).model.encoder
   if encoder.name != 'pretrained':
     return {'encoder': encoder.name}
-  architecture = models.parse_architecture(encoder.architecture)
+  architecture = architectures.parse_architecture(encoder.architecture)
   return {
-      'encoder': models.describe_architecture(architecture),
+      'encoder': architectures.describe_architecture(architecture),
       'final_affine': str(encoder.final_affine),
       'image_size': str(
           tuple(encoder.image_size) or tuple(config.data.image_size)
@@ -156,7 +159,7 @@ def encoder_metadata(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def read_statistics(
-    config: ml_collections.ConfigDict, model: models.Autoencoder
+    config: ml_collections.ConfigDict, model: autoencoder.Autoencoder
 ) -> dict[str, np.ndarray]:
   """Reads the file of model.latent_statistics.
 
@@ -215,7 +218,7 @@ def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
   """Finds the run of train.init_from, which must have the same model."""
   with errors.about('train.init_from'):
     found = saved_model.find_run(config.train.init_from)
-  if differences := configuration.diff_models(found.config, config):
+  if differences := compatibility.diff_models(found.config, config):
     raise ValueError(
         '\n  '.join([
             f'train.init_from is {found.folder}, a run of another model'

@@ -13,16 +13,16 @@ import numpy as np
 import safetensors.numpy
 import tqdm
 
-from fsq_jax import configuration
-from fsq_jax import data
-from fsq_jax import models
-from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
+from fsq_jax.configuration import loading as configuration
+from fsq_jax.data import builder as data
+from fsq_jax.models import builder as models
 from fsq_jax.models import pixels
 from fsq_jax.models import variables as variables_lib
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
+from fsq_jax.workdir import files as workdirs
 
 FILE = 'latent_statistics.safetensors'
 

@@ -10,14 +10,16 @@ from absl import logging
 import jax
 import ml_collections
 
-from fsq_jax import checkpoints
-from fsq_jax import configuration
-from fsq_jax import data
-from fsq_jax import workdir as workdirs
+from fsq_jax.checkpoints import checkpointer as checkpointers
+from fsq_jax.configuration import compatibility
+from fsq_jax.configuration import loading as config_loading
+from fsq_jax.data import builder as data_builder
+from fsq_jax.data import pipelines
 from fsq_jax.quantizers import base
 from fsq_jax.quantizers import specs
 from fsq_jax.train import frozen_networks
 from fsq_jax.train import state as train_state
+from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import provenance
 
 
@@ -37,7 +39,7 @@ class RunRecord:
   config: ml_collections.ConfigDict
   quantizer: base.Quantizer
   networks: frozen_networks.Networks
-  dataset: data.Dataset
+  dataset: pipelines.Dataset
   started_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -46,7 +48,7 @@ class RunRecord:
   def current(self) -> dict[str, Any]:
     """Returns the record that a checkpoint holds, JSON-able."""
     return {
-        'config': json.loads(configuration.config_to_json(self.config)),
+        'config': json.loads(config_loading.config_to_json(self.config)),
         'quantizer': self.quantizer.spec(),
         'networks': self.networks.hashes,
         'fingerprint': dict(self.dataset.fingerprint),
@@ -55,10 +57,10 @@ class RunRecord:
 
   def restore_newest(
       self,
-      checkpointer: checkpoints.Checkpointer,
+      checkpointer: checkpointers.Checkpointer,
       abstract: train_state.TrainState,
       allow_config_change: bool,
-  ) -> checkpoints.Restored | None:
+  ) -> checkpointers.Restored | None:
     """Restores the newest checkpoint and the position of the input.
 
     Args:
@@ -75,8 +77,8 @@ class RunRecord:
     """
 
     def check(saved: Mapping[str, Any]) -> train_state.TrainState:
-      configuration.check_resumable(
-          configuration.config_from_json(json.dumps(saved['config'])),
+      compatibility.check_resumable(
+          config_loading.config_from_json(json.dumps(saved['config'])),
           self.config,
           allow_config_change=allow_config_change,
       )
@@ -135,4 +137,4 @@ class RunRecord:
       workdirs.write_json(folder / name, content)
 
   def _check_data(self, saved: Mapping[str, Any]) -> None:
-    data.check_fingerprint(saved['fingerprint'], self.dataset.fingerprint)
+    data_builder.check_fingerprint(saved['fingerprint'], self.dataset.fingerprint)

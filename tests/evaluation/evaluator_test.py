@@ -172,7 +172,7 @@ def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
   assert evaluation.metrics['psnr'] == pytest.approx(
       np.mean(jax.device_get(psnr)), rel=1e-5
   )
-  saved_run.write_evaluation(tmp_path, 3, evaluation)
+  results_lib.write_evaluation(tmp_path, 3, evaluation)
   record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
   assert record['codebook'] == {}
   assert record['protocol']['quantizer'] == model.quantizer.spec()
@@ -250,7 +250,7 @@ def test_reconstructions_that_are_not_finite_are_reported(
   assert np.isnan(list(evaluation.metrics.values())).all()
   assert evaluation.codebook['num_tokens'] == _NUM_IMAGES * _NUM_TOKENS
 
-  saved_run.write_evaluation(tmp_path, 3, evaluation)
+  results_lib.write_evaluation(tmp_path, 3, evaluation)
   record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
   assert set(record['metrics'].values()) == {None}
   assert record['codebook']['usage'] == evaluation.codebook['usage']
@@ -442,7 +442,7 @@ def test_evaluations_of_several_steps_are_kept(tmp_path):
   for label in ('', 'best', 'native'):
     for step in (4, 8):
       evaluation = results_lib.Evaluation({'psnr': step}, {}, {}, image, image)
-      saved_run.write_evaluation(tmp_path, step, evaluation, label)
+      results_lib.write_evaluation(tmp_path, step, evaluation, label)
   steps = {
       path.name: json.loads(path.read_text())['metrics']['psnr']
       for path in tmp_path.glob('*.json')
@@ -597,7 +597,7 @@ def test_numbers_are_shown_before_they_are_written(saved, monkeypatch):
   def fail(*_):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(saved_run, 'write_evaluation', fail)
+  monkeypatch.setattr(results_lib, 'write_evaluation', fail)
   with pytest.raises(RuntimeError, match=r'No space left.*with --output'):
     saved_run.evaluate_workdir(config, folder, show=shown.append)
   (lines,) = shown

@@ -19,7 +19,6 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import results as results_lib
-from fsq_jax.evaluation import saved_run
 from fsq_jax.models import pixels
 from fsq_jax.models.pretrained import encoder as pretrained_vit
 from fsq_jax.perceptual import lpips
@@ -271,7 +270,7 @@ def _applied(calls):
 
 
 def _write(folder, evaluation):
-  saved_run.write_evaluation(folder, 1, evaluation)
+  results_lib.write_evaluation(folder, 1, evaluation)
   return (folder / workdirs.EVALUATION).read_bytes()
 
 
