@@ -28,7 +28,10 @@ _NUM_COLORS = 128
 def execute(notebook: nbformat.NotebookNode, folder: pathlib.Path) -> None:
   """Executes a notebook in a folder, with this checkout on the path."""
   client = nbclient.NotebookClient(
-      notebook, timeout=None, resources={'metadata': {'path': str(folder)}}
+      notebook,
+      timeout=None,
+      coalesce_streams=True,
+      resources={'metadata': {'path': str(folder)}},
   )
   paths = [str(_HERE.parents[1]), os.environ.get('PYTHONPATH', '')]
   path = os.pathsep.join(filter(None, paths))
@@ -47,16 +50,8 @@ def compact(notebook: nbformat.NotebookNode) -> None:
     cell.metadata.pop('execution', None)
     if cell.cell_type != 'code':
       continue
-    outputs = []
+    cell.outputs = [x for x in cell.outputs if x.get('name') != 'stderr']
     for output in cell.outputs:
-      if output.get('name') == 'stderr':
-        continue
-      if outputs and 'stdout' == output.get('name') == outputs[-1].get('name'):
-        outputs[-1].text += output.text
-      else:
-        outputs.append(output)
-    cell.outputs = outputs
-    for output in outputs:
       if 'image/png' in output.get('data', ()):
         output.data = {'image/png': _compress(output.data['image/png'])}
         output.metadata = {}
