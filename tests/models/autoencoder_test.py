@@ -198,7 +198,7 @@ def test_statistics_are_no_parameters():
         ),
         (
             {**_PRETRAINED, 'encoder.architecture': 'dinov2_B/15'},
-            r"^model.encoder: .*'dinov2_B/15' is none .*'dinov2_B/14'",
+            r"^model.encoder: .*'dinov2_B/15' is invalid .*'dinov2_B/14'",
         ),
         (
             {**_PRETRAINED, 'encoder.architecture': 'checkpoint'},
