@@ -91,7 +91,7 @@ def test_a_large_mean_costs_no_digits(dtype):
 @pytest.mark.parametrize(
     ('features', 'mask', 'message'),
     [
-        (np.zeros((4, 6)), None, r'\[4, 6\]; these statistics are of \[B, 7\]'),
+        (np.zeros((4, 6)), None, r'\[4, 6\]; these statistics take \[B, 7\]'),
         (np.zeros(7), None, r'Features are \[7\]'),
         (np.full((4, 7), np.nan), [1, 1, 1, 0], 'of 3 of 3 images hold NaN'),
         (np.full((4, 7), np.inf), None, 'of 4 of 4 images hold NaN or inf'),

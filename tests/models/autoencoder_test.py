@@ -194,7 +194,7 @@ def test_statistics_are_no_parameters():
         ),
         (
             {**_PRETRAINED, 'encoder.architecture': 'dinov2_B/15'},
-            r"^model.encoder: .*'dinov2_B/15' is none .*'dinov2_B/14'",
+            r"^model.encoder: .*'dinov2_B/15' is invalid .*'dinov2_B/14'",
         ),
         ({**_PRETRAINED, 'projector_in.name': 'none'}, '8 channels .* 3 of'),
     ],
