@@ -156,7 +156,9 @@ def _detokenize(config: _Config, workdir: _Path) -> list[_Path]:
 
   folder = _TOKENS.value or tokenization.default_folder(config, workdir)
   images = _IMAGES.value or f'{folder}_images'
-  detokenization.detokenize_workdir(workdir, folder, images, which=_CHECKPOINT.value)
+  detokenization.detokenize_workdir(
+      workdir, folder, images, which=_CHECKPOINT.value
+  )
   return [images]
 
 

@@ -33,7 +33,7 @@ _LONG = {
     'configs/default.py': 'a list of every field, with a comment each',
 }
 _TOP_LEVEL = {
-    '.ci', '.gitignore', 'LICENSE', 'README.md', 'configs', 'experiments',
+    '.ci', '.github', '.gitignore', 'CITATION.cff', 'LICENSE', 'README.md', 'configs', 'experiments',
     'fsq_jax', 'launch.py', 'pyproject.toml', 'setup.py', 'tests',
 }  # fmt: skip
 

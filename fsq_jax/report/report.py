@@ -57,7 +57,8 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
   if analysis and analysis.get('version') != ANALYSIS_VERSION:
     analysis = {}
     notices.append(
-        f'{workdir_files.CODEBOOK} is of another version of fsq_jax and is skipped;'
+        f'{workdir_files.CODEBOOK} is of another version of fsq_jax and is'
+        ' skipped;'
         ' --mode=report writes a new one.'
     )
   step = files['evaluation'].get('step')

@@ -73,7 +73,9 @@ def concatenate(parts: Sequence[ImageStates]) -> ImageStates:
   return ImageStates(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def take_stamp(source: image_source.EncodedSource, index: int) -> tuple[int, int, int]:
+def take_stamp(
+    source: image_source.EncodedSource, index: int
+) -> tuple[int, int, int]:
   """Returns the stamp of a file before it is read.
 
   Args:

@@ -303,9 +303,7 @@ _RULES: Mapping[str, rules.Rule] = {
     'storage': rules.name(*STORAGES),
     'quantizer': _OBJECT,
     'codebook_size': rules.integer(2, 2**31),
-    'index_shape': rules.tuple_of(
-        'integers >= 1', rules.COUNT, rules.ANY_LENGTH
-    ),
+    'index_shape': rules.tuple_of('integers >= 1', rules.COUNT),
     'dtype': rules.name('uint16', 'int32'),
     'model_hash': _HASH,
     'fit': rules.name('crop', 'pad'),
@@ -317,7 +315,7 @@ _RULES: Mapping[str, rules.Rule] = {
         lambda x: isinstance(x, dict) and _COUNT.fits(x.get('num_examples')),
     ),
     'label_names': rules.tuple_of(
-        'strings', _Rule('', lambda x: isinstance(x, str)), rules.ANY_LENGTH
+        'strings', _Rule('', lambda x: isinstance(x, str))
     ),
     'views': rules.COUNT,
     'augmentation': rules.optional(_OBJECT),
@@ -326,7 +324,7 @@ _RULES: Mapping[str, rules.Rule] = {
     'num_images': _COUNT,
     'num_damaged': _COUNT,
     'damaged': rules.tuple_of(
-        'objects with name and reason', _Rule('', _is_damaged), rules.ANY_LENGTH
+        'objects with name and reason', _Rule('', _is_damaged)
     ),
     'summary': _Rule(f'an object with the numbers {_SUMMARY}', _is_summary),
     'shards': _Rule('a list', lambda x: isinstance(x, tuple)),

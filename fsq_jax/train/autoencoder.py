@@ -147,7 +147,9 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
   )
   if restored is not None:
     run.progress.say(f'Continuing {folder} from step {restored.step}.')
-    record.started_from = provenance.read_started_from(folder / workdir_files.RUN)
+    record.started_from = provenance.read_started_from(
+        folder / workdir_files.RUN
+    )
     state = restored.state
   else:
     record.started_from = initializer.sources
@@ -226,7 +228,7 @@ def _build_hooks(
   profiler = run.close_at_end(
       host.Profiler(run.folder / workdir_files.PROFILE, options.profile_steps)
   )
-  saver = hooks.Saver(checkpointer, record, log)
+  saver = hooks.Saver(checkpointer, record.current, log)
   stop = hooks.Stop(run.stop_request, saver)
   evaluation = hooks.Evaluate(
       evaluator,

@@ -86,9 +86,13 @@ def load_networks(
     hashes[f'losses.perceptual.{options.name}'] = network.sha256
   if config.discriminator.name == 'dino':
     path = config.discriminator.dino.checkpoint
-    discriminator = adversarial_builder.build_discriminator(config.discriminator)
+    discriminator = adversarial_builder.build_discriminator(
+        config.discriminator
+    )
     with errors.about('discriminator.dino.checkpoint'):
-      backbone = dino_discriminator.load_discriminator_backbone(path, discriminator)
+      backbone = dino_discriminator.load_discriminator_backbone(
+          path, discriminator
+      )
     variables['discriminator'] = {'backbone': backbone}
     hashes['discriminator.dino'] = weight_files.hash_weights(path)
   shardings = partitioning.state_shardings(

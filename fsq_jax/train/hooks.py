@@ -15,7 +15,6 @@ from fsq_jax.evaluation import results as results_lib
 from fsq_jax.runtime import host
 from fsq_jax.runtime import preemption
 from fsq_jax.train import loop
-from fsq_jax.train import run_record
 from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
 
@@ -126,12 +125,12 @@ class Saver:
 
   Attributes:
     checkpointer: of the run.
-    record: saved with each checkpoint.
+    record: returns the JSON-able record to save with a checkpoint.
     log: flushed first, so that the log always reaches the newest checkpoint.
   """
 
   checkpointer: checkpointers.Checkpointer
-  record: run_record.RunRecord
+  record: Callable[[], Mapping[str, Any]]
   log: Log
 
   def save(
@@ -139,7 +138,7 @@ class Saver:
   ) -> None:
     """Saves a step in the background; metrics: of its evaluation or None."""
     self.log.flush()
-    self.checkpointer.save(step, state, self.record.current(), metrics)
+    self.checkpointer.save(step, state, self.record(), metrics)
     self.log.progress.restart_clock()
 
   def wait(self) -> None:

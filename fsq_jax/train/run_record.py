@@ -137,4 +137,6 @@ class RunRecord:
       workdirs.write_json(folder / name, content)
 
   def _check_data(self, saved: Mapping[str, Any]) -> None:
-    data_builder.check_fingerprint(saved['fingerprint'], self.dataset.fingerprint)
+    data_builder.check_fingerprint(
+        saved['fingerprint'], self.dataset.fingerprint
+    )
