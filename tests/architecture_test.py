@@ -33,8 +33,9 @@ _LONG = {
     'configs/default.py': 'a list of every field, with a comment each',
 }
 _TOP_LEVEL = {
-    '.ci', '.github', '.gitignore', 'CITATION.cff', 'LICENSE', 'README.md', 'configs', 'experiments',
-    'fsq_jax', 'launch.py', 'pyproject.toml', 'setup.py', 'tests',
+    '.ci', '.github', '.gitignore', 'CITATION.cff', 'LICENSE', 'README.md',
+    'configs', 'experiments', 'fsq_jax', 'launch.py', 'pyproject.toml',
+    'setup.py', 'tests',
 }  # fmt: skip
 
 _PACKAGE = sorted((_ROOT / 'fsq_jax').rglob('*.py'))

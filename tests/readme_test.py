@@ -1,4 +1,4 @@
-"""What the README tells users to paste: its Python runs, its files exist."""
+"""The documents: their Python runs, their commands start, their links exist."""
 
 import ast
 import functools
@@ -18,6 +18,7 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import tokens
+from fsq_jax.configuration import command_line
 from fsq_jax.configuration import schema
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
@@ -25,39 +26,55 @@ from fsq_jax.train import state as train_state
 import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-PYTHON = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-SHELL = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+README = ROOT / 'README.md'
+# The README comes first: the other documents use the runs that it trains.
+DOCUMENTS = [
+    README,
+    ROOT / 'configs' / 'README.md',
+    *sorted((ROOT / 'fsq_jax').rglob('README.md')),
+    *sorted((ROOT / 'experiments').rglob('README.md')),
+    *sorted((ROOT / '.github').rglob('*.md')),
+]
+GUIDES = [x for x in DOCUMENTS if 'experiments' not in x.parts]
 MODES = launch.flags.FLAGS['mode'].parser.enum_values
-# What makes a command that does not run as it is printed.
+# In a command that cannot run as it is printed.
 PLACEHOLDER = '/path/to/'
 
 
-def _commands(blocks):
-  """Commands of shell blocks, each in one line."""
+@functools.cache
+def _text(path):
+  return path.read_text(encoding='utf-8')
+
+
+def _blocks(path, language):
+  return re.findall(rf'```{language}\n(.*?)```', _text(path), re.DOTALL)
+
+
+def _commands(path):
+  """Commands of a document's shell blocks, each in one line."""
   return [
       command.strip()
-      for block in blocks
+      for block in _blocks(path, 'bash')
       for line in block.replace('\\\n', ' ').splitlines()
-      for command in line.split('&&')
+      for command in re.split('&&|  # ', line)
+      if command.strip()
   ]
 
 
-COMMANDS = _commands(SHELL)
-LAUNCHES = [command for command in COMMANDS if 'launch.py' in command]
-EXPERIMENTS = [
-    command
-    for path in sorted(ROOT.glob('experiments/*/README.md'))
-    for command in _commands(
-        re.findall(
-            r'```bash\n(.*?)```', path.read_text(encoding='utf-8'), re.DOTALL
-        )
-    )
+def _launches(path):
+  return [command for command in _commands(path) if 'launch.py' in command]
+
+
+PYTHON = [
+    pytest.param(block, id=f'{path.parent.name}-{i}')
+    for path in GUIDES
+    for i, block in enumerate(_blocks(path, 'python'))
 ]
+LAUNCHES = [command for path in GUIDES for command in _launches(path)]
 
 
-@pytest.mark.parametrize('block', PYTHON, ids=range(len(PYTHON)))
-def test_python_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize('block', PYTHON)
+def test_python_runs(block, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   # Runs of the examples go to a temporary folder, where one is already.
   shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'fsq_888')
@@ -70,7 +87,12 @@ def test_python_runs(block, tmp_path, monkeypatch):
     _write_token_files(tmp_path / 'fsq_888', name)
   block = block.replace("'runs/", f"'{tmp_path}/")
   block = block.replace("'tokenizer'", f"'{tmp_path}/tokenizer'")
+  capsys.readouterr()
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
+  # What a document says that a line prints.
+  printed = re.findall(r'^print\(.*\)  # (.*)$', block, re.MULTILINE)
+  if printed:
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 def _write_token_files(run, name):
@@ -98,7 +120,7 @@ def test_the_small_vqrae_runs_from_files_to_report(tmp_path):
 @pytest.mark.slow
 def test_a_run_becomes_token_files_and_images_again(tmp_path):
   shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'run')
-  commands = [x for x in LAUNCHES if 'tokenize' in x]
+  commands = _launches(ROOT / 'fsq_jax/tokens/README.md')
   assert len(commands) == 3
   for command in commands:
     # That run is one of the debug config.
@@ -133,12 +155,21 @@ def test_sizes_of_train_states_are_those_of_siglip_l():
     leaves = jax.tree.leaves(builder.abstract)
     sizes.append(sum(x.size * x.dtype.itemsize for x in leaves) / 2**30)
   text = f'takes {sizes[0]:.1f} GiB in stage 1, {sizes[1]:.1f} GiB in stage 2'
-  assert text in README.replace('\n', ' ')
+  assert text in _text(ROOT / 'configs/README.md').replace('\n', ' ')
 
 
 def test_there_is_something_to_run():
-  assert len(PYTHON) >= 2
-  assert len(LAUNCHES) >= 3
+  assert len(PYTHON) >= 7
+  assert len(LAUNCHES) >= 20
+
+
+def test_readme_is_a_landing_page():
+  lines = _text(README).splitlines()
+  assert len(lines) <= 220
+  # Figure, installation and both commands are at the top.
+  top = '\n'.join(lines[:50])
+  assert '![' in top
+  assert top.count('python3 -m venv') == 2
 
 
 def _flags(command):
@@ -152,7 +183,7 @@ def _flags(command):
 
 def test_launch_commands_name_existing_configs_and_fields():
   unknown = []
-  for command in (*LAUNCHES, *(x for x in EXPERIMENTS if 'launch.py' in x)):
+  for command in (x for path in DOCUMENTS for x in _launches(path)):
     flags = _flags(command)
     flags.pop('config', None)
     for name in flags:
@@ -180,23 +211,33 @@ def _made_by(commands):
   return made
 
 
-@pytest.mark.parametrize('number', range(len(LAUNCHES)))
-def test_launch_commands_run_or_have_a_placeholder(
-    number, tmp_path, monkeypatch
-):
+def test_launch_commands_run_or_have_a_placeholder(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
-  command = LAUNCHES[number]
-  words = shlex.split(command[command.index('launch.py') :])
-  with flagsaver.flagsaver():
-    rest = launch._parse_flags(words)
-    if launch._CONFIG.value is None:
-      # The config of a run that an earlier command has trained.
-      assert launch._WORKDIR.value in _made_by(LAUNCHES[:number])
-      return
-    config = launch._load_config()
-    launch._override(config, rest)
-    mode = launch._MODE.value
-  earlier = _made_by(COMMANDS[: COMMANDS.index(command)])
+  problems = []
+  for document in GUIDES:
+    earlier = _commands(README) if document != README else []
+    for command in _commands(document):
+      if 'launch.py' in command:
+        try:
+          _check_launch(command, _made_by(earlier), tmp_path)
+        except (AssertionError, ValueError) as error:
+          problems.append((document.parent.name, command, error))
+      earlier.append(command)
+  assert not problems
+
+
+def _check_launch(command, made, tmp_path):
+  """Raises an error unless a command would start, given what is `made`."""
+  flags = _flags(command)
+  mode = flags.get('mode', 'train')
+  if 'config' not in flags:
+    # The config of a run that an earlier command has trained.
+    assert flags['workdir'] in made
+    return
+  config = command_line.load(flags['config'], None, ROOT)
+  words = shlex.split(command, comments=True)
+  overrides = [x for x in words if x.startswith('--config.')]
+  command_line.override(config, ['launch.py', *overrides])
   if mode != 'prepare' and config.data.source in ('folder', 'tfds'):
     assert config.data.data_dir.startswith(PLACEHOLDER)
   for name in configuration.PATHS:
@@ -207,14 +248,14 @@ def test_launch_commands_run_or_have_a_placeholder(
       stand_in.mkdir(exist_ok=True)
       config.update_from_flattened_dict({name: str(stand_in)})
     elif path:
-      assert (ROOT / path).exists() or path in earlier, name
+      assert (ROOT / path).exists() or path in made, name
   configuration.check_config(config, mode=mode)
 
 
 def test_scripts_of_commands_exist_and_have_their_flags():
   shared = (ROOT / 'experiments' / 'sweep.py').read_text()
   unknown = []
-  for command in (*COMMANDS, *EXPERIMENTS):
+  for command in (x for path in DOCUMENTS for x in _commands(path)):
     script = re.search(
         r'-m (experiments\.[\w.]+)|(experiments/\S+\.py)', command
     )
@@ -246,9 +287,14 @@ def test_headers_of_configs_name_themselves_and_existing_fields():
 
 
 def test_links_lead_somewhere():
-  links = re.findall(r'\]\(((?!https?:|#)[^)]+)\)', README)
-  assert links
-  assert not [x for x in links if not (ROOT / x.split('#')[0]).exists()]
+  broken, count = [], 0
+  for path in DOCUMENTS:
+    for link in re.findall(r'\]\(((?!https?:|#)[^)]+)\)', _text(path)):
+      count += 1
+      if not (path.parent / link.split('#')[0]).exists():
+        broken.append((path, link))
+  assert count > 100
+  assert not broken
 
 
 def test_nobody_is_told_to_install_a_name_that_is_not_registered():
@@ -268,15 +314,16 @@ def test_nobody_is_told_to_install_a_name_that_is_not_registered():
 
 
 def test_the_map_of_the_code_is_true():
-  block = re.search(r'## Map of the code\n.*?```text\n(.*?)```', README, re.S)
-  named = set(re.findall(r'^  (\w+\.py|\w+/)', block.group(1), re.M))
+  block, floors = _blocks(ROOT / 'fsq_jax/README.md', 'text')
+  named = set(re.findall(r'^  (\w+\.py|\w+/)', block, re.MULTILINE))
   package = ROOT / 'fsq_jax'
   there = {
       path.name + ('/' if path.is_dir() else '')
       for path in package.iterdir()
-      if path.name not in ('__init__.py', '__pycache__')
+      if path.name not in ('__init__.py', '__pycache__', 'README.md')
   }
   assert named == there
+  assert {f'{x}/' for x in re.findall('[a-z]+', floors)} == there
 
 
 # Of VQRAE-FSQ-SigLIP-L.yaml with its section gan, and of the parameters of
@@ -297,7 +344,10 @@ disc_upd_start
 
 
 def test_every_key_of_the_original_has_its_place():
-  (table,) = re.findall(r'\| YAML \| here \|\n\|.*\n((?:\|.*\n)+)', README)
+  (table,) = re.findall(
+      r'\| YAML \| here \|\n\|.*\n((?:\|.*\n)+)',
+      _text(ROOT / 'configs/README.md'),
+  )
   rows = [row.split(' | ') for row in table.splitlines()]
   keys = [key for row in rows for key in re.findall('`(.+?)`', row[0])]
   assert len(keys) == len(set(keys))
@@ -310,4 +360,4 @@ def test_every_key_of_the_original_has_its_place():
 
 def test_every_config_is_named():
   for path in ROOT.glob('configs/*.py'):
-    assert f'](configs/{path.name})' in README, path.name
+    assert f']({path.name})' in _text(ROOT / 'configs/README.md'), path.name

@@ -58,8 +58,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
     analysis = {}
     notices.append(
         f'{workdir_files.CODEBOOK} is of another version of fsq_jax and is'
-        ' skipped;'
-        ' --mode=report writes a new one.'
+        ' skipped; --mode=report writes a new one.'
     )
   step = files['evaluation'].get('step')
   if analysis and step not in (None, analysis['step']):
