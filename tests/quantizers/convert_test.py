@@ -15,6 +15,7 @@ from fsq_jax.quantizers import convert
 _NAMED_LEVELS = sorted(
     {*conventions.LEVELS.values(), *conventions.COMMON_LEVELS}
 )
+_FAST_LEVELS = [(5, 3), (8, 6, 5), (7, 5, 5, 5, 5)]
 # Index order, as NumPy names it, and code of level index k.
 _CONVENTIONS = {
     'symmetric': ('C', lambda k, levels: k - (levels - 1) / 2),
@@ -33,7 +34,14 @@ def _digits(indices, levels, order):
   return np.stack(digits, axis=-1)
 
 
-@pytest.mark.parametrize('levels', _NAMED_LEVELS, ids=str)
+@pytest.mark.parametrize(
+    'levels',
+    [
+        pytest.param(x, marks=[] if x in _FAST_LEVELS else [pytest.mark.slow])
+        for x in _NAMED_LEVELS
+    ],
+    ids=str,
+)
 def test_every_code_between_all_conventions(levels):
   indices = np.arange(np.prod(levels), dtype=np.int32)
   specs = {name: FSQ(levels, name).spec() for name in _CONVENTIONS}
@@ -50,7 +58,14 @@ def test_every_code_between_all_conventions(levels):
     np.testing.assert_allclose(codes, expected, atol=3e-7)
 
 
-@pytest.mark.parametrize('source', _CONVENTIONS)
+@pytest.mark.parametrize('source', [
+    'paper',
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in _CONVENTIONS
+        if name != 'paper'
+    ),
+])  # fmt: skip
 def test_codes_are_scaled_by_their_digits(source):
   indices = np.arange(240).reshape(2, 120)
   source = FSQ((8, 6, 5), source)

@@ -252,7 +252,11 @@ def test_every_code_is_reached_and_decoded(levels, convention, bound):
 
 
 @every_variant
-@pytest.mark.parametrize('eps', [None, 0.01, -0.01])
+@pytest.mark.parametrize('eps', [
+    None,
+    pytest.param(0.01, marks=pytest.mark.slow),
+    pytest.param(-0.01, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_gradient_is_that_of_the_scaled_bound(convention, bound, eps):
   levels = np.asarray((8, 6, 5))
   fsq = FSQ(tuple(levels.tolist()), convention, bound, eps)
@@ -394,9 +398,14 @@ def test_codes_off_the_grid_are_rounded_and_clipped(convention):
   )
 
 
-@pytest.mark.parametrize(
-    'dtype', [np.int8, np.uint8, np.int16, np.uint16, np.int64, np.uint64]
-)
+@pytest.mark.parametrize('dtype', [
+    np.int8,
+    np.uint64,
+    *(
+        pytest.param(dtype, marks=pytest.mark.slow)
+        for dtype in (np.uint8, np.int16, np.uint16, np.int64)
+    ),
+])  # fmt: skip
 def test_indices_of_any_width_are_checked_before_they_wrap(dtype):
   fsq = FSQ(levels=(8, 8, 8))
   largest = int(np.iinfo(dtype).max)
@@ -442,7 +451,7 @@ def _compiled(convention, bound):
 
 
 @every_variant
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(z=_latents, step=_latents)
 def test_monotone_in_range_and_independent(convention, bound, z, step):
   call = _compiled(convention, bound)
@@ -455,7 +464,7 @@ def test_monotone_in_range_and_independent(convention, bound, z, step):
   np.testing.assert_array_equal(call(z[::-1])[0].indices, out.indices[::-1])
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(z=_latents)
 def test_quantizing_codes_again_changes_nothing(z):
   # Scaled back into [-1, 1], codes are latents of the clip bound.
@@ -466,6 +475,7 @@ def test_quantizing_codes_again_changes_nothing(z):
   np.testing.assert_allclose(again.loss, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_variant
 def test_rank_of_the_batch_does_not_matter(convention, bound):
   fsq = FSQ((8, 6, 5), convention, bound)

@@ -49,7 +49,7 @@ def test_the_gradient_passes_bit_for_bit(dtype):
 def test_nothing_decodes_indices(method):
   quantizer = quantizers.NoQuantizer(code_dim=5)
   indices = quantizer.apply({}, _latents()).indices
-  with pytest.raises(ValueError, match=r"no tokens .* such as 'fsq'"):
+  with pytest.raises(ValueError, match=r"no tokens, .* such as 'fsq'"):
     quantizer.apply({}, indices, method=method)
 
 

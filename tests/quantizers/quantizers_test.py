@@ -75,18 +75,23 @@ _CASES = {
     for name, configs in _CONFIGS.items()
     for i, config in enumerate(configs)
 }
+# One per class, and FSQ's other conventions.
+_FAST = (
+    'fsq0', 'fsq2', 'fsq4', 'grouped_fsq0', 'residual_fsq0', 'lfq0', 'bsq0',
+    'none0', 'simvq1', 'vq0', 'vq3',
+)  # fmt: skip
 
 
 def _cases(*fast, tokens=False):
-  """Parametrizes over `_CASES`; those not in `fast`, if given, are slow.
+  """Parametrizes over `_CASES`; cases that are not in `fast` are slow.
 
   Args:
-    *fast: names of the cases in the fast tier; none for all.
+    *fast: names of the cases in the fast tier; by default `_FAST`.
     tokens: leaves out 'none', whose counterparts are in none_test.
   """
   return pytest.mark.parametrize('case', [
       pytest.param(
-          case, marks=[pytest.mark.slow] if fast and case not in fast else []
+          case, marks=[] if case in (fast or _FAST) else [pytest.mark.slow]
       )
       for case in _CASES
       if not (tokens and case.startswith('none'))

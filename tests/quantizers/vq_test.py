@@ -17,7 +17,10 @@ from fsq_jax.quantizers import lookup
 
 _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
 
-both_metrics = pytest.mark.parametrize('metric', ['euclidean', 'cosine'])
+both_metrics = pytest.mark.parametrize(
+    'metric',
+    [pytest.param('euclidean', marks=pytest.mark.slow), 'cosine'],
+)
 both_restarts = pytest.mark.parametrize('restart', ['batch', 'split'])
 
 
@@ -112,7 +115,10 @@ def _steps_in_numpy(codebook_size, code_dim, decay, commitment_weight):
     ('load', 'decay', 'commitment_weight'),
     [
         (lambda **_: np.load(_TESTDATA / 'vq_ema.npz'), 0.99, 0.25),
-        (functools.partial(_steps_in_numpy, 21, 5), 0.8, 0.5),
+        pytest.param(
+            functools.partial(_steps_in_numpy, 21, 5), 0.8, 0.5,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=['file', 'numpy'],
 )
@@ -510,6 +516,7 @@ def test_kmeans_finds_planted_clusters_in_the_first_update(metric):
   chex.assert_trees_all_close(later, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_kmeans_ends_at_means_and_starts_from_distinct_vectors():
   x = _normal(0, 40, 3)
   far = np.full((50, 3), 100, np.float32)
@@ -540,6 +547,7 @@ def test_kmeans_ends_at_means_and_starts_from_distinct_vectors():
     )
 
 
+@pytest.mark.slow
 @both_restarts
 def test_restarts_end_a_planted_collapse(restart):
   # One code among the latents, all others far away: it takes every latent.
@@ -785,6 +793,7 @@ def test_random_choices_follow_the_seed_and_the_step():
   assert np.any(restarted[0]['entries'] != restarted[1]['entries'])
 
 
+@pytest.mark.slow
 def test_cosine_codes_have_length_one():
   quantizer = _build(metric='cosine')
   variables = _init(quantizer)
