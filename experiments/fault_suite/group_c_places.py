@@ -189,8 +189,8 @@ def _dying_readers(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     import sys, time
     from experiments.fault_suite import fault
     from fsq_jax import train
-from fsq_jax.data import synthetic
-        load = synthetic.SyntheticSource.load
+    from fsq_jax.data import synthetic
+    load = synthetic.SyntheticSource.load
     count = [0]
     def dying(source, index):
       count[0] += 1

@@ -69,7 +69,7 @@ def _bombs(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     import sys
     from experiments.fault_suite import fault
     from fsq_jax import data
-from fsq_jax.data import folder
+    from fsq_jax.data import folder
     source = folder.FolderSource(sys.argv[1], 'train', max_damaged_share=1.0)
     names = [source.describe(i) for i in range(len(source))]
     source.load(names.index(next(x for x in names if 'small' in x)))

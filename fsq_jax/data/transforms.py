@@ -5,7 +5,7 @@ KERNEL names it wherever a number depends on it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import numpy as np
@@ -69,37 +69,20 @@ def augment(
     rng: np.random.Generator,
     *,
     size: Sequence[int],
-    crop_scale: Sequence[float],
-    flip: bool,
-    color_jitter: float,
+    **options: Any,
 ) -> np.ndarray:
   """Applies a random crop, a random horizontal flip and color jitter.
 
-  The crop has sides size * s, with s log-uniform in crop_scale, whose ends are
-  limited to the largest s that fits the image; an image smaller than `size` is
-  therefore scaled up. The place is uniform over all whole pixels.
-
   Args:
     image: [h, w, 3] uint8.
-    rng: seven numbers are drawn, whatever the other arguments are.
+    rng: as in `draw_augmentation`.
     size: (height, width) of the result.
-    crop_scale: (min, max) s.
-    flip: whether to flip left to right with probability 1/2.
-    color_jitter: j in [0, 1]: hue is rotated by up to j * 180 degrees,
-      saturation and brightness are multiplied by factors in 1 - j ... 1 + j and
-      1 - j / 2 ... 1 + j / 2, all uniform.
+    **options: crop_scale, flip and color_jitter of `draw_augmentation`.
 
   Returns:
     [height, width, 3] uint8, perhaps a view of `image`.
   """
-  augmentation = draw_augmentation(
-      image,
-      rng,
-      size=size,
-      crop_scale=crop_scale,
-      flip=flip,
-      color_jitter=color_jitter,
-  )
+  augmentation = draw_augmentation(image, rng, size=size, **options)
   return apply_augmentation(image, augmentation, size)
 
 
@@ -126,7 +109,22 @@ def draw_augmentation(
     flip: bool,
     color_jitter: float,
 ) -> Augmentation:
-  """Draws the parameters of `augment`, which describes the arguments."""
+  """Draws the parameters of a random crop, horizontal flip and color jitter.
+
+  The crop has sides size * s, with s log-uniform in crop_scale, whose ends are
+  limited to the largest s that fits the image; an image smaller than `size` is
+  therefore scaled up. The place is uniform over all whole pixels.
+
+  Args:
+    image: [h, w, 3] uint8.
+    rng: seven numbers are drawn, whatever the other arguments are.
+    size: (height, width) of the result.
+    crop_scale: (min, max) s.
+    flip: whether to flip left to right with probability 1/2.
+    color_jitter: j in [0, 1]: hue is rotated by up to j * 180 degrees,
+      saturation and brightness are multiplied by factors in 1 - j ... 1 + j and
+      1 - j / 2 ... 1 + j / 2, all uniform.
+  """
   scale_draw, top_draw, left_draw, flip_draw, *color_draws = rng.random(7)
   largest = _largest_scale(image, size)
   low, high = (min(scale, largest) for scale in crop_scale)

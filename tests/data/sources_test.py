@@ -193,7 +193,7 @@ def test_without_class_folders_there_are_no_labels(tmp_path, caplog):
   source = _class_source(tmp_path, 'validation')
   assert _labels(source) == {'1.png': -1, 'cat/1.png': -1}
   (message,) = caplog.messages
-  assert "training split 'train' has none: all labels are -1" in message
+  assert "'train' has no sub-folders: all labels are -1" in message
 
 
 def test_classes_are_found_without_listing_the_training_split(
@@ -367,7 +367,7 @@ def test_links_may_not_leave_the_root(tmp_path):
     folder.FolderSource(str(root), 'train')
   link.unlink()
   link.symlink_to(root / 'train')
-  with pytest.raises(ValueError, match='folder that holds it'):
+  with pytest.raises(ValueError, match='link to a parent folder'):
     folder.FolderSource(str(root), 'train')
   link.unlink()
   shutil.copy(tmp_path / 'outside' / 'c.png', tmp_path / 'outside' / 'c')
