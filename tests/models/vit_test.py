@@ -176,7 +176,7 @@ def test_sincos_positions_tell_every_place_of_a_grid_apart():
 
 
 def test_sincos_positions_need_a_multiple_of_four_channels():
-  with pytest.raises(ValueError, match='width is 6; .* a multiple of 4'):
+  with pytest.raises(ValueError, match=r'width is 6; .* a multiple of 4'):
     layers.sincos_positions(2, 2, 6)
 
 
