@@ -258,9 +258,9 @@ def test_noise_asks_for_its_key():
   fsq = FSQ((8, 6, 5), noise=0.5)
   match = "noise draws .*'quantizer': key"
   with pytest.raises(ValueError, match=match):
-    fsq.apply({}, jnp.zeros(3), train=True)
+    jax.eval_shape(lambda z: fsq.apply({}, z, train=True), jnp.zeros(3))
   with pytest.raises(ValueError, match=match):
-    fsq(jnp.zeros(3), train=True)
+    jax.eval_shape(lambda z: fsq(z, train=True), jnp.zeros(3))
   without = FSQ((8, 6, 5))
   jax.eval_shape(lambda z: without.apply({}, z, train=True), jnp.zeros(3))
 

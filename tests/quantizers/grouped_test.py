@@ -21,8 +21,13 @@ def _normal(shape):
     'fields',
     [
         {},
-        {'bound': 'clip', 'commitment_weight': 0.25},
-        {'bound': 'ifsq', 'bins': 'equal'},
+        pytest.param(
+            {'bound': 'clip', 'commitment_weight': 0.25},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {'bound': 'ifsq', 'bins': 'equal'}, marks=pytest.mark.slow
+        ),
         {'convention': 'paper', 'eps': 0.01},
         {'convention': 'preserve_symmetry'},
     ],
@@ -67,26 +72,29 @@ def test_more_codes_than_an_index_can_count():
   grouped = GroupedFSQ((4,) * 15, num_groups=3)
   last = 4**15 - 1
   indices = jnp.asarray([[0, last, 0], [last, last, last], [1, 2, 3]])
-  codes = grouped.indices_to_codes(indices)
+  codes = jax.jit(grouped.indices_to_codes)(indices)
   assert codes.shape == (3, 45)
   np.testing.assert_array_equal(codes[1], [1.5] * 45)
-  np.testing.assert_array_equal(grouped.codes_to_indices(codes), indices)
+  again = jax.jit(grouped.codes_to_indices)(codes)
+  np.testing.assert_array_equal(again, indices)
 
 
 def test_nan_and_indices_out_of_range_stay_in_their_group():
   grouped = GroupedFSQ((8, 5), num_groups=3)
   z = _normal((2, 6))
-  clean, out = _call(grouped, z), _call(grouped, z.at[0, 3].set(jnp.nan))
+  call = jax.jit(lambda z: grouped.apply({}, z))
+  clean, out = call(z), call(z.at[0, 3].set(jnp.nan))
   expected = np.asarray(clean.indices).copy()
   expected[0, 1] = -1
   np.testing.assert_array_equal(out.indices, expected)
   np.testing.assert_array_equal(np.isnan(out.z_q[0]), np.arange(6) == 3)
-  codes = grouped.indices_to_codes(jnp.asarray([0, 40, 39]))
+  codes = jax.jit(grouped.indices_to_codes)(np.int32([0, 40, 39]))
   np.testing.assert_array_equal(codes[:2], [-3.5, -2])
   np.testing.assert_array_equal(np.isnan(codes[2:4]), [True, True])
   np.testing.assert_array_equal(codes[4:], [3.5, 2])
 
 
+@pytest.mark.slow
 def test_channels_may_stand_on_another_axis():
   last = GroupedFSQ((8, 5), num_groups=3)
   first = GroupedFSQ((8, 5), num_groups=3, channel_axis=1)
@@ -101,6 +109,7 @@ def test_channels_may_stand_on_another_axis():
   np.testing.assert_array_equal(again, out.indices)
 
 
+@pytest.mark.slow
 def test_noise_has_one_amplitude_an_example_for_all_groups():
   grouped = GroupedFSQ(
       (8, 5), num_groups=3, noise=0.5, noise_per='example'
