@@ -43,7 +43,7 @@ def build_dataset(
     process_count: data shards of each batch.
 
   Returns:
-    The data set.
+    The dataset.
 
   Raises:
     ValueError: the config is not valid or the images are not there.
