@@ -10,6 +10,7 @@ import pathlib
 import re
 
 from absl import flags
+from absl import logging
 
 from fsq_jax.configuration import loading
 
@@ -152,6 +153,19 @@ def override(config: loading.Config, argv: Sequence[str]) -> None:
     if fields[name].present:
       section, field = _find(config, name.removeprefix('config.'))
       section[field] = fields[name].value
+  if not fields['config.optim.warmup_steps'].present:
+    _shorten_warmup(config)
+
+
+def _shorten_warmup(config: loading.Config) -> None:
+  """Makes the warm-up of a run shortened by --config.train.num_steps fit."""
+  longest = max(config.train.num_steps - 1, 0)
+  if config.optim.warmup_steps > longest:
+    logging.warning(
+        'optim.warmup_steps is %d with train.num_steps %d; it is set to %d.',
+        config.optim.warmup_steps, config.train.num_steps, longest,
+    )
+    config.optim.warmup_steps = longest
 
 
 def _find(config: loading.Config, name: str) -> tuple[loading.Config, str]:

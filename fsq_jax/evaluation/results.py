@@ -99,7 +99,9 @@ class Evaluation(NamedTuple):
       text += f', {name} {scalars[name]:.3f} (weights {digest[:_SHORT_HASH]})'
     if self.codebook:
       text += (
-          f', codebook usage {scalars["usage"]:.1%}, perplexity'
+          f', codebook usage {scalars["usage"]:.1%}'
+          f' ({self.codebook["num_used_codes"]:,} of'
+          f' {self.codebook["codebook_size"]:,} codes), perplexity'
           f' {scalars["perplexity"]:.1f}'
       )
     return text

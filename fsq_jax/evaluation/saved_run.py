@@ -91,7 +91,7 @@ def evaluate_workdir(
   else:
     evaluator = evaluators.Evaluator(model, dataset, mesh, **kwargs)
   result = evaluator.run(variables)
-  show(result.lines())
+  show([*result.lines(), f'Step {found.step}: {result.summary()}'])
   if jax.process_index() == 0:
     label = _label(config, found.config, which)
     with writing_to(folder):

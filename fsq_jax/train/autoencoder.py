@@ -162,6 +162,7 @@ def _train(run: _Run, allow_config_change: bool) -> train_state.TrainState:
   step = train_step.build_train_step(
       model, optimizer, config, networks.perceptual
   )
+  run.progress.say('Compiling the training step ...')
   started = time.perf_counter()
   step = builder.compile_step(step, networks.variables)
   compile_seconds = time.perf_counter() - started

@@ -185,7 +185,9 @@ def test_a_summary_has_the_numbers_of_images_and_codebook(
   numbers = evaluation.scalars()
   assert evaluation.summary() == (
       f'PSNR {numbers["psnr"]:.2f} dB, SSIM {numbers["ssim"]:.3f}, codebook'
-      f' usage {numbers["usage"]:.1%}, perplexity {numbers["perplexity"]:.1f}'
+      f' usage {numbers["usage"]:.1%} ({evaluation.codebook["num_used_codes"]}'
+      f' of {model.quantizer.codebook_size} codes), perplexity'
+      f' {numbers["perplexity"]:.1f}'
   )
 
 
@@ -575,7 +577,10 @@ def test_a_run_that_can_only_be_read_is_evaluated_to_another_folder(
   result = saved_run.evaluate_workdir(
       config, folder, output=output, show=shown.append
   )
-  assert shown == [result.lines(), [output / workdirs.EVALUATION]]
+  numbers, paths = shown
+  assert numbers[:-1] == result.lines()
+  assert re.fullmatch(rf'Step \d+: {re.escape(result.summary())}', numbers[-1])
+  assert paths == [output / workdirs.EVALUATION]
   record = json.loads((output / workdirs.EVALUATION).read_text())
   assert record['metrics']['psnr'] == result.metrics['psnr']
   assert sorted(x.name for x in output.iterdir()) == [
