@@ -8,7 +8,9 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _load(*overrides):
-  config = command_line.load('configs/fsq_888.py', None, _ROOT)
+  config = command_line.load(
+      str(_ROOT / 'configs' / 'fsq_888.py'), None, _ROOT
+  )
   config.optim.warmup_steps = 500
   command_line.override(config, ['launch.py', *overrides])
   return config
