@@ -68,7 +68,7 @@ def _definition(z, levels, num_stages):
     [
         ((8, 5, 3), 4),
         pytest.param((2, 7), 5, marks=pytest.mark.slow),
-        ((4,), 1),
+        pytest.param((4,), 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -177,7 +177,9 @@ def test_gives_the_worked_example():
   assert np.any(codes != entries)
 
 
-@pytest.mark.parametrize('metric', ['euclidean', 'cosine'])
+@pytest.mark.parametrize(
+    'metric', [pytest.param('euclidean', marks=pytest.mark.slow), 'cosine']
+)
 def test_equals_numpy_with_an_input_projection(metric):
   quantizer = _build(metric=metric, input_projection='linear')
   kernel, bias = _normal(0, 4, 4), _normal(1, 4)
@@ -206,6 +208,7 @@ def test_equals_numpy_with_an_input_projection(metric):
   )
 
 
+@pytest.mark.slow
 def test_input_projection_starts_as_the_identity():
   without, with_it = _build(), _build(input_projection='linear')
   z = _normal(0, 50, 4)
