@@ -158,7 +158,7 @@ class Batcher:
       take: Callable[[slice], np.ndarray],
       batch_size: int,
   ) -> Iterator[tuple[slice, Any]]:
-    """Yields the results of all batches, with the elements that they are of."""
+    """Yields the result of each batch with the slice of its elements."""
 
     def fetch(part: slice, result: Any) -> tuple[slice, Any]:
       length = part.stop - part.start
@@ -167,12 +167,8 @@ class Batcher:
     pending, start = None, 0
     for size in self._sizes(num, batch_size):
       part = slice(start, min(start + size, num))
-      batch = take(part)
-      if filling := size - len(batch):
-        zeros = np.zeros((filling, *batch.shape[1:]), batch.dtype)
-        batch = np.concatenate([batch, zeros])
-      result = function(self.put(batch))
-      # Fetches one while devices work on the next.
+      result = function(self.put(fill(take(part), size)))
+      # Fetched while the devices compute the next batch.
       if pending is not None:
         yield fetch(*pending)
       pending, start = (part, result), part.stop
@@ -191,3 +187,11 @@ class Batcher:
       power = 2 ** (parts - 1).bit_length()
       batch_size = min(batch_size, self._multiple * power)
     return [batch_size] * math.ceil(num / batch_size)
+
+
+def fill(x: np.ndarray, size: int) -> np.ndarray:
+  """Returns [size, ...], the array with zeros behind its elements."""
+  if len(x) == size:
+    return x
+  zeros = np.zeros((size - len(x), *x.shape[1:]), x.dtype)
+  return np.concatenate([x, zeros])
