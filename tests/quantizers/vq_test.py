@@ -814,7 +814,7 @@ def test_cosine_codes_have_length_one():
     [
         ({'codebook_size': None}, 'codebook_size is None; use an integer, 1'),
         ({'codebook_size': 0}, 'codebook_size is 0'),
-        ({'codebook_size': 2**29}, f'{2**29}; a table takes at most {2**28}'),
+        ({'codebook_size': 2**29}, f'{2**29}; a table has at most {2**28}'),
         ({'code_dim': 2.0}, r'code_dim is 2\.0; use an integer'),
         ({'metric': 'l2'}, "'l2'; known: .'cosine', 'euclidean'"),
         ({'gradient': 'rotate'}, "'rotate'; known: .'rotation'"),
