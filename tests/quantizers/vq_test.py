@@ -246,7 +246,7 @@ def test_finds_the_nearest_code(metric):
   quantizer = _build(metric=metric)
   variables = _init(quantizer)
   z, entries = _normal(0, 4, 25, 4), variables['codebook']['entries']
-  out = quantizer.apply(variables, z)
+  out = jax.jit(quantizer.apply)(variables, z)
   if metric == 'cosine':
     z, entries = _unit(z), _unit(entries)
   indices = _squared_distances(z, entries).argmin(-1)
@@ -427,6 +427,7 @@ def test_rotation_is_straight_through_where_it_is_not_defined(x, q):
   np.testing.assert_array_equal(jacobian, np.eye(3))
 
 
+@pytest.mark.slow
 def test_rotation_is_what_the_name_chooses():
   z = _normal(0, 5, 4)
   weights = _normal(1, 5, 4)
@@ -466,17 +467,18 @@ def test_gradient_update_gives_the_losses_of_maskgit():
   def loss(variables, z):
     return quantizer.apply(variables, z, train=True).loss
 
-  indices = quantizer.apply(variables, z).indices
+  indices = jax.jit(quantizer.apply)(variables, z).indices
   error = np.float64(codebook)[indices] - z
-  entropy = lookup.entropy_loss(z, codebook)
+  entropy = jax.jit(lookup.entropy_loss)(z, codebook)
   np.testing.assert_allclose(
-      loss(variables, z),
+      jax.jit(loss)(variables, z),
       1.25 * np.square(error).mean() + 0.1 * entropy,
       rtol=1e-5,
   )
   # Each term draws one side only.
   quantizer = _build(codebook_update='gradient')
-  of_codes, of_z = jax.grad(loss, argnums=(0, 1))(variables, z)
+  gradient = jax.jit(jax.grad(lambda *xs: loss(*xs), argnums=(0, 1)))
+  of_codes, of_z = gradient(variables, z)
   expected = np.zeros((16, 4))
   np.add.at(expected, indices, 2 * error / error.size)
   np.testing.assert_allclose(of_codes['params']['codebook'], expected, 1e-5)
@@ -814,7 +816,7 @@ def test_cosine_codes_have_length_one():
     [
         ({'codebook_size': None}, 'codebook_size is None; use an integer, 1'),
         ({'codebook_size': 0}, 'codebook_size is 0'),
-        ({'codebook_size': 2**29}, f'{2**29}; a table takes at most {2**28}'),
+        ({'codebook_size': 2**29}, f'{2**29}; a table has at most {2**28}'),
         ({'code_dim': 2.0}, r'code_dim is 2\.0; use an integer'),
         ({'metric': 'l2'}, "'l2'; known: .'cosine', 'euclidean'"),
         ({'gradient': 'rotate'}, "'rotate'; known: .'rotation'"),
