@@ -100,13 +100,13 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
 
 def _train(config: _Config, workdir: _Path) -> list[_Path]:
   from fsq_jax.train import autoencoder
-  from fsq_jax.train import loop as train_loop
+  from fsq_jax.train import loop
 
   try:
     autoencoder.train_and_evaluate(
         config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
     )
-  except train_loop.Preempted as preempted:
+  except loop.Preempted as preempted:
     raise _Interrupted(f'; step {preempted.step} is saved') from preempted
   return []
 

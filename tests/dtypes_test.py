@@ -223,7 +223,7 @@ def _abstract_networks(config):
 
 
 # Together they have each kind of quantizer and loss, bfloat16 and remat.
-_FAST = ('grouped', 'lfq', 'bsq', 'vq')
+_FAST = ('grouped', 'vq')
 
 
 @pytest.mark.parametrize(

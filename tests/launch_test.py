@@ -9,14 +9,18 @@ import pytest
 
 import fsq_jax
 from fsq_jax import configuration
-from fsq_jax import data
 from fsq_jax import tokens
 from fsq_jax import train
 from fsq_jax.analysis import codebook
+from fsq_jax.data import builder
 from fsq_jax.evaluation import saved_run
 from fsq_jax.runtime import host
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import export
+from fsq_jax.tokens import detokenization
+from fsq_jax.tokens import summary
+from fsq_jax.tokens import tokenization
+from fsq_jax.train import autoencoder
 import launch
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -69,22 +73,24 @@ def run(capsys, monkeypatch):
     _show('tokenize', config.seed, workdir, which, folder, *verify)
 
   stubs = {
-      train: {'train_and_evaluate': train_and_evaluate},
+      autoencoder: {'train_and_evaluate': train_and_evaluate},
       saved_run: {'evaluate_workdir': evaluate_workdir},
       codebook: {'analyze_workdir': analyze_workdir},
       export: {'export_workdir': export_workdir},
-      data: {'prepare': lambda config: _show('prepare', config.source)},
+      builder: {'prepare': lambda config: _show('prepare', config.source)},
       host: {'keep_freed_memory': lambda: None},
       processes: {'join_processes': lambda *args: _show('join', *args)},
-      tokens: {
+      tokenization: {
           'default_folder': lambda config, workdir: f'{workdir}/tokens/x',
-          'describe': lambda manifest: ['usage: 90%'],
-          'detokenize_workdir': (
-              lambda *folders, which: _show('make', *folders, which)
-          ),
           'is_complete': lambda folder: folder == 'complete',
           'tokenize_workdir': tokenize_workdir,
       },
+      detokenization: {
+          'detokenize_workdir': (
+              lambda *folders, which: _show('make', *folders, which)
+          ),
+      },
+      summary: {'describe': lambda manifest: ['usage: 90%']},
   }
   for module, functions in stubs.items():
     for name, function in functions.items():
@@ -177,7 +183,7 @@ _BAD_INPUT = (
         [
             'optim.learning_rate is nan; allowed: a finite number > 0',
             'data.batch_size is -8; allowed: an integer from 1',
-            'model.quantizer.residual_fsq.levels has 1;',
+            'model.quantizer.residual_fsq.levels[1] is 1;',
             'model.quantizer.fsq.eps is inf',
             "losses.reconstruction is 'l3'; allowed: one of ['l1', 'l2']",
         ],

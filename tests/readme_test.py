@@ -66,7 +66,11 @@ def _launches(path):
 
 
 PYTHON = [
-    pytest.param(block, id=f'{path.parent.name}-{i}')
+    pytest.param(
+        block,
+        id=f'{path.relative_to(ROOT)}-{i}',
+        marks=() if path == README else pytest.mark.slow,
+    )
     for path in GUIDES
     for i, block in enumerate(_blocks(path, 'python'))
 ]
@@ -144,6 +148,7 @@ def test_a_run_becomes_token_files_and_images_again(tmp_path):
   assert 1.5 * 8192 < summary['distinct_grids'] <= 2 * 8192
 
 
+@pytest.mark.slow
 def test_sizes_of_train_states_are_those_of_siglip_l():
   sizes = []
   for name in ('vqrae_fsq_siglip_l', 'vqrae_fsq_siglip_l_stage2'):

@@ -148,7 +148,7 @@ def level_indices(
     [U, d] int32; -1 for an index outside 0 ... K - 1.
   """
   valid = (indices >= 0) & (indices < quantizer.codebook_size)
-  first_fastest = quantizer.spec()['index_order'] == digits.FIRST_FASTEST
+  first_fastest = quantizer.spec()['index_order'] == 'first dimension fastest'
   columns = np.unravel_index(
       np.where(valid, indices, 0),
       quantizer.levels,

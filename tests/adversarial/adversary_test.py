@@ -202,6 +202,7 @@ def _image_losses(params, state):
   )
 
 
+@pytest.mark.slow
 def test_both_networks_move_and_every_loss_is_reported():
   (first, _, last), rows = _plain()
   _assert_all_differ(first.params, last.params)
@@ -259,6 +260,7 @@ def test_the_discriminators_loss_moves_no_autoencoder():
   _assert_all_differ(first, second)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_losses_that_are_written_down():
   config = _load_config(**{
       'discriminator.lecam_weight': 0.5,

@@ -203,6 +203,7 @@ def test_logits_of_an_image_do_not_depend_on_the_others(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(_MODULES))
 def test_every_parameter_trains_and_images_have_a_gradient(name):
   module = _MODULES[name]()

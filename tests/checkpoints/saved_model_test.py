@@ -12,6 +12,7 @@ import pytest
 from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import loading
 from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.runtime import partitioning
 
@@ -109,7 +110,7 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
     config.data.data_dir = 'images'
     return config
 
-  monkeypatch.setattr(configuration, 'config_from_json', read_relative)
+  monkeypatch.setattr(loading, 'config_from_json', read_relative)
   assert saved_model.find_run(_RUN).config.data.data_dir == f'{tmp_path}/images'
 
 

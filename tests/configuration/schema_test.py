@@ -134,7 +134,7 @@ def test_wrong_values_are_refused_by_name():
     problems = _problems(_changed(fields))
     for name, value in fields.items():
       # Constructors name the wrong element of a tuple.
-      given = f'{name} ' if isinstance(value, tuple) else f'{name} is {value!r}'
+      given = name if isinstance(value, tuple) else f'{name} is {value!r}'
       if not any(x.startswith(given) for x in problems):
         failures.append((name, value, problems))
   assert not failures
@@ -201,7 +201,7 @@ _REFUSED = [
         'of 768 channels',
     ),
     ({'model.quantizer.fsq.levels': ()}, 'model.quantizer.fsq.levels is ()'),
-    ({'model.quantizer.fsq.levels': (8, 1)}, 'quantizer.fsq.levels has 1'),
+    ({'model.quantizer.fsq.levels': (8, 1)}, 'quantizer.fsq.levels[1] is 1;'),
     (
         {'model.quantizer.fsq.levels': (2**16,) * 2},
         'model.quantizer.fsq.levels (65536, 65536) have',

@@ -152,6 +152,7 @@ def test_tokens_of_every_kind_are_counted(
   assert len(codebook.get('level_histograms', ())) == num_dims
 
 
+@pytest.mark.slow
 def test_without_tokens_there_are_no_codebook_statistics(config, tmp_path):
   config = config.copy_and_resolve_references()
   config.model.quantizer.name = 'none'

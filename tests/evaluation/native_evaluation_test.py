@@ -255,6 +255,7 @@ def _evaluator(root, built, num_devices, folder, **networks):
   )
 
 
+@pytest.mark.slow
 def test_networks_measure_images_as_they_are(root, built, tmp_path):
   run = _Runs(tmp_path, _config(root, 'tiles'), *built['tiles'])
   result = run.evaluate(fd_encoder=str(_ENCODER))

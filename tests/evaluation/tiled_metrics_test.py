@@ -73,6 +73,7 @@ def test_identical_images_are_told_from_those_that_are_not():
   assert tiled_metrics.image_metrics(image, other)['identical'] == 0
 
 
+@pytest.mark.slow
 def test_images_of_all_sizes_need_few_compiled_functions():
   before = tiled_metrics._sum_tile._cache_size()
   for side in (1, 3, 12, 17, 29, 40, 64, 99, 130):

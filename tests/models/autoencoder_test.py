@@ -89,6 +89,7 @@ def _statistics(variables):
   return mean, np.sqrt(variance + 1e-5)
 
 
+@pytest.mark.slow
 def test_latents_are_normalized_by_statistics_of_their_own():
   model = _build(_NONE, _STATISTICS)
   variables = _init(model)
@@ -204,6 +205,7 @@ def test_parts_that_do_not_fit_are_refused(overrides, message):
     _build(overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('fields', 'grid'),
     [

@@ -146,7 +146,7 @@ def test_fourier_counts_in_steps_of_the_codes():
     'name',
     [
         name
-        if name in ('bsq', 'preserve_symmetry', 'residual')
+        if name == 'preserve_symmetry'
         else pytest.param(name, marks=pytest.mark.slow)
         for name in _WITH_DIGITS
     ],

@@ -191,6 +191,7 @@ def _dots(jaxpr):
         yield from _dots(inner)
 
 
+@pytest.mark.slow
 def test_gradients_of_kernels_contract_one_axis():
   # With two, XLA's CPU backend transposes the activations in memory.
   mlp = layers.Mlp(mlp_dim=16, dtype=jnp.float32)

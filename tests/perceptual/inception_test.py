@@ -68,6 +68,7 @@ def test_features_are_those_of_the_originals(path, protocol):
   np.testing.assert_allclose(features, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_is_that_of_the_original(program):
   leaves = traverse_util.flatten_dict(program[0])
   sizes = {name: leaf.size for name, leaf in leaves.items()}
@@ -92,6 +93,7 @@ def test_layers_are_those_of_the_original(program):
   assert 'f32[1,8,8,2048]' in text
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_define_fid_are_refused(tmp_path):
   path = tmp_path / 'other.safetensors'
   # torchvision's network has the same names and shapes, but for its classes.

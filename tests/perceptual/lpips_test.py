@@ -238,6 +238,7 @@ def test_gradients_are_finite_where_all_channels_are_off(networks):
   np.testing.assert_array_equal(gradient(others), 0)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope(networks):
   module, variables, _ = networks['vgg16']
   images, others = (_images(i, 'vgg16')[:1, :18, :20] for i in range(2))

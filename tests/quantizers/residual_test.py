@@ -207,6 +207,7 @@ def _stages_left(quantizer, out):
   return np.asarray(left)
 
 
+@pytest.mark.slow
 def test_dropout_leaves_the_first_stages_of_some_examples():
   z = _normal((600, 2, 2))
   full = ResidualFSQ((8, 5), 4)

@@ -177,6 +177,7 @@ def test_gives_the_worked_example():
   assert np.any(codes != entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'metric', [pytest.param('euclidean', marks=pytest.mark.slow), 'cosine']
 )

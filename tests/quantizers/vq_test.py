@@ -224,6 +224,7 @@ def test_only_training_with_a_mutable_collection_updates():
   assert np.any(moved != 0)
 
 
+@pytest.mark.slow
 def test_latents_with_nan_leave_the_statistics_alone():
   quantizer = _build(codebook_init='kmeans', restart='batch', decay=0.5)
   clean = _normal(0, 64, 4)
@@ -397,6 +398,7 @@ def test_entropy_loss_stays_in_its_range_with_finite_gradient():
     chex.assert_tree_all_finite(gradient)
 
 
+@pytest.mark.slow
 def test_rotation_gives_the_worked_example():
   x, q = jnp.float32([1, 2, 2]), jnp.float32([0, 3, 4])
   np.testing.assert_array_equal(codebook_lib.rotation(x, q), q)
@@ -612,6 +614,7 @@ def test_restart_from_batch_replaces_dead_codes_only():
   np.testing.assert_array_equal(after.entries[2:], before.entries[2:])
 
 
+@pytest.mark.slow
 def test_split_halves_the_most_used_codes():
   before = _dead_codebook()
   after = ema_codebook.split_most_used(

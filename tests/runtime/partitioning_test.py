@@ -360,6 +360,7 @@ def states(builder):
   return builder.create(), _builder(mesh).create()
 
 
+@pytest.mark.slow
 def test_a_created_state_is_what_was_announced(builder, states):
   def check(abstract, array):
     assert array.shape == abstract.shape

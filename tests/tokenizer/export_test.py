@@ -18,12 +18,12 @@ import safetensors.numpy
 
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import workdir as workdirs
 from fsq_jax.quantizers import lookup
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import Tokenizer
 from fsq_jax.tokenizer import export
 from fsq_jax.tokenizer import files
+from fsq_jax.workdir import files as workdir_files
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # A trained run; see trained_test.
@@ -128,6 +128,7 @@ def programs(folder):
   return {name: jax.jit(_load(folder, name).call) for name in _NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'num', [2, pytest.param(4, marks=pytest.mark.slow)]
 )
@@ -295,7 +296,7 @@ def test_a_decoder_alone_is_exported_without_encode(tokenizer, tmp_path):
 
 
 def _unfinished(monkeypatch, tokenizer, folder):
-  write, written = workdirs.write_bytes, []
+  write, written = workdir_files.write_bytes, []
 
   def fail_at_third(path, data):
     if len(written) == 2:
@@ -304,7 +305,7 @@ def _unfinished(monkeypatch, tokenizer, folder):
     write(path, data)
 
   with monkeypatch.context() as patch:
-    patch.setattr(workdirs, 'write_bytes', fail_at_third)
+    patch.setattr(workdir_files, 'write_bytes', fail_at_third)
     with pytest.raises(OSError, match='No space'):
       export.write(tokenizer, folder)
 

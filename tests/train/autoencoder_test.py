@@ -21,10 +21,10 @@ from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import results as results_lib
+from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
 from fsq_jax.train import loop

@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 
 from fsq_jax import configuration
-from fsq_jax import data
 from fsq_jax import models
 from fsq_jax import train
+from fsq_jax.data import builder as data_builder
 from fsq_jax.evaluation import saved_run
 from fsq_jax.perceptual import lpips
 from fsq_jax.runtime import partitioning
@@ -67,7 +67,7 @@ def _load_config(path, **fields):
     ('content', 'problem'),
     [
         (None, 'There is no file'),
-        (b'\x80\x04\x95\x00', 'damaged'),
+        (b'\x80\x04\x95\x00', 'corrupted'),
         (safetensors.numpy.save({'x': np.zeros(3)}), 'not those of'),
     ],
     ids=['missing', 'pickle', 'another_network'],
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_network_is_refused_before_images_are_read(
   def build_dataset(*_, **__):
     pytest.fail('Images were read.')
 
-  monkeypatch.setattr(data, 'build_dataset', build_dataset)
+  monkeypatch.setattr(data_builder, 'build_dataset', build_dataset)
   with pytest.raises(ValueError, match=problem) as error:
     train.train_and_evaluate(_load_config(str(path)), tmp_path / 'run')
   assert str(error.value).startswith(f'{_FIELD}: ')

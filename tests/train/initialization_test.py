@@ -13,13 +13,13 @@ import safetensors.numpy
 
 from fsq_jax import checkpoints
 from fsq_jax import configuration
-from fsq_jax import data
 from fsq_jax import models
-from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import builder as data_builder
 from fsq_jax.evaluation import saved_run
+from fsq_jax.report import report
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
@@ -259,7 +259,7 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path):
   for i, (damage, message) in enumerate((
       (shutil.rmtree, 'There is no .*encoder'),
       (_damage('config.json', 'missing'), r'has no config\.json'),
-      (_damage('config.json', 'half'), r'config\.json is no JSON file'),
+      (_damage('config.json', 'half'), r'config\.json is not a JSON file'),
       (_damage('model.safetensors', 'missing'), 'has neither model.safet'),
       (_damage('model.safetensors', 'half'), 'it is corrupted, or not saf'),
   )):
@@ -471,7 +471,7 @@ def test_files_are_looked_for_before_anything_long(
   def refuse(*args, **kwargs):
     raise AssertionError('something was built')
 
-  monkeypatch.setattr(data, 'build_dataset', refuse)
+  monkeypatch.setattr(data_builder, 'build_dataset', refuse)
   monkeypatch.setattr(train_state, 'StateBuilder', refuse)
   config = _load_config(fields)
   config.partitioning.mesh.update(data=8, fsdp=1)

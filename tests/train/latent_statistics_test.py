@@ -15,9 +15,9 @@ import safetensors.numpy
 from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
+from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
 from fsq_jax.train import latent_statistics

@@ -16,10 +16,10 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import models
-from fsq_jax import report
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.models import pixels
+from fsq_jax.report import report
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization

@@ -163,6 +163,7 @@ def test_eight_devices_take_the_same_steps(training):
       )
 
 
+@pytest.mark.slow
 def test_every_parameter_moves_unless_it_is_frozen():
   config = _load_config(
       optim__frozen=('encoder/patches/.*', '.*/pixels/bias'),
@@ -317,6 +318,7 @@ class _Poisoned:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'quantity', [pytest.param('loss', marks=pytest.mark.slow), 'gradient_norm']
 )

@@ -324,6 +324,7 @@ def test_products_in_bfloat16_change_little(family):
   assert 0 < np.max(np.abs(latents - rounded)) < 0.2
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient():
   module = _module('dinov2_with_registers')
   variables = _init(module)

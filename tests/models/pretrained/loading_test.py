@@ -447,6 +447,7 @@ def test_weights_are_loaded_into_their_shardings(path):
   )
 
 
+@pytest.mark.slow
 def test_loaded_encoders_are_encoders_of_autoencoders():
   encoder = models.load_encoder(
       _TESTDATA / 'dinov2_with_registers', 56, final_affine=False
@@ -497,6 +498,7 @@ def test_one_error_names_all_that_is_wrong_with_the_keys(family, tmp_path):
   assert str(tmp_path) in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', _fast(_FAMILIES, 'dinov2'))
 def test_every_key_of_the_encoder_is_needed(family, tmp_path):
   weights = _weights(family)
@@ -750,6 +752,7 @@ def test_shardings_of_other_variables_are_refused():
       models.load_encoder(_TESTDATA / 'siglip', shardings=shardings)
 
 
+@pytest.mark.slow
 def test_mutated_files_load_or_raise_value_error(tmp_path):
   rng = np.random.default_rng(0)
   npz = tmp_path / 'encoder.npz'

@@ -179,6 +179,7 @@ def test_presets_have_as_many_parameters_as_published(
   assert mae_decoder.PRESETS.keys() == {'B', 'L', 'XL'}
 
 
+@pytest.mark.slow
 def test_it_starts_with_fixed_positions_and_a_small_class_token():
   architecture = architectures.build_architecture(
       'mae', width=8, depth=1, num_heads=2, mlp_dim=8, patch_size=_PATCH
@@ -234,6 +235,7 @@ def test_compiling_remat_and_unrolling_change_no_result():
     np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_inside():
   decoder = _decoder()
   latents = _latents((4, 5))
@@ -340,6 +342,7 @@ def test_decoding_the_indices_equals_the_forward_pass():
   )
 
 
+@pytest.mark.slow
 def test_training_moves_every_parameter_and_no_constant():
   config = _config(model__decoder__mae__normalization='dinov3')
   model = _build(config)
