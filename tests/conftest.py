@@ -63,13 +63,15 @@ def pytest_runtest_call(item):
   """
   result = yield
   seconds = _processor_seconds() - item.stash[_STARTED]
+  marker = item.get_closest_marker('fast_limit')
+  limit = marker.args[0] if marker else _MAX_FAST_SECONDS
   if (
       os.environ.get('CI')
-      and seconds > _MAX_FAST_SECONDS
+      and seconds > limit
       and item.get_closest_marker('slow') is None
   ):
     pytest.fail(
-        f'{seconds:.1f} s of processor time; at most {_MAX_FAST_SECONDS} s are'
+        f'{seconds:.1f} s of processor time; at most {limit} s are'
         ' allowed in the fast tier. Make the test cheaper, or mark it'
         ' @pytest.mark.slow.',
         pytrace=False,

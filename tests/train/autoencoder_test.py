@@ -196,6 +196,7 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
     assert text == expected
 
 
+@pytest.mark.slow
 def test_four_steps_are_resumed_bit_for_bit(journal, tmp_path):
   taken, after = journal
   config = _load_config()

@@ -1,5 +1,6 @@
 """Tests of one training step: numbers, freezing, skipping, any devices."""
 
+import contextlib
 import functools
 import pathlib
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
@@ -131,6 +133,8 @@ def training():
   return _build(_load_config(), mesh=(1, 1))
 
 
+# Compiles the step for the tests of this file.
+@pytest.mark.fast_limit(20)
 def test_the_first_steps_give_the_golden_numbers(training):
   _, rows = _take_steps(training, _images(2))
   for step, (row, golden) in enumerate(zip(rows, _GOLDEN, strict=True)):
@@ -142,6 +146,31 @@ def test_the_first_steps_give_the_golden_numbers(training):
     )
 
 
+def test_four_steps_are_resumed_bit_for_bit(training, tmp_path):
+  config = _load_config()
+  dataset = data.build_dataset(config.data, split='train', seed=0)
+
+  def train(state, iterator):
+    """Takes two steps."""
+    for _ in range(2):
+      images = partitioning.shard_batch(next(iterator)['image'], training.mesh)
+      state, scalars = training.step(state, images)
+    return state, scalars
+
+  iterator = dataset.iterator()
+  state, _ = train(training.builder.create(), iterator)
+  with contextlib.closing(checkpoints.Checkpointer(tmp_path)) as checkpointer:
+    checkpointer.save(2, state, {'iterator': iterator.get_state()})
+  expected = train(state, iterator)
+  with contextlib.closing(checkpoints.Checkpointer(tmp_path)) as checkpointer:
+    restored = checkpointer.restore_newest(lambda _: training.builder.abstract)
+  iterator = dataset.iterator()
+  iterator.set_state(restored.record['iterator'])
+  chex.assert_trees_all_equal(train(restored.state, iterator), expected)
+  assert int(expected[0].step) == 4
+
+
+@pytest.mark.fast_limit(20)
 def test_eight_devices_take_the_same_steps(training):
   config = _load_config(partitioning__fsdp_min_size=2**6)
   eight = _build(config, mesh=(2, 4))
