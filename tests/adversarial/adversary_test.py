@@ -221,6 +221,7 @@ def test_both_networks_move_and_every_loss_is_reported():
     assert row['skipped_steps'] == 0
 
 
+@pytest.mark.slow
 def test_the_autoencoders_gradient_is_that_of_all_its_losses():
   (first, second, _), (row, _) = _plain()
 
@@ -335,6 +336,8 @@ def test_gradients_are_those_of_losses_that_are_written_down():
   _assert_close(output.state.average_logits, averages, rtol=1e-6, atol=0)
 
 
+# Compiles the step with a discriminator.
+@pytest.mark.fast_limit(10)
 def test_fakes_are_rounded_and_drawn_from_other_keys_than_images():
   config = _load_config(**{
       'discriminator.augment_probability': 1.0,

@@ -138,6 +138,7 @@ def test_groups_are_chosen_with_the_probability_and_apart():
   np.testing.assert_allclose(both, 0.09, atol=0.026)
 
 
+@pytest.mark.slow
 def test_translations_are_even_over_their_range():
   # One bright pixel in the middle tells where its image went.
   images = np.zeros((4000, 16, 24, 1), np.float32)
@@ -165,6 +166,7 @@ def test_draws_are_even_and_apart():
   assert len(np.unique(draws)) > 0.99 * draws.size
 
 
+@pytest.mark.slow
 def test_the_gradient_by_the_images_is_the_numerical_one():
   # Float64 of NumPy is the reference: its function is linear in the images.
   images = _images((2, 8, 8, 3))

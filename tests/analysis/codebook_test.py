@@ -528,6 +528,7 @@ def workdir(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_the_mode_writes_the_report_of_a_run(workdir):
   page = (workdir / 'report.html').read_text()
   for title in (

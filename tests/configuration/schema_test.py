@@ -211,7 +211,7 @@ _REFUSED = [
             'model.quantizer.fsq.convention': 'paper',
             'model.quantizer.fsq.bound': 'clip',
         },
-        "model.quantizer.fsq.bound is 'clip'; convention 'paper' knows",
+        "model.quantizer.fsq.bound is 'clip'; convention 'paper' allows",
     ),
     # Sections of quantizers that are not chosen have to be right, too.
     ({'model.quantizer.vq.decay': 1.0}, 'model.quantizer.vq.decay is 1.0; use'),

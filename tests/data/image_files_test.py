@@ -202,6 +202,9 @@ _LAYOUTS = [
 ] + [{'big': True}, {'big': True, 'tile': (16, 32)}]
 
 
+_OTHER_BITS = (2, 4, 6, 10, 14, 16)
+
+
 @pytest.mark.parametrize(
     ('photometric', 'num_samples', 'extra'),
     [(_WHITE, 1, ()), (_BLACK, 1, ()), (_RGB, 3, ()), (_PALETTE, 1, ()),
@@ -209,7 +212,10 @@ _LAYOUTS = [
      (_BLACK, 2, (0,)), (_RGB, 4, (2,)), (_RGB, 4, (1,)), (_RGB, 4, (0,)),
      (_PALETTE, 2, (2,))],
 )  # fmt: skip
-@pytest.mark.parametrize('bits', [1, 2, 4, 6, 8, 10, 12, 14, 16])
+@pytest.mark.parametrize(
+    'bits',
+    [1, 8, 12, *(pytest.param(x, marks=pytest.mark.slow) for x in _OTHER_BITS)],
+)
 def test_tiff_of_unsigned_samples(photometric, num_samples, extra, bits):
   rng = np.random.default_rng(bits)
   samples = _sample(rng, bits, num_samples, extra)

@@ -79,6 +79,8 @@ def _evaluate(config, model, variables, *, batch_size=32, num_devices=8,
   return evaluator.run(jax.device_put(variables, partitioning.replicated(mesh)))
 
 
+# Builds the model of this file.
+@pytest.mark.fast_limit(10)
 def test_the_numbers_are_those_of_numpy(config, model, variables):
   evaluation = _evaluate(config, model, variables)
   (batch,) = _dataset(config, _NUM_IMAGES)

@@ -124,7 +124,7 @@ class _Runs:
 
 @pytest.fixture(
     scope='module',
-    params=['tiles', pytest.param('whole', marks=pytest.mark.slow)],
+    params=[pytest.param(x, marks=pytest.mark.slow) for x in ('tiles', 'whole')],
 )
 def runs(request, root, built, tmp_path_factory):
   """An evaluated run of each kind."""
@@ -366,6 +366,7 @@ def test_what_is_not_finite_is_counted(root, built):
   assert result.codebook['num_tokens'] > 0
 
 
+@pytest.mark.slow
 def test_images_smaller_than_a_network_takes_are_counted(
     root, built, monkeypatch
 ):

@@ -190,6 +190,8 @@ def _mean_lpips(files, pairs, network):
   return np.mean(np.float64(distances))
 
 
+# Writes and compiles the networks of this file.
+@pytest.mark.fast_limit(15)
 def test_lpips_is_the_mean_of_one_direct_call(kept, files, pairs):
   expected = _mean_lpips(files, pairs, 'alexnet')
   assert kept.metrics['lpips_alexnet'] == pytest.approx(expected, rel=1e-6)
@@ -215,6 +217,7 @@ def test_metrics_of_vgg16_are_those_of_direct_calls(kept_vgg16, files, pairs):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('batch_size', 'num_devices'),
     [(5, 1), pytest.param(8, 8, marks=pytest.mark.slow)],
@@ -301,6 +304,7 @@ def one_kept(config, model, variables, tmp_path):
   return tmp_path, evaluation.metrics['fd_encoder']
 
 
+@pytest.mark.slow
 def test_other_images_are_not_taken_from_what_was_kept(
     config, model, variables, one_kept, tmp_path_factory, calls
 ):
@@ -319,6 +323,7 @@ def test_other_images_are_not_taken_from_what_was_kept(
   assert len(calls) == _NUM_IMAGES // 4
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_taken_from_what_was_kept(
     config, model, variables, one_kept, tmp_path_factory, caplog
 ):
@@ -340,6 +345,7 @@ def test_other_weights_are_not_taken_from_what_was_kept(
   assert 'Features of originals are computed again' in caplog.messages[0]
 
 
+@pytest.mark.slow
 def test_kept_statistics_of_images_since_damaged_give_no_number(
     config, model, variables, one_kept, caplog
 ):
@@ -353,6 +359,7 @@ def test_kept_statistics_of_images_since_damaged_give_no_number(
   assert 'is of 8 other images than the 5 that were read. Remove' in message
 
 
+@pytest.mark.slow
 def test_kept_statistics_of_pixels_that_have_changed_give_no_number(
     config, model, variables, one_kept, monkeypatch, caplog
 ):

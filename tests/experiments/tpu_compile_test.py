@@ -121,6 +121,7 @@ _BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _BLOCKS)
 @pytest.mark.parametrize(
     'with_gradients', [False, pytest.param(True, marks=pytest.mark.slow)]

@@ -145,6 +145,7 @@ class _Identity(nn.Module):
     return quantizers.QuantizerOutput(z, jnp.zeros(()), indices)
 
 
+@pytest.mark.slow
 def test_normalization_is_undone_where_nothing_is_quantized():
   plain, normalizing = (
       _build(_NONE, fields).clone(quantizer=_Identity())

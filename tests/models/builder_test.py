@@ -144,7 +144,7 @@ def test_decoding_the_indices_equals_the_forward_pass(projector_in, position):
 
 # The other pairs are slow.
 _FAST_PAIRS = (
-    ('attention', 'none'), ('linear', 'levels'), ('standardized', 'mlp'),
+    ('linear', 'levels'), ('standardized', 'mlp'),
 )
 
 
@@ -269,6 +269,7 @@ def test_without_quantizer_there_are_no_tokens_to_decode():
     _call(model, variables, indices, method='decode_from_indices')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'projector_out',
     [
@@ -342,6 +343,7 @@ def test_noise_on_latents_is_of_the_stated_size_and_in_training_only():
   )
 
 
+@pytest.mark.slow
 def test_noise_on_latents_without_a_key_is_refused():
   model = _build({'latent_noise': 0.5})
   variables = _init(model, _images())
@@ -370,6 +372,7 @@ def test_tokens_of_another_dialect_are_not_decoded():
     decode({**spec, 'levels': (8, 4, 5)})
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_codes_is_the_forward_pass():
   model = _build()
   images = _images()
@@ -502,6 +505,7 @@ def _num_operations(overrides, *, gradient=False):
   return jax.jit(function).lower(variables, images).as_text().count(' = ')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'gradient', [False, pytest.param(True, marks=pytest.mark.slow)]
 )
@@ -612,6 +616,7 @@ def test_image_with_nan_gives_no_token_and_leaves_the_others_alone():
   )
 
 
+@pytest.mark.slow
 def test_sincos_takes_images_of_another_size():
   model = _build_variant('linear', 'sincos')
   variables = _init(model, _images())

@@ -150,6 +150,7 @@ def test_parts_are_those_of_numpy(part):
   np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
 def test_what_is_beyond_the_size_changes_nothing(part):
   if part == 'encoder':
@@ -221,6 +222,7 @@ def test_the_decoder_refuses_other_latents():
     jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_decoding_the_indices_equals_the_forward_pass():
   model = _build()
   images = _images()
@@ -259,6 +261,7 @@ def test_every_parameter_has_a_gradient_and_remat_changes_none():
   )
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_for_the_backward_pass():
   def num_kept(remat):
     model = _build({'model.remat': remat})

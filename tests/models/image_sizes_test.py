@@ -141,6 +141,7 @@ def test_arrays_of_any_size_are_mapped_in_batches():
   assert all(tuple(size) == (10, 18) for _, size in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('projector', [
     'linear', 'standardized', pytest.param('mlp', marks=pytest.mark.slow)
 ])  # fmt: skip

@@ -90,6 +90,7 @@ def _entropies(module, variables, quantizer):
   return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'level', [8, *(pytest.param(x, marks=pytest.mark.slow) for x in (5, 17))]
 )

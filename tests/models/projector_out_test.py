@@ -100,6 +100,7 @@ def test_mlp_and_levels_have_sizes_in_closed_form():
     assert _num_parameters(levels, codes) == rows * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('sigma', 'similarities'),
     # Of neighbours half, two steps apart 1/16; sigma 10: nothing in common.
@@ -128,6 +129,7 @@ def test_similarity_of_fourier_features_has_a_closed_form(sigma, similarities):
     )
 
 
+@pytest.mark.slow
 def test_fourier_counts_in_steps_of_the_codes():
   coarse, fine = (
       projectors.FourierProjectorOut(
@@ -209,6 +211,7 @@ def test_gradient_of_levels_reaches_the_latents():
   np.testing.assert_allclose(gradient(z), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('convention', ['symmetric', 'preserve_symmetry'])
 @pytest.mark.parametrize('level', [2, 3, 4, 5, 8])
 def test_slope_of_levels_is_a_central_difference(level, convention):
@@ -255,6 +258,7 @@ def test_levels_start_as_a_linear_map():
   np.testing.assert_allclose(stddev, 3**-0.5, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['fourier', 'levels', 'linear', 'mlp', 'none'])
 def test_bfloat16_is_what_the_decoder_gets(name):
   quantizer = quantizers.FSQ(levels=(8, 5, 3))

@@ -144,6 +144,7 @@ def test_decoder_is_that_of_numpy():
   np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_start_small_and_unlike_each_other():
   fields = {**_fields('sincos'), 'width': 32, 'mlp_dim': 64}
   encoder = vit.VitEncoder(**fields)

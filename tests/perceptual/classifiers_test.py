@@ -74,6 +74,7 @@ def test_logits_are_those_of_torchvision(tmp_path, name):
   np.testing.assert_allclose(logits, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @each_classifier
 def test_every_array_of_the_full_size_has_its_place(name):
   module = classifiers.CLASSIFIERS[name](precision='highest')

@@ -180,6 +180,7 @@ def test_vit_compares_latents_without_the_final_affine(paths):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'key'),
     [

@@ -57,6 +57,7 @@ def test_large_codebooks_cost_nothing_to_construct(name):
   assert peak < 2**20
 
 
+@pytest.mark.slow
 @every_large_one
 def test_no_trace_holds_a_codebook(name):
   quantizer = _LARGE[name]()

@@ -234,6 +234,7 @@ def test_computes_in_float32_whatever_the_latents(case, dtype):
   np.testing.assert_array_equal(narrow.loss, wide.loss)
 
 
+@pytest.mark.slow
 @_cases('fsq5', 'lfq0', 'vq0')
 @pytest.mark.parametrize(
     ('axis_type', 'train'),

@@ -230,6 +230,7 @@ def test_entries_start_with_variance_one_over_the_dimensions():
   np.testing.assert_allclose(np.mean(entries), 0, atol=0.005)
 
 
+@pytest.mark.slow
 def test_training_moves_every_code_but_never_the_entries():
   quantizer = _build()
   variables = _init(quantizer)

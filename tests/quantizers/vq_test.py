@@ -184,6 +184,7 @@ def test_averages_follow_their_closed_form():
   np.testing.assert_allclose(after['entries'][1:], entries[1:], rtol=1e-4)
 
 
+@pytest.mark.slow
 @both_metrics
 def test_the_output_is_quantized_before_the_update(metric):
   quantizer = _build(decay=0.0, metric=metric)
@@ -204,6 +205,7 @@ def test_the_output_is_quantized_before_the_update(metric):
     )
 
 
+@pytest.mark.slow
 def test_only_training_with_a_mutable_collection_updates():
   quantizer = _build(codebook_init='kmeans', restart='batch')
   z = _normal(0, 64, 4)
@@ -308,6 +310,7 @@ def test_products_have_the_highest_precision():
   assert len(precisions) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('num_rows', 'most_rows'),
     [
@@ -412,6 +415,7 @@ def test_rotation_gives_the_worked_example():
   np.testing.assert_allclose(turn @ normal, normal, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('x', 'q'),
     [
@@ -487,6 +491,7 @@ def test_gradient_update_gives_the_losses_of_maskgit():
   np.testing.assert_allclose(of_z, -0.25 * 2 * error / error.size, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_averages_get_no_gradient():
   quantizer = _build()
   z = _normal(0, 20, 4)
@@ -733,6 +738,7 @@ def test_variables_of_another_size_are_refused(train):
     large.apply(variables, z)
 
 
+@pytest.mark.slow
 def test_normalize_takes_every_finite_length():
   extremes = np.float32([[3e38] * 4, [0, 1, 0, 0]])
   x = np.concatenate([_normal(0, 50, 4), extremes])

@@ -370,6 +370,7 @@ def test_a_created_state_is_what_was_announced(builder, states):
   jax.tree.map(check, builder.abstract, states[0])
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_the_mesh(states):
   chex.assert_trees_all_equal(*jax.device_get(states))
 

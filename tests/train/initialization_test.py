@@ -315,6 +315,7 @@ def test_statistics_of_other_latents_are_refused(
     _check(config)
 
 
+@pytest.mark.slow
 def test_statistics_are_loaded_as_constants(tmp_path):
   path = _write_statistics(tmp_path)
   state, _ = _start(_statistics_config(path))

@@ -157,6 +157,7 @@ def test_updates_are_those_of_adamw(changes):
     np.testing.assert_allclose(x, expected[path], rtol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_the_kernel_of_each_block():
   config = _CONFIG | {'name': 'muon', 'weight_decay': 0.0}
   before = _params()['encoder']['blocks']['kernel']

@@ -85,6 +85,7 @@ def _architectures(draw):
   )
 
 
+@pytest.mark.slow
 @hypothesis.given(_architectures())
 @hypothesis.settings(deadline=None, max_examples=200)
 def test_any_architecture_is_read_back(architecture):
