@@ -124,7 +124,10 @@ class _Runs:
 
 @pytest.fixture(
     scope='module',
-    params=[pytest.param(x, marks=pytest.mark.slow) for x in ('tiles', 'whole')],
+    params=[
+        pytest.param('tiles', marks=pytest.mark.slow),
+        pytest.param('whole', marks=pytest.mark.slow),
+    ],
 )
 def runs(request, root, built, tmp_path_factory):
   """An evaluated run of each kind."""
