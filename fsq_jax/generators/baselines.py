@@ -23,7 +23,7 @@ class Baselines(NamedTuple):
     uniform: log2 K.
     unigram: frequencies of the tokens.
     class_position_unigram: frequencies per class and grid cell, interpolated
-      with frequencies per cell and those with the unigram.
+      with frequencies per cell, which are interpolated with the unigram.
     left_neighbour: frequencies given the token to the left, interpolated with
       the unigram; the first column has the unigram.
   """
@@ -132,8 +132,8 @@ def _interpolate(
   Args:
     contexts: int64 context of each training and each test token, >= -1.
     tokens: int64 training and test tokens.
-    parent: probabilities of all tokens under the coarser distribution; those of
-      the training tokens depend on context and token only.
+    parent: probabilities of all tokens under the coarser distribution, which
+      depend on context and token only.
   """
   size = max(x.max(initial=0) for x in tokens) + 1
   pairs = [

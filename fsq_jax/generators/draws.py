@@ -5,8 +5,6 @@ import dataclasses
 import jax
 from jax import numpy as jnp
 
-from fsq_jax.generators import keys as key_lib
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -37,13 +35,13 @@ class Draw:
 
 
 def draw_index(
-    logits: jax.Array, keys: jax.Array, draw: Draw
+    logits: jax.Array, noise: jax.Array, draw: Draw
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws an index from each row of logits.
+  """Draws an index from each row of logits, by the Gumbel-max trick.
 
   Args:
     logits: [..., L] float32, guidance included.
-    keys: [...] typed keys, one per row.
+    noise: [..., L] float32, standard Gumbel; not used at temperature 0.
     draw: the rule.
 
   Returns:
@@ -61,7 +59,7 @@ def draw_index(
     kept = keep_top_p(
         keep_top_k(logits / draw.temperature, draw.top_k), draw.top_p
     )
-    scores = kept + key_lib.gumbel(keys, logits.shape[-1])
+    scores = kept + noise
   indices = jnp.argmax(scores, axis=-1).astype(jnp.int32)
   return indices, log_probability(logits, indices)
 

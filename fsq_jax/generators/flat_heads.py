@@ -13,6 +13,7 @@ from fsq_jax.generators import draws
 from fsq_jax.generators import embeddings
 from fsq_jax.generators import guidance
 from fsq_jax.generators import heads
+from fsq_jax.generators import keys as key_lib
 from fsq_jax.generators import vocabulary as vocabularies
 from fsq_jax.runtime import partitioning
 
@@ -79,7 +80,8 @@ class Flat(heads.Head):
     def compute(features, null_features, keys):
       unconditional = None if null_features is None else logits(null_features)
       combined = guidance.combine(logits(features), unconditional, scale)
-      return draws.draw_index(combined, keys, draw)
+      noise = key_lib.gumbel(keys, combined.shape[-1])
+      return draws.draw_index(combined, noise, draw)
 
     return self._in_chunks(compute, features, null_features, keys)
 

@@ -101,7 +101,7 @@ def both_features(
 
   Args:
     function: of labels [B] and inputs to features [B, ...].
-    rule: guidance; if it is off the second result is None.
+    rule: guidance; the second result is None if it is not active.
     labels: [B] integers.
     *inputs: arrays [B, ...], equal in both halves.
   """

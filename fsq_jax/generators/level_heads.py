@@ -87,6 +87,7 @@ class _LevelHead(heads.Head):
     # Both branches of the guidance are given the same sampled level indices.
     contexts = [features, null_features]
     levels, log_probs = [], 0.0
+    noise = key_lib.gumbel(keys, sum(self.vocabulary.levels))
     for i in range(len(self.columns)):
       if i:
         contexts = [
@@ -98,7 +99,7 @@ class _LevelHead(heads.Head):
       )
       level, log_prob = draws.draw_index(
           guidance.combine(conditional, unconditional, scale),
-          key_lib.fold(keys, i),
+          noise[..., self.columns[i]],
           draw,
       )
       levels.append(level)
@@ -138,8 +139,8 @@ class AutoregressiveLevels(_LevelHead):
     init = dense.kernel_init(width)
     shape = (groups, width, width)
     self.norm = nn.RMSNorm(epsilon=_EPSILON, dtype=jnp.float32)
-    self.mlp_in = self.param('mlp_in', init, shape, jnp.float32)
-    self.mlp_out = self.param('mlp_out', init, shape, jnp.float32)
+    self.mlp_in = self.param('mlp_in_kernel', init, shape, jnp.float32)
+    self.mlp_out = self.param('mlp_out_kernel', init, shape, jnp.float32)
     self.position = self.param(
         'position', nn.initializers.zeros, (count, width), jnp.float32
     )

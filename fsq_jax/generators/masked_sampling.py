@@ -31,7 +31,8 @@ class MaskedSampling:
     choice_temperature: tau of the order 'confidence': tau (1 - (t + 1) / T)
       times Gumbel noise is added to the log-probabilities, >= 0.
     draw: temperature, top-k and top-p of each token.
-    guidance: classifier-free guidance.
+    guidance: classifier-free guidance; the fraction of known tokens of its
+      schedule 'linear' is computed for a grid without given tokens.
   """
 
   num_steps: int = 12
@@ -146,8 +147,8 @@ def _sample(
       )
     else:
       priority = -ranks.astype(jnp.float32)
-    # Known tokens rank above all unknown ones, of which there are more than
-    # stay masked; so exactly `left` unknown tokens stay masked.
+    # Known tokens rank above all unknown tokens, whose number exceeds `left`
+    # unless the example is complete; so exactly `left` tokens stay masked.
     priority = jnp.where(known, jnp.inf, priority)
     is_new = ~known & masking.choose_known(priority, left)
     samples = sampled.Samples(

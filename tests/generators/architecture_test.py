@@ -107,7 +107,7 @@ def test_parameters_of_the_parts():
   assert _count(llama['token_embedding']) == (9 + 6 + 6) * w
   assert _count(llama['class_embedding']) == (3 + 1) * w
   head = llama['output']
-  assert _count({k: head[k] for k in ('mlp_in', 'mlp_out')}) == 3 * 2 * w**2
+  assert _count({k: head[k] for k in ('mlp_in_kernel', 'mlp_out_kernel')}) == 3 * 2 * w**2
   assert head['kernel'].size == 18 * w
 
 
@@ -116,7 +116,7 @@ def test_more_than_eight_dimensions_share_an_mlp():
       architecture.preset('tiny', causal=True), vocabulary.from_levels([2] * 9),
       grid=(1, 2), num_classes=0,
   )
-  assert shapes['output']['mlp_in'].shape == (1, 64, 64)
+  assert shapes['output']['mlp_in_kernel'].shape == (1, 64, 64)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""The token model against NumPy, leaks of hidden tokens, the key-value cache.
-"""
+"""The token model against NumPy, leaks of hidden tokens, key-value cache."""
 
 import functools
 import itertools
@@ -141,14 +140,14 @@ def _trunk(x, p, a, condition, place):
 
 
 def _level_head(h, p):
-  """log p of all codes [..., K], by a loop over the level indices."""
+  """Returns log p of all codes [..., K], by a loop over the level indices."""
   columns = np.cumsum([0, *_LEVELS])
   result = np.zeros((*h.shape[:-1], 6))
   for code, levels in enumerate(itertools.product(*map(range, _LEVELS))):
     context = h
     for i, level in enumerate(levels):
       y = _rms(context, p['norm']['scale']) + p['position'][i]
-      y = y + _gelu(y @ p['mlp_in'][i]) @ p['mlp_out'][i]
+      y = y + _gelu(y @ p['mlp_in_kernel'][i]) @ p['mlp_out_kernel'][i]
       part = slice(columns[i], columns[i + 1])
       logits = y @ p['kernel'][:, part] + p['bias'][part]
       result[..., code] += np.log(_softmax(logits))[..., level]
@@ -157,7 +156,7 @@ def _level_head(h, p):
 
 
 def _reference(model, variables, tokens, labels, known):
-  """log p of all codes at all positions, [B, N, K] float64."""
+  """Returns log p of all codes at all positions, [B, N, K] float64."""
   a = model.architecture
   p = jax.tree.map(np.float64, variables['params'])
   table = p['token_embedding']['embedding']
@@ -288,7 +287,7 @@ def test_parts_that_do_not_fit_are_rejected(options, message):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', _MODELS)
 def test_options_of_execution_change_no_gradient(name, draw_variables):
-  """remat and the unroll factor; bfloat16 stays close."""
+  """Rematerialization and the unroll factor of the scan."""
   model = _MODELS[name]
   batch = _batch(model)
   variables = draw_variables(model, *batch)
@@ -299,7 +298,10 @@ def test_options_of_execution_change_no_gradient(name, draw_variables):
             **vars(model.architecture), **options
         })
     )
-    loss = lambda v: jnp.mean(changed.apply(v, *batch).nll)
+
+    def loss(variables):
+      return jnp.mean(changed.apply(variables, *batch).nll)
+
     return jax.jit(jax.grad(loss))(variables)
 
   plain = gradient()

@@ -16,7 +16,8 @@ def _first_visits(rows, columns, num_points):
       numerator, denominator, n = 0, 1, i
       while n:
         n, remainder = divmod(n, base)
-        numerator, denominator = numerator * base + remainder, denominator * base
+        numerator = numerator * base + remainder
+        denominator *= base
       cell.append(numerator * size // denominator)
     if cell not in seen:
       seen.append(cell)
