@@ -107,7 +107,8 @@ def test_parameters_of_the_parts():
   assert _count(llama['token_embedding']) == (9 + 6 + 6) * w
   assert _count(llama['class_embedding']) == (3 + 1) * w
   head = llama['output']
-  assert _count({k: head[k] for k in ('mlp_in_kernel', 'mlp_out_kernel')}) == 3 * 2 * w**2
+  mlp = head['mlp_in_kernel'], head['mlp_out_kernel']
+  assert _count(mlp) == 3 * 2 * w**2
   assert head['kernel'].size == 18 * w
 
 
