@@ -80,6 +80,8 @@ def sample(
   if (tokens is None) != (num_given is None):
     raise ValueError('Give both tokens and num_given, or neither.')
   with partitioning.mesh_of(labels):
+    # Signed: the label of no class is -1.
+    labels = vocabularies.as_int32(labels, 'labels')
     shape = (labels.shape[0], model.num_tokens)
     if tokens is None:
       tokens = jnp.zeros(shape, jnp.int32)

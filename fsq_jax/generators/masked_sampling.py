@@ -96,6 +96,8 @@ def sample(
       options.schedule, model.num_tokens, options.num_steps
   )
   with partitioning.mesh_of(labels):
+    # Signed: the label of no class is -1.
+    labels = vocabularies.as_int32(labels, 'labels')
     shape = (labels.shape[0], model.num_tokens)
     if tokens is None:
       tokens, known = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)

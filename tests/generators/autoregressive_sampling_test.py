@@ -100,9 +100,10 @@ def test_prefixes_are_completed(variables):
   other = _sampler()(variables, **turned)
   np.testing.assert_array_equal(other.tokens, tokens[turn])
   # Its own samples as a prefix give the same completion.
+  num_given = np.maximum(np.asarray(request['num_given']), 4)
   again = _sampler()(
       variables, **(request | {
-          'tokens': samples.tokens, 'num_given': jnp.full(_B, 4),
+          'tokens': samples.tokens, 'num_given': jnp.asarray(num_given),
       })
   )
   np.testing.assert_array_equal(again.tokens, tokens)
@@ -110,7 +111,7 @@ def test_prefixes_are_completed(variables):
 
 def test_frequencies_are_the_exact_probabilities(variables):
   """First tokens of many examples, against the model's distribution."""
-  num = 4000
+  num = 1600
   request = {
       'labels': jnp.full(_B, 1), 'key': jax.random.key(0),
       'tokens': jnp.zeros((_B, _N), jnp.int32),
@@ -128,7 +129,7 @@ def test_frequencies_are_the_exact_probabilities(variables):
   )
   expected = 2.0 ** -np.asarray(bits)[:6, 0]
   np.testing.assert_allclose(expected.sum(), 1, atol=1e-5)
-  np.testing.assert_allclose(counts / num, expected, atol=0.03)
+  np.testing.assert_allclose(counts / num, expected, atol=0.05)
 
 
 def test_scale_0_is_the_null_class_and_equal_branches_need_no_guidance(
@@ -143,6 +144,16 @@ def test_scale_0_is_the_null_class_and_equal_branches_need_no_guidance(
     )
     np.testing.assert_array_equal(samples.tokens, plain.tokens)
     np.testing.assert_allclose(samples.log_probs, plain.log_probs, atol=1e-4)
+
+
+def test_unsigned_labels_do_not_overflow(variables):
+  """Guidance adds the label -1 to them."""
+  request = _request() | {'labels': jnp.arange(_B) % 3}
+  samples = _sampler(**_GUIDED)(variables, **request)
+  request['labels'] = request['labels'].astype(jnp.uint8)
+  other = _sampler(**_GUIDED)(variables, **request)
+  assert np.isfinite(np.asarray(samples.log_probs)).all()
+  np.testing.assert_array_equal(other.tokens, samples.tokens)
 
 
 def test_temperature_0_is_the_argmax_at_every_position(variables):

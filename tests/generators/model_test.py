@@ -235,7 +235,11 @@ def test_class_and_null_class_reach_every_position(draw_variables):
 
 
 @pytest.mark.parametrize(
-    'name', [name for name in _MODELS if name.startswith('causal')]
+    'name',
+    [
+        'causal, rope, prefix',
+        pytest.param('causal, bert, adaln', marks=pytest.mark.slow),
+    ],
 )
 def test_steps_with_the_cache_equal_the_whole_sequence(name, draw_variables):
   model = _MODELS[name]
