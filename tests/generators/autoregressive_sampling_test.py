@@ -132,18 +132,21 @@ def test_frequencies_are_the_exact_probabilities(variables):
   np.testing.assert_allclose(counts / num, expected, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ('scale', 'label'),
+    [(0.0, None), pytest.param(4.0, -1, marks=pytest.mark.slow)],
+)
 def test_scale_0_is_the_null_class_and_equal_branches_need_no_guidance(
-    variables
+    scale, label, variables
 ):
   request = _request()
   null = request | {'labels': jnp.full(_B, -1)}
   plain = _sampler()(variables, **null)
-  for scale, arguments in ((0.0, request), (4.0, null)):
-    samples = _sampler(guidance=guidance.Guidance(scale=scale))(
-        variables, **arguments
-    )
-    np.testing.assert_array_equal(samples.tokens, plain.tokens)
-    np.testing.assert_allclose(samples.log_probs, plain.log_probs, atol=1e-4)
+  samples = _sampler(guidance=guidance.Guidance(scale=scale))(
+      variables, **(request if label is None else null)
+  )
+  np.testing.assert_array_equal(samples.tokens, plain.tokens)
+  np.testing.assert_allclose(samples.log_probs, plain.log_probs, atol=1e-4)
 
 
 def test_unsigned_labels_do_not_overflow(variables):
