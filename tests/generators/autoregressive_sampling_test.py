@@ -110,26 +110,32 @@ def test_prefixes_are_completed(variables):
 
 
 def test_frequencies_are_the_exact_probabilities(variables):
-  """First tokens of many examples, against the model's distribution."""
+  """First two tokens of many examples, against the model's distribution."""
   num = 1600
   request = {
       'labels': jnp.full(_B, 1), 'key': jax.random.key(0),
       'tokens': jnp.zeros((_B, _N), jnp.int32),
       'num_given': jnp.zeros(_B, jnp.int32),
   }
-  counts = np.zeros(6)
+  counts, num_equal = np.zeros(6), 0
   for start in range(0, num, _B):
     samples = _sampler()(
         variables, examples=jnp.arange(start, start + _B), **request
     )
-    counts += np.bincount(samples.tokens[:, 0], minlength=6)
+    first, second = np.asarray(samples.tokens).T[:2]
+    counts += np.bincount(first, minlength=6)
+    num_equal += np.sum(first == second)
   tokens = np.arange(_B) % 6
   bits = _bits()(
       variables, np.broadcast_to(tokens[:, None], (_B, _N)), request['labels']
   )
-  expected = 2.0 ** -np.asarray(bits)[:6, 0]
+  bits = np.asarray(bits)[:6]
+  expected = 2.0 ** -bits[:, 0]
   np.testing.assert_allclose(expected.sum(), 1, atol=1e-5)
   np.testing.assert_allclose(counts / num, expected, atol=0.05)
+  # The noise of two positions is independent.
+  is_equal = (2.0 ** -bits[:, :2].sum(-1)).sum()
+  assert abs(num_equal / num - is_equal) < 0.05
 
 
 @pytest.mark.parametrize(

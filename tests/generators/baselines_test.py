@@ -44,6 +44,19 @@ def test_baselines_find_the_structure_of_a_source():
   assert abs(result.class_position_unigram - expected / columns) < 0.02
 
 
+def test_few_counts_are_not_trusted():
+  """Independent tokens: contexts with a token or two must not matter."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 16, (200, 3, 4))
+  labels = rng.integers(0, 10, 200)
+  result = baselines.measure(
+      tokens[:100], labels[:100], tokens[100:], labels[100:], 16
+  )
+  assert abs(result.unigram - 4) < 0.05
+  assert result.class_position_unigram < result.unigram + 0.05
+  assert result.left_neighbour < result.unigram + 0.05
+
+
 def test_weights_are_probabilities_that_sum_to_one():
   """Every code, seen or not, as a test token: sum of 2^-bits is 1."""
   rng = np.random.default_rng(1)
