@@ -64,7 +64,13 @@ def _bits():
   return jax.jit(functools.partial(likelihood.exact_bits, _MODEL))
 
 
-@pytest.mark.parametrize('options', [{}, _GUIDED], ids=['plain', 'guided'])
+@pytest.mark.parametrize(
+    'options',
+    [
+        pytest.param({}, id='plain'),
+        pytest.param(_GUIDED, id='guided', marks=pytest.mark.slow),
+    ],
+)
 def test_cache_changes_no_sample(options, variables):
   request = _request()
   samples = _sampler(**options)(variables, **request)
@@ -109,6 +115,7 @@ def test_prefixes_are_completed(variables):
   np.testing.assert_array_equal(again.tokens, tokens)
 
 
+@pytest.mark.slow
 def test_frequencies_are_the_exact_probabilities(variables):
   """First two tokens of many examples, against the model's distribution."""
   num = 1600
@@ -155,6 +162,7 @@ def test_scale_0_is_the_null_class_and_equal_branches_need_no_guidance(
   np.testing.assert_allclose(samples.log_probs, plain.log_probs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unsigned_labels_do_not_overflow(variables):
   """Guidance adds the label -1 to them."""
   request = _request() | {'labels': jnp.arange(_B) % 3}
@@ -165,6 +173,7 @@ def test_unsigned_labels_do_not_overflow(variables):
   np.testing.assert_array_equal(other.tokens, samples.tokens)
 
 
+@pytest.mark.slow
 def test_temperature_0_is_the_argmax_at_every_position(variables):
   request = _request() | {'num_given': jnp.zeros(_B, jnp.int32)}
   samples = _sampler(draw=draws.Draw(temperature=0.0))(variables, **request)
@@ -177,19 +186,26 @@ def test_temperature_0_is_the_argmax_at_every_position(variables):
   np.testing.assert_array_equal(samples.tokens, first * 2 + rows.argmax(-1))
 
 
-def test_8_devices_give_the_samples_of_1(variables):
+@pytest.mark.parametrize(
+    'options',
+    [
+        pytest.param({}, id='plain'),
+        pytest.param(_GUIDED, id='guided', marks=pytest.mark.slow),
+    ],
+)
+def test_8_devices_give_the_samples_of_1(options, variables):
   request = _request()
   mesh = partitioning.create_mesh({'data': 4, 'fsdp': 2})
   sharded = jax.device_put(
       {k: v for k, v in request.items() if k != 'key'},
       partitioning.batch_sharding(mesh),
   )
-  samples = _sampler(**_GUIDED)(
+  samples = _sampler(**options)(
       jax.device_put(variables, partitioning.replicated(mesh)),
       key=request['key'], **sharded,
   )
   assert len(samples.tokens.sharding.device_set) == 8
-  expected = _sampler(**_GUIDED)(variables, **request)
+  expected = _sampler(**options)(variables, **request)
   np.testing.assert_array_equal(samples.tokens, expected.tokens)
   np.testing.assert_allclose(
       samples.log_probs, expected.log_probs, atol=1e-5

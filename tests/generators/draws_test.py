@@ -73,12 +73,12 @@ def test_temperature_0_takes_the_largest():
 
 def test_large_codebooks_are_drawn_evenly():
   """Gumbel noise of bfloat16 has 128 values: all samples would be low."""
-  random_keys = jax.random.split(jax.random.key(0), 32)
+  random_keys = jax.random.split(jax.random.key(0), 16)
   noise = jax.jit(keys.gumbel, static_argnums=1)(random_keys, 64000)
-  logits = jnp.zeros((32, 64000), jnp.float32)
+  logits = jnp.zeros((16, 64000), jnp.float32)
   indices, _ = draws.draw_index(logits, noise, draws.Draw())
-  assert len(np.unique(indices)) > 30
-  assert 0.35 < np.mean(np.asarray(indices)) / 64000 < 0.65
+  assert len(np.unique(indices)) > 14
+  assert 0.3 < np.mean(np.asarray(indices)) / 64000 < 0.7
   with pytest.raises(ValueError, match='cast them to float32'):
     draws.draw_index(logits.astype(jnp.bfloat16), noise, draws.Draw())
 

@@ -208,6 +208,7 @@ def test_only_autoregressive_levels_learn_two_modes():
   assert abs(bits['levels_independent'] - 2) < 0.02
 
 
+@pytest.mark.slow
 def test_dropout_is_applied_in_training_only(draw_variables):
   model = _model(True, dropout=0.5)
   tokens, labels = _batch(model)
