@@ -6,6 +6,8 @@ import numpy as np
 
 from fsq_jax.generators import embeddings
 
+NORMALIZATIONS = ('token', 'example')
+
 
 def rank(scores: jax.Array) -> jax.Array:
   """Returns the rank of each score in its row, 0 for the lowest.
@@ -113,6 +115,3 @@ def mean_loss(
   counts = jnp.sum(weights, axis)
   means = jnp.sum(losses, axis) / jnp.maximum(counts, 1.0)
   return jnp.mean(means)
-
-
-NORMALIZATIONS = ('token', 'example')
