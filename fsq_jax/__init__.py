@@ -7,8 +7,8 @@ __version__ = '0.1.0'
 
 _SUB_PACKAGES = (
     'adversarial', 'analysis', 'checkpoints', 'configuration', 'data',
-    'evaluation', 'models', 'perceptual', 'quantizers', 'report', 'runtime',
-    'tokenizer', 'tokens', 'train', 'workdir',
+    'evaluation', 'generators', 'models', 'perceptual', 'quantizers', 'report',
+    'runtime', 'tokenizer', 'tokens', 'train', 'workdir',
 )  # fmt: skip
 # Public names, each to its sub-package.
 _NAMES = {

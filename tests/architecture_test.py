@@ -20,6 +20,7 @@ _FLOORS = (
     {'checkpoints'},
     {'evaluation', 'tokenizer'},
     {'analysis', 'tokens', 'train'},
+    {'generators'},
     {'launch'},
 )
 _FLOOR_OF = {name: i for i, names in enumerate(_FLOORS) for name in names}
