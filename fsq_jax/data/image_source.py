@@ -1,7 +1,7 @@
 """Base classes of image sources, and the record of unreadable images."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 import itertools
 import math
@@ -34,6 +34,14 @@ class ImageMetadata(NamedTuple):
   num_bytes: int | None = None
 
 
+class Tile(NamedTuple):
+  """Place of an image in a photograph: its name, and a corner in pixels."""
+
+  photograph: str
+  top: int
+  left: int
+
+
 class ImageSource(abc.ABC):
   """Thread-safe random access to the images of one split.
 
@@ -50,10 +58,13 @@ class ImageSource(abc.ABC):
       '.json').
     evaluation_crop: description of the crops of an evaluation.
     label_names: names of the classes, by label; () without classes.
+    tiles: places of all images, by index, if they are the tiles of whole
+      photographs; () otherwise.
   """
 
   evaluation_crop = 'centre crop, smaller images scaled up'
   label_names: tuple[str, ...] = ()
+  tiles: Sequence[Tile] = ()
 
   def __init__(self, name: str, split: str, content: str):
     self.identity = {'name': name, 'split': split, 'content': content}

@@ -155,6 +155,10 @@ class ValidationTiles(_Crops):
           f'have only {shapes} pixels; use a smaller image_size, a '
           'resize_shorter that enlarges them, or another data.source.'
       )
+    self.tiles = [
+        image_source.Tile(pathlib.Path(name).stem, top, left)
+        for name, top, left in self._places
+    ]
 
 
 def _regular_grid(

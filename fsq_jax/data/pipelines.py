@@ -1,6 +1,6 @@
 """Training and evaluation pipelines: images to batches, in Grain."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -80,6 +80,11 @@ class Dataset:
   def digests(self) -> np.ndarray:
     """`ImageSource.digests` of the images read so far by this process."""
     return self._source.digests
+
+  @property
+  def tiles(self) -> Sequence[image_source.Tile]:
+    """`ImageSource.tiles`: places of the images in whole photographs."""
+    return self._source.tiles
 
   def name(self, index: int) -> str:
     """Returns the name of the image with this 'index' in its split, or ''."""

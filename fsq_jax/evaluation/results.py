@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import pathlib
+import types
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -37,6 +38,8 @@ class EvalOutput(NamedTuple):
 
 # Codebook statistics that are shown with the image metrics in curves and bars.
 _CODEBOOK_SCALARS = ('usage', 'perplexity', 'entropy_bits', 'entropy_share')
+# Pixels; smaller photographs are enlarged towards it.
+_PHOTOGRAPH_WIDTH = 600
 # Characters of a hash in a summary.
 _SHORT_HASH = 12
 
@@ -50,6 +53,9 @@ class Evaluation(NamedTuple):
     protocol: preprocessing of the images and definitions of the metrics.
     originals: [n, H, W, 3] uint8, images at regular intervals of the split.
     reconstructions: [n, H, W, 3] uint8, of the same images.
+    photographs: by name, [2, H, W, 3] uint8: a photograph and its
+      reconstruction, joined from all tiles, if the images of the split are
+      tiles of whole photographs.
   """
 
   metrics: dict[str, float]
@@ -57,6 +63,7 @@ class Evaluation(NamedTuple):
   protocol: dict[str, Any]
   originals: np.ndarray
   reconstructions: np.ndarray
+  photographs: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
   def scalars(self) -> dict[str, float]:
     """Returns the numbers of a row of metrics.jsonl."""
@@ -149,6 +156,7 @@ class EvaluationSums:
     )
     self._waiting = collections.deque(sorted(set(positions.astype(int))))
     self._originals, self._reconstructions = [], []
+    self._tiles = {}
 
   def update(
       self,
@@ -194,6 +202,11 @@ class EvaluationSums:
     self._reconstructions.extend(
         self._cut(output.reconstructions[i]) for i in shown
     )
+    if self._dataset.tiles:
+      for i in np.flatnonzero(mask):
+        self._tiles[self._dataset.tiles[batch['index'][i]]] = np.stack(
+            [batch['image'][i], output.reconstructions[i]]
+        )
     return missing
 
   def num_unmeasured(self) -> dict[str, int]:
@@ -251,7 +264,31 @@ class EvaluationSums:
         },
         originals=self._lay_out(self._originals),
         reconstructions=self._lay_out(self._reconstructions),
+        photographs=_join(self._tiles),
     )
+
+
+def _join(
+    tiles: Mapping[image_source.Tile, np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Joins tiles [..., h, w, 3]; returns [..., H, W, 3] by photograph."""
+  photographs = {}
+  for name in dict.fromkeys(tile.photograph for tile in tiles):
+    parts = [
+        (pixels, slice(tile.top, tile.top + pixels.shape[-3]),
+         slice(tile.left, tile.left + pixels.shape[-2]))
+        for tile, pixels in tiles.items()
+        if tile.photograph == name
+    ]
+    height, width = (
+        max(part[axis].stop for part in parts) for axis in (1, 2)
+    )
+    pixels = parts[0][0]
+    whole = np.zeros((*pixels.shape[:-3], height, width, 3), pixels.dtype)
+    for pixels, rows, columns in parts:
+      whole[..., rows, columns, :] = pixels
+    photographs[name] = whole
+  return photographs
 
 
 def _content(dataset: pipelines.Dataset) -> str:
@@ -292,7 +329,10 @@ def write_evaluation(
     result: Evaluation,
     label: str = '',
 ) -> pathlib.Path:
-  """Writes evaluation.json and the grid of reconstructions of one step.
+  """Writes evaluation.json and pictures of the reconstructions of one step.
+
+  The pictures are step_00004500.png, a grid of some images, and, for example,
+  step_00004500_coffee.png, one per whole photograph of the evaluation.
 
   Args:
     folder: the run's folder.
@@ -317,6 +357,12 @@ def write_evaluation(
   workdirs.write_json(path, record)
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
+  # Photographs come first: the report shows those of the newest grid.
+  for name, (original, reconstruction) in result.photographs.items():
+    picture = grid_lib.reconstruction_grid(
+        original[None], reconstruction[None], width=_PHOTOGRAPH_WIDTH
+    )
+    grid_lib.save_png(grids / f'{suffix}_{name}.png', picture)
   grid = grid_lib.reconstruction_grid(
       result.originals, result.reconstructions
   )

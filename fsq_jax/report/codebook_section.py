@@ -51,10 +51,10 @@ def _use_of_levels(analysis: Mapping[str, Any]) -> str:
       )
   ]
   return elements.section(
-      'Levels of each dimension',
-      f'<p class="soft">{image_section.describe(analysis)} Number of tokens at'
-      ' each level of each dimension, from level 0, and their entropy. A dead'
-      ' level never occurs.</p>'
+      'How often each level occurs',
+      f'<p class="soft">{image_section.describe(analysis)} Share of the tokens'
+      ' at each level of each dimension, and its entropy. A dead level never'
+      ' occurs.</p>'
       f'<div class="levels">{"".join(figures)}</div>',
   )
 
@@ -76,11 +76,16 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
     return ''
   shares = [count / total for count in ranks['counts']]
   points = {
-      'fraction of tokens': list(zip(ranks['ranks'], shares, strict=True)),
-      'uniform': [(1, 1 / size), (size, 1 / size)],
+      'codes of the model': list(zip(ranks['ranks'], shares, strict=True)),
+      'uniform use': [(1, 1 / size), (size, 1 / size)],
   }
   plot = curves.plot(
-      points, 'log', 'codes-', x_label='rank of the code', x_scale='log'
+      points,
+      'log',
+      'codes-',
+      x_label='rank of the code',
+      y_label='share of tokens',
+      x_scale='log',
   )
   numbers = ', '.join(
       f'{num:,} for {100 * float(share):g} %'
@@ -98,16 +103,17 @@ def _use_of_codes(analysis: Mapping[str, Any]) -> str:
       f'<p class="soft">{codebook["num_used_codes"]:,} of {size:,} codes occur'
       f' in {total:,} tokens, {codebook["tokens_per_code"]:.3g} per code. The'
       ' curve has the codes in descending order of frequency. Fewest codes that'
-      f' cover a fraction of the tokens: {numbers}.</p>'
+      f' cover a share of the tokens: {numbers}.</p>'
       f'<div class="plots"><figure>{plot}</figure></div>'
       '<h3>Most frequent codes</h3><p class="soft">Code, its level indices if'
-      f' it has any, and its fraction of all tokens.{swatches}</p>'
+      f' it has any, and its share of all tokens.{swatches}</p>'
       f'<div class="cards{classes}">{cards}</div>',
   )
 
 
 def _code_card(analysis: Mapping[str, Any], code: Mapping[str, Any]) -> str:
-  share = 100 * code['count'] / analysis['codebook']['num_tokens']
+  share = code['count'] / analysis['codebook']['num_tokens']
+  percent = f'{100 * share:#.3g}'.rstrip('.')
   digits = ' '.join(map(str, code.get('digits', ())))
   digits = f'<br>({digits})' if digits else ''
   swatch = ''
@@ -115,7 +121,7 @@ def _code_card(analysis: Mapping[str, Any], code: Mapping[str, Any]) -> str:
     swatch = elements.image(code['swatch'], f'code {code["code"]}')
   return (
       f'<figure>{swatch}<figcaption>{code["code"]:,}{digits}<br>'
-      f'{share:.3g} %</figcaption></figure>'
+      f'{percent} %</figcaption></figure>'
   )
 
 

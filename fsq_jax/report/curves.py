@@ -51,6 +51,9 @@ _CURVES = (
 )
 # As many as keys of the longest plot.
 _COLORS = ('#3f7fd6', '#e0862c', '#3fa377', '#a35fc0', '#c8506b')
+# The sum of the other curves of its plot: a thin line on the wide, light lines
+# of its terms, so that a sum of one term hides nothing.
+_TOTAL = 'loss'
 # Placeholder for the page's text color.
 _TEXT_COLOR = '#010203'
 
@@ -86,6 +89,7 @@ def plot(
     prefix: str,
     *,
     x_label: str = 'step',
+    y_label: str = '',
     x_scale: str = 'linear',
 ) -> str:
   """Returns an SVG of curves.
@@ -95,6 +99,7 @@ def plot(
     scale: scale of the y axis, 'linear' or 'log'.
     prefix: prefix of its ids.
     x_label: label of the x axis.
+    y_label: label of the y axis.
     x_scale: scale of the x axis.
   """
   import matplotlib
@@ -124,9 +129,13 @@ def plot(
     for color, (name, points) in zip(_COLORS, curves.items(), strict=False):
       bins = np.array_split(points, min(len(points), _MAX_POINTS))
       steps, means = np.array([part.mean(axis=0) for part in bins]).T
-      label = name.replace('_', ' ')
+      line = {'label': name.replace('_', ' '), 'c': color, 'lw': 1.5}
+      if name == _TOTAL and len(curves) > 1:
+        line |= {'label': 'total loss', 'lw': 1.2, 'zorder': 3}
+      elif _TOTAL in curves:
+        line |= {'lw': 5, 'alpha': 0.35}
       marker = 'o' if len(points) <= 20 else None
-      axes.plot(steps, means, marker=marker, ms=3, c=color, label=label)
+      axes.plot(steps, means, marker=marker, ms=3, **line)
       if len(points) > len(bins):
         low, high = zip(
             *((part[:, 1].min(), part[:, 1].max()) for part in bins),
@@ -136,6 +145,7 @@ def plot(
     axes.set_yscale(scale)
     axes.set_xscale(x_scale)
     axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     if len(curves) > 1:
       axes.legend()
     file = io.StringIO()

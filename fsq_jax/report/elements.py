@@ -6,6 +6,11 @@ import html
 import math
 import struct
 
+# Decimals of metrics; other numbers have at most four significant digits.
+_DECIMALS = {'psnr': 2, 'ssim': 3, 'ssim_uniform': 3, 'perplexity': 1}
+_BITS_DECIMALS = 2
+# Most numbers along the axis of a histogram.
+_MAX_TICKS = 8
 # Narrower images are enlarged with visible pixels.
 _SMALL = 96
 
@@ -16,7 +21,13 @@ def section(title: str, content: str) -> str:
 
 
 def levels(counts: Sequence[int], entropy: float, label: str) -> str:
-  """Returns a histogram of the levels of a dimension; dead levels in red."""
+  """Returns a histogram of the levels of a dimension; dead levels in red.
+
+  Args:
+    counts: number of tokens at each level.
+    entropy: of the counts, in bits.
+    label: name of the dimension, already escaped.
+  """
   dead_class = ' class="dead"'
   total, largest = max(sum(counts), 1), max(*counts, 1)
   bars = [
@@ -27,10 +38,19 @@ def levels(counts: Sequence[int], entropy: float, label: str) -> str:
   ]
   dead = sum(count == 0 for count in counts)
   note = f', {dead} dead' if dead else ''
+  interval = math.ceil(len(counts) / _MAX_TICKS)
+  ticks = ''.join(
+      f'<i>{"" if level % interval else level}</i>'
+      for level in range(len(counts))
+  )
   return (
-      f'<figure><div class="bars">{"".join(bars)}</div><figcaption>'
-      f'{label}: {entropy:.2f} of {math.log2(len(counts)):.2f} bits{note}'
-      '</figcaption></figure>'
+      f'<figure><figcaption>{label}: {entropy:.2f} of'
+      f' {math.log2(len(counts)):.2f} bits{note}</figcaption>'
+      '<div class="histogram"><b>share of tokens</b>'
+      f'<div class="scale"><span>{100 * largest / total:.1f} %</span>'
+      f'<span>0</span></div><div class="bars">{"".join(bars)}</div>'
+      f'<div class="ticks">{ticks}</div><b class="below">level index</b></div>'
+      '</figure>'
   )
 
 
@@ -77,6 +97,18 @@ def heat_cell(text: str, strength: float, title: str) -> str:
       f'<td title="{title}" style="background:color-mix(in srgb, var({color})'
       f' {share:.0f}%, var(--tile))">{text}</td>'
   )
+
+
+def number(name: str, value: float | None) -> str:
+  """Formats a value of a metric; missing and infinite ones as a dash."""
+  if value is None or not math.isfinite(value):
+    return '\N{EN DASH}'
+  if isinstance(value, int):
+    return f'{value:,}'
+  decimals = _DECIMALS.get(name)
+  if decimals is None and '_bits' in name:
+    decimals = _BITS_DECIMALS
+  return f'{value:.4g}' if decimals is None else f'{value:,.{decimals}f}'
 
 
 def decimals(value: float | None) -> str:

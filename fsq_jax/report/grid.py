@@ -18,6 +18,8 @@ _MAX_ENLARGEMENT = 8
 _MARGIN = 22
 _GAP = 3
 _PAIR_GAP = 14
+# Three times as fast as PNG's usual 6, for files 7 % larger.
+_COMPRESS_LEVEL = 3
 
 
 def reconstruction_grid(
@@ -25,13 +27,15 @@ def reconstruction_grid(
     reconstructions: np.ndarray,
     *,
     columns: int | None = None,
+    width: int = _GRID_WIDTH,
 ) -> np.ndarray:
   """Arranges rows of originals above rows of their reconstructions.
 
   Args:
     originals: [B, H, W, 3] uint8.
     reconstructions: same shape and dtype.
-    columns: images per row; None for a width of about 1200 pixels.
+    columns: images per row; None for as many as the width allows.
+    width: approximate width of the result in pixels.
 
   Returns:
     [height, width, 3] uint8; small images are enlarged by an integer factor.
@@ -47,16 +51,16 @@ def reconstruction_grid(
         f'reconstruction_grid got {pair[0].dtype} and {pair[1].dtype}; give'
         ' uint8 (metrics.to_uint8 converts).'
     )
-  num, height, width, _ = pair[0].shape
-  columns = columns or max(1, min(8, num, _GRID_WIDTH // width))
-  scale = _GRID_WIDTH // (columns * width)
+  num, height, image_width, _ = pair[0].shape
+  columns = columns or max(1, min(8, num, width // image_width))
+  scale = width // (columns * image_width)
   scale = max(1, min(_MAX_ENLARGEMENT, scale))
-  height, width = scale * height, scale * width
+  height, image_width = scale * height, scale * image_width
   num_pairs = math.ceil(num / columns)
   pair_height = 2 * height + _GAP + _PAIR_GAP
   shape = (
       num_pairs * pair_height - _PAIR_GAP,
-      _MARGIN + columns * (width + _GAP) - _GAP,
+      _MARGIN + columns * (image_width + _GAP) - _GAP,
       3,
   )
   grid = np.full(shape, 255, np.uint8)
@@ -67,8 +71,8 @@ def reconstruction_grid(
     label = _vertical_label(label, height)
     for i in range(num):
       top = i // columns * pair_height + side * (height + _GAP)
-      left = _MARGIN + i % columns * (width + _GAP)
-      grid[top : top + height, left : left + width] = images[i]
+      left = _MARGIN + i % columns * (image_width + _GAP)
+      grid[top : top + height, left : left + image_width] = images[i]
       grid[top : top + height, :_MARGIN] = label
   return grid
 
@@ -76,7 +80,9 @@ def reconstruction_grid(
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
   """Writes [H, W, 3] uint8 as a PNG, atomically."""
   file = io.BytesIO()
-  PIL.Image.fromarray(np.asarray(image)).save(file, 'png')
+  PIL.Image.fromarray(np.asarray(image)).save(
+      file, 'png', compress_level=_COMPRESS_LEVEL
+  )
   os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
   workdirs.write_bytes(path, file.getvalue())
 

@@ -46,7 +46,9 @@ class Run(NamedTuple):
   evaluation: dict[str, Any]
   # split -> rows with ascending steps.
   rows: dict[str, list[dict[str, Any]]]
-  # Ascending steps.
+  # Whole photographs above their reconstructions, by name, of the newest step.
+  photographs: dict[str, Frame]
+  # Grids of reconstructions with ascending steps.
   frames: list[Frame]
   # Contents of codebook.json.
   analysis: dict[str, Any]
@@ -60,15 +62,16 @@ def render(run: Run) -> str:
   definitions = protocol.pop('definitions', None) or {}
   body = '\n'.join([
       _headline(run),
+      _photographs(run.photographs),
       _reconstructions(run.frames),
       image_section.render(run.analysis),
-      elements.section('Curves', curves.render(run.rows)),
+      elements.section('Training curves', curves.render(run.rows)),
       _tokens(run),
       _results(run.evaluation, definitions),
-      elements.section('Protocol of the evaluation', _tree(protocol)),
+      elements.section('Evaluation protocol', _tree(protocol)),
       elements.section('Quantizer', _tree(run.quantizer)),
-      elements.section('Config', _tree(run.config)),
-      elements.section('Provenance', _tree(run.provenance)),
+      elements.section('Configuration', _tree(run.config)),
+      elements.section('Command, versions and devices', _tree(run.provenance)),
   ])
   return (
       '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -130,7 +133,7 @@ def _summary(run: Run, values: Mapping[str, Any]) -> str:
     row = run.rows['train'][-1]
     return (
         f'{name}: no evaluation yet; after step {row["step"]:,} the loss is'
-        f' {_number(row.get("loss"))}.'
+        f' {_number("loss", row.get("loss"))}.'
     )
   protocol = run.evaluation.get('protocol') or {}
   images = 'images'
@@ -139,9 +142,9 @@ def _summary(run: Run, values: Mapping[str, Any]) -> str:
   source = [protocol.get('source'), protocol.get('split')]
   source = ' / '.join(str(part) for part in source if part)
   text = f'{name} reconstructs {images}' + (f' of {source}' if source else '')
-  text += f' at {values["psnr"]:.2f} dB PSNR'
+  text += f' at {_number("psnr", values["psnr"])} dB PSNR'
   if 'ssim' in values:
-    text += f' and {values["ssim"]:.3f} SSIM'
+    text += f' and {_number("ssim", values["ssim"])} SSIM'
   if 'usage' in values:
     text += f', using {100 * values["usage"]:.1f} % of its codes'
   if 'step' in values:
@@ -155,22 +158,26 @@ def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
   bits = math.log2(size) if size else None
   tiles = []
   if 'psnr' in values:
-    tiles.append(('PSNR', f'{values["psnr"]:.2f} dB', 'mean over images'))
+    text = f'{_number("psnr", values["psnr"])} dB'
+    tiles.append(('PSNR', text, 'mean over images'))
   if 'ssim' in values:
-    tiles.append(('SSIM', f'{values["ssim"]:.3f}', 'Gaussian window'))
+    text = _number('ssim', values['ssim'])
+    tiles.append(('SSIM', text, 'Gaussian window'))
   for name, (label, note) in _NETWORK_TILES.items():
     if name in values:
-      tiles.append((label, f'{values[name]:.4g}', note))
+      tiles.append((label, _number(name, values[name]), note))
   if 'usage' in values:
     used = values.get('num_used_codes')
     note = f'{used:,} of {size:,} codes' if used and size else 'of the codes'
     tiles.append(('Codebook usage', f'{100 * values["usage"]:.1f} %', note))
   if 'perplexity' in values:
     note = f'of {size:,} codes' if size else 'codes in effective use'
-    tiles.append(('Perplexity', f'{values["perplexity"]:,.1f}', note))
+    text = _number('perplexity', values['perplexity'])
+    tiles.append(('Perplexity', text, note))
   if 'entropy_bits' in values:
     note = f'entropy, of {bits:.2f}' if size else 'entropy'
-    tiles.append(('Bits per token', f'{values["entropy_bits"]:.2f}', note))
+    text = _number('entropy_bits', values['entropy_bits'])
+    tiles.append(('Bits per token', text, note))
   num_images = (run.evaluation.get('protocol') or {}).get('num_images')
   sides = (run.config.get('data') or {}).get('image_size')
   if size and sides and num_images and 'num_tokens' in values:
@@ -182,18 +189,41 @@ def _tiles(run: Run, values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
   return tiles
 
 
+def _photographs(photographs: Mapping[str, Frame]) -> str:
+  """Renders whole photographs of the evaluation and their reconstructions."""
+  if not photographs:
+    return ''
+  figures = [
+      f'<figure>{_image(frame, f"{name}: original, reconstruction")}'
+      f'<figcaption>{html.escape(name)}</figcaption></figure>'
+      for name, frame in photographs.items()
+  ]
+  step = next(iter(photographs.values())).step
+  return elements.section(
+      'Held-out photographs',
+      f'<p class="soft">Original above reconstruction, step {step:,}. The'
+      ' evaluated images are tiles of these photographs; they are joined'
+      f' here.</p><div class="photos">{"".join(figures)}</div>',
+  )
+
+
+def _image(frame: Frame, alt: str, attributes: str = '') -> str:
+  data = base64.b64encode(frame.png).decode()
+  return (
+      f'<img{attributes} alt="{html.escape(alt)}" width="{frame.width}"'
+      f' height="{frame.height}" src="data:image/png;base64,{data}">'
+  )
+
+
 def _reconstructions(frames: Sequence[Frame]) -> str:
   """Renders the last grid, and a slider over earlier grids (JavaScript)."""
   if not frames:
     return ''
   images = []
   for frame in frames:
-    data = base64.b64encode(frame.png).decode()
     hidden = '' if frame is frames[-1] else ' hidden'
-    images.append(
-        f'<img class="frame" alt="step {frame.step:,}" width="{frame.width}"'
-        f' height="{frame.height}" src="data:image/png;base64,{data}"{hidden}>'
-    )
+    attributes = f' class="frame"{hidden}'
+    images.append(_image(frame, f'step {frame.step:,}', attributes))
   last = len(frames) - 1
   label = f'step {frames[-1].step:,}'
   caption = f'<p class="soft">Originals above reconstructions, {label}.</p>'
@@ -224,7 +254,7 @@ def _levels(codebook: Mapping[str, Any]) -> str:
       )
   ]
   content = f'<div class="levels">{"".join(figures)}</div>' if figures else ''
-  return elements.section('Levels of each dimension', content)
+  return elements.section('How often each level occurs', content)
 
 
 def _results(
@@ -240,13 +270,14 @@ def _results(
     if name == 'level_histograms':
       continue
     parts = value if isinstance(value, list) else [value]
-    cells = (name, ', '.join(map(_number, parts)), definitions.get(name, ''))
+    text = ', '.join(_number(name, part) for part in parts)
+    cells = (name, text, definitions.get(name, ''))
     cells = ''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)
     rows.append(f'<tr>{cells}</tr>')
   if not rows:
     return ''
   return elements.section(
-      f'Evaluation at step {html.escape(_number(evaluation.get("step")))}',
+      f'All metrics at step {html.escape(_number("", evaluation.get("step")))}',
       '<table><tr><th>metric</th><th>value</th>'
       f'<th>definition</th></tr>{"".join(rows)}</table>',
   )
@@ -274,9 +305,8 @@ def _finite(value: Any) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _number(value: Any) -> str:
-  """Formats a number; other values by `str`, missing and infinite as a dash."""
-  if not _finite(value):
-    is_number = value is None or isinstance(value, float)
-    return '\N{EN DASH}' if is_number else str(value)
-  return f'{value:,}' if isinstance(value, int) else f'{value:.6g}'
+def _number(name: str, value: Any) -> str:
+  """Formats a metric by `elements.number`, texts by `str`."""
+  if value is None or isinstance(value, int | float):
+    return elements.number(name, value)
+  return str(value)

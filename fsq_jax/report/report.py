@@ -66,6 +66,7 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
         f'Single images and the codebook are of step {analysis["step"]},'
         f' everything else is of step {step}; --mode=report updates them.'
     )
+  photographs, frames = _read_pictures(find('reconstructions'), notices)
   return page.Run(
       name=os.path.basename(workdir),
       config=files['config'],
@@ -73,7 +74,8 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
       provenance=files['run'],
       evaluation=files['evaluation'],
       rows=_read_rows(os.path.dirname(find(workdir_files.METRICS))),
-      frames=_read_frames(find('reconstructions'), notices),
+      photographs=photographs,
+      frames=frames,
       analysis=analysis,
       notices=notices,
   )
@@ -100,26 +102,47 @@ def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
   return by_split
 
 
-def _read_frames(folder: str, notices: list[str]) -> list[page.Frame]:
-  """Returns the last grid and some earlier grids, evenly spaced."""
-  paths = {}
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
-    if match := re.fullmatch(r'step_(\d+)\.png', name):
-      paths[int(match[1])] = os.path.join(folder, name)
-  if not paths:
-    return []
-  steps = sorted(paths)
-  largest = max(os.path.getsize(path) for path in paths.values())
+def _read_pictures(
+    folder: str, notices: list[str]
+) -> tuple[dict[str, page.Frame], list[page.Frame]]:
+  """Returns the newest photographs by name, and grids evenly spaced in time."""
+  grids, photographs = {}, {}
+  for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    if match := re.fullmatch(r'step_(\d+)(?:_(.+))?\.png', name):
+      step, photograph = int(match[1]), match[2]
+      path = os.path.join(folder, name)
+      if photograph is None:
+        grids[step] = path
+      else:
+        photographs[step, photograph] = path
+  if not grids:
+    return {}, []
+  steps = sorted(grids)
+  largest = max(os.path.getsize(path) for path in grids.values())
   num = min(_MAX_FRAMES, len(steps), _MAX_FRAME_BYTES // max(largest, 1))
-  frames = []
-  for position in np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]:
-    step = steps[int(position)]
-    try:
-      with open(paths[step], 'rb') as file:
-        png = file.read()
-      with PIL.Image.open(io.BytesIO(png)) as image:
-        image.load()
-        frames.append(page.Frame(step, *image.size, png))
-    except (OSError, SyntaxError) as error:
-      notices.append(f'{os.path.basename(paths[step])}: {error}')
-  return frames
+  positions = np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]
+  newest = {
+      name: frame
+      for (step, name), path in photographs.items()
+      if step == steps[-1] and (frame := _read_frame(path, step, notices))
+  }
+  frames = [
+      _read_frame(grids[step], step, notices)
+      for step in (steps[int(position)] for position in positions)
+  ]
+  return newest, [frame for frame in frames if frame is not None]
+
+
+def _read_frame(
+    path: str, step: int, notices: list[str]
+) -> page.Frame | None:
+  """Returns a PNG; None, and a notice, if it cannot be read."""
+  try:
+    with open(path, 'rb') as file:
+      png = file.read()
+    with PIL.Image.open(io.BytesIO(png)) as image:
+      image.load()
+      return page.Frame(step, *image.size, png)
+  except (OSError, SyntaxError) as error:
+    notices.append(f'{os.path.basename(path)}: {error}')
+    return None

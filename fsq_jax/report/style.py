@@ -25,20 +25,38 @@ p { margin: .5rem 0; max-width: 46rem; }
 .frame { display: block; width: 100%; min-width: 640px; height: auto;
   border-radius: 6px; }
 .frame[hidden] { display: none; }
+.photos { display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
+.photos img { display: block; width: 100%; height: auto; border-radius: 6px; }
 input[type=range] { width: min(24rem, 100%); vertical-align: middle;
   accent-color: var(--mark); }
 .plots, .levels { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
-.levels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.levels { grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
-.bars { display: flex; align-items: flex-end; gap: 2px; height: 80px;
-  border-bottom: 1px solid var(--soft); }
+.bars { display: flex; align-items: flex-end; gap: 2px; height: 96px;
+  border-bottom: 1px solid var(--soft); border-left: 1px solid var(--soft); }
 .bars i { flex: 1; min-width: 1px; background: var(--mark); }
 .bars .dead { min-height: 4px; background: var(--bad); }
+.histogram { display: grid; gap: 0 .25rem; margin-top: .3rem;
+  grid-template-columns: auto auto minmax(0, 1fr);
+  font-size: .75rem; line-height: 1.2; color: var(--soft); }
+.histogram b { font-weight: 400; writing-mode: vertical-rl;
+  transform: rotate(180deg); text-align: center; }
+.histogram .below { grid-column: 3; writing-mode: horizontal-tb;
+  transform: none; }
+.scale { display: flex; flex-direction: column;
+  justify-content: space-between; text-align: right; }
+.ticks { grid-column: 3; display: flex; gap: 2px; }
+.ticks i { flex: 1; min-width: 1px; white-space: nowrap; font-style: normal;
+  display: flex; justify-content: center; }
 .wide { overflow-x: auto; }
+.scrolls::before { content: 'Scroll sideways \\2192'; position: sticky; left: 0;
+  display: block; width: max-content; margin-bottom: .3rem; padding: 0 .5rem;
+  border-radius: 3px; background: var(--mark); color: #fff; font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
@@ -57,6 +75,9 @@ dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr;
   gap: .1rem 1rem; margin: .2rem 0; font-size: .88rem; }
 dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
   overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  dd { margin: 0 0 .3rem 1rem; } }
 .pixels { image-rendering: pixelated; }
 .cards { display: grid; gap: .9rem; margin: .8rem 0 1.4rem;
   grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
@@ -111,7 +132,8 @@ dd { margin: 0; font-family: ui-monospace, monospace; min-width: 0;
 .strip figcaption { font-size: .72rem; }
 @media (max-width: 640px) {
   .swap { grid-template-columns: minmax(0, 1fr); }
-  .whole { max-width: 190px; } }
+  .whole { max-width: 190px; }
+  .levels { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); } }
 """
 SCRIPT = """
 const slider = document.getElementById('slider');
@@ -123,6 +145,12 @@ if (slider) {
     document.getElementById('shown').value = frames[slider.value].alt;
   };
 }
+const boxes = document.querySelectorAll('.wide');
+const mark = () => boxes.forEach((box) => {
+  box.classList.toggle('scrolls', box.scrollWidth > box.clientWidth + 1);
+});
+addEventListener('resize', mark);
+mark();
 document.querySelectorAll('.wipe input').forEach((input) => {
   const move = () => {
     input.parentNode.style.setProperty('--cut', input.value + '%');

@@ -533,7 +533,7 @@ def test_the_mode_writes_the_report_of_a_run(workdir):
   page = (workdir / 'report.html').read_text()
   for title in (
       'Originals and reconstructions', 'Worst and best images',
-      'Levels of each dimension', 'Codebook usage',
+      'How often each level occurs', 'Codebook usage',
       'Mutual information between dimensions', 'Neighbouring codes',
       'One level index changed', 'Nearest reconstructions',
   ):

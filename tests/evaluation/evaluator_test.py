@@ -14,6 +14,7 @@ from jax import numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
+import skimage
 
 from fsq_jax import configuration
 from fsq_jax import data
@@ -21,9 +22,12 @@ from fsq_jax import models
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import image_metrics
+from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
 from fsq_jax.models import pixels as pixels_lib
+from fsq_jax.quantizers import none
 from fsq_jax.runtime import partitioning
 
 _DEBUG = pathlib.Path(__file__).parents[2] / 'configs' / 'debug.py'
@@ -265,10 +269,53 @@ def test_reconstructions_that_are_not_finite_are_reported(
   ]
 
 
+def test_photographs_are_joined_from_their_tiles(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.data.update(
+      {'source': 'photos', 'image_size': (64, 96), 'eval_batch_size': 16}
+  )
+  dataset = data.build_dataset(config.data, split='eval', seed=0)
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  sums = results_lib.EvaluationSums(
+      none.NoQuantizer(code_dim=1),
+      network_metrics.NetworkMetrics({}, mesh, images={}),
+      dataset,
+      num_grid_images=1,
+  )
+  for batch in dataset:
+    inverted = 255 - batch['image']
+    ones = np.ones(len(inverted), np.float32)
+    metrics = dict.fromkeys(image_metrics.IMAGE_METRICS, ones)
+    output = results_lib.EvalOutput(metrics, ones[:0], inverted)
+    sums.update(batch, output, batch['image'], inverted)
+  result = sums.result()
+  folder = pathlib.Path(skimage.__file__).parent / 'data'
+  assert list(result.photographs) == ['coffee', 'chelsea']
+  for name, pair in result.photographs.items():
+    photo = np.asarray(Image.open(folder / f'{name}.png'))
+    height, width = np.array(photo.shape[:2]) // (64, 96) * (64, 96)
+    photo = photo[:height, :width]
+    np.testing.assert_array_equal(pair, [photo, 255 - photo])
+
+  results_lib.write_evaluation(tmp_path, 5, result)
+  pictures = tmp_path / workdirs.RECONSTRUCTIONS
+  assert {path.name for path in pictures.iterdir()} == {
+      'step_00000005.png', 'step_00000005_chelsea.png',
+      'step_00000005_coffee.png',
+  }
+  picture = np.asarray(Image.open(pictures / 'step_00000005_coffee.png'))
+  np.testing.assert_array_equal(
+      picture[-384:, -576:], result.photographs['coffee'][1]
+  )
+  record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
+  assert list(record) == ['step', 'metrics', 'codebook', 'protocol']
+
+
 class _SomeDamaged:
   """Two batches of eight grey images, of which some cannot be read."""
 
   num_examples = 16
+  tiles = ()
   protocol = {}  # noqa: RUF012
   fingerprint = {'content': 'grey'}  # noqa: RUF012
   digests = np.zeros((0, 32), np.uint8)
@@ -398,6 +445,8 @@ def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
       f'reconstructions/best_step_{top["step"]:08d}.png',
       'evaluation_photos_validation_HASH_step_00000008.json',
       'reconstructions/photos_validation_HASH_step_00000008.png',
+      'reconstructions/photos_validation_HASH_step_00000008_chelsea.png',
+      'reconstructions/photos_validation_HASH_step_00000008_coffee.png',
   }
   assert best.metrics['psnr'] == pytest.approx(top['psnr'], rel=1e-6)
   assert all(path.read_bytes() == data for path, data in before.items())

@@ -98,6 +98,7 @@ class _Images:
   """Noise of various brightness in batches, as a data set has them."""
 
   damaged = 0
+  tiles = ()
 
   def __init__(self, batch_size, seed=0, num_unreadable=0):
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ import pytest
 from fsq_jax import report as report_lib
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.report import curves
+from fsq_jax.report import elements
 from fsq_jax.report import grid as grid_lib
 from fsq_jax.report import report
 
@@ -145,10 +146,12 @@ def test_page_shows_the_numbers(workdir):
       '0.094Bits per pixel16 tokens per image',
   ):
     assert tile in text
-  for cells in ('psnr27.1235in dB', 'ssim0.81239like & unlike'):
+  for cells in ('psnr27.12in dB', 'ssim0.812like & unlike'):
     assert cells in text
   assert 'lpips\N{EN DASH}' in text
   assert 'num_tokens1,600' in text
+  assert 'perplexity5.3' in text
+  assert 'level_entropy_bits1.50, 0.95' in text
   assert 'Dimension 1: 1.50 of 2.00 bits, 1 dead' in text
   assert 'b10.875' in text
   assert 'python launch.py --x' in text
@@ -164,7 +167,7 @@ def test_without_tokens_the_page_has_no_codebook(workdir):
       'A continuous autoencoder reconstructs 100 images of photos at 27.12 dB'
       ' PSNR and 0.812 SSIM, after 1,500 steps.'
   ) in text
-  for word in ('usage', 'Perplexity', 'Bits', 'Levels of', 'num_tokens'):
+  for word in ('usage', 'Perplexity', 'Bits', 'each level', 'num_tokens'):
     assert word not in text
   assert 'code_dim8' in text
 
@@ -179,6 +182,70 @@ def test_level_bars_have_the_heights_of_their_counts(workdir):
       ('100.0', ''),
       ('60.0', ''),
   ]
+
+
+def test_histograms_of_levels_have_axes(workdir):
+  text = _Page(_read(workdir)).text
+  for name, most, levels in (('1', '50.0', '0123'), ('2', '62.5', '01')):
+    axes = f'share of tokens{most} %0{levels}level index'
+    assert re.search(f'Dimension {name}: [^%]*bits[^%]*{axes}', text), text
+  # Not one number per level where they do not fit.
+  text = _Page(elements.levels([1] * 64, 6.0, 'x')).text
+  assert '0' + ''.join(map(str, range(0, 64, 8))) + 'level index' in text
+
+
+def test_numbers_have_the_decimals_of_their_metric():
+  values = {
+      'psnr': (28.0, '28.00'),
+      'ssim': (0.75, '0.750'),
+      'ssim_uniform': (0.74379, '0.744'),
+      'perplexity': (1333.04, '1,333.0'),
+      'level_entropy_bits': (2.7, '2.70'),
+      'entropy_bits_miller_madow': (7.0804, '7.08'),
+      'mse': (0.00231903, '0.002319'),
+      'lpips_vgg16': (0.123456, '0.1235'),
+      'num_tokens': (21888, '21,888'),
+      'rfid': (float('nan'), '\N{EN DASH}'),
+      'l1': (None, '\N{EN DASH}'),
+  }
+  found = {name: elements.number(name, x) for name, (x, _) in values.items()}
+  assert found == {name: text for name, (_, text) in values.items()}
+
+
+def test_whole_photographs_come_first(workdir):
+  folder = workdir / 'reconstructions'
+  photographs = {}
+  for i, name in enumerate(
+      ('step_00000500_a', 'step_00001500_a', 'step_00001500_b', 'best_step_1_a')
+  ):
+    photographs[name] = _png(_images(i, 1)[0])
+    (folder / f'{name}.png').write_bytes(photographs[name])
+  (folder / 'step_00001500_c.png').write_bytes(b'cut')
+  page = _read(workdir)
+  text = _Page(page).text
+  titles = re.findall('<h2>(.*?)</h2>', page)
+  assert titles[:2] == ['Held-out photographs', 'Reconstructions']
+  assert 'Original above reconstruction, step 1,500.' in text
+  pictures = {
+      name: base64.b64encode(png).decode() in page
+      for name, png in photographs.items()
+  }
+  assert [name for name, shown in pictures.items() if shown] == [
+      'step_00001500_a', 'step_00001500_b',
+  ]
+  assert 'step_00001500_c.png: ' in text
+  assert 'max="2" value="2"' in page  # The slider has the three grids.
+  # Photographs of another step than the newest grid are of an earlier run.
+  for path in folder.glob('step_00001500_*.png'):
+    path.unlink()
+  assert 'Held-out photographs' not in _read(workdir)
+
+
+def test_boxes_that_scroll_sideways_say_so(workdir):
+  page = _read(workdir)
+  assert '<div class="wide"><img class="frame"' in page
+  assert '.scrolls::before { content: \'Scroll sideways' in page
+  assert "box.classList.toggle('scrolls', box.scrollWidth >" in page
 
 
 def test_texts_of_a_run_are_escaped(workdir, tmp_path):
@@ -287,10 +354,23 @@ def test_curves_of_one_plot_have_colors_of_their_own(split, names):
   svg = curves.render({'train': [], 'eval': []} | {split: rows})
   assert svg.count('<figure>') == 1
   for name in names:
-    assert f'>{name.replace("_", " ")}</text>' in svg
+    label = 'total loss' if name == 'loss' else name.replace('_', ' ')
+    assert f'>{label}</text>' in svg
   # Points, and one in the legend.
   colors = re.findall(r'<use [^>]*fill: (#\w+)', svg)
   assert sorted(map(colors.count, set(colors))) == [4] * len(names)
+
+
+def test_the_total_loss_does_not_hide_its_only_term():
+  rows = [{'step': i, 'loss': 2.0, 'reconstruction_loss': 2.0} for i in (1, 2)]
+  svg = curves.render({'train': rows, 'eval': []})
+  lines = re.findall(
+      r'<path d="M[^"]*" [^>]*stroke: (#\w+)(?:; stroke-opacity: ([\d.]+))?;'
+      r' stroke-width: ([\d.]+)',
+      svg,
+  )
+  # The wide, light line of the term is drawn first.
+  assert lines[:2] == [('#e0862c', '0.35', '5'), ('#3f7fd6', '', '1.2')]
 
 
 def test_losses_below_zero_are_drawn():
@@ -421,6 +501,12 @@ def test_grid_holds_every_pixel(num, height, width, columns, scale):
   assert (grid[white] == 255).all()
 
 
+def test_photographs_are_not_enlarged():
+  images = _images(0, 1, height=288, width=448)
+  grid = report_lib.reconstruction_grid(images, images, width=600)
+  assert grid.shape == (2 * 288 + grid_lib._GAP, grid_lib._MARGIN + 448, 3)
+
+
 @pytest.mark.parametrize('size', [16, 28, 32, 64, 128, 256])
 def test_grid_is_about_as_wide_as_a_page(size):
   images = np.zeros((24, size, size, 3), np.uint8)
@@ -530,7 +616,7 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
       'Dimension 1: 1.50 of 2.00 bits, 1 dead',
       '6 of 8 codes occur in 1,600 tokens, 200 per code.',
       '1 for 50 %, 4 for 90 %.',
-      '5(2 1)50 %',
+      '5(2 1)50.0 %',
       'Mutual information in bits: sum of p(x, y) log2 p(x, y)',
       'The token to the right, 1,500 pairs',
       'mutual information 1.23 bits, 1.11 bias-corrected; 1,500 pairs, 30 d',
@@ -543,7 +629,7 @@ def test_analysis_stands_in_the_page_with_definitions(workdir):
   ):
     assert part in text, part
   # The levels are there once.
-  assert text.count('Levels of each dimension') == 1
+  assert text.count('How often each level occurs') == 1
   for link in parsed.links:
     assert link.startswith(('data:image/png;base64,', '#')), link[:80]
   assert 'left:50.000%;top:25.000%;width:12.500%' in page
