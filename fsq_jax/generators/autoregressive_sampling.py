@@ -79,23 +79,22 @@ def sample(
     raise ValueError('The model is masked; use masked_sampling.')
   if (tokens is None) != (num_given is None):
     raise ValueError('Give both tokens and num_given, or neither.')
-  with partitioning.mesh_of(labels):
-    # Signed: the label of no class is -1.
-    labels = vocabularies.as_int32(labels, 'labels')
-    shape = (labels.shape[0], model.num_tokens)
-    if tokens is None:
-      tokens = jnp.zeros(shape, jnp.int32)
-      num_given = jnp.zeros(shape[:1], jnp.int32)
-    if examples is None:
-      examples = jnp.arange(shape[0])
-    positions = jnp.arange(model.num_tokens, dtype=jnp.int32)
-    is_given = positions < jnp.asarray(num_given)[:, None]
-    tokens, log_probs = _sample(
-        model, variables, labels, key_lib.fold(key, examples), options,
-        vocabularies.as_int32(tokens, 'tokens'), is_given,
-    )
-    steps = jnp.where(is_given, -1, positions)
-    return sampled.Samples(tokens, log_probs, steps)
+  # Signed: the label of no class is -1.
+  labels = vocabularies.as_int32(labels, 'labels')
+  shape = (labels.shape[0], model.num_tokens)
+  if tokens is None:
+    tokens = jnp.zeros(shape, jnp.int32)
+    num_given = jnp.zeros(shape[:1], jnp.int32)
+  if examples is None:
+    examples = jnp.arange(shape[0])
+  positions = jnp.arange(model.num_tokens, dtype=jnp.int32)
+  is_given = positions < jnp.asarray(num_given)[:, None]
+  tokens, log_probs = _sample(
+      model, variables, labels, key_lib.fold(key, examples), options,
+      vocabularies.as_int32(tokens, 'tokens'), is_given,
+  )
+  steps = jnp.where(is_given, -1, positions)
+  return sampled.Samples(tokens, log_probs, steps)
 
 
 def _sample(

@@ -16,7 +16,6 @@ from fsq_jax.generators import masking
 from fsq_jax.generators import model as models
 from fsq_jax.generators import orders
 from fsq_jax.generators import schedules
-from fsq_jax.runtime import partitioning
 
 # The FSQ paper's compression cost: group sizes grow as (t + 1)^2.2 (M2T,
 # arXiv 2304.07313).
@@ -41,10 +40,9 @@ def exact_bits(
   Returns:
     float32 [B, N]; the sum over N is the exact code length of an image.
   """
-  with partitioning.mesh_of(tokens):
-    losses = model.apply(
-        variables, tokens, labels, None, method='cross_entropy'
-    )
+  losses = model.apply(
+      variables, tokens, labels, None, method='cross_entropy'
+  )
   return losses.nll / math.log(2)
 
 
@@ -97,8 +95,7 @@ def any_order_bits(
     masked = jnp.sum(jnp.where(known, 0.0, nll), axis=-1)
     return total + masked * num_tokens / counts, None
 
-  with partitioning.mesh_of(tokens):
-    total, _ = jax.lax.scan(add, jnp.zeros(batch_size), jnp.arange(num_draws))
+  total, _ = jax.lax.scan(add, jnp.zeros(batch_size), jnp.arange(num_draws))
   return total / (num_draws * math.log(2))
 
 
@@ -141,8 +138,7 @@ def compression_bits(
     ).nll
     return total + jnp.sum(jnp.where(groups == step, nll, 0.0), axis=-1), None
 
-  with partitioning.mesh_of(tokens):
-    total, _ = jax.lax.scan(
-        add, jnp.zeros(tokens.shape[0]), jnp.arange(num_steps)
-    )
+  total, _ = jax.lax.scan(
+      add, jnp.zeros(tokens.shape[0]), jnp.arange(num_steps)
+  )
   return total / math.log(2)

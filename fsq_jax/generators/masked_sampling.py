@@ -16,7 +16,6 @@ from fsq_jax.generators import orders
 from fsq_jax.generators import sampled
 from fsq_jax.generators import schedules
 from fsq_jax.generators import vocabulary as vocabularies
-from fsq_jax.runtime import partitioning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,24 +94,23 @@ def sample(
   table = schedules.remaining_counts(
       options.schedule, model.num_tokens, options.num_steps
   )
-  with partitioning.mesh_of(labels):
-    # Signed: the label of no class is -1.
-    labels = vocabularies.as_int32(labels, 'labels')
-    shape = (labels.shape[0], model.num_tokens)
-    if tokens is None:
-      tokens, known = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
-    if examples is None:
-      examples = jnp.arange(shape[0])
-    tokens = vocabularies.as_int32(tokens, 'tokens')
-    known = jnp.asarray(known, bool)
-    unknown = jnp.sum(~known, axis=-1, dtype=jnp.int32)
-    start = sampled.Samples(
-        tokens, jnp.zeros(shape), jnp.full(shape, -1, jnp.int32)
-    )
-    return _sample(
-        model, variables, labels, key_lib.fold(key, examples), options, start,
-        known, jnp.asarray(table)[unknown],
-    )
+  # Signed: the label of no class is -1.
+  labels = vocabularies.as_int32(labels, 'labels')
+  shape = (labels.shape[0], model.num_tokens)
+  if tokens is None:
+    tokens, known = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+  if examples is None:
+    examples = jnp.arange(shape[0])
+  tokens = vocabularies.as_int32(tokens, 'tokens')
+  known = jnp.asarray(known, bool)
+  unknown = jnp.sum(~known, axis=-1, dtype=jnp.int32)
+  start = sampled.Samples(
+      tokens, jnp.zeros(shape), jnp.full(shape, -1, jnp.int32)
+  )
+  return _sample(
+      model, variables, labels, key_lib.fold(key, examples), options, start,
+      known, jnp.asarray(table)[unknown],
+  )
 
 
 def _sample(
