@@ -216,3 +216,21 @@ def test_a_finished_run_is_evaluated_again_and_takes_no_step():
   state = _run(7, 7, events=events)
   assert state.step == 7
   assert events == [('evaluate', 7), 'wait']
+
+
+def test_a_step_is_saved_with_its_record_after_the_log():
+  events = []
+  log = _log(types.SimpleNamespace(
+      write=lambda step, *row: events.append(('write', step)),
+      flush=lambda: events.append('flush'),
+  ))
+  checkpointer = types.SimpleNamespace(
+      save=lambda *args: events.append(args),
+      wait=lambda: events.append('wait'),
+  )
+  saver = hooks.Saver(checkpointer, lambda: {'position': 5}, log)
+  log.after_step(5, _State(5), {'loss': 1.0, 'bad_steps': 0}, {'index': [0]})
+  saver.save(5, 'state', {'psnr': 1.0})
+  saver.wait()
+  assert events[0] == ('write', 5)
+  assert events[-2:] == [(5, 'state', {'position': 5}, {'psnr': 1.0}), 'wait']
