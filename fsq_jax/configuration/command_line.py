@@ -153,19 +153,25 @@ def override(config: loading.Config, argv: Sequence[str]) -> None:
     if fields[name].present:
       section, field = _find(config, name.removeprefix('config.'))
       section[field] = fields[name].value
-  if not fields['config.optim.warmup_steps'].present:
+  given = {name for name in fields if fields[name].present}
+  if (
+      'config.train.num_steps' in given
+      and 'config.optim.warmup_steps' not in given
+  ):
     _shorten_warmup(config)
 
 
 def _shorten_warmup(config: loading.Config) -> None:
   """Makes the warm-up of a run shortened by --config.train.num_steps fit."""
-  longest = max(config.train.num_steps - 1, 0)
-  if config.optim.warmup_steps > longest:
+  num_steps = config.train.num_steps
+  warmup_steps = config.get('optim', {}).get('warmup_steps')
+  # Other values are rejected by the check of the config.
+  if type(warmup_steps) is int and 1 <= num_steps <= warmup_steps:
     logging.warning(
         'optim.warmup_steps is %d with train.num_steps %d; it is set to %d.',
-        config.optim.warmup_steps, config.train.num_steps, longest,
+        warmup_steps, num_steps, num_steps - 1,
     )
-    config.optim.warmup_steps = longest
+    config.optim.warmup_steps = num_steps - 1
 
 
 def _find(config: loading.Config, name: str) -> tuple[loading.Config, str]:

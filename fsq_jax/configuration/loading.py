@@ -206,7 +206,8 @@ def describe_unknown(names: Iterable[str]) -> list[str]:
       if not any(x.startswith(f'{name}.') for x in schema.FIELDS):
         nearest = find_fields(name)[:3] or nearest
       problems.append(
-          f'{name} is not a field of a config; nearest: {", ".join(nearest)}.'
+          f'{name or repr(name)} is not a field of a config; nearest:'
+          f' {", ".join(nearest)}.'
       )
   return problems
 

@@ -231,7 +231,7 @@ def read_statistics(
   sha256 = metadata.pop('sha256', '')
   if metadata.get('format') != _FORMAT or sha256 != _hash(arrays, metadata):
     raise ValueError(
-        f'{path} is corrupted, or holds no feature statistics with a hash.'
+        f'{path} is corrupted, or written by another version of fsq_jax.'
     )
   differences = [
       f'{name} {metadata[name]!r}, not {value!r}'

@@ -358,11 +358,11 @@ def write_evaluation(
   grids = folder / workdirs.RECONSTRUCTIONS
   grids.mkdir(exist_ok=True)
   # Photographs come first: the report shows those of the newest grid.
-  for name, (original, reconstruction) in result.photographs.items():
+  for photograph, (original, reconstruction) in result.photographs.items():
     picture = grid_lib.reconstruction_grid(
         original[None], reconstruction[None], width=_PHOTOGRAPH_WIDTH
     )
-    grid_lib.save_png(grids / f'{suffix}_{name}.png', picture)
+    grid_lib.save_png(grids / f'{suffix}_{photograph}.png', picture)
   grid = grid_lib.reconstruction_grid(
       result.originals, result.reconstructions
   )

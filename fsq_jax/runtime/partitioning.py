@@ -143,7 +143,8 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
   """Constrains activations to be sharded over the batch axes of their mesh.
 
   The mesh is a property of the array: JAX carries it from the arguments of a
-  compiled function to everything computed from them. Without the constraint,
+  compiled function to everything computed from them (constants have none, so
+  that an array made of constants alone is not constrained). Without it,
   sharded parameters let the compiler shard the channels and gather the batch,
   which multiplies the memory by the number of devices.
 
@@ -182,7 +183,7 @@ def gather(tree: Any) -> Any:
   return jax.tree.map(gather_parameter, tree)
 
 
-def spread(x: jax.Array) -> jax.Array:
+def shard_over_all_axes(x: jax.Array) -> jax.Array:
   """Shards [B, ...] images over every mesh axis, 'tensor' included.
 
   For networks whose parameters are replicated: otherwise the devices along

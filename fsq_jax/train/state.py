@@ -101,8 +101,8 @@ class StateBuilder:
     abstract_variables: shapes, dtypes and shardings of the model's variables.
     abstract: shapes, dtypes and shardings of the state.
     shardings: tree of the shardings.
-    whole: arrays of the state that stay replicated because no mesh axis divides
-      them, from `partitioning.list_replicated`.
+    replicated: arrays of the state that stay replicated because no mesh axis
+      divides them, from `partitioning.list_replicated`.
   """
 
   def __init__(
@@ -135,15 +135,15 @@ class StateBuilder:
         jax.eval_shape(self._init, {}), mesh, *rules
     )
     self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-    self.whole = partitioning.list_replicated(self.abstract, mesh, *rules)
-    if self.whole:
+    self.replicated = partitioning.list_replicated(self.abstract, mesh, *rules)
+    if self.replicated:
       logging.warning(
           '%d arrays (%.1f MiB in total) are replicated, since the mesh %s'
           ' divides none of their dimensions: %s.',
-          len(self.whole),
-          sum(self.whole.values()) / 2**20,
+          len(self.replicated),
+          sum(self.replicated.values()) / 2**20,
           dict(mesh.shape),
-          ', '.join(self.whole),
+          ', '.join(self.replicated),
       )
     self._jitted_init = jax.jit(
         self._init, out_shardings=self.shardings, donate_argnums=0

@@ -133,7 +133,7 @@ class TrainStep:
         has_aux=True,
     )
     images, reconstructions = map(
-        partitioning.spread, (images, reconstructions)
+        partitioning.shard_over_all_axes, (images, reconstructions)
     )
     with partitioning.no_mesh():
       (image_loss, image_scalars), at_images = jax.value_and_grad(

@@ -27,3 +27,15 @@ def test_warmup_that_fits_or_is_given_stays(caplog):
   overrides = '--config.train.num_steps=60', '--config.optim.warmup_steps=70'
   assert _load(*overrides).optim.warmup_steps == 70
   assert not caplog.records
+
+
+def test_warmup_of_a_config_or_of_an_invalid_number_stays(caplog):
+  assert _load().optim.warmup_steps == 500
+  assert _load('--config.train.num_steps=-1').optim.warmup_steps == 500
+  config = command_line.load(
+      str(_ROOT / 'configs' / 'fsq_888.py'), None, _ROOT
+  )
+  config.optim = {'learning_rate': 1.0}
+  command_line.override(config, ['launch.py', '--config.train.num_steps=60'])
+  assert config.train.num_steps == 60
+  assert not caplog.records

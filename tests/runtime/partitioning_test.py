@@ -579,7 +579,8 @@ def test_constraints_follow_the_array_and_can_be_switched_off():
     def function(x):
       with context():
         y = partitioning.constrain(jnp.sin(x).reshape(8, 2, 2), tensor_axis=2)
-        return partitioning.spread(partitioning.gather_parameter(y))
+        y = partitioning.gather_parameter(y)
+        return partitioning.shard_over_all_axes(y)
 
     return jax.jit(function).lower(x).as_text().count('sharding_constraint')
 
