@@ -226,6 +226,7 @@ def _abstract_networks(config):
 _FAST = ('grouped', 'vq')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     [

@@ -140,6 +140,7 @@ def _head(x, p, vectors):
   return _conv(x, p['out'], vectors['out'])[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'size', [pytest.param((_SIDE, _SIDE), marks=pytest.mark.slow), (40, 12)]
 )

@@ -573,6 +573,7 @@ def test_images_of_folders_have_their_names(tmp_path):
   assert analysis['names']['3'] == 'cat & dog/3.png'
 
 
+@pytest.mark.slow
 def test_other_models_and_native_images_are_refused(workdir):
   config = configuration.config_from_json(
       (workdir / 'config.json').read_text()

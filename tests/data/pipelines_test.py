@@ -488,6 +488,7 @@ def test_more_damage_than_allowed_stops_with_a_list(tmp_path, share):
 # Configs and fingerprints.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['photos', 'synthetic'])
 def test_train_once_is_every_training_image_as_evaluation_takes_it(source):
   config = _config(source=source, batch_size=4, eval_batch_size=40)

@@ -198,6 +198,7 @@ def test_a_summary_has_the_numbers_of_images_and_codebook(
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('batch_size', 'num_devices'),
     [
@@ -338,6 +339,7 @@ class _SomeDamaged:
       }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('damaged', 'num_grid_images', 'shown'),
     [
@@ -511,6 +513,7 @@ def test_evaluations_of_several_steps_are_kept(tmp_path):
   assert len(list((tmp_path / workdirs.RECONSTRUCTIONS).iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_the_protocol_has_folder_content_and_command(
     config, model, variables, tmp_path
 ):

@@ -76,6 +76,7 @@ def test_metric_equals_reference(name, pairs):
   np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(11, 11), (12, 97), (61, 33)])
 @pytest.mark.parametrize('name', _IMAGE_METRICS)
 def test_metric_equals_reference_at_any_size(name, size):

@@ -299,6 +299,7 @@ def test_devices_do_not_change_the_numbers(root, built, num_devices):
   assert actual.protocol == expected.protocol
 
 
+@pytest.mark.slow
 def test_an_image_that_needs_too_much_memory_is_named_and_skipped(
     root, built, monkeypatch, caplog
 ):

@@ -192,12 +192,14 @@ def _mean_lpips(files, pairs, network):
 
 
 # Writes and compiles the networks of this file.
+@pytest.mark.slow
 @pytest.mark.fast_limit(15)
 def test_lpips_is_the_mean_of_one_direct_call(kept, files, pairs):
   expected = _mean_lpips(files, pairs, 'alexnet')
   assert kept.metrics['lpips_alexnet'] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_frechet_distances_are_those_of_numpy(kept, mean_latents):
   # Roots of eigenvalues that are 0 keep half the digits.
   assert kept.metrics['fd_encoder'] == pytest.approx(
@@ -278,6 +280,7 @@ def _write(folder, evaluation):
   return (folder / workdirs.EVALUATION).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_second_time_gives_the_same_from_what_was_kept(
     config, model, variables, files, pairs, tmp_path, calls
 ):
@@ -425,6 +428,7 @@ def test_one_image_has_no_distance_of_sets(config, model, variables, tmp_path):
   assert np.isfinite(evaluation.metrics['psnr'])
 
 
+@pytest.mark.slow
 def test_numbers_stand_beside_hashes_and_definitions(kept, files):
   evaluation = kept
   files = _without(files, 'lpips_vgg16', 'fd_vgg16')

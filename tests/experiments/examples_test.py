@@ -52,6 +52,7 @@ def example(request):
   return request.param()
 
 
+@pytest.mark.slow
 def test_gradients_arrive_at_the_encoder(example):
   method, params = example
   x = _vectors()

@@ -204,6 +204,7 @@ def test_readmes_of_exports_show_their_results(name, table):
   assert table(_results(name)) in readme
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _SCRIPTS)
 def test_plots_are_drawn_from_the_results(name, tmp_path):
   _SCRIPTS[name].plot(_results(name), tmp_path / 'plot.png')

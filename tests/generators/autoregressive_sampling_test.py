@@ -88,6 +88,7 @@ def test_log_probabilities_are_teacher_forced_ones(variables):
   np.testing.assert_allclose(samples.log_probs, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prefixes_are_completed(variables):
   request = _request()
   samples = _sampler()(variables, **request)
@@ -145,6 +146,7 @@ def test_frequencies_are_the_exact_probabilities(variables):
   assert abs(num_equal / num - is_equal) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('scale', 'label'),
     [(0.0, None), pytest.param(4.0, -1, marks=pytest.mark.slow)],

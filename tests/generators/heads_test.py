@@ -70,6 +70,7 @@ def _features(seed, shape=(2, 3)):
   return rng.normal(size=(*shape, _WIDTH)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _HEADS)
 def test_loss_and_samples_are_of_one_normalized_distribution(
     name, draw_variables
@@ -209,6 +210,7 @@ def test_temperature_0_takes_the_largest(draw_variables):
     np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_chunks_of_positions_change_nothing(draw_variables):
   """Loss, gradients and samples of three positions at a time and of all."""
   results = []

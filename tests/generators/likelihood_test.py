@@ -66,6 +66,7 @@ def test_exact_likelihoods_of_all_grids_sum_to_1(draw_variables):
   np.testing.assert_allclose((2.0 ** -first[:, 0]).sum(), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_order_bound_is_the_mean_over_all_orders(draw_variables):
   variables = _variables(_MASKED, draw_variables)
   order_bits = []
@@ -96,6 +97,7 @@ def test_any_order_bound_is_the_mean_over_all_orders(draw_variables):
   np.testing.assert_allclose(turned, several[0][turn], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_steps', [2, 3])
 def test_compression_cost_is_a_code_length(num_steps, draw_variables):
   variables = _variables(_MASKED, draw_variables)

@@ -150,6 +150,7 @@ def test_fixed_order_reveals_in_halton_order(variables):
   assert not all((np.diff(x) >= 0).all() for x in steps[:, order])
 
 
+@pytest.mark.slow
 def test_confidence_without_noise_reveals_the_surest_first(variables):
   """One step before the last, at temperature 0, against the model itself."""
   options = masked_sampling.MaskedSampling(

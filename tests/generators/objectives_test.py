@@ -61,6 +61,7 @@ def test_first_loss_is_the_sum_of_log_levels(causal):
   assert (scalars['masked_fraction'] == 1) == causal
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_masked_positions(draw_variables):
   model = _model(False)
   tokens, labels = _batch(model)

@@ -138,6 +138,7 @@ def _forward(model, variables, images):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['whole', 'tiles'])
 def test_every_size_comes_back(kind):
   if kind == 'whole':

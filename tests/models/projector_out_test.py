@@ -144,6 +144,7 @@ def test_fourier_counts_in_steps_of_the_codes():
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     [

@@ -62,6 +62,7 @@ def test_every_classifier_is_tested():
   assert sorted(classifiers.CLASSIFIERS) == sorted(_SMALL)
 
 
+@pytest.mark.slow
 @each_classifier
 def test_logits_are_those_of_torchvision(tmp_path, name):
   module, variables, _ = _load_small(name, tmp_path)

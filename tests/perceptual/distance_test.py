@@ -88,6 +88,7 @@ def test_every_loss_of_the_builder_is_tested():
     distance.build_perceptual_loss('none', 'none')
 
 
+@pytest.mark.slow
 @each_loss_runs
 def test_every_loss_keeps_the_contract(paths, name):
   module, variables, sha256 = distance.build_perceptual_loss(
@@ -200,6 +201,7 @@ def test_classifiers_compare_logits(paths, name, key):
   )
 
 
+@pytest.mark.slow
 def test_shapes_that_would_broadcast_are_refused(paths):
   images, others = _images()
   for name in _NAMES:

@@ -327,6 +327,7 @@ def test_indices_equal_float64_away_from_boundaries(convention, bound, dtype):
   np.testing.assert_array_equal(digits[~near], expected[~near])
 
 
+@pytest.mark.slow
 @every_variant
 @every_dtype
 def test_extreme_latents_give_corners_and_no_nan(convention, bound, dtype):

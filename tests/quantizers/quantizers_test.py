@@ -365,6 +365,7 @@ _KINDS = [
 _FAST_KINDS = [('lfq', 'vmap'), ('ema', 'shard_map')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kind'), [
     pytest.param(*pair, marks=[] if pair in _FAST_KINDS else [pytest.mark.slow])
     for pair in _KINDS

@@ -173,6 +173,7 @@ def test_nan_latents_and_indices_out_of_range():
     quantizer.indices_to_codes(jnp.zeros((2, 4), jnp.int32))
 
 
+@pytest.mark.slow
 def test_trailing_stages_at_minus_one_are_dropped():
   quantizer = ResidualFSQ((8, 5), 3)
   indices = np.random.default_rng(0).integers(40, size=(50, 3))

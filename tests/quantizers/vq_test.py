@@ -587,6 +587,7 @@ def _dead_codebook():
   return ema_codebook.EmaCodebook(entries, counts, entries * counts[:, None])
 
 
+@pytest.mark.slow
 def test_restart_from_batch_replaces_dead_codes_only():
   before = _dead_codebook()
   x = _normal(1, 10, 3)

@@ -428,6 +428,7 @@ def test_long_curves_stay_small():
   assert len(curves.render({'train': rows, 'eval': []})) < 100_000
 
 
+@pytest.mark.slow
 def test_earlier_grids_stand_behind_a_slider(workdir, monkeypatch):
   page = _read(workdir)
   assert re.findall(r'alt="(step [\d,]+)"', page) == [

@@ -200,11 +200,11 @@ def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
   builder = _builder(_mesh(1, 8), 'partitioning.fsdp_min_size', 0)
   # Of the 3 dimensions of codes.
   standardize = 'model_state/batch_stats/projector_in/standardize'
-  assert builder.whole == {
+  assert builder.replicated == {
       f'{standardize}/mean (3,)': 12, f'{standardize}/var (3,)': 12
   }
   (warning,) = warnings
-  assert ', '.join(builder.whole) in warning
+  assert ', '.join(builder.replicated) in warning
 
 
 def test_tuple_names_a_mesh_axis_for_each_axis():
@@ -375,6 +375,7 @@ def test_values_do_not_depend_on_the_mesh(states):
   chex.assert_trees_all_equal(*jax.device_get(states))
 
 
+@pytest.mark.slow
 def test_fsdp_shrinks_what_each_device_holds(states):
   def bytes_of(device, state):
     return sum(

@@ -197,6 +197,7 @@ def test_decay_moves_kernels_only(name):
   assert moved == {'encoder/blocks/kernel', 'decoder/dense/kernel'}
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_first_factor_that_matches_multiplies_the_learning_rate(name):
   factors = (('encoder/norm/.*', 0.5), ('encoder/.*', 0.1))

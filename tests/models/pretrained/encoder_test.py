@@ -178,6 +178,7 @@ def test_tokens_are_those_of_numpy(family, overrides):
   np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['dino', 'dinov3'])
 @pytest.mark.parametrize('remat', [False, True])
 def test_latents_of_blocks_are_those_of_numpy(family, remat):
