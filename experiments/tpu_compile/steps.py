@@ -80,7 +80,7 @@ def build_step(
   return Step(
       jitted.lower(builder.abstract, images, networks),
       sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(builder.abstract)),
-      builder.whole,
+      builder.replicated,
   )
 
 

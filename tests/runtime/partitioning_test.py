@@ -195,7 +195,7 @@ def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
   monkeypatch.setattr(
       train_state.logging, 'warning', lambda *a: warnings.append(a[0] % a[1:])
   )
-  assert not _builder(_mesh(2, 4)).whole
+  assert not _builder(_mesh(2, 4)).replicated
   assert not warnings
   builder = _builder(_mesh(1, 8), 'partitioning.fsdp_min_size', 0)
   # Of the 3 dimensions of codes.
