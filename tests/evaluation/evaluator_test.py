@@ -683,9 +683,9 @@ def test_damaged_checkpoints_are_never_evaluated(config, run, tmp_path):
   saved_run.evaluate_workdir(config, folder)
   record = json.loads((folder / workdirs.EVALUATION).read_text())
   assert record['step'] == 4
-  with pytest.raises(ValueError, match=r"no undamaged checkpoint '8'"):
+  with pytest.raises(ValueError, match=r"no intact checkpoint '8'"):
     saved_run.evaluate_workdir(config, folder, which='8')
-  with pytest.raises(ValueError, match=r"is 'last'; known: 'newest', 'best'"):
+  with pytest.raises(ValueError, match=r"is 'last'; allowed: 'newest', 'best'"):
     saved_run.evaluate_workdir(config, folder, which='last')
 
 
