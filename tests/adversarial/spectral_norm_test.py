@@ -96,6 +96,7 @@ def test_training_makes_one_power_iteration_and_uses_it():
   jax.tree.map(np.testing.assert_array_equal, unchanged, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kernel_size', 'features'), [(1, 5), (3, 5), (1, 1)])
 def test_after_many_steps_the_largest_singular_value_is_1(
     kernel_size, features

@@ -601,6 +601,7 @@ def test_a_reduced_copy_trains_what_it_should(path, shrink_losses):
 # Configs with the convolutional autoencoder of the FSQ paper.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'path',
     [

@@ -770,6 +770,7 @@ def test_synthetic_images_are_fixed_and_disjoint():
   assert train.describe(len(train) - 1) != validation.describe(0)
 
 
+@pytest.mark.slow
 def test_reading_imports_neither_tensorflow_nor_skimage(prepared_root):
   code = f"""
 import sys

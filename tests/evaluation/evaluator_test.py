@@ -616,6 +616,7 @@ def saved(tmp_path):
   return tmp_path / 'run', configuration.config_from_json(text)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_only_be_read_is_evaluated_to_another_folder(
     saved, tmp_path, monkeypatch
 ):

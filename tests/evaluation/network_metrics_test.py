@@ -240,6 +240,7 @@ def test_batches_and_devices_do_not_change_the_numbers(
     ), name
 
 
+@pytest.mark.slow
 def test_unreadable_images_count_in_no_metric(
     config, model, variables, mean_latents, tmp_path
 ):
@@ -419,6 +420,7 @@ def test_what_is_not_finite_is_counted_and_not_averaged_away(
   assert later.metrics['fd_encoder'] > 0
 
 
+@pytest.mark.slow
 def test_one_image_has_no_distance_of_sets(config, model, variables, tmp_path):
   evaluation = _evaluator(
       config, model, {'fd_encoder': str(_ENCODER)}, tmp_path,

@@ -16,6 +16,7 @@ def _pair(height, width):
   return original, np.uint8(np.clip(original + noise, 0, 255))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('max_tile', 'size'),
     [

@@ -184,6 +184,7 @@ def _reference(model, variables, tokens, labels, known):
   return _level_head(h, p['output'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _MODELS)
 def test_model_is_that_of_numpy(name, draw_variables):
   model = _MODELS[name]

@@ -148,6 +148,7 @@ _FAST_PAIRS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('projector_in', 'projector_out'),
     [

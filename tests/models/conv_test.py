@@ -133,6 +133,7 @@ def _decode(latents, p):
   return _conv(_norm_swish(x, p['norm']), p['pixels'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])
 def test_parts_are_those_of_numpy(part):
   if part == 'encoder':

@@ -58,6 +58,7 @@ def test_every_code_between_all_conventions(levels):
     np.testing.assert_allclose(codes, expected, atol=3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', [
     'paper',
     *(

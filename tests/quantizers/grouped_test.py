@@ -17,6 +17,7 @@ def _normal(shape):
   return jax.random.normal(jax.random.key(0), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'fields',
     [

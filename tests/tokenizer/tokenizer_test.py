@@ -77,6 +77,8 @@ def folder(tokenizer, tmp_path):
   return tokenizer.save_pretrained(tmp_path / 'saved')
 
 
+# Builds the tokenizer of this file.
+@pytest.mark.fast_limit(10)
 def test_tokens_and_images_are_those_of_the_evaluation(tokenizer):
   images = _images(40, 16, 16)
   output = jax.jit(evaluators.build_eval_step(tokenizer.model))(
