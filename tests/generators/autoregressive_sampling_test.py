@@ -64,6 +64,7 @@ def _bits():
   return jax.jit(functools.partial(likelihood.exact_bits, _MODEL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options',
     [
