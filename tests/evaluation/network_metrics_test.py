@@ -191,9 +191,7 @@ def _mean_lpips(files, pairs, network):
   return np.mean(np.float64(distances))
 
 
-# Writes and compiles the networks of this file.
 @pytest.mark.slow
-@pytest.mark.fast_limit(15)
 def test_lpips_is_the_mean_of_one_direct_call(kept, files, pairs):
   expected = _mean_lpips(files, pairs, 'alexnet')
   assert kept.metrics['lpips_alexnet'] == pytest.approx(expected, rel=1e-6)
