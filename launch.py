@@ -1,11 +1,12 @@
-"""Trains an image tokenizer, evaluates it, tokenizes images with it.
+"""Trains and uses image tokenizers, and generators on their tokens.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
       [--mode=train|eval|report|tokenize|detokenize|export|prepare|
-       latent_statistics]
+       latent_statistics|generate]
       [--config.SECTION.FIELD=VALUE ...]
 
-configs/default.py documents the fields. The same command started again resumes
+configs/default.py documents the fields, and configs/default_generator.py those
+of generators. The same command started again resumes
 from the newest checkpoint. A config file is Python that is executed: run only
 files you trust.
 
@@ -39,7 +40,8 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'Checkpoint to load: newest, best (highest PSNR) or a step number.',
+    'Checkpoint to load: newest, best (highest PSNR, or fewest bits per token of'
+    ' a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
     'tokens', None, 'Folder of token files. Default: WORKDIR/tokens/NAME.'
@@ -51,7 +53,16 @@ _VERIFY_IMAGES = flags.DEFINE_bool(
     ' those whose size or time has changed.',
 )
 _IMAGES = flags.DEFINE_string(
-    'images', None, 'Folder that detokenize writes to. Default: TOKENS_images.'
+    'images',
+    None,
+    'Folder that detokenize and generate write images to. Default of detokenize:'
+    ' TOKENS_images.',
+)
+_NPZ = flags.DEFINE_string(
+    'npz',
+    None,
+    'File that generate writes images to, in the format of the ADM evaluation'
+    ' suite: arr_0, uint8 [n, H, W, 3], shuffled.',
 )
 _EXPORT = flags.DEFINE_string(
     'export', None, 'Folder that export writes to. Default: WORKDIR/export.'
@@ -99,22 +110,32 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
 
 
 def _train(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax.train import autoencoder
+  from fsq_jax.tokens import tokenization
   from fsq_jax.train import loop
 
+  if configuration.is_generator(config):
+    from fsq_jax.generators import training
+  else:
+    from fsq_jax.train import autoencoder as training
+
   try:
-    autoencoder.train_and_evaluate(
+    training.train_and_evaluate(
         config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
     )
   except loop.Preempted as preempted:
     raise _Interrupted(f'; step {preempted.step} is saved') from preempted
+  except tokenization.Interrupted as interrupted:
+    raise _Interrupted from interrupted
   return []
 
 
 def _eval(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax.evaluation import saved_run
+  if configuration.is_generator(config):
+    from fsq_jax.generators import commands
+  else:
+    from fsq_jax.evaluation import saved_run as commands
 
-  saved_run.evaluate_workdir(
+  commands.evaluate_workdir(
       config,
       workdir,
       which=_CHECKPOINT.value,
@@ -122,6 +143,18 @@ def _eval(config: _Config, workdir: _Path) -> list[_Path]:
       show=_print,  # Before anything is written.
   )
   return []
+
+
+def _generate(config: _Config, workdir: _Path) -> list[_Path]:
+  from fsq_jax.generators import commands
+
+  return commands.generate_workdir(
+      config,
+      workdir,
+      which=_CHECKPOINT.value,
+      images=_IMAGES.value,
+      npz=_NPZ.value,
+  )
 
 
 def _report(config: _Config, workdir: _Path) -> list[_Path]:
@@ -197,9 +230,12 @@ _MODES = {
         _latent_statistics,
         'write mean and variance of the latents, for model.latent_statistics',
     ),
+    'generate': (_generate, 'sample images from a generator'),
 }
 # Modes that find the config in the workdir.
-_OF_A_RUN = ('eval', 'report', 'tokenize', 'detokenize', 'export')
+_OF_A_RUN = (
+    'eval', 'report', 'tokenize', 'detokenize', 'export', 'generate'
+)
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',

@@ -195,7 +195,7 @@ def _build(config, network=None):
   mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   step = train_step.build_train_step(model, optimizer, config, network)
   return builder, step, evaluators.build_eval_step(model)
 

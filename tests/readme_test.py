@@ -154,7 +154,7 @@ def test_sizes_of_train_states_are_those_of_siglip_l():
   for name in ('vqrae_fsq_siglip_l', 'vqrae_fsq_siglip_l_stage2'):
     config = configuration.load_config(ROOT / f'configs/{name}.py')
     mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
-    builder = train_state.StateBuilder(
+    builder = train_state.build_state_builder(
         config,
         models.build_autoencoder(config.model, config.data.image_size),
         optim.build_optimizer(config.optim, config.train.num_steps),

@@ -52,7 +52,7 @@ def input_figures(rounds: int) -> dict[str, Any]:
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  state = train_state.StateBuilder(config, model, optimizer, mesh).create()
+  state = train_state.build_state_builder(config, model, optimizer, mesh).create()
   step = jax.jit(
       train_step.build_train_step(model, optimizer, config), donate_argnums=0
   )
@@ -88,7 +88,7 @@ def evaluation_figures(rounds: int) -> dict[str, Any]:
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   variables = builder.create().eval_variables
   dataset = data.build_dataset(config.data, split='eval', seed=config.seed)
   evaluator = evaluators.Evaluator(

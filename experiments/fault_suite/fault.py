@@ -95,7 +95,7 @@ def build_training(
   )
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   return Training(config, mesh, model, optimizer, builder)
 
 

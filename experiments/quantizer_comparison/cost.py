@@ -86,7 +86,7 @@ def _prepare(config: configuration.Config) -> _Training:
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   images = jax.ShapeDtypeStruct(
       (config.data.batch_size, *config.data.image_size, 3), np.uint8
   )

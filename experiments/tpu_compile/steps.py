@@ -56,7 +56,7 @@ def build_step(
   """
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   module, networks = _abstract_networks(config)
   min_size = config.partitioning.fsdp_min_size
   shardings = partitioning.state_shardings(

@@ -22,6 +22,8 @@ from fsq_jax.runtime import processes
 from fsq_jax.workdir import files as workdirs
 
 _FORMAT = 1
+# Metric that ranks steps, of autoencoders and of generators, and its sign.
+_RANKING = {'psnr': 1, 'bits_per_token': -1}
 # Numbers of system errors that corrupted or missing files cause. Any other
 # error, as of a disk or a server, says nothing about the files.
 _CORRUPTION_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL}
@@ -113,12 +115,16 @@ class Checkpointer:
 
   @property
   def best_step(self) -> int | None:
-    """The step with the highest evaluated PSNR; None without any."""
+    """The step with the best evaluation; None without any.
+
+    The best one has the highest PSNR, or the fewest bits per token.
+    """
     values = {
-        step: psnr
+        step: sign * value
         for step in self.steps
-        # A PSNR that is not finite is saved as null.
-        if (psnr := self._metrics.get(step, {}).get('psnr')) is not None
+        for name, sign in _RANKING.items()
+        # A metric that is not finite is saved as null.
+        if (value := self._metrics.get(step, {}).get(name)) is not None
     }
     return max(values, key=values.get, default=None)
 
@@ -142,8 +148,8 @@ class Checkpointer:
       state: tree of arrays.
       record: JSON values: config, quantizer, position and fingerprint of the
         input.
-      metrics: metrics of an evaluation at this step, with the key 'psnr'; a
-        PSNR that is not finite ranks last.
+      metrics: metrics of an evaluation at this step, with the key 'psnr' or
+        'bits_per_token', which ranks last if it is not finite.
 
     Raises:
       SaveError: this step, or the one before it, cannot be written.

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from fsq_jax.checkpoints import checkpointer as checkpointer_lib
+from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import loading as configuration
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
@@ -28,13 +29,18 @@ class Checkpoint(NamedTuple):
     folder: the run's folder.
     step: training steps taken.
     config: the run's config when the step was saved.
-    quantizer: spec of the quantizer.
+    record: JSON values saved with the step.
   """
 
   folder: pathlib.Path
   step: int
   config: ml_collections.ConfigDict
-  quantizer: Mapping[str, Any]
+  record: Mapping[str, Any]
+
+  @property
+  def quantizer(self) -> Mapping[str, Any]:
+    """Spec of the quantizer."""
+    return self.record['quantizer']
 
 
 def open_run(
@@ -64,8 +70,19 @@ def open_run(
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   found = find_run(workdir, which)
   config = configuration.resolve(config)
+  check_same_kind(found, configuration.is_generator(config))
   check_same_model(found.config, config)
   return found, config, mesh
+
+
+def check_same_kind(found: Checkpoint, is_generator: bool) -> None:
+  """Raises ValueError unless a checkpoint is of a generator, or of none."""
+  kinds = 'an autoencoder', 'a generator'
+  if configuration.is_generator(found.config) != is_generator:
+    raise ValueError(
+        f'{found.folder} is a run of {kinds[not is_generator]}; give a run of'
+        f' {kinds[is_generator]}.'
+    )
 
 
 def find_run(
@@ -75,7 +92,8 @@ def find_run(
 
   Args:
     workdir: the run's folder.
-    which: 'newest', 'best' (highest PSNR), or the number of a step.
+    which: 'newest', 'best' (highest PSNR or fewest bits per token), or the
+      number of a step.
 
   Returns:
     The checkpoint. 'newest' skips checkpoints whose record is corrupted.
@@ -103,7 +121,7 @@ def find_run(
           config=configuration.resolve_paths(
               configuration.config_from_json(json.dumps(record['config']))
           ),
-          quantizer=record['quantizer'],
+          record=record,
       )
     steps = checkpointer.steps
   if not steps:
@@ -174,16 +192,32 @@ def restore(
     ValueError: the checkpoint is corrupted, or its quantizer differs from its
       config.
   """
+  check_same_kind(found, is_generator=False)
   config = found.config
   model = model_builder.build_autoencoder(config.model, config.data.image_size)
   specs.check_same_spec(found.quantizer, model.quantizer.spec())
+  fields = variables.abstract_eval_fields(
+      model, config.data.image_size, tuple(config.optim.frozen)
+  )
+  return model, restore_variables(found, fields, mesh)
+
+
+def restore_variables(
+    found: Checkpoint, fields: Mapping[str, Any], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Restores the variables that evaluation uses.
+
+  Args:
+    found: from `find_run`.
+    fields: shapes and dtypes of `variables.EVAL_FIELDS`.
+    mesh: as in `restore`.
+
+  Raises:
+    ValueError: the checkpoint is corrupted, or of another model.
+  """
+  partition = found.config.partitioning
   abstract = partitioning.place_abstract(
-      variables.abstract_eval_fields(
-          model, config.data.image_size, tuple(config.optim.frozen)
-      ),
-      mesh,
-      config.partitioning.rules,
-      config.partitioning.fsdp_min_size,
+      fields, mesh, partition.rules, partition.fsdp_min_size
   )
   with contextlib.closing(
       checkpointer_lib.Checkpointer(found.folder, read_only=True)
@@ -195,7 +229,7 @@ def restore(
           f'{found.folder}: {error} --checkpoint=STEP takes another of'
           f' {checkpointer.steps}.'
       ) from error
-  return model, variables.eval_variables(**fields)
+  return variables.eval_variables(**fields)
 
 
 def read_evaluation(found: Checkpoint) -> dict[str, Any] | None:
@@ -226,6 +260,13 @@ def check_same_model(
     given: config of a command that uses the run.
   """
   given = configuration.resolve(given)
+  if configuration.is_generator(saved):
+    if lines := compatibility.diff_models(saved, given):
+      raise ValueError(
+          'The config has another model than the checkpoint (saved -> given):\n'
+          + '\n'.join(lines)
+      )
+    return
   # Sources of initial weights and statistics, which a checkpoint contains.
   files = ['model.decoder.mae.checkpoint', 'model.encoder.checkpoint']
   if bool(saved.model.latent_statistics) == bool(given.model.latent_statistics):

@@ -9,7 +9,7 @@ from fsq_jax.configuration.loading import config_to_json
 from fsq_jax.configuration.loading import describe_unknown
 from fsq_jax.configuration.loading import diff_configs
 from fsq_jax.configuration.loading import find_fields
-from fsq_jax.configuration.loading import find_rule
+from fsq_jax.configuration.loading import is_generator
 from fsq_jax.configuration.loading import load_config
 from fsq_jax.configuration.loading import resolve
 from fsq_jax.configuration.loading import resolve_paths
@@ -26,7 +26,7 @@ __all__ = [
     'diff_configs',
     'diff_models',
     'find_fields',
-    'find_rule',
+    'is_generator',
     'load_config',
     'resolve',
     'resolve_paths',

@@ -1,7 +1,7 @@
 """The config of a command line: a config file or a run's, and overrides."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import difflib
 import functools
@@ -13,6 +13,7 @@ from absl import flags
 from absl import logging
 
 from fsq_jax.configuration import loading
+from fsq_jax.configuration import schema
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -121,7 +122,8 @@ def override(config: loading.Config, argv: Sequence[str]) -> None:
     ValueError: unknown fields or flags, wrong values, other arguments.
   """
   matches = [re.match(r'--?(?:no)?config\.([^=]*)', arg) for arg in argv]
-  unknown = loading.describe_unknown(m[1] for m in matches if m)
+  known = loading.fields_of(config)
+  unknown = loading.describe_unknown((m[1] for m in matches if m), known)
   if unknown:
     raise ValueError('\n  '.join(['Invalid config overrides:', *unknown]))
   fields = flags.FlagValues()
@@ -139,7 +141,9 @@ def override(config: loading.Config, argv: Sequence[str]) -> None:
   try:
     _, *rest = fields(argv)
   except flags.UnrecognizedFlagError as error:
-    raise ValueError(_describe_unknown_flag(error.flagname, argv)) from error
+    raise ValueError(
+        _describe_unknown_flag(error.flagname, argv, known)
+    ) from error
   except flags.IllegalFlagValueError as error:
     raise ValueError(_describe_wrong_value(str(error), config)) from error
   except flags.Error as error:  # The last flag lacks its value.
@@ -180,11 +184,13 @@ def _find(config: loading.Config, name: str) -> tuple[loading.Config, str]:
   return functools.reduce(operator.getitem, sections, config), field
 
 
-def _describe_unknown_flag(name: str, argv: Sequence[str]) -> str:
+def _describe_unknown_flag(
+    name: str, argv: Sequence[str], known: Mapping[str, schema.Field]
+) -> str:
   """Returns the message about an unknown flag, with suggestions."""
   pairs = [arg.lstrip('-').partition('=') for arg in argv]
   value = next((f'={x}' for flag, _, x in pairs if flag == name and x), '')
-  fields = loading.find_fields(name)
+  fields = loading.find_fields(name, known)
   meant = [f'--config.{field}{value}' for field in fields[:4]]
   if not meant:
     nearest = difflib.get_close_matches(name, flags.FLAGS)
@@ -203,7 +209,7 @@ def _describe_wrong_value(problem: str, config: loading.Config) -> str:
   name, given = re.match(
       r'flag --config\.([\w.]+)=(.*?): ', problem, re.DOTALL
   ).groups()
-  rule = loading.find_rule(name)
+  rule = loading.fields_of(config)[name].rule
   problem = f'{problem}; allowed: {rule.allowed}.'
   section, field = _find(config, name)
   value = section[field]

@@ -64,21 +64,25 @@ def check_resumable(
 
 def _diff(saved: _Config, current: _Config, *roles: _Role) -> list[str]:
   """Lists the differences that have one of the roles."""
+  known = loading.fields_of(current)
   configs = dict(loading.flatten(saved)), dict(loading.flatten(current))
   return loading.format_differences({
       name: pair
       for name, pair in loading.find_differences(saved, current).items()
-      if _role_of_change(name, *configs) in roles
+      if _role_of_change(name, known, *configs) in roles
   })
 
 
 def _role_of_change(
-    name: str, saved: Mapping[str, Any], current: Mapping[str, Any]
+    name: str,
+    known: Mapping[str, schema.Field],
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
 ) -> _Role:
   """Returns the role of a difference between configs by dotted name."""
-  if name not in schema.FIELDS:  # A field of another version.
+  if name not in known:  # A field of another version.
     return _Role.MODEL if name.startswith('model.') else _Role.TRAINING
-  field = schema.FIELDS[name]
+  field = known[name]
   pair = saved.get(name), current.get(name)
   if field.presence and bool(pair[0]) != bool(pair[1]):
     return field.presence

@@ -35,17 +35,55 @@ def cross_rules(
             source != 'folder' or os.path.isdir(os.path.expanduser(folder))
         ),
     )
+  yield from _optim_rules('optim')
   yield from _step_rules()
+  yield from _discriminator_rules()
   if 'training' in uses:
     yield from _network_rules()
+  yield from _batch_rules(num_devices, 'data', 'training' in uses)
+
+
+def generator_rules(
+    num_devices: int | None, mode: str
+) -> Iterator[rules.CrossRule]:
+  """Yields the rules between fields of generator configs.
+
+  Args:
+    num_devices: as in `cross_rules`.
+    mode: of launch.py.
+  """
+  yield from _optim_rules('optim')
+  yield from _step_rules()
+  yield rules.CrossRule(
+      ('tokens.tokenizer', 'tokens.train', 'tokens.eval'),
+      'a tokenizer, or the folders of training and held-out token files',
+      lambda tokenizer, *folders: bool(tokenizer) or all(folders),
+  )
+  yield rules.CrossRule(
+      ('tokens.tokenizer', 'eval.num_samples'),
+      'num_samples 0 without a tokenizer, which decodes samples',
+      lambda tokenizer, num_samples: bool(tokenizer) or not num_samples,
+  )
+  yield rules.CrossRule(
+      ('model.class_conditional', 'losses.class_dropout'),
+      'a class_dropout > 0 only with class_conditional',
+      lambda conditional, dropout: conditional or not dropout,
+  )
+  yield from _batch_rules(num_devices, 'tokens', mode == 'train')
+
+
+def _batch_rules(
+    num_devices: int | None, section: str, trains: bool
+) -> Iterator[rules.CrossRule]:
+  """Yields the rules on the mesh, and on the batch sizes of a section."""
   yield rules.CrossRule(
       _MESH, 'at most one -1', lambda *sizes: sizes.count(-1) <= 1
   )
   if num_devices is not None:
-    yield from _device_rules(num_devices, uses)
+    yield from _device_rules(num_devices, section, trains)
   else:
     yield rules.CrossRule(
-        ('data.batch_size', 'optim.accumulation_steps'),
+        (f'{section}.batch_size', 'optim.accumulation_steps'),
         'a batch_size that is a multiple of accumulation_steps',
         lambda size, parts: size % parts == 0,
     )
@@ -78,14 +116,16 @@ def _data_rules() -> Iterator[rules.CrossRule]:
   )
 
 
+def _optim_rules(section: str) -> Iterator[rules.CrossRule]:
+  yield rules.CrossRule(
+      (f'{section}.end_learning_rate', f'{section}.learning_rate'),
+      'end_learning_rate <= learning_rate',
+      lambda end, peak: end <= peak,
+  )
+
+
 def _step_rules() -> Iterator[rules.CrossRule]:
-  """Yields the rules between learning rates, and between numbers of steps."""
-  for section in ('optim', 'discriminator.optim'):
-    yield rules.CrossRule(
-        (f'{section}.end_learning_rate', f'{section}.learning_rate'),
-        'end_learning_rate <= learning_rate',
-        lambda end, peak: end <= peak,
-    )
+  """Yields the rules between numbers of steps."""
   yield rules.CrossRule(
       ('optim.warmup_steps', 'train.num_steps'),
       'warmup_steps < num_steps',
@@ -98,6 +138,10 @@ def _step_rules() -> Iterator[rules.CrossRule]:
           not steps or steps[0] <= steps[1] <= num_steps
       ),
   )
+
+
+def _discriminator_rules() -> Iterator[rules.CrossRule]:
+  yield from _optim_rules('discriminator.optim')
   yield rules.CrossRule(
       (
           'discriminator.name',
@@ -155,7 +199,7 @@ def _network_rules() -> Iterator[rules.CrossRule]:
 
 
 def _device_rules(
-    num_devices: int, uses: Collection[str]
+    num_devices: int, section: str, trains: bool
 ) -> Iterator[rules.CrossRule]:
 
   def fills(*sizes: int) -> bool:
@@ -173,9 +217,9 @@ def _device_rules(
       tensor = num_devices // math.prod(others)
     return num_images % (num_devices // tensor) == 0
 
-  if 'training' in uses:
+  if trains:
     yield rules.CrossRule(
-        ('data.batch_size', 'optim.accumulation_steps', *_MESH),
+        (f'{section}.batch_size', 'optim.accumulation_steps', *_MESH),
         f'a batch_size that is a multiple of {num_devices} devices times'
         ' accumulation_steps, over partitioning.mesh.tensor',
         lambda size, parts, *sizes: (
@@ -183,7 +227,7 @@ def _device_rules(
         ),
     )
   yield rules.CrossRule(
-      ('data.eval_batch_size', *_MESH),
+      (f'{section}.eval_batch_size', *_MESH),
       f'a multiple of {num_devices} devices, over partitioning.mesh.tensor',
       divides,
   )

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from fsq_jax.configuration import cross_rules
-from fsq_jax.configuration import rules
+from fsq_jax.configuration import generator_schema
 from fsq_jax.configuration import schema
 
 Config = ml_collections.ConfigDict
@@ -31,6 +31,8 @@ USES = {
     'prepare': set(),
     'latent_statistics': {'images', 'initialization'},
 }
+# The modes for runs of generators.
+_GENERATOR_MODES = ('train', 'eval', 'generate')
 # Value of a field that a config does not have.
 ABSENT = object()
 
@@ -82,6 +84,18 @@ def load_config(path: str | os.PathLike[str]) -> Config:
   return config.lock()
 
 
+def is_generator(config: Mapping[str, Any] | Config) -> bool:
+  """Whether a config is of a generator (configs/default_generator.py)."""
+  return 'tokens' in config
+
+
+def fields_of(
+    config: Mapping[str, Any] | Config,
+) -> Mapping[str, schema.Field]:
+  """Returns the schema that a config has: all fields by dotted name."""
+  return generator_schema.FIELDS if is_generator(config) else schema.FIELDS
+
+
 def check_config(
     config: Mapping[str, Any] | Config,
     num_devices: int | None = None,
@@ -103,10 +117,11 @@ def check_config(
   Raises:
     ValueError: fields that are missing, unknown or wrong, and allowed values.
   """
-  uses = USES[mode]
-  fields = dict(flatten(config))
-  problems = describe_unknown(fields)
-  for name, field in schema.FIELDS.items():
+  _check_mode(config, mode)
+  uses = USES.get(mode, set())
+  fields, known = dict(flatten(config)), fields_of(config)
+  problems = describe_unknown(fields, known)
+  for name, field in known.items():
     if name not in fields:
       problems.append(f'{name} is missing; allowed: {field.rule.allowed}.')
     elif fields[name] is None and not _is_used(name, uses):
@@ -115,36 +130,61 @@ def check_config(
       given = fields.pop(name)
       problems.append(f'{name} is {given!r}; allowed: {field.rule.allowed}.')
   # Rules between fields are for values that are allowed by themselves.
-  for rule in cross_rules.cross_rules(num_devices, uses):
+  if is_generator(config):
+    between = cross_rules.generator_rules(num_devices, mode)
+  else:
+    between = cross_rules.cross_rules(num_devices, uses)
+  for rule in between:
     values = {name: fields[name] for name in rule.fields if name in fields}
     if len(values) == len(rule.fields) and not rule.fits(*values.values()):
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
-  problems.extend(_quantizer_problems(fields))
-  if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
-    problems.extend(_model_problems(config))
+  if not is_generator(config):
+    problems.extend(_quantizer_problems(fields))
+    if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
+      problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
 
 
+def _check_mode(config: Mapping[str, Any] | Config, mode: str) -> None:
+  """Checks that a mode is for the kind of a config."""
+  if is_generator(config) and mode not in _GENERATOR_MODES:
+    raise ValueError(
+        f'--mode={mode} is for runs of tokenizers, but the config is of a'
+        f' generator; allowed: {", ".join(_GENERATOR_MODES)}.'
+    )
+  if not is_generator(config) and mode not in USES:
+    raise ValueError(
+        f'--mode={mode} is for runs of generators, but the config is of a'
+        f' tokenizer; allowed: {", ".join(USES)}.'
+    )
+
+
 def _is_used(name: str, uses: Collection[str]) -> bool:
   """Whether a mode with these inputs reads a field that may be None."""
+  if name not in schema.FIELDS:
+    return True
   if schema.FIELDS[name].role is schema.Role.START:
     return 'initialization' in uses
   return name != 'data.data_dir' or 'images' in uses
 
 
 def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the errors of the constructors of all quantizers.
+  """Yields the error of the chosen quantizer's constructor, if there is one.
+
+  Other sections may hold what earlier versions allowed: nothing reads them.
 
   Args:
-    fields: values by dotted name. Quantizers that lack a field are skipped.
+    fields: values by dotted name. A quantizer that lacks a field is skipped.
   """
   # Imported here since it imports JAX, which the command line starts without.
   from fsq_jax.quantizers import builder as quantizers
 
-  for name, rows in schema.QUANTIZERS.items():
+  name = fields.get('model.quantizer.name')
+  if name in schema.QUANTIZERS:
     prefix = f'model.quantizer.{name}.'
+    rows = schema.QUANTIZERS[name]
     options = {x: fields[prefix + x] for x in rows if prefix + x in fields}
     if len(options) == len(rows):
       try:
@@ -195,16 +235,16 @@ def _find_architecture(encoder: Mapping[str, Any] | Config) -> str:
   return architectures.describe_architecture(module.architecture)
 
 
-def describe_unknown(names: Iterable[str]) -> list[str]:
+def describe_unknown(
+    names: Iterable[str], known: Mapping[str, schema.Field] = schema.FIELDS
+) -> list[str]:
   """Returns a line for each dotted name that is no field, with the nearest."""
   problems = []
   for name in names:
-    if name not in schema.FIELDS:
-      nearest = difflib.get_close_matches(
-          name, schema.FIELDS, n=3, cutoff=0
-      )
-      if not any(x.startswith(f'{name}.') for x in schema.FIELDS):
-        nearest = find_fields(name)[:3] or nearest
+    if name not in known:
+      nearest = difflib.get_close_matches(name, known, n=3, cutoff=0)
+      if not any(x.startswith(f'{name}.') for x in known):
+        nearest = find_fields(name, known)[:3] or nearest
       problems.append(
           f'{name or repr(name)} is not a field of a config; nearest:'
           f' {", ".join(nearest)}.'
@@ -212,15 +252,12 @@ def describe_unknown(names: Iterable[str]) -> list[str]:
   return problems
 
 
-def find_fields(name: str) -> list[str]:
+def find_fields(
+    name: str, known: Mapping[str, schema.Field] = schema.FIELDS
+) -> list[str]:
   """Returns the dotted names that end with a name, shortest first."""
-  names = [x for x in schema.FIELDS if f'.{x}'.endswith(f'.{name}')]
+  names = [x for x in known if f'.{x}'.endswith(f'.{name}')]
   return sorted(names, key=lambda x: (x.count('.'), x))
-
-
-def find_rule(name: str) -> rules.Rule:
-  """Returns the rule of the field with a dotted name."""
-  return schema.FIELDS[name].rule
 
 
 def config_to_json(config: Config) -> str:
@@ -254,7 +291,7 @@ def config_from_json(text: str) -> Config:
   if isinstance(values.get('config'), dict):
     values = values['config']
   config = Config(_with_tuples(values))
-  for name, field in schema.FIELDS.items():
+  for name, field in fields_of(config).items():
     if field.added is not None:
       *sections, key = name.split('.')
       section = config
@@ -276,7 +313,10 @@ def find_differences(
   lacks is `ABSENT`.
   """
   saved, current = (
-      {name: _absolute(name, value) for name, value in flatten(config)}
+      {
+          name: _absolute(value) if _is_path(name, config) else value
+          for name, value in flatten(config)
+      }
       for config in (saved, current)
   )
   pairs = {
@@ -318,6 +358,8 @@ def resolve(config: Config) -> Config:
     config: a config that `check_config` accepts.
   """
   config = resolve_paths(config)
+  if is_generator(config):
+    return config
   config.model.encoder.architecture = _find_architecture(config.model.encoder)
   return config
 
@@ -331,16 +373,21 @@ def resolve_paths(config: Config) -> Config:
   # Not ConfigDict(config), which shares its sections.
   config = config.copy_and_resolve_references()
   for name, value in flatten(config):
-    if name in PATHS:
+    if _is_path(name, config):
       *sections, field = name.split('.')
       section = functools.reduce(operator.getitem, sections, config)
-      section[field] = _absolute(name, value)
+      section[field] = _absolute(value)
   return config
 
 
-def _absolute(name: str, value: Any) -> Any:
-  """Returns a value, absolute if it is a path; '' and None stay."""
-  if name in PATHS and isinstance(value, str) and value:
+def _is_path(name: str, config: Mapping[str, Any] | Config) -> bool:
+  known = fields_of(config)
+  return name in known and known[name].rule.is_path
+
+
+def _absolute(value: Any) -> Any:
+  """Returns a path, absolute; '' and None stay."""
+  if isinstance(value, str) and value:
     return os.path.abspath(os.path.expanduser(value))
   return value
 

@@ -54,7 +54,7 @@ class Field(NamedTuple):
 _Rows = Mapping[str, rules.Rule | Field]
 
 
-def _section(prefix: str, role: Role, rows: _Rows) -> dict[str, Field]:
+def section(prefix: str, role: Role, rows: _Rows) -> dict[str, Field]:
   """Returns rows by dotted name; a plain rule gets the role of the section."""
   return {
       f'{prefix}.{name}': row if isinstance(row, Field) else Field(row, role)
@@ -62,11 +62,13 @@ def _section(prefix: str, role: Role, rows: _Rows) -> dict[str, Field]:
   }
 
 
-def _training(rule: rules.Rule) -> Field:
+def training(rule: rules.Rule) -> Field:
+  """Returns a row with the role TRAINING."""
   return Field(rule, Role.TRAINING)
 
 
-def _runtime(rule: rules.Rule) -> Field:
+def runtime(rule: rules.Rule) -> Field:
+  """Returns a row with the role RUNTIME."""
   return Field(rule, Role.RUNTIME)
 
 
@@ -77,27 +79,27 @@ _FSQ = {
     'convention': rules.TEXT,
     'bound': rules.TEXT,
     'eps': _OPTIONAL_NUMBER,
-    'commitment_weight': _training(_OPTIONAL_NUMBER),
+    'commitment_weight': training(_OPTIONAL_NUMBER),
     'bins': rules.TEXT,
-    'noise': _training(rules.NUMBER),
-    'noise_per': _training(rules.TEXT),
+    'noise': training(rules.NUMBER),
+    'noise_per': training(rules.TEXT),
 }
 _LFQ = {
     'num_bits': rules.INTEGER,
     'bit_order': rules.TEXT,
-    'commitment_weight': _training(rules.NUMBER),
-    'entropy_weight': _training(rules.NUMBER),
-    'diversity_weight': _training(rules.NUMBER),
-    'temperature': _training(rules.NUMBER),
-    'entropy_group_bits': _training(rules.INTEGER),
+    'commitment_weight': training(rules.NUMBER),
+    'entropy_weight': training(rules.NUMBER),
+    'diversity_weight': training(rules.NUMBER),
+    'temperature': training(rules.NUMBER),
+    'entropy_group_bits': training(rules.INTEGER),
 }
 _CODEBOOK = {
     # Usage and perplexity of a single code are meaningless.
     'codebook_size': rules.integer(2),
     'code_dim': rules.INTEGER,
     'metric': rules.TEXT,
-    'gradient': _training(rules.TEXT),
-    'commitment_weight': _training(rules.NUMBER),
+    'gradient': training(rules.TEXT),
+    'commitment_weight': training(rules.NUMBER),
 }
 # The sections model.quantizer.NAME. Constructors check ranges.
 QUANTIZERS: Mapping[str, _Rows] = {
@@ -106,22 +108,22 @@ QUANTIZERS: Mapping[str, _Rows] = {
     'residual_fsq': {
         'levels': _INTEGERS,
         'num_stages': rules.INTEGER,
-        'stage_dropout': _training(rules.NUMBER),
+        'stage_dropout': training(rules.NUMBER),
     },
     'lfq': _LFQ,
     'bsq': _LFQ,
     'vq': {
         **_CODEBOOK,
         'codebook_update': rules.TEXT,
-        'decay': _training(rules.NUMBER),
+        'decay': training(rules.NUMBER),
         'codebook_init': rules.TEXT,
-        'restart': _training(rules.TEXT),
-        'dead_share': _training(rules.NUMBER),
-        'entropy_weight': _training(rules.NUMBER),
+        'restart': training(rules.TEXT),
+        'dead_share': training(rules.NUMBER),
+        'entropy_weight': training(rules.NUMBER),
     },
     'simvq': {
         **_CODEBOOK,
-        'weighting': _training(rules.TEXT),
+        'weighting': training(rules.TEXT),
         'input_projection': rules.TEXT,
     },
     'none': {'code_dim': rules.INTEGER},
@@ -142,7 +144,7 @@ _DATA = {
         Role.MODEL,
     ),
     'batch_size': rules.COUNT,
-    'eval_batch_size': _runtime(rules.COUNT),
+    'eval_batch_size': runtime(rules.COUNT),
     'resize_shorter': rules.COUNT_OR_ZERO,
     'allow_upscaling': Field(
         rules.BOOL,
@@ -173,9 +175,9 @@ _DATA = {
         added=lambda _: (),
     ),
     'max_damaged_share': rules.FRACTION,
-    'cache_mib': _runtime(rules.COUNT_OR_ZERO),
-    'num_threads': _runtime(rules.COUNT),
-    'prefetch': _runtime(rules.COUNT),
+    'cache_mib': runtime(rules.COUNT_OR_ZERO),
+    'num_threads': runtime(rules.COUNT),
+    'prefetch': runtime(rules.COUNT),
 }
 _VIT = {
     'patch_size': rules.COUNT,
@@ -235,7 +237,7 @@ _BOUND = rules.name('none', 'tanh')
 _MODEL = {
     **{f'encoder.{name}': row for name, row in _ENCODER.items()},
     'latent_statistics': Field(rules.PATH, Role.START, presence=Role.MODEL),
-    'latent_noise': _training(rules.NOT_NEGATIVE),
+    'latent_noise': training(rules.NOT_NEGATIVE),
     'projector_in.name': rules.name(
         'linear', 'standardized', 'mlp', 'attention', 'none'
     ),
@@ -258,9 +260,9 @@ _MODEL = {
     'projector_out.fourier.num_frequencies': rules.COUNT,
     'projector_out.fourier.sigma': rules.POSITIVE,
     **{f'decoder.{name}': row for name, row in _DECODER.items()},
-    'dtype': _training(rules.DTYPE),
-    'remat': _training(rules.BOOL),
-    'scan_unroll': _training(rules.COUNT),
+    'dtype': training(rules.DTYPE),
+    'remat': training(rules.BOOL),
+    'scan_unroll': training(rules.COUNT),
 }
 _GAN_LOSS = rules.name('hinge', 'non_saturating', 'vanilla')
 _LOSSES = {
@@ -276,7 +278,7 @@ _LOSSES = {
     ),
     'perceptual.weight': rules.NOT_NEGATIVE,
     # A resumed run compares the weights, not the path.
-    'perceptual.checkpoint': _runtime(rules.PATH),
+    'perceptual.checkpoint': runtime(rules.PATH),
     'perceptual.dtype': Field(
         rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'
     ),
@@ -311,7 +313,7 @@ _DISCRIMINATOR_NETWORK = {
         'a tuple of integers >= 1, one for each block', rules.COUNT
     ),
     'stylegan.downsampling': _DOWNSAMPLING,
-    'dino.checkpoint': _runtime(rules.PATH),
+    'dino.checkpoint': runtime(rules.PATH),
     'dino.architecture': rules.NON_EMPTY,
     'dino.image_size': rules.tuple_of(
         '(height, width) in pixels, integers >= 1', rules.COUNT, (2,)
@@ -323,7 +325,7 @@ _DISCRIMINATOR_NETWORK = {
         'an odd integer >= 1', lambda x: rules.COUNT.fits(x) and x % 2 == 1
     ),
     'dino.dtype': Field(rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'),
-    'dino.remat': _training(rules.BOOL),
+    'dino.remat': training(rules.BOOL),
 }
 _DISCRIMINATOR_TRAINING = {
     'loss': _GAN_LOSS,
@@ -337,28 +339,27 @@ _DISCRIMINATOR_TRAINING = {
     'uint8_fakes': rules.BOOL,
     **{f'optim.{name}': rule for name, rule in _ADAMW.items()},
 }
-_OPTIM = {
+OPTIM = {
     'name': Field(rules.name('adamw', 'muon'), Role.STATE),
     **_ADAMW,
     'accumulation_steps': rules.COUNT,
     'ema_decay': rules.DECAY,
-    'frozen': Field(
-        rules.tuple_of(
-            'a tuple of regular expressions',
-            rules.Rule('', rules.is_expression),
-        ),
-        Role.STATE,
-    ),
     'learning_rate_factors': rules.tuple_of(
         'a tuple of (regular expression, finite number > 0)',
         rules.Rule('', rules.is_factor_rule),
     ),
 }
+_FROZEN = Field(
+    rules.tuple_of(
+        'a tuple of regular expressions', rules.Rule('', rules.is_expression)
+    ),
+    Role.STATE,
+)
 _MESH_SIZE = rules.Rule(
     'an integer >= 1, or -1 for all remaining devices',
     lambda x: (type(x) is int and x == -1) or rules.COUNT.fits(x),
 )
-_PARTITIONING = {
+PARTITIONING = {
     'mesh.data': _MESH_SIZE,
     'mesh.fsdp': _MESH_SIZE,
     'mesh.tensor': Field(_MESH_SIZE, Role.RUNTIME, added=lambda _: 1),
@@ -371,28 +372,28 @@ _PARTITIONING = {
     ),
     'fsdp_min_size': rules.COUNT_OR_ZERO,
 }
-_TRAIN = {
+TRAIN = {
     'num_steps': rules.COUNT,
     'max_bad_steps': rules.COUNT,
-    'init_from': Field(
-        rules.path(
-            "the workdir of stage 1, or '' for a run without one; set"
-            ' --config.train.init_from'
-        ),
-        Role.START,
-    ),
-    'log_every_steps': _runtime(rules.COUNT),
-    'eval_every_steps': _runtime(rules.COUNT_OR_ZERO),
-    'checkpoint_every_steps': _runtime(rules.COUNT),
-    'keep_checkpoints': _runtime(rules.COUNT),
-    'profile_steps': _runtime(
+    'log_every_steps': runtime(rules.COUNT),
+    'eval_every_steps': runtime(rules.COUNT_OR_ZERO),
+    'checkpoint_every_steps': runtime(rules.COUNT),
+    'keep_checkpoints': runtime(rules.COUNT),
+    'profile_steps': runtime(
         rules.tuple_of(
             '() or (first, last), integers >= 0', rules.COUNT_OR_ZERO, (0, 2)
         )
     ),
     # Not a PATH: it belongs to a machine, not to a run.
-    'compilation_cache': _runtime(rules.TEXT),
+    'compilation_cache': runtime(rules.TEXT),
 }
+_INIT_FROM = Field(
+    rules.path(
+        "the workdir of stage 1, or '' for a run without one; set"
+        ' --config.train.init_from'
+    ),
+    Role.START,
+)
 _EVAL = {
     'num_grid_images': rules.COUNT,
     'native_size': rules.BOOL,
@@ -419,16 +420,16 @@ _TOKENIZE = {
 # Every field of configs/default.py.
 FIELDS: dict[str, Field] = {
     'seed': Field(rules.integer(0, 2**32 - 1), Role.TRAINING),
-    **_section('data', Role.TRAINING, _DATA),
-    **_section('model', Role.MODEL, _MODEL),
-    **_section('losses', Role.TRAINING, _LOSSES),
-    **_section('discriminator', Role.STATE, _DISCRIMINATOR_NETWORK),
-    **_section('discriminator', Role.TRAINING, _DISCRIMINATOR_TRAINING),
-    **_section('optim', Role.TRAINING, _OPTIM),
-    **_section('partitioning', Role.RUNTIME, _PARTITIONING),
-    **_section('train', Role.TRAINING, _TRAIN),
-    **_section('eval', Role.RUNTIME, _EVAL),
-    **_section('tokenize', Role.RUNTIME, _TOKENIZE),
+    **section('data', Role.TRAINING, _DATA),
+    **section('model', Role.MODEL, _MODEL),
+    **section('losses', Role.TRAINING, _LOSSES),
+    **section('discriminator', Role.STATE, _DISCRIMINATOR_NETWORK),
+    **section('discriminator', Role.TRAINING, _DISCRIMINATOR_TRAINING),
+    **section('optim', Role.TRAINING, {**OPTIM, 'frozen': _FROZEN}),
+    **section('partitioning', Role.RUNTIME, PARTITIONING),
+    **section('train', Role.TRAINING, {**TRAIN, 'init_from': _INIT_FROM}),
+    **section('eval', Role.RUNTIME, _EVAL),
+    **section('tokenize', Role.RUNTIME, _TOKENIZE),
 }
 # Paths are absolute in the config of a run, which later commands use from other
 # folders.

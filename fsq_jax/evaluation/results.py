@@ -113,6 +113,10 @@ class Evaluation(NamedTuple):
       )
     return text
 
+  def write(self, folder: pathlib.Path, step: int) -> pathlib.Path:
+    """Writes the run's own evaluation; see `write_evaluation`."""
+    return write_evaluation(folder, step, self)
+
 
 class EvaluationSums:
   """Running sums of all metrics over the images of one split."""

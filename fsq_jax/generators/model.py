@@ -1,5 +1,7 @@
 """The model of tokens: embeddings, trunk and head, masked or autoregressive."""
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
@@ -259,3 +261,10 @@ class TokenModel(nn.Module):
       return None
     has_prefix = a.causal or a.conditioning == 'prefix'
     return positions.axial_rotation(self.grid, a.head_dim, int(has_prefix))
+
+
+def init_variables(model: TokenModel, key: jax.Array) -> dict[str, Any]:
+  """Initializes the variables of a model."""
+  tokens = jnp.zeros((1, model.num_tokens), jnp.int32)
+  known = None if model.architecture.causal else jnp.zeros(tokens.shape, bool)
+  return dict(model.init(key, tokens, jnp.full(1, -1, jnp.int32), known))

@@ -22,6 +22,7 @@ class Batcher:
       *,
       fill: Literal['batch', 'none', 'power'] = 'power',
       split: bool = True,
+      shared: bool = False,
   ):
     """Takes the devices.
 
@@ -36,6 +37,8 @@ class Batcher:
       split: whether batches are sharded over the batch axes, for meshes of this
         process's devices; otherwise they are replicated, and all processes pass
         the same arrays.
+      shared: `split` for a mesh of the devices of all processes, which pass the
+        same arrays to functions with replicated results.
 
     Raises:
       ValueError: an invalid batch size, or `split` over devices of other
@@ -51,9 +54,12 @@ class Batcher:
       )
     self._fill = fill
     self._multiple = 1
+    self._shared = shared
     self._sharding = partitioning.replicated(mesh)
     if split:
-      if any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+      if not shared and any(
+          d.process_index != jax.process_index() for d in mesh.devices.flat
+      ):
         raise ValueError(
             'The mesh has devices of other processes; every process takes'
             ' images of its own: create_mesh(sizes, jax.local_devices()).'
@@ -62,21 +68,29 @@ class Batcher:
       self._sharding = partitioning.batch_sharding(mesh)
     self._batch_size = math.ceil(batch_size / self._multiple) * self._multiple
 
-  def put(self, x: np.ndarray) -> jax.Array:
-    """Places an array on the devices: sharded with `split`, else replicated."""
-    return jax.make_array_from_process_local_data(self._sharding, x)
+  def put(self, x: Any) -> Any:
+    """Places arrays on the devices: sharded with `split`, else replicated."""
+
+    def put(x: np.ndarray) -> jax.Array:
+      if self._shared:
+        return jax.make_array_from_callback(
+            x.shape, self._sharding, x.__getitem__
+        )
+      return jax.make_array_from_process_local_data(self._sharding, x)
+
+    return jax.tree.map(put, x)
 
   def map(
       self,
-      function: Callable[[jax.Array], Any],
-      x: np.ndarray,
+      function: Callable[[Any], Any],
+      x: Any,
       usual_size: tuple[int, int] | None = None,
   ) -> Any:
-    """Applies a function to the elements of an array.
+    """Applies a function to the elements of arrays.
 
     Args:
       function: from a batch [b, ...] to a tree of arrays [b, ...].
-      x: [B, ...], B at least 1.
+      x: [B, ...], B at least 1, or a tree of such arrays.
       usual_size: (height, width) of the [H, W, ...] elements that `batch_size`
         is meant for; batches of larger elements have fewer.
 
@@ -88,7 +102,12 @@ class Batcher:
       ratio = math.prod(x.shape[1:3]) / math.prod(usual_size)
       parts = math.ceil(batch_size / self._multiple / max(ratio, 1.0))
       batch_size = parts * self._multiple
-    results = self._apply(function, len(x), x.__getitem__, batch_size)
+    results = self._apply(
+        function,
+        len(jax.tree.leaves(x)[0]),
+        lambda part: jax.tree.map(lambda y: y[part], x),
+        batch_size,
+    )
     first, *rest = (result for _, result in results)
     if not rest:
       return first
@@ -153,9 +172,9 @@ class Batcher:
 
   def _apply(
       self,
-      function: Callable[[jax.Array], Any],
+      function: Callable[[Any], Any],
       num: int,
-      take: Callable[[slice], np.ndarray],
+      take: Callable[[slice], Any],
       batch_size: int,
   ) -> Iterator[tuple[slice, Any]]:
     """Yields the result of each batch with the slice of its elements."""
@@ -167,7 +186,8 @@ class Batcher:
     pending, start = None, 0
     for size in self._sizes(num, batch_size):
       part = slice(start, min(start + size, num))
-      result = function(self.put(fill(take(part), size)))
+      batch = jax.tree.map(lambda y, size=size: fill(y, size), take(part))
+      result = function(self.put(batch))
       # Fetched while the devices compute the next batch.
       if pending is not None:
         yield fetch(*pending)

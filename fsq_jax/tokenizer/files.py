@@ -22,7 +22,6 @@ import safetensors.numpy
 import fsq_jax
 from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import loading as config_loading
-from fsq_jax.configuration import schema as config_schema
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables as variables_lib
@@ -120,21 +119,18 @@ def write(
   saved = saved.with_hashes()
   config, model, metadata = saved.config, saved.model, saved.metadata
   decoder_only = decoder_only or metadata.decoder_only
-  flat = traverse_util.flatten_dict(dict(saved.variables), sep='/')
-  arrays = {
-      path: np.asarray(x)
-      for path, x in flat.items()
-      if not (decoder_only and _encodes(path))
-  }
   stored = {
       'hashes': metadata.hashes,
       'model_hash': saved.model_hash,
       'step': metadata.step,
-      'evaluation': _without_places(metadata.evaluation),
+      'evaluation': without_places(metadata.evaluation),
       'decoder_only': decoder_only,
   }
   spec = model.quantizer.spec()
-  workdirs.write_bytes(folder / WEIGHTS, safetensors.numpy.save(arrays))
+  arrays = write_arrays(
+      folder / WEIGHTS, saved.variables,
+      lambda path: not (decoder_only and _encodes(path)),
+  )
   workdirs.write_json(folder / workdirs.QUANTIZER, spec)
   card = model_card.write(
       config,
@@ -151,7 +147,7 @@ def write(
       },
   )
   workdirs.write_bytes(folder / CARD, card.encode())
-  saved_config = _without_folders(config)
+  saved_config = without_folders(config)
   # Last: a folder without it is no tokenizer.
   workdirs.write_json(
       folder / CONFIG,
@@ -233,7 +229,7 @@ def read(
   Raises:
     ValueError: missing or corrupted files, or files of different models.
   """
-  content = _read_json(folder / CONFIG)
+  content = read_json(folder / CONFIG)
   if content.get('format') != _FORMAT:
     raise ValueError(
         f'{folder / CONFIG} has the format {content.get("format")!r}; this'
@@ -243,32 +239,25 @@ def read(
     config = config_loading.config_from_json(json.dumps(content['config']))
     metadata = Metadata(**{name: content[name] for name in Metadata._fields})
     model = build_model(config, dtype)
-    arrays = _place(folder, config, model, mesh, metadata.decoder_only)
-    saved = SavedModel(
-        config, model, traverse_util.unflatten_dict(arrays, sep='/'), metadata
+    variables = read_arrays(
+        folder / WEIGHTS,
+        _abstract(config, model, mesh, metadata.decoder_only),
+        metadata.hashes,
     )
+    saved = SavedModel(config, model, variables, metadata)
     hashes = (
         saved.model_hash,
         # Of the config as it is stored: later versions add fields to it.
         integrity.hash_json(content['config']),
     )
     stored = content['model_hash'], content['config_hash']
-    wanted = {x: y for x, y in metadata.hashes.items() if x in arrays}
   except (AttributeError, KeyError, TypeError) as error:
     raise ValueError(
         f'{folder / CONFIG} is corrupted: {type(error).__name__}: {error}.'
     ) from error
   specs.check_same_spec(
-      _read_json(folder / workdirs.QUANTIZER), model.quantizer.spec()
+      read_json(folder / workdirs.QUANTIZER), model.quantizer.spec()
   )
-  # One by one: `hash_arrays` has the order of a tree.
-  given = {x: integrity.hash_arrays({x: y})[x] for x, y in arrays.items()}
-  if lines := integrity.compare(given, wanted):
-    raise ValueError(
-        '\n  '.join(
-            [f'{folder / WEIGHTS} is corrupted (read -> saved):', *lines]
-        )
-    )
   if hashes != stored:
     raise ValueError(
         f'{folder / CONFIG} is corrupted or was changed: the hashes of its'
@@ -277,73 +266,119 @@ def read(
   return saved
 
 
-def _place(folder, config, model, mesh, decoder_only) -> dict[str, jax.Array]:
-  """Reads the variables, by path, onto the devices."""
-  abstract = partitioning.place_abstract(
-      variables_lib.abstract_variables(model, config.data.image_size),
-      mesh,
-      config.partitioning.rules,
-      config.partitioning.fsdp_min_size,
-  )
-  abstract = {
-      path: x
-      for path, x in traverse_util.flatten_dict(abstract, sep='/').items()
-      if not (decoder_only and _encodes(path))
-  }
+def write_arrays(
+    path: pathlib.Path,
+    variables: Mapping[str, Any],
+    is_kept: Callable[[str], bool] = lambda path: True,
+) -> dict[str, np.ndarray]:
+  """Writes variables by path as safetensors, atomically; returns them."""
+  flat = traverse_util.flatten_dict(dict(variables), sep='/')
+  arrays = {name: np.asarray(x) for name, x in flat.items() if is_kept(name)}
+  workdirs.write_bytes(path, safetensors.numpy.save(arrays))
+  return arrays
+
+
+def read_arrays(
+    path: pathlib.Path, abstract: Any, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+  """Reads variables that `write_arrays` wrote onto devices.
+
+  Args:
+    path: of the file.
+    abstract: tree of shapes and dtypes with shardings.
+    hashes: hash of each variable by path (`integrity.hash_arrays`).
+
+  Returns:
+    The tree of variables.
+
+  Raises:
+    ValueError: a corrupted file, or variables of another model.
+  """
+  abstract = traverse_util.flatten_dict(dict(abstract), sep='/')
   try:
-    arrays = safetensors.numpy.load_file(folder / WEIGHTS)
+    arrays = safetensors.numpy.load_file(path)
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise ValueError(
-        f'{folder / WEIGHTS} cannot be read: {error}. Copy the folder again.'
+        f'{path} cannot be read: {error}. Copy the folder again.'
     ) from error
   if lines := integrity.compare(
       integrity.describe_arrays(arrays), integrity.describe_arrays(abstract)
   ):
     raise ValueError(
         '\n  '.join([
-            f'{folder / WEIGHTS} belongs to another model than {CONFIG}'
+            f'{path} belongs to another model than {CONFIG}'
             ' (weights -> config):',
             *lines,
         ])
     )
-  return {
-      path: jax.make_array_from_callback(
-          x.shape, abstract[path].sharding, lambda index, x=x: x[index]
+  arrays = {
+      name: jax.make_array_from_callback(
+          x.shape, abstract[name].sharding, lambda index, x=x: x[index]
       )
-      for path, x in arrays.items()
+      for name, x in arrays.items()
   }
+  # One by one: `hash_arrays` has the order of a tree.
+  given = {x: integrity.hash_arrays({x: y})[x] for x, y in arrays.items()}
+  wanted = {x: y for x, y in hashes.items() if x in arrays}
+  if lines := integrity.compare(given, wanted):
+    raise ValueError(
+        '\n  '.join([f'{path} is corrupted (read -> saved):', *lines])
+    )
+  return traverse_util.unflatten_dict(arrays, sep='/')
+
+
+def _abstract(config, model, mesh, decoder_only) -> dict[str, Any]:
+  """Returns shapes and dtypes of the variables with shardings."""
+  abstract = partitioning.place_abstract(
+      variables_lib.abstract_variables(model, config.data.image_size),
+      mesh,
+      config.partitioning.rules,
+      config.partitioning.fsdp_min_size,
+  )
+  flat = traverse_util.flatten_dict(abstract, sep='/')
+  return traverse_util.unflatten_dict(
+      {
+          path: x
+          for path, x in flat.items()
+          if not (decoder_only and _encodes(path))
+      },
+      sep='/',
+  )
 
 
 def _encodes(path: str) -> bool:
   return path.split('/')[1] in _ENCODERS
 
 
-def _without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the config with paths, which are private, cut to their names."""
+  known = config_loading.fields_of(config)
+  paths = {name for name, field in known.items() if field.rule.is_path}
   config = json.loads(config_loading.config_to_json(config))
   flat = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
   for name, value in flat.items():
-    if isinstance(value, str) and name in config_schema.PATHS:
+    if isinstance(value, str) and name in paths:
       flat[name] = pathlib.PurePath(value).name
   return traverse_util.unflatten_dict(flat, sep='.')
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
   """Returns an evaluation without its command, paths cut to their names."""
   if isinstance(value, Mapping):
     return {
-        name: _without_places(x)
+        name: without_places(x)
         for name, x in value.items()
         if name != 'command'
     }
   if isinstance(value, list | tuple):
-    return [_without_places(x) for x in value]
+    return [without_places(x) for x in value]
   if isinstance(value, str) and os.path.isabs(value):
     return pathlib.PurePath(value).name
   return value
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object of a file that has to exist."""
   content = workdirs.read_json(path)
   if content is None:
     raise ValueError(

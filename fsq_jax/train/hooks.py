@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from absl import logging
 import jax
 
 from fsq_jax.checkpoints import checkpointer as checkpointers
-from fsq_jax.evaluation import evaluator as evaluators
-from fsq_jax.evaluation import results as results_lib
 from fsq_jax.runtime import host
 from fsq_jax.runtime import preemption
 from fsq_jax.train import loop
@@ -91,9 +89,11 @@ class Log(loop.Hook):
       return
     names = [name for name, x in scalars.items() if not math.isfinite(x)]
     images = ', '.join(map(self.describe_image, indices[:_NUM_NAMED]))
+    tokens = ''
+    if 'invalid_tokens' in scalars:
+      tokens = f' ({scalars["invalid_tokens"]:.1%} of the tokens from NaN)'
     message = (
-        f'Step {step}: {" and ".join(names)} not finite'
-        f' ({scalars["invalid_tokens"]:.1%} of the tokens from NaN), update'
+        f'Step {step}: {" and ".join(names)} not finite{tokens}, update'
         f' skipped, {bad_steps} in a row. Images: {images} ...'
     )
     logging.warning(message)
@@ -168,6 +168,28 @@ class Stop(loop.Hook):
     raise loop.Preempted(step)
 
 
+class Evaluation(Protocol):
+  """Results of an evaluation."""
+
+  def scalars(self) -> Mapping[str, float]:
+    """Returns the numbers of a row of metrics.jsonl."""
+
+  def summary(self) -> str:
+    """Returns the most important numbers in one line."""
+
+  def write(self, folder: pathlib.Path, step: int) -> Any:
+    """Writes evaluation.json and pictures of a step."""
+
+
+class Evaluator(Protocol):
+  """Evaluates variables on the held-out split."""
+
+  def run(
+      self, variables: Any, *, before_batch: Callable[[], None]
+  ) -> Evaluation:
+    """Evaluates variables; `before_batch` may raise an error to stop."""
+
+
 @dataclasses.dataclass
 class Evaluate(loop.Hook):
   """Evaluates every N steps, at the end, and after a stop that prevented it.
@@ -183,7 +205,7 @@ class Evaluate(loop.Hook):
     is_evaluated: whether a step was saved with its evaluation.
   """
 
-  evaluator: evaluators.Evaluator
+  evaluator: Evaluator
   log: Log
   stop: Stop
   folder: pathlib.Path
@@ -221,7 +243,7 @@ class Evaluate(loop.Hook):
     )
     scalars = result.scalars()
     if self.log.writer is not None:
-      results_lib.write_evaluation(self.folder, step, result)
+      result.write(self.folder, step)
       if not self._is_written(step):
         self.log.writer.write(step, 'eval', scalars)
     self.log.progress.say(f'Step {step}: {result.summary()}')

@@ -1,6 +1,6 @@
 """Record of a run: saved with its checkpoints, checked when it resumes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
@@ -14,10 +14,6 @@ from fsq_jax.checkpoints import checkpointer as checkpointers
 from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import loading as config_loading
 from fsq_jax.data import builder as data_builder
-from fsq_jax.data import pipelines
-from fsq_jax.quantizers import base
-from fsq_jax.quantizers import specs
-from fsq_jax.train import frozen_networks
 from fsq_jax.train import state as train_state
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import provenance
@@ -25,21 +21,23 @@ from fsq_jax.workdir import provenance
 
 @dataclasses.dataclass
 class RunRecord:
-  """Config, quantizer, frozen networks, data set and input of a run.
+  """Config, fixed parts, data set and input of a run.
 
   Attributes:
     config: the whole config.
-    quantizer: of the model.
-    networks: frozen networks of the losses.
-    dataset: the training split.
+    parts: JSON values of what else the result depends on: 'quantizer', the
+      spec, and hashes of files.
+    check_parts: takes the record of a checkpoint; raises a ValueError if its
+      parts are others.
+    dataset: the training split: num_examples, fingerprint and iterator().
     iterator: over the data set, the input of the training loop.
     started_from: where the initial variables came from, for run.json.
   """
 
   config: ml_collections.ConfigDict
-  quantizer: base.Quantizer
-  networks: frozen_networks.Networks
-  dataset: pipelines.Dataset
+  parts: Mapping[str, Any]
+  check_parts: Callable[[Mapping[str, Any]], None]
+  dataset: Any
   started_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -49,8 +47,7 @@ class RunRecord:
     """Returns the record that a checkpoint holds, JSON-able."""
     return {
         'config': json.loads(config_loading.config_to_json(self.config)),
-        'quantizer': self.quantizer.spec(),
-        'networks': self.networks.hashes,
+        **self.parts,
         'fingerprint': dict(self.dataset.fingerprint),
         'iterator': self.iterator.get_state(),
     }
@@ -73,7 +70,8 @@ class RunRecord:
       The restored checkpoint; None without one.
 
     Raises:
-      ValueError: a checkpoint of another config, data set or frozen network.
+      ValueError: a checkpoint of another config, of other parts, or of another
+        data set.
     """
 
     def check(saved: Mapping[str, Any]) -> train_state.TrainState:
@@ -82,8 +80,7 @@ class RunRecord:
           self.config,
           allow_config_change=allow_config_change,
       )
-      specs.check_same_spec(saved['quantizer'], self.quantizer.spec())
-      self.networks.check_same(saved['networks'])
+      self.check_parts(saved)
       if not allow_config_change:
         self._check_data(saved)
       return abstract
@@ -114,8 +111,9 @@ class RunRecord:
       mesh: from `partitioning.create_mesh`.
       compile_seconds: time that compiling the training step took.
     """
+    hashes = dict(self.parts)
+    quantizer = hashes.pop('quantizer')
     num_frozen = train_state.num_parameters(state.frozen_params)
-    record = self.current()
     files = {
         workdirs.RUN: {
             **provenance.describe(),
@@ -127,11 +125,11 @@ class RunRecord:
             'num_train_examples': self.dataset.num_examples,
             'first_step': int(state.step),
             'started_from': self.started_from,
-            'networks': self.networks.hashes,
+            **hashes,
             'compile_seconds': round(compile_seconds, 2),
         },
-        workdirs.CONFIG: record['config'],
-        workdirs.QUANTIZER: record['quantizer'],
+        workdirs.CONFIG: self.current()['config'],
+        workdirs.QUANTIZER: quantizer,
     }
     for name, content in files.items():
       workdirs.write_json(folder / name, content)

@@ -1,6 +1,8 @@
 """The train state, created with its shardings."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import types
 from typing import Any
 
 from absl import logging
@@ -92,8 +94,80 @@ class TrainState(struct.PyTreeNode):
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+  """The update of the parameters of a state by their gradients.
+
+  Attributes:
+    optimizer: of the parameters.
+    schedule: learning rate of the optimizer, for the scalars.
+    ema_decay: upper bound of the decay of `ema_params`.
+  """
+
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  ema_decay: float
+
+  def apply(
+      self,
+      state: TrainState,
+      gradients: Any,
+      scalars: Mapping[str, jax.Array],
+      *,
+      checked: Sequence[str] = ('loss', 'gradient_norm'),
+      changed: Mapping[str, Any] = types.MappingProxyType({}),
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the next state, and all scalars of the step.
+
+    Args:
+      state: before the step.
+      gradients: of the trainable parameters.
+      scalars: of the step.
+      checked: names of the scalars which have to be finite; otherwise only the
+        counters of the state change.
+      changed: other fields after the step.
+    """
+    updates, opt_state = self.optimizer.update(
+        gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    scalars = {
+        **scalars,
+        'gradient_norm': optax.tree.norm(gradients),
+        'learning_rate': self.schedule(state.num_updates),
+    }
+    state = state.after_step(
+        jnp.all(jnp.isfinite(jnp.stack([scalars[x] for x in checked]))),
+        params=params,
+        ema_params=state.average(params, self.ema_decay),
+        opt_state=opt_state,
+        **changed,
+    )
+    counters = ('bad_steps', 'skipped_steps')
+    return state, scalars | {name: getattr(state, name) for name in counters}
+
+
+def build_update(
+    optimizer: optax.GradientTransformation,
+    config: Mapping[str, Any],
+    num_steps: int,
+) -> Update:
+  """Builds the update of the section optim of a config.
+
+  Args:
+    optimizer: from `optim.build_optimizer` of the same section.
+    config: the section.
+    num_steps: steps of the whole run.
+  """
+  return Update(
+      optimizer=optimizer,
+      schedule=optim.build_schedule(config, num_steps),
+      ema_decay=config['ema_decay'],
+  )
+
+
 class StateBuilder:
-  """Creates the train state of a config with its shardings.
+  """Creates train states with their shardings.
 
   No device or host ever holds a full copy of a sharded array.
 
@@ -107,29 +181,33 @@ class StateBuilder:
 
   def __init__(
       self,
-      config: ml_collections.ConfigDict,
-      model: nn.Module,
+      init_variables: Callable[[], dict[str, Any]],
       optimizer: optax.GradientTransformation,
       mesh: jax.sharding.Mesh,
+      partitioning_options: ml_collections.ConfigDict,
+      *,
+      frozen: tuple[str, ...] = (),
+      init_others: Callable[[Any], dict[str, Any]] = lambda params: {},
   ):
     """Traces the initialization.
 
     Args:
-      config: the whole config.
-      model: from `models.build_autoencoder` of the same config.
-      optimizer: from `optim.build_optimizer` of the same config.
+      init_variables: initializes the model's variables.
+      optimizer: of the trainable parameters.
       mesh: from `partitioning.create_mesh`.
+      partitioning_options: the section partitioning of a config.
+      frozen: regular expressions of the frozen parameters.
+      init_others: from the trainable parameters to the fields teacher_params
+        and adversary of the state, {} by default.
     """
-    self._config = config
-    self._model = model
+    self._init_variables = init_variables
     self._optimizer = optimizer
     self._mesh = mesh
-    self._adversary = adversary_builder.build_adversary(
-        config, optim.build_discriminator_optimizer(config)
-    )
-    rules = config.partitioning.rules, config.partitioning.fsdp_min_size
+    self._frozen = frozen
+    self._init_others = init_others
+    rules = partitioning_options.rules, partitioning_options.fsdp_min_size
     self.abstract_variables = partitioning.place_abstract(
-        jax.eval_shape(self._init_variables), mesh, *rules
+        jax.eval_shape(init_variables), mesh, *rules
     )
     self.abstract = partitioning.place_abstract(
         jax.eval_shape(self._init, {}), mesh, *rules
@@ -149,36 +227,24 @@ class StateBuilder:
         self._init, out_shardings=self.shardings, donate_argnums=0
     )
 
-  def _init_variables(self) -> dict[str, Any]:
-    shape = (1, *self._config.data.image_size, 3)
-    key = jax.random.key(self._config.seed)
-    return dict(self._model.init(key, jnp.zeros(shape, jnp.float32)))
-
   def _init(self, loaded: Mapping[str, jax.Array]) -> TrainState:
     variables = traverse_util.flatten_dict(self._init_variables(), sep='/')
     model_state = traverse_util.unflatten_dict(variables | loaded, sep='/')
     params, frozen = parameter_paths.split_frozen(
-        model_state.pop('params'), tuple(self._config.optim.frozen)
+        model_state.pop('params'), self._frozen
     )
-    teacher, adversary_state = {}, {}
-    if self._config.losses.distillation_weight:
-      teacher = _copy_encoder(params)
-    if self._adversary is not None:
-      # Another key than the model's.
-      key = jax.random.fold_in(jax.random.key(self._config.seed), 1)
-      adversary_state = self._adversary.init(key)
+    others = {'teacher_params': {}, 'adversary': {}}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen_params=frozen,
-        teacher_params=teacher,
         model_state=model_state,
         # A copy: the donated state must not contain one buffer twice.
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=self._optimizer.init(params),
-        adversary=adversary_state,
         bad_steps=jnp.zeros((), jnp.int32),
         skipped_steps=jnp.zeros((), jnp.int32),
+        **(others | self._init_others(params)),
     )
 
   def create(self, loaded: Mapping[str, Any] | None = None) -> TrainState:
@@ -206,36 +272,79 @@ class StateBuilder:
     return self._jitted_init(loaded)
 
   def compile_step(
-      self, step: Callable[..., Any], network_variables: Any
+      self, step: Callable[..., Any], *inputs: Any
   ) -> jax.stages.Compiled:
     """Compiles a training step, which donates its state.
 
     Args:
-      step: from `step.build_train_step`.
-      network_variables: variables of the frozen networks, on their devices.
+      step: maps the state and the inputs to the next state and scalars.
+      *inputs: trees of arrays, or of shapes and dtypes, with shardings.
 
     Returns:
-      The compiled step. It takes [B, H, W, 3] uint8 images of the config's
-      batch and image size; its scalars are replicated.
+      The compiled step; its scalars are replicated.
     """
-    batch_sharding = partitioning.batch_sharding(self._mesh)
     jitted = jax.jit(
         step,
         in_shardings=(
-            self.shardings,
-            batch_sharding,
-            jax.tree.map(lambda x: x.sharding, network_variables),
+            self.shardings, *jax.tree.map(lambda x: x.sharding, inputs)
         ),
         out_shardings=(self.shardings, partitioning.replicated(self._mesh)),
         donate_argnums=0,
     )
-    options = self._config.data
-    images = jax.ShapeDtypeStruct(
-        (options.batch_size, *options.image_size, 3),
-        np.uint8,
-        sharding=batch_sharding,
-    )
-    return jitted.lower(self.abstract, images, network_variables).compile()
+    return jitted.lower(self.abstract, *inputs).compile()
+
+
+def build_state_builder(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> StateBuilder:
+  """Returns the builder of the train state of an autoencoder.
+
+  Args:
+    config: the whole config.
+    model: from `models.build_autoencoder` of the same config.
+    optimizer: from `optim.build_optimizer` of the same config.
+    mesh: from `partitioning.create_mesh`.
+  """
+  adversary = adversary_builder.build_adversary(
+      config, optim.build_discriminator_optimizer(config)
+  )
+  key = jax.random.key(config.seed)
+
+  def init_variables() -> dict[str, Any]:
+    shape = (1, *config.data.image_size, 3)
+    return dict(model.init(key, jnp.zeros(shape, jnp.float32)))
+
+  def init_others(params: Any) -> dict[str, Any]:
+    others = {}
+    if config.losses.distillation_weight:
+      others['teacher_params'] = _copy_encoder(params)
+    if adversary is not None:
+      # Another key than the model's.
+      others['adversary'] = adversary.init(jax.random.fold_in(key, 1))
+    return others
+
+  return StateBuilder(
+      init_variables,
+      optimizer,
+      mesh,
+      config.partitioning,
+      frozen=tuple(config.optim.frozen),
+      init_others=init_others,
+  )
+
+
+def abstract_images(
+    data: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> jax.ShapeDtypeStruct:
+  """Returns shape, dtype and sharding of a batch of the section data."""
+  return jax.ShapeDtypeStruct(
+      (data.batch_size, *data.image_size, 3),
+      np.uint8,
+      sharding=partitioning.batch_sharding(mesh),
+  )
 
 
 def num_parameters(params: Any) -> int:

@@ -40,26 +40,22 @@ class TrainStep:
 
   Attributes:
     model: the autoencoder.
-    optimizer: of the model.
-    schedule: learning rate of the optimizer, for the scalars.
     image_loss: the losses on images that need no discriminator.
     quantizer_weight: of the quantizer's loss.
     distillation_weight: of the distillation loss; 0 for none.
     adversary: discriminator training; None without a discriminator.
+    update: of the model's parameters.
     seed: random numbers depend on seed and step only.
-    ema_decay: upper bound of the decay of `ema_params`.
     accumulation_steps: parts of a batch, whose gradients are averaged.
   """
 
   model: nn.Module
-  optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
   image_loss: losses.ImageLoss
   quantizer_weight: float
   distillation_weight: float
   adversary: adversaries.Adversary | None
+  update: train_state.Update
   seed: int
-  ema_decay: float
   accumulation_steps: int
 
   def take_step(
@@ -200,14 +196,6 @@ class TrainStep:
 
   def _update(self, state, gradients, scalars, changed):
     """Returns the next state, unchanged if anything is not finite."""
-    updates, opt_state = self.optimizer.update(
-        gradients.model, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    scalars |= {
-        'gradient_norm': optax.tree.norm(gradients.model),
-        'learning_rate': self.schedule(state.num_updates),
-    }
     checked = ['loss', 'gradient_norm']
     if self.adversary is not None:
       changed['adversary'] = self.adversary.update(
@@ -216,15 +204,9 @@ class TrainStep:
       norm = optax.tree.norm(gradients.discriminator)
       scalars['discriminator_gradient_norm'] = norm
       checked += ['discriminator_loss', 'discriminator_gradient_norm']
-    state = state.after_step(
-        jnp.all(jnp.isfinite(jnp.stack([scalars[x] for x in checked]))),
-        params=params,
-        ema_params=state.average(params, self.ema_decay),
-        opt_state=opt_state,
-        **changed,
+    return self.update.apply(
+        state, gradients.model, scalars, checked=checked, changed=changed
     )
-    counters = ('bad_steps', 'skipped_steps')
-    return state, scalars | {name: getattr(state, name) for name in counters}
 
 
 def build_train_step(
@@ -251,18 +233,16 @@ def build_train_step(
   options = config['losses']
   return TrainStep(
       model=model,
-      optimizer=optimizer,
-      schedule=optim.build_schedule(
-          config['optim'], config['train']['num_steps']
-      ),
       image_loss=losses.build_image_loss(options, perceptual),
       quantizer_weight=options['quantizer_weight'],
       distillation_weight=options['distillation_weight'],
       adversary=adversary_builder.build_adversary(
           config, optim.build_discriminator_optimizer(config)
       ),
+      update=train_state.build_update(
+          optimizer, config['optim'], config['train']['num_steps']
+      ),
       seed=config['seed'],
-      ema_decay=config['optim']['ema_decay'],
       accumulation_steps=config['optim']['accumulation_steps'],
   ).take_step
 

@@ -93,7 +93,7 @@ def _build(text, mesh=(1, 1), learning_rate=1.0):
   model = models.build_autoencoder(config.model, config.data.image_size)
   # Plain descent: what moves is what has a gradient, by as much.
   optimizer = optax.sgd(learning_rate)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   has_perceptual = config.losses.perceptual.name != 'none'
   whole = partitioning.replicated(mesh)
   step = jax.jit(
@@ -599,7 +599,7 @@ def test_a_discriminators_start_hardly_disturbs_the_reconstructions():
   mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   step = jax.jit(
       train_step.build_train_step(model, optimizer, config), donate_argnums=0
   )

@@ -44,7 +44,7 @@ def _builder(data, fsdp):
   )
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  return train_state.StateBuilder(config, model, optimizer, mesh)
+  return train_state.build_state_builder(config, model, optimizer, mesh)
 
 
 def _shard_shape(state):

@@ -224,7 +224,7 @@ def test_the_whole_training_step_fits_together_at_full_size(name):
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   module, variables = _abstract_networks(config)
   images = jax.ShapeDtypeStruct((2, *config.data.image_size, 3), jnp.uint8)
   step = train_step.build_train_step(model, optimizer, config, module)
@@ -504,7 +504,7 @@ def _two_steps(text):
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   frozen = frozen_networks.load_networks(config, mesh)
   before = jax.device_get(frozen.variables)
   step = jax.jit(

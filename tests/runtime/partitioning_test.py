@@ -63,7 +63,7 @@ def _builder(mesh, field='seed', value=0):
   config.update_from_flattened_dict({field: value})
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  return train_state.StateBuilder(config, model, optimizer, mesh)
+  return train_state.build_state_builder(config, model, optimizer, mesh)
 
 
 @pytest.fixture(scope='module')
@@ -294,7 +294,7 @@ def test_teacher_and_adversary_follow_their_parameters():
   config.discriminator.patch.channels = 32
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(
+  builder = train_state.build_state_builder(
       config, model, optimizer, _mesh(2, 2, 2)
   )
   specs = _specs(builder.shardings.params)
@@ -334,7 +334,7 @@ def test_steps_on_a_tensor_mesh_are_those_of_one_device(
       _mesh(2, 2, 2),
       partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1]),
   ):
-    builder = train_state.StateBuilder(config, model, optimizer, mesh)
+    builder = train_state.build_state_builder(config, model, optimizer, mesh)
     jitted = jax.jit(
         step,
         in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),

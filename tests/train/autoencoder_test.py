@@ -151,7 +151,7 @@ def _read_state(config, folder, step=None):
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   checkpointer = checkpoints.Checkpointer(folder)
   state = checkpointer.restore(
       step or checkpointer.latest_step, builder.abstract

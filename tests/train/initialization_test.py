@@ -77,7 +77,7 @@ def _build(config):
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  return model, train_state.StateBuilder(config, model, optimizer, mesh), mesh
+  return model, train_state.build_state_builder(config, model, optimizer, mesh), mesh
 
 
 def _start(config):

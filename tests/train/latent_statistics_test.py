@@ -192,7 +192,7 @@ def test_the_encoder_may_be_that_of_a_run(config, latents, tmp_path):
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   initializer = initialization.Initializer(config, model)
   state = builder.create(initializer.load(builder.abstract_variables, mesh))
   checkpointer = checkpoints.Checkpointer(tmp_path / 'run')

@@ -57,7 +57,7 @@ def builder():
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  return train_state.StateBuilder(config, model, optimizer, mesh)
+  return train_state.build_state_builder(config, model, optimizer, mesh)
 
 
 def test_the_optimizer_state_is_sharded_as_its_parameters(builder):

@@ -89,7 +89,7 @@ def _build(
   model = models.build_autoencoder(config.model, config.data.image_size)
   if optimizer is None:
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  builder = train_state.StateBuilder(config, model, optimizer, mesh)
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
   step = jax.jit(
       step_lib.build_train_step(wrap(model), optimizer, config),
       in_shardings=(builder.shardings, partitioning.batch_sharding(mesh)),

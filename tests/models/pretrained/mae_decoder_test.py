@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fsq_jax import configuration
+from fsq_jax.configuration import schema
 from fsq_jax import models
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import mae_decoder
@@ -315,7 +316,7 @@ def test_names_are_those_of_the_rules():
       ('preset', {'none', *mae_decoder.PRESETS}),
       ('normalization', set(mae_decoder.NORMALIZATIONS)),
   ):
-    rule = configuration.find_rule(f'model.decoder.mae.{field}')
+    rule = schema.FIELDS[f'model.decoder.mae.{field}'].rule
     assert rule.allowed == f'one of {sorted(names)}'
 
 
@@ -348,7 +349,7 @@ def test_training_moves_every_parameter_and_no_constant():
   model = _build(config)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  before = train_state.StateBuilder(config, model, optimizer, mesh).create()
+  before = train_state.build_state_builder(config, model, optimizer, mesh).create()
   step = jax.jit(train_step.build_train_step(model, optimizer, config))
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)

@@ -1,0 +1,179 @@
+"""The token files of a generator: found, or made by its tokenizer."""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from fsq_jax.configuration import errors
+from fsq_jax.generators import builder
+from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.tokens import source as sources
+from fsq_jax.tokens import tokenization
+
+_SPLITS = ('train', 'eval')
+
+
+class TokenFiles(NamedTuple):
+  """Token files and the tokenizer that made them.
+
+  Attributes:
+    train: tokens of the training images.
+    eval: tokens of the held-out images.
+    format: of both.
+    tokenizer: decodes them; None without tokens.tokenizer.
+  """
+
+  train: sources.TokenSource
+  eval: sources.TokenSource
+  format: builder.TokenFormat
+  tokenizer: tokenizers.Tokenizer | None
+
+  def describe(self) -> dict[str, Any]:
+    """Returns folder, number of images and hash of both, as JSON values."""
+    return {
+        split: {
+            'folder': str(source.folder),
+            'num_images': len(source),
+            'sha256': hash_files(source),
+        }
+        for split, source in (('train', self.train), ('eval', self.eval))
+    }
+
+
+class TokenArrays(NamedTuple):
+  """Tokens of several images on the host.
+
+  Attributes:
+    tokens: [n, N] int32.
+    labels: [n] int32, -1 for no class.
+  """
+
+  tokens: np.ndarray
+  labels: np.ndarray
+
+
+def open_files(config: ml_collections.ConfigDict) -> TokenFiles:
+  """Opens the token files of a config; makes those that are missing.
+
+  Args:
+    config: the whole config of a generator; paths are absolute.
+
+  Raises:
+    ValueError: there is no such tokenizer, files are corrupted, of another
+      tokenizer, or of different formats.
+    Interrupted: by a signal while files are made.
+  """
+  options = config.tokens
+  tokenizer = load_tokenizer(config)
+  found = {}
+  for split in _SPLITS:
+    folder = options[split]
+    if not folder:
+      with errors.about(f'tokens.{split}'):
+        folder = _make(options, tokenizer, split)
+    with errors.about(f'tokens.{split}'):
+      found[split] = sources.TokenSource(folder)
+      if tokenizer is not None:
+        found[split].check_decodable(tokenizer.spec, tokenizer.model_hash)
+  formats = {}
+  for split, source in found.items():
+    with errors.about(f'tokens.{split}'):
+      formats[split] = builder.TokenFormat.from_manifest(source.manifest)
+  if lines := _differences(*formats.values()):
+    raise ValueError(
+        '\n  '.join([
+            'The token files tokens.train and tokens.eval are of different'
+            ' tokens (train -> eval); use one tokenizer for both:',
+            *lines,
+        ])
+    )
+  return TokenFiles(**found, format=formats['train'], tokenizer=tokenizer)
+
+
+def load_tokenizer(
+    config: ml_collections.ConfigDict,
+) -> tokenizers.Tokenizer | None:
+  """Loads the tokenizer of a generator's config; None if it has none."""
+  options = config.tokens
+  if not options.tokenizer:
+    return None
+  with errors.about('tokens.tokenizer'):
+    return tokenizers.load_tokenizer(
+        options.tokenizer, options.checkpoint, options.eval_batch_size
+    )
+
+
+def _make(
+    options: ml_collections.ConfigDict,
+    tokenizer: tokenizers.Tokenizer,
+    split: str,
+) -> pathlib.Path:
+  """Returns the folder of a split of the tokenizer's images, tokenized."""
+  config = tokenizer.config.copy_and_resolve_references()
+  config.tokenize.split = split
+  config.tokenize.fit = 'crop'
+  config.tokenize.views = options.train_views if split == 'train' else 1
+  folder = tokenization.default_folder(config, options.tokenizer)
+  if not tokenization.is_complete(folder):
+    tokenization.tokenize_workdir(
+        config, options.tokenizer, which=options.checkpoint, folder=folder
+    )
+  return folder
+
+
+def hash_files(source: sources.TokenSource) -> str:
+  """Returns a sha256 of the hashes of all files of a folder."""
+  text = ' '.join(shard.sha256 for shard in source.manifest.shards)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(
+    source: sources.TokenSource, indices: Sequence[int]
+) -> TokenArrays:
+  """Reads the tokens of some images."""
+  examples = [source[int(i)] for i in indices]
+  grid = source.manifest.grid
+  return TokenArrays(
+      np.array([x.tokens for x in examples], np.int32).reshape(
+          len(examples), grid[0] * grid[1]
+      ),
+      np.array([x.label for x in examples], np.int32),
+  )
+
+
+def select(num_images: int, limit: int) -> np.ndarray:
+  """Returns at most `limit` image numbers at regular intervals; 0 is all."""
+  if not limit or limit >= num_images:
+    return np.arange(num_images)
+  return np.linspace(0, num_images, limit, endpoint=False).astype(np.int64)
+
+
+def check_same(
+    saved: Mapping[str, Any], current: builder.TokenFormat
+) -> None:
+  """Raises ValueError if a generator was trained on tokens of another format.
+
+  Args:
+    saved: 'tokens' of the record of a checkpoint.
+    current: format of the tokens to be used.
+  """
+  if lines := _differences(builder.TokenFormat.from_json(saved), current):
+    raise ValueError(
+        '\n  '.join([
+            'The generator was trained on other tokens (trained on -> given);'
+            ' give the tokenizer and checkpoint that made its tokens'
+            ' (tokens.tokenizer, tokens.checkpoint):',
+            *lines,
+        ])
+    )
+
+
+def _differences(
+    first: builder.TokenFormat, second: builder.TokenFormat
+) -> list[str]:
+  pairs = zip(first._fields, first, second, strict=True)
+  return [f'{name}: {a!r} -> {b!r}' for name, a, b in pairs if a != b]
