@@ -220,16 +220,11 @@ def _draw_levels(axes: Any, levels: Mapping[str, float]) -> None:
   levels = sorted(levels.items(), key=lambda level: level[1])
   for _, y in levels:
     axes.axhline(y, color=_TEXT_COLOR, lw=0.9, ls='--', alpha=0.55)
-  # Labels are moved up where they would overlap, then down into the axes.
   low, high = axes.get_ylim()
-  heights = [(y - low) / (high - low) for _, y in levels]
-  for i in range(1, len(heights)):
-    heights[i] = max(heights[i], heights[i - 1] + _LABEL_DISTANCE)
-  limit = 1.0
-  for i in reversed(range(len(heights))):
-    heights[i] = min(heights[i], limit)
-    limit = heights[i] - _LABEL_DISTANCE
-  for (name, y), height in zip(levels, heights, strict=True):
+  height = -math.inf
+  for name, y in levels:
+    # Labels are moved up where they would overlap.
+    height = max((y - low) / (high - low), height + _LABEL_DISTANCE)
     axes.annotate(
         f'{name} {y:.2f}',
         (1, y),

@@ -321,7 +321,7 @@ def test_an_autoencoder_has_its_own_page(workdir):
 def test_baselines_are_lines_at_their_height():
   bits = [8.0, 5.0, 4.0]
   rows = [{'step': i, 'bits_per_token': x} for i, x in enumerate(bits)]
-  svg = curves.render({'train': [], 'eval': rows}, {'a $b': 6.5, '<c>': 6.4})
+  svg = curves.render({'train': [], 'eval': rows}, {'a $b$': 6.5, '<c>': 6.4})
   marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*#3f7fd6', svg)
   y = np.array(marks, float)[:3, 1]
   lines = re.findall(
@@ -333,7 +333,7 @@ def test_baselines_are_lines_at_their_height():
   # Labels do not overlap: 8 points of text.
   low, high = (
       float(re.search(rf'y="([\d.]+)"[^>]*>{label}</text>', svg)[1])
-      for label in ('&lt;c&gt; 6.40', r'a \$b 6.50')
+      for label in ('&lt;c&gt; 6.40', r'a \$b\$ 6.50')
   )
   assert low - high > 8
 
