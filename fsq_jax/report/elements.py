@@ -7,7 +7,14 @@ import math
 import struct
 
 # Decimals of metrics; other numbers have at most four significant digits.
-_DECIMALS = {'psnr': 2, 'ssim': 3, 'ssim_uniform': 3, 'perplexity': 1}
+_DECIMALS = {
+    'psnr': 2,
+    'ssim': 3,
+    'ssim_uniform': 3,
+    'perplexity': 1,
+    'bits_per_image': 1,
+    'generalization_gap': 2,
+}
 _BITS_DECIMALS = 2
 # Most numbers along the axis of a histogram.
 _MAX_TICKS = 8
@@ -99,14 +106,21 @@ def heat_cell(text: str, strength: float, title: str) -> str:
   )
 
 
-def number(name: str, value: float | None) -> str:
-  """Formats a value of a metric; missing and infinite ones as a dash."""
+def number(name: str, value: float | str | None) -> str:
+  """Formats a value of a metric; missing and infinite ones as a dash.
+
+  Args:
+    name: of the metric, which has the number of decimals.
+    value: of the metric; texts are returned as they are.
+  """
+  if value is not None and not isinstance(value, int | float):
+    return str(value)
   if value is None or not math.isfinite(value):
     return '\N{EN DASH}'
   if isinstance(value, int):
     return f'{value:,}'
   decimals = _DECIMALS.get(name)
-  if decimals is None and '_bits' in name:
+  if decimals is None and 'bits' in name.split('_'):
     decimals = _BITS_DECIMALS
   return f'{value:.4g}' if decimals is None else f'{value:,.{decimals}f}'
 

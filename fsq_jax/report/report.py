@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from fsq_jax.report import generator_page
 from fsq_jax.report import page
+from fsq_jax.report import sections
 from fsq_jax.workdir import files as workdir_files
 from fsq_jax.workdir import metric_log
 
@@ -27,8 +29,9 @@ def write_report(
 
   Args:
     workdir: folder with any of config.json, quantizer.json, run.json,
-      metrics.jsonl, evaluation.json, codebook.json and
-      reconstructions/step_*.png.
+      metrics.jsonl, evaluation.json, codebook.json, and the pictures
+      reconstructions/step_*.png; of a generator, whose config has a section
+      tokens, samples/step_*.png.
     output: folder for the page; its files take precedence over files of the
       workdir. None is the workdir.
 
@@ -37,13 +40,14 @@ def write_report(
   """
   output = os.fspath(workdir if output is None else output)
   run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
-  text = page.render(run)
+  pages = generator_page if 'tokens' in run.config else page
+  text = pages.render(run)
   path = os.path.join(output, 'report.html')
   workdir_files.write_bytes(path, text.encode('utf-8', 'replace'))
   return path
 
 
-def _read_workdir(workdir: str, output: str) -> page.Run:
+def _read_workdir(workdir: str, output: str) -> sections.Run:
   def find(name: str) -> str:
     written = os.path.join(output, name)
     return written if os.path.exists(written) else os.path.join(workdir, name)
@@ -66,15 +70,16 @@ def _read_workdir(workdir: str, output: str) -> page.Run:
         f'Single images and the codebook are of step {analysis["step"]},'
         f' everything else is of step {step}; --mode=report updates them.'
     )
-  photographs, frames = _read_pictures(find('reconstructions'), notices)
-  return page.Run(
+  folder = 'samples' if 'tokens' in files['config'] else 'reconstructions'
+  pictures, frames = _read_pictures(find(folder), notices)
+  return sections.Run(
       name=os.path.basename(workdir),
       config=files['config'],
       quantizer=files['quantizer'],
       provenance=files['run'],
       evaluation=files['evaluation'],
       rows=_read_rows(os.path.dirname(find(workdir_files.METRICS))),
-      photographs=photographs,
+      pictures=pictures,
       frames=frames,
       analysis=analysis,
       notices=notices,
@@ -104,17 +109,16 @@ def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
 
 def _read_pictures(
     folder: str, notices: list[str]
-) -> tuple[dict[str, page.Frame], list[page.Frame]]:
-  """Returns the newest photographs by name, and grids evenly spaced in time."""
-  grids, photographs = {}, {}
+) -> tuple[dict[str, sections.Frame], list[sections.Frame]]:
+  """Returns the newest named pictures, and grids evenly spaced in time."""
+  grids, pictures = {}, {}
   for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
     if match := re.fullmatch(r'step_(\d+)(?:_(.+))?\.png', name):
-      step, photograph = int(match[1]), match[2]
       path = os.path.join(folder, name)
-      if photograph is None:
-        grids[step] = path
+      if match[2] is None:
+        grids[int(match[1])] = path
       else:
-        photographs[step, photograph] = path
+        pictures[int(match[1]), match[2]] = path
   if not grids:
     return {}, []
   steps = sorted(grids)
@@ -123,7 +127,7 @@ def _read_pictures(
   positions = np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]
   newest = {
       name: frame
-      for (step, name), path in photographs.items()
+      for (step, name), path in pictures.items()
       if step == steps[-1] and (frame := _read_frame(path, step, notices))
   }
   frames = [
@@ -135,14 +139,14 @@ def _read_pictures(
 
 def _read_frame(
     path: str, step: int, notices: list[str]
-) -> page.Frame | None:
+) -> sections.Frame | None:
   """Returns a PNG; None, and a notice, if it cannot be read."""
   try:
     with open(path, 'rb') as file:
       png = file.read()
     with PIL.Image.open(io.BytesIO(png)) as image:
       image.load()
-      return page.Frame(step, *image.size, png)
+      return sections.Frame(step, *image.size, png)
   except (OSError, SyntaxError) as error:
     notices.append(f'{os.path.basename(path)}: {error}')
     return None

@@ -22,7 +22,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .tiles b { display: block; font-size: 1.65rem; font-weight: 600;
   line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tiles span { display: block; font-size: .82rem; color: var(--soft); }
-.frame { display: block; width: 100%; min-width: 640px; height: auto;
+.frame, .sheet { display: block; max-width: max(640px, 100%); height: auto;
   border-radius: 6px; }
 .frame[hidden] { display: none; }
 .photos { display: grid; gap: 1.25rem;

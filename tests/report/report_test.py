@@ -482,7 +482,7 @@ def test_grid_holds_every_pixel(num, height, width, columns, scale):
   rows = -(-num // columns)
   assert grid.dtype == np.uint8
   assert grid.shape == (
-      rows * (2 * cell[0] + grid_lib._GAP) + (rows - 1) * grid_lib._PAIR_GAP,
+      rows * (2 * cell[0] + grid_lib._GAP) + (rows - 1) * grid_lib._BLOCK_GAP,
       grid_lib._MARGIN + columns * cell[1] + (columns - 1) * grid_lib._GAP,
       3,
   )
@@ -490,7 +490,7 @@ def test_grid_holds_every_pixel(num, height, width, columns, scale):
   white[:, : grid_lib._MARGIN] = False
   for i in range(num):
     left = grid_lib._MARGIN + i % columns * (cell[1] + grid_lib._GAP)
-    top = i // columns * (2 * cell[0] + grid_lib._GAP + grid_lib._PAIR_GAP)
+    top = i // columns * (2 * cell[0] + grid_lib._GAP + grid_lib._BLOCK_GAP)
     for images in (originals, reconstructions):
       place = np.s_[top : top + cell[0], left : left + cell[1]]
       expected = np.kron(images[i], np.ones((scale, scale, 1), np.uint8))
