@@ -13,6 +13,8 @@ from experiments.tpu_compile import hlo_costs
 from fsq_jax import adversarial
 from fsq_jax import configuration
 from fsq_jax import models
+from fsq_jax.generators import builder as generator_builder
+from fsq_jax.generators import training
 from fsq_jax.perceptual import classifiers
 from fsq_jax.perceptual import distance
 from fsq_jax.perceptual import lpips
@@ -20,6 +22,10 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
 from fsq_jax.train import step as train_step
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Classes of the data sets, by name or source.
+_NUM_CLASSES = {'cifar10': 10, 'digits': 10, 'imagenet2012': 1000}
 
 
 class Step(NamedTuple):
@@ -38,10 +44,12 @@ class Step(NamedTuple):
 
 
 def load_config(
-    root: pathlib.Path, name: str, fields: Mapping[str, Any]
+    name: str, batch_size: int, fields: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-  """Loads a config and applies overrides."""
-  config = configuration.load_config(root / 'configs' / f'{name}.py')
+  """Loads a config and sets the global batch size and other fields."""
+  config = configuration.load_config(ROOT / 'configs' / f'{name}.py')
+  inputs = config.tokens if configuration.is_generator(config) else config.data
+  inputs.batch_size = batch_size
   config.update_from_flattened_dict(dict(fields))
   return config.copy_and_resolve_references()
 
@@ -54,33 +62,77 @@ def build_step(
   The frozen loss networks have the shapes, dtypes and shardings of training,
   but no values.
   """
+  if configuration.is_generator(config):
+    return _build_generator_step(config, mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.build_state_builder(config, model, optimizer, mesh)
   module, networks = _abstract_networks(config)
-  min_size = config.partitioning.fsdp_min_size
-  shardings = partitioning.state_shardings(
-      networks, mesh, (('.*', 'fsdp'),), min_size
+  networks = partitioning.place_abstract(
+      networks, mesh, (('.*', 'fsdp'),), config.partitioning.fsdp_min_size
   )
-  networks = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      networks, shardings,
-  )
-  batch_sharding = partitioning.batch_sharding(mesh)
-  images = jax.ShapeDtypeStruct(
-      (config.data.batch_size, *config.data.image_size, 3), jnp.uint8,
-      sharding=batch_sharding,
-  )
-  jitted = jax.jit(
+  lowered = builder.lower_step(
       train_step.build_train_step(model, optimizer, config, module),
-      in_shardings=(builder.shardings, batch_sharding, shardings),
-      out_shardings=(builder.shardings, partitioning.replicated(mesh)),
-      donate_argnums=0,
+      train_state.abstract_images(config.data, mesh),
+      networks,
   )
-  return Step(
-      jitted.lower(builder.abstract, images, networks),
-      sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(builder.abstract)),
-      builder.replicated,
+  return _describe(lowered, builder)
+
+
+def _build_generator_step(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Step:
+  """Lowers the training step of a generator, without token files."""
+  model = generator_builder.build_model(config, find_format(config))
+  optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
+  builder = training.build_state_builder(config, model, optimizer, mesh)
+  lowered = builder.lower_step(
+      training.build_train_step(
+          model, generator_builder.build_objective(config.losses), optimizer,
+          config,
+      ),
+      training.abstract_batch(
+          config.tokens.batch_size, model.num_tokens, mesh
+      ),
+  )
+  return _describe(lowered, builder)
+
+
+def _describe(
+    lowered: jax.stages.Lowered, builder: train_state.StateBuilder
+) -> Step:
+  leaves = jax.tree.leaves(builder.abstract)
+  num_bytes = sum(x.size * x.dtype.itemsize for x in leaves)
+  return Step(lowered, num_bytes, builder.replicated)
+
+
+def find_format(
+    config: ml_collections.ConfigDict,
+) -> generator_builder.TokenFormat:
+  """Returns the token format of a generator's config, without token files.
+
+  The folder tokens.tokenizer has the name of the tokenizer's config, whose
+  model is built abstractly.
+  """
+  stem = pathlib.Path(config.tokens.tokenizer).name
+  tokenizer = configuration.load_config(ROOT / 'configs' / f'{stem}.py')
+  model = models.build_autoencoder(tokenizer.model, tokenizer.data.image_size)
+  images = jax.ShapeDtypeStruct(
+      (1, *tokenizer.data.image_size, 3), jnp.float32
+  )
+  indices, _ = jax.eval_shape(
+      lambda x: model.init_with_output(
+          jax.random.key(0), x, method='encode_to_indices'
+      ),
+      images,
+  )
+  num_classes = _NUM_CLASSES[tokenizer.data.name or tokenizer.data.source]
+  return generator_builder.TokenFormat(
+      quantizer=model.quantizer.spec(),
+      codebook_size=model.quantizer.codebook_size,
+      grid=indices.shape[1:],
+      label_names=tuple(map(str, range(num_classes))),
+      model_hash='',
   )
 
 
@@ -88,7 +140,8 @@ def count_model_flops(config: ml_collections.ConfigDict) -> float:
   """Returns the matmul FLOPs of a step without rematerialization."""
   config = config.copy_and_resolve_references()
   config.model.remat = False
-  config.discriminator.dino.remat = False
+  if not configuration.is_generator(config):
+    config.discriminator.dino.remat = False
   mesh = partitioning.create_mesh(
       {'data': 1, 'fsdp': 1}, jax.devices('cpu')[:1]
   )

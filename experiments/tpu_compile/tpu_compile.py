@@ -113,6 +113,7 @@ def list_cases() -> list[Case]:
       Case('default', 'v5e:4x4', 1024, fsdp, _VIT_H, 'vit_h_16'),
       Case('default', 'v5e:4x4', 1024, tensor, _VIT_H, 'vit_h_16'),
       Case(stage_1, 'v6e:4x4', 1024),
+      Case('imagenet256_maskgit_8555', 'v5e:4x4', 256),
   ]
   # Does not fit: checks that the compiler reports it.
   cases.append(Case(stage_1, 'v5e:4x4', 4096))
@@ -135,9 +136,7 @@ def compile_case(case: Case) -> dict[str, Any]:
   from experiments.tpu_compile import steps
   from fsq_jax.runtime import partitioning
 
-  config = steps.load_config(
-      ROOT, case.config, {'data.batch_size': case.batch_size, **case.fields}
-  )
+  config = steps.load_config(case.config, case.batch_size, case.fields)
   sizes = dict(case.mesh or config.partitioning.mesh)
   # Takes a quarter of the compile time of the default, 0.
   jax.config.update('jax_exec_time_optimization_effort', -1.0)

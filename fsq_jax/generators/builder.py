@@ -156,8 +156,8 @@ def build_objective(
     return objectives.Objective(
         class_dropout=losses.class_dropout,
         label_smoothing=losses.label_smoothing,
-        schedule=losses.mask_schedule,
-        schedule_floor=losses.mask_floor,
+        mask_schedule=losses.mask_schedule,
+        mask_floor=losses.mask_floor,
         normalization=losses.normalization,
     )
 

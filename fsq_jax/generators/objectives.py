@@ -18,20 +18,20 @@ class Objective:
   Attributes:
     class_dropout: probability of replacing a label by -1, per example, [0, 1].
     label_smoothing: in [0, 1); of each level with heads over levels.
-    schedule: of the masked fraction, see `schedules`; masked models only, like
-      the next two.
-    schedule_floor: smallest masked fraction, in [0, 1).
+    mask_schedule: of the masked fraction, see `schedules`; masked models only,
+      like the next two.
+    mask_floor: smallest masked fraction, in [0, 1).
     normalization: 'token' or 'example', see `masking.mean_loss`.
   """
 
   class_dropout: float = 0.1
   label_smoothing: float = 0.0
-  schedule: str = 'cosine'
-  schedule_floor: float = 0.0
+  mask_schedule: str = 'cosine'
+  mask_floor: float = 0.0
   normalization: str = 'token'
 
   def __post_init__(self):
-    schedules.get_schedule(self.schedule)
+    schedules.get_schedule(self.mask_schedule)
     if self.normalization not in masking.NORMALIZATIONS:
       raise ValueError(
           f'normalization is {self.normalization!r}; known:'
@@ -40,7 +40,7 @@ class Objective:
     for name, high in (
         ('class_dropout', 1.0),
         ('label_smoothing', 0.99),
-        ('schedule_floor', 0.99),
+        ('mask_floor', 0.99),
     ):
       if not 0 <= getattr(self, name) <= high:
         raise ValueError(
@@ -80,7 +80,7 @@ def loss(
   known, weights = None, jnp.ones(tokens.shape, bool)
   if not model.architecture.causal:
     thresholds = schedules.training_thresholds(
-        objective.schedule, model.num_tokens, objective.schedule_floor
+        objective.mask_schedule, model.num_tokens, objective.mask_floor
     )
     known = masking.draw_known(mask_key, tokens.shape[0], thresholds)
     weights = ~known

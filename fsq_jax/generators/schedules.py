@@ -50,7 +50,7 @@ def get_schedule(name: str) -> Schedule:
   """Returns a schedule by name, or raises ValueError."""
   if name not in SCHEDULES:
     raise ValueError(
-        f'The mask schedule is {name!r}; known: {list(SCHEDULES)}.'
+        f'mask_schedule is {name!r}; known: {list(SCHEDULES)}.'
     )
   return SCHEDULES[name]
 
@@ -74,7 +74,7 @@ def training_thresholds(
   """
   schedule = get_schedule(name)
   if not 0 <= floor < 1:
-    raise ValueError(f'schedule_floor is {floor}; use a ratio in [0, 1).')
+    raise ValueError(f'mask_floor is {floor}; use a ratio in [0, 1).')
   fractions = np.arange(1, num_tokens, dtype=np.float64) / num_tokens
   thresholds = schedule.inverse(fractions) / schedule.inverse(np.float64(floor))
   return np.minimum(thresholds, 1.0).astype(np.float32)

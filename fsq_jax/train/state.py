@@ -271,17 +271,17 @@ class StateBuilder:
         )
     return self._jitted_init(loaded)
 
-  def compile_step(
+  def lower_step(
       self, step: Callable[..., Any], *inputs: Any
-  ) -> jax.stages.Compiled:
-    """Compiles a training step, which donates its state.
+  ) -> jax.stages.Lowered:
+    """Lowers a training step, which donates its state.
 
     Args:
       step: maps the state and the inputs to the next state and scalars.
       *inputs: trees of arrays, or of shapes and dtypes, with shardings.
 
     Returns:
-      The compiled step; its scalars are replicated.
+      The lowered step; its scalars are replicated.
     """
     jitted = jax.jit(
         step,
@@ -291,7 +291,13 @@ class StateBuilder:
         out_shardings=(self.shardings, partitioning.replicated(self._mesh)),
         donate_argnums=0,
     )
-    return jitted.lower(self.abstract, *inputs).compile()
+    return jitted.lower(self.abstract, *inputs)
+
+  def compile_step(
+      self, step: Callable[..., Any], *inputs: Any
+  ) -> jax.stages.Compiled:
+    """Compiles a training step; arguments as in `lower_step`."""
+    return self.lower_step(step, *inputs).compile()
 
 
 def build_state_builder(

@@ -70,7 +70,7 @@ def test_loss_is_the_mean_over_masked_positions(draw_variables):
       model, tokens, labels, jnp.zeros(tokens.shape, bool)
   )
   objective = objectives.Objective(
-      class_dropout=0.5, label_smoothing=0.1, schedule='arccos'
+      class_dropout=0.5, label_smoothing=0.1, mask_schedule='arccos'
   )
   key = jax.random.key(1)
 
@@ -232,7 +232,7 @@ def test_dropout_is_applied_in_training_only(draw_variables):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'schedule': 'sine'}, "'sine'; known"),
+        ({'mask_schedule': 'sine'}, "mask_schedule is 'sine'; known"),
         ({'normalization': 'batch'}, "'batch'; known"),
         ({'class_dropout': 1.5}, r'use a number in \[0, 1\]'),
         ({'label_smoothing': -0.1}, 'label_smoothing is -0.1'),
