@@ -236,8 +236,9 @@ def test_with_which_changes_a_run_resumes(how):
             saved, current, allow_config_change=allow
         )
       except ValueError as error:
-        assert f'{name}: ' in str(error)
         refused.append(allow)
+        if f'{name}: ' not in str(error):
+          wrong.append((name, str(error)))
     expected = {'always': [], 'the flag': [False], 'never': [False, True]}
     if refused != expected[how]:
       wrong.append((name, refused))
