@@ -795,6 +795,8 @@ def test_default_folders_are_named_for_the_images(tmp_path):
       tmp_path / 'tokens' / 'synthetic_eval'
   )
   config.tokenize.split = 'train'
+  config.data.source = 'digits'
+  assert tokens.default_folder(config, tmp_path).name == 'digits_train'
   config.data.update(source='tfds', name='a/b:1.0', train_split='train[:9%]')
   assert tokens.default_folder(config, tmp_path).name == 'tfds_a_b_1_0_train_9'
 
