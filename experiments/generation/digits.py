@@ -58,8 +58,9 @@ GATES = {
     ('autoregressive', 'levels_autoregressive'): (58.0, 1.9),
     ('masked', 'levels_autoregressive'): (62.0, 2.5),
 }
-# Three equal colour channels treble squared distances.
-_CHANNELS = 3
+# Distances are in bins of a grey pixel: features take 255 for 1, and the three
+# equal channels treble squared distances.
+_FD_UNIT = 255**2 / 3
 
 
 def run(folder: pathlib.Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def _compare(samples: sample_metrics.ImageSet, images) -> dict[str, float]:
       samples, images['eval'], images['train'], networks={}, mesh=mesh
   ).metrics
   return {
-      name: value / _CHANNELS if name.startswith('fd_') else value
+      name: value * _FD_UNIT if name.startswith('fd_') else value
       for name, value in metrics.items()
   }
 
