@@ -34,6 +34,7 @@ setuptools.setup(
         'pillow',
         'safetensors>=0.5',
         'scikit-image',
+        'scikit-learn',
         'tensorflow-datasets>=4.9.10',
         'tqdm',
     ],

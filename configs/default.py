@@ -54,8 +54,8 @@ def refer_to_longer_side(
 
 def _data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
-  # Source of images: 'photos' (of the scikit-image wheel), 'tfds', 'folder' or
-  # 'synthetic'.
+  # Source of images: 'photos' (of the scikit-image wheel), 'digits' (of the
+  # scikit-learn wheel), 'tfds', 'folder' or 'synthetic'.
   data.source = 'synthetic'
   # tfds: name of the dataset, such as 'cifar10'.
   data.name = ''
@@ -73,7 +73,7 @@ def _data() -> ml_collections.ConfigDict:
   data.eval_batch_size = 128
   # Length of the shorter side, pixels, to which images are first resized
   # (Pillow's antialiased bicubic); at least the longer side of image_size, or 0
-  # for the native size.
+  # for the native size (with 'digits', the longer side of image_size).
   data.resize_shorter = 0
   # Allow a smaller resize_shorter; images are then scaled up to image_size.
   data.allow_upscaling = False
@@ -81,13 +81,15 @@ def _data() -> ml_collections.ConfigDict:
   # * s, s log-uniform in this range but at most as large as the image, resized
   # to image_size.
   data.crop_scale = (1.0, 1.0)
-  # Random horizontal flips of training images, with probability 1/2.
+  # Random horizontal flips of training images, with probability 1/2; False
+  # with 'digits'.
   data.flip = True
   # Color jitter of training images, in [0, 1]: strength of random changes of
   # hue (at 1 by up to 180 degrees), saturation and brightness.
   data.color_jitter = 0.0
   # Class names in the order of the labels, which are stored in token files; ()
-  # takes the classes of tfds, or the sorted sub-folders of train_split.
+  # takes the classes of tfds and 'digits', or the sorted sub-folders of
+  # train_split.
   data.label_names = ()
   # Largest tolerated fraction of unreadable images of a split, in [0, 1]; also
   # of files of a folder that are images in an unsupported format.

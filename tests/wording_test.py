@@ -39,7 +39,8 @@ _IDIOMS = {
     r'|batch|record|file|shard|dimension|level|position|size)\b': 'per',
     # Terms.
     r'\bdialects?\b': 'convention',
-    r'\bdigits?\b(?! (?:data|of (?:precision|the number)))': 'level index',
+    r'(?<!handwritten )(?<!\')\bdigits?\b'
+    r'(?! (?:data|of (?:precision|the number)))': 'level index',
     r'\bstays? whole\b|\bkept whole\b|\bare whole\b|\bis whole\b': 'replicated',
     r'\blaid out\b': 'unrolled; arranged',
     r'\blook-ups?\b(?! table)': 'nearest-neighbour search',

@@ -110,6 +110,12 @@ def _data_rules() -> Iterator[rules.CrossRule]:
       lambda native, source: not native or source in ('folder', 'tfds'),
   )
   yield rules.CrossRule(
+      ('data.source', 'data.flip'),
+      "with 'digits' flip False, since a mirrored 2 is no 2; set"
+      ' --config.data.flip=False',
+      lambda source, flip: source != 'digits' or not flip,
+  )
+  yield rules.CrossRule(
       ('tokenize.views', 'tokenize.fit'),
       "more than one view (random crops) only with fit 'crop'",
       lambda views, fit: views == 1 or fit == 'crop',

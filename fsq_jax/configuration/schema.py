@@ -129,7 +129,7 @@ QUANTIZERS: Mapping[str, _Rows] = {
     'none': {'code_dim': rules.INTEGER},
 }
 _DATA = {
-    'source': rules.name('photos', 'tfds', 'folder', 'synthetic'),
+    'source': rules.name('photos', 'digits', 'tfds', 'folder', 'synthetic'),
     'name': rules.TEXT,
     'data_dir': rules.PATH,
     'train_split': rules.NON_EMPTY,

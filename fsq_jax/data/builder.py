@@ -6,6 +6,7 @@ from typing import Any
 from absl import logging
 import ml_collections
 
+from fsq_jax.data import digits
 from fsq_jax.data import folder
 from fsq_jax.data import image_source
 from fsq_jax.data import photos
@@ -138,6 +139,13 @@ def _build_folder(config, split):
   )
 
 
+def _build_digits(config, split):
+  return digits.DigitsSource(
+      'validation' if split == 'eval' else 'train',
+      size=config.resize_shorter or max(config.image_size),
+  )
+
+
 def _build_synthetic(config, split):
   return synthetic.SyntheticSource(
       'validation' if split == 'eval' else 'train',
@@ -149,6 +157,7 @@ _SOURCES = {
     'photos': _build_photos,
     'tfds': _build_tfds,
     'folder': _build_folder,
+    'digits': _build_digits,
     'synthetic': _build_synthetic,
 }
 
@@ -158,8 +167,8 @@ def open_source(
 ) -> image_source.ImageSource:
   """Opens the images of a split, for random access by index.
 
-  data.train_split and data.eval_split are for tfds and folder; photos and
-  synthetic images have one training and one validation split.
+  data.train_split and data.eval_split are for tfds and folder; the other
+  sources have one training and one validation split.
 
   Args:
     config: the `data` section.

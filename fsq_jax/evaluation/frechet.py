@@ -170,6 +170,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         num_images,
         _IMAGES_PER_FEATURE * num_features,
     )
+  return biased_frechet_distance(a, b)
+
+
+def biased_frechet_distance(
+    a: FeatureStatistics, b: FeatureStatistics
+) -> float:
+  """Returns `frechet_distance` without its warning about few images."""
   first, second = a.covariance, b.covariance
   overlap = np.einsum(
       'di,dj->ij', _factor(first), _factor(second), optimize=True

@@ -83,10 +83,10 @@ class NetworkMetrics:
       if not path:
         continue
       try:
-        network = _METRICS[name].load(path)
+        network = load_network(name, path, mesh)
       except ValueError as error:
         raise ValueError(f'eval.networks.{name}: {error}') from error
-      self._networks[name] = _Network(network, _METRICS[name].apply, mesh)
+      self._networks[name] = network
       if _METRICS[name].compares_sets:
         self._references[name] = _Reference(
             frechet.Origin(name, network.sha256, images_hash), folder
@@ -207,11 +207,15 @@ class Scores:
     }
 
 
-class _Network:
+class Network:
   """A network on the devices, compiled once for each size of images.
 
   Originals and reconstructions share the compiled function: equal images have
   equal features, and results do not depend on whether originals are measured.
+
+  Attributes:
+    sha256: of the weights.
+    min_side: smallest side of images, in pixels.
   """
 
   def __init__(
@@ -233,8 +237,26 @@ class _Network:
     self._measure = compiled.Compiled(measure, out_shardings=replicated)
 
   def __call__(self, *images: jax.Array) -> jax.Array:
-    """Measures [B, H, W, 3] uint8 images."""
+    """Measures [B, H, W, 3] uint8 images; the result is replicated."""
     return self._measure(self._variables, *images)
+
+
+def load_network(name: str, path: str, mesh: jax.sharding.Mesh) -> Network:
+  """Loads the network of a metric.
+
+  Args:
+    name: of the metric, a key of `DEFINITIONS`.
+    path: of the weights.
+    mesh: from `partitioning.create_mesh`.
+
+  Returns:
+    The network, with [B] distances of two arrays of images, or [B, D] features.
+
+  Raises:
+    ValueError: weights that are missing or corrupted.
+  """
+  metric = _METRICS[name]
+  return Network(metric.load(path), metric.apply, mesh)
 
 
 class _MeanDistance:

@@ -8,14 +8,17 @@ excludes padding, the last block has max pooling, and the weights differ.
 
 from collections.abc import Callable
 import os
+import pathlib
 import re
 from typing import NamedTuple
 
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
+import numpy as np
 
 from fsq_jax.models import resampling
+from fsq_jax.models.pretrained import files as weight_files
 from fsq_jax.models.pretrained import parameters
 from fsq_jax.perceptual import frozen_network
 
@@ -23,7 +26,8 @@ _SIDE = 299
 _MIN_SIDE = 75
 _IGNORED = re.compile(r'fc\.|.*\.num_batches_tracked$')
 # TensorFlow's graph has 1008 classes, torchvision's 1000.
-_CLASSIFIER = {'fc.weight': (1008, 2048)}
+_CLASSIFIER_KEY = 'fc.weight'
+_CLASSIFIER = {_CLASSIFIER_KEY: (1008, 2048)}
 _INSTRUCTIONS = (
     'The weights by which FID is defined have 1008 classes, torchvision\'s have'
     ' 1000. Load pytorch-fid\'s pt_inception-2015-12-05-6726825d.pth with'
@@ -143,6 +147,20 @@ def load_inception(
       ignored=_IGNORED,
       instructions=_INSTRUCTIONS,
   )
+
+
+def read_classifier(path: str | os.PathLike[str]) -> np.ndarray:
+  """Reads the class weights for the Inception score, which uses no bias.
+
+  Args:
+    path: a file that `load_inception` has accepted.
+
+  Returns:
+    [1008, 2048] float32; logits are its product with the features.
+  """
+  path = pathlib.Path(path).expanduser()
+  with weight_files.open_file(path) as weights:
+    return weights.read(_CLASSIFIER_KEY)
 
 
 class _ConvNorm(nn.Module):

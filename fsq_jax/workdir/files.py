@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import socket
-from typing import Any
+from typing import Any, BinaryIO
 import uuid
 
 from absl import logging
@@ -126,8 +126,16 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   return value
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file atomically."""
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """Opens a file for writing that appears under its name when it is complete.
+
+  Args:
+    path: of the file, in an existing folder; an earlier file is replaced.
+
+  Yields:
+    The open file. If the body raises, nothing is left of it.
+  """
   path = pathlib.Path(path)
   # A random name, since processes of other hosts may have the same id; cut,
   # since file systems limit the length of names.
@@ -135,12 +143,18 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   temporary = path.with_name(f'.{name}.{uuid.uuid4().hex}.tmp')
   try:
     with open(temporary, 'wb') as file:
-      file.write(data)
+      yield file
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file atomically."""
+  with open_atomic(path) as file:
+    file.write(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

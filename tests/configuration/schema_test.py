@@ -246,6 +246,7 @@ _REFUSED = [
     ({'data.source': 'folder'}, '--config.data.data_dir'),
     ({'data.source': 'folder', 'data.data_dir': '/none'}, "'/none'"),
     ({'eval.native_size': True}, "only with data.source 'folder' or 'tfds'"),
+    ({'data.source': 'digits'}, 'set --config.data.flip=False'),
     ({'tokenize.views': 2, 'tokenize.fit': 'pad'}, "only with fit 'crop'"),
     ({'data.crop_scale': (2.0, 1.0)}, '0 < min <= max'),
     ({'data.label_names': ('cat', 'cat')}, 'data.label_names is'),

@@ -232,7 +232,7 @@ def test_class_names_reach_the_sources(tmp_path, prepared_root):
   assert names('folder', tmp_path, label_names=given) == given
   with pytest.raises(ValueError, match=r"'eel', which data\.label_names"):
     names('folder', tmp_path, label_names=('cat',))
-  for source in ('synthetic', 'photos', 'tfds'):
+  for source in ('synthetic', 'photos', 'digits', 'tfds'):
     with pytest.raises(ValueError, match=r"label_names is \('eel', 'cat'\)"):
       names(source, prepared_root, eval_split='test', label_names=given)
 
@@ -771,13 +771,14 @@ def test_synthetic_images_are_fixed_and_disjoint():
 
 
 @pytest.mark.slow
-def test_reading_imports_neither_tensorflow_nor_skimage(prepared_root):
+def test_reading_does_not_import_large_packages(prepared_root):
   code = f"""
 import sys
 from fsq_jax import data
-from fsq_jax.data import photos, tfds_source
+from fsq_jax.data import digits, photos, tfds_source
 photos.TrainPhotos().load(0)
-for module in ('tensorflow_datasets', 'skimage'):
+digits.DigitsSource('train', size=32).load(0)
+for module in ('tensorflow_datasets', 'skimage', 'sklearn'):
   assert module not in sys.modules, module
 tfds_source.PreparedSource('tiny', {prepared_root!r}, 'train').load(0)
 assert 'tensorflow' not in sys.modules

@@ -109,6 +109,14 @@ def test_weights_that_do_not_define_fid_are_refused(tmp_path):
     perceptual.load_inception(_write(path, **auxiliary))
 
 
+def test_class_weights_are_read(tmp_path):
+  weights = np.arange(1008 * 2048).reshape(1008, 2048) % 512 / np.float16(512)
+  path = _write(tmp_path / 'x.safetensors', **{'fc.weight': weights})
+  actual = inception.read_classifier(path)
+  assert actual.dtype == np.float32
+  np.testing.assert_array_equal(actual, weights)
+
+
 def test_files_that_lack_something_are_refused(tmp_path):
   path = tmp_path / 'inception.safetensors'
   with pytest.raises(ValueError, match=r'There is no file .*2015-12-05'):
