@@ -19,6 +19,8 @@ from fsq_jax import configuration
 from fsq_jax import models
 from fsq_jax import tokens
 from fsq_jax.configuration import command_line
+from fsq_jax.configuration import generator_schema
+from fsq_jax.configuration import loading
 from fsq_jax.configuration import schema
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
@@ -189,15 +191,22 @@ def _flags(command):
   )
 
 
+def _fields(path):
+  """The fields of a config file, or of all configs without one."""
+  if path is None:
+    return schema.FIELDS | generator_schema.FIELDS
+  return loading.fields_of(configuration.load_config(ROOT / path))
+
+
 def test_launch_commands_name_existing_configs_and_fields():
   unknown = []
   for command in (x for path in DOCUMENTS for x in _launches(path)):
     flags = _flags(command)
-    flags.pop('config', None)
+    fields = _fields(flags.pop('config', None))
     for name in flags:
       known = launch.flags.FLAGS
       if name.startswith('config.'):
-        known = [f'config.{field}' for field in schema.FIELDS]
+        known = [f'config.{field}' for field in fields]
       if name not in known:
         unknown.append((name, command))
     if flags.get('mode', 'train') not in MODES:
@@ -246,9 +255,15 @@ def _check_launch(command, made, tmp_path):
   words = shlex.split(command, comments=True)
   overrides = [x for x in words if x.startswith('--config.')]
   command_line.override(config, ['launch.py', *overrides])
-  if mode != 'prepare' and config.data.source in ('folder', 'tfds'):
+  if (
+      mode != 'prepare'
+      and 'data' in config
+      and config.data.source in ('folder', 'tfds')
+  ):
     assert config.data.data_dir.startswith(PLACEHOLDER)
-  for name in configuration.PATHS:
+  for name, row in loading.fields_of(config).items():
+    if not row.rule.is_path:
+      continue
     section, _, field = name.rpartition('.')
     path = functools.reduce(operator.getitem, section.split('.'), config)[field]
     if path and path.startswith(PLACEHOLDER):
@@ -284,10 +299,10 @@ def test_headers_of_configs_name_themselves_and_existing_fields():
   for path in sorted(ROOT.glob('configs/*.py')):
     header = ast.get_docstring(ast.parse(path.read_text()))
     for name in re.findall(r'--config\.([\w.]*\w)=', header):
-      if name not in schema.FIELDS:
+      if name not in _fields(path):
         wrong.append((path.name, name))
     command = re.search(r'launch\.py --config=(\S+)', header)
-    if path.stem != 'default' and (
+    if not path.stem.startswith('default') and (
         not command or command[1] != f'configs/{path.name}'
     ):
       wrong.append((path.name, 'its command'))

@@ -1,5 +1,6 @@
 """Tests of the files in configs/: each file parses, is valid, and builds.
 
+Configs of generators build in tests/generators/configs_test.py.
 Configs with a pretrained or a convolutional encoder train too, reduced by
 overrides alone; the networks of their losses are small as well. Without
 FSQ_JAX_ALL_CONFIGS=1 only one config of each kind trains.
@@ -37,14 +38,21 @@ _CONFIGS = sorted(
     (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py')
 )
 _LOADED = {path: configuration.load_config(path) for path in _CONFIGS}
+_AUTOENCODERS = {
+    path: config
+    for path, config in _LOADED.items()
+    if not configuration.is_generator(config)
+}
+# They document the fields; the other configs start from them.
+_DEFAULTS = ('default', 'default_generator')
 _PRETRAINED = [
     path
-    for path, config in _LOADED.items()
+    for path, config in _AUTOENCODERS.items()
     if config.model.encoder.name == 'pretrained'
 ]
 _CONV = [
     path
-    for path, config in _LOADED.items()
+    for path, config in _AUTOENCODERS.items()
     if config.model.encoder.name == 'conv'
 ]
 
@@ -63,7 +71,7 @@ def _parts(config):
 
 
 # One config of each kind of model.
-_KINDS = {_parts(config): path for path, config in _LOADED.items()}
+_KINDS = {_parts(config): path for path, config in _AUTOENCODERS.items()}
 
 
 _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
@@ -179,7 +187,7 @@ def _count(tree):
 
 def test_configs_are_valid_and_locked(tmp_path):
   failures = []
-  for path in _CONFIGS:
+  for path in _AUTOENCODERS:
     config = _load(path, tmp_path)
     for num_devices in (None, 8):
       try:
@@ -244,7 +252,7 @@ def test_the_whole_training_step_fits_together_at_full_size(name):
 
 def test_which_configs_have_networks():
   by_losses = {}
-  for path, config in _LOADED.items():
+  for path, config in _AUTOENCODERS.items():
     losses = config.losses.perceptual.name, config.discriminator.name
     by_losses.setdefault(losses, set()).add(path.stem)
   assert by_losses.keys() == {
@@ -258,10 +266,12 @@ def test_headers_give_the_command_and_name_files():
   failures = []
   for path, config in _LOADED.items():
     text = path.read_text()
-    if path.stem == 'default':
+    if path.stem in _DEFAULTS:
       continue
     if f'python launch.py --config=configs/{path.name}' not in text:
       failures.append((path.stem, 'command'))
+    if path not in _AUTOENCODERS:
+      continue
     if config.losses.perceptual.name != 'none' and not (
         '--config.losses.perceptual.checkpoint=FILE' in text
         or re.search(r'files\s+of\s+the\s+losses', text)
@@ -295,7 +305,7 @@ def test_configs_survive_json():
 
 def test_names_of_configs_tell_their_levels():
   named = 0
-  for path, config in _LOADED.items():
+  for path, config in _AUTOENCODERS.items():
     if match := re.search(r'fsq_(?:.*_)?(\d+)$', path.stem):
       levels = config.model.quantizer.fsq.levels
       if match[1] == '1024':  # The codes that the paper's levels come close to.
