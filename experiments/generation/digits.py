@@ -81,7 +81,8 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
         path = folder / name / 'measured.json'
         if not path.is_file():
           sys.stdout.write(f'== {name}\n')
-          workdirs.write_json(path, _measure(folder, name, kind, head, seed, images))
+          measured = _measure(folder, name, kind, head, seed, images)
+          workdirs.write_json(path, measured)
         results[name] = json.loads(path.read_text())
   return {
       'command': COMMAND,
