@@ -40,8 +40,8 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'Checkpoint to load: newest, best (highest PSNR, or fewest bits per token of'
-    ' a generator) or a step number.',
+    'Checkpoint to load: newest, best (highest PSNR, or fewest bits per token'
+    ' of a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
     'tokens', None, 'Folder of token files. Default: WORKDIR/tokens/NAME.'
@@ -55,8 +55,8 @@ _VERIFY_IMAGES = flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_string(
     'images',
     None,
-    'Folder that detokenize and generate write images to. Default of detokenize:'
-    ' TOKENS_images.',
+    'Folder that detokenize and generate write images to. Default of'
+    ' detokenize: TOKENS_images.',
 )
 _NPZ = flags.DEFINE_string(
     'npz',

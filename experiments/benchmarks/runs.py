@@ -52,7 +52,8 @@ def input_figures(rounds: int) -> dict[str, Any]:
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  state = train_state.build_state_builder(config, model, optimizer, mesh).create()
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
+  state = builder.create()
   step = jax.jit(
       train_step.build_train_step(model, optimizer, config), donate_argnums=0
   )

@@ -51,7 +51,9 @@ class Step:
     mesh = partitioning.create_mesh(config.partitioning.mesh)
     model = models.build_autoencoder(config.model, config.data.image_size)
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-    self._builder = train_state.build_state_builder(config, model, optimizer, mesh)
+    self._builder = train_state.build_state_builder(
+        config, model, optimizer, mesh
+    )
     shape = (BATCH_SIZE, SIDE, SIDE, 3)
     self._images = np.random.default_rng(0).integers(
         256, size=shape, dtype=np.uint8

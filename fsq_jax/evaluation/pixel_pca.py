@@ -10,6 +10,7 @@ from fsq_jax.evaluation import neighbours
 
 _MAX_SIDE = 32
 _MAX_COMPONENTS = 16
+_WHITE = 255
 
 
 class PixelPca(NamedTuple):
@@ -34,20 +35,21 @@ class PixelPca(NamedTuple):
         'fitted_on': 'training images',
         'components': len(self.components),
         'variance_share': self.variance_share,
-        'pixel_range': [0, 255],
+        'pixel_range': [0, 1],
         'image_size': list(self.size),
         'reduction': f'sides over {_MAX_SIDE} pixels by area averaging',
     }
 
   def project(self, images: np.ndarray) -> np.ndarray:
-    """Maps [n, H, W, 3] uint8 images to [n, P] float64, in units of pixels."""
-    return np.concatenate([
+    """Maps [n, H, W, 3] uint8 images to [n, P] float64; white pixels are 1."""
+    parts = [
         np.einsum(
             'nd,pd->np', _reduce(images[rows], self.size) - self.mean,
             self.components, optimize=True,
         )
         for rows in neighbours.row_blocks(images)
-    ])
+    ]
+    return np.concatenate(parts) / _WHITE
 
 
 def fit_pixel_pca(images: np.ndarray) -> PixelPca:

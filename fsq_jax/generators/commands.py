@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import PIL.Image
 
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
@@ -28,9 +29,9 @@ from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress as progress_lib
 from fsq_jax.workdir import provenance
 
-# Images per class in the contact sheet of --mode=generate.
-_SHEET_COLUMNS = 16
-_SHEET = 'contact_sheet.png'
+# Images in the contact sheet of a class.
+_SHEET_IMAGES = 64
+_SHEETS = 'contact_sheets'
 _RECORD = 'samples.json'
 
 
@@ -109,8 +110,8 @@ def generate_workdir(
     workdir: the run's folder.
     which: checkpoint: 'newest', 'best' (fewest bits per token), or a step
       number.
-    images: new or empty folder for CLASS/NUMBER.png, contact_sheet.png and
-      samples.json, the settings.
+    images: new or empty folder for images/CLASS/NUMBER.png,
+      contact_sheets/CLASS.png and samples.json, the settings.
     npz: file for the images in the format of ADM's evaluation, shuffled.
 
   Returns:
@@ -244,19 +245,12 @@ class _Writer:
           stack.enter_context(tempfile.TemporaryDirectory(dir=file.parent))
       )
     self._images = None
-    self._shown, self._counts = [], {}
 
   def add(self, start: int, images: np.ndarray) -> None:
     """Adds [b, H, W, 3] uint8 images, the first of which has number start."""
-    for number, image in enumerate(images, start):
-      label = int(self._labels[number])
-      count = self._counts[label] = self._counts.get(label, 0) + 1
-      if count <= _SHEET_COLUMNS:
-        self._shown.append((number, image))
-      if self._folder is not None:
-        grid_lib.save_png(
-            self._folder / self._class_name(label) / f'{number:06d}.png', image
-        )
+    if self._folder is not None:
+      for number, image in enumerate(images, start):
+        grid_lib.save_png(self._path(number), image)
     if self._scratch is not None:
       if self._images is None:
         self._images = np.lib.format.open_memmap(
@@ -269,14 +263,15 @@ class _Writer:
     """Writes contact sheet, record and file; returns the paths."""
     written = []
     if self._folder is not None:
-      numbers, images = zip(*self._shown, strict=True)
-      grid_lib.save_png(
-          self._folder / _SHEET,
-          grid_lib.contact_sheet(
-              np.stack(images), self._labels[list(numbers)], self._names,
-              max_columns=_SHEET_COLUMNS,
-          ),
-      )
+      for label in np.unique(self._labels):
+        numbers = np.flatnonzero(self._labels == label)[:_SHEET_IMAGES]
+        images = [np.asarray(PIL.Image.open(self._path(i))) for i in numbers]
+        grid_lib.save_png(
+            self._folder / _SHEETS / f'{self._class_name(label)}.png',
+            grid_lib.contact_sheet(
+                np.stack(images), np.full(len(images), -1), ()
+            ),
+        )
       workdirs.write_json(self._folder / _RECORD, record)
       written.append(self._folder)
     if self._file is not None:
@@ -285,6 +280,10 @@ class _Writer:
       workdirs.write_json(path, record)
       written += [self._file, path]
     return written
+
+  def _path(self, number: int) -> pathlib.Path:
+    name = self._class_name(self._labels[number])
+    return self._folder / 'images' / name / f'{number:06d}.png'
 
   def _class_name(self, label: int) -> str:
     """Returns the folder of a class: its number and name."""

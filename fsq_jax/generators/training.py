@@ -83,6 +83,7 @@ def train_and_evaluate(
         {
             'quantizer': dict(tokens.format.quantizer),
             'tokens': tokens.format._asdict(),
+            'token_files': tokens.describe(),
         },
         lambda saved: _check_parts(saved, tokens.format),
         dataset,

@@ -28,7 +28,7 @@ def test_projections_equal_scikit_learn(n, monkeypatch):
   )
   monkeypatch.setattr(neighbours, '_MAX_ROWS', 7)
   pca = pixel_pca.fit_pixel_pca(train)
-  actual = pca.project(others)
+  actual = 255 * pca.project(others)
   assert actual.dtype == np.float64
   expected_projections = expected.transform(others.reshape(30, -1))
   # The sign of a component is arbitrary.
@@ -79,7 +79,8 @@ def test_large_images_are_reduced_by_area_averaging(image_size, size):
   reduced = _reduced(images, size)
   np.testing.assert_allclose(pca.mean, reduced.mean(axis=0), rtol=1e-12)
   np.testing.assert_allclose(
-      pca.project(images), (reduced - reduced.mean(axis=0)) @ pca.components.T,
+      255 * pca.project(images),
+      (reduced - reduced.mean(axis=0)) @ pca.components.T,
       rtol=1e-9, atol=1e-9,
   )
 

@@ -114,7 +114,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
   pca = pixel_pca.fit_pixel_pca(images[1][:50])
   statistics = [frechet.FeatureStatistics(3) for _ in images]
   for x, y in zip(statistics, images, strict=True):
-    x.update(pca.project(y))
+    x.update(255 * pca.project(y))
   # Differences of means and of deviations; standard errors give about 2.
   np.testing.assert_allclose(
       frechet.frechet_distance(*statistics), 6**2 + 8**2 + 4**2 + 8**2, atol=6

@@ -77,7 +77,8 @@ def _build(config):
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
-  return model, train_state.build_state_builder(config, model, optimizer, mesh), mesh
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
+  return model, builder, mesh
 
 
 def _start(config):

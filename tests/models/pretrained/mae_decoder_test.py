@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fsq_jax import configuration
-from fsq_jax.configuration import schema
 from fsq_jax import models
+from fsq_jax.configuration import schema
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import mae_decoder
 from fsq_jax.runtime import partitioning
@@ -349,7 +349,8 @@ def test_training_moves_every_parameter_and_no_constant():
   model = _build(config)
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  before = train_state.build_state_builder(config, model, optimizer, mesh).create()
+  builder = train_state.build_state_builder(config, model, optimizer, mesh)
+  before = builder.create()
   step = jax.jit(train_step.build_train_step(model, optimizer, config))
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
