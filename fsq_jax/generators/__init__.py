@@ -9,6 +9,8 @@ from fsq_jax.generators.architecture import Architecture
 from fsq_jax.generators.architecture import preset
 from fsq_jax.generators.autoregressive_sampling import AutoregressiveSampling
 from fsq_jax.generators.draws import Draw
+from fsq_jax.generators.generator import Generated
+from fsq_jax.generators.generator import Generator
 from fsq_jax.generators.guidance import Guidance
 from fsq_jax.generators.masked_sampling import MaskedSampling
 from fsq_jax.generators.model import TokenModel
@@ -19,8 +21,8 @@ from fsq_jax.generators.vocabulary import from_levels
 from fsq_jax.generators.vocabulary import from_spec
 
 __all__ = [
-    'Architecture', 'AutoregressiveSampling', 'Draw', 'Guidance',
-    'MaskedSampling', 'Objective', 'Samples', 'TokenModel', 'Vocabulary',
-    'autoregressive_sampling', 'baselines', 'from_levels', 'from_spec',
-    'likelihood', 'masked_sampling', 'objectives', 'preset',
+    'Architecture', 'AutoregressiveSampling', 'Draw', 'Generated', 'Generator',
+    'Guidance', 'MaskedSampling', 'Objective', 'Samples', 'TokenModel',
+    'Vocabulary', 'autoregressive_sampling', 'baselines', 'from_levels',
+    'from_spec', 'likelihood', 'masked_sampling', 'objectives', 'preset',
 ]  # fmt: skip

@@ -106,20 +106,20 @@ def preset(name: str, *, causal: bool, **options: Any) -> Architecture:
   Args:
     name: 'tiny', 'S', 'B', 'L' or 'XL'.
     causal: see `Architecture`.
-    **options: other fields of `Architecture`. mlp_dim is by default 4 w for
-      GELU, and for SwiGLU 8 w / 3 rounded up to a multiple of 256 (of the width
-      if that is smaller), as in LlamaGen.
+    **options: other fields of `Architecture`, or sizes that replace those of
+      the preset. mlp_dim is by default 4 w for GELU, and for SwiGLU 8 w / 3
+      rounded up to a multiple of 256 (of the width if that is smaller), as in
+      LlamaGen.
 
   Raises:
     ValueError: an unknown name or option value.
   """
   if name not in SIZES:
     raise ValueError(f'The preset is {name!r}; known: {list(SIZES)}.')
-  size = SIZES[name]
-  multiple = min(_SWIGLU_MULTIPLE, size.width)
-  mlp_dim = 4 * size.width
+  options = {**SIZES[name]._asdict(), **options}
+  width = options['width']
+  multiple = min(_SWIGLU_MULTIPLE, width)
+  mlp_dim = 4 * width
   if options.get('mlp', 'swiglu') == 'swiglu':
     mlp_dim = -(-(2 * mlp_dim // 3) // multiple) * multiple
-  return Architecture(
-      causal=causal, **size._asdict(), **{'mlp_dim': mlp_dim, **options}
-  )
+  return Architecture(causal=causal, **{'mlp_dim': mlp_dim, **options})

@@ -190,7 +190,7 @@ class Generator:
     """
     if classes is None:
       classes = range(self.model.num_classes) or [embeddings.NO_LABEL]
-    labels = np.asarray(list(classes), np.int64)
+    labels = np.asarray(list(classes))
     if num_images is not None:
       labels = np.resize(labels, num_images)
     samples = self._sampler(options)(self.variables, labels, seed)
