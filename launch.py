@@ -40,8 +40,8 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
     'newest',
-    'Checkpoint to load: newest, best (highest PSNR, or fewest bits per token of'
-    ' a generator) or a step number.',
+    'Checkpoint to load: newest, best (highest PSNR, or fewest bits per token'
+    ' of a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
     'tokens', None, 'Folder of token files. Default: WORKDIR/tokens/NAME.'
@@ -55,8 +55,8 @@ _VERIFY_IMAGES = flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_string(
     'images',
     None,
-    'Folder that detokenize and generate write images to. Default of detokenize:'
-    ' TOKENS_images.',
+    'Folder that detokenize and generate write images to. Default of'
+    ' detokenize: TOKENS_images.',
 )
 _NPZ = flags.DEFINE_string(
     'npz',
@@ -130,18 +130,23 @@ def _train(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _eval(config: _Config, workdir: _Path) -> list[_Path]:
+  from fsq_jax.tokens import tokenization
+
   if configuration.is_generator(config):
     from fsq_jax.generators import commands
   else:
     from fsq_jax.evaluation import saved_run as commands
 
-  commands.evaluate_workdir(
-      config,
-      workdir,
-      which=_CHECKPOINT.value,
-      output=_OUTPUT.value,
-      show=_print,  # Before anything is written.
-  )
+  try:
+    commands.evaluate_workdir(
+        config,
+        workdir,
+        which=_CHECKPOINT.value,
+        output=_OUTPUT.value,
+        show=_print,  # Before anything is written.
+    )
+  except tokenization.Interrupted as interrupted:  # While token files are made.
+    raise _Interrupted from interrupted
   return []
 
 
@@ -158,6 +163,10 @@ def _generate(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _report(config: _Config, workdir: _Path) -> list[_Path]:
+  if configuration.is_generator(config):
+    from fsq_jax.generators import commands
+
+    return [commands.report_workdir(workdir, output=_OUTPUT.value)]
   from fsq_jax.analysis import codebook
 
   path = codebook.analyze_workdir(
@@ -221,7 +230,11 @@ def _latent_statistics(config: _Config, workdir: _Path) -> list[_Path]:
 _MODES = {
     'train': (_train, 'train a model'),
     'eval': (_eval, 'evaluate a checkpoint of the workdir'),
-    'report': (_report, 'add codebook, best and worst images to report.html'),
+    'report': (
+        _report,
+        'write report.html again, of a tokenizer with codebook, best and worst'
+        ' images',
+    ),
     'tokenize': (_tokenize, 'write the tokens of the data set to files'),
     'detokenize': (_detokenize, 'decode token files to images'),
     'export': (_export, 'write a checkpoint as StableHLO functions'),

@@ -126,8 +126,8 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
   labels = np.asarray(labels)
   if labels.dtype.kind not in 'iu' or not labels.size:
     raise ValueError(
-        f'labels are {labels.dtype}{list(labels.shape)}; give integers, at least'
-        ' one.'
+        f'labels are {labels.dtype}{list(labels.shape)}; give one integer or'
+        ' more.'
     )
   outside = (labels < NO_LABEL) | (labels >= num_classes)
   if np.any(outside):

@@ -94,7 +94,8 @@ def write_tokens(tokenizer):
     })
     rng = np.random.default_rng(seed)
     labels = np.arange(num_images) % max(len(job.label_names), 1)
-    grids = rng.integers(0, 40, (num_images, 4, 4)) + 100 * labels[:, None, None]
+    grids = rng.integers(0, 40, (num_images, 4, 4))
+    grids += 100 * labels[:, None, None]
     if not job.label_names:
       labels = np.full(num_images, -1)
     examples = [

@@ -56,6 +56,7 @@ def _grids(num, seed=0):
   return np.random.default_rng(seed).integers(0, 512, (num, 4, 4))
 
 
+@pytest.mark.slow
 @_KINDS
 def test_samples_are_decoded_and_depend_on_label_number_and_seed(load, kind):
   generator = load(kind)
@@ -77,6 +78,7 @@ def test_samples_are_decoded_and_depend_on_label_number_and_seed(load, kind):
   np.testing.assert_array_equal(mixed.tokens[1], result.tokens[1])
 
 
+@pytest.mark.slow
 def test_given_tokens_are_kept_and_others_ignored(load):
   generator = load('masked')
   tokens = _grids(5)
@@ -96,6 +98,7 @@ def test_given_tokens_are_kept_and_others_ignored(load):
   np.testing.assert_array_equal(again.tokens[4], sampled.tokens[4])
 
 
+@pytest.mark.slow
 def test_prefixes_are_kept_and_other_masks_rejected(load):
   generator = load('autoregressive')
   tokens = _grids(5)
@@ -141,7 +144,7 @@ def test_wrong_options_and_classes_are_rejected(load, options, message):
         (_grids(1), np.zeros((4, 4)), 'known is float64'),
         (_grids(1), np.zeros((2, 8), bool), 'known is bool'),
         (_grids(1) + 512, np.ones((4, 4), bool), 'outside of the codebook'),
-        (_grids(0), np.ones((4, 4), bool), r'labels are \w+\[0\]'),
+        (_grids(0), np.ones((4, 4), bool), 'B at least 1'),
     ],
 )
 def test_wrong_grids_are_rejected(load, tokens, known, message):
@@ -155,7 +158,7 @@ def test_likelihoods_of_wrong_tokens_are_rejected(load):
       (_grids(2) - 512, 0, 'outside of the codebook'),
       (_grids(2), 3, 'labels contain 3'),
       (_grids(2).astype(float), 0, 'tokens are float64'),
-      (_grids(0), 0, r'labels are \w+\[0\]'),
+      (_grids(0), 0, 'B at least 1'),
   ):
     with pytest.raises(ValueError, match=message):
       generator.nll(tokens, labels)
@@ -180,18 +183,21 @@ def _tiny(kind, make_config, draw_variables):
   )
   mesh = _one_device()
   variables = jax.device_put(variables, partitioning.replicated(mesh))
-  saved = saved_generator.SavedGenerator(config, model, variables, form, 0, None)
+  saved = saved_generator.SavedGenerator(
+      config, model, variables, form, 0, None
+  )
   return generators.Generator(saved, None, mesh, batch_size=32)
 
 
 _ALL = np.array(list(itertools.product(range(4), repeat=3))).reshape(-1, 1, 3)
 
 
+@pytest.mark.slow
 def test_probabilities_of_all_grids_sum_to_1(make_config, draw_variables):
   generator = _tiny('autoregressive', make_config, draw_variables)
   nll = generator.nll(_ALL, 1)
   assert nll.shape == (64,)
-  np.testing.assert_allclose(np.exp(-nll.astype(np.float64)).sum(), 1, rtol=1e-5)
+  np.testing.assert_allclose(np.exp(-np.float64(nll)).sum(), 1, rtol=1e-5)
   assert np.abs(nll - generator.nll(_ALL, 2)).max() > 1e-3
   # Drawn tokens have the log-probabilities of the likelihood.
   sampled = generator.sample([1, 1, 2, 0], num_images=12)
@@ -203,6 +209,7 @@ def test_probabilities_of_all_grids_sum_to_1(make_config, draw_variables):
   )
 
 
+@pytest.mark.slow
 def test_the_bound_is_that_of_the_likelihood(make_config, draw_variables):
   generator = _tiny('masked', make_config, draw_variables)
   labels = np.arange(64) % 3
@@ -240,6 +247,7 @@ def test_checkpoints_are_chosen(untrained_run):
     tokenizers.Tokenizer.from_workdir(folder)
 
 
+@pytest.mark.slow
 def test_a_saved_folder_gives_the_same_samples(load, folder):
   saved = load('masked')
   loaded = generators.Generator.from_pretrained(
@@ -257,6 +265,7 @@ def test_a_saved_folder_gives_the_same_samples(load, folder):
   assert '/tmp' not in (folder / 'config.json').read_text()
 
 
+@pytest.mark.slow
 def test_a_saved_folder_may_have_no_tokenizer(
     make_config, draw_variables, tmp_path
 ):
@@ -300,7 +309,7 @@ def _flip(path, at=-5):
     [
         ('model.safetensors', 'is corrupted'),
         ('tokenizer/model.safetensors', 'is corrupted'),
-        ('config.json', 'cannot be read|is corrupted'),
+        ('config.json', r'cannot be read|is corrupted'),
     ],
 )
 def test_corrupted_files_are_rejected(copied, name, message):
@@ -308,7 +317,7 @@ def test_corrupted_files_are_rejected(copied, name, message):
   with pytest.raises(ValueError, match=message):
     generators.Generator.from_pretrained(copied)
   (copied / name).unlink()
-  with pytest.raises(ValueError, match='missing|cannot be read'):
+  with pytest.raises(ValueError, match=r'missing|cannot be read'):
     generators.Generator.from_pretrained(copied)
 
 

@@ -38,7 +38,7 @@ def test_files_need_no_tokenizer(config):
 @pytest.mark.parametrize(
     ('fields', 'line'),
     [
-        ({'label_names': ('cat',)}, r"label_names: \('cat', 'dog', 'a/b c'\) ->"),
+        ({'label_names': ('cat',)}, r"label_names: .* 'a/b c'\) -> \('cat',\)"),
         ({'model_hash': 'ab' * 32}, r'model_hash: .* -> .abababab'),
     ],
 )
