@@ -14,6 +14,8 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
 """
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -105,27 +107,34 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
   """The same command continues the run."""
 
 
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+  """Context that turns interruptions of the library into `_Interrupted`."""
+  from fsq_jax.tokens import tokenization
+  from fsq_jax.train import loop
+
+  try:
+    yield
+  except loop.Preempted as preempted:
+    raise _Interrupted(f'; step {preempted.step} is saved') from preempted
+  except tokenization.Interrupted as interrupted:
+    raise _Interrupted from interrupted
+
+
 # Modes. Each imports its library function, since importing JAX takes seconds,
 # and returns lines to print.
 
 
 def _train(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax.tokens import tokenization
-  from fsq_jax.train import loop
-
   if configuration.is_generator(config):
     from fsq_jax.generators import training
   else:
     from fsq_jax.train import autoencoder as training
 
-  try:
+  with _resumable():
     training.train_and_evaluate(
         config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
     )
-  except loop.Preempted as preempted:
-    raise _Interrupted(f'; step {preempted.step} is saved') from preempted
-  except tokenization.Interrupted as interrupted:
-    raise _Interrupted from interrupted
   return []
 
 
@@ -135,13 +144,14 @@ def _eval(config: _Config, workdir: _Path) -> list[_Path]:
   else:
     from fsq_jax.evaluation import saved_run as commands
 
-  commands.evaluate_workdir(
-      config,
-      workdir,
-      which=_CHECKPOINT.value,
-      output=_OUTPUT.value,
-      show=_print,  # Before anything is written.
-  )
+  with _resumable():
+    commands.evaluate_workdir(
+        config,
+        workdir,
+        which=_CHECKPOINT.value,
+        output=_OUTPUT.value,
+        show=_print,  # Before anything is written.
+    )
   return []
 
 
@@ -158,6 +168,10 @@ def _generate(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _report(config: _Config, workdir: _Path) -> list[_Path]:
+  if configuration.is_generator(config):
+    from fsq_jax.generators import commands
+
+    return [commands.report_workdir(workdir, output=_OUTPUT.value)]
   from fsq_jax.analysis import codebook
 
   path = codebook.analyze_workdir(
@@ -172,13 +186,11 @@ def _tokenize(config: _Config, workdir: _Path) -> list[_Path]:
 
   folder = _TOKENS.value or tokenization.default_folder(config, workdir)
   was_complete = tokenization.is_complete(folder)
-  try:
+  with _resumable():
     manifest = tokenization.tokenize_workdir(
         config, workdir, which=_CHECKPOINT.value, folder=folder,
         verify_images=_VERIFY_IMAGES.value,
     )
-  except tokenization.Interrupted as interrupted:
-    raise _Interrupted from interrupted
   notes = ['nothing written: the folder is already complete'] * was_complete
   return [folder, *notes, *summary.describe(manifest)]
 
@@ -221,7 +233,11 @@ def _latent_statistics(config: _Config, workdir: _Path) -> list[_Path]:
 _MODES = {
     'train': (_train, 'train a model'),
     'eval': (_eval, 'evaluate a checkpoint of the workdir'),
-    'report': (_report, 'add codebook, best and worst images to report.html'),
+    'report': (
+        _report,
+        'write report.html again, of a tokenizer with codebook, best and worst'
+        ' images',
+    ),
     'tokenize': (_tokenize, 'write the tokens of the data set to files'),
     'detokenize': (_detokenize, 'decode token files to images'),
     'export': (_export, 'write a checkpoint as StableHLO functions'),

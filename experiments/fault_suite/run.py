@@ -35,6 +35,7 @@ from experiments.fault_suite import group_f_files
 from experiments.fault_suite import group_f_runs
 from experiments.fault_suite import group_f_tokens
 from experiments.fault_suite import group_g
+from experiments.fault_suite import group_g_generators
 from experiments.fault_suite import group_processes
 from fsq_jax import workdir as workdirs
 from fsq_jax.workdir import provenance
@@ -43,7 +44,7 @@ _FOLDER = pathlib.Path(__file__).parent
 _GROUPS = (
     group_a, group_b, group_b_runs, group_c, group_c_places, group_d,
     group_d_files, group_e, group_f, group_f_files, group_f_runs,
-    group_f_tokens, group_g, group_processes,
+    group_f_tokens, group_g, group_g_generators, group_processes,
 )  # fmt: skip
 _HEADER = (
     '| id | injected | required | measured | verdict |\n|---|---|---|---|---|\n'

@@ -32,7 +32,7 @@ USES = {
     'latent_statistics': {'images', 'initialization'},
 }
 # The modes for runs of generators.
-_GENERATOR_MODES = ('train', 'eval', 'generate')
+_GENERATOR_MODES = ('train', 'eval', 'report', 'generate')
 # Value of a field that a config does not have.
 ABSENT = object()
 

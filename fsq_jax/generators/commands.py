@@ -1,4 +1,4 @@
-"""Commands on the run of a generator: --mode=eval and --mode=generate."""
+"""Commands on the run of a generator: --mode=eval, report and generate."""
 
 from collections.abc import Callable, Iterable
 import contextlib
@@ -90,6 +90,31 @@ def evaluate_workdir(
         reports.write_report(found.folder, folder)
     show([path])
   return result
+
+
+def report_workdir(
+    workdir: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+) -> str:
+  """Writes report.html again from the files of a generator's run.
+
+  Args:
+    workdir: the run's folder.
+    output: folder for the page; by default the run's.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    ValueError: no run of a generator, or a folder that cannot be written.
+    RuntimeError: the page cannot be written.
+  """
+  found = saved_model.find_run(workdir)
+  saved_model.check_same_kind(found, is_generator=True)
+  folder = saved_run.prepare_output(found.folder, output)
+  with saved_run.writing_to(folder):
+    return reports.write_report(found.folder, folder)
 
 
 def generate_workdir(
@@ -215,11 +240,11 @@ def _prepare_folder(images: str | os.PathLike[str]) -> pathlib.Path:
 
 def _prepare_file(npz: str | os.PathLike[str]) -> pathlib.Path:
   path = pathlib.Path(npz).expanduser().absolute()
-  if path.suffix != '.npz' or path.exists():
-    raise ValueError(
-        f'--npz={path} {"exists" if path.exists() else "is no .npz file"}; give'
-        ' the name of a new .npz file.'
-    )
+  if path.suffix != '.npz':
+    raise ValueError(f'--npz={path} is no .npz file; give the name of one.')
+  for written in (path, path.with_suffix('.json')):
+    if written.exists():
+      raise ValueError(f'--npz={path}: {written} exists; give another name.')
   if jax.process_index() == 0:
     workdirs.create(path.parent, '--npz')
   return path
@@ -238,11 +263,12 @@ class _Writer:
   ):
     self._folder, self._file = folder, file
     self._names, self._labels = label_names, labels
-    # Images of the file lie on disk: 50,000 of them may need 10 GB.
+    # Images of the file lie on disk: 50,000 of them may need 10 GB. The file
+    # has no name and vanishes with the process, however it ends.
     self._scratch = None
     if file is not None:
-      self._scratch = pathlib.Path(
-          stack.enter_context(tempfile.TemporaryDirectory(dir=file.parent))
+      self._scratch = stack.enter_context(
+          tempfile.TemporaryFile(dir=file.parent)  # noqa: SIM115
       )
     self._images = None
 
@@ -253,10 +279,8 @@ class _Writer:
         grid_lib.save_png(self._path(number), image)
     if self._scratch is not None:
       if self._images is None:
-        self._images = np.lib.format.open_memmap(
-            self._scratch / 'images.npy', 'w+', np.uint8,
-            (len(self._labels), *images.shape[1:]),
-        )
+        shape = len(self._labels), *images.shape[1:]
+        self._images = np.memmap(self._scratch, np.uint8, 'w+', 0, shape)
       self._images[start : start + len(images)] = images
 
   def finish(self, record: dict[str, Any], seed: int) -> list[pathlib.Path]:

@@ -124,6 +124,11 @@ class ClassEmbedding(nn.Module):
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
   """Raises ValueError unless labels are in [0, C) or -1; for host arrays."""
   labels = np.asarray(labels)
+  if labels.dtype.kind not in 'iu' or not labels.size:
+    raise ValueError(
+        f'labels are {labels.dtype}{list(labels.shape)}; give one integer or'
+        ' more.'
+    )
   outside = (labels < NO_LABEL) | (labels >= num_classes)
   if np.any(outside):
     raise ValueError(

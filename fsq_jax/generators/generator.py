@@ -190,7 +190,7 @@ class Generator:
     """
     if classes is None:
       classes = range(self.model.num_classes) or [embeddings.NO_LABEL]
-    labels = np.asarray(list(classes), np.int64)
+    labels = np.asarray(list(classes))
     if num_images is not None:
       labels = np.resize(labels, num_images)
     samples = self._sampler(options)(self.variables, labels, seed)
@@ -277,10 +277,14 @@ class Generator:
 
   def _check_grids(self, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
-    if tokens.dtype.kind not in 'iu' or tokens.shape[1:] != self.model.grid:
+    if (
+        tokens.dtype.kind not in 'iu'
+        or tokens.shape[1:] != self.model.grid
+        or not tokens.size
+    ):
       raise ValueError(
           f'tokens are {tokens.dtype}{list(tokens.shape)}; give integers'
-          f' [B, {", ".join(map(str, self.model.grid))}].'
+          f' [B, {", ".join(map(str, self.model.grid))}], B at least 1.'
       )
     return tokens
 

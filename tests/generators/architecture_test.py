@@ -135,6 +135,14 @@ def test_wrong_options_are_rejected(options, message):
     architecture.Architecture(causal=True, **(fields | options))
 
 
+def test_sizes_replace_those_of_a_preset():
+  result = architecture.preset('B', causal=True, depth=2, width=96, num_heads=3)
+  assert (result.depth, result.width, result.num_heads) == (2, 96, 3)
+  # 8 / 3 of the width, which is below 256: a multiple of it.
+  assert result.mlp_dim == 3 * 96
+  assert architecture.preset('B', causal=True, mlp_dim=40).mlp_dim == 40
+
+
 def test_unknown_preset_is_rejected():
   with pytest.raises(ValueError, match="'huge'; known"):
     architecture.preset('huge', causal=True)
