@@ -83,7 +83,7 @@ def evaluate_workdir(
   result = evaluator.run(saved.variables)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
   if jax.process_index() == 0:
-    label = {'newest': ''}.get(which, 'checkpoint')
+    label = {'newest': '', 'best': 'best'}.get(which, 'checkpoint')
     with saved_run.writing_to(folder):
       path = result.write(folder, found.step, label)
       if not label:
@@ -127,8 +127,9 @@ def generate_workdir(
 ) -> list[pathlib.Path]:
   """Samples images from a checkpoint of a generator's run.
 
-  Images are balanced over the classes. Sample i of a seed is the same whatever
-  the number of images.
+  Images are balanced over the classes. An image depends on its number, its
+  label and the seed; the labels of the numbers depend on how many images there
+  are.
 
   Args:
     config: of the run; its section sample may differ.

@@ -256,11 +256,14 @@ def test_evaluations_are_the_same(run, untrained_run, tmp_path):
 
 def test_the_report_is_written_again(run, untrained_run, tmp_path):
   folder = _copy(untrained_run, tmp_path)
+  workdirs.write_json(
+      folder / workdirs.EVALUATION,
+      {'step': 4, 'metrics': {'bits_per_token': 7.654, 'bits_per_image': 122.5}},
+  )
   code, out, errors = run('--mode=report', workdir=folder)
   assert code == 0, errors
   assert out.strip() == str(folder / workdirs.REPORT)
-  page = (folder / workdirs.REPORT).read_text()
-  assert 'bits' in page
+  assert '7.654' in (folder / workdirs.REPORT).read_text()
   code, out, _ = run(
       '--mode=report', f'--output={tmp_path}/x', workdir=folder
   )
