@@ -3,8 +3,8 @@
 What: class-conditional raster-order model of the 16 tokens of handwritten
   digits, with exact level heads. It fits 1,437 images within 600 steps and
   overfits afterwards.
-Command: python launch.py --config=configs/digits_autoregressive.py, after
-  python launch.py --config=configs/digits_fsq.py
+Command, after the tokenizer's:
+  python launch.py --config=configs/digits_autoregressive.py
 """
 
 import ml_collections

@@ -3,8 +3,8 @@
 What: class-conditional masked token modelling (MaskGIT) of the 16 tokens of
   handwritten digits, with exact level heads; samples by 12 steps in Halton
   order.
-Command: python launch.py --config=configs/digits_maskgit.py, after
-  python launch.py --config=configs/digits_fsq.py
+Command, after the tokenizer's:
+  python launch.py --config=configs/digits_maskgit.py
 """
 
 import ml_collections

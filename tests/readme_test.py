@@ -71,7 +71,10 @@ PYTHON = [
     pytest.param(
         block,
         id=f'{path.relative_to(ROOT)}-{i}',
-        marks=() if path == README else pytest.mark.slow,
+        # A generator is trained first.
+        marks=()
+        if path == README and 'generators' not in block
+        else pytest.mark.slow,
     )
     for path in GUIDES
     for i, block in enumerate(_blocks(path, 'python'))
@@ -94,14 +97,32 @@ def test_python_runs(block, tmp_path, monkeypatch, capsys):
       assert launch.main(launch._parse_flags(words[1:])) == 0
   if (name := 'photos_train_4_views') in block:
     _write_token_files(tmp_path / 'fsq_888', name)
+  if 'runs/digits_maskgit' in block:
+    _train_digits(tmp_path)
   block = block.replace("'runs/", f"'{tmp_path}/")
-  block = block.replace("'tokenizer'", f"'{tmp_path}/tokenizer'")
+  for name in ('tokenizer', 'generator'):
+    block = block.replace(f"'{name}'", f"'{tmp_path}/{name}'")
   capsys.readouterr()
   exec(compile(block, 'README.md', 'exec'), {'__name__': 'readme'})
   # What a document says that a line prints.
   printed = re.findall(r'^print\(.*\)  # (.*)$', block, re.MULTILINE)
   if printed:
     assert capsys.readouterr().out.splitlines() == printed
+
+
+def _train_digits(folder):
+  """Runs two steps of the README's commands for both stages."""
+  for name in ('digits_fsq', 'digits_maskgit'):
+    command, *_ = (x for x in LAUNCHES if f'configs/{name}.py' in x)
+    words = shlex.split(command)[1:]
+    words += [f'--workdir={folder}/{name}', '--config.train.num_steps=2']
+    if name == 'digits_maskgit':
+      words += [
+          f'--config.tokens.tokenizer={folder}/digits_fsq',
+          '--config.eval.num_samples=0',
+      ]
+    with flagsaver.flagsaver():
+      assert launch.main(launch._parse_flags(words)) == 0
 
 
 def _write_token_files(run, name):

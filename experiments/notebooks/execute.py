@@ -21,6 +21,7 @@ from PIL import Image
 _HERE = pathlib.Path(__file__).resolve().parent
 _NAMES = (
     'fsq_in_five_minutes', 'train_a_tokenizer', 'tokenize_and_generate_inputs',
+    'generate_digits',
 )  # fmt: skip
 _NUM_COLORS = 128
 

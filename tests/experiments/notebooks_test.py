@@ -18,12 +18,13 @@ from fsq_jax import workdir as workdirs
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _FOLDER = _ROOT / 'experiments' / 'notebooks'
-# Parameters of each notebook in the tests. In this order: the last one encodes
-# with the run that the first one trains.
+# Parameters of each notebook in the tests. In this order:
+# tokenize_and_generate_inputs encodes with the run of train_a_tokenizer.
 _PARAMETERS = {
     'train_a_tokenizer': {'NUM_STEPS': 120},
     'fsq_in_five_minutes': {'NUM_LATENTS': 10_000},
     'tokenize_and_generate_inputs': {'NUM_STEPS': 120, 'NUM_TRAIN_BATCHES': 8},
+    'generate_digits': {'TOKENIZER_STEPS': 120, 'NUM_STEPS': 120},
 }
 _each = pytest.mark.parametrize('name', _PARAMETERS)
 
