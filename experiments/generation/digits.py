@@ -125,7 +125,9 @@ def _measure(
   labels = sample_files.balanced_labels(NUM_SAMPLES, 10, seed)
   samples = {}
   for sampler, options in SAMPLERS[kind].items():
-    tokens = generator.sample(labels, seed=seed, **options).tokens
+    tokens = generator.sample(
+        labels, seed=seed, guidance={'scale': 1.0}, **options
+    ).tokens
     samples[sampler] = _compare(
         patch_codes.decode(tokens.reshape(NUM_SAMPLES, -1), labels), images
     )
