@@ -260,7 +260,7 @@ def _corrupted(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 
 def _other_tokens(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   folders = _write_tokens(folder)
-  fields = _fields(folders) | {'train.num_steps': 2}
+  fields = _fields(folders) | {'train.num_steps': 3}
   report.write_report = lambda *_: None
   run = folder / 'run'
   state = training.train_and_evaluate(_config(fields), run)
