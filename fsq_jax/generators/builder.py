@@ -137,9 +137,10 @@ def build_model(
         ' use --config.model.class_conditional=False with'
         ' --config.losses.class_dropout=0.'
     )
+  architecture = build_architecture(model)
   with errors.about('model'):
     return models.TokenModel(
-        architecture=build_architecture(model),
+        architecture=architecture,
         vocabulary=vocabulary,
         grid=tokens.grid,
         num_classes=num_classes if model.class_conditional else 0,

@@ -258,7 +258,7 @@ def test_the_report_is_written_again(run, untrained_run, tmp_path):
   folder = _copy(untrained_run, tmp_path)
   workdirs.write_json(
       folder / workdirs.EVALUATION,
-      {'step': 4, 'metrics': {'bits_per_token': 7.654, 'bits_per_image': 122.5}},
+      {'step': 4, 'metrics': {'bits_per_token': 7.654, 'bits_per_image': 122}},
   )
   code, out, errors = run('--mode=report', workdir=folder)
   assert code == 0, errors

@@ -36,25 +36,41 @@ def _crash():
 
 
 @pytest.fixture(scope='module')
-def trained(make_config, tmp_path_factory):
+def load_config(make_config):
+  """Returns a config by kind; the autoregressive one decodes no samples."""
+
+  def load(kind='autoregressive'):
+    config = make_config(kind)
+    if kind == 'autoregressive':
+      config.tokens.tokenizer = ''
+      config.eval.num_samples = 0
+    return config
+
+  return load
+
+
+@pytest.fixture(scope='module')
+def trained(load_config, tmp_path_factory):
   """Folder and last state of an uninterrupted run, by kind."""
   runs = {}
 
-  def get(kind):
+  def get(kind='autoregressive'):
     if kind not in runs:
       folder = tmp_path_factory.mktemp(kind)
-      state = training.train_and_evaluate(make_config(kind), folder)
+      state = training.train_and_evaluate(load_config(kind), folder)
       runs[kind] = folder, jax.device_get(state)
     return runs[kind]
 
-  get('masked')  # Now, before a test leaves out the report.
+  # Now, before a test leaves out the report.
+  get('masked')
+  get()
   return get
 
 
 @pytest.fixture
 def finished(trained, tmp_path):
   """Copy of the folder of a finished run, to be changed."""
-  shutil.copytree(trained('masked')[0], tmp_path / 'finished')
+  shutil.copytree(trained()[0], tmp_path / 'finished')
   return tmp_path / 'finished'
 
 
@@ -103,17 +119,17 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
   for name in (workdirs.EVALUATION, workdirs.QUANTIZER):
     assert (folder / name).read_bytes() == (expected_folder / name).read_bytes()
   pictures = [
-      {x.name: x.read_bytes() for x in (folder / workdirs.SAMPLES).iterdir()}
-      for folder in (folder, expected_folder)
+      {x.name: x.read_bytes() for x in (y / workdirs.SAMPLES).glob('*')}
+      for y in (folder, expected_folder)
   ]
   assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize('kind', ['masked', 'autoregressive'])
 def test_a_run_that_is_stopped_and_crashes_gives_what_a_straight_run_gives(
-    trained, make_config, after, tmp_path, kind
+    trained, load_config, after, tmp_path, kind
 ):
-  config = make_config(kind)
+  config = load_config(kind)
   # Before the first checkpoint, between an evaluation and a checkpoint.
   for step in (1, 4):
     after[step] = _crash
@@ -129,10 +145,10 @@ def test_a_run_that_is_stopped_and_crashes_gives_what_a_straight_run_gives(
 
 
 def test_a_signal_stops_an_evaluation_that_is_made_up_for(
-    trained, make_config, after, tmp_path, monkeypatch
+    trained, load_config, after, tmp_path, monkeypatch
 ):
   del after  # No report.
-  config = make_config()
+  config = load_config('masked')
   calls = []
   sample = samplers.Sampler.__call__
 
@@ -153,24 +169,24 @@ def test_a_signal_stops_an_evaluation_that_is_made_up_for(
 
 
 def test_a_corrupted_checkpoint_costs_no_more_than_its_steps(
-    trained, finished, make_config, after
+    trained, finished, load_config, after
 ):
   del after
   for path in (finished / workdirs.CHECKPOINTS / '6' / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[::-1])
-  state = training.train_and_evaluate(make_config(), finished)
-  _assert_same_run(finished, state, *trained('masked'))
+  state = training.train_and_evaluate(load_config(), finished)
+  _assert_same_run(finished, state, *trained())
   assert (finished / workdirs.DAMAGED / '6').is_dir()
 
 
 def test_a_finished_run_is_evaluated_again(
-    trained, finished, make_config, after
+    trained, finished, load_config, after
 ):
   del after
   (finished / workdirs.EVALUATION).unlink()
-  state = training.train_and_evaluate(make_config(), finished)
-  _assert_same_run(finished, state, *trained('masked'))
+  state = training.train_and_evaluate(load_config(), finished)
+  _assert_same_run(finished, state, *trained())
 
 
 def test_a_workdir_describes_its_run(trained, tokenizer):
@@ -218,14 +234,14 @@ def test_a_workdir_describes_its_run(trained, tokenizer):
 
 @pytest.mark.parametrize('kind', ['masked', 'autoregressive'])
 def test_the_evaluation_is_of_the_average_of_the_parameters(
-    trained, make_config, kind
+    trained, load_config, kind
 ):
   folder, state = trained(kind)
   generator = generators.Generator.from_workdir(folder)
   chex.assert_trees_all_equal(
       jax.device_get(generator.variables['params']), state.ema_params
   )
-  source = tokens.TokenSource(make_config(kind).tokens.eval)
+  source = tokens.TokenSource(load_config(kind).tokens.eval)
   grids = np.stack([x.tokens for x in source])
   nll = generator.nll(grids, np.array([x.label for x in source]))
   metrics = _read_json(folder / workdirs.EVALUATION)['metrics']
@@ -237,15 +253,14 @@ def test_the_evaluation_is_of_the_average_of_the_parameters(
   assert baselines['uniform'] == 9
 
 
-def test_the_best_checkpoint_has_the_fewest_bits(make_config, after, tmp_path):
+def test_the_best_checkpoint_has_the_fewest_bits(load_config, after, tmp_path):
   del after
-  config = make_config('autoregressive')
+  config = load_config()
   config.optim.learning_rate = 1.0  # Later steps are worse.
   config.optim.clip_norm = 0.0
   config.optim.ema_decay = 0.0
   config.train.eval_every_steps = 2
   config.train.keep_checkpoints = 1
-  config.eval.num_samples = 0
   training.train_and_evaluate(config, tmp_path)
   bits = {
       row['step']: row['bits_per_token']
@@ -265,14 +280,14 @@ def test_the_best_checkpoint_has_the_fewest_bits(make_config, after, tmp_path):
         ('seed', 1, 'seed: 0 -> 1'),
         ('model.depth', 2, 'model.depth: 1 -> 2'),
         ('model.head', 'flat', "model.head: 'auto' -> 'flat'"),
-        ('model.kind', 'autoregressive', "model.kind: 'masked' -> "),
+        ('model.kind', 'masked', "model.kind: 'autoregressive' -> "),
         ('losses.mask_schedule', 'arccos', "losses.mask_schedule: 'cosine'"),
         ('optim.b1', 0.5, 'optim.b1: 0.9 -> 0.5'),
         ('tokens.batch_size', 16, 'tokens.batch_size: 8 -> 16'),
     ],
 )
-def test_another_config_is_refused(finished, make_config, field, value, line):
-  config = make_config()
+def test_another_config_is_refused(finished, load_config, field, value, line):
+  config = load_config()
   config.update_from_flattened_dict({field: value})
   before = (finished / workdirs.RUN).read_bytes()
   with pytest.raises(ValueError, match=re.escape(line)):
@@ -281,10 +296,10 @@ def test_another_config_is_refused(finished, make_config, field, value, line):
 
 
 def test_other_token_files_are_refused(
-    finished, make_config, write_tokens, tmp_path, after
+    finished, load_config, write_tokens, tmp_path, after
 ):
   del after
-  config = make_config()
+  config = load_config()
   # Another folder with the same files is the same.
   shutil.copytree(config.tokens.train, tmp_path / 'same')
   config.tokens.train = str(tmp_path / 'same')
@@ -305,11 +320,9 @@ def test_other_token_files_are_refused(
 
 
 def test_tokens_of_another_tokenizer_are_refused(
-    finished, make_config, write_tokens, tmp_path
+    finished, load_config, write_tokens, tmp_path
 ):
-  config = make_config()
-  config.tokens.tokenizer = ''
-  config.eval.num_samples = 0
+  config = load_config()
   for split, num in (('train', 40), ('eval', 12)):
     config.tokens[split] = str(
         write_tokens(tmp_path / split, num, model_hash='ab' * 32)
@@ -320,12 +333,12 @@ def test_tokens_of_another_tokenizer_are_refused(
 
 
 def test_missing_token_files_are_made(
-    make_config, tmp_path, after, monkeypatch
+    load_config, tmp_path, after, monkeypatch
 ):
   del after
   monkeypatch.setattr(synthetic, 'NUM_TRAIN', 24)
   monkeypatch.setattr(synthetic, 'NUM_VALIDATION', 16)
-  config = make_config()
+  config = load_config('masked')
   tokenizer = tmp_path / 'tokenizer'
   shutil.copytree(config.tokens.tokenizer, tokenizer)
   config.tokens.tokenizer = str(tokenizer)
@@ -349,25 +362,21 @@ def test_missing_token_files_are_made(
   training.train_and_evaluate(config, tmp_path / 'run')
 
 
-def test_a_run_needs_no_tokenizer(make_config, tmp_path):
-  config = make_config()
-  config.tokens.tokenizer = ''
-  config.eval.num_samples = 0
-  config.train.num_steps = 2
-  training.train_and_evaluate(config, tmp_path)
-  assert not (tmp_path / workdirs.SAMPLES).exists()
-  assert (tmp_path / workdirs.REPORT).is_file()
-  content = _read_json(tmp_path / workdirs.EVALUATION)
+def test_a_run_needs_no_tokenizer(trained):
+  folder, _ = trained()
+  assert not (folder / workdirs.SAMPLES).exists()
+  assert (folder / workdirs.REPORT).is_file()
+  content = _read_json(folder / workdirs.EVALUATION)
   assert 'sampler' not in content['protocol']
-  generator = generators.Generator.from_workdir(tmp_path)
+  generator = generators.Generator.from_workdir(folder)
   assert generator.sample([0]).images is None
 
 
 def test_a_run_that_diverges_says_when_and_on_what(
-    make_config, tmp_path, after
+    load_config, tmp_path, after
 ):
   del after
-  config = make_config('autoregressive')
+  config = load_config()
   config.optim.learning_rate = 1e30  # The first update breaks everything.
   config.train.eval_every_steps = 0
   config.train.max_bad_steps = 2
