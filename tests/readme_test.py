@@ -322,7 +322,7 @@ def test_headers_of_configs_name_themselves_and_existing_fields():
     for name in re.findall(r'--config\.([\w.]*\w)=', header):
       if name not in _fields(path):
         wrong.append((path.name, name))
-    command = re.search(r'launch\.py --config=(\S+)', header)
+    command = re.search(r'launch\.py --config=(\S+\.py)', header)
     if not path.stem.startswith('default') and (
         not command or command[1] != f'configs/{path.name}'
     ):

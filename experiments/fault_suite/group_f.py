@@ -11,12 +11,19 @@ from experiments.fault_suite import fault
 from fsq_jax import configuration
 from fsq_jax import report
 from fsq_jax import train
-from fsq_jax.configuration import schema
+from fsq_jax.configuration import loading
+from fsq_jax.configuration import rules
 
-_PATHS = re.compile(
+# Any text may be valid there, or any expression or class.
+_ANYTHING = re.compile(
     r'data\.(name|data_dir|train_split|eval_split)|eval\.networks\..*'
-    r'|.*\.(checkpoint|latent_statistics|compilation_cache|init_from)'
+    r'|.*\.(architecture|checkpoint|latent_statistics|compilation_cache)'
+    r'|train\.init_from|optim\.frozen|tokens\.(tokenizer|train|eval)'
+    r'|sample\.classes'
 )
+# A config of each kind that trains without other files.
+_KINDS = ('configs/debug.py', 'configs/cifar10_maskgit.py')
+_UNBOUNDED = (rules.NUMBER, rules.TEXT)
 
 # Runs launch.py with each line of arguments in a forked process, with imports
 # done: prints the exit code, whether a device was used, seconds and the output.
@@ -60,10 +67,11 @@ def _typo(name: str, rng: random.Random) -> str:
   return section + dot + rng.choice(kinds)
 
 
-def _mutations(num: int) -> list[tuple[str, str, str]]:
+def _mutations(path: str, num: int) -> list[tuple[list[str], str, str]]:
   """Returns arguments, required parts of the message, and their kind."""
   rng = random.Random(0)
-  config = configuration.load_config(fault.ROOT / 'configs/default.py')
+  config = configuration.load_config(fault.ROOT / path)
+  fields = loading.fields_of(config)
   wrong = {
       bool: ('maybe', '2', '-1'),
       int: ('-7', '1.5', 'many', 'nan', '1e12', ''),
@@ -73,42 +81,46 @@ def _mutations(num: int) -> list[tuple[str, str, str]]:
       type(None): ('nan', 'inf', 'x'),
   }
   made = []
-  names = [x for x in schema.FIELDS]
+  names = list(fields)
   while len(made) < num:
     name = rng.choice(names)
     if rng.random() < 0.4:
       typo = _typo(name, rng)
-      if typo not in schema.FIELDS:
-        made.append((f'--config.{typo}=1', f'nearest: {name}', 'typo'))
+      if typo not in fields:
+        arguments = [f'--config={path}', f'--config.{typo}=1']
+        made.append((arguments, f'nearest: {name}', 'typo'))
+      continue
+    # Constructors check these: of a quantizer only if it is chosen, of parts of
+    # generators after a device is found.
+    if fields[name].rule in _UNBOUNDED:
       continue
     value = config
     for key in name.split('.'):
       value = value[key]
-    if _PATHS.fullmatch(name) or name == 'optim.frozen':
-      continue  # Any text or expression may be valid.
-    if name.endswith('.architecture'):
+    if _ANYTHING.fullmatch(name):
       continue
     text = rng.choice(wrong[type(value)])
-    made.append((f'--config.{name}={text}', name, 'value'))
+    arguments = [f'--config={path}', f'--config.{name}={text}']
+    made.append((arguments, name, 'value'))
   return made
 
 
 def _overrides(folder: pathlib.Path, quick: bool) -> fault.Outcome:
-  mutations = _mutations(40 if quick else 240)
+  num = 20 if quick else 120
+  mutations = [x for path in _KINDS for x in _mutations(path, num)]
   lines = '\n'.join(
-      json.dumps(['launch.py', '--config=configs/debug.py', argument])
-      for argument, _, _ in mutations
+      json.dumps(['launch.py', *arguments]) for arguments, _, _ in mutations
   )
   done = fault.run_python(_REFUSE_ALL, timeout=900, input=lines)
   rows = [json.loads(line) for line in done.stdout.splitlines()]
   bad = []
-  for (argument, expected, _), row in zip(mutations, rows, strict=True):
+  for (arguments, expected, _), row in zip(mutations, rows, strict=True):
     if row is None or row[0] != 2 or row[1] or expected not in row[3]:
-      bad.append([argument, row])
+      bad.append([arguments, row])
   cold = []
-  for argument, _, _ in mutations[:: len(mutations) // 10]:
+  for arguments, _, _ in mutations[:: len(mutations) // 10]:
     started = time.monotonic()
-    fault.launch('--config=configs/debug.py', argument)
+    fault.launch(*arguments)
     cold.append(time.monotonic() - started)
   num_typos = sum(kind == 'typo' for _, _, kind in mutations)
   median = sorted(cold)[len(cold) // 2]
@@ -125,11 +137,13 @@ def _overrides(folder: pathlib.Path, quick: bool) -> fault.Outcome:
 def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   ran, failed, others = [], [], []
   for path in sorted((fault.ROOT / 'configs').glob('*.py')):
-    if path.stem == 'default':
+    if path.stem in ('default', 'default_generator'):
       continue
     config = configuration.load_config(path)
-    encoder = config.model.encoder.name
-    if encoder != 'vit':
+    if (
+        configuration.is_generator(config)
+        or config.model.encoder.name != 'vit'
+    ):
       others.append(path.stem)
       continue
     if quick and ran:
@@ -149,6 +163,7 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       'import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))',
       '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', '',
       'tests/configuration/configs_test.py',
+      'tests/generators/configs_test.py',
       '-k', 'reduced and siglip_l' if quick else 'reduced', timeout=3300,
       env={**os.environ, 'FSQ_JAX_ALL_CONFIGS': '' if quick else '1'},
   )
@@ -157,7 +172,7 @@ def _every_config(folder: pathlib.Path, quick: bool) -> fault.Outcome:
   return fault.Outcome(
       not failed and not done.returncode and (quick or passed == len(others)),
       f'{len(ran)} of {len(ran) + len(failed)} configs as they are, {passed} of'
-      f' {len(others)} with pretrained or large networks reduced, ran 2 steps',
+      f' {len(others)} with large networks or on tokens reduced, ran 2 steps',
       {'ran': ran, 'failed': failed, 'reduced': others, 'passed': passed},
   )
 

@@ -41,6 +41,8 @@ _LEVEL_HEADS = {'model.embedding': 'auto', 'model.head': 'auto'}
 _FORMATS = {
     'cifar10_autoregressive': (512, 8, 10),
     'cifar10_maskgit': (512, 8, 10),
+    'digits_autoregressive': (625, 4, 10),
+    'digits_maskgit': (625, 4, 10),
     'imagenet256_llamagen_b': (16_384, 16, 1000),
     'imagenet256_llamagen_l': (16_384, 16, 1000),
     'imagenet256_maskgit_64000': (64_000, 16, 1000),
@@ -85,7 +87,7 @@ def _vq(codebook_size):
 
 
 def test_configs_are_valid_and_locked():
-  assert len(_CONFIGS) >= 6
+  assert _CONFIGS.keys() == _FORMATS.keys()
   for config in _CONFIGS.values():
     for num_devices in (None, 8):
       configuration.check_config(config, num_devices)
