@@ -119,6 +119,7 @@ def _train_digits(folder):
     if name == 'digits_maskgit':
       words += [
           f'--config.tokens.tokenizer={folder}/digits_fsq',
+          '--config.eval.num_images=8',
           '--config.eval.num_samples=0',
       ]
     with flagsaver.flagsaver():
