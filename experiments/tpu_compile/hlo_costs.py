@@ -235,6 +235,10 @@ class Program:
     whole = _hbm_bytes(operand.arrays)
     if fused is None or not whole:
       return whole
+    return self._read_inside(fused, index, whole)
+
+  def _read_inside(self, fused, index: int, whole: float) -> float:
+    """Returns the bytes read of a parameter, also by fusions in a fusion."""
     (parameter,) = (
         x for x in fused.values()
         if x.opcode == 'parameter' and x.rest.startswith(f'{index})')
@@ -243,6 +247,13 @@ class Program:
     for user in _users(fused, parameter.name):
       if user.opcode == 'dynamic-slice':
         sizes.append(sum(x.num_bytes for x in user.arrays))
+      elif user.opcode == 'fusion':
+        inner = self._computations[_called(user)[0]]
+        sizes += [
+            self._read_inside(inner, i, whole)
+            for i, name in enumerate(user.operands)
+            if _source(fused, name) == parameter.name
+        ]
       elif user.opcode == 'dynamic-update-slice' and _is_target(
           fused, user, parameter.name
       ):
@@ -352,10 +363,14 @@ def _users(computation, name: str) -> Iterator[hlo.Instruction]:
 
 def _is_target(computation, update: hlo.Instruction, name: str) -> bool:
   """Whether an in-place update writes to a value or a bitcast of it."""
-  target = update.operands[0]
-  while target != name and computation[target].opcode == 'bitcast':
-    (target,) = computation[target].operands
-  return target == name
+  return _source(computation, update.operands[0]) == name
+
+
+def _source(computation, name: str) -> str:
+  """Returns the value that a name is a bitcast of."""
+  while computation[name].opcode == 'bitcast':
+    (name,) = computation[name].operands
+  return name
 
 
 def _hbm_bytes(arrays: Sequence[hlo.Array]) -> float:

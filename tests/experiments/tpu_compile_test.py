@@ -68,6 +68,40 @@ def test_products_of_convolutions_leave_out_padding(
   assert _flops(_costs(apply, images)) == expected
 
 
+_NESTED = """HloModule nested
+
+%inner (a: f32[24,8], b: s32[]) -> f32[1,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{1,0} SLICE(%a, %b, %zero), dynamic_slice_sizes={1,8}
+}
+
+%outer (c: f32[8,24], d: s32[]) -> f32[1,8] {
+  %c = f32[8,24]{0,1} parameter(0)
+  %d = s32[] parameter(1)
+  %cast = f32[24,8]{1,0} bitcast(%c)
+  ROOT %called = f32[1,8]{1,0} fusion(%cast, %d), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x: f32[8,24], i: s32[]) -> f32[1,8] {
+  %x = f32[8,24]{0,1} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %y = f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ('opcode', 'rows'), [('dynamic-slice', 1), ('some-other', 24)]
+)
+def test_a_fusion_in_a_fusion_reads_the_slice_alone(opcode, rows):
+  text = _NESTED.replace('SLICE', opcode)
+  costs = hlo_costs.Program(text).costs()
+  # Read, and 8 values written.
+  assert costs.hbm_bytes == 4 * 8 * (rows + 1)
+
+
 def _compile_blocks(module, width, with_gradients):
   """Compiles blocks on 2 x 1 x 4 devices, kernels as configs have them."""
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1, 'tensor': 4})
