@@ -25,8 +25,8 @@ from fsq_jax.workdir import provenance
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'sampling_cost.json'
 GRIDS = {'digits, 4 x 4 tokens': (4, 4), '16 x 16 tokens': (16, 16)}
-PRESETS = {'digits, 4 x 4 tokens': 'tiny', '16 x 16 tokens': 'S'}
-BATCH_SIZES = {'digits, 4 x 4 tokens': 64, '16 x 16 tokens': 4}
+PRESETS = {'digits, 4 x 4 tokens': 'tiny', '16 x 16 tokens': 'tiny'}
+BATCH_SIZES = {'digits, 4 x 4 tokens': 64, '16 x 16 tokens': 16}
 LEVELS = (8, 5, 5, 5)
 ROUNDS = 3
 
