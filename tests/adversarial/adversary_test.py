@@ -475,10 +475,8 @@ def test_the_adaptive_weight_costs_no_second_backward_pass():
         )
     )
     images = jax.ShapeDtypeStruct(_images(1)[0].shape, np.uint8)
-    compiled = training.step.lower(
-        training.builder.abstract, images, _NETWORKS
-    ).compile()
-    flops.append(compiled.cost_analysis()['flops'])
+    lowered = training.step.lower(training.builder.abstract, images, _NETWORKS)
+    flops.append(lowered.cost_analysis()['flops'])
   assert 1 < flops[1] / flops[0] < 1.05
 
 
@@ -493,13 +491,12 @@ def test_the_adaptive_weight_needs_a_last_layer_that_trains():
     training.step.lower(training.builder.abstract, images, _NETWORKS)
 
 
-@pytest.mark.parametrize('mesh', [(2, 4), (8, 1)])
 @pytest.mark.slow
-def test_devices_do_not_change_what_is_learned(mesh):
+def test_devices_do_not_change_what_is_learned():
   config = _load_config(**_EVERYTHING, **{'partitioning.fsdp_min_size': 16})
   # Little, since rounded pixels and codes jump.
   one, rows = _take_steps(config, 3, (1, 1), 0.1)
-  many, other_rows = _take_steps(config, 3, mesh, 0.1)
+  many, other_rows = _take_steps(config, 3, (2, 4), 0.1)
   for row, other in zip(rows, other_rows, strict=True):
     assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
   for tree, other in (

@@ -218,30 +218,27 @@ def test_gradient_is_finite_and_reaches_every_latent(case):
 
 
 @_cases('fsq0')
-@pytest.mark.parametrize(
-    'dtype', [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
-)
-def test_computes_in_float32_whatever_the_latents(case, dtype):
+def test_computes_in_float32_whatever_the_latents(case):
   quantizer = _build(_CASES[case])
-  z = 2 * _latents(quantizer, (4096,), dtype)
+  z = 2 * _latents(quantizer, (4096,), jnp.bfloat16)
   variables = _init(quantizer, z)
   narrow = _apply(quantizer, variables, z)
   wide = _apply(quantizer, variables, z.astype(jnp.float32))
-  assert narrow.z_q.dtype == dtype
+  assert narrow.z_q.dtype == jnp.bfloat16
   assert narrow.loss.dtype == jnp.float32
   np.testing.assert_array_equal(narrow.indices, wide.indices)
-  np.testing.assert_array_equal(narrow.z_q, wide.z_q.astype(dtype))
+  np.testing.assert_array_equal(narrow.z_q, wide.z_q.astype(jnp.bfloat16))
   np.testing.assert_array_equal(narrow.loss, wide.loss)
 
 
+# Evaluation is a part of training, but for the codebook's own update.
 @pytest.mark.slow
-@_cases('fsq5', 'lfq0', 'vq0')
 @pytest.mark.parametrize(
-    ('axis_type', 'train'),
+    ('case', 'axis_type', 'train'),
     [
-        ('Auto', True),
-        pytest.param('Explicit', True, marks=pytest.mark.slow),
-        pytest.param('Explicit', False, marks=pytest.mark.slow),
+        *((case, 'Auto', True) for case in _CASES),
+        *((case, 'Explicit', True) for case in _FAST),
+        ('vq0', 'Explicit', False),
     ],
 )
 def test_results_do_not_depend_on_the_number_of_devices(
@@ -356,19 +353,13 @@ def _split_by(kind, function):
   return call
 
 
-_KINDS = [
-    *((name, 'shard_map') for name in _WITH_STATISTICS),
-    *((name, 'vmap') for name in _WITH_STATISTICS),
-    ('lfq', 'shard_map_unchecked'), ('kmeans_batch', 'shard_map_unchecked'),
-    ('lfq', 'pmap'), ('ema', 'pmap'), ('kmeans_batch', 'pmap'),
-]  # fmt: skip
-_FAST_KINDS = [('lfq', 'vmap'), ('ema', 'shard_map')]
-
-
+# The kinds differ in how an axis is reduced; these two have all reductions.
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'kind'), [
-    pytest.param(*pair, marks=[] if pair in _FAST_KINDS else [pytest.mark.slow])
-    for pair in _KINDS
+    *((name, 'shard_map') for name in _WITH_STATISTICS),
+    *((name, 'vmap') for name in ('lfq', 'kmeans_batch')),
+    ('kmeans_batch', 'shard_map_unchecked'),
+    ('lfq', 'pmap'), ('kmeans_batch', 'pmap'),
 ])  # fmt: skip
 def test_replicas_with_an_axis_name_equal_one_device(name, kind):
   one = _build(_WITH_STATISTICS[name])
@@ -514,7 +505,10 @@ def test_nan_is_never_a_token(case):
   assert np.all(again[-3:] == -1)
 
 
-@_cases('fsq0')
+@pytest.mark.parametrize(
+    'case',
+    ['fsq0', *(pytest.param(x, marks=pytest.mark.slow) for x in _FAST[1:])],
+)
 def test_channels_may_stand_on_another_axis(case):
   config = _CASES[case]
   last, first = _build(config), _build(config, channel_axis=1)
@@ -619,7 +613,7 @@ def test_builder_takes_placeholders_and_leaves_the_config_alone():
 
 
 @pytest.mark.slow
-@_cases()
+@pytest.mark.parametrize('case', _FAST)
 def test_x64_and_strict_promotion_change_no_result(case):
   config = _CASES[case]
 

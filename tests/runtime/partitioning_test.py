@@ -310,17 +310,11 @@ def test_teacher_and_adversary_follow_their_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('optimizer_name', 'discriminator'),
-    [('adamw', 'patch'), ('muon', 'none')],
-)
-def test_steps_on_a_tensor_mesh_are_those_of_one_device(
-    optimizer_name, discriminator
-):
+def test_steps_on_a_tensor_mesh_are_those_of_one_device():
   config = configuration.load_config(_ROOT / 'configs' / 'default.py')
   config.model.encoder.update(width=16, num_heads=2, mlp_dim=32, patch_size=8)
-  config.optim.update(name=optimizer_name, warmup_steps=0)
-  config.discriminator.name = discriminator
+  config.optim.update(name='muon', warmup_steps=0)
+  config.discriminator.name = 'patch'
   config.discriminator.patch.update(channels=32, num_stages=2)
   config.partitioning.fsdp_min_size = 0
   model = models.build_autoencoder(config.model, config.data.image_size)
@@ -344,9 +338,10 @@ def test_steps_on_a_tensor_mesh_are_those_of_one_device(
     state, rows = builder.create(), []
     for _ in range(3):
       state, scalars = jitted(state, partitioning.shard_batch(images, mesh))
-      names = ['loss', 'gradient_norm']
-      if discriminator != 'none':
-        names += ['discriminator_loss', 'discriminator_gradient_norm']
+      names = (
+          'loss', 'gradient_norm', 'discriminator_loss',
+          'discriminator_gradient_norm',
+      )
       rows.append([float(scalars[name]) for name in names])
     losses.append(rows)
   assert losses[0][0][0] > 1.01 * losses[0][2][0]  # It learns.
@@ -442,11 +437,8 @@ def _small_autoencoder(projector_in, projector_out, decoder):
 @pytest.mark.parametrize(
     ('projector_in', 'projector_out', 'decoder', 'sizes'),
     [
-        ('mlp', 'fourier', 'vit', (4, 2, 1)),
-        ('attention', 'mlp', 'vit', (4, 2, 1)),
-        ('standardized', 'levels', 'vit', (4, 2, 1)),
-        ('linear', 'linear', 'mae', (4, 2, 1)),
-        ('standardized', 'fourier', 'mae', (4, 2, 1)),
+        ('mlp', 'levels', 'mae', (4, 2, 1)),
+        ('standardized', 'fourier', 'vit', (4, 2, 1)),
         # The decoder's three heads are not split, all others are.
         ('attention', 'mlp', 'vit', (2, 2, 2)),
         ('linear', 'linear', 'mae', (1, 4, 2)),

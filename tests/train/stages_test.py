@@ -3,7 +3,6 @@
 The encoder of stage 2 is held to the latents that it had at its start.
 """
 
-import functools
 import json
 import pathlib
 import shutil
@@ -268,7 +267,6 @@ def test_a_perturbed_encoder_goes_back_to_its_teacher():
   assert moved == {'encoder'}
 
 
-@functools.cache
 def _gradients(accumulation_steps=1, mesh=(1, 1)):
   """What plain descent of rate 1 moves a perturbed encoder's model by."""
   training = _build(
@@ -288,15 +286,9 @@ def _gradients(accumulation_steps=1, mesh=(1, 1)):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('accumulation_steps', 'mesh'), [(2, (1, 1)), (1, (2, 4))],
-    ids=['accumulation', 'devices'],
-)
-def test_parts_and_devices_give_the_gradient_of_the_whole_batch(
-    accumulation_steps, mesh
-):
+def test_parts_and_devices_give_the_gradient_of_the_whole_batch():
   expected, expected_scalars = _gradients()
-  gradients, scalars = _gradients(accumulation_steps, mesh)
+  gradients, scalars = _gradients(accumulation_steps=2, mesh=(2, 2))
   assert scalars['distillation_loss'] > 1e-3
   for name, x in expected_scalars.items():
     assert scalars[name] == pytest.approx(x, rel=1e-5), name

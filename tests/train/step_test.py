@@ -80,7 +80,7 @@ def _load_config(**fields):
 
 
 def _build(
-    config, *, mesh=(8, 1), wrap=lambda model: model, optimizer=None
+    config, *, mesh=(1, 1), wrap=lambda model: model, optimizer=None
 ) -> _Training:
   num_devices = mesh[0] * mesh[1]
   mesh = partitioning.create_mesh(
@@ -130,7 +130,7 @@ def _leaves(tree):
 @pytest.fixture(scope='module')
 def training():
   """The debug config's, on one device."""
-  return _build(_load_config(), mesh=(1, 1))
+  return _build(_load_config())
 
 
 # Compiles the step for the tests of this file.
@@ -247,9 +247,7 @@ def test_every_quantizer_trains_by_its_name(name):
         ('mlp', 'fourier'),
         ('attention', 'mlp'),
         ('standardized', 'levels'),
-        ('linear', 'levels'),
-        ('none', 'linear'),
-        ('mlp', 'none'),
+        ('none', 'none'),
     ],
 )
 def test_every_leaf_of_projectors_gets_a_gradient_and_moves(
@@ -262,7 +260,7 @@ def test_every_leaf_of_projectors_gets_a_gradient_and_moves(
       width=16, depth=2, num_heads=2, mlp_dim=20
   )
   config.model.projector_out.name = projector_out
-  if 'none' in (projector_in, projector_out):
+  if projector_in == 'none':
     config.model.quantizer.name = 'lfq'
     config.model.quantizer.lfq.num_bits = config.model.encoder.width
   # Plain descent moves nothing that has no gradient, as weight decay would.
@@ -348,9 +346,7 @@ class _Poisoned:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'quantity', [pytest.param('loss', marks=pytest.mark.slow), 'gradient_norm']
-)
+@pytest.mark.parametrize('quantity', ['loss', 'gradient_norm'])
 def test_a_step_that_is_not_finite_leaves_no_trace(quantity):
   config = _load_config()
   config.model.projector_in.name = 'standardized'  # With running averages.
@@ -421,8 +417,7 @@ def test_images_that_are_not_uint8_are_refused(training, dtype):
     training.step(training.builder.abstract, _images(1)[0].astype(dtype))
 
 
-@functools.cache
-def _run_on(mesh, projector):
+def _run_on(mesh):
   """Tokens before and after 20 steps, and the loss of each."""
   config = _load_config(
       train__num_steps=20,
@@ -430,7 +425,7 @@ def _run_on(mesh, projector):
       optim__learning_rate=2e-4,
       partitioning__fsdp_min_size=2**6,
   )
-  config.model.projector_in.name = projector
+  config.model.projector_in.name = 'standardized'
   training = _build(config, mesh=mesh)
   batches = _images(20)
 
@@ -466,18 +461,16 @@ def _run_on(mesh, projector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('projector', ['linear', 'standardized'])
-@pytest.mark.parametrize('mesh', [(8, 1), (2, 4)])
-def test_eight_devices_train_as_one(mesh, projector):
-  one, eight = _run_on((1, 1), projector), _run_on(mesh, projector)
-  assert (one['shard'] == eight['shard']) == (mesh[1] == 1)
+def test_eight_devices_train_as_one():
+  one, eight = _run_on((1, 1)), _run_on((2, 4))
+  assert one['shard'] != eight['shard']
   for tokens, expected in zip(eight['tokens'], one['tokens'], strict=True):
     np.testing.assert_array_equal(tokens, expected)
   # Devices sum in another order and multiply smaller matrices, so that the
   # last bits of even the first loss differ.
   np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)
   for path, value in one['params'].items():
-    if not path.endswith(_WITHOUT_EFFECT[projector]):
+    if not path.endswith(_WITHOUT_EFFECT['standardized']):
       np.testing.assert_allclose(
           eight['params'][path], value, rtol=0, atol=1e-5, err_msg=path
       )

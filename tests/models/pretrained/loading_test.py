@@ -181,8 +181,16 @@ def test_a_trained_encoder_is_the_original():
 # Layouts of files.
 
 
-@pytest.mark.parametrize('family', _fast(_FAMILIES, 'siglip'))
-@pytest.mark.parametrize('prefix', ['', 'model.', 'vision_model.'])
+@pytest.mark.parametrize(
+    ('family', 'prefix'),
+    [
+        *(('siglip', prefix) for prefix in ('', 'model.', 'vision_model.')),
+        *(
+            pytest.param(family, 'model.', marks=pytest.mark.slow)
+            for family in _FAMILIES[1:]
+        ),
+    ],
+)
 def test_prefixes_may_be_there_or_not(family, prefix, tmp_path):
   expected = models.load_encoder(_TESTDATA / family)
   theirs = {'siglip': 'vision_model.', 'mae': 'vit.'}.get(family, '')
@@ -413,7 +421,6 @@ def test_no_device_holds_the_whole_of_what_is_sharded(path, monkeypatch):
   assert set(held.values()) == {sum(leaf.nbytes for leaf in leaves) // 4}
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize('path', [_TESTDATA / 'dinov3', _BIG_VISION])
 def test_weights_are_loaded_into_their_shardings(path):
