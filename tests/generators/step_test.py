@@ -84,8 +84,9 @@ def test_eight_devices_train_as_one(build, kind, parts):
     state, others = _take_steps(start, step, mesh, batches)
     for row, other in zip(rows, others, strict=True):
       assert row.keys() == other.keys()
-      np.testing.assert_allclose(other['loss'], row['loss'], rtol=1e-6)
-      np.testing.assert_allclose(other['nll'], row['nll'], rtol=1e-6)
+      # Sums of 96 tokens in another order.
+      np.testing.assert_allclose(other['loss'], row['loss'], rtol=5e-6)
+      np.testing.assert_allclose(other['nll'], row['nll'], rtol=5e-6)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5),
         state.params, expected.params,
