@@ -17,6 +17,8 @@ from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.export import across_versions
 from experiments.fault_suite import run as fault_suite
+from experiments.generation import digits
+from experiments.generation import sampling_cost
 from experiments.onnx import to_onnx
 from experiments.perceptual_ablation import perceptual_ablation
 from experiments.quantizer_comparison import compare
@@ -192,6 +194,22 @@ def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
   tables = capsys.readouterr().out.strip().split('\n\n')
   readme = (_ROOT / 'experiments' / 'benchmarks' / 'README.md').read_text()
   for table in tables:
+    assert table in readme
+
+
+@pytest.mark.parametrize(
+    ('path', 'print_tables'),
+    [
+        (digits.RESULTS, digits.print_tables),
+        (sampling_cost.RESULTS, sampling_cost.print_table),
+    ],
+)
+def test_the_readme_of_generators_shows_their_results(
+    path, print_tables, capsys
+):
+  print_tables(json.loads(path.read_text()))
+  readme = (_ROOT / 'experiments' / 'generation' / 'README.md').read_text()
+  for table in capsys.readouterr().out.strip().split('\n\n'):
     assert table in readme
 
 
