@@ -24,9 +24,9 @@ from fsq_jax.generators import model as models
 from fsq_jax.workdir import provenance
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'sampling_cost.json'
-GRIDS = {'digits, 4 x 4 tokens': (4, 4), '16 x 16 tokens': (16, 16)}
-PRESETS = {'digits, 4 x 4 tokens': 'tiny', '16 x 16 tokens': 'tiny'}
-BATCH_SIZES = {'digits, 4 x 4 tokens': 64, '16 x 16 tokens': 16}
+GRIDS = {'4 x 4 tokens': (4, 4), '16 x 16 tokens': (16, 16)}
+PRESETS = {'4 x 4 tokens': 'tiny', '16 x 16 tokens': 'tiny'}
+BATCH_SIZES = {'4 x 4 tokens': 64, '16 x 16 tokens': 16}
 LEVELS = (8, 5, 5, 5)
 ROUNDS = 3
 

@@ -140,7 +140,11 @@ def check_config(
       given = ', '.join(f'{name} is {x!r}' for name, x in values.items())
       problems.append(f'{given}; allowed: {rule.allowed}.')
   if not is_generator(config):
-    problems.extend(_quantizer_problems(fields))
+    names = list(schema.QUANTIZERS)
+    if mode != 'train':
+      # In a saved config, other sections may hold what earlier versions allowed.
+      names = [x for x in names if x == fields.get('model.quantizer.name')]
+    problems.extend(_quantizer_problems(fields, names))
     if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
       problems.extend(_model_problems(config))
   if problems:
@@ -170,19 +174,19 @@ def _is_used(name: str, uses: Collection[str]) -> bool:
   return name != 'data.data_dir' or 'images' in uses
 
 
-def _quantizer_problems(fields: Mapping[str, Any]) -> Iterator[str]:
-  """Yields the error of the chosen quantizer's constructor, if there is one.
-
-  Other sections may hold what earlier versions allowed: nothing reads them.
+def _quantizer_problems(
+    fields: Mapping[str, Any], names: Collection[str]
+) -> Iterator[str]:
+  """Yields the errors of the constructors of quantizers.
 
   Args:
-    fields: values by dotted name. A quantizer that lacks a field is skipped.
+    fields: values by dotted name.
+    names: of the quantizers; those that lack a field are skipped.
   """
   # Imported here since it imports JAX, which the command line starts without.
   from fsq_jax.quantizers import builder as quantizers
 
-  name = fields.get('model.quantizer.name')
-  if name in schema.QUANTIZERS:
+  for name in names:
     prefix = f'model.quantizer.{name}.'
     rows = schema.QUANTIZERS[name]
     options = {x: fields[prefix + x] for x in rows if prefix + x in fields}

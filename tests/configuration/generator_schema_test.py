@@ -168,14 +168,14 @@ def test_unknown_and_missing_fields_are_named():
 
 
 def test_modes_are_for_one_kind_of_run(tmp_path, capsys):
-  for mode in ('tokenize', 'detokenize', 'export', 'report', 'prepare'):
+  for mode in ('tokenize', 'detokenize', 'export', 'prepare'):
     with pytest.raises(ValueError, match=f'mode={mode} is for .* tokenizers'):
       configuration.check_config(_CONFIG, mode=mode)
-  for mode in ('train', 'eval', 'generate'):
+  for mode in ('train', 'eval', 'report', 'generate'):
     configuration.check_config(_CONFIG, mode=mode)
   args = [f'--config={_MASKGIT}', '--mode=tokenize', f'--workdir={tmp_path}']
   assert _launch(*args) == 2
-  assert 'allowed: train, eval, generate' in capsys.readouterr().err
+  assert 'allowed: train, eval, report, generate' in capsys.readouterr().err
   args[:2] = [f'--config={_ROOT}/configs/debug.py', '--mode=generate']
   assert _launch(*args) == 2
   assert (

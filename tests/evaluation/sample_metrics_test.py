@@ -67,7 +67,7 @@ def _flat(image_set):
 def _features(sets):
   """Features of samples and of the reference, by scikit-learn."""
   pca = decomposition.PCA(16, svd_solver='full').fit(_flat(sets[2]))
-  return [pca.transform(_flat(x)) for x in sets[:2]]
+  return [pca.transform(_flat(x)) / 255 for x in sets[:2]]
 
 
 def _statistics(features):
