@@ -28,6 +28,7 @@ from fsq_jax.generators import token_files
 from fsq_jax.generators import training
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
+from fsq_jax.workdir import files as workdir_files
 
 _TOKENIZER = fault.ROOT / 'tests' / 'testdata' / 'run'
 _CONFIG = fault.ROOT / 'configs' / 'default_generator.py'
@@ -106,7 +107,7 @@ def _is_same(
         for row in workdirs.read_metrics(folder)
     ]
     text = (folder / workdirs.EVALUATION).read_text()
-    pictures = (folder / workdirs.SAMPLES).iterdir()
+    pictures = (folder / workdir_files.SAMPLES).iterdir()
     return (
         rows,
         re.sub('"command": .*', '', text),
@@ -253,8 +254,8 @@ def _corrupted(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     same += fault.same(resumed, state)
   return fault.Outcome(
       same == len(kinds),
-      f'{found} of {len(kinds)} (flipped bit, half a file, empty file) found, the'
-      f' run resuming from step 6, {len(kinds) - found} without effect; {same}'
+      f'{found} of {len(kinds)} (flipped bit, half a file, empty file) found'
+      f' and resumed from step 6, {len(kinds) - found} without effect; {same}'
       ' ended with the state of an undisturbed run, bit for bit',
       {'same': same, 'found': found, 'files': len(kinds)},
   )
