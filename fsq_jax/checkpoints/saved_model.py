@@ -77,7 +77,7 @@ def open_run(
 
 def check_same_kind(found: Checkpoint, is_generator: bool) -> None:
   """Raises ValueError unless a checkpoint is of a generator, or of none."""
-  kinds = 'an autoencoder', 'a generator'
+  kinds = 'a tokenizer', 'a generator'
   if configuration.is_generator(found.config) != is_generator:
     raise ValueError(
         f'{found.folder} is a run of {kinds[not is_generator]}; give a run of'
@@ -130,8 +130,8 @@ def find_run(
     problem = f'has no intact checkpoint {which!r} among the steps {steps}.'
   elif which == 'best':
     problem = (
-        f'has no best checkpoint: none of the steps {steps} was saved with the'
-        " PSNR of an evaluation. Use 'newest' or one of these steps."
+        f'has no best checkpoint: none of the steps {steps} was saved with an'
+        " evaluation. Use 'newest' or one of these steps."
     )
   else:
     problem = (

@@ -69,7 +69,20 @@ def generator_rules(
       'a class_dropout > 0 only with class_conditional',
       lambda conditional, dropout: conditional or not dropout,
   )
-  yield from _batch_rules(num_devices, 'tokens', mode == 'train')
+  yield rules.CrossRule(
+      (
+          'sample.guidance.scale',
+          'model.class_conditional',
+          'losses.class_dropout',
+      ),
+      'a guidance.scale other than 1 only with class_conditional and a'
+      ' class_dropout > 0, which trains the model without a class',
+      lambda scale, conditional, dropout: (
+          scale == 1 or (conditional and dropout > 0)
+      ),
+  )
+  if mode != 'generate':  # Its batches are filled up.
+    yield from _batch_rules(num_devices, 'tokens', mode == 'train')
 
 
 def _batch_rules(

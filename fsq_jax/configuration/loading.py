@@ -142,7 +142,8 @@ def check_config(
   if not is_generator(config):
     names = list(schema.QUANTIZERS)
     if mode != 'train':
-      # In a saved config, other sections may hold what earlier versions allowed.
+      # Other sections of a saved config may hold what earlier versions
+      # allowed.
       names = [x for x in names if x == fields.get('model.quantizer.name')]
     problems.extend(_quantizer_problems(fields, names))
     if not any(x.startswith(('model.', 'data.image_size')) for x in problems):

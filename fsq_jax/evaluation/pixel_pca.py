@@ -81,6 +81,23 @@ def fit_pixel_pca(images: np.ndarray) -> PixelPca:
   )
 
 
+def reduce(images: np.ndarray) -> np.ndarray:
+  """Reduces sides over 32 pixels to 32 by area averaging, [n, D].
+
+  Args:
+    images: [n, H, W, 3] uint8.
+
+  Returns:
+    uint8 where nothing is reduced, else float64.
+  """
+  size = tuple(min(side, _MAX_SIDE) for side in images.shape[1:3])
+  if size == images.shape[1:3]:
+    return rearrange(images, 'n y x c -> n (y x c)')
+  return np.concatenate([
+      _reduce(images[rows], size) for rows in neighbours.row_blocks(images)
+  ])
+
+
 def _decompose(
     images: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

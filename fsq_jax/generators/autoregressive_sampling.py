@@ -128,8 +128,14 @@ def _sample(
 
   cache = None
   if options.cache == 'static':
+    # Of the labels, since constants are on no mesh and would be replicated.
+    zeros = jnp.zeros_like(labels)[:, None, None, None]
     cache = jax.tree.map(
-        jax.vmap(lambda x: partitioning.constrain(x, tensor_axis=1)),
+        jax.vmap(
+            lambda x: partitioning.constrain(
+                x + zeros.astype(x.dtype), tensor_axis=1
+            )
+        ),
         attention.empty_cache(model.architecture, labels.shape[0], num_tokens),
     )
   scales = rule.scales(np.arange(num_tokens) / num_tokens)

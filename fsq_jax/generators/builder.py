@@ -55,11 +55,12 @@ class TokenFormat(NamedTuple):
       ValueError: images of several sizes, or several indices per code.
     """
     job = manifest.job
-    if manifest.grid is None or job.index_shape:
+    if manifest.grid is None or job.fit != 'crop' or job.index_shape:
       raise ValueError(
-          f'The token files have grids {manifest.grid or "of several sizes"}'
-          f' and {job.index_shape or "one"} indices per code; generators need'
-          " one grid (tokenize.fit 'crop') and one index per code."
+          f'The token files have grids {manifest.grid or "of several sizes"},'
+          f' fit {job.fit!r} and {job.index_shape or "one"} indices per code;'
+          " generators need the grid of tokenize.fit 'crop' and one index per"
+          ' code.'
       )
     return cls(
         quantizer=dict(job.quantizer),

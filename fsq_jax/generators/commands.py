@@ -1,7 +1,8 @@
 """Commands on the run of a generator: --mode=eval, report and generate."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import math
 import os
 import pathlib
 import tempfile
@@ -182,12 +183,26 @@ def generate_workdir(
       'classes': sorted(set(labels.tolist())),
       **provenance.describe(),
   }
-  with contextlib.ExitStack() as stack:
+  with _writing(), contextlib.ExitStack() as stack:
     writer = None
-    if jax.process_index() == 0:
-      writer = _Writer(folder, file, saved.tokens.label_names, labels, stack)
+    with processes.fail_together():
+      if jax.process_index() == 0:
+        writer = _Writer(folder, file, saved.tokens.label_names, labels, stack)
     _sample_all(sampler, saved, tokenizer, config, labels, writer)
-    return [] if writer is None else writer.finish(record, config.seed)
+    with processes.fail_together():
+      return [] if writer is None else writer.finish(record, config.seed)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise RuntimeError(
+        f'{error.filename or "The images"} cannot be written'
+        f' ({error.strerror}); free some space, or give another --images or'
+        ' --npz.'
+    ) from error
 
 
 def choose_labels(
@@ -225,7 +240,8 @@ def _sample_all(sampler, saved, tokenizer, config, labels, writer) -> None:
       ).tokens
       with processes.fail_together():
         if writer is not None:
-          writer.add(start, evaluation.decode(tokenizer, tokens))
+          grid = saved.model.grid
+          writer.add(start, evaluation.decode(tokenizer, tokens, grid))
       bar.update(len(part))
     bar.log()
 
@@ -242,7 +258,7 @@ def _prepare_folder(images: str | os.PathLike[str]) -> pathlib.Path:
 def _prepare_file(npz: str | os.PathLike[str]) -> pathlib.Path:
   path = pathlib.Path(npz).expanduser().absolute()
   if path.suffix != '.npz':
-    raise ValueError(f'--npz={path} is no .npz file; give the name of one.')
+    raise ValueError(f'--npz={path} does not end in .npz; add the ending.')
   for written in (path, path.with_suffix('.json')):
     if written.exists():
       raise ValueError(f'--npz={path}: {written} exists; give another name.')
@@ -281,6 +297,8 @@ class _Writer:
     if self._scratch is not None:
       if self._images is None:
         shape = len(self._labels), *images.shape[1:]
+        # A full disk is an error here; later it would kill the process.
+        os.posix_fallocate(self._scratch.fileno(), 0, math.prod(shape))
         self._images = np.memmap(self._scratch, np.uint8, 'w+', 0, shape)
       self._images[start : start + len(images)] = images
 

@@ -131,7 +131,9 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     )
   outside = (labels < NO_LABEL) | (labels >= num_classes)
   if np.any(outside):
+    allowed = f'0 to {num_classes - 1}, and {NO_LABEL} for no class'
+    if not num_classes:
+      allowed = f'{NO_LABEL}, since the model has no classes'
     raise ValueError(
-        f'labels contain {labels[outside][0]}; allowed are 0 to'
-        f' {num_classes - 1}, and {NO_LABEL} for no class.'
+        f'labels contain {labels[outside][0]}; allowed are {allowed}.'
     )

@@ -287,12 +287,14 @@ class Evaluator:
     tokens = self._sampler(
         variables, labels, self._config.seed, before_batch=before_batch
     ).tokens
+    before_batch()
     images = self._decode(tokens)
+    before_batch()
     names = self._files.format.label_names
     sheets = {
         'samples': grid_lib.contact_sheet(
             images[: len(shown)], shown, names,
-            max_columns=max(options.samples_per_class, 1),
+            max_columns=options.samples_per_class,
         ),
         'inpainting': self._inpaint(variables, before_batch),
     }
@@ -346,7 +348,7 @@ class Evaluator:
     )
 
   def _decode(self, tokens: np.ndarray) -> np.ndarray:
-    return decode(self._files.tokenizer, tokens)
+    return decode(self._files.tokenizer, tokens, self._model.grid)
 
   def _load_reference(self) -> tuple[sample_metrics.ImageSet, ...]:
     """Returns held-out and training images, loaded once."""
@@ -379,25 +381,30 @@ class Evaluator:
       self, split: str, indices: np.ndarray
   ) -> sample_metrics.ImageSet:
     """Reads the images of the tokenizer's data set as its evaluation does."""
-    config = self._files.tokenizer.config
+    config, files = self._files.tokenizer.config, getattr(self._files, split)
+    source = data_builder.open_source(config.data, split)
     dataset = data_builder.build_dataset(
         config.data, split=split, seed=config.seed
     )
-    wanted, images = set(indices.tolist()), []
+    # By name: token files have no rows for unreadable images.
+    rows = {files[int(i)].name: row for row, i in enumerate(indices)}
+    images = {}
     for batch in dataset:
-      rows = [
-          i
-          for i in np.flatnonzero(batch['mask'])
-          if int(batch['index'][i]) in wanted
-      ]
-      images.extend(batch['image'][rows])
-    labels = self._read(getattr(self._files, split), indices).labels
-    if len(images) != len(labels):
+      for i in np.flatnonzero(batch['mask']):
+        name = source.metadata(int(batch['index'][i])).name
+        if name in rows:
+          images[rows[name]] = batch['image'][i]
+    if len(images) < len(indices):
       raise ValueError(
-          f"eval.reference is 'original', but {len(images)} of {len(labels)}"
-          " held-out images can be read; use 'decoded', or restore the images."
+          f"eval.reference is 'original', but {len(images)} of"
+          f" {len(indices)} held-out images are in the tokenizer's data set;"
+          " use 'decoded', or restore the images."
       )
-    return sample_metrics.ImageSet(np.stack(images), labels.astype(np.int64))
+    labels = self._read(files, indices).labels
+    return sample_metrics.ImageSet(
+        np.stack([images[row] for row in range(len(indices))]),
+        labels.astype(np.int64),
+    )
 
 
 class Copies:
@@ -456,10 +463,10 @@ def choose_classes(num_classes: int, samples_per_class: int) -> np.ndarray:
 
 
 def decode(
-    tokenizer: tokenizers.Tokenizer, tokens: np.ndarray
+    tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
-  """Decodes tokens [B, N] in raster order to [B, H, W, 3] uint8."""
-  return tokenizer.decode(tokens.reshape(-1, *tokenizer.grid_size))
+  """Decodes tokens [B, N] in raster order of a grid to [B, H, W, 3] uint8."""
+  return tokenizer.decode(tokens.reshape(-1, *grid))
 
 
 def _local_mesh() -> jax.sharding.Mesh:

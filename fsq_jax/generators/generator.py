@@ -113,9 +113,8 @@ class Generator:
     config = saved.config.copy_and_resolve_references()
     if tokenizer is not None:
       config.tokens.tokenizer = os.fspath(tokenizer)
-    return cls(
-        saved, token_files.load_tokenizer(config), mesh, batch_size=batch_size
-    )
+    tokenizer = token_files.load_tokenizer(config, batch_size)
+    return cls(saved, tokenizer, mesh, batch_size=batch_size)
 
   @classmethod
   def from_pretrained(
@@ -200,7 +199,7 @@ class Generator:
       self,
       tokens: np.ndarray,
       known: np.ndarray,
-      labels: np.ndarray | int = embeddings.NO_LABEL,
+      labels: np.ndarray | int | None = None,
       *,
       seed: int = 0,
       **options: Any,
@@ -212,7 +211,8 @@ class Generator:
         are not known.
       known: [h, w] or [B, h, w] bool, tokens that are kept as they are. For an
         autoregressive model they have to be the first ones in raster order.
-      labels: [B] integers or one for all; -1 for no class.
+      labels: [B] integers or one for all, -1 for no class; None for models
+        without classes.
       seed: of all random numbers.
       **options: as in `sample`.
 
@@ -238,7 +238,7 @@ class Generator:
             ' tokens in raster order are known; use a masked model for other'
             ' masks.'
         )
-    labels = np.broadcast_to(np.asarray(labels), num)
+    labels = self._to_labels(labels, num)
     samples = self._sampler(options)(
         self.variables, labels, seed, tokens=tokens.reshape(num, -1),
         given=given,
@@ -248,7 +248,7 @@ class Generator:
   def nll(
       self,
       tokens: np.ndarray,
-      labels: np.ndarray | int = embeddings.NO_LABEL,
+      labels: np.ndarray | int | None = None,
   ) -> np.ndarray:
     """Returns the negative log-likelihood of token grids, [B] nats per image.
 
@@ -257,14 +257,15 @@ class Generator:
 
     Args:
       tokens: [B, h, w] integers.
-      labels: [B] integers or one for all; -1 for no class.
+      labels: [B] integers or one for all, -1 for no class; None for models
+        without classes.
 
     Raises:
       ValueError: other shapes, tokens or labels out of range.
     """
     tokens = self._check_grids(tokens)
     self.model.vocabulary.check(tokens)
-    labels = np.broadcast_to(np.asarray(labels), len(tokens))
+    labels = self._to_labels(labels, len(tokens))
     embeddings.check_labels(labels, self.model.num_classes)
     batch = {
         'tokens': tokens.reshape(len(tokens), -1).astype(np.int32),
@@ -274,6 +275,18 @@ class Generator:
     batcher = batching.Batcher(self._mesh, self._batch_size)
     result = batcher.map(lambda x: self._bits(self.variables, x), batch)
     return result['bits'] * np.log(2)
+
+  def _to_labels(
+      self, labels: np.ndarray | int | None, num: int
+  ) -> np.ndarray:
+    if labels is None:
+      if self.model.num_classes:
+        raise ValueError(
+            f'labels are missing; the model has {self.model.num_classes}'
+            ' classes. Give the class of each image, or -1 for no class.'
+        )
+      labels = embeddings.NO_LABEL
+    return np.broadcast_to(np.asarray(labels), num)
 
   def _check_grids(self, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
@@ -292,6 +305,8 @@ class Generator:
     """Returns the sampler of the config with these options replaced."""
     config = self.config.copy_and_resolve_references()
     try:
+      if unused := {'batch_size', 'classes', 'num_images'} & set(options):
+        raise KeyError(f'{sorted(unused)} are arguments of other calls')
       config.sample.update(options)
     except (KeyError, TypeError) as error:
       raise ValueError(
@@ -311,7 +326,9 @@ class Generator:
   def _finish(self, samples, labels) -> Generated:
     images = None
     if self.tokenizer is not None:
-      images = evaluation.decode(self.tokenizer, samples.tokens)
+      images = evaluation.decode(
+          self.tokenizer, samples.tokens, self.model.grid
+      )
     grid = len(labels), *self.model.grid
     return Generated(
         images=images,

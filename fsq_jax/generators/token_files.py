@@ -1,6 +1,6 @@
 """The token files of a generator: found, or made by its tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import pathlib
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 
 from fsq_jax.configuration import errors
 from fsq_jax.generators import builder
+from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import tokenization
@@ -56,11 +57,16 @@ class TokenArrays(NamedTuple):
   labels: np.ndarray
 
 
-def open_files(config: ml_collections.ConfigDict) -> TokenFiles:
+def open_files(
+    config: ml_collections.ConfigDict,
+    check: Callable[[builder.TokenFormat], Any] = lambda tokens: None,
+) -> TokenFiles:
   """Opens the token files of a config; makes those that are missing.
 
   Args:
     config: the whole config of a generator; paths are absolute.
+    check: called with the format that the tokenizer gives, before files are
+      made, which may take hours; its class names are unknown yet.
 
   Raises:
     ValueError: there is no such tokenizer, files are corrupted, of another
@@ -69,25 +75,33 @@ def open_files(config: ml_collections.ConfigDict) -> TokenFiles:
   """
   options = config.tokens
   tokenizer = load_tokenizer(config)
-  found = {}
+  if tokenizer is not None:
+    check(
+        builder.TokenFormat(
+            quantizer=tokenizer.spec,
+            codebook_size=tokenizer.model.quantizer.codebook_size,
+            grid=tokenizer.grid_size,
+            label_names=('unknown',),
+            model_hash=tokenizer.model_hash,
+        )
+    )
+  found, formats = {}, {}
   for split in _SPLITS:
-    folder = options[split]
-    if not folder:
-      with errors.about(f'tokens.{split}'):
-        folder = _make(options, tokenizer, split)
     with errors.about(f'tokens.{split}'):
-      found[split] = sources.TokenSource(folder)
-      if tokenizer is not None:
-        found[split].check_decodable(tokenizer.spec, tokenizer.model_hash)
-  formats = {}
-  for split, source in found.items():
-    with errors.about(f'tokens.{split}'):
-      formats[split] = builder.TokenFormat.from_manifest(source.manifest)
+      folder = options[split] or _make(options, tokenizer, split)
+      with processes.fail_together():
+        found[split] = sources.TokenSource(folder)
+        if tokenizer is not None:
+          _check_tokenizer(found[split], tokenizer)
+        formats[split] = builder.TokenFormat.from_manifest(
+            found[split].manifest
+        )
   if lines := _differences(*formats.values()):
     raise ValueError(
         '\n  '.join([
             'The token files tokens.train and tokens.eval are of different'
-            ' tokens (train -> eval); use one tokenizer for both:',
+            ' tokens (train -> eval); use one tokenizer for both, and images'
+            ' with the same classes:',
             *lines,
         ])
     )
@@ -95,16 +109,35 @@ def open_files(config: ml_collections.ConfigDict) -> TokenFiles:
 
 
 def load_tokenizer(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict, batch_size: int | None = None
 ) -> tokenizers.Tokenizer | None:
-  """Loads the tokenizer of a generator's config; None if it has none."""
+  """Loads the tokenizer of a generator's config; None if it has none.
+
+  Args:
+    config: the whole config.
+    batch_size: of the tokenizer; by default tokens.eval_batch_size.
+  """
   options = config.tokens
   if not options.tokenizer:
     return None
   with errors.about('tokens.tokenizer'):
     return tokenizers.load_tokenizer(
-        options.tokenizer, options.checkpoint, options.eval_batch_size
+        options.tokenizer,
+        options.checkpoint,
+        batch_size or options.eval_batch_size,
     )
+
+
+def _check_tokenizer(
+    source: sources.TokenSource, tokenizer: tokenizers.Tokenizer
+) -> None:
+  try:
+    source.check_decodable(tokenizer.spec, tokenizer.model_hash)
+  except ValueError as error:
+    raise ValueError(
+        f'{error}\nDelete the folder to have it made again, or set'
+        ' --config.tokens.checkpoint to the checkpoint that made it.'
+    ) from error
 
 
 def _make(
@@ -118,7 +151,8 @@ def _make(
   config.tokenize.fit = 'crop'
   config.tokenize.views = options.train_views if split == 'train' else 1
   folder = tokenization.default_folder(config, options.tokenizer)
-  if not tokenization.is_complete(folder):
+  # The same decision in all processes, which tokenize together.
+  if processes.is_any(not tokenization.is_complete(folder)):
     tokenization.tokenize_workdir(
         config, options.tokenizer, which=options.checkpoint, folder=folder
     )

@@ -5,6 +5,7 @@ import os
 import time
 from typing import Any
 
+from absl import logging
 import jax
 import ml_collections
 import numpy as np
@@ -19,6 +20,7 @@ from fsq_jax.generators import token_files
 from fsq_jax.quantizers import specs
 from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
+from fsq_jax.runtime import processes
 from fsq_jax.tokens import source as sources
 from fsq_jax.train import loop
 from fsq_jax.train import optim
@@ -60,14 +62,18 @@ def train_and_evaluate(
   builder.build_architecture(config.model)
   objective = builder.build_objective(config.losses)
   config = configuration.resolve(config)
-  tokens = token_files.open_files(config)
-  model = builder.build_model(config, tokens.format)
-  sampling = builder.build_sampling(
-      config.sample, config.model.kind, model.num_tokens
-  )
+
+  def build(tokens):
+    model = builder.build_model(config, tokens)
+    return model, builder.build_sampling(
+        config.sample, config.model.kind, model.num_tokens
+    )
+
   with resources.open_run(
       config, workdir, batch_size=config.tokens.batch_size
   ) as run:
+    tokens = token_files.open_files(config, check=build)
+    model, sampling = build(tokens.format)
     mesh = run.mesh
     dataset = sources.build_dataset(
         tokens.train,
@@ -75,7 +81,8 @@ def train_and_evaluate(
         seed=config.seed,
         **partitioning.data_shard(mesh)._asdict(),
     )
-    evaluator = evaluation.Evaluator(config, model, sampling, tokens, mesh)
+    with processes.fail_together():
+      evaluator = evaluation.Evaluator(config, model, sampling, tokens, mesh)
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     state_builder = build_state_builder(config, model, optimizer, mesh)
     record = run_record.RunRecord(
@@ -85,7 +92,7 @@ def train_and_evaluate(
             'tokens': tokens.format._asdict(),
             'token_files': tokens.describe(),
         },
-        lambda saved: _check_parts(saved, tokens.format),
+        lambda saved: _check_parts(saved, tokens),
         dataset,
     )
     restored = record.restore_newest(
@@ -191,7 +198,15 @@ def _to_input(
 
 
 def _check_parts(
-    saved: Mapping[str, Any], current: builder.TokenFormat
+    saved: Mapping[str, Any], current: token_files.TokenFiles
 ) -> None:
-  specs.check_same_spec(saved['quantizer'], current.quantizer)
-  token_files.check_same(saved['tokens'], current)
+  specs.check_same_spec(saved['quantizer'], current.format.quantizer)
+  token_files.check_same(saved['tokens'], current.format)
+  files = current.describe()
+  # The fingerprint of the input has the training files.
+  if saved['token_files']['eval']['sha256'] != files['eval']['sha256']:
+    logging.warning(
+        'The held-out token files have changed since the checkpoint; bits per'
+        ' token before and after are of different images, also for the best'
+        ' checkpoint.'
+    )

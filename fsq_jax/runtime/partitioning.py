@@ -194,7 +194,7 @@ def shard_over_all_axes(x: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def no_mesh() -> Iterator[None]:
-  """Context in which `constrain`, `gather_parameter` and `spread` return x."""
+  """Context without effect of `constrain` and the functions like it."""
   token = _is_constrained.set(False)
   try:
     yield

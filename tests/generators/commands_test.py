@@ -150,7 +150,7 @@ def test_outputs_are_named(run):
         ('images', '--images={}/images', r'images is not a folder|file'),
         ('x.npz', '--npz={}/x.npz', 'x.npz exists'),
         ('x.json', '--npz={}/x.npz', 'x.json exists'),
-        ('other', '--npz={}/x.npy', 'is no .npz file'),
+        ('other', '--npz={}/x.npy', 'does not end in .npz'),
     ],
 )
 def test_existing_outputs_are_kept(run, tmp_path, existing, argument, message):

@@ -149,7 +149,14 @@ def test_wrong_options_and_classes_are_rejected(load, options, message):
 )
 def test_wrong_grids_are_rejected(load, tokens, known, message):
   with pytest.raises(ValueError, match=message):
-    load('masked').inpaint(tokens, known)
+    load('masked').inpaint(tokens, known, labels=-1)
+
+
+@pytest.mark.parametrize('method', ['inpaint', 'nll'])
+def test_classes_are_not_forgotten(load, method):
+  known = () if method == 'nll' else (np.ones((4, 4), bool),)
+  with pytest.raises(ValueError, match='labels are missing'):
+    getattr(load('masked'), method)(_grids(1), *known)
 
 
 def test_likelihoods_of_wrong_tokens_are_rejected(load):
@@ -241,7 +248,7 @@ def test_checkpoints_are_chosen(untrained_run):
       strict=True,
   ):
     assert not np.array_equal(x, y)
-  with pytest.raises(ValueError, match='run of an autoencoder'):
+  with pytest.raises(ValueError, match='run of a tokenizer'):
     generators.Generator.from_workdir(best.config.tokens.tokenizer)
   with pytest.raises(ValueError, match='run of a generator'):
     tokenizers.Tokenizer.from_workdir(folder)
