@@ -127,14 +127,15 @@ class Generator:
     """Loads a folder written by `save_pretrained`.
 
     Args:
-      name: a folder.
+      name: a folder, or 'owner/name' of a repository of the Hugging Face Hub,
+        which needs the extra `hub`.
       mesh: as in `from_workdir`.
       batch_size: see `__init__`.
 
     Raises:
       ValueError: no such folder, or corrupted files.
     """
-    folder = pathlib.Path(name).expanduser()
+    folder = tokenizer_files.find(name, f'{saved_generator.TOKENIZER}/*')
     mesh = mesh or _local_mesh()
     saved = saved_generator.read(folder, mesh)
     tokenizer = None

@@ -162,11 +162,12 @@ def write(
   return folder
 
 
-def find(name: str | os.PathLike[str]) -> pathlib.Path:
+def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   """Returns a local folder, or downloads one from the Hugging Face Hub.
 
   Args:
     name: a folder, or 'owner/name' of a repository.
+    *patterns: of files to download beside those of a tokenizer.
 
   Raises:
     ValueError: no such folder or repository.
@@ -181,11 +182,9 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path:
         ' Hub.'
     )
   hub = _import_hub()
-  patterns = [WEIGHTS, CONFIG, workdirs.QUANTIZER, CARD]
+  files = [WEIGHTS, CONFIG, workdirs.QUANTIZER, CARD, *patterns]
   try:
-    return pathlib.Path(
-        hub.snapshot_download(str(name), allow_patterns=patterns)
-    )
+    return pathlib.Path(hub.snapshot_download(str(name), allow_patterns=files))
   # Errors of the hub and of the network have no common base class.
   except Exception as error:
     raise ValueError(

@@ -129,6 +129,10 @@ def test_constructors_name_the_field(name, wrong, right):
             {'model.class_conditional': False},
             'a class_dropout > 0 only with class_conditional',
         ),
+        (
+            {'losses.class_dropout': 0.0, 'sample.guidance.scale': 1.5},
+            'a guidance.scale other than 1 only with',
+        ),
         ({'tokens.batch_size': 60}, r'tokens\.batch_size is 60.*8'),
     ],
 )

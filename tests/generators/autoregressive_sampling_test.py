@@ -215,6 +215,25 @@ def test_8_devices_give_the_samples_of_1(options, variables):
   )
 
 
+def test_the_cache_is_sharded_over_the_batch(variables):
+  request = _request()
+  mesh = partitioning.create_mesh({'data': 4, 'fsdp': 2})
+  sharding = partitioning.batch_sharding(mesh)
+  key = request.pop('key')
+  text = _sampler().lower(
+      jax.device_put(variables, partitioning.replicated(mesh)), key=key,
+      **jax.device_put(request, sharding),
+  ).as_text()
+  cache = _MODEL.empty_cache(8)
+  shape = 'x'.join(map(str, jax.tree.leaves(cache)[0].shape))
+  constrained = [
+      line
+      for line in text.splitlines()
+      if 'sharding_constraint' in line and f'tensor<{shape}xf32>' in line
+  ]
+  assert len(constrained) == len(jax.tree.leaves(cache)), shape
+
+
 @pytest.mark.slow
 def test_jit_changes_no_sample(variables):
   request = _request()
