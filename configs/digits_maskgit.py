@@ -5,6 +5,8 @@ What: class-conditional masked token modelling (MaskGIT) of the 16 tokens of
   order with guidance.
 Command, after the tokenizer's:
   python launch.py --config=configs/digits_maskgit.py
+Numbers: 75.3 bits per held-out image (class x position unigram 85.2); class
+  accuracy of samples 98.0 %, recall 0.57, and without guidance 94.4 % and 0.72.
 """
 
 import ml_collections
@@ -33,8 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.num_samples = 500
   config.eval.samples_per_class = 10
 
-  # Guidance makes samples easier to read and less diverse: class accuracy 98 %
-  # instead of 95 %, recall 0.59 instead of 0.74.
+  # Guidance makes samples easier to read and less diverse.
   config.sample.num_steps = 16
   config.sample.guidance.scale = 1.5
   return config
