@@ -263,7 +263,7 @@ def test_the_report_is_written_again(run, untrained_run, tmp_path):
   code, out, errors = run('--mode=report', workdir=folder)
   assert code == 0, errors
   assert out.strip() == str(folder / workdirs.REPORT)
-  assert '7.654' in (folder / workdirs.REPORT).read_text()
+  assert '7.65' in (folder / workdirs.REPORT).read_text()
   code, out, _ = run(
       '--mode=report', f'--output={tmp_path}/x', workdir=folder
   )
