@@ -190,6 +190,7 @@ def _psnr(run):
   return -10 * np.log10(np.mean(error**2, axis=(1, 2, 3)))
 
 
+@pytest.mark.fast_limit(10)
 def test_worst_and_best_are_those_of_numpy(run):
   psnr = _psnr(run)
   order = np.argsort(psnr, kind='stable')

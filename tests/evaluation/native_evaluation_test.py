@@ -389,6 +389,7 @@ def test_images_smaller_than_a_network_takes_are_counted(
   assert np.isfinite(result.metrics['fd_encoder'])
 
 
+@pytest.mark.fast_limit(10)
 def test_training_refuses_it_and_other_images_have_their_name(root, built):
   config = _config(root, 'tiles')
   with pytest.raises(ValueError, match=r'eval\.native_size is True.*--mode='):

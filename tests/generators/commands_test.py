@@ -17,6 +17,9 @@ from fsq_jax.tokens import tokenization
 from fsq_jax.workdir import files as workdirs
 import launch
 
+# The first test makes the run that all use.
+pytestmark = pytest.mark.fast_limit(15)
+
 
 @pytest.fixture
 def run(untrained_run, capsys, monkeypatch):

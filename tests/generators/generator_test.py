@@ -15,6 +15,9 @@ from fsq_jax.generators import likelihood
 from fsq_jax.generators import saved_generator
 from fsq_jax.runtime import partitioning
 
+# The first test makes the run that all use.
+pytestmark = pytest.mark.fast_limit(15)
+
 _KINDS = pytest.mark.parametrize('kind', ['masked', 'autoregressive'])
 _NAMES = 'cat', 'dog', 'a/b c'
 
