@@ -599,7 +599,7 @@ def test_parts_train_or_are_frozen_as_their_stage_says():
   for path in _PRETRAINED:
     config = _shrink(configuration.load_config(path))
     config.discriminator.name = 'none'
-    builder = train_state.StateBuilder(
+    builder = train_state.build_state_builder(
         config,
         models.build_autoencoder(config.model, config.data.image_size),
         optim.build_optimizer(config.optim, config.train.num_steps),
