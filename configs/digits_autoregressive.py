@@ -1,8 +1,8 @@
 """Autoregressive generator on the tokens of configs/digits_fsq.py.
 
 What: class-conditional raster-order model of the 16 tokens of handwritten
-  digits, with exact level heads. It fits 1,437 images within 600 steps and
-  overfits afterwards.
+  digits, with exact level heads; 600 steps, since 1,437 training images are
+  few.
 Command, after the tokenizer's:
   python launch.py --config=configs/digits_autoregressive.py
 """

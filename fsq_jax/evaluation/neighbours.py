@@ -1,7 +1,7 @@
 """Nearest neighbours by Euclidean distance: exact, float64, block by block.
 
 Distances are computed as |a|^2 + |b|^2 - 2 ab, a matmul per block, so that the
-memory does not depend on the numbers of vectors. Those of integers, such as
+memory does not depend on the numbers of vectors. Distances of integers, such as
 pixels, are exact: all terms are integers below 2^53.
 """
 

@@ -65,7 +65,7 @@ def sample(
     variables: of the model.
     labels: [B] integers in [0, C), -1 for no class.
     key: random key of all samples.
-    options: of sampling.
+    options: sampling options.
     examples: [B] integers, the number of each example, 0 ... B - 1 by default.
       An example depends on its number and the key, not on its batch.
     tokens: [B, N] integers whose first tokens are given; None to generate all.

@@ -118,7 +118,7 @@ def build_model(
 
   Args:
     config: the whole config.
-    tokens: that the model is to be trained on.
+    tokens: format of the tokens to model.
 
   Raises:
     ValueError: a model that does not fit the tokens.

@@ -154,7 +154,7 @@ class Evaluator:
 
     Args:
       config: the whole config.
-      model: of the config.
+      model: the model built from the config.
       sampling: options of sampling.
       tokens: token files, and the tokenizer that decodes samples.
       mesh: with the variables.

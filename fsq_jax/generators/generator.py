@@ -181,7 +181,7 @@ class Generator:
       classes: label of each image, -1 for no class. With `num_images`, classes
         to balance the images over, in this order; None is all classes.
       num_images: number of images; by default one of each of `classes`.
-      seed: of all random numbers. Image i is the same for any number of images.
+      seed: random seed. Image i is the same for any number of images.
       **options: replace fields of the section sample of the config, such as
         num_steps=8, temperature=0.9 or guidance={'scale': 2.0}.
 
@@ -214,7 +214,7 @@ class Generator:
         autoregressive model they have to be the first ones in raster order.
       labels: [B] integers or one for all, -1 for no class; None for models
         without classes.
-      seed: of all random numbers.
+      seed: random seed.
       **options: as in `sample`.
 
     Raises:

@@ -36,7 +36,7 @@ class Sampler:
 
     Args:
       model: masked or causal.
-      options: of sampling.
+      options: sampling options.
       mesh: from `partitioning.create_mesh`.
       batch_size: largest number of images in a batch.
       shared: see `batching.Batcher`.
@@ -77,7 +77,7 @@ class Sampler:
     Args:
       variables: of the model, on the mesh.
       labels: [B] integers in [0, C), -1 for no class.
-      seed: of all samples.
+      seed: random seed of all samples.
       tokens: [B, N] integers, any where not given; None to generate all.
       given: where `tokens` are given: [B, N] bool for masked models; [B], how
         many of the first tokens in raster order, for causal ones.

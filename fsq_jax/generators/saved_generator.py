@@ -51,7 +51,7 @@ class SavedGenerator(NamedTuple):
 
   Attributes:
     config: the whole config of the run.
-    model: of the config.
+    model: the model built from the config.
     variables: EMA of the parameters.
     tokens: format of the tokens.
     step: training steps taken.
@@ -153,7 +153,7 @@ def write(
       'evaluation': evaluation,
       'config': config,
   }
-  # Last: a folder without it is no generator.
+  # Last: a folder without it is incomplete.
   workdirs.write_json(
       folder / tokenizer_files.CONFIG,
       {**content, 'sha256': integrity.hash_json(content)},

@@ -19,8 +19,8 @@ class TrainStep:
 
   Attributes:
     model: masked or causal.
-    objective: the loss.
-    update: of the parameters.
+    objective: options of the training loss.
+    update: updates the parameters.
     seed: random numbers depend on seed and step only.
     accumulation_steps: parts of a batch, whose gradients are averaged.
   """

@@ -24,7 +24,7 @@ class TokenFiles(NamedTuple):
   Attributes:
     train: tokens of the training images.
     eval: tokens of the held-out images.
-    format: of both.
+    format: token format of both splits.
     tokenizer: decodes them; None without tokens.tokenizer.
   """
 
