@@ -30,6 +30,7 @@ _INTERRUPTED = 75  # As launch.py: run the same command again.
 # finished run with other paths is still valid.
 _PLACES = re.compile(
     r'data\.data_dir|train\.init_from|eval\.networks\..*|.*\.checkpoint'
+    r'|tokens\.tokenizer'
 )
 
 # Metrics stored in results.json.
@@ -47,22 +48,24 @@ def main(
     print_tables: Callable[[dict[str, Any]], None],
     plot: Callable[[dict[str, Any], pathlib.Path], None],
     runs: str = 'quantizers',
+    names: tuple[str, str] = ('results.json', 'plot.png'),
     paths: Mapping[str, str] | None = None,
 ) -> None:
   """Command line of a sweep: optionally trains, then plots and prints.
 
   Args:
     description: help text of the script.
-    folder: results.json and plot.png are written here.
+    folder: the results and the plot are written here.
     run: trains the runs and returns the results. Called with the workdir,
       data.data_dir and the `paths` as keyword arguments.
     print_tables: prints the results.
     plot: draws the results to a path.
     runs: name of the default workdir under runs/.
+    names: of the files of the results and of the plot.
     paths: names and help texts of further flags that --run requires.
   """
   paths = paths or {}
-  results = folder / 'results.json'
+  results = folder / names[0]
   parser = argparse.ArgumentParser(
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,7 +100,7 @@ def main(
   elif not results.is_file():
     parser.error(f'{results} does not exist; use --run')
   record = _read_json(results)
-  plot(record, folder / 'plot.png')
+  plot(record, folder / names[1])
   print_tables(record)
 
 
@@ -179,18 +182,19 @@ def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
     'runs': the metrics of each; 'made_with': versions, devices and commits.
   """
   numbers = {name: read_numbers(workdir / name) for name in names}
-  metadata = [_read_json(workdir / name / 'run.json') for name in numbers]
-  made_with = {
+  return {'made_with': describe_runs(workdir, numbers), 'runs': numbers}
+
+
+def describe_runs(
+    workdir: pathlib.Path, names: Iterable[str]
+) -> dict[str, list[Any]]:
+  """Returns the versions, devices and commits of runs, each value once."""
+  metadata = [_read_json(workdir / name / 'run.json') for name in names]
+  values = {
       name: sorted({json.dumps(x[name]) for x in metadata})
       for name in ('versions', 'devices', 'git')
   }
-  return {
-      'made_with': {
-          name: [json.loads(value) for value in values]
-          for name, values in made_with.items()
-      },
-      'runs': numbers,
-  }
+  return {name: [json.loads(y) for y in x] for name, x in values.items()}
 
 
 def draw_reconstructions(

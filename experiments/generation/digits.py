@@ -25,7 +25,6 @@ from fsq_jax.evaluation import sample_metrics
 from fsq_jax.generators import generator as generators
 from fsq_jax.generators import token_files
 from fsq_jax.generators import training
-from fsq_jax.runtime import partitioning
 from fsq_jax.workdir import provenance
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -150,10 +149,9 @@ def _measure(
 
 def _compare(samples: sample_metrics.ImageSet, images) -> dict[str, float]:
   """Returns the metrics of samples against the held-out images."""
-  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
-  metrics = sample_metrics.evaluate_samples(
-      samples, images['eval'], images['train'], networks={}, mesh=mesh
-  ).metrics
+  metrics = sample_metrics.SampleEvaluator(
+      images['eval'], images['train']
+  ).run(samples).metrics
   return {
       name: value * _FD_UNIT if name.startswith('fd_') else value
       for name, value in metrics.items()

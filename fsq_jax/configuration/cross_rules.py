@@ -65,6 +65,20 @@ def generator_rules(
       lambda tokenizer, num_samples: bool(tokenizer) or not num_samples,
   )
   yield rules.CrossRule(
+      (
+          'eval.num_samples',
+          'eval.networks.inception',
+          'eval.networks.inception_tf1',
+          'eval.networks.vgg16',
+      ),
+      'num_samples 0 without networks, else 4 or more, which precision and'
+      ' recall need, and 10 or more with an Inception network for its score',
+      lambda num_samples, *networks: (
+          num_samples >= (10 if any(networks[:2]) else 4)
+          or not (num_samples or any(networks))
+      ),
+  )
+  yield rules.CrossRule(
       ('model.class_conditional', 'losses.class_dropout'),
       'a class_dropout > 0 only with class_conditional',
       lambda conditional, dropout: conditional or not dropout,

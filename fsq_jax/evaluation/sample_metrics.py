@@ -5,7 +5,8 @@ to the training images. Features come from principal components of pixels and
 from frozen networks; the metrics are computed from them in float64 on the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -147,74 +148,176 @@ DEFINITIONS = {
 }
 
 
-def evaluate_samples(
-    samples: ImageSet,
-    reference: ImageSet,
-    train: ImageSet,
-    *,
-    networks: Mapping[str, str],
-    mesh: jax.sharding.Mesh,
-) -> SampleMetrics:
-  """Measures generated images; results depend on the arguments alone.
+class Network(NamedTuple):
+  """A network that gives features of images.
 
-  With several processes all call it with the same sets, and get the same.
+  Attributes:
+    features: a key of `_NETWORKS`.
+    network: on the devices of `mesh`.
+    classifier: [K, D] weights of the Inception score; None without.
+    mesh: from `partitioning.create_mesh`.
+  """
+
+  features: str
+  network: network_metrics.Network
+  classifier: np.ndarray | None
+  mesh: jax.sharding.Mesh
+
+
+def load_networks(
+    paths: Mapping[str, str], mesh: jax.sharding.Mesh
+) -> tuple[Network, ...]:
+  """Loads the networks of samples' features.
 
   Args:
-    samples: generated images, with the labels that they were generated for.
-    reference: held-out images.
-    train: images that the generator was trained on.
-    networks: paths of weights by network: 'inception', 'inception_tf1' and
-      'vgg16', the files of rfid, rfid_tf1 and fd_vgg16 in `eval.networks`; ''
-      for networks that are not wanted.
+    paths: weights by network: 'inception', 'inception_tf1' and 'vgg16', the
+      files of rfid, rfid_tf1 and fd_vgg16 in `eval.networks`; '' for networks
+      that are not wanted.
     mesh: from `partitioning.create_mesh`; the networks run on it.
 
-  Returns:
-    The metrics. `nearest_neighbour_accuracy` is left out if no sample has a
-    label, `fd_pixel_pca_within_class` if a class has too few images.
-
   Raises:
-    ValueError: an empty set, images that are not uint8 or of different sizes,
-      wrong or missing labels, too few images, an unknown network, or weights
-      that are missing or corrupted.
+    ValueError: an unknown network, or weights that are missing or corrupted.
   """
-  sets = {'samples': samples, 'reference': reference, 'train': train}
-  _check(sets)
-  if np.any(samples.labels != NO_LABEL) and np.any(train.labels == NO_LABEL):
-    raise ValueError(
-        'Samples have class labels, and'
-        f' {np.count_nonzero(train.labels == NO_LABEL)} of {len(train.labels)}'
-        f' training images have none; give every training image its label, or'
-        f' all samples {NO_LABEL}.'
-    )
-  loaded = {
-      name: _load(name, path, mesh, samples.images.shape[1:3])
-      for name, path in networks.items()
-      if path
-  }
-  pca = pixel_pca.fit_pixel_pca(train.images)
-  features = [pca.project(x.images) for x in (samples, reference)]
-  metrics = _compare(_PIXEL_PCA, features)
-  metrics |= _within_class(features, samples.labels, reference.labels)
-  for name, network in loaded.items():
-    features = [_apply(network, x.images, mesh) for x in (samples, reference)]
-    metrics |= _compare(name, features)
-    if score := _NETWORKS[name].inception_score:
-      classifier = inception.read_classifier(networks[name])
-      metrics[score], metrics[f'{score}_std'] = inception_score(
-          features[0], classifier, num_splits=_NUM_SPLITS, seed=_SEED
+  loaded = []
+  for name, path in paths.items():
+    if not path:
+      continue
+    if name not in _NETWORKS:
+      raise ValueError(f'The network is {name!r}; known: {sorted(_NETWORKS)}.')
+    features = _NETWORKS[name]
+    try:
+      network = network_metrics.load_network(
+          features.feature_metric, path, mesh
       )
-  metrics |= _compare_with_train(samples, reference, train)
-  protocol = {
-      'definitions': {name: DEFINITIONS[name] for name in metrics},
-      'num_images': {name: len(x.images) for name, x in sets.items()},
-      'image_size': list(samples.images.shape[1:3]),
-      'networks': {name: x.sha256 for name, x in loaded.items()},
-      'precision_recall_k': _NEIGHBOURS,
-      'inception_score_splits': _NUM_SPLITS,
-      'inception_score_seed': _SEED,
-      'pixel_pca': pca.protocol,
-  }
-  return SampleMetrics(metrics, protocol)
+      classifier = None
+      if features.inception_score:
+        classifier = inception.read_classifier(path)
+    except ValueError as error:
+      raise ValueError(f'eval.networks.{name}: {error}') from error
+    loaded.append(Network(name, network, classifier, mesh))
+  return tuple(loaded)
+
+
+class SampleEvaluator:
+  """Compares generated images with held-out and with training images.
+
+  Features of the held-out images are kept between calls.
+  """
+
+  def __init__(
+      self,
+      reference: ImageSet,
+      train: ImageSet,
+      networks: Sequence[Network] = (),
+  ):
+    """Fits the principal components.
+
+    Args:
+      reference: held-out images.
+      train: images that the generator was trained on.
+      networks: from `load_networks`.
+
+    Raises:
+      ValueError: an empty set, images that are not uint8, of different sizes,
+        all equal, or too small for a network, or wrong labels.
+    """
+    _check({'reference': reference, 'train': train})
+    for name, network, *_ in networks:
+      size = reference.images.shape[1:3]
+      if min(size) < network.min_side:
+        raise ValueError(
+            f'{name} needs images of {network.min_side} pixels per side or'
+            f' more, and these are {tuple(size)}; leave it out of networks.'
+        )
+    self._reference, self.train = reference, train
+    self._networks = networks
+    self._pca = pixel_pca.fit_pixel_pca(train.images)
+    self._known = {x.tobytes() for x in train.images}
+
+  def run(self, samples: ImageSet) -> SampleMetrics:
+    """Measures samples; results depend on the images and networks alone.
+
+    With several processes all call it with the same sets, and get the same.
+
+    Args:
+      samples: generated images, with the labels they were generated for.
+
+    Returns:
+      The metrics. `nearest_neighbour_accuracy` is left out if no sample has a
+      label, `fd_pixel_pca_within_class` if a class has too few images.
+
+    Raises:
+      ValueError: an empty set, images that are not uint8 or of another size
+        than the reference, wrong or missing labels, or too few images.
+    """
+    sets = {
+        'samples': samples, 'reference': self._reference, 'train': self.train
+    }
+    _check(sets)
+    missing = np.count_nonzero(self.train.labels == NO_LABEL)
+    if np.any(samples.labels != NO_LABEL) and missing:
+      raise ValueError(
+          f'Samples have class labels, and {missing} of'
+          f' {len(self.train.labels)} training images have none; give every'
+          f' training image its label, or all samples {NO_LABEL}.'
+      )
+    features = (
+        self._pca.project(samples.images), self._reference_components
+    )
+    metrics = _compare(_PIXEL_PCA, features)
+    metrics |= _within_class(features, samples.labels, self._reference.labels)
+    for network in self._networks:
+      name = network.features
+      features = _apply(network, samples.images), self._reference_features[name]
+      metrics |= _compare(name, features)
+      if score := _NETWORKS[name].inception_score:
+        metrics[score], metrics[f'{score}_std'] = inception_score(
+            features[0], network.classifier, num_splits=_NUM_SPLITS, seed=_SEED
+        )
+    metrics |= self._compare_with_train(samples)
+    protocol = {
+        'definitions': {name: DEFINITIONS[name] for name in metrics},
+        'num_images': {name: len(x.images) for name, x in sets.items()},
+        'image_size': list(samples.images.shape[1:3]),
+        'networks': {x.features: x.network.sha256 for x in self._networks},
+        'precision_recall_k': _NEIGHBOURS,
+        'inception_score_splits': _NUM_SPLITS,
+        'inception_score_seed': _SEED,
+        'pixel_pca': self._pca.protocol,
+    }
+    return SampleMetrics(metrics, protocol)
+
+  @functools.cached_property
+  def _reference_components(self) -> np.ndarray:
+    return self._pca.project(self._reference.images)
+
+  @functools.cached_property
+  def _reference_features(self) -> dict[str, np.ndarray]:
+    return {
+        x.features: _apply(x, self._reference.images) for x in self._networks
+    }
+
+  @functools.cached_property
+  def _reference_distances(self) -> np.ndarray:
+    return nearest_indices(self._reference, self.train)[1]
+
+  def _compare_with_train(self, samples: ImageSet) -> dict[str, float]:
+    """Returns the metrics of the nearest training images."""
+    indices, distances = nearest_indices(samples, self.train)
+    is_copy = [x.tobytes() in self._known for x in samples.images]
+    metrics = {
+        'copies': float(np.sum(is_copy)),
+        'copies_share': float(np.mean(is_copy)),
+        'nearest_train_distance': float(np.mean(distances)),
+        'nearest_train_distance_reference': float(
+            np.mean(self._reference_distances)
+        ),
+    }
+    has_label = samples.labels != NO_LABEL
+    if has_label.any():
+      matches = self.train.labels[indices] == samples.labels
+      metrics['nearest_neighbour_accuracy'] = float(np.mean(matches[has_label]))
+    return metrics
 
 
 def nearest_indices(
@@ -324,23 +427,9 @@ def _check(sets: Mapping[str, ImageSet]) -> None:
     )
 
 
-def _load(name, path, mesh, image_size) -> network_metrics.Network:
-  """Loads a network that takes images of this (height, width)."""
-  if name not in _NETWORKS:
-    raise ValueError(f'The network is {name!r}; known: {sorted(_NETWORKS)}.')
-  network = network_metrics.load_network(
-      _NETWORKS[name].feature_metric, path, mesh
-  )
-  if min(image_size) < network.min_side:
-    raise ValueError(
-        f'{name} needs images of {network.min_side} pixels per side or more,'
-        f' and these are {tuple(image_size)}; leave it out of networks.'
-    )
-  return network
-
-
-def _apply(network, images, mesh) -> np.ndarray:
+def _apply(network: Network, images: np.ndarray) -> np.ndarray:
   """Returns the features [n, D] float32 of all images, in every process."""
+  mesh = network.mesh
   shard = partitioning.data_shard(mesh)
   parts = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
   size = math.ceil(min(_BATCH_SIZE, len(images)) / parts) * parts
@@ -348,7 +437,9 @@ def _apply(network, images, mesh) -> np.ndarray:
   for start in range(0, len(images), size):
     batch = batching.fill(images[start:start + size], size)
     local = np.split(batch, shard.process_count)[shard.process_index]
-    features.append(np.asarray(network(partitioning.shard_batch(local, mesh))))
+    features.append(
+        np.asarray(network.network(partitioning.shard_batch(local, mesh)))
+    )
   return np.concatenate(features)[:len(images)]
 
 
@@ -385,22 +476,3 @@ def _within_class(features, *labels) -> dict[str, float]:
       for c in classes
   ]
   return {'fd_pixel_pca_within_class': float(np.mean(distances))}
-
-
-def _compare_with_train(samples, reference, train) -> dict[str, float]:
-  """Returns the metrics of the nearest training images."""
-  indices, distances = nearest_indices(samples, train)
-  _, others = nearest_indices(reference, train)
-  known = {x.tobytes() for x in train.images}
-  is_copy = [x.tobytes() in known for x in samples.images]
-  metrics = {
-      'copies': float(np.sum(is_copy)),
-      'copies_share': float(np.mean(is_copy)),
-      'nearest_train_distance': float(np.mean(distances)),
-      'nearest_train_distance_reference': float(np.mean(others)),
-  }
-  has_label = samples.labels != NO_LABEL
-  if has_label.any():
-    matches = train.labels[indices] == samples.labels
-    metrics['nearest_neighbour_accuracy'] = float(np.mean(matches[has_label]))
-  return metrics

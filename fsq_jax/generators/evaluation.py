@@ -1,6 +1,7 @@
 """Evaluation of a generator: held-out NLL, baselines, and samples."""
 
 from collections.abc import Callable, Mapping
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -188,7 +189,10 @@ class Evaluator:
         build_bits(model, self._options.num_draws, config.seed),
         out_shardings=partitioning.replicated(mesh),
     )
-    self._reference = None
+    # Before the training: weights may be missing.
+    self._networks = sample_metrics.load_networks(
+        self._options.networks, _local_mesh()
+    )
 
   def run(
       self,
@@ -302,11 +306,7 @@ class Evaluator:
     if len(measured):
       samples = sample_metrics.ImageSet(images[len(shown) :], measured)
       metrics['copied_token_grids'] = self._copies.count(tokens[len(shown) :])
-      reference, train = self._load_reference()
-      result = sample_metrics.evaluate_samples(
-          samples, reference, train,
-          networks=options.networks, mesh=_local_mesh(),
-      )
+      result = self._sample_evaluator.run(samples)
       metrics |= result.metrics
       details = dict(result.protocol)
       protocol['definitions'] = (
@@ -314,6 +314,7 @@ class Evaluator:
       )
       protocol['samples'] = {**details, 'reference': options.reference}
       part = sample_metrics.ImageSet(*(x[:_NUM_NEAREST] for x in samples))
+      train = self._sample_evaluator.train
       nearest, distances = sample_metrics.nearest_indices(part, train)
       sheets['nearest'] = grid_lib.nearest_sheet(
           part.images, train.images[nearest], distances
@@ -350,24 +351,20 @@ class Evaluator:
   def _decode(self, tokens: np.ndarray) -> np.ndarray:
     return decode(self._files.tokenizer, tokens, self._model.grid)
 
-  def _load_reference(self) -> tuple[sample_metrics.ImageSet, ...]:
-    """Returns held-out and training images, loaded once."""
-    if self._reference is None:
-      chosen = {
-          'eval': token_files.select(
-              len(self._files.eval), self._options.num_images
-          ),
-          'train': token_files.select(
-              len(self._files.train), _MAX_TRAIN_IMAGES
-          ),
-      }
-      load = self._decoded_images
-      if self._options.reference == 'original':
-        load = self._original_images
-      self._reference = load('eval', chosen['eval']), self._decoded_images(
-          'train', chosen['train']
-      )
-    return self._reference
+  @functools.cached_property
+  def _sample_evaluator(self) -> sample_metrics.SampleEvaluator:
+    """Decodes the held-out and the training images, once."""
+    files, options = self._files, self._options
+    load = self._decoded_images
+    if options.reference == 'original':
+      load = self._original_images
+    return sample_metrics.SampleEvaluator(
+        load('eval', token_files.select(len(files.eval), options.num_images)),
+        self._decoded_images(
+            'train', token_files.select(len(files.train), _MAX_TRAIN_IMAGES)
+        ),
+        self._networks,
+    )
 
   def _decoded_images(
       self, split: str, indices: np.ndarray

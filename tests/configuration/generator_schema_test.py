@@ -125,6 +125,15 @@ def test_constructors_name_the_field(name, wrong, right):
             {'tokens.tokenizer': '', 'tokens.train': 'a', 'tokens.eval': 'b'},
             'num_samples 0 without a tokenizer',
         ),
+        ({'eval.num_samples': 3}, 'else 4 or more, which precision'),
+        (
+            {'eval.num_samples': 9, 'eval.networks.inception_tf1': 'a'},
+            'and 10 or more with an Inception network',
+        ),
+        (
+            {'eval.num_samples': 0, 'eval.networks.vgg16': 'a'},
+            'num_samples 0 without networks',
+        ),
         (
             {'model.class_conditional': False},
             'a class_dropout > 0 only with class_conditional',

@@ -55,9 +55,14 @@ def sets():
   return samples, _set(160, 2), train
 
 
+def _evaluate(samples, reference, train, *, networks=None, mesh=None):
+  loaded = sample_metrics.load_networks(networks or {}, mesh)
+  return sample_metrics.SampleEvaluator(reference, train, loaded).run(samples)
+
+
 @pytest.fixture(scope='module')
-def result(sets, mesh):
-  return sample_metrics.evaluate_samples(*sets, networks={}, mesh=mesh)
+def result(sets):
+  return _evaluate(*sets)
 
 
 def _flat(image_set):
@@ -121,11 +126,9 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
   )
 
 
-def test_equal_sets_are_at_distance_zero(sets, mesh):
+def test_equal_sets_are_at_distance_zero(sets):
   _, reference, train = sets
-  metrics, _ = sample_metrics.evaluate_samples(
-      reference, reference, train, networks={}, mesh=mesh
-  )
+  metrics, _ = _evaluate(reference, reference, train)
   assert metrics['fd_pixel_pca'] < 1e-6
   assert metrics['precision_pixel_pca'] == metrics['recall_pixel_pca'] == 1
 
@@ -178,9 +181,9 @@ def test_copies_are_counted(sets, result):
   np.testing.assert_allclose(distances[9], (_SIDE * _SIDE * 3) ** -0.5)
 
 
-def test_blocks_do_not_matter(sets, result, mesh, monkeypatch):
+def test_blocks_do_not_matter(sets, result, monkeypatch):
   monkeypatch.setattr(neighbours, '_MAX_ROWS', 17)
-  metrics, _ = sample_metrics.evaluate_samples(*sets, networks={}, mesh=mesh)
+  metrics, _ = _evaluate(*sets)
   assert metrics.keys() == result.metrics.keys()
   for name, value in metrics.items():
     np.testing.assert_allclose(value, result.metrics[name], rtol=1e-9)
@@ -199,9 +202,9 @@ def test_the_protocol_describes_every_metric(result):
   assert protocol['networks'] == {}
 
 
-def test_few_images_per_feature_are_warned_about(sets, mesh, caplog):
+def test_few_images_per_feature_are_warned_about(sets, caplog):
   with caplog.at_level(logging.WARNING, logger='absl'):
-    sample_metrics.evaluate_samples(*sets, networks={}, mesh=mesh)
+    _evaluate(*sets)
   # Once: the definition of the class-wise distance says so, too.
   messages = [x for x in caplog.messages if 'biased upwards' in x]
   assert messages == [
@@ -210,19 +213,17 @@ def test_few_images_per_feature_are_warned_about(sets, mesh, caplog):
   ]
 
 
-def test_metrics_of_labels_are_left_out_without_labels(sets, mesh):
+def test_metrics_of_labels_are_left_out_without_labels(sets):
   samples, reference, train = sets
   none = [x._replace(labels=np.full(len(x.labels), -1)) for x in sets]
-  metrics, _ = sample_metrics.evaluate_samples(*none, networks={}, mesh=mesh)
+  metrics, _ = _evaluate(*none)
   assert not {
       'nearest_neighbour_accuracy', 'fd_pixel_pca_within_class'
   } & metrics.keys()
   # Of samples without a label nothing is expected.
   labels = np.where(np.arange(150) < 20, samples.labels, -1)
   some = samples._replace(labels=labels)
-  metrics, _ = sample_metrics.evaluate_samples(
-      some, reference, train, networks={}, mesh=mesh
-  )
+  metrics, _ = _evaluate(some, reference, train)
   indices, _ = sample_metrics.nearest_indices(samples, train)
   matches = train.labels[indices[:20]] == labels[:20]
   assert metrics['nearest_neighbour_accuracy'] == np.mean(matches)
@@ -246,7 +247,9 @@ def _replaced(image_set, **changes):
         (0, lambda x: _replaced(x, images=list(x.images)),
          'images of samples are None'),
         (1, lambda x: _replaced(x, images=x.images[:, 1:]),
-         r"sizes {'samples': \(6, 6\), 'reference': \(5, 6\)"),
+         r"sizes {'reference': \(5, 6\), 'train': \(6, 6\)"),
+        (0, lambda x: _replaced(x, images=x.images[:, 1:]),
+         r"sizes {'samples': \(5, 6\), 'reference': \(6, 6\)"),
         (0, lambda x: _replaced(x, labels=None), 'labels of samples are None'),
         (0, lambda x: _replaced(x, labels=x.labels[1:]),
          'give an array of 150 integers'),
@@ -258,20 +261,35 @@ def _replaced(image_set, **changes):
          'k is 3 and the smaller set has 3'),
     ],
 )
-def test_wrong_sets_are_rejected(sets, mesh, index, change, message):
+def test_wrong_sets_are_rejected(sets, index, change, message):
   sets = list(sets)
   sets[index] = change(sets[index])
   with pytest.raises(ValueError, match=message):
-    sample_metrics.evaluate_samples(*sets, networks={}, mesh=mesh)
+    _evaluate(*sets)
 
 
-def test_unknown_networks_and_missing_files_are_rejected(sets, mesh, tmp_path):
+def test_unknown_networks_and_missing_files_are_rejected(mesh, tmp_path):
   for networks, message in (
       ({'resnet': 'x'}, r"'resnet'; known: \['inception', 'inception_tf1'"),
       ({'inception': str(tmp_path / 'no')}, r'There is no file .*/no'),
   ):
     with pytest.raises(ValueError, match=message):
-      sample_metrics.evaluate_samples(*sets, networks=networks, mesh=mesh)
+      sample_metrics.load_networks(networks, mesh)
+
+
+def test_the_reference_is_measured_once(sets, monkeypatch):
+  evaluator = sample_metrics.SampleEvaluator(*sets[1:])
+  first = evaluator.run(sets[0])
+  measured = []
+
+  def project(self, images):
+    measured.append(len(images))
+    return project_images(self, images)
+
+  project_images = pixel_pca.PixelPca.project
+  monkeypatch.setattr(pixel_pca.PixelPca, 'project', project)
+  assert evaluator.run(sets[0]) == first
+  assert measured == [150]
 
 
 # The Inception score.
@@ -359,7 +377,7 @@ def test_metrics_of_vgg16_are_those_of_its_features(tmp_path, num_devices):
   )
   # No multiple of the batch.
   sets = [_set(n, n, side=16) for n in (70, 90, 20)]
-  metrics, protocol = sample_metrics.evaluate_samples(
+  metrics, protocol = _evaluate(
       *sets, networks={'vgg16': str(path), 'inception': ''}, mesh=mesh
   )
   variables = {'params': traverse_util.unflatten_dict(arrays, sep='/')}
@@ -380,7 +398,7 @@ def test_metrics_of_vgg16_are_those_of_its_features(tmp_path, num_devices):
   assert len(protocol['networks']['vgg16']) == 64
   small = [_set(n, n, side=8) for n in (10, 10, 10)]
   with pytest.raises(ValueError, match='vgg16 needs images of 16 pixels per'):
-    sample_metrics.evaluate_samples(
+    _evaluate(
         *small, networks={'vgg16': str(path)}, mesh=mesh
     )
 
@@ -406,7 +424,7 @@ def test_each_network_has_its_metrics(sets, result, mesh, monkeypatch):
       for i, name in enumerate('ab')
   }
   monkeypatch.setattr(inception, 'read_classifier', classifiers.__getitem__)
-  metrics, protocol = sample_metrics.evaluate_samples(
+  metrics, protocol = _evaluate(
       *sets,
       networks={'inception': 'a', 'inception_tf1': 'b', 'vgg16': 'c'},
       mesh=mesh,
@@ -447,7 +465,7 @@ def test_metrics_of_inception_are_those_of_its_features(tmp_path, mesh):
   path = tmp_path / 'inception.safetensors'
   safetensors.numpy.save_file(arrays, path)
   sets = [_set(n, i) for i, n in enumerate((12, 12, 20))]
-  metrics, written = sample_metrics.evaluate_samples(
+  metrics, written = _evaluate(
       *sets, networks={'inception_tf1': str(path)}, mesh=mesh
   )
   module, variables, sha256 = inception.load_inception(path, 'tf1')

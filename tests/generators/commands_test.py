@@ -75,9 +75,12 @@ def test_images_are_written_to_folders_and_files(
   record = file.with_suffix('.json')
   assert out.split() == [str(x) for x in (folder, file, record)]
   assert sorted(x.name for x in folder.iterdir()) == [
-      '0000_cat', '0002_a_b_c', 'contact_sheet.png', 'samples.json',
-      'unconditional',
+      'contact_sheets', 'images', 'samples.json',
   ]
+  classes = ['0000_cat', '0002_a_b_c', 'unconditional']
+  assert sorted(x.name for x in (folder / 'images').iterdir()) == classes
+  sheets = folder / 'contact_sheets'
+  assert sorted(x.stem for x in sheets.glob('*.png')) == classes
   # The scratch file has gone.
   assert {x.name for x in tmp_path.iterdir()} == {
       'images', 'samples.npz', 'samples.json',
@@ -89,7 +92,7 @@ def test_images_are_written_to_folders_and_files(
   assert content['sampler']['draw']['temperature'] == 0.5
 
   # By number and class, they are those of Python.
-  paths = sorted(folder.glob('*/*.png'), key=lambda x: x.name)
+  paths = sorted(folder.glob('images/*/*.png'), key=lambda x: x.name)
   assert [x.name for x in paths] == [f'{i:06}.png' for i in range(11)]
   labels = [
       {'0000_cat': 0, '0002_a_b_c': 2, 'unconditional': -1}[x.parent.name]
