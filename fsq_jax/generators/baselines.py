@@ -13,20 +13,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+DEFINITIONS = {
+    'uniform': 'log2 of the codebook size',
+    'unigram': 'frequencies of the tokens in the training images',
+    'class_position_unigram': (
+        'frequencies per class and grid cell, interpolated with frequencies per'
+        ' cell, which are interpolated with the unigram'
+    ),
+    'left_neighbour': (
+        'frequencies given the token to the left, interpolated with the'
+        ' unigram; the first column has the unigram'
+    ),
+}
 _WEIGHTS = 2.0 ** np.arange(-6, 25)
 
 
 class Baselines(NamedTuple):
-  """Held-out code lengths in bits per token.
-
-  Attributes:
-    uniform: log2 K.
-    unigram: frequencies of the tokens.
-    class_position_unigram: frequencies per class and grid cell, interpolated
-      with frequencies per cell, which are interpolated with the unigram.
-    left_neighbour: frequencies given the token to the left, interpolated with
-      the unigram; the first column has the unigram.
-  """
+  """Held-out code lengths in bits per token; see `DEFINITIONS`."""
 
   uniform: float
   unigram: float

@@ -175,6 +175,7 @@ def generate_workdir(
   record = {
       'step': found.step,
       'workdir': str(found.folder),
+      'generator_hash': saved_generator.hash_variables(saved.variables),
       'model_hash': saved.tokens.model_hash,
       'parameters': 'EMA',
       'sampler': builder.describe_sampling(sampling),

@@ -19,6 +19,7 @@ from fsq_jax.generators import embeddings
 from fsq_jax.generators import likelihood
 from fsq_jax.generators import model as models
 from fsq_jax.generators import sampler as samplers
+from fsq_jax.generators import saved_generator
 from fsq_jax.generators import token_files
 from fsq_jax.report import grid as grid_lib
 from fsq_jax.runtime import batching
@@ -191,7 +192,7 @@ class Evaluator:
     )
     # Before the training: weights may be missing.
     self._networks = sample_metrics.load_networks(
-        self._options.networks, _local_mesh()
+        self._options.networks, partitioning.create_local_mesh()
     )
 
   def run(
@@ -237,14 +238,18 @@ class Evaluator:
         'model_hash': self._files.format.model_hash,
         'num_images': len(self._held_out.labels),
         'num_tokens': num_tokens,
-        'num_draws': self._options.num_draws,
-        'compression_steps': min(likelihood.COMPRESSION_STEPS, num_tokens),
+        'generator_hash': saved_generator.hash_variables(variables),
         'num_train_images_compared': self._copies.num_images,
         'parameters': 'EMA',
         'seed': self._config.seed,
         'command': provenance.command(),
         'definitions': DEFINITIONS,
     }
+    if 'compression' in held_out:
+      protocol['num_draws'] = self._options.num_draws
+      protocol['compression_steps'] = min(
+          likelihood.COMPRESSION_STEPS, num_tokens
+      )
     sheets = {}
     if self._files.tokenizer is not None:
       sheets = self._evaluate_samples(
@@ -253,7 +258,7 @@ class Evaluator:
     definitions = protocol['definitions']
     protocol['definitions'] = {
         name: definitions[name] for name in metrics if name in definitions
-    }
+    } | baselines_lib.DEFINITIONS
     return Evaluation(metrics, self._baselines, protocol, sheets)
 
   def _read(self, source, indices) -> token_files.TokenArrays:
@@ -464,7 +469,3 @@ def decode(
 ) -> np.ndarray:
   """Decodes tokens [B, N] in raster order of a grid to [B, H, W, 3] uint8."""
   return tokenizer.decode(tokens.reshape(-1, *grid))
-
-
-def _local_mesh() -> jax.sharding.Mesh:
-  return partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.local_devices())

@@ -108,7 +108,7 @@ class Generator:
       ValueError: no such checkpoint or tokenizer, or another tokenizer.
     """
     found = saved_model.find_run(workdir, checkpoint)
-    mesh = mesh or _local_mesh()
+    mesh = mesh or partitioning.create_local_mesh()
     saved = saved_generator.restore(found, mesh)
     config = saved.config.copy_and_resolve_references()
     if tokenizer is not None:
@@ -136,7 +136,7 @@ class Generator:
       ValueError: no such folder, or corrupted files.
     """
     folder = tokenizer_files.find(name, f'{saved_generator.TOKENIZER}/*')
-    mesh = mesh or _local_mesh()
+    mesh = mesh or partitioning.create_local_mesh()
     saved = saved_generator.read(folder, mesh)
     tokenizer = None
     if (folder / saved_generator.TOKENIZER).is_dir():
@@ -337,7 +337,3 @@ class Generator:
         labels=np.asarray(labels, np.int32),
         log_probs=samples.log_probs.reshape(grid),
     )
-
-
-def _local_mesh() -> jax.sharding.Mesh:
-  return partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.local_devices())

@@ -108,6 +108,11 @@ def check_tokenizer(
   )
 
 
+def hash_variables(variables: Mapping[str, Any]) -> str:
+  """Returns a sha256 of the parameters of a generator; collective."""
+  return integrity.hash_json(integrity.hash_arrays(dict(variables)))
+
+
 def write(
     folder: pathlib.Path,
     saved: SavedGenerator,

@@ -153,9 +153,16 @@ def _make(
   folder = tokenization.default_folder(config, options.tokenizer)
   # The same decision in all processes, which tokenize together.
   if processes.is_any(not tokenization.is_complete(folder)):
-    tokenization.tokenize_workdir(
-        config, options.tokenizer, which=options.checkpoint, folder=folder
-    )
+    try:
+      tokenization.tokenize_workdir(
+          config, options.tokenizer, which=options.checkpoint, folder=folder
+      )
+    except ValueError as error:
+      raise ValueError(
+          f"{error}\nThe tokenizer's own images are to be tokenized; for others"
+          f' set --config.tokens.{split} to token files of --mode=tokenize. A'
+          ' folder of save_pretrained does not say where its images are.'
+      ) from error
   return folder
 
 

@@ -75,6 +75,11 @@ def create_mesh(
   )
 
 
+def create_local_mesh() -> jax.sharding.Mesh:
+  """Returns the mesh of this process's devices, along 'data'."""
+  return create_mesh({'data': -1, 'fsdp': 1}, jax.local_devices())
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """Sharding of an array that is replicated on every device."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

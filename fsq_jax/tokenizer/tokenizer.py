@@ -92,7 +92,7 @@ class Tokenizer:
     return {'saved': saved, 'batch_size': self._batch_size}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
-    mesh, saved = _local_mesh(), state['saved']
+    mesh, saved = partitioning.create_local_mesh(), state['saved']
     variables = jax.device_put(saved.variables, partitioning.replicated(mesh))
     self.__init__(
         saved._replace(variables=variables), mesh,
@@ -124,10 +124,10 @@ class Tokenizer:
       ValueError: no such checkpoint, or a corrupted one.
     """
     found = saved_model.find_run(workdir, checkpoint)
-    read_on = mesh or partitioning.create_mesh(_REPLICATED)
+    read_on = mesh or partitioning.create_mesh({'data': -1, 'fsdp': 1})
     model, variables = saved_model.restore(found, read_on)
     if mesh is None:
-      mesh = _local_mesh()
+      mesh = partitioning.create_local_mesh()
       variables = jax.device_put(
           jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), variables),
           partitioning.replicated(mesh),
@@ -162,7 +162,7 @@ class Tokenizer:
       ValueError: no such folder, corrupted files, or weights and tokens of
         different conventions.
     """
-    mesh = mesh or _local_mesh()
+    mesh = mesh or partitioning.create_local_mesh()
     folder = tokenizer_files.find(name)
     saved = tokenizer_files.read(folder, mesh, dtype)
     return cls(saved, mesh, batch_size=batch_size)
@@ -358,13 +358,6 @@ class Tokenizer:
       )
     return tokens.astype(np.int32)
 
-
-# Sizes of a mesh with replicated parameters and sharded images.
-_REPLICATED = {'data': -1, 'fsdp': 1}
-
-
-def _local_mesh() -> jax.sharding.Mesh:
-  return partitioning.create_mesh(_REPLICATED, jax.local_devices())
 
 
 def images_to_tokens(

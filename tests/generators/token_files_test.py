@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fsq_jax import tokenizer as tokenizers
 from fsq_jax import tokens
 from fsq_jax.generators import builder
 from fsq_jax.generators import token_files
+from fsq_jax.tokenizer import files as tokenizer_files
 
 
 @pytest.fixture
@@ -81,6 +83,24 @@ def test_corrupted_files_are_rejected(config, write_tokens, tmp_path, split):
 def test_a_missing_tokenizer_is_named(config, tmp_path):
   config.tokens.tokenizer = str(tmp_path / 'none')
   with pytest.raises(ValueError, match=r'^tokens\.tokenizer: .* not a folder'):
+    token_files.open_files(config)
+
+
+def test_a_saved_tokenizer_does_not_find_its_images(
+    config, tokenizer, tmp_path
+):
+  own = tokenizer.config.copy_and_resolve_references()
+  own.data.source, own.data.data_dir = 'folder', str(tmp_path)
+  saved = tokenizer_files.SavedModel(
+      own, tokenizer.model, tokenizer.variables, tokenizer_files.Metadata(step=8)
+  )
+  folder = tokenizers.Tokenizer(saved, tokenizer.mesh).save_pretrained(
+      tmp_path / 'saved'
+  )
+  config.tokens.tokenizer, config.tokens.eval = str(folder), ''
+  with pytest.raises(
+      ValueError, match=r'^tokens\.eval: [^$]*set --config\.tokens\.eval to'
+  ):
     token_files.open_files(config)
 
 

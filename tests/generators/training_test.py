@@ -225,7 +225,9 @@ def test_a_workdir_describes_its_run(trained, tokenizer):
   )
   protocol = content['protocol']
   assert protocol['tokens']['eval']['num_images'] == 12
-  assert protocol['definitions'].keys() >= {'bits_per_token', 'fd_pixel_pca'}
+  assert protocol['definitions'].keys() >= {
+      'bits_per_token', 'fd_pixel_pca', 'left_neighbour'
+  }
   page = (folder / workdirs.REPORT).read_text()
   assert f'{metrics["bits_per_token"]:.2f}' in page
   assert page.count('data:image/png') >= 3
