@@ -105,6 +105,8 @@ def open_files(
             *lines,
         ])
     )
+  if tokenizer is not None:  # The encoder can be as large as the generator.
+    tokenizer = tokenizer.without_encoder()
   return TokenFiles(**found, format=formats['train'], tokenizer=tokenizer)
 
 

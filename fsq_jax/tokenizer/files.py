@@ -86,6 +86,14 @@ class SavedModel(NamedTuple):
     hashes = integrity.hash_arrays(dict(self.variables))
     return self._replace(metadata=self.metadata._replace(hashes=hashes))
 
+  def without_encoder(self) -> 'SavedModel':
+    """Returns the parts that decode, with the hashes of the whole model."""
+    saved = self.with_hashes()
+    return saved._replace(
+        variables=_without_encoder(saved.variables),
+        metadata=saved.metadata._replace(decoder_only=True),
+    )
+
 
 def build_model(
     config: ml_collections.ConfigDict, dtype: str | None = None
@@ -116,21 +124,17 @@ def write(
   if pathlib.Path(folder).is_dir() and any(pathlib.Path(folder).iterdir()):
     raise ValueError(f'{folder} is not empty; give a new folder.')
   folder = workdirs.create(folder)
-  saved = saved.with_hashes()
+  saved = saved.without_encoder() if decoder_only else saved.with_hashes()
   config, model, metadata = saved.config, saved.model, saved.metadata
-  decoder_only = decoder_only or metadata.decoder_only
   stored = {
       'hashes': metadata.hashes,
       'model_hash': saved.model_hash,
       'step': metadata.step,
       'evaluation': without_places(metadata.evaluation),
-      'decoder_only': decoder_only,
+      'decoder_only': metadata.decoder_only,
   }
   spec = model.quantizer.spec()
-  arrays = write_arrays(
-      folder / WEIGHTS, saved.variables,
-      lambda path: not (decoder_only and _encodes(path)),
-  )
+  arrays = write_arrays(folder / WEIGHTS, saved.variables)
   workdirs.write_json(folder / workdirs.QUANTIZER, spec)
   card = model_card.write(
       config,
@@ -266,13 +270,11 @@ def read(
 
 
 def write_arrays(
-    path: pathlib.Path,
-    variables: Mapping[str, Any],
-    is_kept: Callable[[str], bool] = lambda path: True,
+    path: pathlib.Path, variables: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
   """Writes variables by path as safetensors, atomically; returns them."""
   flat = traverse_util.flatten_dict(dict(variables), sep='/')
-  arrays = {name: np.asarray(x) for name, x in flat.items() if is_kept(name)}
+  arrays = {name: np.asarray(x) for name, x in flat.items()}
   workdirs.write_bytes(path, safetensors.numpy.save(arrays))
   return arrays
 
@@ -334,19 +336,17 @@ def _abstract(config, model, mesh, decoder_only) -> dict[str, Any]:
       config.partitioning.rules,
       config.partitioning.fsdp_min_size,
   )
-  flat = traverse_util.flatten_dict(abstract, sep='/')
-  return traverse_util.unflatten_dict(
-      {
-          path: x
-          for path, x in flat.items()
-          if not (decoder_only and _encodes(path))
-      },
-      sep='/',
-  )
+  return _without_encoder(abstract) if decoder_only else abstract
 
 
-def _encodes(path: str) -> bool:
-  return path.split('/')[1] in _ENCODERS
+def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the collections without the parts that only encode."""
+  kept = {
+      path: x
+      for path, x in traverse_util.flatten_dict(dict(variables)).items()
+      if path[1] not in _ENCODERS
+  }
+  return traverse_util.unflatten_dict(kept)
 
 
 def without_folders(config: ml_collections.ConfigDict) -> dict[str, Any]:

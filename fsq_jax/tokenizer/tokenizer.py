@@ -190,6 +190,16 @@ class Tokenizer:
         folder, self._with_hashes(), decoder_only=decoder_only
     )
 
+  def without_encoder(self) -> 'Tokenizer':
+    """Returns a tokenizer of the same `model_hash` that can only decode.
+
+    The arrays of the encoder are freed with the last tokenizer that has them.
+    """
+    return Tokenizer(
+        self._with_hashes().without_encoder(), self.mesh,
+        batch_size=self._batch_size,
+    )
+
   def push_to_hub(self, name: str, *, decoder_only: bool = False) -> str:
     """Saves to a repository 'owner/name' of the Hugging Face Hub.
 
@@ -247,7 +257,8 @@ class Tokenizer:
     """
     if self.decoder_only:
       raise ValueError(
-          'This tokenizer was saved with decoder_only=True and cannot encode;'
+          'This tokenizer has no encoder (without_encoder, or saved with'
+          ' decoder_only=True);'
           ' load a complete tokenizer.'
       )
     images = self._fit(_check_images(images), fit)
@@ -357,7 +368,6 @@ class Tokenizer:
           f' {limit - 1}. -1 marks NaN latents, which cannot be decoded.'
       )
     return tokens.astype(np.int32)
-
 
 
 def images_to_tokens(

@@ -92,7 +92,8 @@ def test_a_saved_tokenizer_does_not_find_its_images(
   own = tokenizer.config.copy_and_resolve_references()
   own.data.source, own.data.data_dir = 'folder', str(tmp_path)
   saved = tokenizer_files.SavedModel(
-      own, tokenizer.model, tokenizer.variables, tokenizer_files.Metadata(step=8)
+      own, tokenizer.model, tokenizer.variables,
+      tokenizer_files.Metadata(step=8),
   )
   folder = tokenizers.Tokenizer(saved, tokenizer.mesh).save_pretrained(
       tmp_path / 'saved'
