@@ -110,14 +110,14 @@ class _Interrupted(Exception):  # noqa: N818  # Not an error: the run is intact.
 @contextlib.contextmanager
 def _resumable() -> Iterator[None]:
   """Context that turns interruptions of the library into `_Interrupted`."""
-  from fsq_jax.tokens import tokenization
+  from fsq_jax.runtime import preemption
   from fsq_jax.train import loop
 
   try:
     yield
   except loop.Preempted as preempted:
     raise _Interrupted(f'; step {preempted.step} is saved') from preempted
-  except tokenization.Interrupted as interrupted:
+  except preemption.Interrupted as interrupted:
     raise _Interrupted from interrupted
 
 
@@ -156,15 +156,16 @@ def _eval(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _generate(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax.generators import commands
+  from fsq_jax.generators import generation
 
-  return commands.generate_workdir(
-      config,
-      workdir,
-      which=_CHECKPOINT.value,
-      images=_IMAGES.value,
-      npz=_NPZ.value,
-  )
+  with _resumable():
+    return generation.generate_workdir(
+        config,
+        workdir,
+        which=_CHECKPOINT.value,
+        images=_IMAGES.value,
+        npz=_NPZ.value,
+    )
 
 
 def _report(config: _Config, workdir: _Path) -> list[_Path]:

@@ -11,6 +11,10 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Interrupted(Exception):  # noqa: N818  # Not an error.
+  """A signal has stopped the work; the same command continues it."""
+
+
 class StopRequest:
   """Whether a signal has requested the run to stop.
 

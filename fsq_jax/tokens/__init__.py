@@ -1,5 +1,6 @@
 """Token files: data sets as tokens, with random access."""
 
+from fsq_jax.runtime.preemption import Interrupted
 from fsq_jax.tokens.detokenization import detokenize_workdir
 from fsq_jax.tokens.manifest import Job
 from fsq_jax.tokens.manifest import Manifest
@@ -8,7 +9,6 @@ from fsq_jax.tokens.source import TokenDataset
 from fsq_jax.tokens.source import TokenSource
 from fsq_jax.tokens.source import build_dataset
 from fsq_jax.tokens.summary import describe
-from fsq_jax.tokens.tokenization import Interrupted
 from fsq_jax.tokens.tokenization import default_folder
 from fsq_jax.tokens.tokenization import is_complete
 from fsq_jax.tokens.tokenization import tokenize_workdir

@@ -29,10 +29,6 @@ from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
 
 
-class Interrupted(Exception):  # noqa: N818
-  """A signal stopped the run; the same command resumes it."""
-
-
 def tokenize_workdir(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike[str],
@@ -101,7 +97,7 @@ def tokenize_workdir(
       with processes.fail_together():
         is_whole = run.write_shards(request)
       if processes.is_any(not is_whole):
-        raise Interrupted
+        raise preemption.Interrupted
     with processes.fail_together():
       if jax.process_index() == 0:
         writer.finish(max_damaged_share=config.data.max_damaged_share)

@@ -11,9 +11,10 @@ from PIL import Image
 import pytest
 
 from fsq_jax.generators import commands
+from fsq_jax.generators import generation
 from fsq_jax.generators import generator as generators
 from fsq_jax.generators import saved_generator
-from fsq_jax.tokens import tokenization
+from fsq_jax.runtime import preemption
 from fsq_jax.workdir import files as workdirs
 import launch
 
@@ -81,7 +82,7 @@ def test_images_are_written_to_folders_and_files(
   assert sorted(x.name for x in (folder / 'images').iterdir()) == classes
   sheets = folder / 'contact_sheets'
   assert sorted(x.stem for x in sheets.glob('*.png')) == classes
-  # The scratch file has gone.
+  # What a stopped command needs has gone.
   assert {x.name for x in tmp_path.iterdir()} == {
       'images', 'samples.npz', 'samples.json',
   }
@@ -125,20 +126,59 @@ def test_images_are_written_to_folders_and_files(
   assert json.loads((folder / 'samples.json').read_text())['step'] == 2
 
 
+@pytest.mark.slow
+def test_a_stopped_command_continues(run, tmp_path, monkeypatch):
+  def generate(name, *arguments):
+    return run(
+        '--mode=generate', f'--images={tmp_path / name}/images',
+        f'--npz={tmp_path / name}/samples.npz', '--config.sample.num_images=11',
+        '--config.sample.batch_size=4', *arguments,
+    )
+
+  assert generate('whole')[0] == 0
+  answers = iter([False, False, True])
+  with monkeypatch.context() as patch:
+    patch.setattr(
+        preemption.StopRequest, 'is_due', lambda self: next(answers)
+    )
+    code, _, errors = generate('stopped')
+  assert code == 75
+  assert 'Run the same command again' in errors
+  folder = tmp_path / 'stopped' / 'images'
+  pngs = {x: x.stat().st_mtime_ns for x in folder.rglob('*.png')}
+  assert len(pngs) == 8
+  code, _, errors = generate('stopped', '--config.sample.temperature=0.5')
+  assert code == 2
+  assert '8 images of a stopped command with other settings (sampler)' in errors
+
+  code, _, errors = generate('stopped')
+  assert code == 0, errors
+  assert {x: x.stat().st_mtime_ns for x in pngs} == pngs
+  expected, found = (_files(tmp_path / x) for x in ('whole', 'stopped'))
+  for files in (expected, found):
+    for record in ('images/samples.json', 'samples.json'):
+      del files[record]  # The command and its time.
+  assert found == expected
+  # A complete set is kept.
+  code, _, errors = generate('stopped')
+  assert code == 2
+  assert 'is not empty' in errors
+
+
 def test_labels_are_balanced_over_the_classes(make_config):
   config = make_config()
   config.sample.num_images = 100
-  counts = collections.Counter(commands.choose_labels(config, 3).tolist())
+  counts = collections.Counter(generation.choose_labels(config, 3).tolist())
   assert sorted(counts) == [0, 1, 2]
   assert sorted(counts.values()) == [33, 33, 34]
   config.sample.classes = (1,)
-  assert set(commands.choose_labels(config, 3).tolist()) == {1}
+  assert set(generation.choose_labels(config, 3).tolist()) == {1}
   config.sample.classes = ()
-  assert set(commands.choose_labels(config, 0).tolist()) == {-1}
+  assert set(generation.choose_labels(config, 0).tolist()) == {-1}
   for classes, num_classes in (((3,), 3), ((0,), 0)):
     config.sample.classes = classes
     with pytest.raises(ValueError, match=r'^sample\.classes: labels contain'):
-      commands.choose_labels(config, num_classes)
+      generation.choose_labels(config, num_classes)
 
 
 @pytest.mark.slow
@@ -219,7 +259,7 @@ def test_a_signal_while_token_files_are_made_can_be_made_up_for(
     run, monkeypatch
 ):
   def stop(config):
-    raise tokenization.Interrupted
+    raise preemption.Interrupted
 
   monkeypatch.setattr(commands.token_files, 'open_files', stop)
   code, _, errors = run('--mode=eval')
