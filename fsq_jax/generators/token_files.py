@@ -1,7 +1,6 @@
 """The token files of a generator: found, or made by its tokenizer."""
 
 from collections.abc import Callable, Mapping, Sequence
-import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ class TokenFiles(NamedTuple):
         split: {
             'folder': str(source.folder),
             'num_images': len(source),
-            'sha256': hash_files(source),
+            'sha256': source.manifest.shards_sha256,
         }
         for split, source in (('train', self.train), ('eval', self.eval))
     }
@@ -166,12 +165,6 @@ def _make(
           ' folder of save_pretrained does not say where its images are.'
       ) from error
   return folder
-
-
-def hash_files(source: sources.TokenSource) -> str:
-  """Returns a sha256 of the hashes of all files of a folder."""
-  text = ' '.join(shard.sha256 for shard in source.manifest.shards)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -181,6 +182,12 @@ class Manifest:
   def num_images(self) -> int:
     """Number of images in all files, counting each view."""
     return sum(shard.num_images for shard in self.shards)
+
+  @property
+  def shards_sha256(self) -> str:
+    """sha256 of the hashes of all files, in order."""
+    text = ' '.join(shard.sha256 for shard in self.shards)
+    return hashlib.sha256(text.encode()).hexdigest()
 
   def to_json(self) -> dict[str, Any]:
     """Returns plain values."""

@@ -4,7 +4,6 @@ import bisect
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
@@ -237,7 +236,7 @@ def build_dataset(
       num_examples=len(source),
       fingerprint={
           'model_hash': source.manifest.job.model_hash,
-          'shards': _hash_shards(source.manifest),
+          'shards': source.manifest.shards_sha256[:16],
           'num_examples': len(source),
           'batch_size': batch_size,
           'process_count': process_count,
@@ -275,9 +274,3 @@ def _check_batches(
         f'{source.folder} holds images of several sizes, which cannot be'
         " batched; tokenize them with tokenize.fit 'crop'."
     )
-
-
-def _hash_shards(manifest: manifests.Manifest) -> str:
-  """Returns a hash of the tokens of all files."""
-  text = ' '.join(shard.sha256 for shard in manifest.shards)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
