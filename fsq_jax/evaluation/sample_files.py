@@ -7,10 +7,7 @@ images in the order of the file, hence the order is shuffled.
 """
 
 import os
-import pathlib
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -20,15 +17,6 @@ from fsq_jax.workdir import files as workdirs
 
 _IMAGES = 'arr_0.npy'
 _LABELS = 'labels.npy'
-# Fixed part of a member's header in a zip file, whose last fields are the
-# lengths of the two variable parts.
-_LOCAL_HEADER = struct.Struct('<26x2H')
-# Errors of zipfile, zlib and NumPy on corrupted files.
-_CORRUPTION = (
-    EOFError, KeyError, MemoryError, NotImplementedError, OSError,
-    OverflowError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def write_npz(
@@ -72,40 +60,6 @@ def write_npz(
       np.lib.format.write_array(member, labels, allow_pickle=False)
 
 
-def read_npz(path: str | os.PathLike[str]) -> sample_metrics.ImageSet:
-  """Opens a file of `write_npz`, or another one in the format.
-
-  Args:
-    path: of the file, not compressed.
-
-  Returns:
-    The images as a read-only memory map, and the labels; -1 without labels.
-
-  Raises:
-    ValueError: a file that is missing, corrupted, compressed, or of other
-      arrays.
-  """
-  path = pathlib.Path(path).expanduser()
-  try:
-    with zipfile.ZipFile(path) as archive:
-      # Reads all members in chunks and compares their checksums.
-      if archive.testzip() is not None:
-        raise ValueError('its checksums differ')
-      images = _map_array(path, archive)
-      labels = np.full(len(images), sample_metrics.NO_LABEL, np.int64)
-      if _LABELS in archive.namelist():
-        with archive.open(_LABELS) as member:
-          labels = np.lib.format.read_array(member, allow_pickle=False)
-  except _CORRUPTION as error:
-    raise ValueError(
-        f'{path} cannot be read as images for ADM\'s evaluation: {error}. Give'
-        ' a file of np.savez with arr_0, [n, H, W, 3] uint8.'
-    ) from error
-  image_set = sample_metrics.ImageSet(images, labels)
-  sample_metrics.check_image_set(str(path), image_set)
-  return image_set
-
-
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
   """Returns class labels in shuffled order whose counts differ by at most one.
 
@@ -128,25 +82,3 @@ def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
   rng = np.random.default_rng(seed)
   # Cutting repeated classes off favours the first ones, hence permuted.
   return rng.permutation(np.resize(rng.permutation(num_classes), num_images))
-
-
-def _map_array(path: pathlib.Path, archive: zipfile.ZipFile) -> np.ndarray:
-  """Maps the images of an archive into memory."""
-  info = archive.getinfo(_IMAGES)
-  if info.compress_type != zipfile.ZIP_STORED:
-    raise ValueError('it is compressed')
-  with archive.open(info) as member:
-    version = np.lib.format.read_magic(member)
-    if version != (1, 0):
-      raise ValueError(f'its arrays have version {version} of the npy format')
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
-    length = member.tell()
-  if is_fortran or dtype != np.uint8:
-    raise ValueError(f'arr_0 is {dtype}, or in Fortran order')
-  if length + np.prod(shape, dtype=object) != info.file_size:
-    raise ValueError(f'arr_0 of shape {shape} has {info.file_size} bytes')
-  with open(path, 'rb') as file:
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER.size)
-  start = info.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
-  return np.memmap(path, np.uint8, 'r', start + length, shape)

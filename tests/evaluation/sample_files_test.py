@@ -1,6 +1,4 @@
-"""Files of generated images: NumPy reads them; corrupted ones are rejected."""
-
-import zipfile
+"""Files of generated images: NumPy reads them."""
 
 import numpy as np
 import pytest
@@ -53,27 +51,15 @@ def test_the_order_depends_on_the_seed_alone(path, tmp_path):
   assert first != third
 
 
-def test_files_are_read_back_as_a_memory_map(path):
+def test_images_may_be_a_memory_map(path):
   images, labels = _image_set()
-  # From a map, too.
   source = path.with_suffix('.npy')
   mapped = np.lib.format.open_memmap(source, 'w+', np.uint8, images.shape)
   mapped[:] = images
   sample_files.write_npz(path, mapped, labels, seed=1)
-  actual = sample_files.read_npz(path)
-  assert isinstance(actual.images, np.memmap)
-  assert not actual.images.flags.writeable
-  with np.load(path) as arrays:
-    np.testing.assert_array_equal(actual.images, arrays['arr_0'])
-    np.testing.assert_array_equal(actual.labels, arrays['labels'])
-
-
-def test_files_of_numpy_are_read(path):
-  images, _ = _image_set()
-  np.savez(path, images, mu=np.zeros(3))
-  actual = sample_files.read_npz(path)
-  np.testing.assert_array_equal(actual.images, images)
-  np.testing.assert_array_equal(actual.labels, np.full(23, -1))
+  content = path.read_bytes()
+  sample_files.write_npz(path, images, labels, seed=1)
+  assert path.read_bytes() == content
 
 
 class _Failing(np.ndarray):
@@ -100,64 +86,6 @@ def test_a_partial_file_never_appears(path, monkeypatch):
   with pytest.raises(OSError, match='disk failed'):
     sample_files.write_npz(path, images.view(_Failing), labels, seed=2)
   assert list(path.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ('arrays', 'message'),
-    [
-        ({'images': np.zeros((2, 4, 4, 3), np.uint8)}, 'no item named'),
-        ({'arr_0': np.zeros((2, 4, 4, 3), np.float32)}, 'arr_0 is float32'),
-        ({'arr_0': np.asfortranarray(_image_set().images)}, 'Fortran order'),
-        ({'arr_0': np.zeros((2, 4, 4), np.uint8)}, r'are uint8 \[2, 4, 4\]'),
-        ({'arr_0': _image_set().images, 'labels': np.arange(3)},
-         'give an array of 23 integers'),
-        ({'arr_0': _image_set().images, 'labels': np.array([{}] * 23)},
-         'Object arrays cannot be loaded'),
-    ],
-)
-def test_other_arrays_are_rejected(path, arrays, message):
-  np.savez(path, **arrays)
-  with pytest.raises(ValueError, match=message):
-    sample_files.read_npz(path)
-
-
-def test_corrupted_files_are_rejected(path):
-  sample_files.write_npz(path, *_image_set(), seed=0)
-  content = path.read_bytes()
-  with pytest.raises(ValueError, match='cannot be read as images'):
-    sample_files.read_npz(path.with_name('no.npz'))
-  for cut in (0, 10, len(content) // 2, len(content) - 1):
-    path.write_bytes(content[:cut])
-    with pytest.raises(ValueError, match='cannot be read as images'):
-      sample_files.read_npz(path)
-  for place in (5, 60, 400, len(content) - 30):
-    changed = bytearray(content)
-    changed[place] ^= 255
-    path.write_bytes(changed)
-    try:
-      sample_files.read_npz(path)
-    except ValueError as error:
-      assert 'cannot be read as images' in str(error)  # noqa: PT017
-    else:
-      # A field that no reader needs, such as the version of the writer.
-      assert place == 5
-  np.savez_compressed(path, _image_set().images)
-  with pytest.raises(ValueError, match='it is compressed'):
-    sample_files.read_npz(path)
-
-
-def test_a_shape_that_contradicts_the_size_is_rejected(path):
-  with (
-      zipfile.ZipFile(path, 'w') as archive,
-      archive.open('arr_0.npy', 'w') as member,
-  ):
-    np.lib.format.write_array_header_1_0(
-        member,
-        {'descr': '|u1', 'fortran_order': False, 'shape': (9, 4, 4, 3)},
-    )
-    member.write(bytes(4 * 4 * 3))
-  with pytest.raises(ValueError, match=r'arr_0 of shape \(9, 4, 4, 3\) has'):
-    sample_files.read_npz(path)
 
 
 @pytest.mark.parametrize(
