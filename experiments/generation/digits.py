@@ -1,10 +1,11 @@
-"""Generators on exact patch codes of digits: heads, orders, samplers, seeds.
+"""Generators on tokens of digits: heads, orders, samplers, seeds.
 
   python -m experiments.generation.digits --run [--workdir=DIR]
 
 With --run, trains the missing runs one after the other, samples from them, and
 writes digits.json next to this script; an interrupted run resumes. Then prints
-the tables.
+the tables. Tokens are exact patch codes; the shipped configs are also trained
+on the tokens of a trained tokenizer.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import sweep
 from experiments.generation import patch_codes
 from fsq_jax import configuration
 from fsq_jax import workdir as workdirs
@@ -52,7 +54,9 @@ SAMPLERS = {
         'temperature 0.8': {'temperature': 0.8},
     },
 }  # fmt: skip
+TOKENIZER = 'configs/digits_fsq.py'
 NUM_SAMPLES = 1000
+NUM_TOKENS = 16
 # Largest bits per image and Frechet distance, see the README.
 GATES = {
     ('autoregressive', 'levels_autoregressive'): (58.0, 1.9),
@@ -96,7 +100,32 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
       ),
       'training_images_as_samples': _compare(images['train'], images),
       'runs': results,
+      'trained_tokenizer': _run_on_tokenizer(folder),
   }
+
+
+def _run_on_tokenizer(folder: pathlib.Path) -> dict[str, Any]:
+  """Trains a tokenizer, and the shipped configs on its tokens."""
+  sweep.train(TOKENIZER, {'tokenizer': {}}, folder)
+  results = {}
+  for kind, config in CONFIGS.items():
+    runs = {
+        f'{kind}_tokenizer_{seed}': {
+            'seed': seed,
+            'tokens.tokenizer': str(folder / 'tokenizer'),
+            'eval.num_samples': NUM_SAMPLES,
+            'sample.guidance.scale': 1.0,
+        }
+        for seed in SEEDS
+    }
+    sweep.train(config, runs, folder)
+    for name in runs:
+      evaluation = json.loads((folder / name / 'evaluation.json').read_text())
+      results[name] = {
+          'kind': kind,
+          **{x: evaluation[x] for x in ('metrics', 'baselines')},
+      }
+  return results
 
 
 def _measure(
@@ -177,10 +206,9 @@ def _sample_unigram(
 def print_tables(results: Mapping[str, Any]) -> None:
   """Prints Markdown tables of means over the seeds, with their range."""
   write = sys.stdout.write
-  num_tokens = 16
   write('| baseline | bits per image |\n|---|---|\n')
   for name, bits in results['baselines'].items():
-    write(f'| {name.replace("_", " ")} | {num_tokens * bits:.1f} |\n')
+    write(f'| {name.replace("_", " ")} | {NUM_TOKENS * bits:.1f} |\n')
   write(
       '\n| model | head | parameters | best step | bits per image |'
       ' training images | 12-group cost | gate |\n' + '|---' * 8 + '|\n'
@@ -194,9 +222,9 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f'{runs[0]["num_parameters"]:,}',
         ', '.join(str(x['best_step']) for x in runs),
         _range([x['best']['bits_per_image'] for x in runs]),
-        _range([num_tokens * x['best']['train_bits_per_token'] for x in runs]),
+        _range([NUM_TOKENS * x['best']['train_bits_per_token'] for x in runs]),
         _range([
-            num_tokens * x['best']['compression_bits_per_token']
+            NUM_TOKENS * x['best']['compression_bits_per_token']
             for x in runs
             if 'compression_bits_per_token' in x['best']
         ]),
@@ -222,6 +250,36 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f'| {label} | {cells} |'
           f' {f"at most {gate[1]:g}" if gate else ""} |\n'
       )
+
+
+  _print_trained_tokenizer(results['trained_tokenizer'])
+
+
+def _print_trained_tokenizer(results: Mapping[str, Any]) -> None:
+  """Prints the table of the runs on tokens of a trained tokenizer."""
+  sys.stdout.write(
+      '\n| trained tokenizer | bits per image | class x position unigram |'
+      ' FD, [0, 1] | 1-NN accuracy | precision | recall | copied grids |\n'
+      + '|---' * 8 + '|\n'
+  )
+  columns = (
+      ('fd_pixel_pca', '.3f'), ('nearest_neighbour_accuracy', '.3f'),
+      ('precision_pixel_pca', '.2f'), ('recall_pixel_pca', '.2f'),
+      ('copied_token_grids', '.0f'),
+  )  # fmt: skip
+  for kind in CONFIGS:
+    runs = [x for x in results.values() if x['kind'] == kind]
+    unigram = runs[0]['baselines']['class_position_unigram']
+    cells = [
+        kind,
+        _range([x['metrics']['bits_per_image'] for x in runs]),
+        f'{NUM_TOKENS * unigram:.1f}',
+        *(
+            _range([x['metrics'][name] for x in runs], form)
+            for name, form in columns
+        ),
+    ]
+    sys.stdout.write(f'| {" | ".join(cells)} |\n')
 
 
 def _runs_of(results, group) -> list[dict[str, Any]]:
