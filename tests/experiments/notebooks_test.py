@@ -21,10 +21,10 @@ _FOLDER = _ROOT / 'experiments' / 'notebooks'
 # Parameters of each notebook in the tests. In this order:
 # tokenize_and_generate_inputs encodes with the run of train_a_tokenizer.
 _PARAMETERS = {
-    'train_a_tokenizer': {'NUM_STEPS': 120},
+    'train_a_tokenizer': {'NUM_STEPS': 40},
     'fsq_in_five_minutes': {'NUM_LATENTS': 10_000},
-    'tokenize_and_generate_inputs': {'NUM_STEPS': 120, 'NUM_TRAIN_BATCHES': 8},
-    'generate_digits': {'TOKENIZER_STEPS': 120, 'NUM_STEPS': 120},
+    'tokenize_and_generate_inputs': {'NUM_STEPS': 40, 'NUM_TRAIN_BATCHES': 8},
+    'generate_digits': {'TOKENIZER_STEPS': 40, 'NUM_STEPS': 40},
 }
 _each = pytest.mark.parametrize('name', _PARAMETERS)
 
@@ -245,7 +245,7 @@ def test_notebooks_run(name, run_folder):
           # Its steps take longer than their compilation.
           'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
           'PYTHONPATH': str(_ROOT),
-          'XLA_FLAGS': '',
+          'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false',
       }
   )
   for cell in _code_cells(notebook):

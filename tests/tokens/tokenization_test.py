@@ -867,7 +867,8 @@ def test_processes_share_the_files_and_stop_together(tmp_path, monkeypatch):
         '--config.tokenize.views=2',
         env=dict(
             os.environ,
-            XLA_FLAGS='--xla_force_host_platform_device_count=2',
+            XLA_FLAGS=os.environ['XLA_FLAGS']
+            + ' --xla_force_host_platform_device_count=2',
         ),
     )  # fmt: skip
 
