@@ -245,7 +245,8 @@ def test_notebooks_run(name, run_folder):
           # Its steps take longer than their compilation.
           'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
           'PYTHONPATH': str(_ROOT),
-          'XLA_FLAGS': '--xla_cpu_use_fusion_emitters=false',
+          'XLA_FLAGS': os.environ['XLA_FLAGS']
+          + ' --xla_force_host_platform_device_count=1',
       }
   )
   for cell in _code_cells(notebook):

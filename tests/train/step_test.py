@@ -17,8 +17,6 @@ from fsq_jax import checkpoints
 from fsq_jax import configuration
 from fsq_jax import data
 from fsq_jax import models
-from fsq_jax.models import pixels as pixels_lib
-from fsq_jax.quantizers import builder
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
@@ -52,13 +50,8 @@ _GOLDEN = (
 
 
 # Parameters whose gradient is nothing but rounding: attention does not depend
-# on the bias of its keys, nor standardised latents on their mean.
-_WITHOUT_EFFECT = {
-    'linear': ('attention/qkv/bias',),
-    'standardized': (
-        'attention/qkv/bias', 'encoder/transformer/blocks/mlp/out/bias',
-    ),
-}
+# on the bias of its keys.
+_WITHOUT_EFFECT = 'attention/qkv/bias'
 
 
 class _Training(NamedTuple):
@@ -185,7 +178,7 @@ def test_eight_devices_take_the_same_steps(training):
     for name, value in expected_row.items():
       np.testing.assert_allclose(row[name], value, rtol=1e-4, err_msg=name)
   for path, value in _leaves(expected[-1].params).items():
-    if not path.endswith(_WITHOUT_EFFECT['linear']):
+    if not path.endswith(_WITHOUT_EFFECT):
       np.testing.assert_allclose(
           _leaves(states[-1].params)[path], value, rtol=0, atol=1e-4,
           err_msg=path,
@@ -221,7 +214,7 @@ def test_every_parameter_moves_unless_it_is_frozen():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', sorted(builder.QUANTIZERS))
+@pytest.mark.parametrize('name', ['lfq', 'simvq', 'vq'])
 def test_every_quantizer_trains_by_its_name(name):
   config = _load_config()
   config.model.quantizer.name = name
@@ -245,8 +238,7 @@ def test_every_quantizer_trains_by_its_name(name):
     ('projector_in', 'projector_out'),
     [
         ('mlp', 'fourier'),
-        ('attention', 'mlp'),
-        ('standardized', 'levels'),
+        ('attention', 'levels'),
         ('none', 'none'),
     ],
 )
@@ -415,62 +407,3 @@ def test_the_learning_rate_is_reported(training):
 def test_images_that_are_not_uint8_are_refused(training, dtype):
   with pytest.raises(ValueError, match=f'uint8 images, not {dtype.__name__}'):
     training.step(training.builder.abstract, _images(1)[0].astype(dtype))
-
-
-def _run_on(mesh):
-  """Tokens before and after 20 steps, and the loss of each."""
-  config = _load_config(
-      train__num_steps=20,
-      # Low, since what differs in the last bit grows with the steps' size.
-      optim__learning_rate=2e-4,
-      partitioning__fsdp_min_size=2**6,
-  )
-  config.model.projector_in.name = 'standardized'
-  training = _build(config, mesh=mesh)
-  batches = _images(20)
-
-  @jax.jit
-  def encode(state, images):
-    # As in training: 'standardized' takes its statistics from the batch.
-    output, _ = training.model.apply(
-        {'params': state.params, **state.model_state},
-        pixels_lib.to_float(images),
-        train=True,
-        mutable=list(state.model_state),
-    )
-    return output.indices
-
-  def tokenize(state):
-    images = partitioning.shard_batch(batches[0], training.mesh)
-    return np.asarray(encode(state, images))
-
-  state = training.builder.create()
-  shards = state.params['encoder']['patches']['kernel'].addressable_shards
-  tokens = tokenize(state)
-  losses = []
-  for batch in batches:
-    images = partitioning.shard_batch(batch, training.mesh)
-    state, scalars = training.step(state, images)
-    losses.append(float(scalars['loss']))
-  return {
-      'shard': shards[0].data.shape,
-      'tokens': [tokens, tokenize(state)],
-      'losses': losses,
-      'params': _leaves(state.params),
-  }
-
-
-@pytest.mark.slow
-def test_eight_devices_train_as_one():
-  one, eight = _run_on((1, 1)), _run_on((2, 4))
-  assert one['shard'] != eight['shard']
-  for tokens, expected in zip(eight['tokens'], one['tokens'], strict=True):
-    np.testing.assert_array_equal(tokens, expected)
-  # Devices sum in another order and multiply smaller matrices, so that the
-  # last bits of even the first loss differ.
-  np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)
-  for path, value in one['params'].items():
-    if not path.endswith(_WITHOUT_EFFECT['standardized']):
-      np.testing.assert_allclose(
-          eight['params'][path], value, rtol=0, atol=1e-5, err_msg=path
-      )
