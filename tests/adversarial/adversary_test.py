@@ -240,7 +240,8 @@ def test_the_autoencoders_gradient_is_that_of_all_its_losses():
 def test_the_decoders_loss_moves_no_discriminator():
   (_, other), _ = _with_another_decoders_loss()
   (_, plain, _), _ = _plain()
-  _assert_same(other.adversary, plain.adversary)
+  # Two programs, which may round differently.
+  _assert_close(other.adversary, plain.adversary, rtol=1e-5, atol=1e-5)
   _assert_all_differ(other.params['decoder'], plain.params['decoder'])
 
 
@@ -254,7 +255,7 @@ def test_the_discriminators_loss_moves_no_autoencoder():
   })
   (_, other), _ = _take_steps(config, 1)
   (_, plain, _), _ = _plain()
-  _assert_same(other.params, plain.params)
+  _assert_close(other.params, plain.params, rtol=1e-5, atol=1e-6)
   first, second = (
       optax.tree.get(x.adversary.opt_state, 'mu') for x in (other, plain)
   )
@@ -436,7 +437,7 @@ def test_nothing_is_adversarial_before_its_start():
   _assert_all_differ(states[1].adversary.params, states[2].adversary.params)
   # The first step of the ramp has no weight yet.
   for state, other in zip(states[:4], without, strict=True):
-    _assert_same(state.params, other.params)
+    _assert_close(state.params, other.params, rtol=1e-5, atol=1e-6)
   _assert_all_differ(states[4].params['decoder'], states[3].params['decoder'])
   weights = [row['adversarial_weight'] for row in rows]
   assert weights == [0, 0, 0, 1, 2]
@@ -567,48 +568,3 @@ def test_a_bad_step_leaves_both_networks_as_they_were(monkeypatch):
       before.replace(step=0, bad_steps=0, skipped_steps=0),
       after.replace(step=0, bad_steps=0, skipped_steps=0),
   )
-
-
-@pytest.fixture
-def optimized():
-  """Many steps are worth being compiled well."""
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures('optimized')
-def test_a_discriminators_start_hardly_disturbs_the_reconstructions():
-  """Reliability of GAN training: at most 20 % worse at any step."""
-  start, num_steps = 60, 140
-  config = _load_config(**{
-      'discriminator.start_step': start,
-      'losses.adversarial.start_step': start,
-      'losses.adversarial.ramp_steps': 50,
-      'losses.adversarial.weighting': 'adaptive',
-      'train.num_steps': num_steps,
-      'discriminator.optim.learning_rate': 1e-3,
-      'losses.adversarial.weight': 0.1,
-      'losses.perceptual.name': 'none',
-  })
-  config.data.batch_size = 8
-  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
-  model = models.build_autoencoder(config.model, config.data.image_size)
-  optimizer = optim.build_optimizer(config.optim, num_steps)
-  builder = train_state.build_state_builder(config, model, optimizer, mesh)
-  step = jax.jit(
-      train_step.build_train_step(model, optimizer, config), donate_argnums=0
-  )
-  iterator = data.build_dataset(config.data, split='train', seed=0).iterator()
-  state, rows = builder.create(), []
-  for _ in range(num_steps):
-    images = partitioning.shard_batch(next(iterator)['image'], mesh)
-    state, scalars = step(state, images)
-    rows.append(scalars)
-  losses = [float(row['reconstruction_loss']) for row in rows]
-  before = np.mean(losses[start - 20 : start])
-  after = np.convolve(losses[start:], np.ones(20) / 20, mode='valid')
-  assert after.max() <= 1.2 * before
-  assert float(rows[-1]['adversarial_weight']) > 0
-  assert float(rows[-1]['skipped_steps']) == 0
