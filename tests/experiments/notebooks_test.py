@@ -18,13 +18,14 @@ from fsq_jax import workdir as workdirs
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _FOLDER = _ROOT / 'experiments' / 'notebooks'
-# Parameters of each notebook in the tests. In this order:
+# Parameters of each notebook in the tests: warm-up takes 100 steps. In this
+# order:
 # tokenize_and_generate_inputs encodes with the run of train_a_tokenizer.
 _PARAMETERS = {
-    'train_a_tokenizer': {'NUM_STEPS': 40},
+    'train_a_tokenizer': {'NUM_STEPS': 101},
     'fsq_in_five_minutes': {'NUM_LATENTS': 10_000},
-    'tokenize_and_generate_inputs': {'NUM_STEPS': 40, 'NUM_TRAIN_BATCHES': 8},
-    'generate_digits': {'TOKENIZER_STEPS': 40, 'NUM_STEPS': 40},
+    'tokenize_and_generate_inputs': {'NUM_STEPS': 101, 'NUM_TRAIN_BATCHES': 8},
+    'generate_digits': {'TOKENIZER_STEPS': 101, 'NUM_STEPS': 101},
 }
 _each = pytest.mark.parametrize('name', _PARAMETERS)
 
