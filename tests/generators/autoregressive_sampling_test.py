@@ -80,6 +80,7 @@ def test_cache_changes_no_sample(options, variables):
   np.testing.assert_allclose(samples.log_probs, other.log_probs, atol=1e-5)
 
 
+@pytest.mark.fast_limit(10)
 def test_log_probabilities_are_teacher_forced_ones(variables):
   request = _request()
   samples = _sampler()(variables, **request)

@@ -78,6 +78,7 @@ def _request():
   }
 
 
+@pytest.mark.fast_limit(10)
 @pytest.mark.parametrize('order', _ORDERS)
 def test_known_tokens_stay_and_counts_are_those_of_the_schedule(
     order, variables
