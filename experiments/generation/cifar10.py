@@ -165,7 +165,7 @@ def _build_evaluator(
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
   networks = sample_metrics.load_networks({'vgg16': vgg16}, mesh)
   evaluator = sample_metrics.SampleEvaluator(
-      sets['test'], sets['train'], networks
+      [sets['test']], [sets['train']], networks
   )
   return evaluator, sets['test']
 
@@ -185,7 +185,7 @@ def _measure_once(
     return
   sys.stdout.write(f'== measuring {folder.name}\n')
   sys.stdout.flush()
-  metrics, protocol = evaluator.run(make_images(folder, *arguments))
+  metrics, protocol = evaluator.run([make_images(folder, *arguments)])
   workdirs.write_json(
       path,
       {

@@ -179,8 +179,8 @@ def _measure(
 def _compare(samples: sample_metrics.ImageSet, images) -> dict[str, float]:
   """Returns the metrics of samples against the held-out images."""
   metrics = sample_metrics.SampleEvaluator(
-      images['eval'], images['train']
-  ).run(samples).metrics
+      [images['eval']], [images['train']]
+  ).run([samples]).metrics
   return {
       name: value * _FD_UNIT if name.startswith('fd_') else value
       for name, value in metrics.items()

@@ -41,7 +41,7 @@ class PixelPca(NamedTuple):
     }
 
   def project(self, images: np.ndarray) -> np.ndarray:
-    """Maps [n, H, W, 3] uint8 images to [n, P] float64; white pixels are 1."""
+    """Maps images as in the fit to [n, P] float64; white pixels are 1."""
     parts = [
         np.einsum(
             'nd,pd->np', _reduce(images[rows], self.size) - self.mean,
@@ -58,7 +58,7 @@ def fit_pixel_pca(images: np.ndarray) -> PixelPca:
   Sides over 32 pixels are reduced to 32 by area averaging.
 
   Args:
-    images: [n, H, W, 3] uint8 training images.
+    images: [n, H, W, 3] training images, uint8 or from `reduce`.
 
   Raises:
     ValueError: fewer than two different images.
@@ -82,20 +82,21 @@ def fit_pixel_pca(images: np.ndarray) -> PixelPca:
 
 
 def reduce(images: np.ndarray) -> np.ndarray:
-  """Reduces sides over 32 pixels to 32 by area averaging, [n, D].
+  """Reduces sides over 32 pixels to 32 by area averaging, as in the fit.
 
   Args:
     images: [n, H, W, 3] uint8.
 
   Returns:
-    uint8 where nothing is reduced, else float64.
+    [n, h, w, 3], uint8 where nothing is reduced, else float64.
   """
   size = tuple(min(side, _MAX_SIDE) for side in images.shape[1:3])
   if size == images.shape[1:3]:
-    return rearrange(images, 'n y x c -> n (y x c)')
-  return np.concatenate([
+    return images
+  parts = [
       _reduce(images[rows], size) for rows in neighbours.row_blocks(images)
-  ])
+  ]
+  return np.concatenate(parts).reshape(len(images), *size, 3)
 
 
 def _decompose(

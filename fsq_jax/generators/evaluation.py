@@ -1,6 +1,6 @@
 """Evaluation of a generator: held-out NLL, baselines, and samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import functools
 import pathlib
 from typing import Any, NamedTuple
@@ -297,8 +297,7 @@ class Evaluator:
         variables, labels, self._config.seed, before_batch=before_batch
     ).tokens
     before_batch()
-    images = self._decode(tokens)
-    before_batch()
+    images = self._decode(tokens[: len(shown) + _NUM_NEAREST])
     names = self._files.format.label_names
     sheets = {
         'samples': grid_lib.contact_sheet(
@@ -309,20 +308,24 @@ class Evaluator:
     }
     protocol['sampler'] = builder.describe_sampling(self._sampling)
     if len(measured):
-      samples = sample_metrics.ImageSet(images[len(shown) :], measured)
-      metrics['copied_token_grids'] = self._copies.count(tokens[len(shown) :])
-      result = self._sample_evaluator.run(samples)
+      tokens, images = tokens[len(shown) :], images[len(shown) :]
+      metrics['copied_token_grids'] = self._copies.count(tokens)
+      before_batch()
+      result = self._sample_evaluator.run(
+          self._decode_batches(tokens, measured, before_batch)
+      )
       metrics |= result.metrics
       details = dict(result.protocol)
       protocol['definitions'] = (
           protocol['definitions'] | details.pop('definitions')
       )
       protocol['samples'] = {**details, 'reference': options.reference}
-      part = sample_metrics.ImageSet(*(x[:_NUM_NEAREST] for x in samples))
-      train = self._sample_evaluator.train
-      nearest, distances = sample_metrics.nearest_indices(part, train)
+      nearest, distances = self._sample_evaluator.find_nearest(images)
+      train = self._read(
+          self._files.train, self._compared_images('train')[nearest]
+      )
       sheets['nearest'] = grid_lib.nearest_sheet(
-          part.images, train.images[nearest], distances
+          images, self._decode(train.tokens), distances
       )
     return sheets
 
@@ -356,57 +359,74 @@ class Evaluator:
   def _decode(self, tokens: np.ndarray) -> np.ndarray:
     return decode(self._files.tokenizer, tokens, self._model.grid)
 
+  def _decode_batches(
+      self,
+      tokens: np.ndarray,
+      labels: np.ndarray,
+      before_batch: Callable[[], None] = lambda: None,
+  ) -> Iterator[sample_metrics.ImageSet]:
+    size = self._config.tokens.eval_batch_size
+    for start in range(0, len(tokens), size):
+      before_batch()
+      rows = slice(start, start + size)
+      yield sample_metrics.ImageSet(
+          self._decode(tokens[rows]), labels[rows].astype(np.int64)
+      )
+
+  def _compared_images(self, split: str) -> np.ndarray:
+    """Returns the numbers of the images that samples are compared with."""
+    num_images = len(getattr(self._files, split))
+    limits = {'train': _MAX_TRAIN_IMAGES, 'eval': self._options.num_images}
+    return token_files.select(num_images, limits[split])
+
   @functools.cached_property
   def _sample_evaluator(self) -> sample_metrics.SampleEvaluator:
     """Decodes the held-out and the training images, once."""
-    files, options = self._files, self._options
     load = self._decoded_images
-    if options.reference == 'original':
+    if self._options.reference == 'original':
       load = self._original_images
     return sample_metrics.SampleEvaluator(
-        load('eval', token_files.select(len(files.eval), options.num_images)),
-        self._decoded_images(
-            'train', token_files.select(len(files.train), _MAX_TRAIN_IMAGES)
-        ),
-        self._networks,
+        load('eval'), self._decoded_images('train'), self._networks
     )
 
-  def _decoded_images(
-      self, split: str, indices: np.ndarray
-  ) -> sample_metrics.ImageSet:
-    arrays = self._read(getattr(self._files, split), indices)
-    return sample_metrics.ImageSet(
-        self._decode(arrays.tokens), arrays.labels.astype(np.int64)
+  def _decoded_images(self, split: str) -> Iterator[sample_metrics.ImageSet]:
+    arrays = self._read(
+        getattr(self._files, split), self._compared_images(split)
     )
+    return self._decode_batches(arrays.tokens, arrays.labels)
 
-  def _original_images(
-      self, split: str, indices: np.ndarray
-  ) -> sample_metrics.ImageSet:
+  def _original_images(self, split: str) -> Iterator[sample_metrics.ImageSet]:
     """Reads the images of the tokenizer's data set as its evaluation does."""
     config, files = self._files.tokenizer.config, getattr(self._files, split)
     source = data_builder.open_source(config.data, split)
     dataset = data_builder.build_dataset(
         config.data, split=split, seed=config.seed
     )
+    indices = self._compared_images(split)
     # By name: token files have no rows for unreadable images.
-    rows = {files[int(i)].name: row for row, i in enumerate(indices)}
-    images = {}
-    for batch in dataset:
-      for i in np.flatnonzero(batch['mask']):
-        name = source.metadata(int(batch['index'][i])).name
-        if name in rows:
-          images[rows[name]] = batch['image'][i]
-    if len(images) < len(indices):
-      raise ValueError(
-          f"eval.reference is 'original', but {len(images)} of"
-          f" {len(indices)} held-out images are in the tokenizer's data set;"
-          " use 'decoded', or restore the images."
-      )
-    labels = self._read(files, indices).labels
-    return sample_metrics.ImageSet(
-        np.stack([images[row] for row in range(len(indices))]),
-        labels.astype(np.int64),
+    names = [files[int(i)].name for i in indices]
+    labels = dict(
+        zip(names, self._read(files, indices).labels.tolist(), strict=True)
     )
+    num_found = 0
+    for batch in dataset:
+      rows = {
+          i: name
+          for i in np.flatnonzero(batch['mask'])
+          if (name := source.metadata(int(batch['index'][i])).name) in labels
+      }
+      if rows:
+        num_found += len(rows)
+        yield sample_metrics.ImageSet(
+            batch['image'][list(rows)],
+            np.array([labels[name] for name in rows.values()]),
+        )
+    if num_found < len(indices):
+      raise ValueError(
+          f"eval.reference is 'original', but {num_found} of {len(indices)}"
+          " held-out images are in the tokenizer's data set; use 'decoded', or"
+          ' restore the images.'
+      )
 
 
 class Copies:

@@ -57,7 +57,13 @@ def sets():
 
 def _evaluate(samples, reference, train, *, networks=None, mesh=None):
   loaded = sample_metrics.load_networks(networks or {}, mesh)
-  return sample_metrics.SampleEvaluator(reference, train, loaded).run(samples)
+  evaluator = sample_metrics.SampleEvaluator([reference], [train], loaded)
+  return evaluator.run([samples])
+
+
+def _find_nearest(samples, train):
+  evaluator = sample_metrics.SampleEvaluator([train], [train])
+  return evaluator.find_nearest(samples.images)
 
 
 @pytest.fixture(scope='module')
@@ -155,7 +161,7 @@ def test_nearest_neighbours_equal_scikit_learn(sets, result):
   assert result.metrics['nearest_neighbour_accuracy'] == accuracy
   assert 1 / _NUM_CLASSES < accuracy < 1
   index = neighbors.NearestNeighbors(n_neighbors=1).fit(_flat(train))
-  indices, distances = sample_metrics.nearest_indices(samples, train)
+  indices, distances = _find_nearest(samples, train)
   for image_set, name in ((samples, ''), (reference, '_reference')):
     expected, order = index.kneighbors(_flat(image_set))
     expected = expected[:, 0] / np.sqrt(_SIDE * _SIDE * 3)
@@ -174,7 +180,7 @@ def test_copies_are_counted(sets, result):
   # One level in one value of a sample is no copy.
   changed = sets[0].images.copy()
   changed[9, 3, 2, 1] ^= 1
-  _, distances = sample_metrics.nearest_indices(
+  _, distances = _find_nearest(
       sets[0]._replace(images=changed), sets[2]
   )
   assert np.count_nonzero(distances == 0) == 3
@@ -224,7 +230,7 @@ def test_metrics_of_labels_are_left_out_without_labels(sets):
   labels = np.where(np.arange(150) < 20, samples.labels, -1)
   some = samples._replace(labels=labels)
   metrics, _ = _evaluate(some, reference, train)
-  indices, _ = sample_metrics.nearest_indices(samples, train)
+  indices, _ = _find_nearest(samples, train)
   matches = train.labels[indices[:20]] == labels[:20]
   assert metrics['nearest_neighbour_accuracy'] == np.mean(matches)
   # Fewer than two images per component.
@@ -249,7 +255,7 @@ def _replaced(image_set, **changes):
         (1, lambda x: _replaced(x, images=x.images[:, 1:]),
          r"sizes {'reference': \(5, 6\), 'train': \(6, 6\)"),
         (0, lambda x: _replaced(x, images=x.images[:, 1:]),
-         r"sizes {'samples': \(5, 6\), 'reference': \(6, 6\)"),
+         r"sizes {'samples': \(5, 6\), 'train': \(6, 6\)"),
         (0, lambda x: _replaced(x, labels=None), 'labels of samples are None'),
         (0, lambda x: _replaced(x, labels=x.labels[1:]),
          'give an array of 150 integers'),
@@ -277,19 +283,24 @@ def test_unknown_networks_and_missing_files_are_rejected(mesh, tmp_path):
       sample_metrics.load_networks(networks, mesh)
 
 
-def test_the_reference_is_measured_once(sets, monkeypatch):
-  evaluator = sample_metrics.SampleEvaluator(*sets[1:])
-  first = evaluator.run(sets[0])
-  measured = []
+def test_batches_do_not_matter(sets, result):
+  def split(image_set):
+    for i in range(0, len(image_set.images), 64):
+      yield sample_metrics.ImageSet(*(x[i : i + 64] for x in image_set))
 
-  def project(self, images):
-    measured.append(len(images))
-    return project_images(self, images)
+  evaluator = sample_metrics.SampleEvaluator(*map(split, sets[1:]))
+  # Nothing is left of a call in the next one.
+  for _ in range(2):
+    assert evaluator.run(split(sets[0])) == result
 
-  project_images = pixel_pca.PixelPca.project
-  monkeypatch.setattr(pixel_pca.PixelPca, 'project', project)
-  assert evaluator.run(sets[0]) == first
-  assert measured == [150]
+
+def test_batches_of_other_sizes_and_no_batches_are_rejected(sets):
+  other = _set(3, 1, side=8)
+  with pytest.raises(ValueError, match=r'reference have the sizes \(6, 6'):
+    sample_metrics.SampleEvaluator([sets[1], other], [sets[2]])
+  evaluator = sample_metrics.SampleEvaluator([sets[1]], [sets[2]])
+  with pytest.raises(ValueError, match='There are no samples images; give'):
+    evaluator.run([])
 
 
 # The Inception score.
