@@ -91,7 +91,7 @@ def has_cudnn(mesh: jax.sharding.AbstractMesh) -> bool:
   device = mesh.abstract_device
   if (
       device is None
-      or device.platform not in ('cuda', 'gpu')
+      or device.platform.lower() not in ('cuda', 'gpu')
       or 'NVIDIA' not in device.device_kind
   ):
     return False
