@@ -123,7 +123,8 @@ def test_r1_differentiates_attention_twice(interpreted_kernels):
   blocks = layers.Transformer(1, 2, 16, jnp.bfloat16, 'blocks', 1)
 
   def apply(params, x):
-    return blocks.apply(params, jnp.reshape(x, (4, 6, 16)))
+    tokens = blocks.apply(params, jnp.reshape(x, (4, 6, 16)))
+    return jnp.sum(tokens.astype(jnp.float32), axis=-1)
 
   @jax.jit
   def penalize(params, images):
@@ -139,9 +140,7 @@ def test_r1_differentiates_attention_twice(interpreted_kernels):
   assert 'forward_attention' in str(jax.make_jaxpr(penalize)(params, images))
   other_logits, (other, _) = penalize(params, images)
   np.testing.assert_allclose(other, penalty, rtol=2**-6)
-  np.testing.assert_allclose(
-      np.float32(other_logits), np.float32(logits), atol=2**-6
-  )
+  np.testing.assert_allclose(other_logits, logits, atol=0.1)
   assert any(np.any(x) for x in jax.tree.leaves(gradients))
 
 

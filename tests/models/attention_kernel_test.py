@@ -62,7 +62,9 @@ def test_values_and_gradients_are_those_of_plain_attention(
   tolerance = {'float32': 1e-6, 'bfloat16': 2**-6}[dtype]
   for x, y in zip(found, expected, strict=True):
     scale = max(np.abs(y).max(), 1e-3)
-    np.testing.assert_allclose(x / scale, y / scale, atol=tolerance)
+    np.testing.assert_allclose(
+        x / scale, y / scale, atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize('length', [1, 7, 196, 257, 785, 1024])
