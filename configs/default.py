@@ -213,9 +213,11 @@ def _model() -> ml_collections.ConfigDict:
   # Dtype of activations: 'float32' or 'bfloat16'. Parameters, norms, softmax,
   # quantizer and losses are always float32.
   model.dtype = 'float32'
-  # Rematerialization: recompute the activations of each block in the backward
-  # pass.
-  model.remat = False
+  # Rematerialization in the backward pass: 'none'; 'blocks' recomputes each
+  # block from its input; 'dots' recomputes all but the results of dense layers,
+  # convolutions and fused attention. Earlier versions: False and True for
+  # 'none' and 'blocks'.
+  model.remat = config_dict.FieldReference('none', field_type=object)
   # Unroll factor of the scan over transformer blocks, >= 1: 1 compiles fastest,
   # the depth runs fastest on CPU. Results are the same.
   model.scan_unroll = 1
@@ -458,8 +460,8 @@ def _discriminator() -> ml_collections.ConfigDict:
   dino.kernel_size = 9
   # Dtype of the transformer's activations: 'float32' or 'bfloat16'.
   dino.dtype = 'float32'
-  # Rematerialization of each block in the backward pass.
-  dino.remat = False
+  # Rematerialization, as model.remat.
+  dino.remat = config_dict.FieldReference('none', field_type=object)
   # AdamW of the discriminator, with the fields of `optim`; its schedule ends
   # with the run.
   adamw = discriminator.optim = ml_collections.ConfigDict()

@@ -6,6 +6,7 @@ Unknown fields and invalid values are rejected before anything is built
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from configs import default
 
@@ -85,8 +86,8 @@ def _model() -> ml_collections.ConfigDict:
   # Dtype of activations and matmuls: 'float32' or 'bfloat16'. Parameters,
   # norms, softmax and logits are float32.
   model.dtype = 'float32'
-  # Rematerialization of each block in the backward pass.
-  model.remat = False
+  # Rematerialization, as model.remat in default.py.
+  model.remat = config_dict.FieldReference('none', field_type=object)
   # Unroll factor of the scan over blocks, >= 1; changes speed only.
   model.scan_unroll = 1
   return model

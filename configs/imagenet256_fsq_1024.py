@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_batch_size = 512
   config.data.prefetch = 1024
 
-  config.model.remat = True
+  config.model.remat = 'blocks'
 
   config.discriminator.stylegan.filters = 64
   config.discriminator.stylegan.multipliers = (2, 4, 8, 8, 8, 8)

@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder.mae.input_width = 1024
   config.model.decoder.mae.normalization = 'siglip'
   config.model.dtype = 'bfloat16'
-  config.model.remat = True
+  config.model.remat = 'blocks'
 
   config.losses.reconstruction = 'l1'
   config.losses.perceptual.name = 'lpips_vgg16'
@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.discriminator.name = 'dino'
   config.discriminator.dino.dtype = 'bfloat16'
-  config.discriminator.dino.remat = True
+  config.discriminator.dino.remat = 'blocks'
   config.discriminator.start_step = 6 * _STEPS_PER_EPOCH
   config.discriminator.augment_probability = 1.0
   config.discriminator.uint8_fakes = True

@@ -1,5 +1,6 @@
 """Eight CPU devices and the settings that every test runs under."""
 
+import functools
 from importlib import metadata
 import os
 import tempfile
@@ -48,6 +49,21 @@ def _processor_seconds():
   """Seconds of all threads of this process and of its finished children."""
   times = os.times()
   return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch):
+  """Lets attention run the TPU kernel, interpreted, on CPU devices."""
+  # Imported here: JAX reads its settings first.
+  from jax.experimental import pallas
+
+  from fsq_jax.models import fused_attention
+
+  monkeypatch.setattr(
+      pallas, 'pallas_call',
+      functools.partial(pallas.pallas_call, interpret=True),
+  )
+  monkeypatch.setattr(fused_attention, 'vmem_bytes', lambda mesh: 2**27)
 
 
 _STARTED = pytest.StashKey[tuple[float, float]]()

@@ -84,7 +84,7 @@ _CONFIGS = {
     'bsq': {
         'model.quantizer.name': 'bsq',
         'model.dtype': 'bfloat16',
-        'model.remat': True,
+        'model.remat': 'blocks',
     },
     'vq': {
         'model.quantizer.name': 'vq',

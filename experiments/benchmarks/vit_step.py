@@ -162,22 +162,22 @@ def memory_figures(rounds: int) -> dict[str, Any]:
   """Measures memory and time of a step with and without remat.
 
   Includes a JAX policy that the package does not offer: saving the results of
-  matmuls and recomputing the rest.
+  all matmuls; its remat 'dots' recomputes the logits of attention.
   """
   variants: dict[str, Step] = {
-      f'{layout}_{"remat" if remat else "kept"}': Step(
+      f'{layout}_{name}': Step(
           num_blocks=NUM_BLOCKS,
           **{'model.scan_unroll': unroll, 'model.remat': remat},
       )
       for layout, unroll in (('laid_out', NUM_BLOCKS), ('scan', 1))
-      for remat in (False, True)
+      for name, remat in (('kept', 'none'), ('remat', 'blocks'))
   }
   keep_products = functools.partial(
       nn.remat, policy=jax.checkpoint_policies.dots_saveable
   )
   with mock.patch.object(nn, 'remat', keep_products):
     variants['scan_products'] = Step(
-        num_blocks=NUM_BLOCKS, **{'model.remat': True}
+        num_blocks=NUM_BLOCKS, **{'model.remat': 'blocks'}
     )
   figures = blocks.alternate(
       {name: blocks.block_of(step) for name, step in variants.items()},

@@ -50,6 +50,7 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
   from jax.extend import core
   import jax2onnx
 
+  from fsq_jax.models import fused_attention
   from fsq_jax.tokenizer import tokenizer as tokenizers
 
   model = tokenizer.model
@@ -64,13 +65,14 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
     x = jax.ShapeDtypeStruct((_BATCH_SIZE, *shape), dtype)
     # jax2onnx replaces functions of JAX while it traces, which breaks Flax's
     # scan over blocks: pass it a function that has been traced already.
-    program = core.jaxpr_as_fun(
-        jax.make_jaxpr(
-            lambda x, method=method: model.apply(
-                tokenizer.variables, x, method=method
-            )
-        )(x)
-    )
+    with fused_attention.unfused():
+      program = core.jaxpr_as_fun(
+          jax.make_jaxpr(
+              lambda x, method=method: model.apply(
+                  tokenizer.variables, x, method=method
+              )
+          )(x)
+      )
     jax2onnx.to_onnx(
         lambda x, program=program: program(x)[0], [x], return_mode='file',
         output_path=folder / f'{name}.onnx', input_names=['x'],

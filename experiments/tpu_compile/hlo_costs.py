@@ -26,7 +26,7 @@ _FREE = frozenset({
 
 
 class Product(NamedTuple):
-  """A matmul or convolution.
+  """A matmul or convolution, or all matmuls of a Pallas kernel.
 
   Attributes:
     dtypes: dtypes of the operands, such as 'bf16 x bf16'.
@@ -99,6 +99,8 @@ class Program:
         operands = self._operands(computation, instruction)
         dtypes = ' x '.join(sorted(x.dtype for x in operands[:2]))
         products.append(Product(dtypes, count, flops, _op_name(instruction)))
+      elif instruction.opcode == 'custom-call':
+        products += self._kernel_product(computation, instruction, count)
       kind = instruction.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
         # An asynchronous collective is repeated in each fusion that it overlaps
@@ -191,6 +193,21 @@ class Program:
       sizes = [lhs.shape[int(i)] for i in axes.group(1).split(',') if i]
       return 2.0 * math.prod(result.shape) * math.prod(sizes)
     return convolution_flops(lhs.shape, rhs.shape, result.shape, instruction)
+
+  def _kernel_product(self, computation, instruction, count) -> list[Product]:
+    """Returns the matmuls of a Pallas kernel, as one, by its cost estimate."""
+    flops = re.search(
+        r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest
+    )
+    if not flops or not int(flops.group(1)):
+      return []
+    operands = self._operands(computation, instruction)
+    dtypes = ' x '.join(sorted(x.dtype for x in operands[:2]))
+    return [
+        Product(
+            dtypes, count, count * int(flops.group(1)), _op_name(instruction)
+        )
+    ]
 
   def _collective(self, computation, instruction, kind, count) -> Collective:
     arrays = instruction.arrays

@@ -139,9 +139,9 @@ def find_format(
 def count_model_flops(config: ml_collections.ConfigDict) -> float:
   """Returns the matmul FLOPs of a step without rematerialization."""
   config = config.copy_and_resolve_references()
-  config.model.remat = False
+  config.model.remat = 'none'
   if not configuration.is_generator(config):
-    config.discriminator.dino.remat = False
+    config.discriminator.dino.remat = 'none'
   mesh = partitioning.create_mesh(
       {'data': 1, 'fsdp': 1}, jax.devices('cpu')[:1]
   )

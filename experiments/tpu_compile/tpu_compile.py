@@ -59,7 +59,7 @@ _VIT_H = {
     'model.encoder.mlp_dim': 5120,
     'model.decoder.depth': 32,
     'model.dtype': 'bfloat16',
-    'model.remat': True,
+    'model.remat': 'blocks',
 }
 
 

@@ -11,6 +11,7 @@ import optax
 
 from fsq_jax.adversarial import diffaug
 from fsq_jax.adversarial import losses as adversarial_losses
+from fsq_jax.models import fused_attention
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
 
@@ -268,7 +269,9 @@ class Adversary:
     every = self._options['r1_every_steps']
 
     def penalty(params):
-      return adversarial_losses.r1_penalty(lambda x: apply(params, x), real)
+      # Differentiated twice.
+      with fused_attention.unfused():
+        return adversarial_losses.r1_penalty(lambda x: apply(params, x), real)
 
     def compute(params):
       value, gradients = jax.value_and_grad(penalty)(params)

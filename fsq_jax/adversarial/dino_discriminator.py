@@ -46,7 +46,7 @@ class DinoDiscriminator(nn.Module):
     blocks: blocks with a head in addition to the last one, such as `BLOCKS`.
     kernel_size: of a head's residual convolution, in tokens; 9 in VAR and RAE.
     dtype: of the transformer's matmuls; the heads are float32.
-    remat: recompute each block in the backward pass.
+    remat: of blocks, see `models.remat.apply_remat`.
     scan_unroll: blocks per iteration of the loop over blocks.
   """
 
@@ -55,7 +55,7 @@ class DinoDiscriminator(nn.Module):
   blocks: tuple[int, ...]
   kernel_size: int
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   @property

@@ -47,7 +47,7 @@ _MODEL = {
     'head': rules.TEXT,
     'dropout': schema.training(rules.NUMBER),
     'dtype': schema.training(rules.DTYPE),
-    'remat': schema.training(rules.BOOL),
+    'remat': schema.REMAT,
     'scan_unroll': schema.training(rules.COUNT),
 }
 _LOSSES = {

@@ -81,6 +81,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         f'get_config() of {path} returns {type(config).__name__}; return an'
         ' ml_collections.ConfigDict.'
     )
+  _upgrade(config)
   return config.lock()
 
 
@@ -273,7 +274,8 @@ def config_to_json(config: Config) -> str:
 def config_from_json(text: str) -> Config:
   """Reads a config written by `config_to_json`; lists become tuples again.
 
-  Fields that the version that wrote it did not have get the values it used.
+  Fields that the version that wrote it did not have get the values it used;
+  values that it wrote otherwise are replaced by values with the same effect.
 
   Args:
     text: a JSON object: a config, or a saved tokenizer's config.json.
@@ -306,7 +308,22 @@ def config_from_json(text: str) -> Config:
         section = section[part] if isinstance(section, Config) else None
       if isinstance(section, Config) and key not in section:
         section[key] = field.added(section)
+  _upgrade(config)
   return config.lock()
+
+
+def _upgrade(config: Config) -> None:
+  """Replaces values of earlier versions by values with the same effect."""
+  for name, field in fields_of(config).items():
+    if field.upgrade is None:
+      continue
+    *sections, key = name.split('.')
+    section = config
+    for part in sections:
+      section = section.get(part) if isinstance(section, Config) else None
+    if isinstance(section, Config) and isinstance(section.get(key), bool):
+      with section.ignore_type():
+        section[key] = field.upgrade(section[key])
 
 
 def find_differences(

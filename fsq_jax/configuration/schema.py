@@ -43,12 +43,15 @@ class Field(NamedTuple):
     presence: effect of whether the value is set (not '' or 0), if it differs.
     added: for a field that earlier versions did not have, a function from its
       section to the value that they used.
+    upgrade: for a field that was a bool in earlier versions, a function from
+      the bool to the value that has the same effect.
   """
 
   rule: rules.Rule
   role: Role
   presence: Role | None = None
   added: Callable[[Mapping[str, Any]], Any] | None = None
+  upgrade: Callable[[bool], Any] | None = None
 
 
 _Rows = Mapping[str, rules.Rule | Field]
@@ -72,6 +75,12 @@ def runtime(rule: rules.Rule) -> Field:
   return Field(rule, Role.RUNTIME)
 
 
+# Earlier versions had a bool: whether to recompute blocks.
+REMAT = Field(
+    rules.REMAT,
+    Role.TRAINING,
+    upgrade=lambda x: {False: 'none', True: 'blocks'}[x],
+)
 _INTEGERS = rules.tuple_of('a tuple of integers', rules.INTEGER)
 _OPTIONAL_NUMBER = rules.optional(rules.NUMBER)
 _FSQ = {
@@ -261,7 +270,7 @@ _MODEL = {
     'projector_out.fourier.sigma': rules.POSITIVE,
     **{f'decoder.{name}': row for name, row in _DECODER.items()},
     'dtype': training(rules.DTYPE),
-    'remat': training(rules.BOOL),
+    'remat': REMAT,
     'scan_unroll': training(rules.COUNT),
 }
 _GAN_LOSS = rules.name('hinge', 'non_saturating', 'vanilla')
@@ -325,7 +334,7 @@ _DISCRIMINATOR_NETWORK = {
         'an odd integer >= 1', lambda x: rules.COUNT.fits(x) and x % 2 == 1
     ),
     'dino.dtype': Field(rules.DTYPE, Role.TRAINING, added=lambda _: 'float32'),
-    'dino.remat': training(rules.BOOL),
+    'dino.remat': REMAT,
 }
 _DISCRIMINATOR_TRAINING = {
     'loss': _GAN_LOSS,

@@ -55,7 +55,7 @@ class Architecture:
     dropout: rate on embeddings and residual branches in training, [0, 1).
     dtype: of activations and matmuls; parameters, norms, softmax and logits
       are float32.
-    remat: whether blocks are rematerialized in the backward pass.
+    remat: of blocks, see `models.remat.apply_remat`.
     scan_unroll: unroll factor of the scan over blocks; changes speed only.
   """
 
@@ -72,7 +72,7 @@ class Architecture:
   conditioning: str = 'prefix'
   dropout: float = 0.0
   dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   def __post_init__(self):

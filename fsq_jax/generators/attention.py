@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from fsq_jax.generators import architecture as architectures
 from fsq_jax.generators import dense
 from fsq_jax.generators import positions
+from fsq_jax.models import fused_attention
 from fsq_jax.runtime import partitioning
 
 _EPSILON = 1e-6
@@ -67,6 +68,19 @@ def attend(
       v,
       preferred_element_type=jnp.float32,
   )
+
+
+def attend_within(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool
+) -> jax.Array:
+  """Attention within a sequence, see `fused_attention.attend` and `attend`."""
+  fused = fused_attention.attend(q, k, v, causal=causal)
+  if fused is not None:
+    return fused.astype(jnp.float32)
+  allowed = None
+  if causal:
+    allowed = jnp.tril(jnp.ones((q.shape[2], q.shape[2]), bool))
+  return attend(q, k, v, allowed)
 
 
 class QkvProjection(nn.Module):
@@ -137,17 +151,16 @@ class Attention(nn.Module):
       )
     if rotation is not None:
       q, k = positions.rotate(q, rotation), positions.rotate(k, rotation)
-    allowed = None
     if cache is not None:
       cache = Cache(*(
           jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=2)
           for old, new in ((cache.keys, k), (cache.values, v))
       ))
-      k, v = cache
-      allowed = (jnp.arange(k.shape[2]) <= position)[None]
-    elif a.causal:
-      allowed = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-    mixed = rearrange(attend(q, k, v, allowed), 'b h n d -> b n (h d)')
+      allowed = (jnp.arange(cache.keys.shape[2]) <= position)[None]
+      mixed = attend(q, *cache, allowed)
+    else:
+      mixed = attend_within(q, k, v, causal=a.causal)
+    mixed = rearrange(mixed, 'b h n d -> b n (h d)')
     out = dense.block_dense(
         a, a.width, 'out', tensor_axis=0, scale=(2 * a.depth) ** -0.5
     )

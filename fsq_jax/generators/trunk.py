@@ -9,6 +9,7 @@ from fsq_jax.generators import architecture as architectures
 from fsq_jax.generators import attention
 from fsq_jax.generators import dense
 from fsq_jax.generators import positions
+from fsq_jax.models import remat
 from fsq_jax.runtime import partitioning
 
 _EPSILON = 1e-6
@@ -145,9 +146,8 @@ class Trunk(nn.Module):
       cache with x added.
     """
     a = self.architecture
-    block = nn.remat(Block, prevent_cse=False) if a.remat else Block
     blocks = nn.scan(
-        block,
+        remat.apply_remat(Block, a.remat, prevent_cse=False),
         variable_axes={'params': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -14,6 +14,7 @@ from flax import linen as nn
 import jax
 from jax import numpy as jnp
 
+from fsq_jax.models import remat
 from fsq_jax.runtime import partitioning
 
 # Of GroupNorm; the channels of every layer are a multiple.
@@ -68,7 +69,7 @@ class ConvEncoder(nn.Module):
     latent_width: channels of the latents.
     grid_size: rows and columns of the latents of training images.
     dtype: of all convolutions but the last, which is float32.
-    remat: recompute each residual block in the backward pass.
+    remat: of residual blocks, see `remat.apply_remat`.
   """
 
   filters: int
@@ -77,7 +78,7 @@ class ConvEncoder(nn.Module):
   latent_width: int
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   takes_size = True
 
   @property
@@ -148,7 +149,7 @@ class ConvDecoder(nn.Module):
     latent_width: channels of the latents.
     grid_size: rows and columns of the latents of training images.
     dtype: of all convolutions but the last, which is float32.
-    remat: recompute each residual block in the backward pass.
+    remat: of residual blocks, see `remat.apply_remat`.
   """
 
   filters: int
@@ -157,7 +158,7 @@ class ConvDecoder(nn.Module):
   latent_width: int
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   takes_size = True
 
   @property
@@ -218,7 +219,7 @@ class ConvDecoder(nn.Module):
 
 def _block(module: nn.Module, filters: int, name: str) -> nn.Module:
   """Builds a residual block of an encoder or decoder."""
-  block = nn.remat(ResidualBlock) if module.remat else ResidualBlock
+  block = remat.apply_remat(ResidualBlock, module.remat)
   return block(filters, module.dtype, name=name)
 
 

@@ -9,6 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
+from fsq_jax.models import fused_attention
+from fsq_jax.models import remat
 from fsq_jax.runtime import partitioning
 
 
@@ -48,6 +50,8 @@ def sincos_positions(height: int, width: int, channels: int) -> np.ndarray:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Scaled dot-product attention, softmax in float32.
 
+  By a fused kernel where the devices have one, see `fused_attention.attend`.
+
   Args:
     q: [B, heads, N, d] queries.
     k: keys, same shape.
@@ -56,6 +60,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     Weighted means of the values, same shape, float32.
   """
+  fused = fused_attention.attend(q, k, v)
+  if fused is not None:
+    return fused.astype(jnp.float32)
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum(
       'bhqd,bhkd->bhqk', q * scale, k, preferred_element_type=jnp.float32
@@ -210,15 +217,14 @@ class Transformer(nn.Module):
   num_heads: int
   mlp_dim: int
   dtype: jnp.dtype
-  remat: bool
+  remat: str
   scan_unroll: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, N, C] tokens to the same shape."""
-    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     blocks = nn.scan(
-        block,
+        remat.apply_remat(Block, self.remat, prevent_cse=False),
         variable_axes={'params': 0},
         split_rngs={'params': True},
         length=self.depth,

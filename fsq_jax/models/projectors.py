@@ -123,7 +123,7 @@ class AttentionProjectorIn(nn.Module):
     mlp_dim: hidden channels of the blocks' MLPs; 2048 in the original.
     bound: 'none' or 'tanh', as in `MlpProjectorIn`.
     dtype: of the blocks; the last layer is float32.
-    remat: recompute the activations of each block in the backward pass.
+    remat: of blocks, see `remat.apply_remat`.
     scan_unroll: blocks per iteration of the loop over blocks.
   """
 
@@ -134,7 +134,7 @@ class AttentionProjectorIn(nn.Module):
   mlp_dim: int
   bound: str
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
   # Attention mixes positions; see `autoencoder.takes_size`.
   takes_size = False

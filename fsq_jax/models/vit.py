@@ -48,7 +48,7 @@ class _Vit(nn.Module):
   position: str
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   def _transform(self, x: jax.Array) -> jax.Array:

@@ -197,6 +197,41 @@ def shard_over_all_axes(x: jax.Array) -> jax.Array:
   return _constrain(x, AXES, None)
 
 
+def find_mesh(x: jax.Array) -> jax.sharding.AbstractMesh | None:
+  """Returns the mesh of `create_mesh` that an array is on; None without one."""
+  mesh = jax.typeof(x).sharding.mesh
+  if mesh.empty:
+    mesh = jax.sharding.get_abstract_mesh()
+  return mesh if mesh.axis_names == AXES else None
+
+
+def activation_sharding(
+    x: jax.Array, tensor_axis: int
+) -> jax.sharding.NamedSharding | None:
+  """Returns the sharding that activations of a mesh have in `jax.shard_map`.
+
+  Args:
+    x: [B, ...] activations.
+    tensor_axis: dimension to shard over 'tensor', such as the heads.
+
+  Returns:
+    The sharding that `constrain` gives x, under `no_mesh` the sharding of
+    `shard_over_all_axes`, with None for the other dimensions. None if x is on
+    no mesh of `create_mesh`, or the devices do not divide the batch.
+  """
+  mesh = find_mesh(x)
+  if mesh is None or set(mesh.axis_types) != {jax.sharding.AxisType.Auto}:
+    return None
+  choices = [(BATCH_AXES, tensor_axis)]
+  if not _is_constrained.get():
+    choices = [(AXES, None), (BATCH_AXES, None)]
+  for batch_axes, axis in choices:
+    sharding = _sharding_on(mesh, x, batch_axes, axis)
+    if sharding is not None:
+      return sharding
+  return None
+
+
 @contextlib.contextmanager
 def no_mesh() -> Iterator[None]:
   """Context without effect of `constrain` and the functions like it."""
@@ -282,24 +317,32 @@ def _constrain(
     x: jax.Array, batch_axes: tuple[str, ...], tensor_axis: int | None
 ) -> jax.Array:
   """Constrains the first dimension, the tensor axis and no other one."""
-  mesh = jax.typeof(x).sharding.mesh
-  if mesh.empty:
-    mesh = jax.sharding.get_abstract_mesh()
-  if mesh.axis_names != AXES or not _is_constrained.get():
+  mesh = find_mesh(x)
+  if mesh is None or not _is_constrained.get():
     return x
+  sharding = _sharding_on(mesh, x, batch_axes, tensor_axis)
+  if sharding is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _sharding_on(
+    mesh: jax.sharding.AbstractMesh,
+    x: jax.Array,
+    batch_axes: tuple[str, ...],
+    tensor_axis: int | None,
+) -> jax.sharding.NamedSharding | None:
+  """Shards the first dimension and the tensor axis; None if it is not even."""
   axes: list[Any] = [None] * x.ndim
   if batch_axes:
     if x.shape[0] % math.prod(mesh.shape[axis] for axis in batch_axes):
-      return x
+      return None
     axes[0] = batch_axes
   if tensor_axis is not None and not (
       x.shape[tensor_axis] % mesh.shape['tensor']
   ):
     axes[tensor_axis] = 'tensor'
-  spec = jax.sharding.PartitionSpec(*axes)
-  return jax.lax.with_sharding_constraint(
-      x, jax.sharding.NamedSharding(mesh, spec)
-  )
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def _partition(

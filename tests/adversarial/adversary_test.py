@@ -17,6 +17,7 @@ from fsq_jax import data
 from fsq_jax import models
 from fsq_jax.adversarial import adversary as adversaries
 from fsq_jax.adversarial import builder as adversary_builder
+from fsq_jax.models import layers
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
@@ -109,6 +110,38 @@ def _build(text, mesh=(1, 1), learning_rate=1.0):
 
 
 _build_once = functools.cache(_build)
+
+
+def test_r1_differentiates_attention_twice(interpreted_kernels):
+  config = _load_config(**{
+      'discriminator.r1_weight': 0.5, 'discriminator.r1_every_steps': 1,
+  })
+  adversary = adversaries.Adversary(
+      config, module=nn.Dense(1), optimizer=optax.sgd(1.0)
+  )
+
+  blocks = layers.Transformer(1, 2, 16, jnp.bfloat16, 'blocks', 1)
+
+  def apply(params, x):
+    tokens = blocks.apply(params, jnp.reshape(x, (4, 6, 16)))
+    return jnp.sum(tokens.astype(jnp.float32), axis=-1)
+
+  @jax.jit
+  def penalize(params, images):
+    return apply(params, images), adversary._r1(
+        apply, params, images, jnp.int32(0)
+    )
+
+  images = jax.random.normal(jax.random.key(0), (4, 4, 8, 3))
+  params = jax.jit(blocks.init)(jax.random.key(1), jnp.zeros((4, 6, 16)))
+  logits, (penalty, gradients) = penalize(params, images)
+  mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1}, jax.devices()[:2])
+  images = jax.device_put(images, partitioning.batch_sharding(mesh))
+  assert 'forward_attention' in str(jax.make_jaxpr(penalize)(params, images))
+  other_logits, (other, _) = penalize(params, images)
+  np.testing.assert_allclose(other, penalty, rtol=2**-6)
+  np.testing.assert_allclose(other_logits, logits, atol=0.1)
+  assert any(np.any(x) for x in jax.tree.leaves(gradients))
 
 
 @functools.cache

@@ -246,7 +246,7 @@ def test_the_transformer_may_be_bfloat16_and_logits_remain_float32():
 def test_remat_and_unrolling_change_no_logit():
   np.testing.assert_allclose(
       _apply(_variables(), _images()),
-      _apply(_variables(), _images(), _module(remat=True, scan_unroll=3)),
+      _apply(_variables(), _images(), _module(remat='blocks', scan_unroll=3)),
       atol=1e-5,
   )
 

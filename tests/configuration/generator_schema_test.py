@@ -219,7 +219,7 @@ _CHANGES = {
         'train.num_steps': 7,
         'model.dropout': 0.2,
         'model.dtype': 'float32',
-        'model.remat': True,
+        'model.remat': 'blocks',
         'seed': 7,
     },
     'never': {

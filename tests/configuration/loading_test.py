@@ -86,6 +86,33 @@ def test_runs_that_scaled_images_up_before_a_field_allowed_it_can_be_used():
   configuration.check_resumable(loaded, _changed({**sizes, **given}))
 
 
+@pytest.mark.parametrize(('old', 'new'), [(False, 'none'), (True, 'blocks')])
+@pytest.mark.parametrize('name', ['default', 'default_generator'])
+def test_remat_of_earlier_versions_was_a_bool(old, new, name, tmp_path):
+  current = configuration.load_config(_PATH.with_name(f'{name}.py'))
+  fields = ['model.remat']
+  if name == 'default':
+    fields.append('discriminator.dino.remat')
+  saved = current.copy_and_resolve_references().unlock()
+  with saved.ignore_type():
+    saved.update_from_flattened_dict(dict.fromkeys(fields, old))
+  loaded = configuration.config_from_json(configuration.config_to_json(saved))
+  file = tmp_path / 'configs' / 'old.py'
+  file.parent.mkdir()
+  # A user's file, which changes the defaults of this version.
+  file.write_text(
+      f'import runpy\n\ndef get_config():\n  config = runpy.run_path('
+      f'{str(_PATH.with_name(f"{name}.py"))!r})["get_config"]()\n'
+      + ''.join(f'  config.{field} = {old}\n' for field in fields)
+      + '  return config\n'
+  )
+  from_file = configuration.load_config(file)
+  current.update_from_flattened_dict(dict.fromkeys(fields, new))
+  for config in (loaded, from_file):
+    assert configuration.diff_configs(config, current) == []
+  configuration.check_resumable(loaded, current)
+
+
 def test_diff_names_field_and_both_values():
   current = _changed({'data.batch_size': 32, 'seed': 1}).to_dict()
   current['train']['extra'] = 3

@@ -102,6 +102,26 @@ def test_a_fusion_in_a_fusion_reads_the_slice_alone(opcode, rows):
   assert costs.hbm_bytes == 4 * 8 * (rows + 1)
 
 
+_KERNEL = """HloModule kernel
+
+ENTRY %main (x: bf16[2,7,64]) -> bf16[2,7,64] {
+  %x = bf16[2,7,64]{2,1,0} parameter(0)
+  %y = bf16[2,7,64]{2,1,0:S(1)} copy(%x)
+  %call = (bf16[2,7,64]{2,1,0}) custom-call(%x, %y), custom_call_target=\
+"tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv",\
+"cost_estimate":{"flops":"350","transcendentals":"9","bytes_accessed":"4"}}}
+  ROOT %z = bf16[2,7,64]{2,1,0:S(1)} get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_kernels_count_with_their_cost_estimate():
+  costs = hlo_costs.Program(_KERNEL).costs()
+  assert [x[:3] for x in costs.products] == [('bf16 x bf16', 1.0, 350.0)]
+  # The copy reads x, the kernel reads x and writes its result.
+  assert costs.hbm_bytes == 3 * 2 * 2 * 7 * 64
+
+
 def _compile_blocks(module, width, with_gradients):
   """Compiles blocks on 2 x 1 x 4 devices, kernels as configs have them."""
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1, 'tensor': 4})
@@ -137,7 +157,7 @@ def _compile_blocks(module, width, with_gradients):
 class _PretrainedBlocks(vit_blocks.nn.Module):
   architecture: architectures.Architecture
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   @vit_blocks.nn.compact
@@ -146,7 +166,7 @@ class _PretrainedBlocks(vit_blocks.nn.Module):
 
 
 _BLOCKS = {
-    'vit': layers.Transformer(3, 4, 64, jnp.float32, False, 1),
+    'vit': layers.Transformer(3, 4, 64, jnp.float32, 'none', 1),
     'pretrained': _PretrainedBlocks(
         architectures.build_architecture(
             'mae', patch_size=4, width=32, depth=3, num_heads=4, mlp_dim=64

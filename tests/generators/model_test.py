@@ -312,7 +312,7 @@ def test_options_of_execution_change_no_gradient(name, draw_variables):
   plain = gradient()
   for x in jax.tree.leaves(plain):
     assert np.isfinite(x).all()
-  other = gradient(remat=True, scan_unroll=2)
+  other = gradient(remat='dots', scan_unroll=2)
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, atol=1e-5), plain, other
   )

@@ -245,7 +245,8 @@ def _gradients(model, variables, images):
 
 
 @pytest.mark.slow
-def test_every_parameter_has_a_gradient_and_remat_changes_none():
+@pytest.mark.parametrize('remat', ['blocks', 'dots'])
+def test_every_parameter_has_a_gradient_and_remat_changes_none(remat):
   levels = {'model.encoder.conv.channel_multipliers': (1, 2)}
   model = _build(levels)
   images = _images()
@@ -254,9 +255,8 @@ def test_every_parameter_has_a_gradient_and_remat_changes_none():
   flat, _ = jax.tree_util.tree_flatten_with_path(expected[1])
   for path, gradient in flat:
     assert np.any(gradient != 0), jax.tree_util.keystr(path)
-  other = _build({**levels, 'model.remat': True})
-  assert other.encoder.remat
-  assert other.decoder.remat
+  other = _build({**levels, 'model.remat': remat})
+  assert (other.encoder.remat, other.decoder.remat) == (remat, remat)
   chex.assert_trees_all_close(
       _gradients(other, variables, images), expected, rtol=1e-5, atol=1e-6
   )
@@ -273,7 +273,7 @@ def test_remat_keeps_less_for_the_backward_pass():
     )
     return sum(x.size for x in jax.tree.leaves(kept))
 
-  assert num_kept(remat=True) < 0.7 * num_kept(remat=False)
+  assert num_kept('blocks') < 0.7 * num_kept('none')
 
 
 @pytest.mark.parametrize('part', ['encoder', 'decoder'])

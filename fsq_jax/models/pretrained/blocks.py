@@ -8,6 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.models import layers
+from fsq_jax.models import remat
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.runtime import partitioning
 
@@ -149,12 +150,9 @@ def apply_blocks(
     [B, N, C] tokens after the last block, with keep_all [depth, B, N, C] after
     each block, of the module's dtype.
   """
-  block = PretrainedBlock
-  if module.remat:
-    block = nn.remat(block, prevent_cse=False)
   depth = module.architecture.depth
   blocks = nn.scan(
-      block,
+      remat.apply_remat(PretrainedBlock, module.remat, prevent_cse=False),
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=nn.broadcast,

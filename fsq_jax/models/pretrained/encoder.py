@@ -57,7 +57,7 @@ class PretrainedVit(nn.Module):
       'bicubic' as in github.com/hugoycj/RAE for every family;
       'bicubic_antialias' is closer to how Pillow shrinks photographs.
     dtype: of the matmuls; LayerNorm and softmax are in float32.
-    remat: whether the backward pass recomputes each block.
+    remat: of blocks, see `remat.apply_remat`.
     scan_unroll: blocks unrolled per iteration; changes speed, not results.
   """
 
@@ -66,7 +66,7 @@ class PretrainedVit(nn.Module):
   final_affine: bool = True
   resize: str = 'bicubic'
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   @property

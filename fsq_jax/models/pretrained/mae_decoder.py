@@ -47,7 +47,7 @@ class MaeDecoder(nn.Module):
     grid_size: rows and columns of tokens, and of patches of the images.
     dtype: of the matmuls in embedding and blocks; LayerNorm, softmax and the
       pixel head are in float32.
-    remat: whether the backward pass recomputes each block.
+    remat: of blocks, see `remat.apply_remat`.
     scan_unroll: blocks unrolled per iteration; changes speed, not results.
   """
 
@@ -55,7 +55,7 @@ class MaeDecoder(nn.Module):
   input_width: int
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   scan_unroll: int = 1
 
   @property

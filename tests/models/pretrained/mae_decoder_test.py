@@ -231,7 +231,7 @@ def test_compiling_remat_and_unrolling_change_no_result():
   latents = _latents()
   variables = _init(decoder, latents)
   expected = decoder.apply(variables, latents)
-  for fields in ({}, {'remat': True}, {'scan_unroll': 2}):
+  for fields in ({}, {'remat': 'dots'}, {'scan_unroll': 2}):
     images = _apply(decoder.clone(**fields), variables, latents)
     np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
 
@@ -283,14 +283,14 @@ def test_every_field_is_read():
   decoder = _build(_config(
       model__decoder__width=24, model__decoder__num_heads=3,
       model__decoder__mlp_dim=20, model__decoder__mae__normalization='dinov2',
-      model__dtype='bfloat16', model__remat=True, model__scan_unroll=3,
+      model__dtype='bfloat16', model__remat='blocks', model__scan_unroll=3,
   )).decoder
   assert decoder == mae_decoder.MaeDecoder(
       architecture=architectures.build_architecture(
           'mae', width=24, depth=2, num_heads=3, mlp_dim=20, patch_size=8
       ),
       input_width=12, grid_size=(2, 2), dtype=jnp.dtype('bfloat16'),
-      remat=True, scan_unroll=3,
+      remat='blocks', scan_unroll=3,
   )
   assert decoder.architecture.mean == (0.485, 0.456, 0.406)
   for name, fields in mae_decoder.PRESETS.items():

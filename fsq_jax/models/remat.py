@@ -1,0 +1,52 @@
+"""Rematerialization: intermediate results that the backward pass recomputes."""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+
+from fsq_jax.models import fused_attention
+
+CHOICES = ('none', 'blocks', 'dots')
+
+
+def apply_remat(
+    block: type[nn.Module], remat: str, **options: Any
+) -> type[nn.Module]:
+  """Returns a module class whose backward pass recomputes by a policy.
+
+  Args:
+    block: class of a block of a network.
+    remat: 'none' saves all intermediate results; 'blocks' saves only the
+      block's input; 'dots' also saves the results of dense layers, convolutions
+      and fused attention kernels, and recomputes the rest: norms, activations,
+      and the logits of attention without a kernel.
+    **options: of `flax.linen.remat`.
+
+  Raises:
+    ValueError: another value of remat.
+  """
+  match remat:
+    case 'none':
+      return block
+    case 'blocks':
+      return nn.remat(block, **options)
+    case 'dots':
+      policies = jax.checkpoint_policies
+      policy = policies.save_from_both_policies(
+          policies.save_only_these_names(fused_attention.NAME), _is_layer
+      )
+      return nn.remat(block, policy=policy, **options)
+  raise ValueError(f'remat is {remat!r}; known: {list(CHOICES)}.')
+
+
+def _is_layer(primitive: Any, *_: Any, **params: Any) -> bool:
+  """Whether an operation is a dense layer or a convolution.
+
+  Matmuls with a batch dimension, as in attention, have results that are larger
+  than the activations.
+  """
+  if primitive is jax.lax.dot_general_p:
+    _, (lhs_batch, _) = params['dimension_numbers']
+    return not lhs_batch
+  return primitive is jax.lax.conv_general_dilated_p
