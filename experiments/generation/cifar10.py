@@ -74,39 +74,9 @@ def run(
     workdir: pathlib.Path, data_dir: str, *, vgg16: str
 ) -> dict[str, Any]:
   """Trains the missing runs and returns the results."""
-  stage_1 = {
-      settings.run_name(quantizer, bits, SEED): (quantizer, bits)
-      for bits in BITS
-      for quantizer in dict(CURVES.values())
-  }
-  sweep.train(
-      settings.CONFIG,
-      {
-          name: settings.final_run(*key, SEED, data_dir)
-          for name, key in stage_1.items()
-      },
-      workdir,
-  )
-  stage_2 = {
-      _run_name(quantizer, head, bits): (quantizer, head, bits)
-      for bits in BITS
-      for quantizer, head in CURVES.values()
-  }
-  sweep.train(
-      CONFIG,
-      {
-          name: {
-              **BUDGET,
-              'seed': SEED,
-              'model.head': head,
-              'tokens.tokenizer': str(
-                  workdir / settings.run_name(quantizer, bits, SEED)
-              ),
-          }
-          for name, (quantizer, head, bits) in stage_2.items()
-      },
-      workdir,
-  )
+  stage_1, stage_2 = tokenizer_runs(data_dir), generator_runs(workdir)
+  sweep.train(settings.CONFIG, stage_1, workdir)
+  sweep.train(CONFIG, stage_2, workdir)
   evaluator, originals = _build_evaluator(data_dir, vgg16)
   for name in stage_1:
     _measure_once(workdir / name, evaluator, _reconstruct, originals)
@@ -124,6 +94,33 @@ def run(
           for name in stage_1
       },
       'generators': {name: _read_numbers(workdir / name) for name in stage_2},
+  }
+
+
+def tokenizer_runs(data_dir: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of every tokenizer, by name."""
+  return {
+      settings.run_name(quantizer, bits, SEED): settings.final_run(
+          quantizer, bits, SEED, data_dir
+      )
+      for bits in BITS
+      for quantizer in dict(CURVES.values())
+  }
+
+
+def generator_runs(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of every generator, by name."""
+  return {
+      _run_name(quantizer, head, bits): {
+          **BUDGET,
+          'seed': SEED,
+          'model.head': head,
+          'tokens.tokenizer': str(
+              workdir / settings.run_name(quantizer, bits, SEED)
+          ),
+      }
+      for bits in BITS
+      for quantizer, head in CURVES.values()
   }
 
 

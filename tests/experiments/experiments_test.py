@@ -17,6 +17,7 @@ from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.export import across_versions
 from experiments.fault_suite import run as fault_suite
+from experiments.generation import cifar10
 from experiments.generation import digits
 from experiments.generation import sampling_cost
 from experiments.onnx import to_onnx
@@ -143,6 +144,17 @@ def test_runs_with_networks_have_configs_that_can_be_used(tmp_path):
   for fields in runs.values():
     config = sweep.make_config(perceptual_ablation.CONFIG, fields)
     configuration.check_config(config)
+
+
+def test_generators_of_every_codebook_size_have_configs_that_can_be_used(
+    tmp_path
+):
+  runs = cifar10.generator_runs(tmp_path)
+  assert len(runs) == len(cifar10.BITS) * len(cifar10.CURVES)
+  for fields in runs.values():
+    configuration.check_config(sweep.make_config(cifar10.CONFIG, fields))
+    tokenizer = pathlib.Path(fields['tokens.tokenizer']).name
+    assert tokenizer in cifar10.tokenizer_runs('')
 
 
 def test_a_finished_run_may_be_found_elsewhere(tmp_path, monkeypatch):
