@@ -36,7 +36,8 @@ _LONG = (
     'quantizers/quantizers_test.py', 'runtime/partitioning_test.py',
     'runtime/processes_test.py', 'train/autoencoder_test.py',
     'train/initialization_test.py', 'train/stages_test.py',
-    'train/step_test.py',
+    'train/step_test.py', 'readme_test.py', 'generators/training_test.py',
+    'tokens/tokenization_test.py', 'evaluation/sample_metrics_test.py',
 )  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def _build(text, mesh=(1, 1), learning_rate=1.0):
 _build_once = functools.cache(_build)
 
 
+@pytest.mark.slow
 def test_r1_differentiates_attention_twice(interpreted_kernels):
   config = _load_config(**{
       'discriminator.r1_weight': 0.5, 'discriminator.r1_every_steps': 1,

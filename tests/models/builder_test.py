@@ -511,7 +511,7 @@ def test_remat_keeps_less_for_the_backward_pass():
     kept = jax.eval_shape(backward, variables, _images())
     return sum(x.size for x in jax.tree.leaves(kept))
 
-  assert num_kept('blocks') < 0.6 * num_kept('dots')
+  assert num_kept('blocks') < 0.7 * num_kept('dots')
   assert num_kept('dots') < 0.9 * num_kept('none')
 
 

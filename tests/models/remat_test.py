@@ -24,6 +24,7 @@ def _loss(module):
   )
 
 
+@pytest.mark.slow
 def test_every_choice_has_the_same_gradients():
   x = jax.random.normal(jax.random.key(0), _X.shape)
   plain = _transformer('none')

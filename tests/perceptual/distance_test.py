@@ -102,7 +102,9 @@ def test_every_loss_keeps_the_contract(paths, name):
   assert per_image.shape == (2,)
   assert per_image.dtype == jnp.float32
   assert (per_image > 0).all()
-  np.testing.assert_array_equal(compare(variables, images, images), 0)
+  # Both images go through the network in one program, which may round the two
+  # differently.
+  assert np.max(compare(variables, images, images)) < 1e-9
   swapped = compare(variables, others, images)
   np.testing.assert_allclose(swapped, per_image, rtol=1e-5)
   # The weights are an argument, not part of the program.
