@@ -33,6 +33,7 @@ from fsq_jax.workdir import files as workdir_files
 _TOKENIZER = fault.ROOT / 'tests' / 'testdata' / 'run'
 _CONFIG = fault.ROOT / 'configs' / 'default_generator.py'
 _NUM_STEPS = 40
+_NUM_IMAGES = 2000
 
 
 def _write_tokens(folder: pathlib.Path) -> dict[str, str]:
@@ -203,28 +204,57 @@ def _stopped(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     samplers.Sampler.__call__ = sample
     training.train_and_evaluate(_config(fields), run)
     same[number] = _is_same(fields, run, folder / 'straight')
-  left, num_commands = 0, 1 if quick else 3
-  rng = random.Random(0)
-  for number in range(num_commands):
-    output = folder / f'output_{number}'
-    process = _start(
-        folder / 'straight', fields, '--mode=generate',
-        f'--npz={output}/x.npz', '--config.sample.num_images=200000',
-    )
-    while process.poll() is None and not output.exists():
-      time.sleep(0.01)
-    time.sleep(rng.uniform(2, 10))
-    process.send_signal(signal.SIGTERM)
-    if process.wait(timeout=60) != -signal.SIGTERM:
-      raise RuntimeError((folder / 'straight.log').read_text())
-    left += len(list(output.iterdir()))
+  commands = _stop_generation(folder, fields, quick)
   return fault.Outcome(
-      all(same.values()) and stops == len(same) and not left,
+      all(same.values()) and stops == len(same) and commands['same'],
       f'{stops} of {len(same)} stops during samples of an evaluation saved the'
       f' step, {sum(same.values())} resumed to the bytes of an undisturbed run;'
-      f' {num_commands} stops of --mode=generate --npz left {left} files',
-      {'stops': stops, 'same': same, 'commands': num_commands, 'left': left},
+      f' --mode=generate --npz after {commands["stops"]} stops and kills, the'
+      f' last one after {commands["num_done"]} of {_NUM_IMAGES} images, wrote'
+      f' the bytes of an undisturbed command: {commands["same"]}',
+      {'stops': stops, 'same': same, 'commands': commands},
   )
+
+
+def _stop_generation(
+    folder: pathlib.Path, fields: dict[str, Any], quick: bool
+) -> dict[str, Any]:
+  """Stops --mode=generate at random moments until it is left to finish."""
+  run = folder / 'straight'
+
+  def start(output: pathlib.Path) -> subprocess.Popen:
+    return _start(
+        run, fields, '--mode=generate', f'--npz={output}/x.npz',
+        f'--config.sample.num_images={_NUM_IMAGES}',
+        '--config.sample.batch_size=16',
+    )
+
+  whole, stopped = folder / 'whole', folder / 'stopped'
+  _finish(start(whole), run)
+  progress = stopped / 'x.unfinished' / 'progress.json'
+  rng, stops, num_done = random.Random(0), 0, 0
+  for number in range(2 if quick else 6):
+    signum, code = (signal.SIGTERM, 75) if number % 2 else (
+        signal.SIGKILL, -signal.SIGKILL
+    )
+    wanted = num_done + rng.randrange(1, 200)
+    process = start(stopped)
+    while process.poll() is None and num_done < wanted:
+      time.sleep(0.01)
+      saved = workdirs.read_json(progress) or {}
+      num_done = saved.get('num_done', 0)
+    process.send_signal(signum)
+    if process.wait(timeout=60) != code:
+      raise RuntimeError(run.with_suffix('.log').read_text())
+    stops += 1
+  _finish(start(stopped), run)
+  files = [
+      {x.name: x.read_bytes() for x in output.iterdir() if x.suffix != '.json'}
+      for output in (whole, stopped)
+  ]
+  return {
+      'stops': stops, 'num_done': num_done, 'same': files[0] == files[1],
+  }
 
 
 def _corrupted(folder: pathlib.Path, quick: bool) -> fault.Outcome:
@@ -324,9 +354,9 @@ FAULTS = {
         limit_seconds=3600,
     ),
     'G9': fault.Fault(
-        'SIGTERM while a generator samples, in evaluations and in'
-        ' --mode=generate',
-        'evaluations are made up for, to the same bytes; no files are left',
+        'SIGTERM while a generator samples in evaluations; SIGTERM and kill -9'
+        ' in --mode=generate',
+        'both go on, to the bytes of an undisturbed run',
         _stopped, limit_seconds=3600,
     ),
     'G10': fault.Fault(
