@@ -104,6 +104,7 @@ def test_any_file_may_be_lost(saved, names, tmp_path, how):
     assert {taken[x] for x in names if x.startswith(part)} == {1}
 
 
+@pytest.mark.fast_limit(10)
 def test_bits_that_flip_are_found(saved, names, tmp_path):
   rng = np.random.default_rng(0)
   sizes = np.array([(_newest(saved) / name).stat().st_size for name in names])

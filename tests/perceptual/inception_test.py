@@ -81,6 +81,7 @@ def test_the_number_of_parameters_is_that_of_the_original(program):
   assert sum(sizes.values()) == sum(math.prod(_SHAPES[k]) for k in stored)
 
 
+@pytest.mark.fast_limit(10)
 def test_layers_are_those_of_the_original(program):
   text = program[1]
   assert text.count('conv_general_dilated[') == 94
@@ -126,6 +127,7 @@ def test_files_that_lack_something_are_refused(tmp_path):
     perceptual.load_inception(path)
 
 
+@pytest.mark.fast_limit(10)
 def test_unknown_protocols_and_other_shapes_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"known: \['pytorch_fid', 'tf1'\]"):
     perceptual.load_inception(tmp_path, 'clean')

@@ -242,6 +242,7 @@ print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 
 
+@pytest.mark.fast_limit(10)
 def test_slurm_tells_processes_of_each_other():
   with socket.socket() as listener:
     port = 0

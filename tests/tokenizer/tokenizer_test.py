@@ -336,6 +336,7 @@ def test_damaged_files_are_refused(folder, name):
   Tokenizer.from_pretrained(folder)
 
 
+@pytest.mark.fast_limit(10)
 def test_flipped_bits_of_weights_are_found(folder):
   path = folder / 'model.safetensors'
   content = path.read_bytes()

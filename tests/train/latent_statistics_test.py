@@ -101,6 +101,7 @@ def _assert_are_of(statistics, latents):
     )
 
 
+@pytest.mark.fast_limit(10)
 @pytest.mark.parametrize(
     ('batch_size', 'num_devices'),
     [
