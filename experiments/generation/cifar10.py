@@ -52,7 +52,7 @@ BUDGET = {
     'optim.learning_rate': 2e-3,
     'optim.warmup_steps': 100,
     'optim.ema_decay': 0.99,
-    'train.num_steps': 2000,
+    'train.num_steps': 1000,
     'train.eval_every_steps': 0,
     'train.checkpoint_every_steps': 500,
     'train.keep_checkpoints': 1,
@@ -77,7 +77,8 @@ def run(
   stage_1, stage_2 = tokenizer_runs(data_dir), generator_runs(workdir)
   sweep.train(settings.CONFIG, stage_1, workdir)
   sweep.train(CONFIG, stage_2, workdir)
-  evaluator, originals = _build_evaluator(data_dir, vgg16)
+  evaluator, test = _build_evaluator(data_dir, vgg16)
+  originals = sample_metrics.ImageSet(*(x[:NUM_SAMPLES] for x in test))
   for name in stage_1:
     _measure_once(workdir / name, evaluator, _reconstruct, originals)
   for name in stage_2:
@@ -153,12 +154,11 @@ def _build_evaluator(
         settings.CONFIG, {'data.data_dir': data_dir, 'data.eval_split': part}
     )
     dataset = data.build_dataset(config.data, split='eval', seed=SEED)
-    batches = [
-        (x['image'][x['mask']], x['label'][x['mask']]) for x in dataset
-    ]
-    sets[split] = sample_metrics.ImageSet(
-        *(np.concatenate(x) for x in zip(*batches, strict=True))
-    )
+    source = data.open_source(config.data, 'eval')
+    parts = [(x['image'][x['mask']], x['index'][x['mask']]) for x in dataset]
+    images, numbers = map(np.concatenate, zip(*parts, strict=True))
+    labels = np.array([source.metadata(int(i)).label for i in numbers])
+    sets[split] = sample_metrics.ImageSet(images, labels)
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
   networks = sample_metrics.load_networks({'vgg16': vgg16}, mesh)
   evaluator = sample_metrics.SampleEvaluator(

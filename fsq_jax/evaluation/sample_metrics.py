@@ -374,7 +374,7 @@ def _measure(
     labels.append(batch.labels)
     digests += [hashlib.sha256(x.tobytes()).digest() for x in batch.images]
   if not sizes:
-    raise ValueError(f'There are no {name} images; give one or more.')
+    raise ValueError(f'The set {name!r} has no images; give one or more.')
   return _Measured(
       np.concatenate(images),
       np.concatenate(labels),

@@ -299,7 +299,7 @@ def test_batches_of_other_sizes_and_no_batches_are_rejected(sets):
   with pytest.raises(ValueError, match=r'reference have the sizes \(6, 6'):
     sample_metrics.SampleEvaluator([sets[1], other], [sets[2]])
   evaluator = sample_metrics.SampleEvaluator([sets[1]], [sets[2]])
-  with pytest.raises(ValueError, match='There are no samples images; give'):
+  with pytest.raises(ValueError, match="The set 'samples' has no images; give"):
     evaluator.run([])
 
 
