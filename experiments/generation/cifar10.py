@@ -48,6 +48,7 @@ BUDGET = {
     'model.scan_unroll': 4,
     # Smoothing over levels and over codes would not be comparable.
     'losses.label_smoothing': 0.0,
+    'tokens.train_views': 1,
     'tokens.batch_size': 64,
     'optim.learning_rate': 2e-3,
     'optim.warmup_steps': 100,
@@ -59,7 +60,7 @@ BUDGET = {
     'eval.num_images': 1000,
     'eval.num_samples': 0,
 }
-NUM_SAMPLES = 2500
+NUM_SAMPLES = 2000
 SEED = 0
 _METRICS = (
     'fd_vgg16', 'fd_pixel_pca', 'precision_vgg16', 'recall_vgg16',
