@@ -10,10 +10,11 @@ import pytest
 
 # Toy programs spend their time in the compiler, not in the arithmetic, and the
 # same ones are needed again. As variables of the environment, for commands that
-# tests start; the process that starts the others makes the folder for all.
+# tests start; the process that starts the others makes the folder for all,
+# unless .ci/run has made one for both tiers.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
-if 'PYTEST_XDIST_WORKER' not in os.environ:
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _PROGRAMS = tempfile.TemporaryDirectory()
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _PROGRAMS.name
 

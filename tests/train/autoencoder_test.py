@@ -188,35 +188,29 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variant', ['plain', 'adversarial_vq'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
-    straight, journal, tmp_path, variant
+    straight, journal, tmp_path
 ):
   taken, after = journal
-  config = _load_config(variant)
-  # Before the first checkpoint, before and after the evaluation.
-  crashes = {2: 1, 10: 2} if variant == 'plain' else {5: 2}
-  for crash_at, num_threads in crashes.items():
-    config.data.num_threads = num_threads  # Changes speed, not images.
-    after[crash_at] = _crash
-    with pytest.raises(_Crash):
-      train.train_and_evaluate(config, tmp_path)
+  config = _load_config('adversarial_vq')
+  config.data.num_threads = 2  # Changes speed, not images.
+  after[5] = _crash
+  with pytest.raises(_Crash):
+    train.train_and_evaluate(config, tmp_path)
   state = train.train_and_evaluate(config, tmp_path)
   assert not after
   assert sorted(taken) == list(range(1, _NUM_STEPS + 1))
-  _assert_same_run(tmp_path, state, *straight(variant))
+  _assert_same_run(tmp_path, state, *straight('adversarial_vq'))
   run = _read_json(tmp_path / workdirs.RUN)
-  assert (run['first_step'], run['started_from']) == (
-      9 if variant == 'plain' else 3, {}
-  )
+  assert (run['first_step'], run['started_from']) == (3, {})
   # Every image comes once an epoch.
   indices = np.concatenate(list(taken.values()))
   assert len(set(indices.tolist())) == _NUM_STEPS * config.data.batch_size
 
 
 @pytest.mark.slow
-def test_one_image_is_learned_and_resumed(journal, tmp_path):
-  taken, after = journal
+def test_one_image_is_learned(journal, tmp_path):
+  taken, _ = journal
   (tmp_path / 'images' / 'train').mkdir(parents=True)
   pixels = np.full((16, 16, 3), (250, 120, 30), np.uint8)
   Image.fromarray(pixels).save(tmp_path / 'images' / 'train' / 'a.png')
@@ -230,22 +224,15 @@ def test_one_image_is_learned_and_resumed(journal, tmp_path):
   config.optim.learning_rate = 1e-2
   config.train.num_steps = 8
   config.train.eval_every_steps = 0
-  state = train.train_and_evaluate(config, tmp_path / 'straight')
+  train.train_and_evaluate(config, tmp_path / 'run')
   losses = [
       row['reconstruction_loss']
-      for row in _rows(tmp_path / 'straight')
+      for row in _rows(tmp_path / 'run')
       if row['split'] == 'train'
   ]
   assert losses[-1] < 0.3 * losses[0]
   assert sorted(taken) == [1, 2, 3, 4, 5, 6, 7, 8]
   assert all(indices.tolist() == [0] for indices in taken.values())
-  after[5] = _crash
-  with pytest.raises(_Crash):
-    train.train_and_evaluate(config, tmp_path / 'run')
-  resumed = train.train_and_evaluate(config, tmp_path / 'run')
-  _assert_same_run(
-      tmp_path / 'run', resumed, tmp_path / 'straight', jax.device_get(state)
-  )
 
 
 @pytest.mark.slow
