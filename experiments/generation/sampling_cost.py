@@ -8,6 +8,7 @@ take turns, and the median of their times is reported. Then prints the table.
 """
 
 import argparse
+from collections.abc import Callable
 import json
 import pathlib
 import statistics
@@ -36,7 +37,8 @@ def measure() -> dict[str, Any]:
   rows = {}
   for name, grid in GRIDS.items():
     samplers = {
-        variant: _build(variant, name, grid) for variant in _variants(grid)
+        variant: build_sampler(variant, PRESETS[name], BATCH_SIZES[name], grid)
+        for variant in _variants(grid)
     }
     times = {variant: [] for variant in samplers}
     for _ in range(ROUNDS):
@@ -72,12 +74,27 @@ def _variants(grid: tuple[int, int]) -> list[str]:
   ]
 
 
-def _build(variant: str, name: str, grid: tuple[int, int]):
-  """Returns a compiled sampler and the bytes of its temporary arrays."""
+def build_sampler(
+    variant: str, preset: str, batch_size: int, grid: tuple[int, int],
+    **options: Any,
+) -> tuple[Callable[[], jax.Array], int]:
+  """Compiles a sampler with random weights.
+
+  Args:
+    variant: 'masked, T steps', 'autoregressive, cache' or 'autoregressive, no
+      cache'.
+    preset: of the generator's size.
+    batch_size: images per call.
+    grid: (rows, columns) of the tokens.
+    **options: of `generators.preset`.
+
+  Returns:
+    A function that samples tokens, and the bytes of its temporary arrays.
+  """
   kind, option = variant.split(', ')
   causal = kind == 'autoregressive'
   model = generators.TokenModel(
-      architecture=generators.preset(PRESETS[name], causal=causal),
+      architecture=generators.preset(preset, causal=causal, **options),
       vocabulary=generators.from_levels(LEVELS, first_fastest=True),
       grid=grid,
       num_classes=10,
@@ -87,17 +104,17 @@ def _build(variant: str, name: str, grid: tuple[int, int]):
   variables = models.init_variables(model, jax.random.key(0))
   if causal:
     module = generators.autoregressive_sampling
-    options = generators.AutoregressiveSampling(
+    sampling = generators.AutoregressiveSampling(
         cache='static' if option == 'cache' else 'none'
     )
   else:
     module = generators.masked_sampling
-    options = generators.MaskedSampling(num_steps=int(option.split()[0]))
+    sampling = generators.MaskedSampling(num_steps=int(option.split()[0]))
 
   def sample(variables, labels, key):
-    return module.sample(model, variables, labels, key, options=options).tokens
+    return module.sample(model, variables, labels, key, options=sampling).tokens
 
-  labels = jnp.arange(BATCH_SIZES[name]) % 10
+  labels = jnp.arange(batch_size) % 10
   arguments = variables, labels, jax.random.key(1)
   compiled = jax.jit(sample).lower(*arguments).compile()
   compiled(*arguments)
