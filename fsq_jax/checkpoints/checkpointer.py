@@ -97,11 +97,18 @@ class Checkpointer:
             create=not read_only,
         ),
     )
-    for step in self.steps:
-      try:
-        self._metrics[step] = self._read_manifest(step)['metrics']
-      except CorruptedError as error:
-        logging.warning('%s', error)
+    try:
+      for step in self.steps:
+        self._read_metrics(step)
+    except BaseException:
+      self.close()
+      raise
+
+  def _read_metrics(self, step: int) -> None:
+    try:
+      self._metrics[step] = self._read_manifest(step)['metrics']
+    except CorruptedError as error:
+      logging.warning('%s', error)
 
   @property
   def steps(self) -> list[int]:

@@ -260,22 +260,12 @@ def check_same_model(
     given: config of a command that uses the run.
   """
   given = configuration.resolve(given)
-  if configuration.is_generator(saved):
-    if lines := compatibility.diff_models(saved, given):
-      raise ValueError(
-          'The config has another model than the checkpoint (saved -> given):\n'
-          + '\n'.join(lines)
-      )
-    return
-  # Sources of initial weights and statistics, which a checkpoint contains.
-  files = ['model.decoder.mae.checkpoint', 'model.encoder.checkpoint']
-  if bool(saved.model.latent_statistics) == bool(given.model.latent_statistics):
-    files.append('model.latent_statistics')
-  differences = [
+  differences = compatibility.diff_models(saved, given)
+  # The saved dtype is used; another one would have no effect.
+  differences += [
       line
       for line in configuration.diff_configs(saved, given)
-      if line.startswith(('model.', 'data.image_size:'))
-      and line.partition(':')[0] not in files
+      if line.startswith('model.dtype:')
   ]
   if differences:
     raise ValueError(

@@ -86,23 +86,11 @@ def _role_of_change(
   pair = saved.get(name), current.get(name)
   if field.presence and bool(pair[0]) != bool(pair[1]):
     return field.presence
-  if field.role in (_Role.MODEL, _Role.STATE) and (
-      not (_is_built(name, saved) or _is_built(name, current))
-      or (name == _ARCHITECTURE and _is_same_architecture(*pair))
-  ):
+  if not any(loading.is_chosen(name, config) for config in (saved, current)):
+    return _Role.RUNTIME
+  if name == _ARCHITECTURE and _is_same_architecture(*pair):
     return _Role.TRAINING
   return field.role
-
-
-def _is_built(name: str, config: Mapping[str, Any]) -> bool:
-  """Whether a field is outside of alternatives, or in the chosen alternative.
-
-  The sections model.quantizer.NAME, for example, are alternatives;
-  model.quantizer.name is the chosen one.
-  """
-  parent, _, alternative = name.rpartition('.')[0].rpartition('.')
-  chosen = f'{parent}.name'
-  return chosen not in schema.FIELDS or config.get(chosen) == alternative
 
 
 def _is_same_architecture(*texts: Any) -> bool:

@@ -393,7 +393,9 @@ def _check_quantizer(job: Job) -> None:
     quantizer = convert.quantizer_from_spec(job.quantizer)
     known = quantizer.codebook_size, quantizer.index_shape
   elif job.quantizer.get('name') in builder.QUANTIZERS:
-    known = job.quantizer.get('codebook_size'), ()
+    # Specs of other quantizers need not have the size.
+    size = job.quantizer.get('codebook_size', job.codebook_size)
+    known = size, job.index_shape
   else:
     raise ValueError(
         f'its quantizer is {job.quantizer.get("name")!r}; known:'

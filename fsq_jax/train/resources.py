@@ -56,14 +56,16 @@ def open_run(
     batch_size: images per step, for the progress.
 
   Raises:
-    RunError: something cannot be written, as on a full disk, or another process
-      failed.
+    RunError: something cannot be read or written, as on a full disk, or another
+      process failed.
   """
   host.use_compilation_cache(config.train.compilation_cache)
   try:
     with contextlib.ExitStack() as stack:
       yield _open(config, workdir, batch_size, stack)
-  except (checkpointers.SaveError, processes.PeerError) as error:
+  except (
+      checkpointers.ReadError, checkpointers.SaveError, processes.PeerError
+  ) as error:
     raise loop.RunError(str(error)) from error
   except OSError as error:
     raise loop.RunError(

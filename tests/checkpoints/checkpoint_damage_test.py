@@ -14,6 +14,7 @@ import chex
 import jax
 from jax import numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from fsq_jax import checkpoints as checkpoints_lib
@@ -323,6 +324,22 @@ def test_files_that_cannot_be_opened_are_no_damage(folder):
   for path in paths:
     path.unlink()
   assert _restore(folder) == 1
+
+
+def test_the_manager_is_closed_if_a_manifest_cannot_be_read(
+    folder, monkeypatch
+):
+  path = _newest(folder) / 'manifest' / 'metadata'
+  path.unlink()
+  path.symlink_to(path.name)
+  closed = []
+  close = ocp.CheckpointManager.close
+  monkeypatch.setattr(
+      ocp.CheckpointManager, 'close', lambda x: (closed.append(x), close(x))
+  )
+  with pytest.raises(checkpoints_lib.ReadError, match='cannot be read now'):
+    checkpoints_lib.Checkpointer(folder)
+  assert len(closed) == 1
 
 
 def _os_error(number, *names):

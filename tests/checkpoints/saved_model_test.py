@@ -120,10 +120,14 @@ def test_a_path_of_an_earlier_version_is_looked_for_from_here(
         ({'model.encoder.checkpoint': 'b'}, True),
         ({'model.latent_statistics': '/b'}, True),
         ({'model.latent_statistics': ''}, False),
+        ({'model.remat': 'blocks'}, True),
+        ({'model.quantizer.fsq.noise': 0.5}, True),
+        ({'model.quantizer.vq.codebook_size': 99}, True),
         ({'model.encoder.width': 8}, False),
+        ({'model.dtype': 'bfloat16'}, False),
     ],
 )
-def test_files_that_a_run_was_made_of_may_be_elsewhere(fields, same):
+def test_a_config_may_differ_in_what_leaves_the_model_the_same(fields, same):
   saved = saved_model.find_run(_RUN).config
   saved.model.latent_statistics = '/a'
   given = saved.copy_and_resolve_references()

@@ -53,6 +53,10 @@ _CHANGES = {
         # Compared by content.
         'losses.perceptual.checkpoint': 'elsewhere',
         'discriminator.dino.checkpoint': 'elsewhere',
+        # Of alternatives that are not chosen.
+        'model.quantizer.vq.codebook_size': 99,
+        'model.projector_in.mlp.width': 9,
+        'discriminator.patch.channels': 64,
     },
     'the flag': {
         'train.num_steps': 7,
@@ -65,10 +69,6 @@ _CHANGES = {
         'model.quantizer.fsq.noise': 0.5,
         'model.quantizer.fsq.commitment_weight': 0.5,
         'discriminator.r1_weight': 1.0,
-        # Sections that are not built.
-        'model.quantizer.vq.codebook_size': 99,
-        'model.projector_in.mlp.width': 9,
-        'discriminator.patch.channels': 64,
     },
     'never': {
         'model.encoder.width': 8,

@@ -74,6 +74,20 @@ def test_runs_from_before_a_field_go_on_with_what_they_had():
   configuration.check_resumable(loaded, _DEFAULT)
 
 
+def test_a_quantizer_added_since_does_not_matter_to_saved_runs():
+  values = _DEFAULT.to_dict()
+  del values['model']['quantizer']['lfq']
+  saved = configuration.config_from_json(json.dumps(values))
+  configuration.check_config(saved, mode='eval')
+  configuration.check_resumable(saved, _DEFAULT)
+  with pytest.raises(ValueError, match='quantizer.lfq.num_bits is missing'):
+    configuration.check_config(saved)
+  del values['model']['quantizer']['fsq']
+  saved = configuration.config_from_json(json.dumps(values))
+  with pytest.raises(ValueError, match='quantizer.fsq.levels is missing'):
+    configuration.check_config(saved, mode='eval')
+
+
 def test_runs_that_scaled_images_up_before_a_field_allowed_it_can_be_used():
   sizes = {'data.resize_shorter': 16, 'data.image_size': (32, 16)}
   saved = _changed(sizes).to_dict()

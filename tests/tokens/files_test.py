@@ -19,6 +19,7 @@ import pytest
 from fsq_jax import data
 from fsq_jax import quantizers
 from fsq_jax import tokens
+from fsq_jax.quantizers import builder
 from fsq_jax.quantizers import convert
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
@@ -623,6 +624,17 @@ def test_damaged_files_are_named(tmp_path, storage):
     assert reason in message
     path.write_bytes(content)
   assert len(list(tokens.TokenSource(folder))) == 6
+
+
+def test_specs_of_other_quantizers_need_no_codebook_size(tmp_path, monkeypatch):
+  monkeypatch.setitem(builder.QUANTIZERS, 'signs', None)
+  job = dataclasses.replace(
+      _job(), quantizer={'name': 'signs'}, codebook_size=64, index_shape=(2,)
+  )
+  expected = _write(tmp_path / 'x', job)
+  source = tokens.TokenSource(tmp_path / 'x')
+  for i, example in enumerate(expected):
+    np.testing.assert_array_equal(source[i].tokens, example.tokens)
 
 
 def test_manifests_that_cannot_be_are_refused(tmp_path):
