@@ -80,11 +80,11 @@ def test_a_quantizer_added_since_does_not_matter_to_saved_runs():
   saved = configuration.config_from_json(json.dumps(values))
   configuration.check_config(saved, mode='eval')
   configuration.check_resumable(saved, _DEFAULT)
-  with pytest.raises(ValueError, match='quantizer.lfq.num_bits is missing'):
+  with pytest.raises(ValueError, match=r'lfq.num_bits is missing'):
     configuration.check_config(saved)
   del values['model']['quantizer']['fsq']
   saved = configuration.config_from_json(json.dumps(values))
-  with pytest.raises(ValueError, match='quantizer.fsq.levels is missing'):
+  with pytest.raises(ValueError, match=r'fsq.levels is missing'):
     configuration.check_config(saved, mode='eval')
 
 
