@@ -24,7 +24,8 @@ _FLOORS = (
     {'launch'},
 )
 _FLOOR_OF = {name: i for i, names in enumerate(_FLOORS) for name in names}
-_LONGEST_CHAIN = 12
+# Modules on the longest chain of imports, without launch.py and __init__.py.
+_LONGEST_CHAIN, _LONGEST_CHAIN_OF_GENERATORS = 12, 16
 _FORBIDDEN_NAMES = {'utils', 'common', 'helpers'} | sys.stdlib_module_names
 # Neither a dependency nor, with torch, a safe reader of files.
 _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
@@ -112,6 +113,23 @@ def test_imports_have_no_cycle():
     leaves = {m for m, names in graph.items() if not names & graph.keys()}
     assert leaves, f'These modules import each other: {sorted(graph)}.'
     graph = {m: names for m, names in graph.items() if m not in leaves}
+
+
+@functools.cache
+def _chain(module):
+  """The longest chain of modules that import each other from this one on."""
+  chains = (_chain(x) for x in _graph()[module])
+  return (module, *max(chains, key=len, default=()))
+
+
+def test_chains_of_imports_are_short():
+  for module, path in _MODULES.items():
+    if path.name in ('__init__.py', 'launch.py'):
+      continue
+    of_generators = _unit(module) == 'generators'
+    limit = _LONGEST_CHAIN_OF_GENERATORS if of_generators else _LONGEST_CHAIN
+    chain = _chain(module)
+    assert len(chain) <= limit, ' > '.join(chain)
 
 
 def test_faces_only_re_export():

@@ -1,7 +1,7 @@
 """Adversarial training: discriminators, their losses and updates."""
 
 from fsq_jax.adversarial.builder import build_discriminator
-from fsq_jax.adversarial.dino_discriminator import load_discriminator_backbone
+from fsq_jax.adversarial.dino_backbone import load_discriminator_backbone
 
 __all__ = [
     'build_discriminator',

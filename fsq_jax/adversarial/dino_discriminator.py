@@ -1,10 +1,7 @@
 """A discriminator with a frozen DINO backbone."""
 
-from collections.abc import Mapping
 import dataclasses
 import math
-import os
-from typing import Any
 
 from einops import rearrange
 from flax import linen as nn
@@ -14,7 +11,6 @@ from jax import numpy as jnp
 from fsq_jax.adversarial import spectral_norm
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import encoder as pretrained_vit
-from fsq_jax.models.pretrained import loading as pretrained
 
 # The backbone of VAR and RAE: DINO ViT-S/8 with the approximate GELU.
 ARCHITECTURE = dataclasses.replace(
@@ -22,8 +18,6 @@ ARCHITECTURE = dataclasses.replace(
 )
 # Blocks with a head, in addition to the last one.
 BLOCKS = (2, 5, 8, 11)
-# Fields of an architecture that a checkpoint's parameters do not determine.
-_FREE = ('activation', 'norm_epsilon')
 
 
 class DinoDiscriminator(nn.Module):
@@ -139,43 +133,3 @@ class DinoHead(nn.Module):
     y = conv(x, channels, self.kernel_size, 'residual')
     x = (x + finish(y, 'residual_norm')) / math.sqrt(2)
     return rearrange(conv(x, 1, 1, 'out'), 'b n 1 -> b n')
-
-
-def load_discriminator_backbone(
-    path: str | os.PathLike[str],
-    discriminator: DinoDiscriminator,
-    *,
-    shardings: pretrained.Shardings | None = None,
-) -> Mapping[str, Any]:
-  """Loads the frozen parameters of a discriminator.
-
-  Args:
-    path: as in `models.load_encoder`: a Hugging Face directory of DINO,
-      such as facebook/dino-vits8 with a model.safetensors.
-    discriminator: must have the architecture of the checkpoint, except for the
-      activation and LayerNorm's epsilon, which remain the discriminator's.
-      (Hugging Face's epsilon of DINO is 1e-12; training used 1e-6.)
-    shardings: as in `models.load_encoder`.
-
-  Returns:
-    Parameters for 'backbone', float32.
-
-  Raises:
-    ValueError: missing or corrupted files, or another architecture.
-  """
-  found = pretrained.build_encoder(path).architecture
-  differences = [
-      f'{field.name} is {getattr(found, field.name)!r} instead of {expected!r}'
-      for field in dataclasses.fields(found)
-      if field.name not in _FREE
-      and getattr(found, field.name)
-      != (expected := getattr(discriminator.architecture, field.name))
-  ]
-  if differences:
-    raise ValueError(
-        f'{path} does not fit the discriminator: {"; ".join(differences)}.'
-    )
-  encoder = pretrained.load_encoder(
-      path, discriminator.image_size, final_affine=False, shardings=shardings
-  )
-  return encoder.variables['params']

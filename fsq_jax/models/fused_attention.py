@@ -9,10 +9,9 @@ import jax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fsq_jax.models import remat
 from fsq_jax.runtime import partitioning
 
-# The result of a kernel under this name is saved by the remat policy 'dots'.
-NAME = 'fused_attention'
 _GPU_DTYPES = (jnp.bfloat16, jnp.float16)
 # cuDNN supports more channels per head on some GPUs.
 _GPU_MAX_HEAD_DIM = 128
@@ -68,7 +67,7 @@ def attend(
     mixed = _attend_tpu(q, k, v, causal, vmem_bytes(mesh))
   elif has_cudnn(mesh) and q.dtype in _GPU_DTYPES:
     mixed = _attend_gpu(q, k, v, causal)
-  return None if mixed is None else checkpoint_name(mixed, NAME)
+  return None if mixed is None else checkpoint_name(mixed, remat.KERNEL_OUTPUT)
 
 
 def vmem_bytes(mesh: jax.sharding.AbstractMesh) -> int:

@@ -5,9 +5,9 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-from fsq_jax.models import fused_attention
-
 CHOICES = ('none', 'blocks', 'dots')
+# Name of the results of fused attention, which 'dots' saves.
+KERNEL_OUTPUT = 'fused_attention'
 
 
 def apply_remat(
@@ -34,7 +34,7 @@ def apply_remat(
     case 'dots':
       policies = jax.checkpoint_policies
       policy = policies.save_from_both_policies(
-          policies.save_only_these_names(fused_attention.NAME), _is_layer
+          policies.save_only_these_names(KERNEL_OUTPUT), _is_layer
       )
       return nn.remat(block, policy=policy, **options)
   raise ValueError(f'remat is {remat!r}; known: {list(CHOICES)}.')

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 import ml_collections
 
 from fsq_jax.adversarial import builder as adversarial_builder
-from fsq_jax.adversarial import dino_discriminator
+from fsq_jax.adversarial import dino_backbone
 from fsq_jax.configuration import errors
 from fsq_jax.models.pretrained import files as weight_files
 from fsq_jax.perceptual import distance
@@ -90,7 +90,7 @@ def load_networks(
         config.discriminator
     )
     with errors.about('discriminator.dino.checkpoint'):
-      backbone = dino_discriminator.load_discriminator_backbone(
+      backbone = dino_backbone.load_discriminator_backbone(
           path, discriminator
       )
     variables['discriminator'] = {'backbone': backbone}
