@@ -99,9 +99,17 @@ def build_architecture(
   """Builds the architecture of the section model of a config.
 
   Raises:
-    ValueError: unknown names or values out of range, by field.
+    ValueError: unknown names, of embedding and head too, or values out of
+      range, by field.
   """
   with errors.about('model'):
+    for name, known in (
+        ('embedding', models.EMBEDDINGS), ('head', models.HEADS)
+    ):
+      if model[name] not in ('auto', *known):
+        raise ValueError(
+            f"{name} is {model[name]!r}; known: {['auto', *known]}."
+        )
     return architectures.preset(
         model.preset,
         causal=model.kind == 'autoregressive',

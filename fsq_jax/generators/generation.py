@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 import contextlib
+import errno
 import math
 import os
 import pathlib
@@ -34,7 +35,7 @@ from fsq_jax.workdir import provenance
 _SHEET_IMAGES = 64
 _SHEETS = 'contact_sheets'
 _RECORD = 'samples.json'
-# Folder of what a stopped command needs to continue.
+# Folder of the partial results of an interrupted command.
 _UNFINISHED = 'unfinished'
 _PROGRESS = 'progress.json'
 _PIXELS = 'pixels'
@@ -52,7 +53,7 @@ def generate_workdir(
 
   Images are balanced over the classes. An image depends on its number, its
   label and the seed; the labels of the numbers depend on how many images there
-  are. A stopped command continues when it is given again.
+  are. An interrupted command resumes when it is given again.
 
   Args:
     config: of the run; its section sample may differ.
@@ -68,7 +69,7 @@ def generate_workdir(
 
   Raises:
     ValueError: an invalid config, another tokenizer than the one of the
-      training, no checkpoint, outputs that cannot be written, or a stopped
+      training, no checkpoint, outputs that cannot be written, or an interrupted
       command with other settings.
     Interrupted: by SIGTERM or SIGINT in any process.
   """
@@ -105,7 +106,7 @@ def generate_workdir(
       'sampler': builder.describe_sampling(sampling),
       'seed': config.seed,
       'num_images': len(labels),
-      'classes': sorted(set(labels.tolist())),
+      'classes': _choose_classes(config, saved.model.num_classes).tolist(),
   }
   with _writing(), contextlib.ExitStack() as stack:
     writer = None
@@ -129,10 +130,12 @@ def _writing() -> Iterator[None]:
   try:
     yield
   except OSError as error:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = 'free some space' if is_full else 'correct this'
     raise RuntimeError(
-        f'{error.filename or "The images"} cannot be written'
-        f' ({error.strerror}); free some space and run the same command again,'
-        ' or give another --images or --npz.'
+        f'{error.filename or "The images"}: {error.strerror};'
+        f' {advice} and run the same command again, or give another --images or'
+        ' --npz.'
     ) from error
 
 
@@ -144,16 +147,23 @@ def choose_labels(
   Raises:
     ValueError: sample.classes that the generator does not have.
   """
-  options = config.sample
-  classes = np.array(options.classes or range(num_classes), np.int64)
+  classes = _choose_classes(config, num_classes)
+  chosen = sample_files.balanced_labels(
+      config.sample.num_images, len(classes), config.seed
+  )
+  return classes[chosen]
+
+
+def _choose_classes(
+    config: ml_collections.ConfigDict, num_classes: int
+) -> np.ndarray:
+  """Returns the classes of sample.classes, in order; -1 without classes."""
+  classes = np.array(config.sample.classes or range(num_classes), np.int64)
   if not len(classes):
     classes = np.array([embeddings.NO_LABEL])
   with errors.about('sample.classes'):
     embeddings.check_labels(classes, num_classes)
-  chosen = sample_files.balanced_labels(
-      options.num_images, len(classes), config.seed
-  )
-  return classes[chosen]
+  return classes
 
 
 def _sample_all(
@@ -234,7 +244,8 @@ class _Outputs:
       label_names: names of the classes.
 
     Raises:
-      ValueError: another command writes there, or stopped with other settings.
+      ValueError: another command writes there, or was interrupted with other
+        settings.
     """
     settings = {**settings, 'npz': self.file is not None}
     self.unfinished.mkdir(exist_ok=True)
@@ -246,9 +257,9 @@ class _Outputs:
       saved = progress['settings']
       if changed := [x for x in settings if saved.get(x) != settings[x]]:
         raise ValueError(
-            f'{self.unfinished} has {progress["num_done"]} images of a stopped'
-            f' command with other settings ({", ".join(changed)}); give that'
-            f' command again, another {flag}, or delete'
+            f'{self.unfinished} has {progress["num_done"]} images of an'
+            f' interrupted command with other settings ({", ".join(changed)});'
+            f' give that command again, another {flag}, or delete'
             f' {self.folder or self.unfinished}.'
         )
       yield _Writer(self, progress, labels, label_names)

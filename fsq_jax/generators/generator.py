@@ -190,8 +190,16 @@ class Generator:
     """
     if classes is None:
       classes = range(self.model.num_classes) or [embeddings.NO_LABEL]
-    labels = np.asarray(list(classes))
+    labels = np.asarray(classes)
+    if labels.ndim != 1 or not labels.size:
+      raise ValueError(
+          f'classes is {classes!r}; give a sequence of one class or more.'
+      )
     if num_images is not None:
+      if not isinstance(num_images, int | np.integer) or num_images < 1:
+        raise ValueError(
+            f'num_images is {num_images!r}; give an integer >= 1.'
+        )
       labels = np.resize(labels, num_images)
     samples = self._sampler(options)(self.variables, labels, seed)
     return self._finish(samples, labels)
@@ -254,7 +262,8 @@ class Generator:
     """Returns the negative log-likelihood of token grids, [B] nats per image.
 
     Exact for an autoregressive model; for a masked model the any-order bound,
-    estimated from eval.num_draws masks.
+    estimated from eval.num_draws masks, which depend on an image's position in
+    the batch. Likelihoods under several labels are compared at one position.
 
     Args:
       tokens: [B, h, w] integers.
@@ -287,7 +296,13 @@ class Generator:
             ' classes. Give the class of each image, or -1 for no class.'
         )
       labels = embeddings.NO_LABEL
-    return np.broadcast_to(np.asarray(labels), num)
+    labels = np.asarray(labels)
+    if labels.shape not in ((), (num,)):
+      raise ValueError(
+          f'labels have the shape {labels.shape}; give one label, or {num}, one'
+          ' of each image.'
+      )
+    return np.broadcast_to(labels, num)
 
   def _check_grids(self, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
@@ -309,7 +324,7 @@ class Generator:
       if unused := {'batch_size', 'classes', 'num_images'} & set(options):
         raise KeyError(f'{sorted(unused)} are arguments of other calls')
       config.sample.update(options)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(
           f'The options {dict(options)} are not of the section sample of the'
           f' config: {error}; its fields are {sorted(config.sample)}.'

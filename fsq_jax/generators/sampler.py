@@ -88,7 +88,8 @@ class Sampler:
       The samples, on the host.
 
     Raises:
-      ValueError: labels or tokens out of range, or of other shapes.
+      ValueError: labels or tokens out of range, or of other shapes; a seed that
+        is no integer.
     """
     labels = np.asarray(labels)
     embeddings.check_labels(labels, self._model.num_classes)
@@ -110,6 +111,8 @@ class Sampler:
     self._model.vocabulary.check(tokens)
     if examples is None:
       examples = np.arange(len(labels))
+    if not isinstance(seed, int | np.integer):
+      raise ValueError(f'seed is {seed!r}; give an integer.')
     key = jax.random.key(seed)
 
     def sample(batch):

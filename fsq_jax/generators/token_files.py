@@ -119,6 +119,7 @@ def load_tokenizer(
     batch_size: of the tokenizer; by default tokens.eval_batch_size.
   """
   options = config.tokens
+  check_folder(config)
   if not options.tokenizer:
     return None
   with errors.about('tokens.tokenizer'):
@@ -126,6 +127,17 @@ def load_tokenizer(
         options.tokenizer,
         options.checkpoint,
         batch_size or options.eval_batch_size,
+    )
+
+
+def check_folder(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if tokens.tokenizer is set and is not a folder."""
+  path = config.tokens.tokenizer
+  if path and not pathlib.Path(path).is_dir():
+    raise ValueError(
+        f'tokens.tokenizer: {path} is not a folder. Train the tokenizer first'
+        " (the config file's header has the command), or set"
+        ' --config.tokens.tokenizer to the workdir of its run.'
     )
 
 

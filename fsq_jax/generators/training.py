@@ -58,10 +58,11 @@ def train_and_evaluate(
       failed.
   """
   configuration.check_config(config, num_devices=jax.device_count())
-  # Before token files are made, which may take long.
+  # Before the folder is created, and token files, which may take long.
   builder.build_architecture(config.model)
   objective = builder.build_objective(config.losses)
   config = configuration.resolve(config)
+  token_files.check_folder(config)
 
   def build(tokens):
     model = builder.build_model(config, tokens)

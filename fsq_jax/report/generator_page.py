@@ -91,7 +91,8 @@ def _summary(
   ]
   name = ' '.join(part for part in kind if part)
   name = f'{"An" if name[0] in "aeiou" else "A"} {name}'
-  if model.get('preset'):
+  sizes = ('depth', 'width', 'num_heads', 'mlp_dim')  # Replace the preset's.
+  if model.get('preset') and not any(model.get(x) for x in sizes):
     name += f' of size {model["preset"]}'
   if run.quantizer:
     quantizer = sections.describe_quantizer(

@@ -86,6 +86,8 @@ _CONSTRUCTORS = [
     ('model.norm', 'batch', 'layer'),
     ('model.positions', 'sincos', 'rope'),
     ('model.conditioning', 'suffix', 'adaln'),
+    ('model.embedding', 'level', 'levels'),
+    ('model.head', 'levelz', 'auto'),
     ('model.num_heads', 7, 8),
     ('model.dropout', 1.0, 0.99),
     ('model.dropout', -0.1, 0.0),
@@ -115,6 +117,22 @@ def test_constructors_name_the_field(name, wrong, right):
     _build(_changed({name: wrong}))
   for part in (*field.split('.'), str(wrong)):
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('model.head=levelz', 'head is'),
+        ('tokens.tokenizer=nowhere', 'Train the tokenizer first'),
+    ],
+)
+def test_no_folder_is_made_for_a_wrong_config(
+    tmp_path, capsys, argument, message
+):
+  arguments = f'--workdir={tmp_path}/x', f'--config.{argument}'
+  assert _launch(f'--config={_MASKGIT}', *arguments) == 2
+  assert message in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

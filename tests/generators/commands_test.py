@@ -82,7 +82,7 @@ def test_images_are_written_to_folders_and_files(
   assert sorted(x.name for x in (folder / 'images').iterdir()) == classes
   sheets = folder / 'contact_sheets'
   assert sorted(x.stem for x in sheets.glob('*.png')) == classes
-  # What a stopped command needs has gone.
+  # Partial results of an interrupted command are gone.
   assert {x.name for x in tmp_path.iterdir()} == {
       'images', 'samples.npz', 'samples.json',
   }
@@ -127,7 +127,7 @@ def test_images_are_written_to_folders_and_files(
 
 
 @pytest.mark.slow
-def test_a_stopped_command_continues(run, tmp_path, monkeypatch):
+def test_an_interrupted_command_resumes(run, tmp_path, monkeypatch):
   def generate(name, *arguments):
     return run(
         '--mode=generate', f'--images={tmp_path / name}/images',
@@ -147,9 +147,14 @@ def test_a_stopped_command_continues(run, tmp_path, monkeypatch):
   folder = tmp_path / 'stopped' / 'images'
   pngs = {x: x.stat().st_mtime_ns for x in folder.rglob('*.png')}
   assert len(pngs) == 8
-  code, _, errors = generate('stopped', '--config.sample.temperature=0.5')
-  assert code == 2
-  assert '8 images of a stopped command with other settings (sampler)' in errors
+  for field, value, changed in (
+      # The order of classes decides the labels of the images.
+      ('temperature', '0.5', 'sampler'), ('classes', '(2,1,0)', 'classes'),
+  ):
+    code, _, errors = generate('stopped', f'--config.sample.{field}={value}')
+    assert code == 2
+    assert '8 images of an interrupted command with other' in errors
+    assert f'settings ({changed})' in errors
 
   code, _, errors = generate('stopped')
   assert code == 0, errors

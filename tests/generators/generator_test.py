@@ -130,8 +130,12 @@ def test_prefixes_are_kept_and_other_masks_rejected(load):
         ({'classes': [3]}, 'labels contain 3; allowed are 0 to 2'),
         ({'classes': [-2]}, 'labels contain -2'),
         ({'classes': [0.5]}, 'labels are float64'),
-        ({'classes': []}, r'labels are \w+\[0\]'),
-        ({'num_images': 0}, r'labels are \w+\[0\]'),
+        ({'classes': []}, 'classes is .*; give a sequence'),
+        ({'classes': 3}, 'classes is 3; give a sequence'),
+        ({'num_images': 0}, 'num_images is 0; give an integer >= 1'),
+        ({'num_images': -1}, 'num_images is -1; give an integer >= 1'),
+        ({'seed': 1.5}, 'seed is 1.5; give an integer'),
+        ({'guidance': 2.0}, 'are not of the section sample'),
     ],
 )
 def test_wrong_options_and_classes_are_rejected(load, options, message):
@@ -169,6 +173,8 @@ def test_likelihoods_of_wrong_tokens_are_rejected(load):
       (_grids(2), 3, 'labels contain 3'),
       (_grids(2).astype(float), 0, 'tokens are float64'),
       (_grids(0), 0, 'B at least 1'),
+      (_grids(2), [0, 1, 2], r'shape \(3,\); give one label, or 2'),
+      (_grids(2), [[0, 1]], r'shape \(1, 2\); give one label'),
   ):
     with pytest.raises(ValueError, match=message):
       generator.nll(tokens, labels)

@@ -117,6 +117,25 @@ def test_loss_and_samples_are_of_one_normalized_distribution(
   np.testing.assert_allclose(losses.smoothed[0, 0], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize('name', _HEADS)
+def test_all_1000_probabilities_sum_to_1(name, draw_variables):
+  head, variables = _build(
+      name, draw_variables, vocabulary.from_levels((8, 5, 5, 5))
+  )
+
+  @jax.jit
+  def compute(variables, features):
+    apply = functools.partial(head.apply, variables)
+    every = apply(features[:, :1], method='all_log_probabilities')
+    losses = apply(features, jnp.arange(1000)[None], method='cross_entropy')
+    return every[0, 0], losses.nll[0]
+
+  features = np.broadcast_to(_features(0, (1, 1)), (1, 1000, _WIDTH))
+  every, nll = compute(variables, features)
+  np.testing.assert_allclose(np.exp(np.float64(every)).sum(), 1, atol=1e-5)
+  np.testing.assert_allclose(-nll, every, atol=1e-5)
+
+
 def test_independent_levels_are_a_product_and_autoregressive_ones_are_not(
     draw_variables
 ):
