@@ -24,6 +24,7 @@ from fsq_jax import configuration
 from fsq_jax import workdir as workdirs
 from fsq_jax.evaluation import sample_files
 from fsq_jax.evaluation import sample_metrics
+from fsq_jax.generators import evaluation
 from fsq_jax.generators import generator as generators
 from fsq_jax.generators import token_files
 from fsq_jax.generators import training
@@ -96,11 +97,12 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
       'num_samples': NUM_SAMPLES,
       'baselines': next(iter(results.values()))['baselines'],
       'class_position_unigram_samples': _compare(
-          _sample_unigram(arrays['train']), images
+          patch_codes.decode(*_sample_unigram(arrays['train'])), images
       ),
       'training_images_as_samples': _compare(images['train'], images),
       'runs': results,
       'trained_tokenizer': _run_on_tokenizer(folder),
+      'trained_tokenizer_samples': _sample_tokenizer(folder / 'tokenizer'),
   }
 
 
@@ -120,12 +122,35 @@ def _run_on_tokenizer(folder: pathlib.Path) -> dict[str, Any]:
     }
     sweep.train(config, runs, folder)
     for name in runs:
-      evaluation = json.loads((folder / name / 'evaluation.json').read_text())
+      result = json.loads((folder / name / 'evaluation.json').read_text())
       results[name] = {
           'kind': kind,
-          **{x: evaluation[x] for x in ('metrics', 'baselines')},
+          **{x: result[x] for x in ('metrics', 'baselines')},
       }
   return results
+
+
+def _sample_tokenizer(folder: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Returns metrics of decoded training images and of independent tokens."""
+  config = configuration.load_config(ROOT / CONFIGS['masked'])
+  config.tokens.tokenizer = str(folder)
+  files = token_files.open_files(config)
+
+  def decode(arrays: token_files.TokenArrays) -> sample_metrics.ImageSet:
+    images = evaluation.decode(
+        files.tokenizer, arrays.tokens, files.format.grid
+    )
+    return sample_metrics.ImageSet(images, np.int64(arrays.labels))
+
+  train = token_files.read(files.train, range(len(files.train)))
+  held_out = token_files.read(files.eval, range(len(files.eval)))
+  images = {'train': decode(train), 'eval': decode(held_out)}
+  return {
+      'training images': _compare(images['train'], images, fd_unit=1.0),
+      'class x position unigram': _compare(
+          decode(_sample_unigram(train)), images, fd_unit=1.0
+      ),
+  }
 
 
 def _measure(
@@ -145,7 +170,7 @@ def _measure(
   generator = generators.Generator.from_workdir(
       folder / name, 'best', batch_size=250
   )
-  evaluation = json.loads((folder / name / 'evaluation.json').read_text())
+  result = json.loads((folder / name / 'evaluation.json').read_text())
   rows = [
       row
       for row in workdirs.read_metrics(folder / name)
@@ -171,25 +196,25 @@ def _measure(
       'best': {
           x: y for x, y in rows[-1].items() if x not in ('step', 'split')
       },
-      'baselines': evaluation['baselines'],
+      'baselines': result['baselines'],
       'samples': samples,
   }
 
 
-def _compare(samples: sample_metrics.ImageSet, images) -> dict[str, float]:
+def _compare(
+    samples: sample_metrics.ImageSet, images, fd_unit: float = _FD_UNIT
+) -> dict[str, float]:
   """Returns the metrics of samples against the held-out images."""
   metrics = sample_metrics.SampleEvaluator(
       [images['eval']], [images['train']]
   ).run([samples]).metrics
   return {
-      name: value * _FD_UNIT if name.startswith('fd_') else value
+      name: value * fd_unit if name.startswith('fd_') else value
       for name, value in metrics.items()
   }
 
 
-def _sample_unigram(
-    train: token_files.TokenArrays,
-) -> sample_metrics.ImageSet:
+def _sample_unigram(train: token_files.TokenArrays) -> token_files.TokenArrays:
   """Samples each token from training images of its class, independently."""
   labels = sample_files.balanced_labels(NUM_SAMPLES, 10, 0)
   rng = np.random.default_rng(0)
@@ -200,7 +225,7 @@ def _sample_unigram(
       ]
       for label in labels
   ])
-  return patch_codes.decode(tokens, labels)
+  return token_files.TokenArrays(tokens, labels)
 
 
 def print_tables(results: Mapping[str, Any]) -> None:
@@ -250,12 +275,14 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f'| {label} | {cells} |'
           f' {f"at most {gate[1]:g}" if gate else ""} |\n'
       )
+  _print_trained_tokenizer(
+      results['trained_tokenizer'], results['trained_tokenizer_samples']
+  )
 
 
-  _print_trained_tokenizer(results['trained_tokenizer'])
-
-
-def _print_trained_tokenizer(results: Mapping[str, Any]) -> None:
+def _print_trained_tokenizer(
+    results: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]
+) -> None:
   """Prints the table of the runs on tokens of a trained tokenizer."""
   sys.stdout.write(
       '\n| trained tokenizer | bits per image | class x position unigram |'
@@ -267,6 +294,9 @@ def _print_trained_tokenizer(results: Mapping[str, Any]) -> None:
       ('precision_pixel_pca', '.2f'), ('recall_pixel_pca', '.2f'),
       ('copied_token_grids', '.0f'),
   )  # fmt: skip
+  for name, metrics in samples.items():
+    cells = [format(metrics[x], y) for x, y in columns if x in metrics]
+    sys.stdout.write(f'| {name} | | | {" | ".join(cells)} | |\n')
   for kind in CONFIGS:
     runs = [x for x in results.values() if x['kind'] == kind]
     unigram = runs[0]['baselines']['class_position_unigram']
