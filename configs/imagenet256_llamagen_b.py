@@ -14,7 +14,8 @@ Numbers: not measured. LlamaGen reports FID 5.46 on its own tokens.
 
 Differences from LlamaGen: the class prefix is rotated by the identity, not
 zeroed; training images have the views of tokens.train_views, ten there. Its
-script of FID samples has guidance 1.5 by default, its training no EMA.
+script of FID samples has guidance 1.5 by default, its training no EMA. Weight
+decay applies to kernels here, there to all arrays of two or more dimensions.
 """
 
 import ml_collections

@@ -131,12 +131,13 @@ def _processor() -> str:
 def print_table(results: dict[str, Any]) -> None:
   """Prints a Markdown table."""
   sys.stdout.write(
-      f'{results["processor"]}\n\n| sampler | images/s | temporary memory, MiB'
-      ' |\n|---|---|---|\n'
+      f'On {results["processor"]}:\n\n| sampler | images/s | temporary memory,'
+      ' MiB |\n|---|---|---|\n'
   )
   for name, row in results['rows'].items():
+    speed = float(f'{row["images_per_second"]:.3g}')
     sys.stdout.write(
-        f'| {name} | {row["images_per_second"]:.3g} |'
+        f'| {name} | {speed:,g} |'
         f' {row["temporary_mib"]:.1f} |\n'
     )
 

@@ -136,7 +136,10 @@ DEFINITIONS = {
         'fraction of the samples with a label whose nearest training image in'
         ' pixels has the same label; higher is better'
     ),
-    'copies': 'samples that equal a training image in every pixel',
+    'copies': (
+        'samples that equal one of the num_images.train training images in'
+        ' every pixel'
+    ),
     'copies_share': 'copies as a fraction of the samples',
     'nearest_train_distance': (
         'mean over samples of the RMS difference per pixel, in [0, 255], to the'
@@ -203,7 +206,7 @@ class SampleEvaluator:
 
   Images come in batches, of which features and reduced pixels are kept: 50,000
   images of 256 x 256 pixels, 9.8 GB, take 1.2 GB and their features. What is
-  measured of the held-out and training images is kept between calls.
+  computed from held-out and training images is cached.
   """
 
   def __init__(
@@ -332,7 +335,7 @@ class SampleEvaluator:
 
 
 class _Measured(NamedTuple):
-  """What is kept of the images of a set.
+  """Features and reduced pixels of the images of a set.
 
   Attributes:
     images: [n, h, w, 3], sides over 32 pixels reduced to 32.
