@@ -258,7 +258,8 @@ def _is_finished(
   if not all(path.is_file() for path in files):
     return False
   config = make_config(config_path, overrides)
-  saved, evaluation = map(_read_json, files)
+  saved = configuration.config_from_json(files[0].read_text(encoding='utf-8'))
+  evaluation = _read_json(files[1])
   changed = [
       name
       for line in configuration.diff_configs(saved, config)

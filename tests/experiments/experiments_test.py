@@ -161,9 +161,10 @@ def test_a_finished_run_may_be_found_elsewhere(tmp_path, monkeypatch):
   fields = {'train.num_steps': 2, 'eval.networks.fd_vgg16': 'here'}
   config = sweep.make_config(_DEBUG, fields)
   (tmp_path / 'run').mkdir()
-  (tmp_path / 'run' / 'config.json').write_text(
-      configuration.config_to_json(config)
-  )
+  # As an earlier version wrote it.
+  values = json.loads(configuration.config_to_json(config))
+  values['model']['remat'] = False
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(values))
   (tmp_path / 'run' / 'evaluation.json').write_text('{"step": 2}')
   started = []
   monkeypatch.setattr(sweep, '_run', lambda command: started.append(command))
