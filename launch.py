@@ -340,8 +340,15 @@ def _refuse(error: Exception) -> int:
   return _FAILED if isinstance(error, RuntimeError) else _BAD_INPUT
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags of this file and returns the other arguments."""
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags of this file.
+
+  Args:
+    argv: the command line, program first.
+
+  Returns:
+    The other arguments, for `main`: the program and overrides of fields.
+  """
   flags.FLAGS.set_gnu_getopt()
   try:
     return flags.FLAGS(argv, known_only=True)
@@ -364,4 +371,4 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(_main, flags_parser=_parse_flags)
+  app.run(_main, flags_parser=parse_flags)

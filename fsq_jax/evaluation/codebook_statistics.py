@@ -9,7 +9,7 @@ from fsq_jax.quantizers import base as quantizer_base
 from fsq_jax.quantizers import digits
 
 # (code, count) pairs buffered before they are merged into the sorted counts.
-_BUFFERED_CODES = 2**20
+BUFFERED_CODES = 2**20
 
 
 class CodebookStatistics:
@@ -70,7 +70,7 @@ class CodebookStatistics:
     self._buffer.append((codes, counts))
     self._num_buffered += len(codes)
     # Merging costs time in proportion to the codes: not before they double.
-    if self._num_buffered > max(_BUFFERED_CODES, len(self._codes)):
+    if self._num_buffered > max(BUFFERED_CODES, len(self._codes)):
       self.histogram()
 
   def result(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from fsq_jax.workdir import metric_log
 # Version of codebook.json; increment it if pages need new contents.
 ANALYSIS_VERSION = 1
 # Limits of the grids in a report: number and total bytes.
-_MAX_FRAMES = 8
-_MAX_FRAME_BYTES = 12_000_000
+MAX_FRAMES = 8
+MAX_FRAME_BYTES = 12_000_000
 
 
 def write_report(
@@ -123,7 +123,7 @@ def _read_pictures(
     return {}, []
   steps = sorted(grids)
   largest = max(os.path.getsize(path) for path in grids.values())
-  num = min(_MAX_FRAMES, len(steps), _MAX_FRAME_BYTES // max(largest, 1))
+  num = min(MAX_FRAMES, len(steps), MAX_FRAME_BYTES // max(largest, 1))
   positions = np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]
   newest = {
       name: frame

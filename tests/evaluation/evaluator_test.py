@@ -456,7 +456,7 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   def label(which='newest', **overrides):
     given = config.copy_and_resolve_references()
     given.data.update({'source': 'folder', **overrides})
-    return saved_run._label(given, config, which)
+    return saved_run.evaluation_label(given, config, which)
 
   for name in ('a', 'b'):
     _folder(tmp_path / name / 'photos', [1])
@@ -477,8 +477,8 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'b')
   assert label(data_dir='../a/photos') == label(data_dir=f'{first}/')
   assert label(data_dir='../a/photos') == labels[0]
-  own = saved_run._label(config, config, 'newest')
-  assert (own, saved_run._label(config, config, 'best')) == ('', 'best')
+  for which, own in (('newest', ''), ('best', 'best')):
+    assert saved_run.evaluation_label(config, config, which) == own
 
 
 @pytest.mark.slow
