@@ -33,6 +33,8 @@ _MAX_LINES = 600
 _LONG = {
     'configs/default.py': 'a list of every field, with a comment each',
 }
+# Public attributes of named tuples.
+_NAMED_TUPLE = {'_asdict', '_fields', '_make', '_replace'}
 _TOP_LEVEL = {
     '.ci', '.github', '.gitignore', 'CITATION.cff', 'LICENSE', 'README.md',
     'configs', 'experiments', 'fsq_jax', 'launch.py', 'pyproject.toml',
@@ -221,6 +223,55 @@ def test_public_names_are_documented():
     if names:
       missing[str(path.relative_to(_ROOT))] = names
   assert not missing
+
+
+def _is_private(name):
+  is_public = not name.startswith('_') or name.startswith('__')
+  return not is_public and name not in _NAMED_TUPLE
+
+
+def _root(node):
+  """Name at the start of a chain of attributes, or ''."""
+  while isinstance(node, ast.Attribute):
+    node = node.value
+  return getattr(node, 'id', '')
+
+
+def _private_uses(path):
+  """Yields private names of the package that a test imports, uses, patches."""
+  nodes = list(ast.walk(_parse(path)))
+  imported = set()
+  for node in nodes:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      module = getattr(node, 'module', '') or ''
+      for alias in node.names:
+        name = f'{module}.{alias.name}'.strip('.')
+        if name.split('.')[0] in ('fsq_jax', 'launch'):
+          imported.add(alias.asname or alias.name.split('.')[0])
+          if _is_private(alias.name):
+            yield name
+  for node in nodes:
+    if isinstance(node, ast.Attribute):
+      if _is_private(node.attr) and _root(node) in imported:
+        yield ast.unparse(node)
+    elif isinstance(node, ast.Call) and (
+        getattr(node.func, 'attr', '') == 'setattr'
+    ):
+      target, name = node.args[:2]
+      name = str(getattr(name, 'value', ''))
+      if _is_private(name) and _root(target) in imported:
+        yield f'{ast.unparse(target)}.{name}'
+
+
+@pytest.mark.fast_limit(10)
+def test_tests_use_public_names():
+  private = {
+      str(path.relative_to(_ROOT)): names
+      for path in _REST
+      if 'tests' in path.relative_to(_ROOT).parts
+      and (names := sorted(set(_private_uses(path))))
+  }
+  assert not private
 
 
 @pytest.mark.parametrize(
