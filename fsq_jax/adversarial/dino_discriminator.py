@@ -144,8 +144,6 @@ class DinoHead(nn.Module):
 def load_discriminator_backbone(
     path: str | os.PathLike[str],
     discriminator: DinoDiscriminator,
-    *,
-    shardings: pretrained.Shardings | None = None,
 ) -> Mapping[str, Any]:
   """Loads the frozen parameters of a discriminator.
 
@@ -155,7 +153,6 @@ def load_discriminator_backbone(
     discriminator: must have the architecture of the checkpoint, except for the
       activation and LayerNorm's epsilon, which remain the discriminator's.
       (Hugging Face's epsilon of DINO is 1e-12; training used 1e-6.)
-    shardings: as in `models.load_encoder`.
 
   Returns:
     Parameters for 'backbone', float32.
@@ -176,6 +173,6 @@ def load_discriminator_backbone(
         f'{path} does not fit the discriminator: {"; ".join(differences)}.'
     )
   encoder = pretrained.load_encoder(
-      path, discriminator.image_size, final_affine=False, shardings=shardings
+      path, discriminator.image_size, final_affine=False
   )
   return encoder.variables['params']
