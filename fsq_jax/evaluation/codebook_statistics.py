@@ -148,11 +148,10 @@ def level_indices(
     [U, d] int32; -1 for an index outside 0 ... K - 1.
   """
   valid = (indices >= 0) & (indices < quantizer.codebook_size)
-  first_fastest = quantizer.spec()['index_order'] == 'first dimension fastest'
   columns = np.unravel_index(
       np.where(valid, indices, 0),
       quantizer.levels,
-      order='F' if first_fastest else 'C',
+      order='F' if quantizer.first_fastest else 'C',
   )
   return np.where(valid[:, None], np.stack(columns, axis=-1), -1).astype(
       np.int32
