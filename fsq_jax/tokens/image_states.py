@@ -33,7 +33,7 @@ class ImageState(NamedTuple):
   """State of an image when it was read.
 
   Attributes:
-    digest: sha256 of the encoded image; `data.NO_DIGEST` if it was not read.
+    digest: sha256 of the encoded image; `image_source.NO_DIGEST` if not read.
     stamp: size in bytes, mtime and ctime in ns of its file; zeros if unknown.
   """
 
