@@ -6,9 +6,8 @@
       [--config.SECTION.FIELD=VALUE ...]
 
 configs/default.py documents the fields, and configs/default_generator.py those
-of generators. The same command started again resumes
-from the newest checkpoint. A config file is Python that is executed: run only
-files you trust.
+of generators. The same command started again resumes from the newest
+checkpoint. A config file is Python that is executed: run only files you trust.
 
 Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
