@@ -120,7 +120,7 @@ def test_the_first_of_equally_near_points_is_taken(small_blocks):
   np.testing.assert_array_equal(indices, [9, 9])
 
 
-def test_blocks_do_not_matter(monkeypatch):
+def test_results_do_not_depend_on_block_size(monkeypatch):
   samples, reference = _vectors(50, seed=1), _vectors(70, seed=2)
   whole = neighbours.precision_recall(samples, reference, 3)
   nearest = neighbours.nearest(samples, reference)

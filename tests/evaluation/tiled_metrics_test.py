@@ -45,7 +45,7 @@ def test_tiles_give_the_metrics_of_the_whole_image(
     assert value == pytest.approx(float(expected[name][0]), abs=2e-6, rel=1e-6)
 
 
-def test_tiles_give_the_numbers_of_scikit_image():
+def test_tiled_metrics_match_scikit_image():
   pair = _pair(40, 900)
   actual = tiled_metrics.image_metrics(*pair)
   similarity = skimage.metrics.structural_similarity
@@ -65,7 +65,7 @@ def test_tiles_give_the_numbers_of_scikit_image():
 
 
 @pytest.mark.slow
-def test_identical_images_are_told_from_those_that_are_not():
+def test_identical_images_are_detected():
   image, _ = _pair(300, 20)
   same = tiled_metrics.image_metrics(image, image.copy())
   assert (same['identical'], same['psnr'], same['ssim']) == (1, 100, 1)

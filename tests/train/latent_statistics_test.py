@@ -110,7 +110,7 @@ def _assert_are_of(statistics, latents):
         pytest.param(8, 1, marks=pytest.mark.slow),
     ],
 )
-def test_statistics_are_those_of_numpy(
+def test_statistics_match_numpy(
     config, latents, monkeypatch, batch_size, num_devices
 ):
   if num_devices == 1:
@@ -131,7 +131,7 @@ def test_statistics_are_those_of_numpy(
 
 
 @pytest.mark.slow
-def test_images_that_cannot_be_read_do_not_count(
+def test_unreadable_images_are_skipped(
     config, root, latents, tmp_path
 ):
   shutil.copytree(root / 'data', tmp_path / 'data')
@@ -206,7 +206,7 @@ def test_the_workdir_is_tried_before_anything_is_read(
     latent_statistics.measure_to_workdir(config, tmp_path / 'file')
 
 
-def test_the_file_is_there_whole_or_not_at_all(config, tmp_path, monkeypatch):
+def test_statistics_are_written_atomically(config, tmp_path, monkeypatch):
   path = _write(config, tmp_path / 'new')
   assert path == tmp_path / 'new' / 'latent_statistics.safetensors'
   before = safetensors.numpy.load_file(path)

@@ -40,7 +40,7 @@ def test_every_loss_of_the_builder_is_tested():
 
 
 @every_loss
-def test_value_is_that_of_numpy(name):
+def test_value_matches_numpy(name):
   x, y = _images(0), _images(1)
   loss = jax.jit(losses.build_reconstruction_loss(name))(x, y)
   expected = _EXPECTED[name](np.float64(x), np.float64(y))
@@ -59,7 +59,7 @@ def test_bfloat16_is_compared_in_float32(name):
 
 
 @every_loss
-def test_gradient_is_that_of_numpy(name):
+def test_gradient_matches_numpy(name):
   x, y = _images(0), _images(1)
   gradient = jax.jit(jax.grad(losses.build_reconstruction_loss(name)))(x, y)
   expected = _GRADIENTS[name](np.float64(x) - np.float64(y)) / x.size
