@@ -6,9 +6,8 @@
       [--config.SECTION.FIELD=VALUE ...]
 
 configs/default.py documents the fields, and configs/default_generator.py those
-of generators. The same command started again resumes
-from the newest checkpoint. A config file is Python that is executed: run only
-files you trust.
+of generators. The same command started again resumes from the newest
+checkpoint. A config file is Python that is executed: run only files you trust.
 
 Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
@@ -340,8 +339,15 @@ def _refuse(error: Exception) -> int:
   return _FAILED if isinstance(error, RuntimeError) else _BAD_INPUT
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags of this file and returns the other arguments."""
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags of this file.
+
+  Args:
+    argv: the command line, program first.
+
+  Returns:
+    The other arguments, for `main`: the program and overrides of fields.
+  """
   flags.FLAGS.set_gnu_getopt()
   try:
     return flags.FLAGS(argv, known_only=True)
@@ -364,4 +370,4 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(_main, flags_parser=_parse_flags)
+  app.run(_main, flags_parser=parse_flags)

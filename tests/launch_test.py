@@ -100,7 +100,7 @@ def run(capsys, monkeypatch):
   def run(*args):
     with flagsaver.flagsaver():
       try:
-        code = launch.main(launch._parse_flags(['launch.py', *args]))
+        code = launch.main(launch.parse_flags(['launch.py', *args]))
       except SystemExit as error:
         code = error.code
     return code, *capsys.readouterr()

@@ -94,7 +94,7 @@ def test_python_runs(block, tmp_path, monkeypatch, capsys):
     (command,) = (x for x in LAUNCHES if '--mode=export' in x)
     words = shlex.split(command.replace('runs/', f'{tmp_path}/'))
     with flagsaver.flagsaver():
-      assert launch.main(launch._parse_flags(words[1:])) == 0
+      assert launch.main(launch.parse_flags(words[1:])) == 0
   if (name := 'photos_train_4_views') in block:
     _write_token_files(tmp_path / 'fsq_888', name)
   if 'runs/digits_maskgit' in block:
@@ -123,7 +123,7 @@ def _train_digits(folder):
           '--config.eval.num_samples=0',
       ]
     with flagsaver.flagsaver():
-      assert launch.main(launch._parse_flags(words)) == 0
+      assert launch.main(launch.parse_flags(words)) == 0
 
 
 def _write_token_files(run, name):

@@ -39,7 +39,7 @@ _REFUSE_ALL = """if True:
       started, said = time.perf_counter(), io.StringIO()
       with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-          code = launch.main(launch._parse_flags(json.loads(line)))
+          code = launch.main(launch.parse_flags(json.loads(line)))
         except SystemExit as left:
           code = left.code
         except BaseException as error:

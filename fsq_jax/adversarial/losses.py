@@ -12,6 +12,11 @@ from jax import numpy as jnp
 DiscriminatorLoss = Callable[[jax.Array, jax.Array], jax.Array]
 GeneratorLoss = Callable[[jax.Array], jax.Array]
 
+# Of the adaptive weight: added to the norm that it divides by (1e-4 in VQGAN),
+# and its upper bound.
+_EPSILON = 1e-6
+_MAX_WEIGHT = 1e4
+
 
 def _hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
   return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
@@ -156,22 +161,17 @@ def update_average(
 
 
 def adaptive_weight(
-    reconstruction_gradient: jax.Array,
-    adversarial_gradient: jax.Array,
-    epsilon: float = 1e-6,
-    highest: float = 1e4,
+    reconstruction_gradient: jax.Array, adversarial_gradient: jax.Array
 ) -> jax.Array:
   """Returns VQGAN's adaptive weight of the adversarial loss.
 
-  clip(|reconstruction_gradient| / (|adversarial_gradient| + epsilon), 0,
-  highest), with gradients with respect to the decoder's last kernel
+  clip(|reconstruction_gradient| / (|adversarial_gradient| + 1e-6), 0, 1e4),
+  with gradients with respect to the decoder's last kernel
   (arxiv.org/abs/2012.09841).
 
   Args:
     reconstruction_gradient: of the other losses.
     adversarial_gradient: of the adversarial loss.
-    epsilon: 1e-4 in VQGAN.
-    highest: upper bound of the weight.
 
   Returns:
     float32 scalar without a gradient.
@@ -187,9 +187,9 @@ def adaptive_weight(
     return jnp.sqrt(jnp.sum(jnp.square(gradient.astype(jnp.float32))))
 
   weight = norm(reconstruction_gradient) / (
-      norm(adversarial_gradient) + epsilon
+      norm(adversarial_gradient) + _EPSILON
   )
-  return jax.lax.stop_gradient(jnp.clip(weight, 0, highest))
+  return jax.lax.stop_gradient(jnp.clip(weight, 0, _MAX_WEIGHT))
 
 
 def straight_through_uint8(images: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Measures and draws how a trained model uses its codebook (mode report).
 
 One pass over the evaluation split keeps counts, a few images, and the tokens of
-at most `_MAX_GRIDS` images.
+at most `MAX_GRIDS` images.
 """
 
 import collections
@@ -43,10 +43,10 @@ _MAX_SIDE = 256
 _MAX_SPREAD_SIDE = 1024
 # Number of images, evenly spaced in the split, for the nearest-neighbour
 # search.
-_MAX_GRIDS = 4096
+MAX_GRIDS = 4096
 # Limits of the counts of pairs: classes of codes (32 MiB per direction), sum of
 # the levels of all dimensions, and number of dimensions.
-_MAX_CLASSES = 2048
+MAX_CLASSES = 2048
 _MAX_LEVELS = 1024
 _MAX_DIGITS = 32
 # Number of most frequent codes, and of classes of codes, that are shown.
@@ -174,7 +174,7 @@ class CodebookHistogram:
     self._num_nonfinite = 0
     self._spread, self._worst, self._best = [], [], []
     self._waiting = _evenly_spaced(num_examples, _NUM_SPREAD)
-    self._grids_waiting = _evenly_spaced(num_examples, _MAX_GRIDS)
+    self._grids_waiting = _evenly_spaced(num_examples, MAX_GRIDS)
     self._grids, self._grid_numbers = [], []
     self._codes = codebook_statistics.count_codes(self._quantizer)
     self._levels = _levels(self._quantizer)
@@ -366,7 +366,7 @@ class _Classes:
 
   def __init__(self, decoder: figures.Decoder):
     num_codes = decoder.quantizer.codebook_size
-    self.size = math.ceil(num_codes / _MAX_CLASSES)
+    self.size = math.ceil(num_codes / MAX_CLASSES)
     self.num = math.ceil(num_codes / self.size)
     self.order = 'index'
     self._num_codes = num_codes

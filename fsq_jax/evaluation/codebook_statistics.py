@@ -9,7 +9,7 @@ from fsq_jax.quantizers import base as quantizer_base
 from fsq_jax.quantizers import digits
 
 # (code, count) pairs buffered before they are merged into the sorted counts.
-_BUFFERED_CODES = 2**20
+BUFFERED_CODES = 2**20
 
 
 class CodebookStatistics:
@@ -70,7 +70,7 @@ class CodebookStatistics:
     self._buffer.append((codes, counts))
     self._num_buffered += len(codes)
     # Merging costs time in proportion to the codes: not before they double.
-    if self._num_buffered > max(_BUFFERED_CODES, len(self._codes)):
+    if self._num_buffered > max(BUFFERED_CODES, len(self._codes)):
       self.histogram()
 
   def result(self) -> dict[str, Any]:
@@ -148,11 +148,10 @@ def level_indices(
     [U, d] int32; -1 for an index outside 0 ... K - 1.
   """
   valid = (indices >= 0) & (indices < quantizer.codebook_size)
-  first_fastest = quantizer.spec()['index_order'] == 'first dimension fastest'
   columns = np.unravel_index(
       np.where(valid, indices, 0),
       quantizer.levels,
-      order='F' if first_fastest else 'C',
+      order='F' if quantizer.first_fastest else 'C',
   )
   return np.where(valid[:, None], np.stack(columns, axis=-1), -1).astype(
       np.int32

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fsq_jax.evaluation import moments
 from fsq_jax.workdir import files as workdirs
 
 # With fewer images per feature, distances are far too large: a covariance has
@@ -122,17 +123,12 @@ class FeatureStatistics:
       self._add(len(features), mean, scatter)
 
   def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-    """Adds images by their moments (Chan, Golub, LeVeque 1979)."""
-    total = self.num_images + count
-    share = count / total
-    difference = mean - self.mean
-    self.mean = self.mean + share * difference
-    self._scatter = (
-        self._scatter
-        + scatter
-        + self.num_images * share * np.outer(difference, difference)
+    """Adds images by their moments."""
+    self.num_images, self.mean, self._scatter = moments.merge(
+        moments.Moments(self.num_images, self.mean, self._scatter),
+        moments.Moments(count, mean, scatter),
+        product=lambda x: np.outer(x, x),
     )
-    self.num_images = total
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -73,8 +73,8 @@ class NativeEvaluator:
         self._networks,
         self._dataset,
         self._num_grid_images,
-        cut=_middle,
-        lay_out=_lay_on_white,
+        cut=crop_centre,
+        lay_out=lay_on_white,
     )
     skipped, unmeasured = {}, {}
     for batch in self._dataset:
@@ -131,7 +131,7 @@ def _first(reasons: Mapping[str, str]) -> dict[str, str]:
   return dict(itertools.islice(reasons.items(), _NUM_NAMED))
 
 
-def _middle(image: np.ndarray) -> np.ndarray:
+def crop_centre(image: np.ndarray) -> np.ndarray:
   """Returns a copy of the centre crop with sides of at most `_GRID_SIDE`."""
   inside = []
   for side in image.shape[:2]:
@@ -140,7 +140,7 @@ def _middle(image: np.ndarray) -> np.ndarray:
   return image[tuple(inside)].copy()
 
 
-def _lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
+def lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
   """Centres [H, W, 3] uint8 images on white backgrounds of one size.
 
   Returns:

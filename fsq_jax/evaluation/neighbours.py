@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 # Rows of a block: 64 MiB of vectors in float64, 32 MiB of distances.
-_BLOCK_VALUES = 2**23
-_MAX_ROWS = 2048
+BLOCK_VALUES = 2**23
+MAX_ROWS = 2048
 
 
 class PrecisionRecall(NamedTuple):
@@ -83,7 +83,7 @@ def precision_recall(
 def row_blocks(x: np.ndarray) -> Iterator[slice]:
   """Yields the slices of rows of x [n, ...] that fit into memory in float64."""
   values = max(x[0].size, 1)
-  size = min(max(_BLOCK_VALUES // values, 1), _MAX_ROWS)
+  size = min(max(BLOCK_VALUES // values, 1), MAX_ROWS)
   for start in range(0, len(x), size):
     yield slice(start, min(start + size, len(x)))
 

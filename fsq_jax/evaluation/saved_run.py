@@ -93,7 +93,7 @@ def evaluate_workdir(
   result = evaluator.run(variables)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
   if jax.process_index() == 0:
-    label = _label(config, found.config, which)
+    label = evaluation_label(config, found.config, which)
     with writing_to(folder):
       path = results_lib.write_evaluation(folder, found.step, result, label)
       if not label:
@@ -138,7 +138,7 @@ def writing_to(folder: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _label(
+def evaluation_label(
     config: ml_collections.ConfigDict,
     own: ml_collections.ConfigDict,
     which: str,

@@ -11,7 +11,7 @@ from fsq_jax.evaluation import image_metrics as image_metrics_lib
 
 # Smallest and largest side of tiles in pixels, powers of 2.
 _MIN_TILE = 16
-_MAX_TILE = 256
+MAX_TILE = 256
 # Rows and columns that a tile shares with the next one: windows of SSIM that
 # begin in a tile extend so far beyond it.
 _OVERLAP = 10
@@ -66,7 +66,7 @@ def image_metrics(
 
 def _tiles(size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
   """Yields the rows and the columns of each tile, without shared ones."""
-  step = _MAX_TILE - _OVERLAP
+  step = MAX_TILE - _OVERLAP
   for row in range(0, size[0], step):
     for column in range(0, size[1], step):
       yield (

@@ -9,7 +9,8 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-_FIRST_FASTEST = 'first dimension fastest'
+from fsq_jax.quantizers import digits
+
 _MAX_CODEBOOK_SIZE = 2**31 - 1
 
 
@@ -147,6 +148,6 @@ def from_spec(spec: Mapping[str, Any], codebook_size: int) -> Vocabulary:
     return Vocabulary(codebook_size=codebook_size)
   levels = spec.get('levels') or (2,) * spec['num_bits']
   vocabulary = from_levels(
-      levels, first_fastest=spec['index_order'] == _FIRST_FASTEST
+      levels, first_fastest=spec['index_order'] == digits.FIRST_FASTEST
   )
   return dataclasses.replace(vocabulary, codebook_size=codebook_size)

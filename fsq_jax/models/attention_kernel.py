@@ -84,7 +84,7 @@ def needed_bytes(length: int, width: int, head_dim: int) -> int:
   """
   rows = _round_up(length, _SUBLANES)
   logits = rows * _round_up(length, _LANES) * _BYTES_PER_LOGIT
-  group = _group_width(length, width, head_dim)
+  group = group_width(length, width, head_dim)
   # Four arrays in and three out, in two buffers each.
   return logits + 2 * 7 * 2 * rows * _round_up(group, _LANES)
 
@@ -100,7 +100,7 @@ def _call(
 
   def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     batch, length, width = arrays[0].shape
-    group = _group_width(length, width, options.head_dim)
+    group = group_width(length, width, options.head_dim)
     block = pl.BlockSpec((1, length, group), lambda i, j: (i, 0, j))
     needed = needed_bytes(length, width, options.head_dim)
     num_logits = batch * width // options.head_dim * length**2
@@ -215,10 +215,16 @@ def _is_earlier(
   return keys <= queries
 
 
-def _group_width(length: int, width: int, head_dim: int) -> int:
-  """Returns the channels of a block: heads that divide the width.
+def group_width(length: int, width: int, head_dim: int) -> int:
+  """Returns the number of channels of a block, a divisor of the width.
 
-  A block has a multiple of 128 channels or the whole width, as TPUs require.
+  A block has whole heads, and a multiple of 128 channels or the whole width, as
+  TPUs require.
+
+  Args:
+    length: tokens.
+    width: channels of the heads of one device.
+    head_dim: channels per head.
   """
   step = math.lcm(head_dim, _LANES)
   wanted = _MIN_LOGITS / length**2 * head_dim

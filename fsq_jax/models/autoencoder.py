@@ -144,14 +144,24 @@ class Autoencoder(nn.Module):
       self, latents: jax.Array, *, train: bool
   ) -> quantizers.QuantizerOutput:
     if train and self.latent_noise:
-      latents = self._add_noise(latents)
+      latents = self.add_noise(latents)
     if self.statistics is not None:
       latents = self.statistics.normalize(latents)
     z = self.projector_in(latents, train=train)
     return self.quantizer(z, train=train)
 
-  def _add_noise(self, latents: jax.Array) -> jax.Array:
-    """Returns latents with noise that does not depend on the devices."""
+  def add_noise(self, latents: jax.Array) -> jax.Array:
+    """Adds Gaussian noise to latents, of one random size per image.
+
+    The size is uniform in [0, latent_noise]. The noise does not depend on the
+    devices.
+
+    Args:
+      latents: [B, h, w, C] floats.
+
+    Returns:
+      Same shape and dtype.
+    """
     if not self.has_rng('quantizer'):
       raise ValueError(
           'latent_noise draws random numbers in training: call apply with'

@@ -1,11 +1,9 @@
 """Frozen networks that compare images: LPIPS, classifiers, Inception."""
 
-from fsq_jax.perceptual.frozen_network import FrozenNetwork
 from fsq_jax.perceptual.inception import load_inception
 from fsq_jax.perceptual.lpips import load_lpips
 
 __all__ = [
-    'FrozenNetwork',
     'load_inception',
     'load_lpips',
 ]

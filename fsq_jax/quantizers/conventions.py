@@ -18,14 +18,11 @@ LEVELS = {
     9: (8, 8, 8),
     10: (8, 5, 5, 5),
     11: (8, 8, 6, 5),
+    # The appendix has (7, 5, 5, 5), 875 codes: a typo. Some checkpoints use it.
     12: (7, 5, 5, 5, 5),
     14: (8, 8, 8, 6, 5),
     16: (8, 8, 8, 5, 5, 5),
 }
-# Level sets of published configs. (7, 5, 5, 5) has 875 codes: a typo in the
-# paper's appendix for (7, 5, 5, 5, 5), 4375 codes. It is supported for
-# checkpoints that use it, and not recommended.
-COMMON_LEVELS = ((8, 8, 8), (8, 6, 5), (7, 5, 5, 5), (8, 5, 5, 5))
 # Level indices are rounded in float32, which represents every half-integer up
 # to this one.
 MAX_LEVEL = 2**22

@@ -10,6 +10,9 @@ import numpy as np
 from fsq_jax.quantizers import base
 from fsq_jax.quantizers import checks
 
+# Orders of channels in an index, as specs have them in 'index_order'.
+FIRST_FASTEST = 'first dimension fastest'
+_LAST_FASTEST = 'last dimension fastest'
 # float32 represents every integer up to this one.
 _MAX_EXACT = 2**24
 
@@ -23,7 +26,7 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
   conventions by their level indices.
 
   Subclasses have `levels`, the number of values of each channel that an index
-  covers, and define `_first_fastest`, `_codes` and `_nearest_digits`. If a code
+  covers, and define `first_fastest`, `_codes` and `_nearest_digits`. If a code
   has several indices, they stand on a trailing axis, `index_shape`; their level
   indices are [..., *index_shape, d].
   """
@@ -35,6 +38,11 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
   @property
   def code_dim(self) -> int:
     return len(self.levels)
+
+  @property
+  def first_fastest(self) -> bool:
+    """Whether the first channel varies fastest in the index, or the last."""
+    raise NotImplementedError
 
   def codes_to_indices(self, codes: jax.Array) -> jax.Array:
     return self.digits_to_indices(self.codes_to_digits(codes))
@@ -106,11 +114,6 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
           f' {self.index_shape[0]} indices of a code.'
       )
 
-  @property
-  def _first_fastest(self) -> bool:
-    """Whether the first channel varies fastest in the index, or the last."""
-    raise NotImplementedError
-
   def _codes(self, digits: jax.Array) -> jax.Array:
     """Returns float32 codes of int32 level indices, both channels last."""
     raise NotImplementedError
@@ -138,15 +141,14 @@ class DigitQuantizer(base.Quantizer, kw_only=True):
   @property
   def _index_order(self) -> str:
     """The order of channels in an index, as it is written in specs."""
-    first_or_last = 'first' if self._first_fastest else 'last'
-    return f'{first_or_last} dimension fastest'
+    return FIRST_FASTEST if self.first_fastest else _LAST_FASTEST
 
   @property
   def _bases(self) -> tuple[int, ...]:
     """Weight of each channel in the index, Python integers of any size."""
     before = [self.levels[:i] for i in range(len(self.levels))]
     after = [self.levels[i + 1 :] for i in range(len(self.levels))]
-    return tuple(map(math.prod, before if self._first_fastest else after))
+    return tuple(map(math.prod, before if self.first_fastest else after))
 
   def _validated_digits(self, digits: jax.Array) -> jax.Array:
     digits = checks.as_integers(digits, 'Digits')

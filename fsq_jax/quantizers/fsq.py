@@ -168,7 +168,7 @@ class FSQ(digits_lib.DigitQuantizer):
     return self.commitment_weight
 
   @property
-  def _first_fastest(self) -> bool:
+  def first_fastest(self) -> bool:
     return self._convention.first_fastest
 
   @property

@@ -120,7 +120,7 @@ class LFQ(digits_lib.DigitQuantizer):
     }
 
   @property
-  def _first_fastest(self) -> bool:
+  def first_fastest(self) -> bool:
     return self.bit_order == 'lsb_first'
 
   @property

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 MAX_DISTANCES = 2**28
 # Rows in a chunk of an exported function with a symbolic number of rows. The
 # last chunk is padded: few rows cost little.
-_EXPORTED_ROWS = 1024
+EXPORTED_ROWS = 1024
 # Block size of the search for the position of the smallest distance.
 _BLOCK = 128
 # Softmax temperature of the entropy loss, as in MaskGIT and MAGVIT.
@@ -178,7 +178,7 @@ def _split(
   # Rows are padded to whole blocks.
   most_rows = MAX_DISTANCES // (codebook_size + -codebook_size % _BLOCK)
   if export.is_symbolic_dim(num_rows):
-    size = min(most_rows, _EXPORTED_ROWS)
+    size = min(most_rows, EXPORTED_ROWS)
     # JAX cannot prove that -(-n // size) is positive.
     num_chunks = (num_rows + size - 1) // size
     padding = num_chunks * size - num_rows

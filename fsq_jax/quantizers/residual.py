@@ -109,7 +109,7 @@ class ResidualFSQ(digits_lib.DigitQuantizer):
     }
 
   @property
-  def _first_fastest(self) -> bool:
+  def first_fastest(self) -> bool:
     return True
 
   def indices_to_codes(self, indices: jax.Array) -> jax.Array:

@@ -114,7 +114,7 @@ def contact_sheet(
   for i, (name, row) in enumerate(rows):
     top = i * (height + _GAP)
     if name:
-      sheet[top : top + height, :margin] = _text(
+      sheet[top : top + height, :margin] = draw_text(
           _shorten(name), height, margin
       )
     for column, image in enumerate(_enlarge(row, scale)):
@@ -234,7 +234,7 @@ def _stack(
       np.uint8,
   )
   for side, ((label, _), images) in enumerate(zip(rows, stacks, strict=True)):
-    label = np.rot90(_text(label, _MARGIN, height))
+    label = np.rot90(draw_text(label, _MARGIN, height))
     for i, image in enumerate(_enlarge(images, scale)):
       top = i // columns * block_height + side * (height + _GAP)
       left = _MARGIN + i % columns * (image_width + _GAP)
@@ -243,7 +243,7 @@ def _stack(
   for i, caption in enumerate(captions):
     bottom = (i // columns + 1) * block_height - _BLOCK_GAP
     left = _MARGIN + i % columns * (image_width + _GAP)
-    grid[bottom - _CAPTION : bottom, left : left + image_width] = _text(
+    grid[bottom - _CAPTION : bottom, left : left + image_width] = draw_text(
         caption, _CAPTION, image_width
     )
   return grid
@@ -290,7 +290,7 @@ def _text_width(text: str) -> int:
   return math.ceil(PIL.ImageFont.load_default(_FONT_SIZE).getlength(text))
 
 
-def _text(text: str, height: int, width: int) -> np.ndarray:
+def draw_text(text: str, height: int, width: int) -> np.ndarray:
   """Returns [height, width, 1] uint8 with centered text."""
   image = PIL.Image.new('L', (width, height), _WHITE)
   font = PIL.ImageFont.load_default(_FONT_SIZE)

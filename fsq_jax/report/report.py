@@ -17,8 +17,8 @@ from fsq_jax.workdir import metric_log
 # Version of codebook.json; increment it if pages need new contents.
 ANALYSIS_VERSION = 1
 # Limits of the grids in a report: number and total bytes.
-_MAX_FRAMES = 8
-_MAX_FRAME_BYTES = 12_000_000
+MAX_FRAMES = 8
+MAX_FRAME_BYTES = 12_000_000
 
 
 def write_report(
@@ -42,7 +42,7 @@ def write_report(
   run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
   pages = generator_page if 'tokens' in run.config else page
   text = pages.render(run)
-  path = os.path.join(output, 'report.html')
+  path = os.path.join(output, workdir_files.REPORT)
   workdir_files.write_bytes(path, text.encode('utf-8', 'replace'))
   return path
 
@@ -53,10 +53,13 @@ def _read_workdir(workdir: str, output: str) -> sections.Run:
     return written if os.path.exists(written) else os.path.join(workdir, name)
 
   notices = []
-  files = {
-      name: _read_json(find(f'{name}.json'), notices)
-      for name in ('config', 'quantizer', 'run', 'evaluation')
-  }
+  config, quantizer, provenance, evaluation = (
+      _read_json(find(name), notices)
+      for name in (
+          workdir_files.CONFIG, workdir_files.QUANTIZER, workdir_files.RUN,
+          workdir_files.EVALUATION,
+      )
+  )
   analysis = _read_json(find(workdir_files.CODEBOOK), notices)
   if analysis and analysis.get('version') != ANALYSIS_VERSION:
     analysis = {}
@@ -64,20 +67,26 @@ def _read_workdir(workdir: str, output: str) -> sections.Run:
         f'{workdir_files.CODEBOOK} is of another version of fsq_jax and is'
         ' skipped; --mode=report writes a new one.'
     )
-  step = files['evaluation'].get('step')
+  step = evaluation.get('step')
   if analysis and step not in (None, analysis['step']):
     notices.append(
         f'Single images and the codebook are of step {analysis["step"]},'
         f' everything else is of step {step}; --mode=report updates them.'
     )
-  folder = 'samples' if 'tokens' in files['config'] else 'reconstructions'
-  pictures, frames = _read_pictures(find(folder), notices)
+  pictures, frames = _read_pictures(
+      find(
+          workdir_files.SAMPLES
+          if 'tokens' in config
+          else workdir_files.RECONSTRUCTIONS
+      ),
+      notices,
+  )
   return sections.Run(
       name=os.path.basename(workdir),
-      config=files['config'],
-      quantizer=files['quantizer'],
-      provenance=files['run'],
-      evaluation=files['evaluation'],
+      config=config,
+      quantizer=quantizer,
+      provenance=provenance,
+      evaluation=evaluation,
       rows=_read_rows(os.path.dirname(find(workdir_files.METRICS))),
       pictures=pictures,
       frames=frames,
@@ -123,7 +132,7 @@ def _read_pictures(
     return {}, []
   steps = sorted(grids)
   largest = max(os.path.getsize(path) for path in grids.values())
-  num = min(_MAX_FRAMES, len(steps), _MAX_FRAME_BYTES // max(largest, 1))
+  num = min(MAX_FRAMES, len(steps), MAX_FRAME_BYTES // max(largest, 1))
   positions = np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]
   newest = {
       name: frame

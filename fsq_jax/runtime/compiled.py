@@ -57,7 +57,7 @@ class Compiled:
       jitted = jax.jit(
           lambda *arguments: self._function(*arguments), **self._jit_options
       )
-      _check_memory(jitted, variables, arrays)
+      check_memory(jitted, variables, arrays)
       while len(self._executables) >= self._max_shapes:
         self._executables.popitem(last=False)
     # The dict is ordered by last use.
@@ -73,12 +73,22 @@ def is_out_of_memory(error: Exception) -> bool:
   )
 
 
-def _check_memory(jitted, variables, arrays) -> None:
-  """Raises TooLargeError if a call would need more memory than is free.
+def check_memory(
+    jitted: jax.stages.Wrapped, variables: Any, arrays: tuple[Any, ...]
+) -> None:
+  """Checks that the device has enough free memory for a call.
 
   Linux grants more memory than there is, and kills the process that uses it.
+
+  Args:
+    jitted: function to call.
+    variables: its first argument.
+    arrays: its other arguments, arrays or None.
+
+  Raises:
+    TooLargeError: the call would need more memory than is free.
   """
-  free = _free_bytes()
+  free = free_bytes()
   if free is None:
     return
   memory = jitted.lower(variables, *arrays).compile().memory_analysis()
@@ -94,7 +104,7 @@ def _check_memory(jitted, variables, arrays) -> None:
     )
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
   """Returns the free bytes of the first local device; None if unknown."""
   device = jax.local_devices()[0]
   stats = device.memory_stats() or {}

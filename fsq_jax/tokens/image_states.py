@@ -23,7 +23,7 @@ TIMES_FILE = '.image_times.npy'
 _UNKNOWN = (0, 0, 0)
 # Two changes within the resolution of file times are not distinguished; FAT has
 # the coarsest, 2 s.
-_RESOLUTION_NS = 2 * 10**9
+RESOLUTION_NS = 2 * 10**9
 _NUM_LISTED = 10
 # Images submitted to the threads at a time.
 _BLOCK = 1024
@@ -33,7 +33,7 @@ class ImageState(NamedTuple):
   """State of an image when it was read.
 
   Attributes:
-    digest: sha256 of the encoded image; `data.NO_DIGEST` if it was not read.
+    digest: sha256 of the encoded image; `image_source.NO_DIGEST` if not read.
     stamp: size in bytes, mtime and ctime in ns of its file; zeros if unknown.
   """
 
@@ -87,7 +87,7 @@ def take_stamp(
     change its times.
   """
   stamp = source.stamp(index)
-  is_new = time.time_ns() - max(stamp[1:]) < _RESOLUTION_NS
+  is_new = time.time_ns() - max(stamp[1:]) < RESOLUTION_NS
   return _UNKNOWN if is_new else stamp
 
 

@@ -22,7 +22,7 @@ from fsq_jax.tokens import shards
 
 _HASH_THREADS = 8
 # Files open at a time; the limit of a process is often 1,024.
-_MAX_OPEN = 256
+MAX_OPEN = 256
 
 
 class TokenSource(Sequence[shards.Example]):
@@ -126,7 +126,7 @@ class TokenSource(Sequence[shards.Example]):
               f'{path} has {len(opened)} images; its manifest says'
               f' {shard.num_images}.'
           )
-        if len(self._shards) >= _MAX_OPEN:
+        if len(self._shards) >= MAX_OPEN:
           # The file is closed when no thread uses it any more.
           del self._shards[next(iter(self._shards))]
       self._shards[number] = opened

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -223,9 +222,7 @@ class TokenWriter:
     return self._unfinished / f'{self._job.shard_file(shard)}.json'
 
   def _read(self, shard: int) -> dict[str, Any] | None:
-    path = self._record(shard)
-    # Records are written atomically.
-    return json.loads(path.read_bytes()) if path.exists() else None
+    return workdirs.read_json(self._record(shard))
 
 
 def _parse_states(

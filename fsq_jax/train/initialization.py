@@ -45,7 +45,7 @@ class Initializer:
     """
     self._config = config
     self._model = model
-    self._run = None
+    self._run = self._statistics = None
     self.sources: dict[str, Any] = {}
     if config.train.init_from:
       # Once, since that run may save another step before `load`.
@@ -59,7 +59,7 @@ class Initializer:
     if config.model.decoder.name == 'mae' and mae.checkpoint:
       self._check_decoder(mae.checkpoint)
     if model.statistics is not None:
-      read_statistics(config, model)
+      self._statistics = read_statistics(config, model)
       self.sources['model.latent_statistics'] = config.model.latent_statistics
 
   def load(
@@ -100,7 +100,7 @@ class Initializer:
             shardings=lambda _: _shardings(abstract, 'decoder'),
         ).variables
     if model.statistics is not None:
-      values = {'constants': read_statistics(config, model)}
+      values = {'constants': self._statistics}
       parts['statistics'] = jax.tree.map(
           jax.device_put, values, _shardings(abstract, 'statistics')
       )

@@ -1,38 +1,30 @@
 """Mean and variance of an encoder's latents over a data set."""
 
 from collections.abc import Mapping
-import math
+import contextlib
+import functools
 import os
 import pathlib
-from typing import NamedTuple
 
 import jax
-from jax import numpy as jnp
 import ml_collections
 import numpy as np
 import safetensors.numpy
-import tqdm
 
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as configuration
 from fsq_jax.data import builder as data
+from fsq_jax.evaluation import moments
 from fsq_jax.models import builder as models
 from fsq_jax.models import pixels
 from fsq_jax.models import variables as variables_lib
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import initialization
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import progress
 
 FILE = 'latent_statistics.safetensors'
-
-
-class _Moments(NamedTuple):
-  """Number of images, mean, and sum of squared deviations from the mean."""
-
-  count: jax.Array
-  mean: jax.Array
-  squares: jax.Array
 
 
 def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
@@ -89,17 +81,24 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
       if 'encoder' in parts
   }
 
-  def moments(variables, images, mask):
+  @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+  def measure_batch(variables, images, mask):
     latents = model.encoder.apply(variables, pixels.to_float(images))
-    return _moments(latents, mask)
+    return moments.masked_moments(latents, mask)
 
-  moments = jax.jit(moments, out_shardings=partitioning.replicated(mesh))
-  total = _Moments(0.0, 0.0, 0.0)
-  num_batches = math.ceil(dataset.num_examples / config.data.eval_batch_size)
-  for local_batch in tqdm.tqdm(dataset, total=num_batches, disable=None):
-    batch = partitioning.shard_batch(local_batch, mesh)
-    part = moments(variables, batch['image'], batch['mask'])
-    total = _merge(total, _Moments(*jax.device_get(part)))
+  total = moments.Moments(0.0, 0.0, 0.0)
+  num_images, batch_size = dataset.num_examples, config.data.eval_batch_size
+  bar = progress.ImageProgress(
+      num_images=num_images, first=0, enabled=jax.process_index() == 0
+  )
+  with contextlib.closing(bar):
+    starts = range(0, num_images, batch_size)
+    for start, local_batch in zip(starts, dataset, strict=True):
+      batch = partitioning.shard_batch(local_batch, mesh)
+      part = measure_batch(variables, batch['image'], batch['mask'])
+      part = (np.asarray(x, np.float64) for x in jax.device_get(part))
+      total = moments.merge(total, moments.Moments(*part))
+      bar.update(min(batch_size, num_images - start))
   if not total.count:
     raise ValueError('No image of the training split can be read.')
   return {
@@ -156,25 +155,3 @@ def measure_to_workdir(
   if jax.process_index() == 0:
     write(statistics, folder, config)
   return folder / FILE
-
-
-def _moments(latents: jax.Array, mask: jax.Array) -> _Moments:
-  """Returns the moments of [B, h, w, C] latents whose mask [B] is set."""
-  weights = mask.astype(jnp.float32)
-  count = jnp.sum(weights)
-  mean = jnp.einsum('b,bhwc->hwc', weights, latents) / jnp.maximum(count, 1)
-  squares = jnp.einsum('b,bhwc->hwc', weights, jnp.square(latents - mean))
-  return _Moments(count, mean, squares)
-
-
-def _merge(a: _Moments, b: _Moments) -> _Moments:
-  """Returns the moments of both, in float64 (Chan, Golub, LeVeque 1979)."""
-  a, b = (_Moments(*(np.asarray(x, np.float64) for x in m)) for m in (a, b))
-  count = a.count + b.count
-  fraction = b.count / max(count, 1)
-  difference = b.mean - a.mean
-  return _Moments(
-      count,
-      a.mean + fraction * difference,
-      a.squares + b.squares + a.count * fraction * np.square(difference),
-  )

@@ -1,7 +1,6 @@
 """Files of a run: names, atomic writes, lock, metrics."""
 
 from fsq_jax.workdir.files import CHECKPOINTS
-from fsq_jax.workdir.files import CODEBOOK
 from fsq_jax.workdir.files import CONFIG
 from fsq_jax.workdir.files import DAMAGED
 from fsq_jax.workdir.files import EVALUATION
@@ -15,10 +14,8 @@ from fsq_jax.workdir.files import REPORT
 from fsq_jax.workdir.files import RUN
 from fsq_jax.workdir.files import TENSORBOARD
 from fsq_jax.workdir.files import create
-from fsq_jax.workdir.files import finite_or_null
 from fsq_jax.workdir.files import lock
 from fsq_jax.workdir.files import read_json
-from fsq_jax.workdir.files import unused
 from fsq_jax.workdir.files import write_bytes
 from fsq_jax.workdir.files import write_json
 from fsq_jax.workdir.metric_log import MetricWriter
@@ -26,7 +23,6 @@ from fsq_jax.workdir.metric_log import read_metrics
 
 __all__ = [
     'CHECKPOINTS',
-    'CODEBOOK',
     'CONFIG',
     'DAMAGED',
     'EVALUATION',
@@ -41,11 +37,9 @@ __all__ = [
     'TENSORBOARD',
     'MetricWriter',
     'create',
-    'finite_or_null',
     'lock',
     'read_json',
     'read_metrics',
-    'unused',
     'write_bytes',
     'write_json',
 ]

@@ -112,37 +112,49 @@ def _build(text, mesh=(1, 1), learning_rate=1.0):
 _build_once = functools.cache(_build)
 
 
+class _Blocks(nn.Module):
+  """A discriminator with attention: logits [B, 6]."""
+
+  frozen_parameters = ()
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    tokens = jnp.reshape(images, (len(images), 6, 16))
+    blocks = layers.Transformer(1, 2, 16, jnp.bfloat16, 'blocks', 1)
+    return jnp.sum(blocks(tokens).astype(jnp.float32), axis=-1)
+
+
 @pytest.mark.slow
 def test_r1_differentiates_attention_twice(interpreted_kernels):
   config = _load_config(**{
       'discriminator.r1_weight': 0.5, 'discriminator.r1_every_steps': 1,
   })
+  config.data.image_size = (4, 8)
   adversary = adversaries.Adversary(
-      config, module=nn.Dense(1), optimizer=optax.sgd(1.0)
+      config, module=_Blocks(), optimizer=optax.sgd(1.0)
   )
 
-  blocks = layers.Transformer(1, 2, 16, jnp.bfloat16, 'blocks', 1)
-
-  def apply(params, x):
-    tokens = blocks.apply(params, jnp.reshape(x, (4, 6, 16)))
-    return jnp.sum(tokens.astype(jnp.float32), axis=-1)
-
   @jax.jit
-  def penalize(params, images):
-    return apply(params, images), adversary._r1(
-        apply, params, images, jnp.int32(0)
+  def penalize(state, images):
+    return adversary.losses_and_gradients(
+        state, {}, images, images, key=jax.random.key(2), step=jnp.int32(0)
     )
 
   images = jax.random.normal(jax.random.key(0), (4, 4, 8, 3))
-  params = jax.jit(blocks.init)(jax.random.key(1), jnp.zeros((4, 6, 16)))
-  logits, (penalty, gradients) = penalize(params, images)
+  state = jax.jit(adversary.init)(jax.random.key(1))
+  expected = penalize(state, images).scalars
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1}, jax.devices()[:2])
   images = jax.device_put(images, partitioning.batch_sharding(mesh))
-  assert 'forward_attention' in str(jax.make_jaxpr(penalize)(params, images))
-  other_logits, (other, _) = penalize(params, images)
-  np.testing.assert_allclose(other, penalty, rtol=2**-6)
-  np.testing.assert_allclose(other_logits, logits, atol=0.1)
-  assert any(np.any(x) for x in jax.tree.leaves(gradients))
+  assert 'forward_attention' in str(jax.make_jaxpr(penalize)(state, images))
+  output = penalize(state, images)
+  assert output.scalars['r1_penalty'] > 0
+  np.testing.assert_allclose(
+      output.scalars['r1_penalty'], expected['r1_penalty'], rtol=2**-6
+  )
+  np.testing.assert_allclose(
+      output.scalars['real_logits'], expected['real_logits'], atol=0.1
+  )
+  assert any(np.any(x) for x in jax.tree.leaves(output.gradients))
 
 
 @functools.cache

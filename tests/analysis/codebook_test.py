@@ -429,7 +429,7 @@ def test_without_tokens_there_are_images_alone():
     ('name', 'order'), [('fsq', 'index'), ('vq', 'first principal component')]
 )
 def test_large_codebooks_are_counted_in_classes(name, order, monkeypatch):
-  monkeypatch.setattr(codebook_analysis, '_MAX_CLASSES', 10)
+  monkeypatch.setattr(codebook_analysis, 'MAX_CLASSES', 10)
   run = _Run(_QUANTIZERS[name])
   size = run.quantizer.codebook_size
   pairs = run.result['code_pairs']
@@ -500,7 +500,7 @@ def test_tokens_that_are_none_and_images_that_are_not_finite(fsq):
 
 
 def test_memory_does_not_grow_with_the_split(fsq, monkeypatch):
-  monkeypatch.setattr(codebook_analysis, '_MAX_GRIDS', 5)
+  monkeypatch.setattr(codebook_analysis, 'MAX_GRIDS', 5)
   run = _Run(_QUANTIZERS['fsq'])
   assert run.result['num_grids'] == 5
   assert {x['index'] for q in run.result['nearest'] for x in q['nearest']} <= {

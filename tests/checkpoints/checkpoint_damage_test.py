@@ -37,7 +37,7 @@ def _record(step):
   return {'config': {'seed': 3}, 'iterator': {'next_index': step}}
 
 
-_Reader = checkpointer_lib.ocp.CompositeCheckpointHandler
+_Reader = ocp.CompositeCheckpointHandler
 
 _ABSTRACT = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -282,7 +282,7 @@ def test_a_step_that_cannot_be_written_says_so(folder, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(checkpointer._manager, 'save', full)
+  monkeypatch.setattr(ocp.CheckpointManager, 'save', full)
   with pytest.raises(
       checkpoints_lib.SaveError,
       match=r'Step 3, or .*No space left on device.*on disk are \[1, 2\]',

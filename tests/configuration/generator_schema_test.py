@@ -28,7 +28,7 @@ def _changed(fields):
 def _launch(*args):
   """Runs launch.py in this process and returns the exit code."""
   with flagsaver.flagsaver():
-    return launch.main(launch._parse_flags(['launch.py', *args]))
+    return launch.main(launch.parse_flags(['launch.py', *args]))
 
 
 def test_the_fields_are_those_of_default_generator_py():

@@ -133,7 +133,7 @@ _USED = {
 def _launch(*args):
   """Runs launch.py in this process and returns the exit code."""
   with flagsaver.flagsaver():
-    return launch.main(launch._parse_flags(['launch.py', *args]))
+    return launch.main(launch.parse_flags(['launch.py', *args]))
 
 
 @pytest.fixture(scope='module')

@@ -251,7 +251,7 @@ def _build(split, source, **overrides):
 
 @pytest.mark.parametrize('size', [(32, 32), (40, 50)])  # A part, and all.
 @pytest.mark.parametrize('split', ['train', 'eval'])
-def test_a_batch_in_the_making_keeps_no_photographs(split, size):
+def test_peak_memory_of_a_batch_is_bounded(split, size):
   source = _Given(*[np.full((400, 500, 3), i, np.uint8) for i in range(32)])
   source.load = lambda index: np.full((400, 500, 3), index, np.uint8)
   kwargs = {
@@ -547,7 +547,7 @@ def test_fingerprint_tells_what_changed(change, line):
     assert str(caught.value).count(' -> ') == 2  # the heading and one line
 
 
-def test_fingerprint_passes_what_does_not_matter():
+def test_fingerprint_ignores_irrelevant_fields():
   saved = data.build_dataset(_config(), split='train', seed=0).fingerprint
   assert saved['process_count'] == 1
   current = data.build_dataset(

@@ -418,7 +418,7 @@ def test_damage_is_counted_once_and_unreadable_storage_is_fatal(tmp_path):
     source.load(2)
 
 
-def test_pipes_are_passed_over_and_endless_files_are_damaged(tmp_path):
+def test_pipes_are_skipped_and_endless_files_are_corrupted(tmp_path):
   _write(tmp_path / 'train' / '0.png')
   os.mkfifo(tmp_path / 'train' / '1.png')  # Reading would wait for a writer.
   with open(tmp_path / 'train' / '2.png', 'wb') as file:
@@ -516,13 +516,13 @@ def test_prepared_data_are_read_by_folder(prepared_root):
     tfds_source.PreparedSource('big', version, 'test')
 
 
-def test_missing_splits_list_those_there_are(prepared_root):
+def test_missing_split_error_lists_the_splits(prepared_root):
   for split in ('validation', 'train[:x]'):
     with pytest.raises(ValueError, match=r"it has \['test', 'train'\]"):
       tfds_source.PreparedSource('tiny', prepared_root, split)
 
 
-def test_unprepared_data_are_an_error_that_says_where_and_how(
+def test_unprepared_data_raise_with_folder_and_command(
     monkeypatch, prepared_root
 ):
   monkeypatch.setattr(tfds, 'builder', None)  # whatever downloads goes here
@@ -622,7 +622,7 @@ def test_prepare_reports_what_tfds_reports(monkeypatch, tmp_path):
     data.prepare(config)
 
 
-def test_prepare_leaves_what_is_there(prepared_root):
+def test_prepare_keeps_existing_data(prepared_root):
   config = _prepare_config(name='tiny', data_dir=prepared_root)
   assert data.prepare(config) == f'{prepared_root}/tiny/1.0.0'
   assert data.prepare(_prepare_config(source='photos')) is None

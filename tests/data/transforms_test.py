@@ -118,7 +118,7 @@ def test_augment_follows_its_draws():
 
 
 @pytest.mark.parametrize('color_jitter', [0.0, 0.5])
-def test_what_augment_does_is_known_beforehand(color_jitter):
+def test_draw_determines_the_augmentation(color_jitter):
   options = {
       'size': (16, 12), 'crop_scale': (0.5, 2.0), 'flip': True,
       'color_jitter': color_jitter,
@@ -360,7 +360,7 @@ def _claim(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 @pytest.mark.parametrize('size', [(12_000, 10_000), (50_000, 50_000)])
-def test_claims_of_too_many_pixels_are_refused_unread(monkeypatch, size):
+def test_oversized_images_are_rejected_before_decoding(monkeypatch, size):
   loads = []
   monkeypatch.setattr(
       ImageFile.ImageFile, 'load', lambda self: loads.append(self)
@@ -393,6 +393,6 @@ def _damage(kind: str) -> bytes:
     ['no bytes', 'zero bytes', 'text', 'truncated JPEG', 'truncated PNG',
      'header only', 'another format', 'wrong checksum'],
 )
-def test_damage_is_found(kind):
+def test_corrupted_images_are_rejected(kind):
   with pytest.raises(data_lib.DamagedImageError):
     decoding.decode_image(_damage(kind))

@@ -72,7 +72,7 @@ def test_invalid_tokens_and_padding_are_left_out():
 
 @pytest.mark.parametrize('batch_size', [1, 50, 400])
 def test_codebook_statistics_do_not_depend_on_batches(batch_size, monkeypatch):
-  monkeypatch.setattr(codebook_statistics, '_BUFFERED_CODES', 30)
+  monkeypatch.setattr(codebook_statistics, 'BUFFERED_CODES', 30)
   rng = np.random.default_rng(0)
   # -1 ... 23, where -1 is the most frequent.
   indices = np.minimum(rng.geometric(0.1, (400, 3, 2)), 25).astype(np.int32) - 2

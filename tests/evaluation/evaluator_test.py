@@ -85,7 +85,7 @@ def _evaluate(config, model, variables, *, batch_size=32, num_devices=8,
 
 # Builds the model of this file.
 @pytest.mark.fast_limit(10)
-def test_the_numbers_are_those_of_numpy(config, model, variables):
+def test_metrics_match_numpy(config, model, variables):
   evaluation = _evaluate(config, model, variables)
   (batch,) = _dataset(config, _NUM_IMAGES)
   floats = batch['image'].astype(np.float32) / 127.5 - 1
@@ -235,7 +235,7 @@ class _Poisoned:
     )
 
 
-def test_reconstructions_that_are_not_finite_are_reported(
+def test_nonfinite_reconstructions_are_reported(
     config, model, variables, tmp_path
 ):
   (batch,) = _dataset(config, _NUM_IMAGES)
@@ -339,7 +339,7 @@ class _SomeDamaged:
         ([], 100, list(range(16))),
     ],
 )
-def test_the_next_image_is_shown_for_one_that_cannot_be_read(
+def test_grid_skips_unreadable_images(
     model, variables, damaged, num_grid_images, shown
 ):
   evaluator = evaluators.Evaluator(
@@ -357,7 +357,7 @@ def test_the_next_image_is_shown_for_one_that_cannot_be_read(
   assert evaluation.protocol['num_upscaled_images'] == len(upscaled)
 
 
-def test_a_split_without_a_readable_image_is_refused(model, variables):
+def test_split_without_readable_images_is_rejected(model, variables):
   evaluator = evaluators.Evaluator(
       model,
       _SomeDamaged(range(16)),
@@ -369,7 +369,7 @@ def test_a_split_without_a_readable_image_is_refused(model, variables):
 
 
 @pytest.mark.slow
-def test_a_run_evaluates_to_its_own_numbers(config, run, tmp_path):
+def test_evaluation_of_a_run_reproduces_its_metrics(config, run, tmp_path):
   folder = tmp_path / 'copy'
   shutil.copytree(run, folder)
   expected = (run / workdirs.EVALUATION).read_bytes()
@@ -408,7 +408,7 @@ def test_the_newest_checkpoint_is_evaluated(config, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_images_or_checkpoints_leave_the_runs_numbers_alone(
+def test_other_evaluations_keep_the_files_of_the_run(
     config, run, tmp_path
 ):
   folder = tmp_path / 'copy'
@@ -452,11 +452,11 @@ def _folder(root, values):
   return str(root)
 
 
-def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
+def test_labels_of_evaluations_are_distinct(config, tmp_path, monkeypatch):
   def label(which='newest', **overrides):
     given = config.copy_and_resolve_references()
     given.data.update({'source': 'folder', **overrides})
-    return saved_run._label(given, config, which)
+    return saved_run.evaluation_label(given, config, which)
 
   for name in ('a', 'b'):
     _folder(tmp_path / name / 'photos', [1])
@@ -477,8 +477,8 @@ def test_other_evaluations_have_other_names(config, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'b')
   assert label(data_dir='../a/photos') == label(data_dir=f'{first}/')
   assert label(data_dir='../a/photos') == labels[0]
-  own = saved_run._label(config, config, 'newest')
-  assert (own, saved_run._label(config, config, 'best')) == ('', 'best')
+  for which, own in (('newest', ''), ('best', 'best')):
+    assert saved_run.evaluation_label(config, config, which) == own
 
 
 @pytest.mark.slow
@@ -606,7 +606,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_can_only_be_read_is_evaluated_to_another_folder(
+def test_read_only_run_is_evaluated_to_an_output_folder(
     saved, tmp_path, monkeypatch
 ):
   folder, config = saved
@@ -703,7 +703,7 @@ def test_a_folder_without_checkpoints_is_refused(config, tmp_path):
     saved_run.evaluate_workdir(config, folder)
 
 
-def test_a_batch_that_devices_do_not_divide_is_refused(config, tmp_path):
+def test_indivisible_batch_size_is_rejected(config, tmp_path):
   config = config.copy_and_resolve_references()
   config.data.eval_batch_size = 7
   with pytest.raises(

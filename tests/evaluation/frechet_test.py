@@ -41,7 +41,7 @@ def _features(num_images, num_features, seed=0, mean=3.0):
 # Statistics.
 
 
-def test_moments_are_those_of_numpy():
+def test_mean_and_covariance_match_numpy():
   features = _features(50, 7)
   statistics = _statistics(features)
   assert statistics.num_images == 50
@@ -53,7 +53,7 @@ def test_moments_are_those_of_numpy():
 
 
 @pytest.mark.parametrize('sizes', [(50,), (1,) * 50, (3, 0, 40, 7)])
-def test_batches_do_not_matter(sizes):
+def test_statistics_do_not_depend_on_batch_size(sizes):
   features = _features(50, 7)
   statistics = frechet.FeatureStatistics(7)
   for part in np.split(features, np.cumsum(sizes)[:-1]):
@@ -61,7 +61,7 @@ def test_batches_do_not_matter(sizes):
   _assert_same(statistics, _statistics(features))
 
 
-def test_only_rows_of_the_mask_count():
+def test_masked_rows_are_ignored():
   features = _features(50, 7)
   mask = np.arange(50) % 3 > 0
   padded = np.where(mask[:, None], features, np.nan)
@@ -71,7 +71,7 @@ def test_only_rows_of_the_mask_count():
 
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float16])
-def test_a_large_mean_costs_no_digits(dtype):
+def test_large_means_keep_precision(dtype):
   # At 1000 a float32 has steps of 6e-5, a float16 of 0.5; the squares of the
   # features less those of the mean would keep nothing of the variance.
   noise = {np.float32: 1e-3, np.float16: 2.0}[dtype]
@@ -97,7 +97,7 @@ def test_a_large_mean_costs_no_digits(dtype):
         (np.full((4, 7), np.inf), None, 'of 4 of 4 images hold NaN or inf'),
     ],
 )
-def test_features_of_no_use_are_refused(features, mask, message):
+def test_invalid_features_are_rejected(features, mask, message):
   statistics = _statistics(_features(20, 7))
   with pytest.raises(ValueError, match=message):
     statistics.update(features, mask)
@@ -149,7 +149,7 @@ def test_distance_of_two_features_has_a_closed_form():
 
 
 @pytest.mark.parametrize('num_images', [2, 60, 1000])
-def test_a_set_is_no_distance_from_itself(num_images):
+def test_distance_of_a_set_to_itself_is_zero(num_images):
   # Features of scales from 10 to 1e-4, with more of them than images or fewer.
   features = _features(num_images, 100) * np.logspace(1, -4, 100)
   a = _statistics(features)
@@ -177,7 +177,7 @@ def test_distance_is_that_of_the_images_themselves(sizes):
   assert frechet.frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
-def test_few_images_are_warned_of(caplog):
+def test_few_images_log_a_warning(caplog):
   caplog.set_level(logging.WARNING)
   enough, few = (_statistics(_features(n, 4)) for n in (40, 39))
   frechet.frechet_distance(enough, enough)
@@ -197,7 +197,7 @@ def test_other_numbers_of_features_are_refused():
 # Files.
 
 
-def test_statistics_survive_a_file(tmp_path):
+def test_statistics_round_trip_through_a_file(tmp_path):
   features = _features(50, 7)
   statistics = _statistics(features[:30])
   statistics.pixels = 'ef'
@@ -210,7 +210,7 @@ def test_statistics_survive_a_file(tmp_path):
 
 
 @pytest.mark.parametrize('field', frechet.Origin._fields)
-def test_statistics_of_something_else_are_refused(tmp_path, field):
+def test_statistics_of_another_origin_are_rejected(tmp_path, field):
   path = tmp_path / 'x.safetensors'
   frechet.write_statistics(path, _statistics(_features(50, 7)), _ORIGIN)
   given = getattr(_ORIGIN, field)
@@ -248,7 +248,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, content):
     frechet.read_statistics(path, _ORIGIN)
 
 
-def test_the_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_statistics_are_written_atomically(tmp_path, monkeypatch):
   path = tmp_path / 'x.safetensors'
   frechet.write_statistics(path, _statistics(_features(50, 7)), _ORIGIN)
   before = path.read_bytes()

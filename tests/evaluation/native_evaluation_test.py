@@ -210,7 +210,7 @@ def test_the_protocol_says_what_is_done_to_images(runs):
   assert ('in tiles of 16 x 16' in text) == (runs.kind == 'tiles')
 
 
-def test_the_same_again_is_identical_and_leaves_the_runs_own_alone(runs):
+def test_evaluation_is_deterministic_and_keeps_the_files_of_the_run(runs):
   path = runs.folder / _FILE
   first = path.read_bytes()
   path.unlink()
@@ -332,27 +332,27 @@ def test_an_image_that_needs_too_much_memory_is_named_and_skipped(
 
 @pytest.mark.slow
 @pytest.mark.slow
-def test_where_no_image_can_be_evaluated_the_first_one_is_named(
+def test_error_names_the_first_image_if_none_can_be_evaluated(
     root, built, monkeypatch
 ):
-  monkeypatch.setattr(compiled, '_free_bytes', lambda: 1000)
+  monkeypatch.setattr(compiled, 'free_bytes', lambda: 1000)
   with pytest.raises(ValueError, match=r'No image .*/0\.png.* GiB of memory'):
     _evaluator(root, built, 8, None).run(built['tiles'][1])
 
 
 @pytest.mark.slow
-def test_a_network_that_lacks_memory_for_an_image_leaves_it_out(
+def test_network_metric_skips_images_that_exceed_memory(
     root, built, monkeypatch
 ):
   evaluator = _evaluator(root, built, 8, None, fd_encoder=str(_ENCODER))
-  check = compiled._check_memory
+  check = compiled.check_memory
 
   def check_memory(jitted, variables, arrays):
     if arrays[0].shape[1] == 300:
       raise compiled.TooLargeError('too much')
     check(jitted, variables, arrays)
 
-  monkeypatch.setattr(compiled, '_check_memory', check_memory)
+  monkeypatch.setattr(compiled, 'check_memory', check_memory)
   protocol = evaluator.run(built['tiles'][1]).protocol
   assert protocol['num_skipped_images'] == 0
   assert protocol['num_unmeasured_images']['fd_encoder'] == 1
@@ -361,7 +361,7 @@ def test_a_network_that_lacks_memory_for_an_image_leaves_it_out(
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_is_counted(root, built):
+def test_nonfinite_reconstructions_are_counted(root, built):
   variables = jax.tree.map(np.array, built['tiles'][1])
   variables['params']['decoder']['pixels']['bias'][0] = np.inf
   result = _evaluator(root, built, 8, None).run(variables)
@@ -371,7 +371,7 @@ def test_what_is_not_finite_is_counted(root, built):
 
 
 @pytest.mark.slow
-def test_images_smaller_than_a_network_takes_are_counted(
+def test_images_below_the_minimum_size_are_counted(
     root, built, monkeypatch
 ):
   monkeypatch.setattr(
@@ -390,30 +390,30 @@ def test_images_smaller_than_a_network_takes_are_counted(
 
 
 @pytest.mark.fast_limit(10)
-def test_training_refuses_it_and_other_images_have_their_name(root, built):
+def test_native_size_is_rejected_in_training_and_has_a_label(root, built):
   config = _config(root, 'tiles')
   with pytest.raises(ValueError, match=r'eval\.native_size is True.*--mode='):
     evaluators.build_evaluator(config, built['tiles'][0], None, None, None)
   own = config.copy_and_resolve_references()
   own.data.data_dir = '/other'
-  label = saved_run._label(config, own, 'best')
+  label = saved_run.evaluation_label(config, own, 'best')
   folder = pathlib.Path(config.data.data_dir).name
   assert re.fullmatch(
       f'best_native_folder_{folder}_validation_[0-9a-f]{{8}}', label
   )
 
 
-def test_a_grid_has_no_more_white_than_its_images_need():
+def test_grid_images_are_cropped_and_padded_to_one_size():
   images = [
       np.full((height, width, 3), i, np.uint8)
       for i, (height, width) in enumerate([(4, 10), (6, 3), (300, 2)])
   ]
-  laid = native_evaluation._lay_on_white(images[:2])
+  laid = native_evaluation.lay_on_white(images[:2])
   assert laid.shape == (2, 6, 10, 3)
   np.testing.assert_array_equal(laid[0, 1:5], 0)
   assert np.all(laid[0, [0, 5]] == 255)
   np.testing.assert_array_equal(laid[1, :, 3:6], 1)
   assert np.sum(laid[1] == 1) == 6 * 3 * 3
   # Of large ones the middle is shown.
-  cut = [native_evaluation._middle(x) for x in images]
-  assert native_evaluation._lay_on_white(cut).shape == (3, 256, 10, 3)
+  cut = [native_evaluation.crop_centre(x) for x in images]
+  assert native_evaluation.lay_on_white(cut).shape == (3, 256, 10, 3)

@@ -15,7 +15,7 @@ def _vectors(n, num_features=5, seed=0, shift=0.0):
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of seven rows, which divide none of the sets."""
-  monkeypatch.setattr(neighbours, '_MAX_ROWS', 7)
+  monkeypatch.setattr(neighbours, 'MAX_ROWS', 7)
 
 
 def _brute_force(samples, reference, k):
@@ -120,19 +120,19 @@ def test_the_first_of_equally_near_points_is_taken(small_blocks):
   np.testing.assert_array_equal(indices, [9, 9])
 
 
-def test_blocks_do_not_matter(monkeypatch):
+def test_results_do_not_depend_on_block_size(monkeypatch):
   samples, reference = _vectors(50, seed=1), _vectors(70, seed=2)
   whole = neighbours.precision_recall(samples, reference, 3)
   nearest = neighbours.nearest(samples, reference)
   # The memory limit, too: 4 rows of 5 values.
-  monkeypatch.setattr(neighbours, '_BLOCK_VALUES', 20)
+  monkeypatch.setattr(neighbours, 'BLOCK_VALUES', 20)
   parts = list(neighbours.row_blocks(reference))
   assert [x.stop - x.start for x in parts] == [4] * 17 + [2]
   assert neighbours.precision_recall(samples, reference, 3) == whole
   blocked = neighbours.nearest(samples, reference)
   np.testing.assert_array_equal(blocked[0], nearest[0])
   np.testing.assert_allclose(blocked[1], nearest[1], rtol=1e-12)
-  monkeypatch.setattr(neighbours, '_BLOCK_VALUES', 2)
+  monkeypatch.setattr(neighbours, 'BLOCK_VALUES', 2)
   assert next(neighbours.row_blocks(reference)) == slice(0, 1)
 
 

@@ -280,7 +280,7 @@ def _write(folder, evaluation):
 
 
 @pytest.mark.slow
-def test_the_second_time_gives_the_same_from_what_was_kept(
+def test_cached_statistics_give_the_same_metrics(
     config, model, variables, files, pairs, tmp_path, calls
 ):
   files = {'fd_encoder': files['fd_encoder']}
@@ -308,7 +308,7 @@ def one_kept(config, model, variables, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_images_are_not_taken_from_what_was_kept(
+def test_cached_statistics_of_other_images_are_not_used(
     config, model, variables, one_kept, tmp_path_factory, calls
 ):
   folder, distance = one_kept
@@ -327,7 +327,7 @@ def test_other_images_are_not_taken_from_what_was_kept(
 
 
 @pytest.mark.slow
-def test_other_weights_are_not_taken_from_what_was_kept(
+def test_cached_statistics_of_other_weights_are_not_used(
     config, model, variables, one_kept, tmp_path_factory, caplog
 ):
   folder, distance = one_kept
@@ -402,7 +402,7 @@ class _Poisoned:
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_is_counted_and_not_averaged_away(
+def test_nonfinite_values_are_counted_and_not_averaged(
     config, model, variables, files, pairs, tmp_path
 ):
   files = _without(files, 'lpips_vgg16', 'fd_vgg16')
@@ -419,7 +419,9 @@ def test_what_is_not_finite_is_counted_and_not_averaged_away(
 
 
 @pytest.mark.slow
-def test_one_image_has_no_distance_of_sets(config, model, variables, tmp_path):
+def test_frechet_distance_of_one_image_is_nan(
+    config, model, variables, tmp_path
+):
   evaluation = _evaluator(
       config, model, {'fd_encoder': str(_ENCODER)}, tmp_path,
       num_unreadable=_NUM_IMAGES - 1,

@@ -26,7 +26,7 @@ def test_projections_equal_scikit_learn(n, monkeypatch):
   expected = decomposition.PCA(16, svd_solver='full').fit(
       train.reshape(n, -1).astype(np.float64)
   )
-  monkeypatch.setattr(neighbours, '_MAX_ROWS', 7)
+  monkeypatch.setattr(neighbours, 'MAX_ROWS', 7)
   pca = pixel_pca.fit_pixel_pca(train)
   actual = 255 * pca.project(others)
   assert actual.dtype == np.float64

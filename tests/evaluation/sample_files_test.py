@@ -22,7 +22,7 @@ def path(tmp_path):
 @pytest.mark.parametrize('max_rows', [7, 2048])
 def test_numpy_reads_the_images_in_shuffled_order(path, max_rows, monkeypatch):
   images, labels = _image_set()
-  monkeypatch.setattr(neighbours, '_MAX_ROWS', max_rows)
+  monkeypatch.setattr(neighbours, 'MAX_ROWS', max_rows)
   sample_files.write_npz(path, images, labels, seed=1)
   with np.load(path, allow_pickle=False) as arrays:
     assert sorted(arrays) == ['arr_0', 'labels']
@@ -78,7 +78,7 @@ def test_a_partial_file_never_appears(path, monkeypatch):
   images, labels = _image_set()
   sample_files.write_npz(path, images, labels, seed=1)
   before = path.read_bytes()
-  monkeypatch.setattr(neighbours, '_MAX_ROWS', 7)
+  monkeypatch.setattr(neighbours, 'MAX_ROWS', 7)
   with pytest.raises(OSError, match='disk failed'):
     sample_files.write_npz(path, images.view(_Failing), labels, seed=2)
   assert path.read_bytes() == before

@@ -188,7 +188,7 @@ def test_copies_are_counted(sets, result):
 
 
 def test_blocks_do_not_matter(sets, result, monkeypatch):
-  monkeypatch.setattr(neighbours, '_MAX_ROWS', 17)
+  monkeypatch.setattr(neighbours, 'MAX_ROWS', 17)
   metrics, _ = _evaluate(*sets)
   assert metrics.keys() == result.metrics.keys()
   for name, value in metrics.items():

@@ -30,7 +30,7 @@ def run(untrained_run, capsys, monkeypatch):
   def run(*args, kind='masked', workdir=None):
     workdir = workdir or untrained_run(kind)
     with flagsaver.flagsaver():
-      args = launch._parse_flags(['launch.py', f'--workdir={workdir}', *args])
+      args = launch.parse_flags(['launch.py', f'--workdir={workdir}', *args])
       code = launch.main(args)
     return code, *capsys.readouterr()
 

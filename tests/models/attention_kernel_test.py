@@ -74,14 +74,14 @@ def test_blocks_have_whole_heads_and_a_width_that_tpus_allow(
     length, num_heads, head_dim
 ):
   width = num_heads * head_dim
-  group = attention_kernel._group_width(length, width, head_dim)
+  group = attention_kernel.group_width(length, width, head_dim)
   assert width % group == 0
   assert group % head_dim == 0
   assert group == width or group % 128 == 0
 
 
 def test_long_sequences_have_blocks_of_few_heads():
-  assert attention_kernel._group_width(785, 384, 64) == 128
-  assert attention_kernel._group_width(257, 1024, 64) == 128
-  assert attention_kernel._group_width(257, 1152, 72) == 1152
-  assert attention_kernel._group_width(64, 1024, 64) == 1024
+  assert attention_kernel.group_width(785, 384, 64) == 128
+  assert attention_kernel.group_width(257, 1024, 64) == 128
+  assert attention_kernel.group_width(257, 1152, 72) == 1152
+  assert attention_kernel.group_width(64, 1024, 64) == 1024

@@ -311,7 +311,7 @@ def test_noise_on_latents_is_of_the_stated_size_and_in_training_only():
   noise = jax.jit(
       lambda x: noisy.apply(
           variables, x, rngs={'quantizer': jax.random.key(0)},
-          method='_add_noise',
+          method='add_noise',
       )
   )(latents)
   # One size u for each image, uniform: E u^2 = 1/3.

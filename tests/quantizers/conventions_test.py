@@ -315,11 +315,6 @@ def test_recommended_levels_are_those_of_the_paper():
     recommended_levels(7)
 
 
-def test_common_levels_can_be_built():
-  quantizers = [FSQ(levels=levels) for levels in conventions.COMMON_LEVELS]
-  assert [fsq.codebook_size for fsq in quantizers] == [512, 240, 875, 1000]
-
-
 @pytest.mark.parametrize(
     ('levels', 'match'),
     [

@@ -12,9 +12,7 @@ from fsq_jax.quantizers import FSQ
 from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import convert
 
-_NAMED_LEVELS = sorted(
-    {*conventions.LEVELS.values(), *conventions.COMMON_LEVELS}
-)
+_NAMED_LEVELS = sorted({*conventions.LEVELS.values(), (7, 5, 5, 5)})
 _FAST_LEVELS = [(5, 3), (8, 6, 5), (7, 5, 5, 5, 5)]
 # Index order, as NumPy names it, and code of level index k.
 _CONVENTIONS = {

@@ -30,9 +30,7 @@ _GOLDEN_CASES = sorted(
     }
     - {('paper', '2x2x2')}
 )
-_NAMED_LEVELS = sorted(
-    {*conventions.LEVELS.values(), *conventions.COMMON_LEVELS}
-)
+_NAMED_LEVELS = sorted({*conventions.LEVELS.values(), (7, 5, 5, 5)})
 _DTYPES = ['float32', 'bfloat16', 'float16']
 _CONVENTIONS = ['symmetric', 'paper']
 _VARIANTS = [('symmetric', 'tanh'), ('symmetric', 'clip'), ('paper', 'tanh')]

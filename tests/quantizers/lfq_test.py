@@ -10,7 +10,6 @@ import pytest
 
 from fsq_jax.quantizers import BSQ
 from fsq_jax.quantizers import LFQ
-from fsq_jax.quantizers import lfq
 
 both = pytest.mark.parametrize('cls', [LFQ, BSQ])
 # BSQ only in the slow tier: these properties do not depend on the projection.
@@ -284,14 +283,3 @@ def test_spec_leaves_training_out():
   assert lsb['index_order'] == 'first dimension fastest'
   assert BSQ(4).spec()['name'] == 'bsq'
   assert BSQ(4).spec()['projection'] == 'z / |z|'
-
-
-def test_probabilities_of_bits_multiply():
-  logits = _normal((3, 4))
-  p = np.asarray(jax.nn.sigmoid(logits), np.float64)
-  bits = np.asarray(list(itertools.product([0, 1], repeat=4)))
-  expected = np.prod(
-      np.where(bits == 1, p[:, None], 1 - p[:, None]), axis=-1
-  )
-  joint = jax.jit(lfq._joint)(logits)
-  np.testing.assert_allclose(joint, expected, rtol=1e-5)

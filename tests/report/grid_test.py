@@ -63,13 +63,13 @@ def test_a_sheet_without_classes_is_a_plain_grid():
 
 def test_names_of_classes_fit_their_margin(monkeypatch):
   drawn = []
-  draw = grid._text
+  draw = grid.draw_text
 
   def record(text, height, width):
     drawn.append((text, width))
     return draw(text, height, width)
 
-  monkeypatch.setattr(grid, '_text', record)
+  monkeypatch.setattr(grid, 'draw_text', record)
   report_lib.contact_sheet(
       _images(0, 3, 16, 16), np.arange(3), ['tench', 'goldfish ' * 20]
   )
@@ -77,7 +77,8 @@ def test_names_of_classes_fit_their_margin(monkeypatch):
   assert (tench, number) == ('tench', '2')
   assert goldfish.startswith('goldfish goldfish')
   assert goldfish.endswith('...')
-  assert grid._MAX_NAME - 20 < margin <= grid._MAX_NAME + 2 * grid._GAP
+  # At most 160 pixels, with gaps of 3.
+  assert 160 - 20 < margin <= 160 + 2 * 3
 
 
 @pytest.mark.parametrize('cells', [(2, 3), (8, 12)])
@@ -118,7 +119,7 @@ def test_samples_stand_above_their_nearest_images():
   captions = sheet[2 * 131 - 3 : 2 * 131 + 14]
   for left in lefts:
     assert captions[:, left : left + 128].min() < 160
-  caption = np.broadcast_to(grid._text('123.46', 17, 128), (17, 128, 3))
+  caption = np.broadcast_to(grid.draw_text('123.46', 17, 128), (17, 128, 3))
   np.testing.assert_array_equal(sheet[-17:, 22:150], caption)
 
 

@@ -15,9 +15,10 @@ from fsq_jax import report as report_lib
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.report import curves
 from fsq_jax.report import elements
-from fsq_jax.report import grid as grid_lib
 from fsq_jax.report import report
 
+# Pixels of a grid: margin of its labels, gaps between rows and between blocks.
+_MARGIN, _GAP, _BLOCK_GAP = 22, 3, 14
 _VOID = {'br', 'img', 'input', 'meta'}
 _EVIL = '<script>alert("x")</script>'
 
@@ -400,8 +401,10 @@ def test_numbers_of_other_units_have_plots_of_their_own(split, name, title):
 
 def test_every_metric_by_a_network_has_a_curve_and_a_tile(workdir):
   names = list(network_metrics.DEFINITIONS)
-  drawn = {key for _, _, keys, _ in curves._CURVES for key in keys}
-  assert drawn.issuperset(names)
+  for name in names:
+    rows = [{'step': i, name: 2.0 + i} for i in range(3)]
+    svg = curves.render({'train': [], 'eval': rows})
+    assert svg.count('<figcaption>') == 1, name
   evaluation = json.loads((workdir / 'evaluation.json').read_text())
   # What would round to the same is told apart.
   values = {name: 0.12344 + i for i, name in enumerate(names)}
@@ -439,12 +442,12 @@ def test_earlier_grids_stand_behind_a_slider(workdir, monkeypatch):
   shown = ['" hidden' not in tag for tag in re.findall('<img[^>]*>', page)]
   assert shown == [False, False, True]
   assert 'max="2" value="2"' in page
-  monkeypatch.setattr(report, '_MAX_FRAMES', 2)
+  monkeypatch.setattr(report, 'MAX_FRAMES', 2)
   assert re.findall(r'alt="(step [\d,]+)"', _read(workdir)) == [
       'step 500',
       'step 1,500',
   ]
-  monkeypatch.setattr(report, '_MAX_FRAME_BYTES', 10)
+  monkeypatch.setattr(report, 'MAX_FRAME_BYTES', 10)
   page = _read(workdir)
   assert re.findall(r'alt="(step [\d,]+)"', page) == ['step 1,500']
   assert 'id="slider"' not in page
@@ -482,30 +485,30 @@ def test_grid_holds_every_pixel(num, height, width, columns, scale):
   rows = -(-num // columns)
   assert grid.dtype == np.uint8
   assert grid.shape == (
-      rows * (2 * cell[0] + grid_lib._GAP) + (rows - 1) * grid_lib._BLOCK_GAP,
-      grid_lib._MARGIN + columns * cell[1] + (columns - 1) * grid_lib._GAP,
+      rows * (2 * cell[0] + _GAP) + (rows - 1) * _BLOCK_GAP,
+      _MARGIN + columns * cell[1] + (columns - 1) * _GAP,
       3,
   )
   white = np.ones(grid.shape[:2], bool)
-  white[:, : grid_lib._MARGIN] = False
+  white[:, : _MARGIN] = False
   for i in range(num):
-    left = grid_lib._MARGIN + i % columns * (cell[1] + grid_lib._GAP)
-    top = i // columns * (2 * cell[0] + grid_lib._GAP + grid_lib._BLOCK_GAP)
+    left = _MARGIN + i % columns * (cell[1] + _GAP)
+    top = i // columns * (2 * cell[0] + _GAP + _BLOCK_GAP)
     for images in (originals, reconstructions):
       place = np.s_[top : top + cell[0], left : left + cell[1]]
       expected = np.kron(images[i], np.ones((scale, scale, 1), np.uint8))
       np.testing.assert_array_equal(grid[place], expected)
       # Grey letters stand beside each row.
-      assert grid[top : top + cell[0], : grid_lib._MARGIN].min() < 160
+      assert grid[top : top + cell[0], : _MARGIN].min() < 160
       white[place] = False
-      top += cell[0] + grid_lib._GAP
+      top += cell[0] + _GAP
   assert (grid[white] == 255).all()
 
 
 def test_photographs_are_not_enlarged():
   images = _images(0, 1, height=288, width=448)
   grid = report_lib.reconstruction_grid(images, images, width=600)
-  assert grid.shape == (2 * 288 + grid_lib._GAP, grid_lib._MARGIN + 448, 3)
+  assert grid.shape == (2 * 288 + _GAP, _MARGIN + 448, 3)
 
 
 @pytest.mark.parametrize('size', [16, 28, 32, 64, 128, 256])

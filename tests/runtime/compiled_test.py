@@ -46,7 +46,7 @@ def test_what_needs_more_memory_than_is_free_is_not_run(monkeypatch):
       function(np.float32(1), np.ones(4)), np.ones((4, 1)) * [1, 1, 1, 1]
       * np.arange(1, 5)[:, None]
   )
-  monkeypatch.setattr(compiled, '_free_bytes', lambda: 10_000)
+  monkeypatch.setattr(compiled, 'free_bytes', lambda: 10_000)
   with pytest.raises(compiled.TooLargeError, match=r'\[100\] need') as caught:
     function(np.float32(1), np.ones(100))
   assert compiled.is_out_of_memory(caught.value)
@@ -57,4 +57,4 @@ def test_what_needs_more_memory_than_is_free_is_not_run(monkeypatch):
 
 
 def test_free_memory_is_read():
-  assert compiled._free_bytes() > 2**20
+  assert compiled.free_bytes() > 2**20

@@ -140,7 +140,7 @@ def test_programs_do_what_the_tokenizer_does(tokenizer, programs, weights):
 ], ids=['conv_vq', 'vit_grouped_fsq'])  # fmt: skip
 def test_other_models_do_what_they_did(fields, monkeypatch):
   # Several chunks of rows, and the last one not full.
-  monkeypatch.setattr(lookup, '_EXPORTED_ROWS', 24)
+  monkeypatch.setattr(lookup, 'EXPORTED_ROWS', 24)
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
   config.update_from_flattened_dict(fields)
   tokenizer = _untrained(config)

@@ -337,7 +337,7 @@ def test_few_files_are_open_at_a_time(tmp_path, storage, monkeypatch):
     return open_shard(path, job)
 
   monkeypatch.setattr(shards, 'open_shard', open_and_record)
-  monkeypatch.setattr(sources, '_MAX_OPEN', 3)
+  monkeypatch.setattr(sources, 'MAX_OPEN', 3)
   source = tokens.TokenSource(tmp_path / 'x')
   files = pathlib.Path('/proc/self/fd')
   before = len(list(files.iterdir()))

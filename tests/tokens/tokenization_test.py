@@ -350,7 +350,7 @@ def test_training_photographs_are_different_images(views):
 @pytest.fixture
 def copy(tmp_path, root, monkeypatch):
   """A copy of the images, old enough for their times to be kept."""
-  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 0)
+  monkeypatch.setattr(image_states, 'RESOLUTION_NS', 0)
   return pathlib.Path(shutil.copytree(root, tmp_path / 'copy'))
 
 
@@ -470,11 +470,11 @@ def test_hashes_are_compared_where_times_tell_nothing(
 
 
 def test_times_of_new_files_are_not_trusted(tmp_path, copy, monkeypatch):
-  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 10**18)
+  monkeypatch.setattr(image_states, 'RESOLUTION_NS', 10**18)
   folder = tmp_path / 'x'
   tokens.tokenize_workdir(_folder_config(copy), _RUN, folder=folder)
   assert not np.load(folder / image_states.TIMES_FILE).any()
-  monkeypatch.setattr(image_states, '_RESOLUTION_NS', 0)
+  monkeypatch.setattr(image_states, 'RESOLUTION_NS', 0)
   shutil.rmtree(folder)
   tokens.tokenize_workdir(_folder_config(copy), _RUN, folder=folder)
   source = data.open_source(_folder_config(copy).data, 'eval')

@@ -14,6 +14,7 @@ import time
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from PIL import Image
 import pytest
 
@@ -353,7 +354,7 @@ def test_a_full_disk_ends_a_run_whose_steps_are_intact(
 
   def fill(self, step, *args):
     if step == 6:
-      monkeypatch.setattr(self._manager, 'save', _raise_full)
+      monkeypatch.setattr(ocp.CheckpointManager, 'save', _raise_full)
     save(self, step, *args)
 
   monkeypatch.setattr(checkpoints.Checkpointer, 'save', fill)

@@ -176,7 +176,7 @@ def test_steps_are_saved_when_due_and_with_their_evaluation():
   ]  # fmt: skip
 
 
-def test_a_stop_saves_the_step_before_anything_else_is_done_with_it():
+def test_stop_request_saves_the_step_first():
   events = []
   with pytest.raises(loop.Preempted) as stopped:
     _run(0, 7, _Request(after=3), every=(3, 2), events=events)
@@ -202,7 +202,7 @@ def test_a_stop_during_an_evaluation_saves_without_it():
         (0, (), []),
     ],
 )
-def test_an_evaluation_that_is_owed_comes_first(first, evaluated, expected):
+def test_missed_evaluation_runs_first(first, evaluated, expected):
   events = []
   _run(first, 5, every=(3, 100), evaluated=evaluated, events=events)
   start = [] if first >= 3 else [('evaluate', 3), ('save', 3, {'psnr': 3.0})]

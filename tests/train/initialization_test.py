@@ -360,7 +360,7 @@ def test_statistics_that_cannot_be_read_are_refused(tmp_path):
     [('mean', np.nan), ('mean', -np.inf), ('variance', np.inf),
      ('variance', np.nan), ('variance', -1.0)],
 )
-def test_statistics_that_are_no_numbers_are_refused(name, value, tmp_path):
+def test_invalid_statistics_are_rejected(name, value, tmp_path):
   array = np.full((2, 2, 48), 1, np.float32)
   array[0, 1, 7] = value
   path = _write_statistics(tmp_path, **{name: array})
@@ -467,7 +467,7 @@ def test_a_run_of_another_model_is_refused(finished):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_files_are_looked_for_before_anything_long(
+def test_missing_files_are_found_before_long_work(
     fields, tmp_path, monkeypatch
 ):
   def refuse(*args, **kwargs):
@@ -484,7 +484,7 @@ def test_files_are_looked_for_before_anything_long(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_the_files_it_started_from(
+def test_run_resumes_without_its_initialization_files(
     tmp_path, monkeypatch
 ):
   monkeypatch.setattr(report, 'write_report', lambda *_: None)

@@ -110,7 +110,7 @@ def _assert_are_of(statistics, latents):
         pytest.param(8, 1, marks=pytest.mark.slow),
     ],
 )
-def test_statistics_are_those_of_numpy(
+def test_statistics_match_numpy(
     config, latents, monkeypatch, batch_size, num_devices
 ):
   if num_devices == 1:
@@ -131,7 +131,7 @@ def test_statistics_are_those_of_numpy(
 
 
 @pytest.mark.slow
-def test_images_that_cannot_be_read_do_not_count(
+def test_unreadable_images_are_skipped(
     config, root, latents, tmp_path
 ):
   shutil.copytree(root / 'data', tmp_path / 'data')
@@ -148,24 +148,6 @@ def test_images_that_cannot_be_read_do_not_count(
     path.write_bytes(b'')
   with pytest.raises(ValueError, match='No image of the training split'):
     latent_statistics.measure(config)
-
-
-def test_batches_far_from_zero_lose_no_digits():
-  # Squares minus the square of the mean would lose them all.
-  rng = np.random.default_rng(0)
-  latents = rng.normal(1000, 0.1, (24, 1, 2, 3)).astype(np.float32)
-  total = latent_statistics._Moments(0.0, 0.0, 0.0)
-  masks = np.ones((3, 8), bool)
-  masks[2, 5:] = False
-  for batch, mask in zip(latents.reshape(3, 8, 1, 2, 3), masks, strict=True):
-    part = latent_statistics._moments(batch, mask)
-    total = latent_statistics._merge(total, part)
-  assert total.count == 21
-  expected = np.float64(latents[:21])
-  np.testing.assert_allclose(total.mean, expected.mean(axis=0), rtol=1e-6)
-  np.testing.assert_allclose(
-      total.squares / total.count, expected.var(axis=0), rtol=1e-2
-  )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +206,7 @@ def test_the_workdir_is_tried_before_anything_is_read(
     latent_statistics.measure_to_workdir(config, tmp_path / 'file')
 
 
-def test_the_file_is_there_whole_or_not_at_all(config, tmp_path, monkeypatch):
+def test_statistics_are_written_atomically(config, tmp_path, monkeypatch):
   path = _write(config, tmp_path / 'new')
   assert path == tmp_path / 'new' / 'latent_statistics.safetensors'
   before = safetensors.numpy.load_file(path)

@@ -234,7 +234,7 @@ def test_the_first_update_of_the_encoder_is_scaled(stage2):
 
 @pytest.mark.parametrize('factor', [0.5, 1.0])
 @pytest.mark.slow
-def test_what_is_not_finite_leaves_no_trace(stage2, factor):
+def test_nonfinite_step_changes_only_the_counters(stage2, factor):
   scale = np.float32(np.nan if factor < 1 else 1)
   teacher = jax.tree.map(lambda x: x * scale, stage2.start.teacher_params)
   start = stage2.start.replace(teacher_params=teacher)
@@ -399,7 +399,7 @@ def test_stage_2_trains_the_encoder_and_keeps_its_start(runs):
 
 
 @pytest.mark.slow
-def test_stage_2_goes_on_without_stage_1_bit_for_bit(
+def test_stage_2_resumes_bit_for_bit_without_stage_1(
     runs, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(report, 'write_report', lambda *_: None)
@@ -421,7 +421,7 @@ def test_stage_2_goes_on_without_stage_1_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_run_cannot_take_up_distillation_on_its_way(runs, tmp_path):
+def test_distillation_cannot_be_enabled_on_resume(runs, tmp_path):
   folder, configs, _ = runs
   shutil.copytree(folder / '1', tmp_path / '1')
   config = configs[1].copy_and_resolve_references()

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fsq_jax import workdir as workdirs
+from fsq_jax.workdir import metric_log
 
 
 def _names(folder):
@@ -118,10 +119,14 @@ def test_rows_are_written_without_tensorboardx(tmp_path, monkeypatch):
   assert _names(tmp_path) == [workdirs.METRICS]
 
 
-def test_a_full_disk_is_reported_once(tmp_path):
+def test_a_full_disk_is_reported_once(tmp_path, monkeypatch):
+
+  def open_full(path, *args, **kwargs):
+    del path
+    return open('/dev/full', *args, **kwargs)
+
+  monkeypatch.setattr(metric_log, 'open', open_full, raising=False)
   writer = workdirs.MetricWriter(tmp_path, first_step=0)
-  writer._file.close()
-  with open('/dev/full', 'a', encoding='utf-8') as writer._file:
-    with pytest.raises(OSError, match='No space left'):
-      writer.write(1, 'train', {'loss': 1.0})
-    writer.close()  # Not again, in place of the error that tells what to do.
+  with pytest.raises(OSError, match='No space left'):
+    writer.write(1, 'train', {'loss': 1.0})
+  writer.close()  # Not again, in place of the error that tells what to do.

@@ -501,7 +501,7 @@ def _grey(values):
   return np.stack([values] * 3, axis=-1)
 
 
-def test_files_that_came_out_wrong():
+def test_files_that_pillow_decodes_wrongly():
   camera = skimage.data.camera()[::4, ::4]
   astronaut = skimage.data.astronaut()[::4, ::4]
   ramp = np.add.outer(np.arange(32), np.arange(32)) % 16
@@ -626,6 +626,6 @@ _HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
         ),
     ],
 )
-def test_the_reason_says_what_the_file_is(data, reason):
+def test_error_names_the_file_format(data, reason):
   with pytest.raises(data_lib.DamagedImageError, match=reason):
     decoding.decode_image(data)
