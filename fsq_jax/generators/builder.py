@@ -211,5 +211,8 @@ def build_sampling(
 
 
 def describe_sampling(options: Sampling) -> dict[str, Any]:
-  """Returns the options of sampling as JSON values, for protocols."""
-  return dataclasses.asdict(options)
+  """Returns the options of sampling in use as JSON values, for protocols."""
+  values = dataclasses.asdict(options)
+  if values.get('order') != 'confidence':
+    values.pop('choice_temperature', None)
+  return values
