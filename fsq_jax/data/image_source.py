@@ -187,12 +187,12 @@ class EncodedSource(ImageSource):
       encoded = self.read(index)
       digest = hashlib.sha256(encoded).digest()
       self.digests[index] = np.frombuffer(digest, np.uint8)
-      image = decoding.decode_image(encoded)
-      size = image.shape[:2]
-      image = transforms.resize_shorter(image, self._resize_shorter)
-      if min(size) < self._resize_shorter:
+      image = decoding.decode_to_pillow(encoded)
+      width, height = image.size
+      resized = transforms.resize_pillow(image, self._resize_shorter)
+      if min(image.size) < self._resize_shorter:
         self.record_upscaled(index)
-      return image, size
+      return np.asarray(resized), (height, width)
     except image_errors.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise
