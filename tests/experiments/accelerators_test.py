@@ -1,4 +1,4 @@
-"""Tests of what experiments/tpu_compile counts, and of what it shows."""
+"""Tests of what experiments/accelerators counts, and of what it shows."""
 
 import collections
 import json
@@ -9,8 +9,8 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tpu_compile import hlo_costs
-from experiments.tpu_compile import tpu_compile
+from experiments.accelerators import compile_steps
+from experiments.accelerators import hlo_costs
 from fsq_jax import configuration
 from fsq_jax.models import layers
 from fsq_jax.models.pretrained import architectures
@@ -18,7 +18,7 @@ from fsq_jax.models.pretrained import blocks as vit_blocks
 from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_FOLDER = _ROOT / 'experiments' / 'tpu_compile'
+_FOLDER = _ROOT / 'experiments' / 'compile_steps'
 
 
 def _costs(function, *arguments):
@@ -203,7 +203,7 @@ def _results():
 
 
 def test_readmes_show_the_tables_of_the_results(capsys):
-  tpu_compile.print_tables(_results())
+  compile_steps.print_tables(_results())
   tables = capsys.readouterr().out.strip().split('\n\n')
   assert len(tables) == 2
   for table in tables:
@@ -211,7 +211,7 @@ def test_readmes_show_the_tables_of_the_results(capsys):
 
 
 def test_every_case_has_a_result():
-  names = [case.name for case in tpu_compile.list_cases()]
+  names = [case.name for case in compile_steps.list_cases()]
   assert len(set(names)) == len(names)
   assert list(_results()['cases']) == names
 
