@@ -39,7 +39,11 @@ def custom_call_flops(
     flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
     return float(flops.group(1)) if flops else 0.0
   if target.startswith('__cublas$'):
-    return _matmul_flops(instruction, operands)
+    axes = _integers(
+        r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction
+    )
+    contracted = math.prod(operands[0].shape[i] for i in axes)
+    return 2.0 * math.prod(instruction.arrays[0].shape) * contracted
   if target.startswith('__cudnn$conv'):
     # dim_labels and window are those of the forward convolution.
     result = instruction.arrays[0].shape
@@ -50,11 +54,10 @@ def custom_call_flops(
       rhs, result = result, rhs
     return convolution_flops(lhs, rhs, result, instruction)
   if target in _FMHA:
-    # The first result is the attention or dq, [batch, length, heads, channels];
-    # queries are as many as keys.
-    batch, length, num_heads, head_dim = instruction.arrays[0].shape
-    flops = 2.0 * batch * num_heads * length**2 * head_dim
-    return _FMHA[target] * flops
+    # [batch, heads, queries, keys] of the logits.
+    logits = _integers(r'"dimensions":\s*\[([^\]]*)\]', instruction)
+    head_dim = instruction.arrays[0].shape[-1]
+    return 2.0 * _FMHA[target] * math.prod(logits) * head_dim
   return 0.0
 
 
@@ -66,8 +69,8 @@ def find_attention(instruction: hlo.Instruction, op_name: str) -> str:
     op_name: its origin in the model.
 
   Returns:
-    'Pallas', 'cuDNN' or 'XLA', followed by ' forward' or ' backward'. XLA's has
-    several matmuls, of which the logits and their gradient for the keys count.
+    'Pallas' or 'cuDNN', followed by ' forward' or ' backward'; 'XLA forward' for
+    the logits of attention without a kernel.
   """
   target = _target(instruction)
   if target in _FMHA:
@@ -75,21 +78,15 @@ def find_attention(instruction: hlo.Instruction, op_name: str) -> str:
   if target == 'tpu_custom_call':
     found = re.search(r'/(forward|backward)_attention', op_name)
     return f'Pallas {found.group(1)}' if found else ''
-  if _LOGITS not in op_name:
-    return ''
   # Recomputed logits are within the transposed function.
-  is_backward = 'transpose(' in op_name and 'rematted' not in op_name
-  return f'XLA {"backward" if is_backward else "forward"}'
+  is_gradient = 'transpose(' in op_name and 'rematted' not in op_name
+  return 'XLA forward' if _LOGITS in op_name and not is_gradient else ''
 
 
-def _matmul_flops(
-    instruction: hlo.Instruction, operands: Sequence[hlo.Array]
-) -> float:
-  axes = re.search(
-      r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest
-  ).group(1)
-  sizes = [operands[0].shape[int(i)] for i in re.findall(r'\d+', axes)]
-  return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
+def _integers(pattern: str, instruction: hlo.Instruction) -> list[int]:
+  """Returns the integers of the first match of a pattern in the attributes."""
+  found = re.search(pattern, instruction.rest)
+  return [int(x) for x in re.findall(r'\d+', found.group(1))]
 
 
 def _target(instruction: hlo.Instruction) -> str:

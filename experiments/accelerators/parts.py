@@ -11,7 +11,7 @@ from experiments.accelerators import hlo_costs
 _PARTS = (
     ('discriminator', r'Discriminator'),
     ('perceptual loss', r'Lpips|OutputDistance'),
-    ('generator', r'Generator'),
+    ('generator', r'TokenModel'),
     ('decoder', r'\.decode\b|/decoder\b'),
     ('encoder', r'\.encode\b|/encoder\b|PretrainedVit'),
 )
