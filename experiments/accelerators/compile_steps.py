@@ -35,20 +35,6 @@ from experiments.accelerators import parts  # noqa: E402
 from experiments.accelerators import tables  # noqa: E402
 from fsq_jax.workdir import provenance  # noqa: E402
 
-# A plain ViT-H/16 autoencoder, 1.26 billion parameters.
-_VIT_H = {
-    'data.image_size': (256, 256),
-    'model.encoder.patch_size': 16,
-    'model.encoder.width': 1280,
-    'model.encoder.depth': 32,
-    'model.encoder.num_heads': 16,
-    'model.encoder.mlp_dim': 5120,
-    'model.decoder.depth': 32,
-    'model.dtype': 'bfloat16',
-    'model.remat': 'blocks',
-}
-
-
 class Case(NamedTuple):
   """A training step to compile.
 
@@ -101,8 +87,8 @@ def list_cases() -> list[Case]:
       Case('imagenet128_fsq_8555', 'v5e:4x4', 256),
       Case('imagenet256_fsq_1024', 'v5e:4x4', 256),
       Case('imagenet256_fsq_1024', 'v5e:4x4', 256, fsdp),
-      Case('default', 'v5e:4x4', 1024, fsdp, _VIT_H, 'vit_h_16'),
-      Case('default', 'v5e:4x4', 1024, tensor, _VIT_H, 'vit_h_16'),
+      Case('default', 'v5e:4x4', 1024, fsdp, _vit_h('qkv'), 'vit_h_16'),
+      Case('default', 'v5e:4x4', 1024, tensor, _vit_h('blocks'), 'vit_h_16'),
       Case(stage_1, 'v6e:4x4', 1024),
       Case('imagenet256_maskgit_8555', 'v5e:4x4', 256),
   ]
@@ -126,12 +112,27 @@ def list_cases() -> list[Case]:
         Case(stage_2, f'h100:{num_gpus}', 64 * num_gpus),
     ]
   cases += [
-      Case('default', 'h100:8', 512, fsdp, _VIT_H, 'vit_h_16'),
+      Case('default', 'h100:8', 512, fsdp, _vit_h('dots'), 'vit_h_16'),
       Case('imagenet128_fsq_8555', 'h100:8', 256),
       Case('imagenet256_fsq_1024', 'h100:8', 256),
       Case('imagenet256_maskgit_8555', 'h100:8', 256),
   ]
   return cases
+
+
+def _vit_h(remat: str) -> dict[str, Any]:
+  """Returns fields of a plain ViT-H/16 autoencoder, 1.26 billion parameters."""
+  return {
+      'data.image_size': (256, 256),
+      'model.encoder.patch_size': 16,
+      'model.encoder.width': 1280,
+      'model.encoder.depth': 32,
+      'model.encoder.num_heads': 16,
+      'model.encoder.mlp_dim': 5120,
+      'model.decoder.depth': 32,
+      'model.dtype': 'bfloat16',
+      'model.remat': remat,
+  }
 
 
 def compile_case(

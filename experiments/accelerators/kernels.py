@@ -69,7 +69,7 @@ def find_attention(instruction: hlo.Instruction, op_name: str) -> str:
     op_name: its origin in the model.
 
   Returns:
-    'Pallas' or 'cuDNN', followed by ' forward' or ' backward'; 'XLA forward' for
+    'Pallas' or 'cuDNN' with ' forward' or ' backward'; 'XLA forward' for
     the logits of attention without a kernel.
   """
   target = _target(instruction)

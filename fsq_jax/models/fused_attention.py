@@ -11,8 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fsq_jax.runtime import partitioning
 
-# The result of a kernel under this name is saved by the remat policy 'dots'.
+# The result of a kernel under this name is saved by the remat policy 'dots', its
+# arguments under this name by 'qkv'.
 NAME = 'fused_attention'
+QKV_NAME = 'fused_attention_qkv'
 _GPU_DTYPES = (jnp.bfloat16, jnp.float16)
 # cuDNN supports more channels per head on some GPUs.
 _GPU_MAX_HEAD_DIM = 128
@@ -123,7 +125,10 @@ def _attend_tpu(
   options = attention_kernel.Options(
       head_dim, causal, jax.sharding.NamedSharding(mesh, spec)
   )
-  q, k, v = (rearrange(x, 'b h n d -> b n (h d)') for x in (q, k, v))
+  q, k, v = (
+      checkpoint_name(rearrange(x, 'b h n d -> b n (h d)'), QKV_NAME)
+      for x in (q, k, v)
+  )
   mixed = attention_kernel.attention(q, k, v, options)
   return rearrange(mixed, 'b n (h d) -> b h n d', d=head_dim)
 
@@ -140,6 +145,7 @@ def _attend_gpu(
     # cuDNN's kernels for odd lengths are few: a token is added and masked.
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(batch, length, jnp.int32)
+  q, k, v = (checkpoint_name(x, QKV_NAME) for x in (q, k, v))
   mixed = jax.nn.dot_product_attention(
       q, k, v, is_causal=causal, key_value_seq_lengths=lengths,
       implementation='cudnn',
