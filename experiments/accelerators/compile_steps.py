@@ -35,6 +35,7 @@ from experiments.accelerators import parts  # noqa: E402
 from experiments.accelerators import tables  # noqa: E402
 from fsq_jax.workdir import provenance  # noqa: E402
 
+
 class Case(NamedTuple):
   """A training step to compile.
 

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fsq_jax.runtime import partitioning
 
-# The result of a kernel under this name is saved by the remat policy 'dots', its
-# arguments under this name by 'qkv'.
+# Names under which the remat policy 'dots' saves the result of a kernel, and
+# 'qkv' its arguments.
 NAME = 'fused_attention'
 QKV_NAME = 'fused_attention_qkv'
 _GPU_DTYPES = (jnp.bfloat16, jnp.float16)
