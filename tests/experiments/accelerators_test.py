@@ -326,3 +326,10 @@ def test_the_large_vqrae_fits_16_chips_of_16_gb(stage):
   mesh = dict(config.partitioning.mesh)
   assert mesh == {'data': 1, 'fsdp': -1, 'tensor': 1}
   assert figures['mesh'] == {'data': 1, 'fsdp': 16, 'tensor': 1}
+
+
+def test_every_attention_in_bfloat16_has_a_kernel():
+  for name, figures in _results()['cases'].items():
+    attention = figures.get('attention', {})
+    if 'float32' not in name:
+      assert not any(kind.startswith('XLA') for kind in attention), name
