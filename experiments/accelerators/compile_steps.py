@@ -311,7 +311,9 @@ def main() -> None:
   parser.add_argument(
       '--again', action='store_true', help='recompile finished cases'
   )
-  parser.add_argument('--only', default='', help='substring of the case names')
+  parser.add_argument(
+      '--only', default='', help='regular expression for the case names'
+  )
   parser.add_argument(
       '--texts', type=pathlib.Path,
       help='folder that keeps the compiled text, to analyze it again',
@@ -338,7 +340,9 @@ def main() -> None:
   if arguments.texts:
     options.append(f'--texts={arguments.texts}')
   for name, case in cases.items():
-    if arguments.only not in name or (name in records and not arguments.again):
+    if not re.search(arguments.only, name):
+      continue
+    if name in records and not arguments.again:
       continue
     missing = chips.missing_plugin(case.topology)
     if missing:

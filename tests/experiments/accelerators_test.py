@@ -306,10 +306,11 @@ def test_readmes_show_the_tables_of_the_results(capsys):
     assert table in (_FOLDER / 'README.md').read_text()
 
 
-def test_every_case_has_a_result():
+def test_results_are_of_cases():
   names = [case.name for case in compile_steps.list_cases()]
   assert len(set(names)) == len(names)
-  assert list(_results()['cases']) == names
+  known = _results()['cases']
+  assert list(known) == [name for name in names if name in known]
 
 
 @pytest.mark.parametrize('stage', ['', '_stage2'])
