@@ -15,15 +15,13 @@ class Chip(NamedTuple):
 
   Attributes:
     flops: bf16 FLOP/s.
-    hbm: bytes of HBM.
     hbm_bandwidth: bytes per second.
     link_bandwidth: bytes per second in one direction, half of the documented
       bidirectional value.
-    package: of the compiler's plugin, with the version in requirements.
+    package: pip package of the compiler.
   """
 
   flops: float
-  hbm: float
   hbm_bandwidth: float
   link_bandwidth: float
   package: str
@@ -31,10 +29,10 @@ class Chip(NamedTuple):
 
 # cloud.google.com/tpu/docs/<name>; nvidia.com/h100, SXM.
 CHIPS = {
-    'v5e': Chip(197e12, 16e9, 819e9, 200e9, 'libtpu'),
-    'v5p': Chip(459e12, 95e9, 2765e9, 600e9, 'libtpu'),
-    'v6e': Chip(918e12, 32e9, 1638e9, 400e9, 'libtpu'),
-    'h100': Chip(989e12, 80e9, 3352e9, 450e9, 'jax-cuda13-plugin'),
+    'v5e': Chip(197e12, 819e9, 200e9, 'libtpu'),
+    'v5p': Chip(459e12, 2765e9, 600e9, 'libtpu'),
+    'v6e': Chip(918e12, 1638e9, 400e9, 'libtpu'),
+    'h100': Chip(989e12, 3352e9, 450e9, 'jax-cuda13-plugin'),
 }
 _REQUIREMENTS = {
     'libtpu': 'libtpu==0.0.42.1',

@@ -25,6 +25,8 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
+import jax
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = pathlib.Path(__file__).with_name('results.json')
 sys.path.insert(0, str(ROOT))
@@ -32,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 from experiments.accelerators import chips  # noqa: E402
 from experiments.accelerators import hlo_costs  # noqa: E402
 from experiments.accelerators import parts  # noqa: E402
+from experiments.accelerators import steps  # noqa: E402
 from experiments.accelerators import tables  # noqa: E402
+from fsq_jax.runtime import partitioning  # noqa: E402
 from fsq_jax.workdir import provenance  # noqa: E402
 
 
@@ -151,12 +155,6 @@ def compile_case(
     texts: folder of compiled text: the text of the case is written there or, if
       it is there, analyzed instead of compiling.
   """
-  import jax
-
-  from experiments.accelerators import steps
-  from fsq_jax.runtime import partitioning
-
-  chip = chips.find_chip(case.topology)
   kept = None
   if texts is not None:
     kept = texts / f'{re.sub(r"[^a-z0-9_]+", "-", case.name.lower())}.json'
@@ -164,70 +162,69 @@ def compile_case(
     record = json.loads(kept.read_text(encoding='utf-8'))
     text = record.pop('text')
   else:
-    config = steps.load_config(case.config, case.batch_size, case.fields)
-    if chip.package == 'libtpu':
-      # Takes a quarter of the compile time of the default, 0.
-      jax.config.update('jax_exec_time_optimization_effort', -1.0)
-    mesh = partitioning.create_mesh(
-        dict(case.mesh or config.partitioning.mesh),
-        chips.describe_devices(case.topology),
-    )
-    step = steps.build_step(config, mesh)
-    if model_tflops is None:
-      model_tflops = steps.count_model_flops(config) / 1e12
-    record = {
-        'config': case.config,
-        'topology': case.topology,
-        'batch_size': case.batch_size,
-        'mesh': dict(mesh.shape),
-        'commit': commit,
-        'versions': {
-            name: metadata.version(name)
-            for name in ('jax', 'jaxlib', chip.package)
-        },
-        'state_gib': round(step.state_bytes / 2**30, 2),
-        'whole_mib': round(sum(step.whole.values()) / 2**20, 1),
-        'model_tflops': round(model_tflops, 2),
-    }
-    compiled, measured = _compile(step.lowered)
-    record |= measured
-    if compiled is None:
-      return record
-    text = compiled.as_text()
-    if kept is not None:
+    record, text = _compile(case, commit, model_tflops)
+    if kept is not None and text:
       kept.write_text(json.dumps({**record, 'text': text}), encoding='utf-8')
+  if not text:
+    return record
+  per_chip = record['model_tflops'] / math.prod(record['mesh'].values())
   costs = hlo_costs.Program(text).costs()
-  num_chips = math.prod(record['mesh'].values())
-  return {
-      **record, **summarize(costs, chip, record['model_tflops'] / num_chips)
+  chip = chips.find_chip(case.topology)
+  return {**record, **summarize(costs, chip, per_chip)}
+
+
+def _compile(
+    case: Case, commit: str | None, model_tflops: float | None
+) -> tuple[dict[str, Any], str]:
+  """Returns a record of the compiled step, and its text; '' if out of memory.
+
+  Args:
+    case: the step.
+    commit: of the code.
+    model_tflops: as in `compile_case`.
+  """
+  package = chips.find_chip(case.topology).package
+  if package == 'libtpu':
+    # Takes a quarter of the compile time of the default, 0.
+    jax.config.update('jax_exec_time_optimization_effort', -1.0)
+  config = steps.load_config(case.config, case.batch_size, case.fields)
+  mesh = partitioning.create_mesh(
+      dict(case.mesh or config.partitioning.mesh),
+      chips.describe_devices(case.topology),
+  )
+  step = steps.build_step(config, mesh)
+  if model_tflops is None:
+    model_tflops = steps.count_model_flops(config) / 1e12
+  record = {
+      'config': case.config,
+      'topology': case.topology,
+      'batch_size': case.batch_size,
+      'mesh': dict(mesh.shape),
+      'commit': commit,
+      'versions': {
+          name: metadata.version(name) for name in ('jax', 'jaxlib', package)
+      },
+      'state_gib': round(step.state_bytes / 2**30, 2),
+      'whole_mib': round(sum(step.whole.values()) / 2**20, 1),
+      'model_tflops': round(model_tflops, 2),
   }
-
-
-def _compile(lowered: Any) -> tuple[Any, dict[str, Any]]:
-  """Compiles a step; None, and the memory it needs, if it does not fit."""
-  import jax
-
   started = time.perf_counter()
   try:
-    compiled = lowered.compile()
+    compiled = step.lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     needed = re.search(r'\(([\d.]+)G\) exceeds available HBM', str(error))
     if not needed:
       raise
-    return None, {'needs_gib': float(needed.group(1))}
-  seconds = time.perf_counter() - started
+    return {**record, 'needs_gib': float(needed.group(1))}, ''
+  record['compile_seconds'] = round(time.perf_counter() - started, 1)
   memory = compiled.memory_analysis()
-  return compiled, {
-      'compile_seconds': round(seconds, 1),
-      'memory_gib': {
-          name.partition('_')[0]: round(
-              getattr(memory, f'{name}_in_bytes') / 2**30, 3
-          )
-          for name in (
-              'argument_size', 'temp_size', 'alias_size', 'peak_memory'
-          )
-      },
+  record['memory_gib'] = {
+      name.partition('_')[0]: round(
+          getattr(memory, f'{name}_in_bytes') / 2**30, 3
+      )
+      for name in ('argument_size', 'temp_size', 'alias_size', 'peak_memory')
   }
+  return record, compiled.as_text()
 
 
 def summarize(
