@@ -214,7 +214,8 @@ def _model() -> ml_collections.ConfigDict:
   # quantizer and losses are always float32.
   model.dtype = 'float32'
   # Rematerialization in the backward pass: 'none'; 'blocks' recomputes each
-  # block from its input; 'dots' recomputes all but the results of dense layers,
+  # block from its input; 'qkv' recomputes all but the arguments of fused
+  # attention; 'dots' recomputes all but the results of dense layers,
   # convolutions and fused attention. Earlier versions: False and True for
   # 'none' and 'blocks'.
   model.remat = config_dict.FieldReference('none', field_type=object)
