@@ -85,7 +85,6 @@ def _vit(label: str, *, depth: int, batch_sizes: Sequence[int], **sizes):
       'data.image_size': (sizes['image_side'],) * 2,
       'model.quantizer.fsq.levels': (8, 8, 8),
       'model.dtype': 'bfloat16',
-      'model.scan_unroll': depth,
       # PyTorch's step has none of these.
       'model.quantizer.fsq.commitment_weight': 0.0,
       'optim.clip_norm': 0.0,
@@ -148,7 +147,9 @@ def measure(
     Rows; the first is the matmul in bfloat16.
   """
   started = time.monotonic()
-  matrix = jnp.ones((matmul_side, matmul_side), jnp.bfloat16)
+  # Not constant: the clock of a GPU depends on the bits that change.
+  shape = matmul_side, matmul_side
+  matrix = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
   multiply = jax.jit(jnp.matmul)
   yield Row(
       f'matmul of {matmul_side} x {matmul_side} in bfloat16', 0,
