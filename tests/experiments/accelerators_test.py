@@ -319,8 +319,8 @@ def test_the_large_vqrae_fits_16_chips_of_16_gb(stage):
   figures = _results()['cases'][name]
   assert figures['batch_size'] == 1024
   memory = figures['memory_gib']
-  # Of 15.75 GiB; without overlap between temporaries it would fit, too.
-  assert memory['peak'] < memory['argument'] + memory['temp'] < 15
+  # Of 15.75 GiB.
+  assert memory['peak'] < 14.5
   config = configuration.load_config(
       _ROOT / 'configs' / f'vqrae_fsq_siglip_l{stage}.py'
   )
