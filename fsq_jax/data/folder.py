@@ -54,7 +54,7 @@ class FolderSource(image_source.EncodedSource):
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    files = _list_images(self._root, split)
+    files = listing.list_images(self._root, split)
     sizes = files.sizes
     self._paths = sorted(sizes)
     self._sizes = sizes
@@ -68,8 +68,12 @@ class FolderSource(image_source.EncodedSource):
         hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
         **reading,
     )
-    listing.check_unread_share(
-        files, os.path.join(self._root, split), self._max_damaged_share
+    listing.check_files(
+        len(sizes),
+        files.skipped,
+        files.num_unread,
+        os.path.join(self._root, split),
+        self._max_damaged_share,
     )
     self.skipped = files.skipped
 
@@ -198,18 +202,3 @@ def _list_folders(folder: str) -> list[str]:
         for entry in entries
         if entry.is_dir() and not entry.name.startswith('.')
     )
-
-
-def _list_images(root: str, split: str) -> listing.Listing:
-  """Lists the images of a split; raises ValueError if there are no images."""
-  files = listing.list_images(root, split)
-  folder = os.path.join(root, split)
-  skipped = listing.describe_skipped(files.skipped)
-  if not files.sizes:
-    raise ValueError(
-        f'{folder} holds no images; known extensions: {listing.EXTENSIONS}'
-        + (f'. Skipped: {skipped}.' if skipped else '.')
-    )
-  if skipped:
-    logging.warning('%s: skipped %s.', folder, skipped)
-  return files
