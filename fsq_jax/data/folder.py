@@ -12,8 +12,6 @@ from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 
-_NUM_LISTED = 10
-
 
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
@@ -102,10 +100,10 @@ class FolderSource(image_source.EncodedSource):
           else f'the training split {self._class_split!r}'
       )
       raise ValueError(
-          f'{split!r} has the classes {_shorten(unknown)}, which {known_by} '
-          f'does not have; known classes: {_shorten(names)}. Set '
-          'data.label_names to the names of all classes, in the order of '
-          'their labels.'
+          f'{split!r} has the classes {listing.shorten(unknown)}, which'
+          f' {known_by} does not have; known classes:'
+          f' {listing.shorten(names)}. Set data.label_names to the names of all'
+          ' classes, in the order of their labels.'
       )
     if unknown:
       logging.warning(
@@ -121,7 +119,7 @@ class FolderSource(image_source.EncodedSource):
     if stray and names:
       logging.warning(
           '%d of %d images are outside of the class folders of %r and have'
-          ' label -1: %s', len(stray), len(self), split, _shorten(stray)
+          ' label -1: %s', len(stray), len(self), split, listing.shorten(stray)
       )
     return names
 
@@ -187,11 +185,6 @@ def _class_of(path: str) -> str | None:
   """Returns CLASS of split/CLASS/any/depth/name.jpg, None of split/name.jpg."""
   parts = path.split('/')
   return parts[1] if len(parts) > 2 else None
-
-
-def _shorten(names: Sequence[str]) -> str:
-  more = ', ...' if len(names) > _NUM_LISTED else ''
-  return ', '.join(map(repr, names[:_NUM_LISTED])) + more
 
 
 def _list_folders(folder: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Lists the images of a folder and counts its other files."""
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -41,6 +41,7 @@ _OTHER_EXTENSIONS = {
     '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml', '.zip', '.zst',
     '.7z',
 }  # fmt: skip
+_NUM_LISTED = 10
 # Length of the beginning of a file that shows its kind.
 START_BYTES = 512
 
@@ -128,6 +129,12 @@ def check_files(
 def order_skipped(skipped: Mapping[str, int]) -> dict[str, int]:
   """Returns the counts of skipped files, the most frequent kind first."""
   return dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0])))
+
+
+def shorten(names: Sequence[str]) -> str:
+  """Returns the first names, quoted: "'a', 'b', ..."."""
+  more = ', ...' if len(names) > _NUM_LISTED else ''
+  return ', '.join(map(repr, names[:_NUM_LISTED])) + more
 
 
 def _describe(skipped: Mapping[str, int]) -> str:
