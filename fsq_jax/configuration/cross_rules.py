@@ -11,7 +11,7 @@ from fsq_jax.configuration import rules
 # losses and the size of training batches.
 INPUTS = frozenset({'images', 'initialization', 'training'})
 # Sources of images in the folder data.data_dir.
-_FOLDERS = ('folder', 'webdataset')
+_FOLDERS = ('folder', 'webdataset', 'arrays')
 _MESH = tuple(
     f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
 )
@@ -31,7 +31,7 @@ def cross_rules(
   if 'images' in uses:
     yield rules.CrossRule(
         ('data.source', 'data.data_dir'),
-        "with 'folder' and 'webdataset' an existing folder as data_dir; set"
+        f'with {_FOLDERS} an existing folder as data_dir; set'
         ' --config.data.data_dir',
         lambda source, folder: (
             source not in _FOLDERS or os.path.isdir(os.path.expanduser(folder))
@@ -135,7 +135,7 @@ def _data_rules() -> Iterator[rules.CrossRule]:
   )
   yield rules.CrossRule(
       ('eval.native_size', 'data.source'),
-      "native_size only with data.source 'folder', 'webdataset' or 'tfds'",
+      f"native_size only with data.source 'tfds' or {_FOLDERS}",
       lambda native, source: not native or source in (*_FOLDERS, 'tfds'),
   )
   yield rules.CrossRule(

@@ -10,7 +10,6 @@ import os
 import re
 from typing import Any
 
-from absl import logging
 import numpy as np
 
 from fsq_jax.data import image_errors
@@ -84,7 +83,7 @@ class WebDatasetSource(image_source.EncodedSource):
     )
     self._check_keys()
     self.label_names = tuple(label_names)
-    self._check_labels()
+    image_source.check_labels(self._labels, self.label_names, self.describe)
 
   def __len__(self) -> int:
     return len(self._keys)
@@ -136,22 +135,6 @@ class WebDatasetSource(image_source.EncodedSource):
           f'{len(repeated)} keys are in more than one shard, such as'
           f' {self.describe(first)} and {self.describe(second)}. Give each'
           ' image a key of its own, and check that no shard is there twice.'
-      )
-
-  def _check_labels(self) -> None:
-    if self.label_names and self._labels.max() >= len(self.label_names):
-      index = int(np.argmax(self._labels))
-      raise ValueError(
-          f'{self.describe(index)} has the label {self._labels[index]}, but'
-          f' data.label_names has {len(self.label_names)} names, for labels'
-          f' from 0 to {len(self.label_names) - 1}. Name all classes in the'
-          ' order of their labels.'
-      )
-    missing = np.flatnonzero(self._labels < 0)
-    if 0 < len(missing) < len(self):
-      logging.warning(
-          '%d of %d images have label -1, such as %s', len(missing), len(self),
-          image_source.printable(self.describe(missing[0])),
       )
 
 
