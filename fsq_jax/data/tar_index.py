@@ -7,8 +7,9 @@ have changed.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -61,6 +62,18 @@ class Index(NamedTuple):
   labels: np.ndarray
   skipped: Mapping[str, int]
   num_unread: int
+
+
+class _Member(NamedTuple):
+  """A member of a shard: its name, and position and size in bytes."""
+
+  name: str
+  offset: int
+  size: int
+
+  @classmethod
+  def of(cls, name: str, member: tarfile.TarInfo) -> '_Member':
+    return cls(name, member.offset_data, member.size)
 
 
 def open_index(path: str) -> Index:
@@ -157,16 +170,18 @@ def _build(path: str, file: BinaryIO) -> Index:
     match = _MEMBER.fullmatch(name)
     key, extension = (match[1], match[2].lower()) if match else (name, '')
     if extension in ('cls', 'json'):
-      _add(labels, (key, extension), name, member, path)
+      _add(labels, (key, extension), _Member.of(name, member), path)
       continue
     if extension in _IGNORED:
       continue
     kind = listing.classify(
         os.path.splitext(name)[1].lower(),
-        lambda member=member: _read(file, member, listing.START_BYTES),
+        functools.partial(
+            _read, file, _Member.of(name, member), listing.START_BYTES
+        ),
     )
     if kind == 'image' and match and '.' not in extension:
-      _add(images, key, name, member, path)
+      _add(images, key, _Member.of(name, member), path)
       continue
     skipped[f'.{extension}' if extension else 'no extension'] += 1
     if kind == 'image' and match:
@@ -175,9 +190,9 @@ def _build(path: str, file: BinaryIO) -> Index:
       num_unread += kind != 'other'
   return Index(
       _to_bytes(images),
-      _to_bytes(name[len(key) + 1 :] for key, (name, _) in images.items()),
-      np.array([x.offset_data for _, x in images.values()], np.int64),
-      np.array([x.size for _, x in images.values()], np.int64),
+      _to_bytes(x.name[len(key) + 1 :] for key, x in images.items()),
+      np.array([x.offset for x in images.values()], np.int64),
+      np.array([x.size for x in images.values()], np.int64),
       np.array([_read_label(path, file, labels, x) for x in images], np.int64),
       dict(skipped),
       num_unread + sum(key not in images for key in dotted),
@@ -190,21 +205,25 @@ def _to_bytes(names: Any) -> np.ndarray:
   )
 
 
-def _add(members, key, name, member, path) -> None:
+def _add(members: Any, key: Any, member: _Member, path: str) -> None:
   """Adds a member; raises ValueError if there is one of the same key."""
   if key in members:
     raise ValueError(
-        f'{path} has two members for the same key: {members[key][0]!r} and'
-        f' {name!r}. Give each image a key of its own.'
+        f'{path} has two members for the same key: {members[key].name!r} and'
+        f' {member.name!r}. Give each image a key of its own.'
     )
-  members[key] = name, member
+  members[key] = member
 
 
-def _read_members(path: str, file: BinaryIO) -> list[tarfile.TarInfo]:
-  """Returns the members of a shard after a check that it is complete."""
+def _read_members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+  """Yields the members of a shard; raises ValueError if it is truncated."""
+  count = 0
   try:
     with tarfile.open(fileobj=file, mode='r:', encoding='utf-8') as tar:
-      members = tar.getmembers()
+      while (member := tar.next()) is not None:
+        yield member
+        count += 1
+        tar.members.clear()  # They would take about 1 KB of memory each.
       end = tar.offset
   except (tarfile.TarError, ValueError, OverflowError) as error:
     raise ValueError(
@@ -216,29 +235,27 @@ def _read_members(path: str, file: BinaryIO) -> list[tarfile.TarInfo]:
   rest = file.read(2**20)
   if len(rest) < tarfile.BLOCKSIZE or rest.strip(b'\0'):
     raise ValueError(
-        f'{path} is truncated or corrupted: byte {end}, after'
-        f' {len(members)} members, is not the end of an archive. Copy or write'
+        f'{path} is truncated or corrupted: byte {end}, after {count}'
+        ' members, is not the end of an archive. Copy or write'
         ' the shard again.'
     )
-  return members
 
 
-def _read(file: BinaryIO, member: tarfile.TarInfo, limit: int) -> bytes:
-  file.seek(member.offset_data)
+def _read(file: BinaryIO, member: _Member, limit: int) -> bytes:
+  file.seek(member.offset)
   return file.read(min(member.size, limit))
 
 
 def _read_label(path: str, file: BinaryIO, labels: Any, key: str) -> int:
   """Returns the label of KEY.cls, or else of KEY.json; -1 without a label."""
-  found = labels.get((key, 'cls')) or labels.get((key, 'json'))
-  if found is None:
+  member = labels.get((key, 'cls')) or labels.get((key, 'json'))
+  if member is None:
     return -1
-  name, member = found
   text = _read(file, member, _MAX_LABEL_BYTES)
   value: Any = text[:100]
   try:
     value = text.decode().strip()
-    if name.lower().endswith('.json'):
+    if member.name.lower().endswith('.json'):
       parsed = json.loads(value)
       value = -1
       if isinstance(parsed, dict):
@@ -250,8 +267,8 @@ def _read_label(path: str, file: BinaryIO, labels: Any, key: str) -> int:
     pass  # The message has the text.
   if type(value) is not int or not -1 <= value < 2**62:
     raise ValueError(
-        f'{path} member {name!r}: the label is {value!r:.100}. Labels are'
-        ' integers >= 0, or -1 without a class: the text of KEY.cls, or'
+        f'{path} member {member.name!r}: the label is {value!r:.100}. Labels'
+        ' are integers >= 0, or -1 without a class: the text of KEY.cls, or'
         " 'label' or 'cls' in KEY.json."
     )
   return value

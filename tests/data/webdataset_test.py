@@ -371,12 +371,13 @@ def test_a_shard_truncated_after_the_start_is_an_error(tmp_path):
 
 def _count_builds(monkeypatch) -> list:
   built = []
-  getmembers = tarfile.TarFile.getmembers
-  monkeypatch.setattr(
-      tarfile.TarFile,
-      'getmembers',
-      lambda tar: built.append(1) or getmembers(tar),
-  )
+  open_tar = tarfile.open
+
+  def count(*args, **kwargs):
+    built.extend([1] if kwargs.get('mode') == 'r:' else [])
+    return open_tar(*args, **kwargs)
+
+  monkeypatch.setattr(tarfile, 'open', count)
   return built
 
 
