@@ -19,6 +19,7 @@ import tarfile
 from typing import Any, BinaryIO, NamedTuple
 import uuid
 import zipfile
+import zlib
 
 from absl import logging
 import numpy as np
@@ -34,6 +35,11 @@ _VERSION = 1
 _MEMBER = re.compile(r'((?:.*/)?[^./]+)\.([^/]+)', re.DOTALL)
 _INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
 _MAX_LABEL_BYTES = 2**20
+# What np.load raises for corrupted files; RuntimeError for features of zip.
+_UNREADABLE = (
+    OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 # Parts of samples that are neither images nor labels; they are ignored.
 _IGNORED = {
     'caption', 'cbor', 'id', 'index', 'inx', 'mp', 'msg', 'npy', 'npz',
@@ -121,9 +127,7 @@ def _load(place: pathlib.Path, stamp: str) -> Index | None:
         return None
       columns = [arrays[name] for name in Index._fields[:5]]
       skipped, num_unread = json.loads(str(arrays['counts']))
-  except (
-      OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile
-  ):
+  except _UNREADABLE:
     return None
   return Index(*columns, skipped, num_unread)
 

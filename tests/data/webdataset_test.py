@@ -401,13 +401,18 @@ def test_the_index_is_stored_used_and_invalidated(tmp_path, monkeypatch):
   os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
   assert len(_open(tmp_path)) == 12  # another size, the same time
   assert len(built) == 3
-  for content in (b'', b'PK\3\4', stored.read_bytes()[:700]):
-    stored.write_bytes(content)
+  content = stored.read_bytes()
+  method = content.index(b'PK\1\2') + 10  # of compression, unknown if 99
+  for corrupted in (
+      b'', b'PK\3\4', content[:700], content[:-5],
+      content[:method] + b'\x63' + content[method + 1 :],
+  ):  # fmt: skip
+    stored.write_bytes(corrupted)
     assert len(_open(tmp_path)) == 12
-  assert len(built) == 6
-  np.savez(stored.open('wb'), stamp=np.array([{}], object))
+  assert len(built) == 8
+  np.savez(stored, stamp=np.array([{}], object))  # which is pickled
   assert len(_open(tmp_path)) == 12
-  assert len(built) == 7
+  assert len(built) == 9
 
 
 def test_the_index_of_a_folder_that_is_not_writable_is_in_the_cache(
