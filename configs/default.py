@@ -54,9 +54,8 @@ def refer_to_longer_side(
 
 def _data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
-  # Source of images: 'photos' (of the scikit-image wheel), 'digits' (of the
-  # scikit-learn wheel), 'tfds', 'folder', 'webdataset', 'arrays' or
-  # 'synthetic'.
+  # Source of images: 'photos' (scikit-image wheel), 'digits' (scikit-learn
+  # wheel), 'tfds', 'folder', 'webdataset', 'arrays' or 'synthetic'.
   data.source = 'synthetic'
   # tfds: name of the dataset, such as 'cifar10'.
   data.name = ''
@@ -216,7 +215,8 @@ def _model() -> ml_collections.ConfigDict:
   # quantizer and losses are always float32.
   model.dtype = 'float32'
   # Rematerialization in the backward pass: 'none'; 'blocks' recomputes each
-  # block from its input; 'dots' recomputes all but the results of dense layers,
+  # block from its input; 'qkv' recomputes all but the arguments of fused
+  # attention; 'dots' recomputes all but the results of dense layers,
   # convolutions and fused attention. Earlier versions: False and True for
   # 'none' and 'blocks'.
   model.remat = config_dict.FieldReference('none', field_type=object)

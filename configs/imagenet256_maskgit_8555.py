@@ -11,7 +11,7 @@ Command: python launch.py --config=configs/imagenet256_maskgit_8555.py, after
   python launch.py --config=configs/imagenet256_fsq_1024.py
   tokens.tokenizer is the workdir of that run.
 Hardware and time: by its compiled step it takes 10.6 GiB and at least 78 ms on
-  each of 16 TPU v5e chips (experiments/tpu_compile); not trained here.
+  each of 16 TPU v5e chips (experiments/accelerators); not trained here.
 Numbers: not measured. The paper reports FID 4.53, precision 0.864 and recall
   0.453 with guidance alpha = 0.2, which is the scale 1.2 here.
 

@@ -12,7 +12,7 @@ Command: python launch.py --config=configs/vqrae_fsq_siglip_l.py
   --config.discriminator.name=none train without them.
 Hardware and time: for 8 accelerators of 80 GB with 64 images each; by its
   compiled step, 1024 images fit 16 TPU v5e chips of 16 GB
-  (experiments/tpu_compile). For more than 100 devices add
+  (experiments/accelerators). For more than 100 devices add
   --config.partitioning.mesh.fsdp=16 and --config.partitioning.mesh.data=-1:
   some parameter dimensions are not divisible by larger meshes. Not run at full
   size.

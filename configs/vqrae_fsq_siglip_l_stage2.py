@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.init_from = config_dict.placeholder(str)
   config.train.num_steps = 70_000
   config.train.eval_every_steps = 5000
+  # Takes 5 GiB more per chip than 'blocks' with 64 images, and fewer FLOPs.
+  config.model.remat = 'qkv'
 
   config.losses.reconstruction = 'l2'
   config.losses.perceptual.name = 'convnext'

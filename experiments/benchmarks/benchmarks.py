@@ -19,8 +19,8 @@ from typing import Any
 from fsq_jax.runtime import host
 
 RESULTS = pathlib.Path(__file__).with_name('results.json')
-GROUPS = ('fsq', 'lookup', 'vit', 'compile', 'memory', 'input', 'evaluation',
-          'tokenize', 'start')
+GROUPS = ('fsq', 'lookup', 'vit', 'compile', 'memory', 'input', 'read',
+          'evaluation', 'tokenize', 'start')
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -98,6 +98,12 @@ def _figures(results: dict[str, Any]):
       'step with the data pipeline relative to a cached batch',
       (real['ratio'], real['cpu_ratio']), '1.05', '1.02',
   )
+  folder = results['read']['folder']
+  yield (
+      'reading a folder of JPEG files, two threads, throughput relative to'
+      ' plain Pillow',
+      (1 / folder['ratio'], 1 / folder['cpu_ratio']), '0.85', '',
+  )
   start = results['start']
   yield (
       'process start to first step, compilation cached (s, no ratio)',
@@ -136,6 +142,7 @@ def _measure(
 
   from experiments.benchmarks import blocks
   from experiments.benchmarks import quantizer
+  from experiments.benchmarks import reading
   from experiments.benchmarks import runs
   from experiments.benchmarks import tokenizing
   from experiments.benchmarks import vit_step
@@ -148,6 +155,7 @@ def _measure(
       'compile': lambda: vit_step.compile_figures(max(3, rounds // 3)),
       'memory': lambda: vit_step.memory_figures(rounds),
       'input': lambda: runs.input_figures(rounds),
+      'read': lambda: reading.read_figures(rounds),
       'evaluation': lambda: runs.evaluation_figures(rounds),
       'tokenize': lambda: tokenizing.tokenize_figures(max(3, rounds // 3)),
       'start': lambda: runs.start_figures(max(2, rounds // 3)),

@@ -133,4 +133,4 @@ NON_EMPTY = Rule(
 )
 PATH = path(TEXT.allowed)
 DTYPE = name('float32', 'bfloat16')
-REMAT = name('none', 'blocks', 'dots')
+REMAT = name('none', 'blocks', 'qkv', 'dots')

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 
 import numpy as np
+from PIL import Image
 
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
@@ -77,8 +78,9 @@ class ArraySource(image_source.EncodedSource):
   def read(self, index: int) -> bytes:
     return self._images[index].tobytes()
 
-  def decode(self, encoded: bytes) -> np.ndarray:
-    return np.frombuffer(encoded, np.uint8).reshape(self._images.shape[1:])
+  def decode(self, encoded: bytes) -> Image.Image:
+    _, height, width, _ = self._images.shape
+    return Image.frombytes('RGB', (width, height), encoded)
 
 
 def _load_split(

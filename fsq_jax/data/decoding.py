@@ -127,6 +127,21 @@ def decode_image(data: bytes) -> np.ndarray:
     [h, w, 3] uint8 RGB, perhaps read-only.
 
   Raises:
+    DamagedImageError: as by `decode_to_pillow`.
+  """
+  return np.asarray(decode_to_pillow(data))
+
+
+def decode_to_pillow(data: bytes) -> Image.Image:
+  """Decodes one image file; conversions to NumPy copy and hold the GIL.
+
+  Args:
+    data: the whole file.
+
+  Returns:
+    An image of mode RGB.
+
+  Raises:
     DamagedImageError: the file cannot be read, or its header claims more than
       MAX_PIXELS pixels (then nothing of it is decoded).
   """
@@ -145,7 +160,7 @@ def decode_image(data: bytes) -> np.ndarray:
       rgb.paste('white', mask=Image.fromarray(is_key))
     if orientation in _TRANSPOSE:
       rgb = rgb.transpose(_TRANSPOSE[orientation])
-    return np.asarray(rgb)
+    return rgb
   except (image_errors.DamagedImageError, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise nearly everything.
@@ -234,7 +249,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert('RGBA')
     white = Image.new('RGBA', image.size, 'white')
     return Image.alpha_composite(white, image).convert('RGB')
-  return image.convert('RGB')
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def _grey_to_rgb(grey: np.ndarray) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from absl import logging
 import numpy as np
+from PIL import Image
 
 from fsq_jax.data import decoding
 from fsq_jax.data import image_errors
@@ -169,13 +170,13 @@ class EncodedSource(ImageSource):
       OSError: a failure to read it, which says nothing about the image.
     """
 
-  def decode(self, encoded: bytes) -> np.ndarray:
-    """Returns the image of `read`, [h, w, 3] uint8, maybe read-only.
+  def decode(self, encoded: bytes) -> Image.Image:
+    """Returns the image of `read`, of mode RGB.
 
     Raises:
       DamagedImageError: it cannot be decoded.
     """
-    return decoding.decode_image(encoded)
+    return decoding.decode_to_pillow(encoded)
 
   @abc.abstractmethod
   def stamp(self, index: int) -> tuple[int, int, int]:
@@ -196,11 +197,11 @@ class EncodedSource(ImageSource):
       digest = hashlib.sha256(encoded).digest()
       self.digests[index] = np.frombuffer(digest, np.uint8)
       image = self.decode(encoded)
-      size = image.shape[:2]
-      image = transforms.resize_shorter(image, self._resize_shorter)
-      if min(size) < self._resize_shorter:
+      width, height = image.size
+      resized = transforms.resize_pillow(image, self._resize_shorter)
+      if min(image.size) < self._resize_shorter:
         self.record_upscaled(index)
-      return image, size
+      return np.asarray(resized), (height, width)
     except image_errors.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise

@@ -50,9 +50,16 @@ def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
   Raises:
     DamagedImageError: the result would have too many pixels.
   """
-  if not length:
+  if length in (0, min(image.shape[:2])):
     return image
-  height, width = image.shape[:2]
+  return np.asarray(resize_pillow(Image.fromarray(image), length))
+
+
+def resize_pillow(image: Image.Image, length: int) -> Image.Image:
+  """As `resize_shorter`, for an image that Pillow has decoded."""
+  if length in (0, min(image.size)):
+    return image
+  width, height = image.size
   scale = length / min(height, width)
   size = round(height * scale), round(width * scale)
   if size[0] * size[1] > image_errors.MAX_PIXELS:
@@ -61,7 +68,7 @@ def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
         f'{size[1]} by data.resize_shorter = {length}; at most '
         f'{image_errors.MAX_PIXELS} pixels are allowed'
     )
-  return resize(image, size)
+  return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def augment(

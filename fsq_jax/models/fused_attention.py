@@ -122,7 +122,12 @@ def _attend_tpu(
   options = attention_kernel.Options(
       head_dim, causal, jax.sharding.NamedSharding(mesh, spec)
   )
-  q, k, v = (rearrange(x, 'b h n d -> b n (h d)') for x in (q, k, v))
+  q, k, v = (
+      checkpoint_name(
+          rearrange(x, 'b h n d -> b n (h d)'), remat.KERNEL_ARGUMENTS
+      )
+      for x in (q, k, v)
+  )
   mixed = attention_kernel.attention(q, k, v, options)
   return rearrange(mixed, 'b n (h d) -> b h n d', d=head_dim)
 
@@ -139,6 +144,7 @@ def _attend_gpu(
     # cuDNN's kernels for odd lengths are few: a token is added and masked.
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(batch, length, jnp.int32)
+  q, k, v = (checkpoint_name(x, remat.KERNEL_ARGUMENTS) for x in (q, k, v))
   mixed = jax.nn.dot_product_attention(
       q, k, v, is_causal=causal, key_value_seq_lengths=lengths,
       implementation='cudnn',

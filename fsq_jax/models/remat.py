@@ -5,9 +5,11 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-CHOICES = ('none', 'blocks', 'dots')
-# Name of the results of fused attention, which 'dots' saves.
+CHOICES = ('none', 'blocks', 'qkv', 'dots')
+# Names of the results of fused attention, which 'dots' saves, and of its
+# arguments, which 'qkv' saves.
 KERNEL_OUTPUT = 'fused_attention'
+KERNEL_ARGUMENTS = 'fused_attention_qkv'
 
 
 def apply_remat(
@@ -18,21 +20,25 @@ def apply_remat(
   Args:
     block: class of a block of a network.
     remat: 'none' saves all intermediate results; 'blocks' saves only the
-      block's input; 'dots' also saves the results of dense layers, convolutions
-      and fused attention kernels, and recomputes the rest: norms, activations,
-      and the logits of attention without a kernel.
+      block's input; 'qkv' also saves the arguments of fused attention kernels;
+      'dots' saves the results of dense layers, convolutions and these kernels,
+      and recomputes the rest: norms, activations, and the logits of attention
+      without a kernel.
     **options: of `flax.linen.remat`.
 
   Raises:
     ValueError: another value of remat.
   """
+  policies = jax.checkpoint_policies
   match remat:
     case 'none':
       return block
     case 'blocks':
       return nn.remat(block, **options)
+    case 'qkv':
+      policy = policies.save_only_these_names(KERNEL_ARGUMENTS)
+      return nn.remat(block, policy=policy, **options)
     case 'dots':
-      policies = jax.checkpoint_policies
       policy = policies.save_from_both_policies(
           policies.save_only_these_names(KERNEL_OUTPUT), _is_layer
       )

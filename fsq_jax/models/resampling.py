@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+from einops import rearrange
 from flax import linen as nn
 import jax
 from jax import numpy as jnp
 import numpy as np
+
+from fsq_jax.runtime import partitioning
 
 
 def _bicubic(size_in: int, size_out: int) -> np.ndarray:
@@ -147,7 +150,14 @@ def resize_images(
   columns = jnp.asarray(axis_matrix(kernel, width, size[1]), jnp.float32)
   # Matmuls in bfloat16 would add visible noise.
   highest = jax.lax.Precision.HIGHEST
-  images = jnp.einsum('yh,bhwc->bywc', rows, images, precision=highest)
+  if partitioning.is_on_gpu(images):
+    # XLA 0.10 finds no tiles for the matmul below when it compiles without a
+    # GPU.
+    flat = rearrange(images, 'b h w c -> b h (w c)')
+    flat = jnp.einsum('yh,bhk->byk', rows, flat, precision=highest)
+    images = rearrange(flat, 'b y (w c) -> b y w c', w=width)
+  else:
+    images = jnp.einsum('yh,bhwc->bywc', rows, images, precision=highest)
   return jnp.einsum('xw,bywc->byxc', columns, images, precision=highest)
 
 

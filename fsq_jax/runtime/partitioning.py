@@ -205,6 +205,13 @@ def find_mesh(x: jax.Array) -> jax.sharding.AbstractMesh | None:
   return mesh if mesh.axis_names == AXES else None
 
 
+def is_on_gpu(x: jax.Array) -> bool:
+  """Whether an array is on a mesh of `create_mesh` whose devices are GPUs."""
+  mesh = find_mesh(x)
+  device = None if mesh is None else mesh.abstract_device
+  return device is not None and device.platform.lower() in ('cuda', 'gpu')
+
+
 def activation_sharding(
     x: jax.Array, tensor_axis: int
 ) -> jax.sharding.NamedSharding | None:

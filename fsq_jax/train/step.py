@@ -137,6 +137,12 @@ class TrainStep:
       )(reconstructions, images, networks.get('perceptual'))
     scalars |= image_scalars
     loss += image_loss
+    if partitioning.is_on_gpu(reconstructions):
+      # Else XLA keeps the activations of the perceptual loss while it trains
+      # the discriminator.
+      reconstructions, at_images = jax.lax.optimization_barrier(
+          (reconstructions, at_images)
+      )
     changed = {'model_state': model_state, 'adversary': state.adversary}
     discriminator_gradients = None
     if self.adversary is not None:

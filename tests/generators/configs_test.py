@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.tpu_compile import steps
+from experiments.accelerators import steps
 from fsq_jax import configuration
 from fsq_jax.generators import builder
 from fsq_jax.generators import embeddings

@@ -74,7 +74,8 @@ def test_convolutions_are_saved():
 
 
 @pytest.mark.parametrize(
-    ('choice', 'num_forward'), [('none', 1), ('blocks', 2), ('dots', 1)]
+    ('choice', 'num_forward'),
+    [('none', 1), ('blocks', 2), ('qkv', 2), ('dots', 1)],
 )
 def test_dots_run_a_fused_kernel_once(
     choice, num_forward, interpreted_kernels
@@ -87,6 +88,17 @@ def test_dots_run_a_fused_kernel_once(
   text = str(jaxpr)
   assert text.count('name=forward_attention') == num_forward
   assert text.count('name=backward_attention') == 1
+
+
+def test_the_arguments_of_a_fused_kernel_are_saved(interpreted_kernels):
+  mesh = partitioning.create_mesh({'data': 4, 'fsdp': 1}, jax.devices()[:4])
+  x = _X.update(sharding=partitioning.batch_sharding(mesh))
+  blocks, qkv = (
+      _num_saved(_transformer(choice, jnp.bfloat16), x)
+      for choice in ('blocks', 'qkv')
+  )
+  # Less the biases of the layer that computes them.
+  assert qkv - blocks == 2 * 3 * (_X.size - 32)
 
 
 def test_unknown_choices_are_named():

@@ -209,7 +209,13 @@ def _dense_together(
       x, jnp.stack(kernels, axis=1), jnp.stack(biases), dtype=module.dtype
   )
   kernel = partitioning.gather_parameter(kernel, tensor_axis=2)
-  y = jnp.einsum('bnc,csf->sbnf', x, kernel)
+  if partitioning.is_on_gpu(x):
+    # As in `layers.dot_rows`: XLA 0.10 finds no tiles for the gradient of the
+    # matmul below when it compiles without a GPU and N is odd.
+    rows = jnp.einsum('rc,csf->srf', rearrange(x, 'b n c -> (b n) c'), kernel)
+    y = rearrange(rows, 's (b n) f -> s b n f', n=x.shape[1])
+  else:
+    y = jnp.einsum('bnc,csf->sbnf', x, kernel)
   return y + rearrange(bias, 's f -> s 1 1 f')
 
 

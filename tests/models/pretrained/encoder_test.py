@@ -13,6 +13,7 @@ from fsq_jax.models import resampling
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import blocks as vit_blocks
 from fsq_jax.models.pretrained import encoder as pretrained_vit
+from fsq_jax.runtime import partitioning
 
 # Pixels that no patch fills are at two of the sides.
 _SIZE = (9, 13)
@@ -195,6 +196,16 @@ def test_latents_of_blocks_are_those_of_numpy(family, remat):
   np.testing.assert_allclose(
       latents, expected[:, :, arch.num_prefix_tokens:], rtol=1e-5, atol=1e-5
   )
+
+
+def test_matmuls_for_gpus_have_equal_results(monkeypatch):
+  module = _module('dinov3', **_GATED)
+  variables = _init(module)
+  images = _images((8, 10))
+  expected = jax.jit(lambda x: module.apply(variables, x))(images)
+  monkeypatch.setattr(partitioning, 'is_on_gpu', lambda x: True)
+  found = jax.jit(lambda x: module.apply(variables, x))(images)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_latents_of_blocks_take_the_parameters_of_an_encoder():

@@ -1,4 +1,4 @@
-"""Tests of what experiments/tpu_compile counts, and of what it shows."""
+"""Tests of what experiments/accelerators counts, and of what it shows."""
 
 import collections
 import json
@@ -9,8 +9,12 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tpu_compile import hlo_costs
-from experiments.tpu_compile import tpu_compile
+from experiments.accelerators import chips
+from experiments.accelerators import compile_steps
+from experiments.accelerators import hlo
+from experiments.accelerators import hlo_costs
+from experiments.accelerators import parts
+from experiments.accelerators import tables
 from fsq_jax import configuration
 from fsq_jax.models import layers
 from fsq_jax.models.pretrained import architectures
@@ -18,7 +22,7 @@ from fsq_jax.models.pretrained import blocks as vit_blocks
 from fsq_jax.runtime import partitioning
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_FOLDER = _ROOT / 'experiments' / 'tpu_compile'
+_FOLDER = _ROOT / 'experiments' / 'accelerators'
 
 
 def _costs(function, *arguments):
@@ -122,6 +126,98 @@ def test_kernels_count_with_their_cost_estimate():
   assert costs.hbm_bytes == 3 * 2 * 2 * 7 * 64
 
 
+@pytest.mark.parametrize(
+    ('text', 'num_bytes', 'padded'),
+    [
+        # Rows to 8, channels to 128.
+        ('f32[3,257,72]{2,1,0:T(8,128)}', 4 * 3 * 257 * 72, 4 * 3 * 264 * 128),
+        (
+            'bf16[3,257,72]{2,1,0:T(8,128)(2,1)}',
+            2 * 3 * 257 * 72,
+            2 * 3 * 264 * 128,
+        ),
+        (
+            'bf16[3,257,72]{2,1,0:T(16,128)(2,1)S(1)}',
+            2 * 3 * 257 * 72,
+            2 * 3 * 272 * 128,
+        ),
+        ('s8[33,130]{1,0:T(32,128)(4,1)}', 33 * 130, 64 * 256),
+        # Columns are minor.
+        ('f32[257,72]{0,1:T(8,128)}', 4 * 257 * 72, 4 * 384 * 72),
+        ('f32[5]{0:T(128)}', 4 * 5, 4 * 128),
+        ('bf16[1500]{0:T(1024)(128)(2,1)}', 2 * 1500, 2 * 2048),
+        ('f32[]{:T(128)}', 4, 4 * 128),
+        # A GPU has no tiles.
+        ('bf16[3,257,72]{2,1,0}', 2 * 3 * 257 * 72, 2 * 3 * 257 * 72),
+    ],
+)
+def test_arrays_take_the_bytes_of_whole_tiles(text, num_bytes, padded):
+  module = f'ENTRY %main () -> f32[] {{\n  %x = {text} iota()\n}}'
+  computations, _ = hlo.parse(module)
+  (array,) = computations['main']['x'].arrays
+  assert (array.num_bytes, array.padded_bytes) == (num_bytes, padded)
+
+
+_GPU = """HloModule gpu
+
+ENTRY %main (q: bf16[2,6,8,64]) -> bf16[2,8,6,64] {
+  %q = bf16[2,6,8,64]{3,2,1,0} parameter(0)
+  %x = bf16[4,3,5]{2,1,0} parameter(1)
+  %y = bf16[4,5,7]{2,1,0} parameter(2)
+  %image = f32[2,6,6,3]{3,2,1,0} parameter(3)
+  %kernel = f32[3,3,3,4]{3,2,1,0} parameter(4)
+  %gradient = f32[2,6,6,4]{3,2,1,0} parameter(5)
+  %a = (bf16[2,8,6,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="f/decoder/a"}, \
+backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": \
+{"element_type": "BF16", "dimensions": ["2", "8", "6", "6"]}}}
+  %l = f32[2,8,6,6]{3,2,1,0} dot(%q, %q), lhs_batch_dims={0,2}, \
+lhs_contracting_dims={3}, metadata={op_name="f/bhqd,bhkd->bhqk/dot_general"}
+  %d = f32[2,8,6,6]{3,2,1,0} dot(%q, %q), lhs_batch_dims={0,2}, \
+lhs_contracting_dims={3}, \
+metadata={op_name="transpose(jvp(f))/bhqd,bhkd->bhqk/dot_general"}
+  %m = (bf16[4,3,7]{2,1,0}, s8[64]{0}) custom-call(%x, /*index=1*/%y), \
+custom_call_target="__cublas$lt$matmul", backend_config={\
+"gemm_backend_config":{"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  %c = (f32[2,6,6,4]{3,2,1,0}, u8[0]{0}) custom-call(%image, %kernel), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+custom_call_target="__cudnn$convForward"
+  %i = (f32[2,6,6,3]{3,2,1,0}, u8[0]{0}) custom-call(%gradient, %kernel), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+custom_call_target="__cudnn$convBackwardInput"
+  %k = (f32[3,3,3,4]{3,2,1,0}, u8[0]{0}) custom-call(%image, %gradient), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %r = bf16[2,8,6,64]{3,1,2,0} get-tuple-element(%a), index=0
+}
+"""
+
+
+def test_kernels_of_gpus_count_with_their_shapes():
+  costs = hlo_costs.Program(_GPU).costs()
+  attention, *_, matmul, forward, for_input, for_kernel = (
+      x.flops for x in costs.products
+  )
+  assert attention == 2 * (2 * 2 * 8 * 6 * 6 * 64)
+  assert matmul == 4 * 2 * 3 * 5 * 7
+  # 16 of the 18 taps of a row are inside of the image, for 3 taps and 6 pixels.
+  assert forward == for_input == for_kernel == 2 * 2 * 16 * 16 * 3 * 4
+  assert costs.attention == {'cuDNN forward': 1, 'XLA forward': 1}
+  q = 2 * 2 * 6 * 8 * 64
+  totals = parts.by_part(costs, chips.CHIPS['h100']._replace(hbm_bandwidth=1e9))
+  assert totals['decoder forward']['hbm_ms'] == round(1e3 * 4 * q / 1e9, 1)
+
+
+def test_a_missing_compiler_is_named_with_its_installation(monkeypatch):
+  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  assert 'pip install libtpu==' in chips.missing_plugin('v5e:4x4')
+  assert 'pip install "jax[cuda13]==' in chips.missing_plugin('h100:8')
+  with pytest.raises(ValueError, match='h100'):
+    chips.find_chip('tpu:8')
+
+
 def _compile_blocks(module, width, with_gradients):
   """Compiles blocks on 2 x 1 x 4 devices, kernels as configs have them."""
   mesh = partitioning.create_mesh({'data': 2, 'fsdp': 1, 'tensor': 4})
@@ -203,17 +299,18 @@ def _results():
 
 
 def test_readmes_show_the_tables_of_the_results(capsys):
-  tpu_compile.print_tables(_results())
-  tables = capsys.readouterr().out.strip().split('\n\n')
-  assert len(tables) == 2
-  for table in tables:
+  tables.print_tables(_results())
+  printed = capsys.readouterr().out.strip().split('\n\n')
+  assert len(printed) == 3
+  for table in printed:
     assert table in (_FOLDER / 'README.md').read_text()
 
 
-def test_every_case_has_a_result():
-  names = [case.name for case in tpu_compile.list_cases()]
+def test_results_are_of_cases():
+  names = [case.name for case in compile_steps.list_cases()]
   assert len(set(names)) == len(names)
-  assert list(_results()['cases']) == names
+  known = _results()['cases']
+  assert list(known) == [name for name in names if name in known]
 
 
 @pytest.mark.parametrize('stage', ['', '_stage2'])
@@ -230,3 +327,10 @@ def test_the_large_vqrae_fits_16_chips_of_16_gb(stage):
   mesh = dict(config.partitioning.mesh)
   assert mesh == {'data': 1, 'fsdp': -1, 'tensor': 1}
   assert figures['mesh'] == {'data': 1, 'fsdp': 16, 'tensor': 1}
+
+
+def test_every_attention_in_bfloat16_has_a_kernel():
+  for name, figures in _results()['cases'].items():
+    attention = figures.get('attention', {})
+    if 'float32' not in name:
+      assert not any(kind.startswith('XLA') for kind in attention), name

@@ -8,11 +8,12 @@ per execution.
 from collections.abc import Iterator, Sequence
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.tpu_compile import hlo
+from experiments.accelerators import hlo
+from experiments.accelerators import kernels
 
 COLLECTIVES = (
     'all-gather', 'all-reduce', 'all-to-all', 'collective-permute',
@@ -25,8 +26,11 @@ _FREE = frozenset({
 })
 
 
+_NOTHING = np.zeros(2)
+
+
 class Product(NamedTuple):
-  """A matmul or convolution, or all matmuls of a Pallas kernel.
+  """A matmul or convolution, or all matmuls of a kernel.
 
   Attributes:
     dtypes: dtypes of the operands, such as 'bf16 x bf16'.
@@ -69,12 +73,46 @@ class Collective(NamedTuple):
     return self.count * self.num_bytes * factor.get(self.kind, share)
 
 
+class Traffic(NamedTuple):
+  """Bytes that all executions of an instruction read from and write to HBM.
+
+  Attributes:
+    num_bytes: without padding.
+    padded_bytes: with the padding of the arrays' tiles.
+    op_name: its origin in the model.
+    instruction: the instruction.
+  """
+
+  num_bytes: float
+  padded_bytes: float
+  op_name: str
+  instruction: hlo.Instruction
+
+
 class Costs(NamedTuple):
-  """Costs of one execution, per chip."""
+  """Costs of one execution, per chip.
+
+  Attributes:
+    products: matmuls and convolutions.
+    collectives: transfers between chips.
+    traffic: transfers between a chip and its HBM.
+    attention: executions by kernel, see `kernels.attention_kernel`.
+  """
 
   products: list[Product]
   collectives: list[Collective]
-  hbm_bytes: float
+  traffic: list[Traffic]
+  attention: dict[str, int]
+
+  @property
+  def hbm_bytes(self) -> float:
+    """Bytes read from and written to HBM, without padding."""
+    return sum(x.num_bytes for x in self.traffic)
+
+  @property
+  def padded_bytes(self) -> float:
+    """Bytes read from and written to HBM, with padding."""
+    return sum(x.padded_bytes for x in self.traffic)
 
 
 class Program:
@@ -90,17 +128,19 @@ class Program:
 
   def costs(self) -> Costs:
     """Returns the costs, with every instruction counted per execution."""
-    products, collectives, hbm_bytes = [], {}, 0.0
-    for computation, instruction, count, is_fused in self._walk(
-        self._entry, 1.0, False
-    ):
-      if instruction.opcode in ('convolution', 'dot'):
-        flops = count * self._product_flops(computation, instruction)
+    costs = Costs([], [], [], {})
+    collectives: dict[Any, Collective] = {}
+    for step in self._walk(self._entry, 1.0, '', is_fused=False):
+      computation, instruction, count, op_name, is_fused = step
+      flops = self._flops(computation, instruction)
+      if flops:
         operands = self._operands(computation, instruction)
         dtypes = ' x '.join(sorted(x.dtype for x in operands[:2]))
-        products.append(Product(dtypes, count, flops, _op_name(instruction)))
-      elif instruction.opcode == 'custom-call':
-        products += self._kernel_product(computation, instruction, count)
+        costs.products.append(Product(dtypes, count, count * flops, op_name))
+        kernel = kernels.find_attention(instruction, op_name)
+        if kernel:
+          total = costs.attention.get(kernel, 0)
+          costs.attention[kernel] = total + int(count)
       kind = instruction.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
         # An asynchronous collective is repeated in each fusion that it overlaps
@@ -112,24 +152,43 @@ class Program:
               computation, instruction, kind, count
           )
       if not is_fused:
-        hbm_bytes += count * self._traffic(computation, instruction)
-    return Costs(products, list(collectives.values()), hbm_bytes)
+        sizes = count * self._traffic(computation, instruction)
+        if sizes.any():
+          costs.traffic.append(
+              Traffic(*sizes.tolist(), op_name, instruction)
+          )
+    costs.collectives.extend(collectives.values())
+    return costs
 
   def _walk(
-      self, name: str, count: float, is_fused: bool
-  ) -> Iterator[tuple[hlo.Computation, hlo.Instruction, float, bool]]:
-    """Yields every instruction with its number of executions."""
+      self, name: str, count: float, caller: str, *, is_fused: bool
+  ) -> Iterator[
+      tuple[hlo.Computation, hlo.Instruction, float, str, bool]
+  ]:
+    """Yields every instruction, its number of executions and its origin.
+
+    The origin of an instruction without a path in the model is that of its
+    operands or of the instruction that calls its computation.
+    """
     computation = self._computations[name]
+    origins: dict[str, str] = {}
     for instruction in computation.values():
-      yield computation, instruction, count, is_fused
+      op_name = self._origin(instruction)
+      if '/' not in op_name:
+        inputs = (origins.get(x, '') for x in instruction.operands)
+        op_name = next(filter(None, inputs), caller)
+      origins[instruction.name] = op_name
+      yield computation, instruction, count, op_name, is_fused
       if instruction.opcode == 'while':
         body = re.search(r'body=%?([\w.\-]+)', instruction.rest).group(1)
         trips = self._trip_count(instruction)
-        yield from self._walk(body, count * trips, is_fused)
+        yield from self._walk(
+            body, count * trips, op_name, is_fused=is_fused
+        )
         continue
       fused = is_fused or instruction.opcode == 'fusion'
       for called in _called(instruction):
-        yield from self._walk(called, count, fused)
+        yield from self._walk(called, count, op_name, is_fused=fused)
 
   def _trip_count(self, instruction: hlo.Instruction) -> int:
     known = re.search(
@@ -185,8 +244,14 @@ class Program:
         for array in computation[name].arrays
     ]
 
-  def _product_flops(self, computation, instruction) -> float:
-    lhs, rhs = self._operands(computation, instruction)[:2]
+  def _flops(self, computation, instruction) -> float:
+    """Returns the matmul FLOPs of one execution, without its computations."""
+    if instruction.opcode not in ('convolution', 'custom-call', 'dot'):
+      return 0.0
+    operands = self._operands(computation, instruction)
+    if instruction.opcode == 'custom-call':
+      return kernels.custom_call_flops(instruction, operands, convolution_flops)
+    lhs, rhs = operands[:2]
     (result,) = instruction.arrays
     if instruction.opcode == 'dot':
       axes = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
@@ -194,20 +259,14 @@ class Program:
       return 2.0 * math.prod(result.shape) * math.prod(sizes)
     return convolution_flops(lhs.shape, rhs.shape, result.shape, instruction)
 
-  def _kernel_product(self, computation, instruction, count) -> list[Product]:
-    """Returns the matmuls of a Pallas kernel, as one, by its cost estimate."""
-    flops = re.search(
-        r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest
-    )
-    if not flops or not int(flops.group(1)):
-      return []
-    operands = self._operands(computation, instruction)
-    dtypes = ' x '.join(sorted(x.dtype for x in operands[:2]))
-    return [
-        Product(
-            dtypes, count, count * int(flops.group(1)), _op_name(instruction)
-        )
-    ]
+  def _origin(self, instruction) -> str:
+    """Returns the path in the model of an instruction or of a fused one."""
+    op_name = _op_name(instruction)
+    if '/' not in op_name and instruction.opcode == 'fusion':
+      (called,) = _called(instruction)
+      fused = map(_op_name, reversed(self._computations[called].values()))
+      op_name = next((x for x in fused if '/' in x), '')
+    return op_name
 
   def _collective(self, computation, instruction, kind, count) -> Collective:
     arrays = instruction.arrays
@@ -226,16 +285,19 @@ class Program:
         _op_name(instruction),
     )
 
-  def _traffic(self, computation, instruction) -> float:
-    """Returns the bytes that an instruction reads from and writes to HBM."""
+  def _traffic(self, computation, instruction) -> np.ndarray:
+    """Returns the bytes that an instruction reads from and writes to HBM.
+
+    Like the methods below, without and with padding.
+    """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith('-done') or opcode == 'call':
-      return 0.0
+      return _NOTHING
     if opcode == 'dynamic-slice':
-      return 2.0 * _hbm_bytes(instruction.arrays)
+      return 2 * _hbm_bytes(instruction.arrays)
     if opcode == 'dynamic-update-slice':
       update = computation.get(instruction.operands[1])
-      return 2.0 * _hbm_bytes(update.arrays) if update else 0.0
+      return 2 * _hbm_bytes(update.arrays) if update else _NOTHING
     if opcode.endswith('-start'):
       # Read and write; the type contains operands and results.
       return _hbm_bytes(instruction.arrays)
@@ -244,54 +306,50 @@ class Program:
     total = self._written(instruction, fused)
     for i, name in enumerate(instruction.operands):
       if name in computation:
-        total += self._read(computation[name], fused, i)
+        total = total + self._read(computation[name], fused, i)
     return total
 
-  def _read(self, operand, fused, index: int) -> float:
+  def _read(self, operand, fused, index: int) -> np.ndarray:
     """Returns the bytes that a fusion reads; of a sliced operand, the slice."""
     whole = _hbm_bytes(operand.arrays)
-    if fused is None or not whole:
+    if fused is None or not whole.any():
       return whole
     return self._read_inside(fused, index, whole)
 
-  def _read_inside(self, fused, index: int, whole: float) -> float:
+  def _read_inside(self, fused, index: int, whole: np.ndarray) -> np.ndarray:
     """Returns the bytes read of a parameter, also by fusions in a fusion."""
     (parameter,) = (
         x for x in fused.values()
         if x.opcode == 'parameter' and x.rest.startswith(f'{index})')
     )
-    sizes = []
+    total = _NOTHING
     for user in _users(fused, parameter.name):
       if user.opcode == 'dynamic-slice':
-        sizes.append(sum(x.num_bytes for x in user.arrays))
+        total = total + _bytes(user.arrays)
       elif user.opcode == 'fusion':
         inner = self._computations[_called(user)[0]]
-        sizes += [
-            self._read_inside(inner, i, whole)
-            for i, name in enumerate(user.operands)
-            if _source(fused, name) == parameter.name
-        ]
-      elif user.opcode == 'dynamic-update-slice' and _is_target(
+        for i, name in enumerate(user.operands):
+          if _source(fused, name) == parameter.name:
+            total = total + self._read_inside(inner, i, whole)
+      elif user.opcode != 'dynamic-update-slice' or not _is_target(
           fused, user, parameter.name
       ):
-        sizes.append(0)
-      else:
         return whole
-    return min(whole, sum(sizes))
+    return np.minimum(whole, total)
 
-  def _written(self, instruction, fused) -> float:
+  def _written(self, instruction, fused) -> np.ndarray:
     """Returns the bytes written; for an in-place update, only the update."""
     whole = _hbm_bytes(instruction.arrays)
-    if fused is None or not whole:
+    if fused is None or not whole.any():
       return whole
     updates = [
         x for x in fused.values() if x.opcode == 'dynamic-update-slice'
     ]
     for update in updates:
-      size = sum(x.num_bytes for x in update.arrays)
+      size = _bytes(update.arrays)
       piece = fused.get(update.operands[1])
-      if piece is not None and size <= whole:
-        whole += sum(x.num_bytes for x in piece.arrays) - size
+      if piece is not None and size[0] <= whole[0]:
+        whole = np.maximum(whole + _bytes(piece.arrays) - size, 0)
     return whole
 
 
@@ -390,8 +448,14 @@ def _source(computation, name: str) -> str:
   return name
 
 
-def _hbm_bytes(arrays: Sequence[hlo.Array]) -> float:
-  return float(sum(x.num_bytes for x in arrays if x.in_hbm))
+def _hbm_bytes(arrays: Sequence[hlo.Array]) -> np.ndarray:
+  return _bytes([x for x in arrays if x.in_hbm])
+
+
+def _bytes(arrays: Sequence[hlo.Array]) -> np.ndarray:
+  """Returns the size of arrays without and with padding."""
+  sizes = (np.array([x.num_bytes, x.padded_bytes]) for x in arrays)
+  return sum(sizes, _NOTHING)
 
 
 def _group_size(text: str) -> int:

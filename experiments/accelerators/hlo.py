@@ -12,18 +12,44 @@ _ARRAY = re.compile(r'([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?')
 
 
 class Array(NamedTuple):
-  """Type of one array: dtype, shape, and whether it is in HBM."""
+  """Type of one array.
+
+  Attributes:
+    dtype: such as 'bf16'.
+    shape: logical shape.
+    in_hbm: whether the array is in HBM.
+    order: dimensions from minor to major.
+    tiles: tile of the minor dimensions, tile of these tiles, ...; () for none.
+  """
 
   dtype: str
   shape: tuple[int, ...]
   in_hbm: bool
+  order: tuple[int, ...] = ()
+  tiles: tuple[tuple[int, ...], ...] = ()
 
   @property
   def num_bytes(self) -> int:
     """Size in bytes, without padding."""
+    return int(math.prod(self.shape) * self._itemsize)
+
+  @property
+  def padded_bytes(self) -> int:
+    """Size in bytes with the padding of the tiles."""
+    sizes = [self.shape[i] for i in reversed(self.order)]
+    for tile in self.tiles:
+      sizes = [1] * (len(tile) - len(sizes)) + sizes
+      first = len(sizes) - len(tile)
+      counts = [-(-n // t) for n, t in zip(sizes[first:], tile, strict=True)]
+      sizes = [*sizes[:first], *counts, *tile]
+    if not self.tiles:
+      return self.num_bytes
+    return int(math.prod(sizes) * self._itemsize)
+
+  @property
+  def _itemsize(self) -> float:
     bits = re.search(r'\d+', self.dtype)
-    size = _BYTES.get(self.dtype) or int(bits.group()) / 8 if bits else 1
-    return int(math.prod(self.shape) * size)
+    return _BYTES.get(self.dtype) or (int(bits.group()) / 8 if bits else 1)
 
 
 @dataclasses.dataclass
@@ -106,11 +132,24 @@ def read_constant(instruction: Instruction) -> int:
 
 
 def _arrays(text: str) -> list[Array]:
-  return [
-      Array(
-          dtype,
-          tuple(int(n) for n in sizes.split(',') if n),
-          'S(' not in (layout or ''),
-      )
-      for dtype, sizes, layout in _ARRAY.findall(text)
-  ]
+  arrays = []
+  for dtype, sizes, layout in _ARRAY.findall(text):
+    order, _, rest = layout.partition(':')
+    tiles = re.match(r'T((?:\([\d,]+\))+)', rest)
+    arrays.append(
+        Array(
+            dtype,
+            _integers(sizes),
+            'S(' not in layout,
+            _integers(order),
+            tuple(
+                _integers(x)
+                for x in re.findall(r'\(([\d,]+)\)', tiles.group(1))
+            ) if tiles else (),
+        )
+    )
+  return arrays
+
+
+def _integers(text: str) -> tuple[int, ...]:
+  return tuple(int(n) for n in text.split(',') if n)

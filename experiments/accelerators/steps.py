@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 import ml_collections
 
-from experiments.tpu_compile import hlo_costs
+from experiments.accelerators import hlo_costs
 from fsq_jax import adversarial
 from fsq_jax import configuration
 from fsq_jax import models
