@@ -46,7 +46,7 @@ setuptools.setup(
         'tensorboard': ['tensorboardX'],
         'test': [
             'chex', 'hypothesis', 'ipykernel', 'nbclient', 'pytest',
-            'pytest-xdist', 'ruff',
+            'pytest-xdist', 'ruff', 'webdataset',
         ],
     },
 )

@@ -10,6 +10,8 @@ from fsq_jax.configuration import rules
 # the run that a new run is initialized from; 'training', the networks of the
 # losses and the size of training batches.
 INPUTS = frozenset({'images', 'initialization', 'training'})
+# Sources of images in the folder data.data_dir.
+_FOLDERS = ('folder', 'webdataset', 'arrays')
 _MESH = tuple(
     f'partitioning.mesh.{axis}' for axis in ('data', 'fsdp', 'tensor')
 )
@@ -29,10 +31,10 @@ def cross_rules(
   if 'images' in uses:
     yield rules.CrossRule(
         ('data.source', 'data.data_dir'),
-        "with 'folder' an existing folder as data_dir; set"
+        f'with {_FOLDERS} an existing folder as data_dir; set'
         ' --config.data.data_dir',
         lambda source, folder: (
-            source != 'folder' or os.path.isdir(os.path.expanduser(folder))
+            source not in _FOLDERS or os.path.isdir(os.path.expanduser(folder))
         ),
     )
   yield from _optim_rules('optim')
@@ -133,8 +135,8 @@ def _data_rules() -> Iterator[rules.CrossRule]:
   )
   yield rules.CrossRule(
       ('eval.native_size', 'data.source'),
-      "native_size only with data.source 'folder' or 'tfds'",
-      lambda native, source: not native or source in ('folder', 'tfds'),
+      f"native_size only with data.source 'tfds' or {_FOLDERS}",
+      lambda native, source: not native or source in (*_FOLDERS, 'tfds'),
   )
   yield rules.CrossRule(
       ('data.source', 'data.flip'),

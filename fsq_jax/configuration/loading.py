@@ -105,8 +105,8 @@ def check_config(
 ) -> None:
   """Raises one ValueError that lists all problems of a config.
 
-  Uses no device, and of files only the folder of data.source 'folder' and the
-  description of an encoder with architecture 'checkpoint'.
+  Uses no device, and of files only the folder data.data_dir and the description
+  of an encoder with architecture 'checkpoint'.
 
   Args:
     config: see configs/default.py. Integers may stand for floats and lists

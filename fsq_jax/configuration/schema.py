@@ -138,7 +138,10 @@ QUANTIZERS: Mapping[str, _Rows] = {
     'none': {'code_dim': rules.INTEGER},
 }
 _DATA = {
-    'source': rules.name('photos', 'digits', 'tfds', 'folder', 'synthetic'),
+    'source': rules.name(
+        'photos', 'digits', 'tfds', 'folder', 'webdataset', 'arrays',
+        'synthetic',
+    ),
     'name': rules.TEXT,
     'data_dir': rules.PATH,
     'train_split': rules.NON_EMPTY,

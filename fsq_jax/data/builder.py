@@ -6,6 +6,7 @@ from typing import Any
 from absl import logging
 import ml_collections
 
+from fsq_jax.data import array_source
 from fsq_jax.data import digits
 from fsq_jax.data import folder
 from fsq_jax.data import image_source
@@ -13,6 +14,7 @@ from fsq_jax.data import photos
 from fsq_jax.data import pipelines
 from fsq_jax.data import synthetic
 from fsq_jax.data import tfds_source
+from fsq_jax.data import webdataset_source
 
 # By name: split of the source, and pipeline.
 _PIPELINES = {
@@ -139,6 +141,22 @@ def _build_folder(config, split):
   )
 
 
+def _build_arrays(config, split):
+  return array_source.ArraySource(
+      config.data_dir,
+      label_names=config.label_names,
+      **_encoded_options(config, split),
+  )
+
+
+def _build_webdataset(config, split):
+  return webdataset_source.WebDatasetSource(
+      config.data_dir,
+      label_names=config.label_names,
+      **_encoded_options(config, split),
+  )
+
+
 def _build_digits(config, split):
   return digits.DigitsSource(
       'validation' if split == 'eval' else 'train',
@@ -157,6 +175,8 @@ _SOURCES = {
     'photos': _build_photos,
     'tfds': _build_tfds,
     'folder': _build_folder,
+    'webdataset': _build_webdataset,
+    'arrays': _build_arrays,
     'digits': _build_digits,
     'synthetic': _build_synthetic,
 }
@@ -167,8 +187,8 @@ def open_source(
 ) -> image_source.ImageSource:
   """Opens the images of a split, for random access by index.
 
-  data.train_split and data.eval_split are for tfds and folder; the other
-  sources have one training and one validation split.
+  data.train_split and data.eval_split are for tfds, folder, webdataset and
+  arrays; the other sources have one training and one validation split.
 
   Args:
     config: the `data` section.

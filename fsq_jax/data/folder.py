@@ -12,8 +12,6 @@ from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 
-_NUM_LISTED = 10
-
 
 class FolderSource(image_source.EncodedSource):
   """The image files below root/split, sorted by path.
@@ -54,7 +52,7 @@ class FolderSource(image_source.EncodedSource):
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     _check_split(self._root, split)
-    files = _list_images(self._root, split)
+    files = listing.list_images(self._root, split)
     sizes = files.sizes
     self._paths = sorted(sizes)
     self._sizes = sizes
@@ -68,8 +66,12 @@ class FolderSource(image_source.EncodedSource):
         hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
         **reading,
     )
-    listing.check_unread_share(
-        files, os.path.join(self._root, split), self._max_damaged_share
+    listing.check_files(
+        len(sizes),
+        files.skipped,
+        files.num_unread,
+        os.path.join(self._root, split),
+        self._max_damaged_share,
     )
     self.skipped = files.skipped
 
@@ -98,10 +100,10 @@ class FolderSource(image_source.EncodedSource):
           else f'the training split {self._class_split!r}'
       )
       raise ValueError(
-          f'{split!r} has the classes {_shorten(unknown)}, which {known_by} '
-          f'does not have; known classes: {_shorten(names)}. Set '
-          'data.label_names to the names of all classes, in the order of '
-          'their labels.'
+          f'{split!r} has the classes {listing.shorten(unknown)}, which'
+          f' {known_by} does not have; known classes:'
+          f' {listing.shorten(names)}. Set data.label_names to the names of all'
+          ' classes, in the order of their labels.'
       )
     if unknown:
       logging.warning(
@@ -117,7 +119,7 @@ class FolderSource(image_source.EncodedSource):
     if stray and names:
       logging.warning(
           '%d of %d images are outside of the class folders of %r and have'
-          ' label -1: %s', len(stray), len(self), split, _shorten(stray)
+          ' label -1: %s', len(stray), len(self), split, listing.shorten(stray)
       )
     return names
 
@@ -185,11 +187,6 @@ def _class_of(path: str) -> str | None:
   return parts[1] if len(parts) > 2 else None
 
 
-def _shorten(names: Sequence[str]) -> str:
-  more = ', ...' if len(names) > _NUM_LISTED else ''
-  return ', '.join(map(repr, names[:_NUM_LISTED])) + more
-
-
 def _list_folders(folder: str) -> list[str]:
   """Returns the names of the sub-folders that are not hidden, sorted."""
   with os.scandir(folder) as entries:
@@ -198,18 +195,3 @@ def _list_folders(folder: str) -> list[str]:
         for entry in entries
         if entry.is_dir() and not entry.name.startswith('.')
     )
-
-
-def _list_images(root: str, split: str) -> listing.Listing:
-  """Lists the images of a split; raises ValueError if there are no images."""
-  files = listing.list_images(root, split)
-  folder = os.path.join(root, split)
-  skipped = listing.describe_skipped(files.skipped)
-  if not files.sizes:
-    raise ValueError(
-        f'{folder} holds no images; known extensions: {listing.EXTENSIONS}'
-        + (f'. Skipped: {skipped}.' if skipped else '.')
-    )
-  if skipped:
-    logging.warning('%s: skipped %s.', folder, skipped)
-  return files

@@ -1,7 +1,7 @@
 """Base classes of image sources, and the record of unreadable images."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import hashlib
 import itertools
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from absl import logging
 import numpy as np
+from PIL import Image
 
 from fsq_jax.data import decoding
 from fsq_jax.data import image_errors
@@ -48,9 +49,9 @@ class ImageSource(abc.ABC):
   Attributes:
     identity: identifies the images without reading them: 'name', 'split' and
       'content', independent of their place. For a folder 'content' is a hash of
-      file names and sizes, for 'tfds' of dataset_info.json: replacing an image
-      by another image of the same name and size does not change it, but changes
-      `content_hash`.
+      file names and sizes, for tar shards also of labels, for 'tfds' of
+      dataset_info.json: replacing an image by another image of the same name
+      and size does not change it, but changes `content_hash`.
     damaged: error messages, by index, of the images found unreadable so far.
     upscaled: indices of the images scaled up so far, which have fewer pixels
       than data.resize_shorter or data.image_size.
@@ -169,6 +170,14 @@ class EncodedSource(ImageSource):
       OSError: a failure to read it, which says nothing about the image.
     """
 
+  def decode(self, encoded: bytes) -> Image.Image:
+    """Returns the image of `read`, of mode RGB.
+
+    Raises:
+      DamagedImageError: it cannot be decoded.
+    """
+    return decoding.decode_to_pillow(encoded)
+
   @abc.abstractmethod
   def stamp(self, index: int) -> tuple[int, int, int]:
     """Returns size in bytes, mtime and ctime in ns of the file of an image."""
@@ -187,7 +196,7 @@ class EncodedSource(ImageSource):
       encoded = self.read(index)
       digest = hashlib.sha256(encoded).digest()
       self.digests[index] = np.frombuffer(digest, np.uint8)
-      image = decoding.decode_to_pillow(encoded)
+      image = self.decode(encoded)
       width, height = image.size
       resized = transforms.resize_pillow(image, self._resize_shorter)
       if min(image.size) < self._resize_shorter:
@@ -214,6 +223,34 @@ class EncodedSource(ImageSource):
     name = printable(self.describe(index))
     logging.warning('Image %s is skipped: %s.', name, reason)
     check_damaged_share(damaged, len(self), self._max_damaged_share)
+
+
+def check_labels(
+    labels: np.ndarray,
+    label_names: Sequence[str],
+    describe: Callable[[int], str],
+) -> None:
+  """Raises ValueError for labels without a name; warns of missing labels.
+
+  Args:
+    labels: [n] int64, by index of the image; -1 without a label.
+    label_names: names of all classes; () without names.
+    describe: `ImageSource.describe`.
+  """
+  index = int(np.argmax(labels))
+  if label_names and labels[index] >= len(label_names):
+    raise ValueError(
+        f'{describe(index)} has the label {labels[index]}, but data.label_names'
+        f' has {len(label_names)} names, for labels from 0 to'
+        f' {len(label_names) - 1}. Name all classes in the order of their'
+        ' labels.'
+    )
+  missing = np.flatnonzero(labels < 0)
+  if 0 < len(missing) < len(labels):
+    logging.warning(
+        '%d of %d images have label -1, such as %s', len(missing), len(labels),
+        printable(describe(int(missing[0]))),
+    )
 
 
 def printable(name: str) -> str:

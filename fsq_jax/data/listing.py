@@ -1,10 +1,13 @@
 """Lists the images of a folder and counts its other files."""
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import os
+
+from absl import logging
 
 from fsq_jax.data import decoding
 
@@ -38,8 +41,9 @@ _OTHER_EXTENSIONS = {
     '.webm', '.xlsx', '.xml', '.xmp', '.xz', '.yaml', '.yml', '.zip', '.zst',
     '.7z',
 }  # fmt: skip
-# Length of the beginning that shows whether a file is text.
-_TEXT_BYTES = 512
+_NUM_LISTED = 10
+# Length of the beginning of a file that shows its kind.
+START_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,7 @@ def list_images(root: str, split: str) -> Listing:
     else:
       skipped[os.path.splitext(path)[1].lower() or 'no extension'] += 1
       num_unread += kind == 'unread'
-  ordered = dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0])))
-  return Listing(sizes, ordered, num_unread)
+  return Listing(sizes, order_skipped(skipped), num_unread)
 
 
 def has_images(root: str, split: str) -> bool:
@@ -85,29 +88,58 @@ def has_images(root: str, split: str) -> bool:
   return any(kind == 'image' for _, kind, _ in _walk(root, split))
 
 
-def describe_skipped(skipped: Mapping[str, int]) -> str:
-  """Returns the counts in words: '12 .heic, 3 .json'."""
-  return ', '.join(f'{count} {kind}' for kind, count in skipped.items())
-
-
-def check_unread_share(listing: Listing, folder: str, max_share: float) -> None:
-  """Raises ValueError if a folder has too many unsupported image files.
+def check_files(
+    num_images: int,
+    skipped: Mapping[str, int],
+    num_unread: int,
+    place: str,
+    max_share: float,
+) -> None:
+  """Logs the skipped files of a split; raises ValueError if they are too many.
 
   Args:
-    listing: of its files.
-    folder: its path, for the message.
+    num_images: of the split.
+    skipped: see `Listing`.
+    num_unread: see `Listing`.
+    place: folder or shards of the split, for messages.
     max_share: data.max_damaged_share, here of images and unsupported files.
+
+  Raises:
+    ValueError: no images, or too many unsupported image files.
   """
-  num_files = len(listing.sizes) + listing.num_unread
-  limit = math.ceil(max_share * num_files)
-  if listing.num_unread > limit:
+  if not num_images:
     raise ValueError(
-        f'{folder}: {listing.num_unread} of {num_files} files are images in an'
+        f'{place} holds no images; known extensions: {EXTENSIONS}'
+        + (f'. Skipped: {_describe(skipped)}.' if skipped else '.')
+    )
+  if skipped:
+    logging.warning('%s: skipped %s.', place, _describe(skipped))
+  num_files = num_images + num_unread
+  limit = math.ceil(max_share * num_files)
+  if num_unread > limit:
+    raise ValueError(
+        f'{place}: {num_unread} of {num_files} files are images in an'
         ' unsupported format, or of an unknown kind, more than the'
         f' {limit} that data.max_damaged_share = {max_share} allows. Convert'
         ' them to PNG or JPEG, move them away, or raise the limit. Skipped:'
-        f' {describe_skipped(listing.skipped)}.'
+        f' {_describe(skipped)}.'
     )
+
+
+def order_skipped(skipped: Mapping[str, int]) -> dict[str, int]:
+  """Returns the counts of skipped files, the most frequent kind first."""
+  return dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0])))
+
+
+def shorten(names: Sequence[str]) -> str:
+  """Returns the first names, quoted: "'a', 'b', ..."."""
+  more = ', ...' if len(names) > _NUM_LISTED else ''
+  return ', '.join(map(repr, names[:_NUM_LISTED])) + more
+
+
+def _describe(skipped: Mapping[str, int]) -> str:
+  """Returns the counts in words: '12 .heic, 3 .json'."""
+  return ', '.join(f'{count} {kind}' for kind, count in skipped.items())
 
 
 def _walk(root: str, split: str) -> Iterator[tuple[str, str, int]]:
@@ -133,14 +165,22 @@ def _walk(root: str, split: str) -> Iterator[tuple[str, str, int]]:
           _resolve(entry.path, real_root)
         if not entry.is_file():
           continue
-        kind = _classify(entry.path, extension)
+        kind = classify(
+            extension, functools.partial(_read_start, entry.path)
+        )
         if kind == 'image' and entry.is_symlink():
           _resolve(entry.path, real_root)
         yield path, kind, entry.stat().st_size
 
 
-def _classify(path: str, extension: str) -> str:
-  """Returns 'image', 'unread' (unsupported or unknown) or 'other'."""
+def classify(extension: str, read_start: Callable[[], bytes]) -> str:
+  """Returns 'image', 'unread' (unsupported or unknown) or 'other'.
+
+  Args:
+    extension: of the file's name, in lower case with the dot, or ''.
+    read_start: reads the first START_BYTES bytes of the file; called if the
+      extension is unknown.
+  """
   readable = decoding.readable_formats()
   if extension in EXTENSIONS:
     is_read = _NEEDED_FORMATS.get(extension, 'JPEG') in readable
@@ -150,14 +190,18 @@ def _classify(path: str, extension: str) -> str:
   if extension in _OTHER_EXTENSIONS:
     return 'other'
   try:
-    with open(path, 'rb') as file:
-      start = file.read(_TEXT_BYTES)
+    start = read_start()
   except PermissionError:
     return 'unread'
   name = decoding.identify(start[: decoding.PREFIX_BYTES])
   if name is not None:
     return 'image' if name in readable else 'unread'
   return 'other' if _is_text(start) else 'unread'
+
+
+def _read_start(path: str) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read(START_BYTES)
 
 
 def _is_text(start: bytes) -> bool:
@@ -168,7 +212,7 @@ def _is_text(start: bytes) -> bool:
     start.decode()
   except UnicodeDecodeError as error:
     # The last character may be cut.
-    if len(start) < _TEXT_BYTES or error.start < len(start) - 3:
+    if len(start) < START_BYTES or error.start < len(start) - 3:
       return False
   return b'\0' not in start
 

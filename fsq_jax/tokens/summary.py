@@ -135,7 +135,8 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
   if num := summary.get('num_without_label'):
     yield (
         f'no class label (-1): {num} images; classes are the sub-folders of a'
-        " split of data.source 'folder', and the labels of 'tfds'"
+        " split of data.source 'folder', and the labels of 'tfds',"
+        " 'webdataset' and 'arrays'"
     )
   yield f'codebook usage: {summary["usage"]:.1%}'
   yield (

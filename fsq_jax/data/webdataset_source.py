@@ -1,0 +1,196 @@
+"""Images in the tar shards of a WebDataset: train-{000..146}.tar."""
+
+import bisect
+import collections
+from collections.abc import Sequence
+import glob
+import hashlib
+import itertools
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from fsq_jax.data import image_errors
+from fsq_jax.data import image_source
+from fsq_jax.data import listing
+from fsq_jax.data import tar_index
+
+_NO_FILES = collections.Counter()
+_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
+
+
+class WebDatasetSource(image_source.EncodedSource):
+  """The images of the shards of a split, in the order of names and members.
+
+  An image is a member KEY.EXTENSION with an image extension, and its label the
+  text of KEY.cls, or 'label' or 'cls' in KEY.json; KEY is the member name up to
+  the first dot of its file name. Other members are ignored or counted in
+  `skipped`; images in unsupported formats are an error above
+  max_damaged_share. Nothing is unpacked or unpickled: an index of each shard
+  (`tar_index`) gives random access.
+  """
+
+  def __init__(
+      self,
+      root: str,
+      split: str,
+      *,
+      label_names: Sequence[str] = (),
+      **reading: Any,
+  ):
+    """Opens the shards of a split.
+
+    Args:
+      root: data.data_dir, the folder of the shards.
+      split: see `find_shards`.
+      label_names: names of all classes, by label.
+      **reading: resize_shorter, max_damaged_share and cache_mib of
+        EncodedSource.
+
+    Raises:
+      ValueError: no shards or images, a key that occurs twice, labels outside
+        of label_names, or a shard that `tar_index.open_index` rejects.
+    """
+    self._root = os.path.abspath(os.path.expanduser(root))
+    self._shards = find_shards(self._root, split)
+    shards = [
+        tar_index.open_index(os.path.join(self._root, name))
+        for name in self._shards
+    ]
+    self._ends = list(itertools.accumulate(len(x.keys) for x in shards))
+    self._keys, self._extensions, self._offsets, self._sizes, self._labels = (
+        np.concatenate(columns)
+        for columns in zip(*(x[:5] for x in shards), strict=True)
+    )
+    # Independent of the division into shards, as of the place of a folder.
+    columns = self._keys, self._extensions, self._sizes, self._labels
+    content = hashlib.sha256()
+    for column in columns:
+      content.update(f'{column.dtype.str}\0'.encode())
+      content.update(column.tobytes())
+    super().__init__('', split, content.hexdigest()[:16], **reading)
+    self.skipped = listing.order_skipped(
+        sum((collections.Counter(x.skipped) for x in shards), _NO_FILES)
+    )
+    listing.check_files(
+        len(self),
+        self.skipped,
+        sum(x.num_unread for x in shards),
+        os.path.join(self._root, split),
+        self._max_damaged_share,
+    )
+    self._check_keys()
+    self.label_names = tuple(label_names)
+    image_source.check_labels(self._labels, self.label_names, self.describe)
+
+  def __len__(self) -> int:
+    return len(self._keys)
+
+  def describe(self, index: int) -> str:
+    return f'{self._path(index)} member {self._name(index)}'
+
+  def metadata(self, index: int) -> image_source.ImageMetadata:
+    return image_source.ImageMetadata(
+        name=self._name(index),
+        label=int(self._labels[index]),
+        num_bytes=int(self._sizes[index]),
+    )
+
+  def stamp(self, index: int) -> tuple[int, int, int]:
+    # Of the shard that holds the image.
+    status = os.stat(self._path(index))
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+  def read(self, index: int) -> bytes:
+    size = int(self._sizes[index])
+    image_errors.check_num_bytes(size)
+    with open(self._path(index), 'rb', buffering=0) as file:
+      file.seek(int(self._offsets[index]))
+      encoded = file.read(size)
+    if len(encoded) < size:
+      raise OSError(
+          f'{self.describe(index)}: {len(encoded)} of {size} bytes can be read.'
+          ' The shard has changed since the start of this command, or its disk'
+          ' fails.'
+      )
+    return encoded
+
+  def _path(self, index: int) -> str:
+    shard = bisect.bisect_right(self._ends, index)
+    return os.path.join(self._root, self._shards[shard])
+
+  def _name(self, index: int) -> str:
+    name = self._keys[index] + b'.' + self._extensions[index]
+    return name.decode('utf-8', 'surrogateescape')
+
+  def _check_keys(self) -> None:
+    order = np.argsort(self._keys, kind='stable')
+    keys = self._keys[order]
+    repeated = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(repeated):
+      first, second = order[repeated[0] : repeated[0] + 2]
+      raise ValueError(
+          f'{len(repeated)} keys are in more than one shard, such as'
+          f' {self.describe(first)} and {self.describe(second)}. Give each'
+          ' image a key of its own, and check that no shard is there twice.'
+      )
+
+
+def find_shards(root: str, split: str) -> list[str]:
+  """Returns the shards of a split, relative to the root.
+
+  Args:
+    root: an absolute folder.
+    split: 'train' takes train.tar, or train-000.tar, train_1.tar,
+      train-00000-of-00147.tar and so on, sorted, or else train/*.tar. A name
+      with '*' or '{000..146}', or that ends with '.tar', is a pattern of files
+      relative to the root.
+
+  Raises:
+    ValueError: no shards, or a shard of the pattern is missing.
+  """
+  if not os.path.isdir(root):
+    raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
+  if split.endswith('.tar') or '*' in split or _RANGE.search(split):
+    shards = []
+    for pattern in _expand(split):
+      found = sorted(glob.glob(pattern, root_dir=root))
+      shards += found if '*' in pattern else [pattern]
+  else:
+    name = re.compile(re.escape(split) + r'([-_.]?\d+(-of-\d+)?)?\.tar')
+    shards = sorted(filter(name.fullmatch, os.listdir(root))) or sorted(
+        glob.glob(f'{glob.escape(split)}/*.tar', root_dir=root)
+    )
+  missing = [x for x in shards if not os.path.isfile(os.path.join(root, x))]
+  if missing:
+    raise ValueError(
+        f'{len(missing)} of {len(shards)} shards {split!r} are missing in'
+        f' {root}: {listing.shorten(missing)}.'
+    )
+  if not shards:
+    raise ValueError(
+        f'{root} has no tar shards of the split {split!r}; files there:'
+        f' {listing.shorten(sorted(os.listdir(root)))}. Set data.train_split'
+        " and data.eval_split to the beginning of names such as 'train' of"
+        " train-000.tar, or to a pattern such as 'train-{000..146}.tar'."
+        ' Compressed shards (.tar.gz) have no random access.'
+    )
+  return shards
+
+
+def _expand(pattern: str) -> list[str]:
+  """Returns the names of a pattern with ranges such as {000..146}."""
+  match = _RANGE.search(pattern)
+  if not match:
+    return [pattern]
+  first, last = match.groups()
+  return [
+      name
+      for number in range(int(first), int(last) + 1)
+      for name in _expand(
+          f'{pattern[: match.start()]}{number:0{len(first)}}'
+          f'{pattern[match.end() :]}'
+      )
+  ]
