@@ -89,7 +89,7 @@ def test_images_are_written_to_folders_and_files(
   content = json.loads(record.read_text())
   assert content == json.loads((folder / 'samples.json').read_text())
   assert (content['step'], content['num_images']) == (4, 11)
-  assert content['classes'] == [-1, 0, 2]
+  assert content['classes'] == [2, 0, -1]
   assert content['sampler']['draw']['temperature'] == 0.5
 
   # By number and class, they are those of Python.
