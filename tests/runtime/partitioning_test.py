@@ -1,7 +1,6 @@
 """Meshes, sharding rules, and what devices hold of a real train state."""
 
 import contextlib
-import itertools
 import pathlib
 import socket
 import subprocess
@@ -530,17 +529,13 @@ def _reconstruct_tiles(config, model, variables, mesh):
 
 
 def _measure_latents(config, *_):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-        latent_statistics.tqdm,
-        'tqdm',
-        lambda batches, **_: itertools.islice(batches, 1),
-    )
-    config = config.copy_and_resolve_references()
-    config.train.init_from = str(_RUN)
-    latent_statistics.measure(config)
+  config = config.copy_and_resolve_references()
+  config.train.init_from = str(_RUN)
+  config.data.source, config.data.eval_batch_size = 'photos', 64
+  latent_statistics.measure(config)
 
 
+@pytest.mark.fast_limit(10)
 @pytest.mark.parametrize(
     ('apply', 'num_activations'),
     [(_decode_tokens, 9), (_reconstruct_tiles, 17), (_measure_latents, 7)],
