@@ -2,8 +2,8 @@
 
   python -m experiments.accelerators.measure --torch_python=PYTHON
 
-Made for one GPU, on which it takes at most five minutes: what is left after
-that is skipped, and named. Weights and images are random. PYTHON is an
+Made for one GPU. No case starts after four minutes; cases that are skipped are
+listed. Weights and images are random. PYTHON is an
 interpreter with PyTorch for GPUs; without it that comparison is left out.
 --tiny measures small models, which checks the script on a CPU.
 """
@@ -11,6 +11,7 @@ interpreter with PyTorch for GPUs; without it that comparison is left out.
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import os
 import statistics
 import sys
 import time
@@ -65,16 +66,16 @@ class Row(NamedTuple):
   """A measured speed.
 
   Attributes:
-    label: what was measured.
+    label: name of the step, sampler or operation.
     batch_size: images per call; 0 if there are none.
-    seconds: of a call, the median.
+    seconds: of a call, the median; None if it was not measured.
     flops: of the matmuls of a call, without recomputation; 0 if not counted.
     note: whatever else is known.
   """
 
   label: str
   batch_size: int
-  seconds: float
+  seconds: float | None
   flops: float = 0
   note: str = ''
 
@@ -159,7 +160,7 @@ def measure(
   for case in cases:
     if time.monotonic() - started > budget:
       label = case.label if isinstance(case, Training) else _label(case)
-      yield Row(label, 0, float('nan'), note='skipped, out of time')
+      yield Row(label, 0, None, note='skipped, out of time')
     elif isinstance(case, Training):
       yield from _measure_training(case, peer)
     else:
@@ -209,7 +210,7 @@ def _measure_training(
       break
   if seconds is None:
     note = f'does not fit with {batch_size} images'
-    yield Row(case.label, batch_size, float('nan'), note=note)
+    yield Row(case.label, batch_size, None, note=note)
     return
   config = steps.load_config(case.config, batch_size, case.fields)
   flops = steps.count_model_flops(config)
@@ -220,7 +221,7 @@ def _measure_training(
       seconds, memory = _time_step(case, batch_size)
     yield Row(label, batch_size, seconds, flops, memory)
   except _OutOfMemoryError:
-    yield Row(label, batch_size, float('nan'), note='does not fit')
+    yield Row(label, batch_size, None, note='does not fit')
   if peer is not None and case.torch:
     version = peer.build(
         'vit_step', batch_size=batch_size, on_gpu=True, **case.torch
@@ -302,13 +303,15 @@ def print_table(rows: Sequence[Row]) -> None:
   write('| measured | images | ms | images/s | TFLOP/s | of the matmul | |\n')
   write('|---' * 7 + '|\n')
   for row in rows:
-    rate = row.flops / row.seconds
-    speed = f'{row.batch_size / row.seconds:.4g}' if row.batch_size else ''
-    write(
-        f'| {row.label} | {row.batch_size or ""} | {row.seconds * 1e3:.3g} |'
-        f' {speed} | {f"{rate / 1e12:.3g}" if rate else ""} |'
-        f' {f"{rate / peak:.0%}" if rate else ""} | {row.note} |\n'
-    )
+    cells = [row.label, str(row.batch_size or ''), '', '', '', '', row.note]
+    if row.seconds is not None:
+      cells[2] = f'{row.seconds * 1e3:.3g}'
+      if row.batch_size:
+        cells[3] = f'{row.batch_size / row.seconds:.4g}'
+      if row.flops:
+        rate = row.flops / row.seconds
+        cells[4:6] = f'{rate / 1e12:.3g}', f'{rate / peak:.0%}'
+    write(f'| {" | ".join(cells)} |\n')
 
 
 def main() -> None:
@@ -319,6 +322,8 @@ def main() -> None:
   parser.add_argument('--tiny', action='store_true', help='small models')
   parser.add_argument('--torch_python', default='', help='with PyTorch')
   arguments = parser.parse_args()
+  # By default JAX reserves three quarters of the memory; PyTorch needs some.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   path = arguments.torch_python
   peer = blocks.TorchPeer(path) if path else None
   if arguments.tiny:
@@ -327,7 +332,8 @@ def main() -> None:
     rows = measure(FULL, peer=peer)
   done = []
   for row in rows:
-    sys.stdout.write(f'{row.label}: {row.seconds * 1e3:.3g} ms {row.note}\n')
+    time_text = '' if row.seconds is None else f'{row.seconds * 1e3:.3g} ms '
+    sys.stdout.write(f'{row.label}: {time_text}{row.note}\n')
     sys.stdout.flush()
     done.append(row)
   if peer is not None:

@@ -25,10 +25,13 @@ def test_small_models_are_measured_on_cpus(capsys, monkeypatch):
   assert '| 64 |' not in table[2]
 
 
-def test_measuring_ends_in_time(monkeypatch):
+def test_measuring_ends_in_time(capsys, monkeypatch):
   monkeypatch.setattr(measure, 'SECONDS_PER_ROW', 0.0)
   case = measure.TINY[-1]
   rows = list(
       measure.measure([case], budget=-1, matmul_side=8, num_vectors=8)
   )
   assert rows[-1].note == 'skipped, out of time'
+  measure.print_table(rows)
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last == f'| {rows[-1].label} |  |  |  |  |  | {rows[-1].note} |'
