@@ -49,7 +49,7 @@ BUDGET = {
     # Smoothing over levels and over codes would not be comparable.
     'losses.label_smoothing': 0.0,
     'tokens.train_views': 1,
-    'tokens.batch_size': 64,
+    'tokens.batch_size': 32,
     'optim.learning_rate': 2e-3,
     'optim.warmup_steps': 100,
     'optim.ema_decay': 0.99,
