@@ -280,11 +280,8 @@ def test_the_best_checkpoint_has_the_fewest_bits(
     ('field', 'value', 'line'),
     [
         ('seed', 1, 'seed: 0 -> 1'),
-        ('model.depth', 2, 'model.depth: 1 -> 2'),
-        ('model.head', 'flat', "model.head: 'auto' -> 'flat'"),
         ('model.kind', 'masked', "model.kind: 'autoregressive' -> "),
         ('losses.mask_schedule', 'arccos', "losses.mask_schedule: 'cosine'"),
-        ('optim.b1', 0.5, 'optim.b1: 0.9 -> 0.5'),
         ('tokens.batch_size', 16, 'tokens.batch_size: 8 -> 16'),
     ],
 )

@@ -82,18 +82,19 @@ _FAST = (
 )  # fmt: skip
 
 
-def _cases(*fast, tokens=False):
-  """Parametrizes over `_CASES`; cases that are not in `fast` are slow.
+def _cases(*fast, of=tuple(_CASES), tokens=False):
+  """Parametrizes over cases; those that are not in `fast` are slow.
 
   Args:
     *fast: names of the cases in the fast tier; by default `_FAST`.
+    of: names of all cases.
     tokens: leaves out 'none', whose counterparts are in none_test.
   """
   return pytest.mark.parametrize('case', [
       pytest.param(
           case, marks=[] if case in (fast or _FAST) else [pytest.mark.slow]
       )
-      for case in _CASES
+      for case in of
       if not (tokens and case.startswith('none'))
   ])  # fmt: skip
 
@@ -184,7 +185,7 @@ def test_codes_and_indices_are_each_others_inverse(case):
   assert len(np.unique(codes[num:-3], axis=0)) == size
 
 
-@_cases('fsq0')
+@_cases('fsq0', of=_FAST)
 def test_compiled_equals_eager(case):
   example = _example(case)
   compiled = example.out
@@ -217,7 +218,7 @@ def test_gradient_is_finite_and_reaches_every_latent(case):
   assert np.all(of_z != 0)
 
 
-@_cases('fsq0')
+@_cases('fsq0', of=_FAST)
 def test_computes_in_float32_whatever_the_latents(case):
   quantizer = _build(_CASES[case])
   z = 2 * _latents(quantizer, (4096,), jnp.bfloat16)
@@ -237,7 +238,7 @@ def test_computes_in_float32_whatever_the_latents(case):
     ('case', 'axis_type', 'train'),
     [
         *((case, 'Auto', True) for case in _CASES),
-        *((case, 'Explicit', True) for case in _FAST),
+        *((case, 'Explicit', True) for case in ('fsq0', 'lfq0', 'vq0')),
         ('vq0', 'Explicit', False),
     ],
 )
@@ -547,7 +548,7 @@ def test_wrong_latents_are_refused_by_name(case):
     quantizer.apply({}, jnp.zeros((2,)), method='indices_to_codes')
 
 
-@_cases('fsq0', tokens=True)
+@_cases('fsq0', of=_FAST, tokens=True)
 def test_works_inside_another_module(case):
   class Tokenizer(nn.Module):
     quantizer: nn.Module

@@ -472,7 +472,6 @@ def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
     [
         (None, 'seed', 1, 'seed: 0 -> 1'),
         ('data', 'batch_size', 16, 'data.batch_size: 8 -> 16'),
-        ('train', 'num_steps', 14, 'train.num_steps: 12 -> 14'),
         ('optim', 'b1', 0.8, 'optim.b1: 0.9 -> 0.8'),
     ],
 )
