@@ -65,7 +65,7 @@ _IMAGES_IN = flags.DEFINE_string(
 )
 _TILES = flags.DEFINE_enum(
     'tiles',
-    'blended',
+    'disjoint',
     ['disjoint', 'blended', 'overlapping'],
     'Mode reconstruct: tiles that a ViT takes of a whole image. disjoint:'
     ' side by side, with visible seams; blended: the same tokens, decoded in'

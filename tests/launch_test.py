@@ -269,7 +269,7 @@ _CALLS = (
     ),
     (
         ['--mode=reconstruct', '--images_in=in', '--images=i'],
-        'reconstruct runs/debug in i newest blended\npsnr',
+        'reconstruct runs/debug in i newest disjoint\npsnr',
     ),
     (
         ['--mode=reconstruct', '--tiles=overlapping', '--checkpoint=8'],

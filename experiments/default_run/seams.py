@@ -11,7 +11,6 @@ steps across borders of patches. Without seams both are equal.
 """
 
 import argparse
-import json
 import pathlib
 
 import numpy as np
@@ -21,7 +20,7 @@ from fsq_jax.evaluation import tiled_metrics
 from fsq_jax.models import tiles as tiles_lib
 from fsq_jax.report import grid
 from fsq_jax.tokenizer import Tokenizer
-from fsq_jax.workdir import provenance
+from fsq_jax.workdir import files as workdirs
 
 _FOLDER = pathlib.Path(__file__).parent
 _PHOTOGRAPHS = {'coffee': skimage.data.coffee, 'chelsea': skimage.data.chelsea}
@@ -106,10 +105,8 @@ def main() -> None:
       'step': tokenizer.step,
       'model_hash': tokenizer.model_hash,
       'photographs': numbers,
-      **provenance.describe(),
   }
-  text = json.dumps(record, indent=2) + '\n'
-  (arguments.output / 'seams.json').write_text(text)
+  workdirs.write_json(arguments.output / 'seams.json', record)
   parts = [
       grid.draw_text(kind, 20, 320).repeat(3, axis=2)
       for kind in images['chelsea']

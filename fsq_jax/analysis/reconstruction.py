@@ -44,7 +44,7 @@ def reconstruct_files(
     images: str | os.PathLike[str] | None,
     *,
     which: str = 'newest',
-    tiles: str = 'blended',
+    tiles: str = 'disjoint',
 ) -> list[str]:
   """Reconstructs image files at their own size, and measures the error.
 

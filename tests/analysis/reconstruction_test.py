@@ -55,7 +55,10 @@ def test_images_are_written_and_measured(
       lambda *args: {(str(_RUN), 'newest'): tokenizer}[args],
   )
   out = tmp_path / 'out'
-  args = [f'--workdir={_RUN}', f'--images_in={folder}', f'--images={out}']
+  args = [
+      f'--workdir={_RUN}', f'--images_in={folder}', f'--images={out}',
+      '--tiles=blended',
+  ]
   assert _launch(*args) == 0
   record = json.loads((out / reconstruction.RECORD).read_text())
   assert set(record['images']) == {'wide.png', 'sub/tiny.jpg'}
