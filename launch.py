@@ -1,8 +1,8 @@
 """Trains and uses image tokenizers, and generators on their tokens.
 
   python launch.py --config=configs/fsq_888.py [--workdir=runs/fsq_888]
-      [--mode=train|eval|report|tokenize|detokenize|export|prepare|
-       latent_statistics|generate]
+      [--mode=train|eval|report|reconstruct|tokenize|detokenize|export|
+       prepare|latent_statistics|generate]
       [--config.SECTION.FIELD=VALUE ...]
 
 configs/default.py documents the fields, and configs/default_generator.py those
@@ -56,8 +56,21 @@ _VERIFY_IMAGES = flags.DEFINE_bool(
 _IMAGES = flags.DEFINE_string(
     'images',
     None,
-    'Folder that detokenize and generate write images to. Default of'
+    'Folder that detokenize, reconstruct and generate write images to, and'
+    ' eval the evaluated crops and their reconstructions. Default of'
     ' detokenize: TOKENS_images.',
+)
+_IMAGES_IN = flags.DEFINE_string(
+    'images_in', None, 'Image file, or folder of images, for reconstruct.'
+)
+_TILES = flags.DEFINE_enum(
+    'tiles',
+    'disjoint',
+    ['disjoint', 'blended', 'overlapping'],
+    'Mode reconstruct: tiles that a ViT takes of a whole image. disjoint:'
+    ' side by side, with visible seams; blended: the same tokens, decoded in'
+    ' tiles that overlap by half; overlapping: encoded in them too, up to four'
+    ' times as many tokens.',
 )
 _NPZ = flags.DEFINE_string(
     'npz',
@@ -138,10 +151,18 @@ def _train(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 def _eval(config: _Config, workdir: _Path) -> list[_Path]:
+  options = {}
   if configuration.is_generator(config):
+    if _IMAGES.value is not None:
+      raise ValueError(
+          '--images with --mode=eval is for tokenizers; --mode=generate writes'
+          ' images of a generator.'
+      )
     from fsq_jax.generators import commands
   else:
     from fsq_jax.evaluation import saved_run as commands
+
+    options = {'images': _IMAGES.value}
 
   with _resumable():
     commands.evaluate_workdir(
@@ -150,6 +171,7 @@ def _eval(config: _Config, workdir: _Path) -> list[_Path]:
         which=_CHECKPOINT.value,
         output=_OUTPUT.value,
         show=_print,  # Before anything is written.
+        **options,
     )
   return []
 
@@ -178,6 +200,19 @@ def _report(config: _Config, workdir: _Path) -> list[_Path]:
       config, workdir, which=_CHECKPOINT.value, output=_OUTPUT.value
   )
   return [path]
+
+
+def _reconstruct(config: _Config, workdir: _Path) -> list[_Path]:
+  from fsq_jax.analysis import reconstruction
+
+  del config  # The checkpoint has its own.
+  return reconstruction.reconstruct_files(
+      workdir,
+      _IMAGES_IN.value,
+      _IMAGES.value,
+      which=_CHECKPOINT.value,
+      tiles=_TILES.value,
+  )
 
 
 def _tokenize(config: _Config, workdir: _Path) -> list[_Path]:
@@ -238,6 +273,9 @@ _MODES = {
         'write report.html again, of a tokenizer with codebook, best and worst'
         ' images',
     ),
+    'reconstruct': (
+        _reconstruct, 'reconstruct whole images, beside the originals'
+    ),
     'tokenize': (_tokenize, 'write the tokens of the data set to files'),
     'detokenize': (_detokenize, 'decode token files to images'),
     'export': (_export, 'write a checkpoint as StableHLO functions'),
@@ -250,7 +288,8 @@ _MODES = {
 }
 # Modes that find the config in the workdir.
 _OF_A_RUN = (
-    'eval', 'report', 'tokenize', 'detokenize', 'export', 'generate'
+    'eval', 'report', 'reconstruct', 'tokenize', 'detokenize', 'export',
+    'generate',
 )
 _MODE = flags.DEFINE_enum(
     'mode',

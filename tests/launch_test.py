@@ -12,6 +12,7 @@ from fsq_jax import configuration
 from fsq_jax import tokens
 from fsq_jax import train
 from fsq_jax.analysis import codebook
+from fsq_jax.analysis import reconstruction
 from fsq_jax.data import builder
 from fsq_jax.evaluation import saved_run
 from fsq_jax.runtime import host
@@ -54,13 +55,17 @@ def run(capsys, monkeypatch):
         workdir, allow_config_change,
     )
 
-  def evaluate_workdir(config, workdir, *, which, output, show):
-    _show('eval', config.seed, workdir, which, output)
+  def evaluate_workdir(config, workdir, *, which, output, images, show):
+    _show('eval', config.seed, workdir, which, output, *filter(None, [images]))
     show(['psnr: 27.5'])
 
   def analyze_workdir(config, workdir, *, which, output):
     _show('report', config.seed, workdir, which, output)
     return f'{workdir}/report.html'
+
+  def reconstruct_files(workdir, images_in, images, *, which, tiles):
+    _show('reconstruct', workdir, images_in, images, which, tiles)
+    return ['psnr']
 
   def export_workdir(config, workdir, folder, *, which):
     _show('export', config.seed, workdir, folder, which)
@@ -76,6 +81,7 @@ def run(capsys, monkeypatch):
       autoencoder: {'train_and_evaluate': train_and_evaluate},
       saved_run: {'evaluate_workdir': evaluate_workdir},
       codebook: {'analyze_workdir': analyze_workdir},
+      reconstruction: {'reconstruct_files': reconstruct_files},
       export: {'export_workdir': export_workdir},
       builder: {'prepare': lambda config: _show('prepare', config.source)},
       host: {'keep_freed_memory': lambda: None},
@@ -256,6 +262,18 @@ _CALLS = (
     (
         ['--mode=eval', '--config.seed=0x10', '--checkpoint=best'],
         'eval 16 runs/debug best None\npsnr: 27.5',
+    ),
+    (
+        ['--mode=eval', '--images=i'],
+        'eval 0 runs/debug newest None i\npsnr: 27.5',
+    ),
+    (
+        ['--mode=reconstruct', '--images_in=in', '--images=i'],
+        'reconstruct runs/debug in i newest disjoint\npsnr',
+    ),
+    (
+        ['--mode=reconstruct', '--tiles=overlapping', '--checkpoint=8'],
+        'reconstruct runs/debug None None 8 overlapping\npsnr',
     ),
     (
         ['--mode=report', '--config.seed=3', '--checkpoint=5'],

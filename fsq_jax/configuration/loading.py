@@ -27,6 +27,7 @@ USES = {
     'report': {'images'},
     'tokenize': {'images'},
     'detokenize': set(),
+    'reconstruct': set(),
     'export': set(),
     'prepare': set(),
     'latent_statistics': {'images', 'initialization'},

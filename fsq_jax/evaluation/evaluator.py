@@ -62,6 +62,9 @@ class Evaluator:
       variables: Mapping[str, Any],
       *,
       before_batch: Callable[[], None] = lambda: None,
+      after_batch: Callable[
+          [Mapping[str, Any], results_lib.EvalOutput], None
+      ] = lambda batch, output: None,
   ) -> results_lib.Evaluation:
     """Evaluates the variables of the model.
 
@@ -69,6 +72,7 @@ class Evaluator:
       variables: params and the model's other collections.
       before_batch: called before each batch is added; it may raise an error to
         stop the evaluation.
+      after_batch: called with each batch and its results, on the host.
 
     Raises:
       ValueError: the split has no readable image.
@@ -79,6 +83,8 @@ class Evaluator:
     for results in self.outputs(variables):
       before_batch()
       sums.update(*results)
+      batch, output, *_ = results
+      after_batch(batch, output)
     return sums.result()
 
   def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:

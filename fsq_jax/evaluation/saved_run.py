@@ -15,6 +15,7 @@ import ml_collections
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import builder as data
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import image_folders
 from fsq_jax.evaluation import native_evaluation
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.report import report as reports
@@ -36,6 +37,7 @@ def evaluate_workdir(
     *,
     which: str = 'newest',
     output: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
     show: Callable[[Iterable[Any]], None] = lambda lines: None,
 ) -> results_lib.Evaluation:
   """Evaluates a checkpoint of a run.
@@ -52,6 +54,8 @@ def evaluate_workdir(
     workdir: the run's folder.
     which: checkpoint: 'newest', 'best' (highest PSNR), or a step number.
     output: folder for the files; by default the run's.
+    images: new or empty folder for all evaluated images as PNG files, in
+      originals/ and reconstructions/ (`image_folders`); None writes none.
     show: called with lines to print: the results before they are written, then
       the path of the file.
 
@@ -60,14 +64,19 @@ def evaluate_workdir(
 
   Raises:
     ValueError: an invalid config or another model than the checkpoint's, no
-      checkpoint, or a folder that cannot be written.
-    RuntimeError: the results cannot be written; they have been shown.
+      checkpoint, or a folder that cannot be written or, of `images`, is not
+      empty.
+    RuntimeError: images cannot be written, or the results cannot be written;
+      they have been shown.
   """
   found, config, mesh = saved_model.open_run(
       config, workdir, which, mode='eval'
   )
   folder = prepare_output(found.folder, output)
   native = config.eval.native_size
+  options = {}
+  if images is not None:
+    options = {'after_batch': _open_images(images, native)}
   # At native size every process evaluates all images.
   shard = partitioning.DataShard(0, 1)
   if not native:
@@ -90,7 +99,7 @@ def evaluate_workdir(
     )
   else:
     evaluator = evaluators.Evaluator(model, dataset, mesh, **kwargs)
-  result = evaluator.run(variables)
+  result = evaluator.run(variables, **options)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
   if jax.process_index() == 0:
     label = evaluation_label(config, found.config, which)
@@ -122,8 +131,49 @@ def prepare_output(
   return path.expanduser().absolute()
 
 
+def _open_images(
+    images: str | os.PathLike[str], native: bool
+) -> Callable[..., None]:
+  """Returns the function that writes the images of each batch."""
+  if native:
+    raise ValueError(
+        'eval.native_size is True, but --images takes evaluated images of one'
+        ' size; leave out --images, or use --mode=reconstruct for whole images.'
+    )
+  writer = image_folders.ImageFolders(new_folder(images, '--images'))
+
+  def write(batch: Any, output: results_lib.EvalOutput) -> None:
+    with writing_to(writer.folder, '--images'):
+      writer.write(batch, output)
+
+  return write
+
+
+def new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """Returns an empty folder for files that process 0 writes.
+
+  Collective.
+
+  Args:
+    path: the folder, created if missing.
+    flag: flag of the folder, for messages.
+
+  Raises:
+    ValueError: the folder is not empty or cannot be written.
+  """
+  folder = pathlib.Path(path).expanduser().absolute()
+  with processes.fail_together():
+    if jax.process_index() == 0:
+      if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f'{flag}={folder} is not empty; give a new folder.')
+      workdirs.create(folder, flag)
+  return folder
+
+
 @contextlib.contextmanager
-def writing_to(folder: pathlib.Path) -> Iterator[None]:
+def writing_to(
+    folder: pathlib.Path, flag: str = '--output'
+) -> Iterator[None]:
   """Context for writing results; errors name the flag for another folder.
 
   Raises:
@@ -134,7 +184,7 @@ def writing_to(folder: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     raise RuntimeError(
         f'{error.filename or folder} cannot be written ({error.strerror}); give'
-        ' another folder with --output.'
+        f' another folder with {flag}.'
     ) from error
 
 

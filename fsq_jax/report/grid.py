@@ -12,11 +12,12 @@ import PIL.ImageFont
 
 from fsq_jax.workdir import files as workdirs
 
-# Pixels: approximate widths of a grid and of a contact sheet, margin of
+# Pixels: approximate widths of a grid, a contact sheet and a pair, margin of
 # labels, gaps between images and between blocks of rows, height of a caption,
 # widest name of a class.
 _GRID_WIDTH = 1200
 _SHEET_WIDTH = 800
+_PAIR_WIDTH = 1000
 _MARGIN = 22
 _GAP = 3
 _BLOCK_GAP = 14
@@ -188,6 +189,36 @@ def nearest_sheet(
     )
   rows = [('sample', samples), ('nearest', neighbours)]
   return _stack('nearest_sheet', rows, captions=captions)
+
+
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, *, captions: tuple[str, str]
+) -> np.ndarray:
+  """Puts two images next to each other, each under its caption.
+
+  Args:
+    left: [H, W, 3] uint8.
+    right: same shape and dtype.
+    captions: of the left and the right image; cut where an image is narrower.
+
+  Returns:
+    [height, width, 3] uint8; small images are enlarged by an integer factor.
+
+  Raises:
+    ValueError: unequal shapes, no pixels, or another dtype.
+  """
+  images = np.stack(_checked('side_by_side', left[None], right[None]))[:, 0]
+  scale, height, width = _cell(images, _PAIR_WIDTH // 2)
+  pair = np.full(
+      (_CAPTION + height, 2 * width + _BLOCK_GAP, 3), _WHITE, np.uint8
+  )
+  enlarged = _enlarge(images, scale)
+  for start, image, text in zip(
+      (0, width + _BLOCK_GAP), enlarged, captions, strict=True
+  ):
+    pair[:_CAPTION, start : start + width] = draw_text(text, _CAPTION, width)
+    pair[_CAPTION:, start : start + width] = image
+  return pair
 
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import image_files
 from fsq_jax.data import transforms
 from fsq_jax.models import autoencoder
 from fsq_jax.models import image_sizes
 from fsq_jax.models import pixels as pixels_lib
+from fsq_jax.models import tiles as tiles_lib
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
@@ -234,6 +236,23 @@ class Tokenizer:
         )
     )
 
+  def num_tokens(self, size: tuple[int, int], tiles: str = 'disjoint') -> int:
+    """Returns the number of tokens of an (H, W) image under fit='pad'.
+
+    Where a code has several indices, each counts.
+
+    Args:
+      size: (H, W) in pixels.
+      tiles: as in `reconstruct`; 'blended' has the tokens of 'disjoint'.
+    """
+    tiles_lib.check_tiles(tiles)
+    num = math.prod(self.tokens_of(size))
+    if tiles == 'overlapping' and not self._sizes.whole:
+      tile = self._sizes.multiples
+      padded = np.maximum(_check_size(size), tile).tolist()
+      num = tiles_lib.num_overlapping(padded, tile) * math.prod(self.grid_size)
+    return num * math.prod(self.model.quantizer.index_shape)
+
   def encode(self, images: np.ndarray, fit: str = 'crop') -> np.ndarray:
     """Encodes images of any size.
 
@@ -255,12 +274,7 @@ class Tokenizer:
       ValueError: arrays of another shape or dtype, or a model without an
         encoder.
     """
-    if self.decoder_only:
-      raise ValueError(
-          'This tokenizer has no encoder (without_encoder, or saved with'
-          ' decoder_only=True);'
-          ' load a complete tokenizer.'
-      )
+    self.check_encoder()
     images = self._fit(_check_images(images), fit)
     return self._sizes.map(
         functools.partial(self._encode, self.variables), images,
@@ -273,6 +287,7 @@ class Tokenizer:
       size: tuple[int, int] | None = None,
       *,
       spec: Mapping[str, Any] | None = None,
+      tiles: str = 'disjoint',
   ) -> np.ndarray:
     """Decodes tokens.
 
@@ -280,6 +295,8 @@ class Tokenizer:
       tokens: [B, h, w, *index_shape] of any integer dtype, from `encode`.
       size: (H, W) to crop padded images to, at most the decoded size.
       spec: of the quantizer that made the tokens, as stored next to them.
+      tiles: 'disjoint', or 'blended' to decode tiles of the token grid that
+        overlap by half and blend their images; see `reconstruct`.
 
     Returns:
       [B, H, W, 3] uint8.
@@ -290,6 +307,7 @@ class Tokenizer:
     """
     if spec is not None:
       specs.check_same_spec(spec, self.spec)
+    tiles_lib.check_tiles(tiles, ('disjoint', 'blended'))
     tokens = self._check_tokens(tokens)
     if size is not None:
       size = _check_size(size)
@@ -305,26 +323,79 @@ class Tokenizer:
             f'Images of {tokens.shape[1:3]} tokens have {largest} pixels and'
             f' cannot be cropped to {size}; give a size of at most {largest}.'
         )
-    images = self._sizes.map(
-        functools.partial(self._decode, self.variables), tokens,
-        self._sizes.grid, self._batcher,
-    )
+    decode = functools.partial(self._decode, self.variables)
+    sizes = self._sizes
+    if tiles == 'blended' and not sizes.whole:
+      images = tiles_lib.blend(
+          decode, tokens, sizes.grid, sizes.multiples, self._batcher
+      )
+    else:
+      images = sizes.map(decode, tokens, sizes.grid, self._batcher)
     return images if size is None else images[:, : size[0], : size[1]]
 
-  def reconstruct(self, images: np.ndarray, fit: str = 'crop') -> np.ndarray:
+  def reconstruct(
+      self,
+      images: np.ndarray | str | os.PathLike[str],
+      fit: str = 'crop',
+      *,
+      tiles: str = 'disjoint',
+  ) -> np.ndarray:
     """Encodes and decodes images.
 
     Args:
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, 3] uint8, or the path of an image file.
       fit: as in `encode`.
+      tiles: of a ViT under fit='pad'; other models take whole images.
+        'disjoint': tiles side by side, each by itself, which leaves visible
+        seams. 'blended': the same tokens, decoded in tiles of the token grid
+        that overlap by half, with images blended by a Hann window.
+        'overlapping': tiles of the image that overlap by half are encoded,
+        decoded and blended; they have up to four times as many tokens
+        (`num_tokens`), which are no grid that `decode` takes.
 
     Returns:
       uint8 images, of the same size under 'pad', else of
-      config.data.image_size.
+      config.data.image_size: [B, H, W, 3], or [H, W, 3] for a path.
+
+    Raises:
+      ValueError: as by `encode`, a file that cannot be read, or other `tiles`.
     """
+    if isinstance(images, (str, os.PathLike)):
+      image = image_files.read_image(images)
+      return self.reconstruct(image[None], fit, tiles=tiles)[0]
+    tiles_lib.check_tiles(tiles)
     images = _check_images(images)
+    if tiles == 'overlapping':
+      if fit == 'pad' and not self._sizes.whole:
+        return self._reconstruct_overlapping(images)
+      tiles = 'disjoint'  # An image of one tile, or a model without tiles.
     size = images.shape[1:3] if fit == 'pad' else None
-    return self.decode(self.encode(images, fit), size)
+    return self.decode(self.encode(images, fit), size, tiles=tiles)
+
+  def _reconstruct_overlapping(self, images: np.ndarray) -> np.ndarray:
+    self.check_encoder()
+    tile = self._sizes.multiples
+    height, width = images.shape[1:3]
+    # Only sides shorter than a tile are padded.
+    multiples = [
+        y if x < y else 1 for x, y in zip((height, width), tile, strict=True)
+    ]
+    padded = np.stack([transforms.pad(x, multiples) for x in images])
+
+    def reconstruct(batch: jax.Array) -> jax.Array:
+      return self._decode(self.variables, self._encode(self.variables, batch))
+
+    blended = tiles_lib.blend(reconstruct, padded, tile, tile, self._batcher)
+    return blended[:, :height, :width]
+
+  def check_encoder(self) -> None:
+    """Raises ValueError for a tokenizer that can only decode."""
+    if self.decoder_only:
+      raise ValueError(
+          'This tokenizer has no encoder (without_encoder, or saved with'
+          ' decoder_only=True);'
+          ' load a complete tokenizer.'
+      )
 
   def _with_hashes(self) -> tokenizer_files.SavedModel:
     """Returns the model with hashes, which are computed once."""

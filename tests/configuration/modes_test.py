@@ -123,6 +123,7 @@ _USED = {
     'report': _OF_SPLIT,
     'tokenize': _OF_SPLIT,
     'detokenize': (),
+    'reconstruct': (),
     'export': (),
     'latent_statistics': (
         'images', 'training images', 'data set of TFDS', 'encoder', 'stage 1'
@@ -170,7 +171,7 @@ def _args(mode, root, folder):
     return [f'--config={root}/config.py', f'--workdir={folder}/run']
   return [
       f'--workdir={root}/run', f'--export={folder}/export',
-      f'--images={folder}/images',
+      f'--images={folder}/images', f'--images_in={root}/images/train',
       f'--tokens={root if mode == "detokenize" else folder}/tokens',
   ]
 
@@ -247,7 +248,9 @@ def test_modes_without_a_run_name_what_is_missing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mode', ['tokenize', 'detokenize', 'export'])
+@pytest.mark.parametrize(
+    'mode', ['tokenize', 'detokenize', 'reconstruct', 'export']
+)
 def test_a_saved_tokenizer_needs_images_to_tokenize_alone(
     mode, root, tmp_path, capsys
 ):

@@ -51,6 +51,23 @@ def test_rows_of_a_contact_sheet_are_classes():
   assert (sheet[45:, :margin] == 255).all()
 
 
+def test_a_pair_has_both_images_under_their_captions():
+  pair = _images(0, 2, 100, 251)
+  sheet = grid.side_by_side(*pair, captions=('left', 'and right'))
+  gap = sheet.shape[1] - 2 * 251
+  top = sheet.shape[0] - 100
+  assert gap > 5
+  for start, image in zip((0, 251 + gap), pair, strict=True):
+    np.testing.assert_array_equal(sheet[top:, start : start + 251], image)
+    assert sheet[:top, start : start + 251].min() < 160
+  assert (sheet[:, 251 : 251 + gap] == 255).all()
+  # Small images are enlarged.
+  small = grid.side_by_side(*_images(0, 2, 3, 4), captions=('', ''))
+  assert small.shape[1] == 2 * 8 * 4 + gap
+  with pytest.raises(ValueError, match='side_by_side got images of shapes'):
+    grid.side_by_side(pair[0], pair[1, :9], captions=('', ''))
+
+
 def test_a_sheet_without_classes_is_a_plain_grid():
   images = _images(0, 5, 16, 16)
   labels = np.full(5, -1)

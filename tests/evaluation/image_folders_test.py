@@ -1,0 +1,110 @@
+"""Evaluated images as files, read by the rules of other FID implementations."""
+
+import os
+import pathlib
+
+from absl.testing import flagsaver
+import numpy as np
+from PIL import Image
+import pytest
+
+from fsq_jax import configuration
+from fsq_jax.evaluation import saved_run
+import launch
+
+_ROOT = pathlib.Path(__file__).parents[2]
+# A trained run; its evaluation split has 256 images of 16 x 16 pixels.
+_RUN = _ROOT / 'tests' / 'testdata' / 'run'
+# pytorch-fid 0.3.0, fid_score.py.
+_PYTORCH_FID = {
+    'bmp', 'jpg', 'jpeg', 'pgm', 'png', 'ppm', 'tif', 'tiff', 'webp'
+}
+
+
+def _list_as_pytorch_fid(folder):
+  """compute_statistics_of_path."""
+  return sorted(
+      file
+      for extension in _PYTORCH_FID
+      for file in pathlib.Path(folder).glob(f'*.{extension}')
+  )
+
+
+def _list_as_torch_fidelity(folder):
+  """glob_samples_paths of torch-fidelity 0.3.0, without samples_find_deep."""
+  files = [os.path.join(folder, x) for x in os.listdir(folder)]
+  return sorted(
+      pathlib.Path(x)
+      for x in files
+      if os.path.splitext(x)[1].lower() in ('.png', '.jpg', '.jpeg')
+  )
+
+
+def _load(path):
+  """ImagePathDataset and ImagesPathDataset, without conversion to tensors."""
+  return np.asarray(Image.open(path).convert('RGB'))
+
+
+def _evaluate(tmp_path, **fields):
+  config = configuration.config_from_json((_RUN / 'config.json').read_text())
+  config.update_from_flattened_dict(fields)
+  return saved_run.evaluate_workdir(
+      config, _RUN, output=tmp_path / 'evaluation', images=tmp_path / 'images'
+  )
+
+
+@pytest.mark.fast_limit(10)
+def test_files_are_the_images_that_were_measured(tmp_path):
+  evaluation = _evaluate(tmp_path)
+  folders = [tmp_path / 'images' / x for x in ('originals', 'reconstructions')]
+  images = []
+  for folder in folders:
+    files = _list_as_pytorch_fid(folder)
+    assert files == _list_as_torch_fidelity(folder)
+    assert len(files) == evaluation.protocol['num_images'] == 256
+    assert [x.name for x in files[:2]] == ['00000000.png', '00000001.png']
+    images.append(np.stack([_load(x) for x in files]))
+    assert images[-1].shape == (256, 16, 16, 3)
+  error = np.subtract(*images, dtype=np.float64) / 255
+  mse = np.mean(error**2, axis=(1, 2, 3))
+  assert evaluation.metrics['mse'] == pytest.approx(mse.mean(), rel=1e-5)
+  assert evaluation.metrics['psnr'] == pytest.approx(
+      np.mean(-10 * np.log10(mse)), rel=1e-5
+  )
+  # The grid of the evaluation shows some of them.
+  rows = np.linspace(0, 256, len(evaluation.originals), endpoint=False)
+  np.testing.assert_array_equal(
+      images[0][rows.astype(int)], evaluation.originals
+  )
+  np.testing.assert_array_equal(
+      images[1][rows.astype(int)], evaluation.reconstructions
+  )
+
+
+def test_outputs_are_checked_first(tmp_path):
+  with pytest.raises(ValueError, match='use --mode=reconstruct for whole'):
+    _evaluate(
+        tmp_path,
+        **{
+            'eval.native_size': True,
+            'data.source': 'folder',
+            'data.data_dir': str(tmp_path),
+        },
+    )
+  (tmp_path / 'images').mkdir()
+  (tmp_path / 'images' / 'kept').touch()
+  with pytest.raises(ValueError, match=r'--images=.*images is not empty'):
+    _evaluate(tmp_path)
+  assert not list((tmp_path / 'evaluation').glob('*.json'))
+
+
+def test_generators_have_a_mode_of_their_own(tmp_path, capsys):
+  with flagsaver.flagsaver():
+    code = launch.main(
+        launch.parse_flags([
+            'launch.py', '--mode=eval', f'--images={tmp_path}',
+            f'--config={_ROOT}/configs/digits_maskgit.py',
+        ])
+    )
+  assert code == 2
+  assert '--mode=generate writes images' in capsys.readouterr().err
