@@ -194,6 +194,7 @@ def test_wandb_gets_config_rows_and_figures(fake_wandb, tmp_path):
       {'id': None, 'name': 'run', **same}, {'id': 'run0', 'name': None, **same}
   ]
   (rows,) = fake_wandb.histories.values()
+  assert list(rows) == list(range(6))
   png = str(folder / workdirs.RECONSTRUCTIONS / 'step_00000003')
   assert list(rows.values()) == [
       {'step': 1, 'train/loss': 1.0},
