@@ -41,6 +41,8 @@ setuptools.setup(
     extras_require={
         # Models to and from the Hugging Face Hub.
         'hub': ['huggingface_hub'],
+        # Trackers, train.trackers.
+        'mlflow': ['mlflow-skinny'],
         # Conversion of data sets that TFDS cannot prepare without TensorFlow.
         'prepare': ['tensorflow-cpu'],
         'tensorboard': ['tensorboardX'],
@@ -48,5 +50,6 @@ setuptools.setup(
             'chex', 'hypothesis', 'ipykernel', 'nbclient', 'pytest',
             'pytest-xdist', 'ruff', 'webdataset',
         ],
+        'wandb': ['wandb'],
     },
 )

@@ -516,9 +516,7 @@ def _partitioning() -> ml_collections.ConfigDict:
   # batch is sharded over 'data' and 'fsdp', heads and MLP channels of
   # transformer blocks over 'tensor', parameters over 'fsdp' and 'tensor' by the
   # rules below.
-  partitioning.mesh = ml_collections.ConfigDict(
-      {'data': -1, 'fsdp': 1, 'tensor': 1}
-  )
+  partitioning.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)
   # Partitioning rules: (regular expression of parameter paths, strategy), first
   # match wins. Strategies: 'replicate'; 'fsdp', the largest divisible dimension
   # over 'fsdp'; 'column' or 'row', the last dimension or the one before over
@@ -548,6 +546,8 @@ def _train() -> ml_collections.ConfigDict:
   train.log_every_steps = 20
   train.eval_every_steps = 500
   train.checkpoint_every_steps = 250
+  # Trackers besides TensorBoard: names of 'mlflow' and 'wandb' (W&B).
+  train.trackers = ()
   # Newest checkpoints to keep, >= 1, beside the checkpoint of the best PSNR.
   train.keep_checkpoints = 2
   # Consecutive steps with a non-finite loss or gradient that end a run, >= 1.

@@ -1,10 +1,13 @@
 """Eight CPU devices and the settings that every test runs under."""
 
 import functools
+from importlib import machinery
 from importlib import metadata
 import os
+import sys
 import tempfile
 import time
+import types
 
 import pytest
 
@@ -66,6 +69,76 @@ def interpreted_kernels(monkeypatch):
       functools.partial(pallas.pallas_call, interpret=True),
   )
   monkeypatch.setattr(fused_attention, 'vmem_bytes', lambda mesh: 2**27)
+
+
+class FakeWandb(types.ModuleType):
+  """The functions of W&B that are used, with their signatures, and a server.
+
+  trackers_test.py compares the signatures with those of the true package.
+
+  Attributes:
+    histories: rows by number, of each run id.
+    calls: keyword arguments of each `init`.
+    exit_codes: of each `finish`.
+  """
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.__spec__ = machinery.ModuleSpec('wandb', None, origin='fake')
+    self.histories, self.calls, self.exit_codes = {}, [], []
+
+  def init(
+      self, entity=None, project=None, dir=None, id=None, name=None, notes=None,
+      tags=None, config=None, config_exclude_keys=None,
+      config_include_keys=None, allow_val_change=None, group=None,
+      job_type=None, mode=None, force=None, reinit=None, resume=None,
+  ):  # fmt: skip
+    """Starts a run, or resumes it."""
+    self.calls.append({'dir': dir, 'id': id, 'name': name, 'config': config})
+    assert resume == 'allow'
+    id = id or f'run{len(self.histories)}'
+    return FakeWandbRun(self, id, self.histories.setdefault(id, {}))
+
+  def Image(self, data_or_path, mode=None, caption=None):  # noqa: N802
+    """Stands for an image by its path."""
+    assert os.path.isfile(data_or_path)
+    return data_or_path
+
+
+class FakeWandbRun:
+  """A run of `FakeWandb`."""
+
+  def __init__(self, module, id, history):
+    self.id = id
+    self._module, self._history = module, history
+
+  def define_metric(
+      self, name, step_metric=None, step_sync=None, hidden=None, summary=None,
+      overwrite=None,
+  ):
+    """Accepts the x axis."""
+    assert (name, step_metric) in (('step', None), ('*', 'step'))
+
+  def log(self, data, step=None, commit=None):
+    """Adds a row; drops one whose number is not new, as W&B does."""
+    assert commit
+    if step > max(self._history, default=-1):
+      self._history[step] = data
+
+  def finish(self, exit_code=None):
+    """Ends the run."""
+    self._module.exit_codes.append(exit_code)
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+  """A `FakeWandb` that `import wandb` finds."""
+  module = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  # Set by the client.
+  monkeypatch.setenv('WANDB_FINISH_TIMEOUT', '120')
+  monkeypatch.delenv('WANDB_NAME', raising=False)
+  return module
 
 
 _STARTED = pytest.StashKey[tuple[float, float]]()

@@ -5,6 +5,7 @@ import math
 import os
 
 from fsq_jax.configuration import rules
+from fsq_jax.workdir import trackers
 
 # Inputs that not every mode uses: 'images'; 'initialization', the weights and
 # the run that a new run is initialized from; 'training', the networks of the
@@ -42,6 +43,7 @@ def cross_rules(
   yield from _discriminator_rules()
   if 'training' in uses:
     yield from _network_rules()
+    yield from _tracker_rules()
   yield from _batch_rules(num_devices, 'data', 'training' in uses)
 
 
@@ -97,6 +99,8 @@ def generator_rules(
           scale == 1 or (conditional and dropout > 0)
       ),
   )
+  if mode == 'train':
+    yield from _tracker_rules()
   if mode != 'generate':  # Its batches are filled up.
     yield from _batch_rules(num_devices, 'tokens', mode == 'train')
 
@@ -231,6 +235,18 @@ def _network_rules() -> Iterator[rules.CrossRule]:
           not weight or run or (name == 'pretrained' and checkpoint)
       ),
   )
+
+
+def _tracker_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules on the packages of trackers."""
+  for name, package in trackers.PACKAGES.items():
+    yield rules.CrossRule(
+        ('train.trackers',),
+        f'{name!r} only where it is installed; run: pip install {package}',
+        lambda names, name=name: (
+            name not in names or trackers.is_installed(name)
+        ),
+    )
 
 
 def _device_rules(

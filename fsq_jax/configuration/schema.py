@@ -10,6 +10,7 @@ import enum
 from typing import Any, NamedTuple
 
 from fsq_jax.configuration import rules
+from fsq_jax.workdir import trackers
 
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
@@ -395,6 +396,17 @@ TRAIN = {
         rules.tuple_of(
             '() or (first, last), integers >= 0', rules.COUNT_OR_ZERO, (0, 2)
         )
+    ),
+    'trackers': Field(
+        rules.Rule(
+            f'a tuple of names of {sorted(trackers.PACKAGES)}, each once',
+            lambda x: (
+                rules.tuple_of('', rules.name(*trackers.PACKAGES)).fits(x)
+                and len(set(x)) == len(x)
+            ),
+        ),
+        Role.RUNTIME,
+        added=lambda _: (),
     ),
     # Not a PATH: it belongs to a machine, not to a run.
     'compilation_cache': runtime(rules.TEXT),

@@ -1,6 +1,6 @@
 """Resources and hooks of a training run, for any model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 import pathlib
@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from fsq_jax.checkpoints import checkpointer as checkpointers
+from fsq_jax.configuration import loading as config_loading
 from fsq_jax.runtime import host
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import preemption
@@ -21,6 +22,7 @@ from fsq_jax.train import state as train_state
 from fsq_jax.workdir import files as workdir_files
 from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
+from fsq_jax.workdir import trackers as trackers_lib
 
 
 class Run(NamedTuple):
@@ -32,6 +34,7 @@ class Run(NamedTuple):
   stop_request: preemption.StopRequest
   progress: progress_lib.Progress
   checkpointer: checkpointers.Checkpointer
+  trackers: Sequence[metric_log.Tracker]
   stack: contextlib.ExitStack
 
   def close_at_end(self, part: Any) -> Any:
@@ -82,10 +85,12 @@ def _open(
   # First: a signal during building and compiling stops the run after one step.
   stop_request = stack.enter_context(preemption.catch_signals())
   is_writer = jax.process_index() == 0
+  trackers = []
   with processes.fail_together():
     folder = workdir_files.create(workdir)
     if is_writer:
       stack.enter_context(workdir_files.lock(folder))
+      trackers = _open_trackers(config, folder, stack)
   progress = progress_lib.Progress(
       num_steps=config.train.num_steps,
       batch_size=batch_size,
@@ -102,8 +107,28 @@ def _open(
       )
   )
   return Run(
-      config, folder, mesh, stop_request, progress, checkpointer, stack
+      config, folder, mesh, stop_request, progress, checkpointer, trackers,
+      stack,
   )
+
+
+def _open_trackers(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    stack: contextlib.ExitStack,
+) -> list[metric_log.Tracker]:
+  """Connects to train.trackers before the run computes anything."""
+  fields = dict(config_loading.flatten(config))
+  trackers = []
+  for name in config.train.trackers:
+    tracker = trackers_lib.open_tracker(name, folder, fields)
+    stack.push(
+        lambda error_type, *_, tracker=tracker: tracker.close(
+            failed=error_type is not None
+        )
+    )
+    trackers.append(tracker)
+  return trackers
 
 
 def start_log(
@@ -118,7 +143,9 @@ def start_log(
     if jax.process_index() == 0:
       record.write(run.folder, state, run.mesh, compile_seconds)
       writer = run.close_at_end(
-          metric_log.MetricWriter(run.folder, first_step=int(state.step))
+          metric_log.MetricWriter(
+              run.folder, first_step=int(state.step), trackers=run.trackers
+          )
       )
   run.progress.say(
       f'{train_state.num_parameters(state.params):,} trainable and'

@@ -28,6 +28,7 @@ RECONSTRUCTIONS = 'reconstructions'
 SAMPLES = 'samples'
 REFERENCES = 'reference_statistics'
 TENSORBOARD = 'tensorboard'
+TRACKERS = 'trackers.json'
 PROFILE = 'profile'
 
 

@@ -1,69 +1,188 @@
 """Writes and reads metrics.jsonl; writes TensorBoard events."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
+import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
+import numpy as np
+import PIL.Image
 
 from fsq_jax.workdir import files
 
 
+class Row(NamedTuple):
+  """A row of metrics.jsonl.
+
+  Attributes:
+    step: training steps taken.
+    split: 'train' or 'eval'.
+    scalars: metrics by name; NaN for values that are not finite.
+    figures: PNG files of an evaluation by name: 'reconstructions', 'samples',
+      and 'reconstructions/coffee' for a figure with a name of its own.
+  """
+
+  step: int
+  split: str
+  scalars: Mapping[str, float]
+  figures: Mapping[str, pathlib.Path]
+
+  def named_scalars(self) -> dict[str, float]:
+    """Returns the scalars as 'train/loss' and the like."""
+    return {f'{self.split}/{name}': x for name, x in self.scalars.items()}
+
+
+class Tracker:
+  """Destination of rows: a file, TensorBoard, or a service for experiments."""
+
+  def start(self, rows: Sequence[Row]) -> None:
+    """Called once before `write`, with the rows of earlier processes."""
+
+  def write(self, row: Row) -> None:
+    """Adds a row."""
+    raise NotImplementedError
+
+  def flush(self) -> None:
+    """Waits until the rows are stored."""
+
+  def close(self, *, failed: bool = False) -> None:
+    """Ends the rows of this process.
+
+    Args:
+      failed: an error or a signal has ended the run.
+    """
+
+
+class JsonLines(Tracker):
+  """Appends rows to metrics.jsonl."""
+
+  def __init__(self, path: pathlib.Path, kept: Sequence[str]):
+    """Opens the file, which then has the lines `kept`."""
+    text = ''.join(f'{line}\n' for line in kept)
+    files.write_bytes(path, text.encode())
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+
+  def write(self, row):
+    values = {'step': row.step, 'split': row.split, **row.scalars}
+    line = json.dumps(files.finite_or_null(values), allow_nan=False)
+    self._file.write(line + '\n')
+    self._file.flush()
+
+  def flush(self):
+    os.fsync(self._file.fileno())
+
+  def close(self, *, failed=False):
+    # `write` flushes every row, so that an error of this one has been raised.
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+
+class TensorBoard(Tracker):
+  """Writes TensorBoard events with tensorboardX."""
+
+  def __init__(self, folder: pathlib.Path, *, first_step: int):
+    """Opens an event file; TensorBoard hides earlier events after `first_step`.
+
+    Args:
+      folder: the run's folder.
+      first_step: steps taken before this process.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+    import tensorboardX  # An optional dependency.
+
+    self._events = tensorboardX.SummaryWriter(
+        str(folder / files.TENSORBOARD), purge_step=first_step + 1
+    )
+
+  def write(self, row):
+    for name, value in row.named_scalars().items():
+      self._events.add_scalar(name, value, row.step)
+    for name, path in row.figures.items():
+      pixels = np.asarray(PIL.Image.open(path).convert('RGB'))
+      self._events.add_image(name, pixels, row.step, dataformats='HWC')
+
+  def flush(self):
+    self._events.flush()
+
+  def close(self, *, failed=False):
+    self._events.close()
+
+
 class MetricWriter:
-  """Appends rows to metrics.jsonl and, with tensorboardX, to event files.
+  """Appends rows to metrics.jsonl, to event files and to other trackers.
 
   A run that resumes from a checkpoint first drops the rows after it, so that
   the file equals that of an uninterrupted run.
   """
 
-  def __init__(self, folder: pathlib.Path, *, first_step: int):
-    """Opens the files; rows of steps after `first_step` are dropped."""
-    self._path = folder / files.METRICS
-    kept = ''.join(
-        f'{line}\n'
-        for line, row in _read_rows(self._path)
-        if row['step'] <= first_step
-    )
-    files.write_bytes(self._path, kept.encode())
-    self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115
-    self._events = None
+  def __init__(
+      self,
+      folder: pathlib.Path,
+      *,
+      first_step: int,
+      trackers: Sequence[Tracker] = (),
+  ):
+    """Opens the files; rows of steps after `first_step` are dropped.
+
+    Args:
+      folder: the run's folder.
+      first_step: steps taken before this process.
+      trackers: other destinations, which stay open after `close`.
+    """
+    self._folder = folder
+    path = folder / files.METRICS
+    kept = [x for x in _read_rows(path) if x[1]['step'] <= first_step]
+    self._opened: list[Tracker] = [JsonLines(path, [line for line, _ in kept])]
     try:
-      import tensorboardX  # An optional dependency.
+      self._opened.append(TensorBoard(folder, first_step=first_step))
     except ImportError:
       logging.info(
           'No TensorBoard events are written; install them by: pip install'
           ' tensorboardX'
       )
-    else:
-      self._events = tensorboardX.SummaryWriter(
-          str(folder / files.TENSORBOARD), purge_step=first_step + 1
-      )
+    rows = [self._from_json(values) for _, values in kept]
+    for tracker in trackers:
+      tracker.start(rows)
+    self._trackers = [*self._opened, *trackers]
 
   def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
-    """Appends one row; `split` is 'train' or 'eval'."""
-    row = files.finite_or_null({'step': step, 'split': split, **scalars})
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    self._file.flush()
-    if self._events is not None:
-      for name, value in scalars.items():
-        self._events.add_scalar(f'{split}/{name}', value, step)
+    """Appends one row; `split` is 'train' or 'eval'.
+
+    Figures of an evaluation have been written to the run's folder before.
+    """
+    row = self._row(step, split, scalars)
+    for tracker in self._trackers:
+      tracker.write(row)
 
   def flush(self) -> None:
-    """Waits until the rows are on disk."""
-    os.fsync(self._file.fileno())
-    if self._events is not None:
-      self._events.flush()
+    """Waits until the rows are on disk; trackers retry rows that failed."""
+    for tracker in self._trackers:
+      tracker.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    # `write` flushes every row, so that an error of this one has been raised.
-    with contextlib.suppress(OSError):
-      self._file.close()
-    if self._events is not None:
-      self._events.close()
+    for tracker in self._opened:
+      tracker.close()
+
+  def _from_json(self, values: Mapping[str, Any]) -> Row:
+    scalars = {
+        name: math.nan if x is None else x
+        for name, x in values.items()
+        if name not in ('step', 'split')
+    }
+    return self._row(values['step'], values.get('split', ''), scalars)
+
+  def _row(
+      self, step: int, split: str, scalars: Mapping[str, float]
+  ) -> Row:
+    figures = dict(_find_figures(self._folder, step)) if split == 'eval' else {}
+    return Row(step, split, scalars, figures)
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -76,6 +195,17 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     The rows in order; [] if there is no file.
   """
   return [row for _, row in _read_rows(pathlib.Path(folder) / files.METRICS)]
+
+
+def _find_figures(
+    folder: pathlib.Path, step: int
+) -> Iterator[tuple[str, pathlib.Path]]:
+  """Yields names and paths of the figures of a step's evaluation."""
+  stem = f'step_{step:08d}'
+  for section in (files.RECONSTRUCTIONS, files.SAMPLES):
+    for path in sorted((folder / section).glob(f'{stem}*.png')):
+      name = path.stem.removeprefix(stem).lstrip('_')
+      yield f'{section}/{name}'.rstrip('/'), path
 
 
 def _read_rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:

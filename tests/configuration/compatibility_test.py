@@ -40,6 +40,7 @@ _CHANGES = {
         'eval.networks.rfid': 'elsewhere',
         'train.log_every_steps': 7,
         'train.compilation_cache': 'elsewhere',
+        'train.trackers': ('wandb',),
         'data.num_threads': 7,
         'data.eval_batch_size': 7,
         'data.allow_upscaling': True,

@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import importlib.util
 import math
 import pathlib
 
@@ -17,9 +18,8 @@ from fsq_jax.configuration import schema
 from fsq_jax.train import losses
 from fsq_jax.train import optim
 
-_DEFAULT = configuration.load_config(
-    pathlib.Path(__file__).parents[2] / 'configs' / 'default.py'
-)
+_ROOT = pathlib.Path(__file__).parents[2]
+_DEFAULT = configuration.load_config(_ROOT / 'configs' / 'default.py')
 
 
 def _changed(fields=None):
@@ -491,3 +491,29 @@ def test_a_mode_checks_what_it_uses(mode, uses):
   # Whatever a mode uses, no field may be wrong.
   (problem,) = _problems(_changed({'seed': -1}), mode=mode)
   assert problem.startswith('seed is -1')
+
+
+@pytest.mark.parametrize('name', ['default', 'default_generator'])
+def test_a_tracker_without_its_package_says_what_to_install(
+    name, monkeypatch
+):
+  # Also where it is installed.
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  config = configuration.load_config(_ROOT / f'configs/{name}.py')
+  if name == 'default_generator':
+    config.tokens.tokenizer = 'runs/tokenizer'
+  configuration.check_config(config)
+  config.train.trackers = ('mlflow', 'wandb')
+  assert _problems(config) == [
+      f"train.trackers is ('mlflow', 'wandb'); allowed: '{name}' only where it"
+      f' is installed; run: pip install {package}.'
+      for name, package in (('mlflow', 'mlflow-skinny'), ('wandb', 'wandb'))
+  ]
+  # Only training uses them.
+  assert _problems(config, mode='eval') == []
+  for value in (('tensorboard',), ('wandb', 'wandb')):
+    config.train.trackers = value
+    assert _problems(config) == [
+        f'train.trackers is {value!r}; allowed: a tuple of names of'
+        " ['mlflow', 'wandb'], each once."
+    ]

@@ -127,9 +127,10 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 @pytest.mark.parametrize('kind', ['masked', 'autoregressive'])
 def test_a_run_that_is_stopped_and_crashes_gives_what_a_straight_run_gives(
-    trained, load_config, after, tmp_path, kind
+    trained, load_config, after, tmp_path, kind, fake_wandb
 ):
   config = load_config(kind)
+  config.train.trackers = ('wandb',)
   # Before the first checkpoint, between an evaluation and a checkpoint.
   for step in (1, 4):
     after[step] = _crash
@@ -142,6 +143,15 @@ def test_a_run_that_is_stopped_and_crashes_gives_what_a_straight_run_gives(
   state = training.train_and_evaluate(config, tmp_path)
   assert _read_json(tmp_path / workdirs.RUN)['first_step'] == 5
   _assert_same_run(tmp_path, state, *trained(kind))
+  # The tracker has each row once, in one run, with figures.
+  (rows,) = fake_wandb.histories.values()
+  rows = rows.values()
+  assert [(x['step'], x['train/nll']) for x in rows if 'train/nll' in x] == [
+      (x['step'], x['nll']) for x in _rows(tmp_path) if x['split'] == 'train'
+  ]
+  evaluated = [x for x in rows if 'eval/bits_per_token' in x]
+  assert [x['step'] for x in evaluated] == [3, 6]
+  assert all(('samples' in x) is (kind == 'masked') for x in evaluated)
 
 
 def test_a_signal_stops_an_evaluation_that_is_made_up_for(

@@ -233,46 +233,67 @@ def test_a_process_that_cannot_start_ends_the_others(tmp_path, images):
   assert not (folder / workdirs.METRICS).exists()
 
 
+# In place of launch.py: joins the other processes, and ends like a run that a
+# signal has stopped.
 _JOIN = """
+import sys
 from fsq_jax.runtime import processes
 processes.join_processes()
 import jax
 processes.is_any(False)  # Both have to be there.
-print(jax.process_index(), jax.process_count(), jax.device_count())
+devices = jax.process_count(), jax.device_count()
+print(jax.process_index(), *devices, sys.argv[1:], flush=True)
+sys.exit(75)
+"""
+# Two tasks of one node; the exit code is the highest of all tasks.
+_SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2
+for i in 0 1; do
+  SLURM_PROCID=$i SLURM_LOCALID=$i "$@" > "out$i" 2>&1 & tasks[i]=$!
+done
+for i in 0 1; do wait "${tasks[$i]}" || code=$?; done
+exit "${code:-0}"
+"""
+_SCONTROL = """#!/usr/bin/env bash
+echo "$@" > requeued
 """
 
 
 @pytest.mark.fast_limit(10)
-def test_slurm_tells_processes_of_each_other():
+def test_a_slurm_job_joins_its_processes_and_is_queued_again(tmp_path):
   with socket.socket() as listener:
     port = 0
     while port < _SLURM_PORTS:  # JAX takes one that the job's number says.
       port = random.randrange(_SLURM_PORTS, 2**16)
       with contextlib.suppress(OSError):
         listener.bind(('127.0.0.1', port))
+  job = str(port - _SLURM_PORTS)
+  (tmp_path / 'bin').mkdir()
+  for name, text in (
+      ('launch.py', _JOIN), ('bin/srun', _SRUN), ('bin/scontrol', _SCONTROL),
+      ('bin/python', f'#!/bin/sh\nexec {sys.executable} "$@"\n'),
+      ('bin/activate', f'PATH={tmp_path}/bin:$PATH\n'),
+  ):  # fmt: skip
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
   slurm = {
-      'SLURM_JOB_ID': str(port - _SLURM_PORTS),
-      'SLURM_STEP_NODELIST': 'localhost',
-      'SLURM_STEP_NUM_NODES': '1',
-      'SLURM_NTASKS': '2',
+      'SLURM_JOB_ID': job,
+      'SLURM_SUBMIT_DIR': str(tmp_path),
+      'VENV': str(tmp_path),
+      'PYTHONPATH': str(_ROOT),
       'XLA_FLAGS': _flags(3),
   }
-  processes = [
-      subprocess.Popen(
-          [sys.executable, '-c', _JOIN],
-          cwd=_ROOT,
-          env=os.environ
-          | slurm
-          | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
-          stdout=subprocess.PIPE,
-          stderr=subprocess.STDOUT,
-          text=True,
-      )
-      for i in range(2)
-  ]
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
-  for i, output in enumerate(outputs):
-    assert f'{i} 2 6\n' in output, output
+  arguments = ['--config=a b.py', '--config.seed=3']
+  done = subprocess.run(
+      ['bash', _ROOT / 'experiments/launching/slurm.sh', *arguments],
+      env=os.environ | slurm, timeout=300, check=False,
+  )
+  for i in range(2):
+    output = (tmp_path / f'out{i}').read_text()
+    assert f"{i} 2 6 {['--distributed', *arguments]}\n" in output, output
+  assert done.returncode == 75
+  assert (tmp_path / 'requeued').read_text() == f'requeue {job}\n'
 
 
 def _join(monkeypatch, *others):

@@ -257,10 +257,11 @@ def test_a_discriminator_starts_on_the_way(straight):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
-    straight, journal, tmp_path
+    straight, journal, tmp_path, fake_wandb
 ):
   _, after = journal
   config = _load_config()
+  config.train.trackers = ('wandb',)
   handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   # Between checkpoints, and after the last step.
   stops = ((4, signal.SIGTERM), (12, signal.SIGINT))
@@ -275,6 +276,25 @@ def test_a_run_that_is_stopped_gives_what_a_straight_run_gives(
   ]
   state = train.train_and_evaluate(config, tmp_path)
   _assert_same_run(tmp_path, state, *straight('plain'))
+  # The tracker has each row once, in one run, with figures.
+  (rows,) = fake_wandb.histories.values()
+  assert [_as_metrics(row) for row in rows.values()] == workdirs.read_metrics(
+      tmp_path
+  )
+  assert [x['step'] for x in rows.values() if 'reconstructions' in x] == [6, 12]
+  assert fake_wandb.exit_codes == [1, 1, 0]
+  config = json.loads((tmp_path / workdirs.CONFIG).read_text())
+  assert fake_wandb.calls[0]['config']['optim.b1'] == config['optim']['b1']
+
+
+def _as_metrics(row):
+  """A row of `fake_wandb` as one of metrics.jsonl, without figures."""
+  names = [name for name in row if name.startswith(('train/', 'eval/'))]
+  return {
+      'step': row['step'],
+      'split': names[0].partition('/')[0],
+      **{name.partition('/')[2]: row[name] for name in names},
+  }
 
 
 @pytest.mark.slow

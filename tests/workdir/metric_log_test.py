@@ -5,6 +5,7 @@ import math
 import struct
 import sys
 
+import PIL.Image
 import pytest
 
 from fsq_jax import workdir as workdirs
@@ -41,7 +42,10 @@ def _read_events(folder):
       if event.session_log.status == event.session_log.START:
         purged.append(event.step)
       for value in event.summary.value:
-        values.append((event.step, value.tag, value.simple_value))
+        content = value.simple_value
+        if value.HasField('image'):
+          content = value.image.height, value.image.width
+        values.append((event.step, value.tag, content))
   return values, purged
 
 
@@ -102,6 +106,23 @@ def test_events_are_written_with_tensorboardx(tmp_path):
   _write_rows(tmp_path, [1, 2, 3])
   values, _ = _read_events(tmp_path)
   assert values == [(step, 'train/loss', step / 2) for step in (1, 2, 3)]
+
+
+def test_events_show_the_figures_of_an_evaluation(tmp_path):
+  pytest.importorskip('tensorboardX')
+  folder = tmp_path / workdirs.RECONSTRUCTIONS
+  folder.mkdir()
+  for name in ('step_00000003', 'step_00000003_cat', 'step_00000030'):
+    PIL.Image.new('L', (7, 5)).save(folder / f'{name}.png')
+  writer = workdirs.MetricWriter(tmp_path, first_step=0)
+  writer.write(3, 'train', {})
+  writer.write(3, 'eval', {'psnr': 0.5})
+  writer.close()
+  assert _read_events(tmp_path)[0] == [
+      (3, 'eval/psnr', 0.5),
+      (3, 'reconstructions', (5, 7)),
+      (3, 'reconstructions/cat', (5, 7)),
+  ]
 
 
 def test_events_after_the_first_step_are_purged(tmp_path):
