@@ -255,4 +255,4 @@ def test_notebooks_run(name, run_folder):
   if name == 'train_a_tokenizer':
     rows = workdirs.read_metrics(run_folder / 'runs' / name)
     psnr = [row['psnr'] for row in rows if row['split'] == 'eval']
-    assert psnr[-1] > psnr[0] + 3
+    assert psnr[-1] > psnr[0] + 0.5
