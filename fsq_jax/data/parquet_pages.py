@@ -427,7 +427,7 @@ def _find_plain(
     position += _SIZE.size
     starts[i], sizes[i] = position, size
     position += size
-  if position > len(body):
+  if position != len(body):
     raise IndexError
   return starts, sizes
 

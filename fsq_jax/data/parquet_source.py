@@ -192,6 +192,11 @@ def _open(path: str) -> _Content:
         ' download it again.'
     ) from error
   num_rows = sum(x.num_rows for x in chunks)
+  if table is not None and table.num_rows != num_rows:
+    raise ValueError(
+        f'{path} is corrupted: {num_rows} rows of images and'
+        f' {table.num_rows} of labels. Copy or download it again.'
+    )
   labels, names = np.full(num_rows, -1, np.int64), None
   if columns.labels:
     labels = _to_labels(path, table[columns.labels])

