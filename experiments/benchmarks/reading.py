@@ -1,12 +1,16 @@
-"""Benchmarks reading a folder of photographs relative to plain Pillow."""
+"""Benchmarks reading photographs: a folder by Pillow, Parquet by a folder."""
 
 from concurrent import futures
+import functools
 import pathlib
 import tempfile
 from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
+import pyarrow
+from pyarrow import parquet
 
 from experiments import sweep
 from experiments.benchmarks import blocks
@@ -18,24 +22,26 @@ NUM_THREADS = 2
 # (height, width) of the files, and the side of the images read from them.
 FILE_SIZE = (256, 320)
 SIDE = 128
+# Options of pyarrow.parquet.write_table: as `datasets` 5 writes images, and a
+# compressed page of 100 images per row group.
+_CHUNKS = {'min_chunk_size': 2**18, 'max_chunk_size': 2**20, 'norm_level': 0}
+PARQUET = {
+    'plain': {
+        'compression': 'none', 'use_dictionary': False,
+        'use_content_defined_chunking': _CHUNKS,
+    },
+    'compressed': {'row_group_size': 100},
+}
+# Copies of the images in the Parquet files, which then exceed the cache of
+# decompressed pages.
+_NUM_COPIES = 8
 
 
 def read_figures(rounds: int) -> dict[str, Any]:
   """Times a pass over JPEG files without a cache, and the same by Pillow."""
   with tempfile.TemporaryDirectory() as folder:
     paths = _write_images(pathlib.Path(folder) / 'val')
-    config = sweep.make_config(
-        CONFIG,
-        {
-            'data.data_dir': folder,
-            'data.eval_split': 'val',
-            'data.image_size': (SIDE, SIDE),
-            'data.resize_shorter': SIDE,
-            'data.eval_batch_size': 64,
-            'data.cache_mib': 0,
-            'data.num_threads': NUM_THREADS,
-        },
-    )
+    config = _make_config(folder)
     dataset = data.build_dataset(config.data, split='eval', seed=0)
     own = np.concatenate([batch['image'] for batch in dataset])
 
@@ -55,6 +61,57 @@ def read_figures(rounds: int) -> dict[str, Any]:
         },
         baseline='pillow', calls=1, rounds=rounds,
     )
+
+
+def parquet_figures(rounds: int) -> dict[str, Any]:
+  """Times reading all images in random order from Parquet and a folder."""
+  with tempfile.TemporaryDirectory() as folder:
+    paths = _write_images(pathlib.Path(folder) / 'val')
+    images = [{'bytes': x.read_bytes()} for x in paths] * _NUM_COPIES
+    sources = {'folder': _open(folder, 'folder', 'val')}
+    for name, options in PARQUET.items():
+      parquet.write_table(
+          pyarrow.table({'image': images}),
+          pathlib.Path(folder) / f'{name}.parquet', **options,
+      )  # fmt: skip
+      sources[name] = _open(folder, 'parquet', name)
+    rng = np.random.default_rng(0)
+
+    def read(name: str) -> list[np.ndarray]:
+      order = rng.permutation(NUM_IMAGES)
+      if name != 'folder':
+        order += NUM_IMAGES * rng.integers(0, _NUM_COPIES, NUM_IMAGES)
+      with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(sources[name].load, order.tolist()))
+
+    for i in (0, NUM_IMAGES - 1):
+      for source in sources.values():
+        np.testing.assert_array_equal(source.load(i), sources['folder'].load(i))
+    return blocks.alternate(
+        {x: blocks.block_of(functools.partial(read, x)) for x in sources},
+        baseline='folder', calls=1, rounds=rounds,
+    )
+
+
+def _make_config(folder: str, **fields: Any) -> ml_collections.ConfigDict:
+  return sweep.make_config(
+      CONFIG,
+      {
+          'data.data_dir': folder,
+          'data.eval_split': 'val',
+          'data.image_size': (SIDE, SIDE),
+          'data.resize_shorter': SIDE,
+          'data.eval_batch_size': 64,
+          'data.cache_mib': 0,
+          'data.num_threads': NUM_THREADS,
+          **fields,
+      },
+  )
+
+
+def _open(folder: str, source: str, split: str) -> data.ImageSource:
+  fields = {'data.source': source, 'data.eval_split': split}
+  return data.open_source(_make_config(folder, **fields).data, 'eval')
 
 
 def _write_images(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -26,16 +26,27 @@ from fsq_jax.data import parquet_pages
 _NUM_HASHED = 16
 # Pages that are larger make a shuffled epoch slow.
 _MAX_PAGE_BYTES = 4 * 2**20
+# Errors of PyArrow for corrupted metadata, apart from its own.
+_UNREADABLE = (UnicodeDecodeError, KeyError, StopIteration)
 _INTEGER = re.compile(r'u?int\d+')
 
 
 class _Columns(NamedTuple):
-  """Columns of the images: of the encoded bytes, file names and labels."""
+  """Columns of the images.
+
+  Attributes:
+    values: dotted name of the column of encoded images.
+    names: dotted name of the column of file names, if there is one.
+    labels: name of the column of labels, if there is one.
+    label_names: names of the classes; () without.
+    warning: why there are no labels, or ''.
+  """
 
   values: str
   names: str | None
   labels: str | None
   label_names: tuple[str, ...]
+  warning: str
 
 
 class ParquetSource(image_source.EncodedSource):
@@ -84,6 +95,8 @@ class ParquetSource(image_source.EncodedSource):
             f'{path} has the columns {content.columns}, {self._paths[0]}'
             f' {columns}. All files of a split need the same columns.'
         )
+    if columns.warning:
+      logging.warning('%s: %s', self._paths[0], columns.warning)
     self._chunks = [chunk for x in contents for chunk in x.chunks]
     self._starts = [0, *itertools.accumulate(x.num_rows for x in self._chunks)]
     self._file_starts = [0, *itertools.accumulate(x.num_rows for x in contents)]
@@ -110,8 +123,11 @@ class ParquetSource(image_source.EncodedSource):
       num_bytes = self._reader.num_bytes(*self._locate(index))
     except parquet_pages.CorruptPageError:
       num_bytes = None
+    name = str(index)
+    if self._names is not None:
+      name = self._names[index].as_py().decode('utf-8', 'surrogateescape')
     return image_source.ImageMetadata(
-        name=str(index) if self._names is None else self._names[index].as_py(),
+        name=name,
         label=int(self._labels[index]),
         num_bytes=num_bytes,
     )
@@ -140,7 +156,7 @@ class ParquetSource(image_source.EncodedSource):
     content.update(self._labels.tobytes())
     if self._names is not None:
       for names in self._names.chunks:
-        content.update(''.join(f'{x}\0' for x in names.to_pylist()).encode())
+        content.update(b''.join(x + b'\0' for x in names.to_pylist()))
     for index in np.unique(
         np.linspace(0, len(self) - 1, _NUM_HASHED).astype(np.int64)
     ):
@@ -184,7 +200,7 @@ def _open(path: str) -> _Content:
       chunks = find_chunks(path, columns.values, file.metadata)
       wanted = [x for x in (columns.labels, columns.names) if x]
       table = file.read(wanted, use_threads=False) if wanted else None
-  except (pyarrow.ArrowException, OSError) as error:
+  except (pyarrow.ArrowException, OSError, *_UNREADABLE) as error:
     if isinstance(error, FileNotFoundError | PermissionError):
       raise
     raise ValueError(
@@ -230,23 +246,25 @@ def _find_columns(path: str, schema: Any) -> _Columns:
   if label is None and len(classes) == 1:
     (label,) = classes
   names: tuple[str, ...] = ()
+  warning = ''
   if label and not _INTEGER.fullmatch(str(schema.field(label).type)):
-    logging.warning(
-        '%s: the column %r holds %s, no integers; all labels are -1.', path,
-        label, schema.field(label).type,
+    warning = (
+        f'the column {label!r} holds {schema.field(label).type}, no integers;'
+        ' all labels are -1.'
     )
     label = None
   elif label in classes:
     names = tuple(map(str, features[label].get('names') or ()))
   elif label is None and classes:
-    logging.warning(
-        '%s has the classes %s and no column named label; all labels are -1.',
-        path, listing.shorten(classes),
+    warning = (
+        f'the columns {listing.shorten(classes)} are classes, but none is'
+        " named 'label'; all labels are -1."
     )
   has_path = 'path' in _field_names(schema.field(image).type)
   return _Columns(
-      leaves[image], f'{image}.path' if has_path else None, label, names
-  )
+      leaves[image], f'{image}.path' if has_path else None, label, names,
+      warning,
+  )  # fmt: skip
 
 
 def _read_features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
@@ -335,12 +353,15 @@ def _to_labels(path: str, column: Any) -> np.ndarray:
 
 
 def _distinct(names: Sequence[Any]) -> Any:
-  """Returns the names of all files, or None if some are missing or repeat."""
+  """Returns all names as bytes, or None if some are missing or repeat."""
   import pyarrow
   from pyarrow import compute
 
   if any(x is None for x in names):
     return None
-  joined = pyarrow.chunked_array([x.cast('large_string') for x in names])
+  # Not every program writes UTF-8.
+  joined = pyarrow.chunked_array(
+      [x.cast('binary').cast('large_binary') for x in names]
+  )
   distinct = compute.count_distinct(joined).as_py()
   return joined if distinct == len(joined) else None

@@ -455,6 +455,10 @@ def test_paths_that_repeat_or_are_missing_are_no_names(tmp_path):
   assert names('a.png', 'é.png', 'c') == ['a.png', 'é.png', 'c']
   assert names('a.png', 'b.png', 'a.png') == ['0', '1', '2']
   assert names('a.png', None, 'c.png') == ['0', '1', '2']
+  file = tmp_path / 'train.parquet'
+  assert names('name', 'b.png', 'c.png') == ['name', 'b.png', 'c.png']
+  file.write_bytes(file.read_bytes().replace(b'name', b'caf\xe9'))
+  assert _open(tmp_path).metadata(0).name == 'caf\udce9'
 
 
 @pytest.mark.parametrize(
@@ -478,6 +482,15 @@ def test_labels_that_are_no_integers_are_a_warning(tmp_path, caplog):
   parquet.write_table(pyarrow.table(columns), tmp_path / 'train.parquet')
   assert _open(tmp_path).metadata(0).label == -1
   assert 'holds string, no integers' in caplog.text
+  feature = {'names': ['a'], '_type': 'ClassLabel'}
+  features = {'fine_label': feature, 'coarse_label': feature}
+  columns = {'image': [b'a'], 'fine_label': [0], 'coarse_label': [0]}
+  metadata = {'huggingface': json.dumps({'info': {'features': features}})}
+  parquet.write_table(
+      pyarrow.table(columns, metadata=metadata), tmp_path / 'train.parquet'
+  )
+  assert _open(tmp_path).metadata(0).label == -1
+  assert "'fine_label', 'coarse_label' are classes" in caplog.text
 
 
 def test_metadata_of_other_programs_are_ignored(tmp_path):
