@@ -15,6 +15,7 @@ from pyarrow import parquet
 from experiments import sweep
 from experiments.benchmarks import blocks
 from fsq_jax import data
+from fsq_jax.data import parquet_pages
 
 CONFIG = 'configs/folder_fsq_8555.py'
 NUM_IMAGES = 512
@@ -32,9 +33,9 @@ PARQUET = {
     },
     'compressed': {'row_group_size': 100},
 }
-# Copies of the images in the Parquet files, which then exceed the cache of
-# decompressed pages.
-_NUM_COPIES = 8
+# Size of the Parquet files relative to the cache of decompressed pages, which
+# then hardly holds the page of the next image: copies of the images fill them.
+_NUM_CACHES = 5
 
 
 def read_figures(rounds: int) -> dict[str, Any]:
@@ -67,30 +68,35 @@ def parquet_figures(rounds: int) -> dict[str, Any]:
   """Times reading all images in random order from Parquet and a folder."""
   with tempfile.TemporaryDirectory() as folder:
     paths = _write_images(pathlib.Path(folder) / 'val')
-    images = [{'bytes': x.read_bytes()} for x in paths] * _NUM_COPIES
+    images = [{'bytes': x.read_bytes()} for x in paths]
+    num_bytes = sum(len(x['bytes']) for x in images)
+    num_copies = -(-_NUM_CACHES * parquet_pages.CACHE_BYTES // num_bytes)
+    table = pyarrow.table({'image': images * num_copies})
     sources = {'folder': _open(folder, 'folder', 'val')}
     for name, options in PARQUET.items():
       parquet.write_table(
-          pyarrow.table({'image': images}),
-          pathlib.Path(folder) / f'{name}.parquet', **options,
-      )  # fmt: skip
+          table, pathlib.Path(folder) / f'{name}.parquet', **options
+      )
       sources[name] = _open(folder, 'parquet', name)
     rng = np.random.default_rng(0)
 
     def read(name: str) -> list[np.ndarray]:
       order = rng.permutation(NUM_IMAGES)
       if name != 'folder':
-        order += NUM_IMAGES * rng.integers(0, _NUM_COPIES, NUM_IMAGES)
+        order += NUM_IMAGES * rng.integers(0, num_copies, NUM_IMAGES)
       with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(sources[name].load, order.tolist()))
 
     for i in (0, NUM_IMAGES - 1):
       for source in sources.values():
         np.testing.assert_array_equal(source.load(i), sources['folder'].load(i))
-    return blocks.alternate(
+    figures = blocks.alternate(
         {x: blocks.block_of(functools.partial(read, x)) for x in sources},
         baseline='folder', calls=1, rounds=rounds,
     )
+    return figures | {
+        'image_bytes': num_bytes / NUM_IMAGES, 'num_copies': num_copies
+    }  # fmt: skip
 
 
 def _make_config(folder: str, **fields: Any) -> ml_collections.ConfigDict:

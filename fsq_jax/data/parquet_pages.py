@@ -30,6 +30,9 @@ CODECS = {
 }  # fmt: skip
 ENCODINGS = {'PLAIN', 'RLE', 'BIT_PACKED', 'RLE_DICTIONARY', 'PLAIN_DICTIONARY'}
 
+# Default size of the cache of decompressed pages.
+CACHE_BYTES = 64 * 2**20
+
 _DATA, _INDEX, _DICTIONARY, _DATA_V2 = range(4)  # PageType
 _PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY = 0, 2, 3, 8  # Encoding
 # Kinds of fields of the compact protocol.
@@ -113,7 +116,7 @@ class PageReader:
   share a page.
   """
 
-  def __init__(self, cache_bytes: int = 64 * 2**20):
+  def __init__(self, cache_bytes: int = CACHE_BYTES):
     self._pages: dict[Hashable, tuple[list[Page], list[int]]] = {}
     self._values: dict[Hashable, Values] = {}
     self._bodies: collections.OrderedDict[Hashable, Any] = (
