@@ -104,16 +104,12 @@ def _figures(results: dict[str, Any]):
       ' plain Pillow',
       (1 / folder['ratio'], 1 / folder['cpu_ratio']), '0.85', '',
   )
-  for name, form, target in (
-      ('plain', 'without compression', '0.9'),
-      ('compressed', 'with pages of 100 compressed images', ''),
-  ):
-    figures = results['parquet'][name]
-    yield (
-        f'reading JPEG files in random order from Parquet files {form},'
-        ' throughput relative to a folder',
-        (1 / figures['ratio'], 1 / figures['cpu_ratio']), target, '',
-    )
+  figures = results['parquet']
+  yield (
+      'reading JPEG files in random order from a Parquet file, throughput'
+      ' relative to a folder',
+      (1 / figures['ratio'], 1 / figures['cpu_ratio']), '0.9', '',
+  )
   start = results['start']
   yield (
       'process start to first step, compilation cached (s, no ratio)',

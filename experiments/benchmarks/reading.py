@@ -15,7 +15,6 @@ from pyarrow import parquet
 from experiments import sweep
 from experiments.benchmarks import blocks
 from fsq_jax import data
-from fsq_jax.data import parquet_pages
 
 CONFIG = 'configs/folder_fsq_8555.py'
 NUM_IMAGES = 512
@@ -23,19 +22,6 @@ NUM_THREADS = 2
 # (height, width) of the files, and the side of the images read from them.
 FILE_SIZE = (256, 320)
 SIDE = 128
-# Options of pyarrow.parquet.write_table: as `datasets` 5 writes images, and a
-# compressed page of 100 images per row group.
-_CHUNKS = {'min_chunk_size': 2**18, 'max_chunk_size': 2**20, 'norm_level': 0}
-PARQUET = {
-    'plain': {
-        'compression': 'none', 'use_dictionary': False,
-        'use_content_defined_chunking': _CHUNKS,
-    },
-    'compressed': {'row_group_size': 100},
-}
-# Size of the Parquet files relative to the cache of decompressed pages, which
-# then hardly holds the page of the next image: copies of the images fill them.
-_NUM_CACHES = 5
 
 
 def read_figures(rounds: int) -> dict[str, Any]:
@@ -69,34 +55,23 @@ def parquet_figures(rounds: int) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     paths = _write_images(pathlib.Path(folder) / 'val')
     images = [{'bytes': x.read_bytes()} for x in paths]
-    num_bytes = sum(len(x['bytes']) for x in images)
-    num_copies = -(-_NUM_CACHES * parquet_pages.CACHE_BYTES // num_bytes)
-    table = pyarrow.table({'image': images * num_copies})
-    sources = {'folder': _open(folder, 'folder', 'val')}
-    for name, options in PARQUET.items():
-      parquet.write_table(
-          table, pathlib.Path(folder) / f'{name}.parquet', **options
-      )
-      sources[name] = _open(folder, 'parquet', name)
+    parquet.write_table(
+        pyarrow.table({'image': images}), pathlib.Path(folder) / 'val.parquet'
+    )
+    sources = {x: _open(folder, x) for x in ('folder', 'parquet')}
     rng = np.random.default_rng(0)
 
     def read(name: str) -> list[np.ndarray]:
-      order = rng.permutation(NUM_IMAGES)
-      if name != 'folder':
-        order += NUM_IMAGES * rng.integers(0, num_copies, NUM_IMAGES)
+      order = rng.permutation(NUM_IMAGES).tolist()
       with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        return list(pool.map(sources[name].load, order.tolist()))
+        return list(pool.map(sources[name].load, order))
 
     for i in (0, NUM_IMAGES - 1):
-      for source in sources.values():
-        np.testing.assert_array_equal(source.load(i), sources['folder'].load(i))
-    figures = blocks.alternate(
+      np.testing.assert_array_equal(*(x.load(i) for x in sources.values()))
+    return blocks.alternate(
         {x: blocks.block_of(functools.partial(read, x)) for x in sources},
         baseline='folder', calls=1, rounds=rounds,
     )
-    return figures | {
-        'image_bytes': num_bytes / NUM_IMAGES, 'num_copies': num_copies
-    }  # fmt: skip
 
 
 def _make_config(folder: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -115,9 +90,9 @@ def _make_config(folder: str, **fields: Any) -> ml_collections.ConfigDict:
   )
 
 
-def _open(folder: str, source: str, split: str) -> data.ImageSource:
-  fields = {'data.source': source, 'data.eval_split': split}
-  return data.open_source(_make_config(folder, **fields).data, 'eval')
+def _open(folder: str, source: str) -> data.ImageSource:
+  config = _make_config(folder, **{'data.source': source})
+  return data.open_source(config.data, 'eval')
 
 
 def _write_images(folder: pathlib.Path) -> list[pathlib.Path]:

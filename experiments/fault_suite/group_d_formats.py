@@ -17,8 +17,8 @@ from experiments.fault_suite import group_d
 from fsq_jax import data
 
 _IMAGES_PER_FILE = 50
-# Options of pyarrow.parquet.write_table: as `datasets` writes images, and
-# compressed, with all images of a row group in one page.
+# Options of pyarrow.parquet.write_table: as `datasets` 5 writes images, and as
+# earlier versions.
 _PARQUET = {
     'parquet': {'compression': 'none', 'use_dictionary': False},
     'compressed parquet': {'row_group_size': 20},

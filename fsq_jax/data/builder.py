@@ -238,9 +238,14 @@ def prepare(config: ml_collections.ConfigDict) -> str | None:
     RuntimeError: TensorFlow or huggingface_hub is not installed, or preparing
       fails.
   """
-  if config.source == 'parquet' and config.name:
-    splits = config.train_split, config.eval_split
-    return parquet_files.prepare(config.name, config.data_dir, splits)
+  if config.source == 'parquet':
+    folder = config.data_dir
+    if config.name:
+      splits = config.train_split, config.eval_split
+      folder = parquet_files.prepare(config.name, config.data_dir, splits)
+    for split in ('train', 'eval'):
+      open_source(config, split)  # Copies the images for random access.
+    return folder
   if config.source != 'tfds':
     logging.info('data.source %r needs no preparation.', config.source)
     return None

@@ -20,12 +20,10 @@ from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 from fsq_jax.data import parquet_files
-from fsq_jax.data import parquet_pages
+from fsq_jax.data import parquet_images
 
 # Number of images whose bytes are part of the fingerprint.
 _NUM_HASHED = 16
-# Pages that are larger make a shuffled epoch slow.
-_MAX_PAGE_BYTES = 4 * 2**20
 # Errors of PyArrow for corrupted metadata, apart from its own.
 _UNREADABLE = (UnicodeDecodeError, KeyError, StopIteration)
 _INTEGER = re.compile(r'u?int\d+')
@@ -57,8 +55,8 @@ class ParquetSource(image_source.EncodedSource):
   The label is the integer column 'label', or the only ClassLabel. Names of
   images are their paths, if all have one of their own, or else their numbers.
 
-  One page of the image column is decompressed at a time (`parquet_pages`);
-  labels and paths are kept in memory.
+  Images are mapped into memory (`parquet_images`); labels and paths are kept in
+  memory.
   """
 
   def __init__(
@@ -82,8 +80,8 @@ class ParquetSource(image_source.EncodedSource):
 
     Raises:
       ValueError: no files, rows or images, files that are truncated or differ
-        in their columns, an encoding without random access, or labels outside
-        of the names.
+        in their columns, labels outside of the names, or no space for the
+        images.
     """
     root, files = parquet_files.find(name, data_dir, split)
     self._paths = [os.path.join(root, x) for x in files]
@@ -97,58 +95,50 @@ class ParquetSource(image_source.EncodedSource):
         )
     if columns.warning:
       logging.warning('%s: %s', self._paths[0], columns.warning)
-    self._chunks = [chunk for x in contents for chunk in x.chunks]
-    self._starts = [0, *itertools.accumulate(x.num_rows for x in self._chunks)]
-    self._file_starts = [0, *itertools.accumulate(x.num_rows for x in contents)]
+    self._starts = [0, *itertools.accumulate(x.num_rows for x in contents)]
     self._labels = np.concatenate([x.labels for x in contents])
     self._names = _distinct([x.names for x in contents])
-    self._reader = parquet_pages.PageReader()
+    self._images = [
+        parquet_images.Images(path, columns.values) for path in self._paths
+    ]
     super().__init__('', split, '', **reading)
     if not len(self):
       raise ValueError(f'{root}: the files of split {split!r} have no rows.')
     self.identity['content'] = self._hash_content()
     self.label_names = columns.label_names or tuple(label_names)
     image_source.check_labels(self._labels, self.label_names, self.describe)
-    self._warn_of_large_pages()
 
   def __len__(self) -> int:
     return self._starts[-1]
 
   def describe(self, index: int) -> str:
-    file = bisect.bisect_right(self._file_starts, index) - 1
-    return f'{self._paths[file]} row {index - self._file_starts[file]}'
+    file, row = self._locate(index)
+    return f'{self._paths[file]} row {row}'
 
   def metadata(self, index: int) -> image_source.ImageMetadata:
-    try:
-      num_bytes = self._reader.num_bytes(*self._locate(index))
-    except parquet_pages.CorruptPageError:
-      num_bytes = None
+    file, row = self._locate(index)
     name = str(index)
     if self._names is not None:
       name = self._names[index].as_py().decode('utf-8', 'surrogateescape')
     return image_source.ImageMetadata(
         name=name,
         label=int(self._labels[index]),
-        num_bytes=num_bytes,
+        num_bytes=self._images[file].num_bytes(row),
     )
 
   def stamp(self, index: int) -> tuple[int, int, int]:
     # Of the file that holds the row.
-    status = os.stat(self._locate(index)[0].path)
+    status = os.stat(self._paths[self._locate(index)[0]])
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
   def read(self, index: int) -> bytes:
-    try:
-      encoded = self._reader.read(*self._locate(index))
-    except parquet_pages.CorruptPageError as error:
-      raise image_errors.DamagedImageError(str(error)) from error
-    if encoded is None:
-      raise image_errors.DamagedImageError('the image is null')
-    return encoded
+    file, row = self._locate(index)
+    return self._images[file].read(row)
 
-  def _locate(self, index: int) -> tuple[parquet_pages.Chunk, int]:
-    chunk = bisect.bisect_right(self._starts, index) - 1
-    return self._chunks[chunk], index - self._starts[chunk]
+  def _locate(self, index: int) -> tuple[int, int]:
+    """Returns the number of the file and the row in it."""
+    file = bisect.bisect_right(self._starts, index) - 1
+    return file, index - self._starts[file]
 
   def _hash_content(self) -> str:
     """Hashes paths, labels and some images, independent of files and pages."""
@@ -166,24 +156,11 @@ class ParquetSource(image_source.EncodedSource):
         content.update(image_source.NO_DIGEST)
     return content.hexdigest()[:16]
 
-  def _warn_of_large_pages(self) -> None:
-    try:
-      num_bytes = self._reader.largest_page(self._chunks[0])
-    except parquet_pages.CorruptPageError:
-      return
-    if num_bytes > _MAX_PAGE_BYTES:
-      logging.warning(
-          'Each image of a shuffled epoch decompresses a page of up to %.1f MB'
-          ' of %s. Files without compression are faster: "parquet" in'
-          ' configs/README.md.', num_bytes / 1e6, self._paths[0],
-      )
-
 
 class _Content(NamedTuple):
-  """One file: its columns and row groups, [n] labels and [n] names or None."""
+  """One file: its columns and rows, [n] labels and [n] names or None."""
 
   columns: _Columns
-  chunks: list[parquet_pages.Chunk]
   num_rows: int
   labels: np.ndarray
   names: Any
@@ -197,7 +174,7 @@ def _open(path: str) -> _Content:
   try:
     with parquet.ParquetFile(path) as file:
       columns = _find_columns(path, file.schema_arrow)
-      chunks = find_chunks(path, columns.values, file.metadata)
+      num_rows = file.metadata.num_rows
       wanted = [x for x in (columns.labels, columns.names) if x]
       table = file.read(wanted, use_threads=False) if wanted else None
   except (pyarrow.ArrowException, OSError, *_UNREADABLE) as error:
@@ -207,7 +184,6 @@ def _open(path: str) -> _Content:
         f'{path} is truncated, corrupted or no Parquet file ({error}). Copy or'
         ' download it again.'
     ) from error
-  num_rows = sum(x.num_rows for x in chunks)
   if table is not None and table.num_rows != num_rows:
     raise ValueError(
         f'{path} is corrupted: {num_rows} rows of images and'
@@ -220,7 +196,7 @@ def _open(path: str) -> _Content:
     image = columns.names.rpartition('.')[0]
     names = table[image].combine_chunks().field('path')
     names = None if names.null_count else names
-  return _Content(columns, chunks, num_rows, labels, names)
+  return _Content(columns, num_rows, labels, names)
 
 
 def _find_columns(path: str, schema: Any) -> _Columns:
@@ -290,53 +266,6 @@ def _bytes_leaf(name: str, kind: Any) -> str | None:
   if 'bytes' in _field_names(kind):
     return _bytes_leaf(f'{name}.bytes', kind.field('bytes').type)
   return None
-
-
-def find_chunks(
-    path: str, column: str, metadata: Any = None
-) -> list[parquet_pages.Chunk]:
-  """Returns a column of the row groups of a file.
-
-  Args:
-    path: of the file.
-    column: dotted name of a column of bytes, such as 'image.bytes'.
-    metadata: of the file; None reads them.
-
-  Raises:
-    ValueError: an encoding or compression without random access.
-  """
-  from pyarrow import parquet
-
-  metadata = metadata or parquet.read_metadata(path)
-  schema = metadata.schema
-  number = next(
-      i for i in range(len(schema)) if schema.column(i).path == column
-  )
-  leaf, chunks = schema.column(number), []
-  for i in range(metadata.num_row_groups):
-    group = metadata.row_group(i)
-    chunk = group.column(number)
-    unknown = set(chunk.encodings) - parquet_pages.ENCODINGS
-    if unknown or chunk.compression not in parquet_pages.CODECS:
-      raise ValueError(
-          f'{path}: the column {column!r} has the encodings {chunk.encodings}'
-          f' and compression {chunk.compression}; there is random access to'
-          f' {sorted(parquet_pages.ENCODINGS)} and'
-          f' {sorted(parquet_pages.CODECS)}. Write the file again, as by'
-          ' "parquet" in configs/README.md.'
-      )
-    starts = [chunk.data_page_offset, chunk.dictionary_page_offset or 0]
-    chunks.append(
-        parquet_pages.Chunk(
-            path,
-            min(x for x in starts if x > 0),
-            chunk.total_compressed_size,
-            group.num_rows,
-            chunk.compression,
-            leaf.max_definition_level,
-        )
-    )
-  return [x for x in chunks if x.num_rows]
 
 
 def _to_labels(path: str, column: Any) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Parquet files: the same batches as a folder, pages, columns, corruption."""
+"""Parquet files: the same batches as a folder, columns, corruption."""
 
 import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 import types
 
@@ -16,7 +17,7 @@ import pytest
 
 from fsq_jax import data
 from fsq_jax.data import parquet_files
-from fsq_jax.data import parquet_pages
+from fsq_jax.data import parquet_images
 from fsq_jax.data import parquet_source
 
 _IMAGE = pyarrow.struct(
@@ -167,9 +168,15 @@ def _grid(seed: int, size) -> np.ndarray:
 _WRITTEN = pathlib.Path(__file__).parents[1] / 'testdata' / 'parquet'
 
 
-def test_cifar10_of_the_datasets_package_is_read():
-  config = _config('parquet', _WRITTEN, train_split='test')
-  config.data_dir = str(_WRITTEN / 'cifar10')
+@pytest.fixture
+def written(tmp_path):
+  """A copy of these files, whose images are copied beside them."""
+  return pathlib.Path(shutil.copytree(_WRITTEN, tmp_path / 'parquet'))
+
+
+def test_cifar10_of_the_datasets_package_is_read(written):
+  config = _config('parquet', written, train_split='test')
+  config.data_dir = str(written / 'cifar10')
   source = data.open_source(config, 'train')
   assert source.label_names[:2] == ('airplane', 'automobile')
   assert [source.metadata(i).label for i in range(len(source))] == [3, 8, 0]
@@ -178,8 +185,8 @@ def test_cifar10_of_the_datasets_package_is_read():
     np.testing.assert_array_equal(source.load(i), _grid(i, (32, 32)))
 
 
-def test_imagenet_of_the_datasets_package_is_read():
-  source = _open(_WRITTEN / 'imagenet-1k')
+def test_imagenet_of_the_datasets_package_is_read(written):
+  source = _open(written / 'imagenet-1k')
   assert source.label_names == (
       'tench, Tinca tinca', 'goldfish, Carassius auratus'
   )  # fmt: skip
@@ -192,10 +199,10 @@ def test_imagenet_of_the_datasets_package_is_read():
     # JPEG blurs the edges of colours.
     assert np.abs(image - _grid(10 + i, (20, 16))).mean() < 16
   file = 'imagenet-1k/data/train-00001-of-00002.parquet'
-  assert source.describe(3) == f'{_WRITTEN}/{file} row 1'
+  assert source.describe(3) == f'{written}/{file} row 1'
 
 
-# Pages, against PyArrow's own reader.
+# Images, however files are written.
 
 _WRITING = {
     'as datasets 5': {
@@ -205,34 +212,11 @@ _WRITING = {
         'write_page_index': True, 'compression': 'none',
         'use_dictionary': ['image.path'], 'row_group_size': 50,
     },
-    'one compressed page': {'row_group_size': 100},
-    'as datasets 4': {
-        'use_content_defined_chunking': {
-            'min_chunk_size': 1000, 'max_chunk_size': 4000
-        },
-        'write_page_index': True,
-    },
-    'plain': {'compression': 'none', 'use_dictionary': False},
-    'small pages': {
-        'compression': 'none', 'use_dictionary': False, 'write_batch_size': 3,
-        'data_page_size': 600,
-    },
-    'a dictionary until it is full': {
-        'dictionary_pagesize_limit': 2000, 'write_batch_size': 5,
-        'data_page_size': 500,
-    },
+    'one row group': {},
     'version 2': {
-        'data_page_version': '2.0', 'write_batch_size': 7,
-        'data_page_size': 500,
+        'data_page_version': '2.0', 'compression': 'zstd',
+        'row_group_size': 9,
     },
-    'version 2, plain': {
-        'data_page_version': '2.0', 'compression': 'none',
-        'use_dictionary': False, 'row_group_size': 9,
-    },
-    'zstd, checksums': {'compression': 'zstd', 'write_page_checksum': True},
-    'gzip': {'compression': 'gzip', 'use_dictionary': False},
-    'brotli': {'compression': 'brotli'},
-    'lz4': {'compression': 'lz4'},
 }  # fmt: skip
 
 
@@ -275,78 +259,35 @@ def test_columns_that_are_required_are_read(tmp_path):
     assert source.metadata(1) == ('1', -1, 2)
 
 
-def test_few_decompressed_pages_stay_in_memory(tmp_path, monkeypatch):
-  images = [np.random.default_rng(i).bytes(1000) for i in range(8)]
-  _write(tmp_path / 'train.parquet', images, options={'row_group_size': 2})
-  decompressed = []
-
-  class Codec(pyarrow.Codec):
-
-    def decompress(self, *arguments):
-      decompressed.append(arguments[1])
-      return super().decompress(*arguments)
-
-  monkeypatch.setattr(pyarrow, 'Codec', Codec)
-  reader = parquet_pages.PageReader(cache_bytes=2500)
-  chunks = parquet_source.find_chunks(
-      str(tmp_path / 'train.parquet'), 'image.bytes'
-  )
-  assert [x.num_rows for x in chunks] == [2] * 4
-
-  def read(*indices):
-    del decompressed[:]
-    for i in indices:
-      assert reader.read(chunks[i // 2], i % 2) == images[i]
-    return sum(x > 1000 for x in decompressed)
-
-  # Dictionaries of two images each, of which one fits.
-  assert read(0, 1, 2, 3, 2, 0) == 3
-  assert read(0, 0, 1) == 0
-  assert read(7, 6, 7, 0) == 2
+def test_images_are_copied_once_and_again_after_a_change(tmp_path):
+  path = _write(tmp_path / 'train.parquet', [_png(0), _png(1)])
+  _open(tmp_path)
+  place = pathlib.Path(path + parquet_images.SUFFIX)
+  written = place.stat().st_mtime_ns
+  assert _open(tmp_path).read(1) == _png(1)
+  assert place.stat().st_mtime_ns == written
+  place.write_bytes(place.read_bytes()[:-20])  # Corrupted.
+  assert _open(tmp_path).read(1) == _png(1)
+  _write(tmp_path / 'train.parquet', [_png(2), _png(3)])
+  assert _open(tmp_path).read(1) == _png(3)
+  assert {x.name for x in tmp_path.iterdir()} == {'train.parquet', place.name}
 
 
-def test_a_value_of_an_uncompressed_page_is_read_alone(tmp_path, monkeypatch):
-  images = [_png(i) for i in range(8)]
-  _write(
-      tmp_path / 'train.parquet', images,
-      options={'compression': 'none', 'use_dictionary': False},
-  )
-  source = _open(tmp_path)
-  source.read(0)
-  content = (tmp_path / 'train.parquet').read_bytes()
-  place = content.index(images[5])
-  with open(tmp_path / 'train.parquet', 'r+b') as file:
-    file.seek(place - 4)
-    file.write(b'\xff' * 4)
-  assert source.read(5) == images[5]
-
-
-@pytest.mark.parametrize(
-    'options', [_WRITING['as datasets 4'], _WRITING['plain']], ids=str
-)
-def test_corrupted_bytes_end_in_named_errors(tmp_path, options):
-  """No byte of the column chunk makes reading crash, hang or take memory."""
-  images = [bytes([i]) * 60 for i in range(6)]
-  path = _write(tmp_path / 'train.parquet', images, options=options)
-  (chunk,) = parquet_source.find_chunks(path, 'image.bytes')
-  content = (tmp_path / 'train.parquet').read_bytes()
-  rng = np.random.default_rng(0)
-  errors = []
-  with open(path, 'r+b', buffering=0) as file:
-    for i in range(chunk.size):
-      place = chunk.offset + i
-      file.seek(place)
-      file.write(bytes([content[place] ^ 1 << rng.integers(8)]))
-      reader = parquet_pages.PageReader()
-      for row in range(6):
-        try:
-          reader.read(chunk, row)
-        except parquet_pages.CorruptPageError as error:
-          errors.append(str(error))
-      file.seek(place)
-      file.write(content[place : place + 1])
-  assert len(errors) > 6
-  assert all('page' in x for x in errors)
+def test_images_are_copied_to_the_cache_folder_if_need_be(
+    tmp_path, monkeypatch
+):
+  path = _write(tmp_path / 'files' / 'train.parquet', [_png(0)])
+  cache = tmp_path / 'cache'
+  monkeypatch.setattr(parquet_images, 'CACHE_FOLDER', str(cache))
+  # A folder in its place: root may write everywhere.
+  pathlib.Path(path + parquet_images.SUFFIX).mkdir()
+  for _ in range(2):
+    assert _open(tmp_path / 'files').read(0) == _png(0)
+  (copy,) = cache.iterdir()
+  copy.unlink()
+  copy.mkdir()
+  with pytest.raises(ValueError, match='cannot be copied to an Arrow file'):
+    _open(tmp_path / 'files')
 
 
 # Corrupted images and files.
@@ -376,22 +317,23 @@ def test_corrupted_images_are_named_counted_and_limited(tmp_path, compression):
   assert f'{file} row 2: ' in str(caught.value)
 
 
-def test_images_of_a_corrupted_page_are_counted(tmp_path):
+def test_images_of_a_corrupted_row_group_are_counted(tmp_path):
   images = [_png(i) for i in range(12)]
   path = _write(
       tmp_path / 'train.parquet', images,
       options={'row_group_size': 4, 'use_dictionary': False},
   )
-  _, chunk, _ = parquet_source.find_chunks(path, 'image.bytes')
+  column = parquet.read_metadata(path).row_group(1).column(0)
+  assert column.path_in_schema == 'image.bytes'
   identity = _open(tmp_path).identity
   with open(path, 'r+b') as file:
-    file.seek(chunk.offset)
+    file.seek(column.data_page_offset)
     file.write(b'\xff' * 40)
   source = _open(tmp_path, max_damaged_share=0.5)
   assert source.identity != identity
   for i in range(12):
     if i // 4 == 1:
-      with pytest.raises(data.DamagedImageError, match='page'):
+      with pytest.raises(data.DamagedImageError, match='row group cannot be'):
         source.load(i)
       assert source.metadata(i) == (str(i), 0, None)
     else:
@@ -405,16 +347,12 @@ def test_truncated_files_are_an_error(tmp_path):
       tmp_path / 'train.parquet', [_png(i) for i in range(3)],
       options={'compression': 'none', 'use_dictionary': False},
   )
-  source = _open(tmp_path)
   size = os.path.getsize(path)
   for length in (size - 1, size // 2, 10, 0):
     os.truncate(path, length)
     with pytest.raises(ValueError, match='is truncated, corr') as caught:
       _open(tmp_path)
     assert path in str(caught.value)
-  with pytest.raises(OSError, match=r'0 of \d+ bytes at'):
-    source.load(2)
-  assert not source.damaged
 
 
 def test_the_fingerprint_follows_images_and_labels_not_files(tmp_path):
@@ -511,29 +449,6 @@ def test_files_with_other_columns_or_classes_are_an_error(tmp_path):
     _open(tmp_path)
 
 
-def test_encodings_without_random_access_are_an_error(tmp_path):
-  _write(
-      tmp_path / 'train.parquet', [_png(0)],
-      options={
-          'use_dictionary': False,
-          'column_encoding': {'image.bytes': 'DELTA_LENGTH_BYTE_ARRAY'},
-      },
-  )  # fmt: skip
-  with pytest.raises(ValueError, match=r'has the encodings .*DELTA_LENGTH'):
-    _open(tmp_path)
-
-
-def test_large_compressed_pages_are_a_warning(tmp_path, caplog):
-  images = [np.random.default_rng(i).bytes(2**20) for i in range(5)]
-  _write(tmp_path / 'train.parquet', images)
-  _open(tmp_path)
-  assert 'decompresses a page of up to 5.2 MB' in caplog.text
-  caplog.clear()
-  _write(tmp_path / 'train.parquet', images, options={'compression': 'none'})
-  _open(tmp_path)
-  assert not caplog.text
-
-
 # Names of files.
 
 _FILES = [
@@ -601,7 +516,7 @@ def test_a_repository_is_downloaded_by_prepare_alone(tmp_path, monkeypatch):
     data.open_source(config, 'train')
   assert data.prepare(config) == str(tmp_path)
   repository = {'repo_type': 'dataset', 'revision': 'v1'}
-  assert calls[1:] == [
+  assert calls[1:3] == [
       ('owner/name', repository),
       ('owner/name', {
           **repository, 'local_dir': None,
