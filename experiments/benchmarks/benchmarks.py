@@ -104,7 +104,7 @@ def _figures(results: dict[str, Any]):
       ' plain Pillow',
       (1 / folder['ratio'], 1 / folder['cpu_ratio']), '0.85', '',
   )
-  figures = results['parquet']
+  figures = results['parquet']['parquet']
   yield (
       'reading JPEG files in random order from a Parquet file, throughput'
       ' relative to a folder',
