@@ -32,6 +32,8 @@ setuptools.setup(
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.3,<1.0',
         'pillow',
+        # tensorflow-datasets brings it too.
+        'pyarrow>=17',
         'safetensors>=0.5',
         'scikit-image',
         'scikit-learn',
@@ -39,7 +41,7 @@ setuptools.setup(
         'tqdm',
     ],
     extras_require={
-        # Models to and from the Hugging Face Hub.
+        # Models and data sets of the Hugging Face Hub.
         'hub': ['huggingface_hub'],
         # Trackers, train.trackers.
         'mlflow': ['mlflow-skinny'],

@@ -55,15 +55,15 @@ def refer_to_longer_side(
 def _data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
   # Source of images: 'photos' (scikit-image wheel), 'digits' (scikit-learn
-  # wheel), 'tfds', 'folder', 'webdataset', 'arrays' or 'synthetic'.
+  # wheel), 'tfds', 'folder', 'webdataset', 'parquet', 'arrays', 'synthetic'.
   data.source = 'synthetic'
-  # tfds: name of the dataset, such as 'cifar10'.
+  # tfds: 'cifar10'; parquet: '', or 'owner/name' on the Hugging Face Hub.
   data.name = ''
-  # Folder of the images (folder: one sub-folder per split), tar shards or NumPy
-  # files. tfds: data_dir of TFDS ('' is its default) or of a prepared version.
+  # Folder of the images (folder: one sub-folder per split) or of their files.
+  # tfds: data_dir of TFDS or a prepared version; with a name '' is the default.
   data.data_dir = ''
   # Splits. folder: sub-folders; tfds: such as 'train[:90%]'; arrays: names of
-  # files; webdataset: 'train', a sub-folder, or such as 'train-{000..146}.tar'.
+  # files; webdataset, parquet: 'train', a sub-folder, or 'train-{00..46}.tar'.
   data.train_split = 'train'
   data.eval_split = 'validation'
   # Input size of the model, (height, width) in pixels.
@@ -90,12 +90,12 @@ def _data() -> ml_collections.ConfigDict:
   data.color_jitter = 0.0
   # Class names in the order of the labels, which are stored in token files; ()
   # takes the classes of tfds and 'digits', or the sorted sub-folders of
-  # train_split. webdataset and arrays: given here, or ().
+  # train_split. webdataset, arrays and plain parquet: given here, or ().
   data.label_names = ()
   # Largest tolerated fraction of unreadable images of a split, in [0, 1]; also
   # of files of a folder or tar shards that are in an unsupported format.
   data.max_damaged_share = 0.01
-  # Cache of decoded images of folder, webdataset, arrays and tfds, MiB >= 0;
+  # Cache of decoded images of files (not 'photos', 'digits'), MiB >= 0;
   # images beyond it are read and decoded again each time.
   data.cache_mib = 1024
   # Threads that read and decode, >= 1; images that they prefetch, >= 1.
@@ -563,9 +563,9 @@ def _eval() -> ml_collections.ConfigDict:
   evaluation = ml_collections.ConfigDict()
   # Number of images in the reconstruction grid, >= 1.
   evaluation.num_grid_images = 24
-  # Native-size evaluation, --mode=eval only, of folder, webdataset, arrays or
-  # tfds: whole images, at the size that data.resize_shorter gives them, instead
-  # of crops of data.image_size.
+  # Native-size evaluation, --mode=eval only, of folder, webdataset, parquet,
+  # arrays or tfds: whole images, at the size that data.resize_shorter gives
+  # them, instead of crops of data.image_size.
   evaluation.native_size = False
   # Weights of optional evaluation networks, each a metric of its name; '' is
   # off. LPIPS and fd_vgg16: see experiments/weights. rfid: Inception-v3 of

@@ -288,7 +288,8 @@ def _check_launch(command, made, tmp_path):
   if (
       mode != 'prepare'
       and 'data' in config
-      and config.data.source in ('folder', 'tfds', 'webdataset', 'arrays')
+      and config.data.source
+      in ('folder', 'tfds', 'webdataset', 'parquet', 'arrays')
   ):
     assert config.data.data_dir.startswith(PLACEHOLDER)
   for name, row in loading.fields_of(config).items():

@@ -1,12 +1,16 @@
-"""Benchmarks reading a folder of photographs relative to plain Pillow."""
+"""Benchmarks reading photographs: a folder by Pillow, Parquet by a folder."""
 
 from concurrent import futures
+import functools
 import pathlib
 import tempfile
 from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
+import pyarrow
+from pyarrow import parquet
 
 from experiments import sweep
 from experiments.benchmarks import blocks
@@ -24,18 +28,7 @@ def read_figures(rounds: int) -> dict[str, Any]:
   """Times a pass over JPEG files without a cache, and the same by Pillow."""
   with tempfile.TemporaryDirectory() as folder:
     paths = _write_images(pathlib.Path(folder) / 'val')
-    config = sweep.make_config(
-        CONFIG,
-        {
-            'data.data_dir': folder,
-            'data.eval_split': 'val',
-            'data.image_size': (SIDE, SIDE),
-            'data.resize_shorter': SIDE,
-            'data.eval_batch_size': 64,
-            'data.cache_mib': 0,
-            'data.num_threads': NUM_THREADS,
-        },
-    )
+    config = _make_config(folder)
     dataset = data.build_dataset(config.data, split='eval', seed=0)
     own = np.concatenate([batch['image'] for batch in dataset])
 
@@ -55,6 +48,51 @@ def read_figures(rounds: int) -> dict[str, Any]:
         },
         baseline='pillow', calls=1, rounds=rounds,
     )
+
+
+def parquet_figures(rounds: int) -> dict[str, Any]:
+  """Times reading all images in random order from Parquet and a folder."""
+  with tempfile.TemporaryDirectory() as folder:
+    paths = _write_images(pathlib.Path(folder) / 'val')
+    images = [{'bytes': x.read_bytes()} for x in paths]
+    parquet.write_table(
+        pyarrow.table({'image': images}), pathlib.Path(folder) / 'val.parquet'
+    )
+    sources = {x: _open(folder, x) for x in ('folder', 'parquet')}
+    rng = np.random.default_rng(0)
+
+    def read(name: str) -> list[np.ndarray]:
+      order = rng.permutation(NUM_IMAGES).tolist()
+      with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(sources[name].load, order))
+
+    for i in (0, NUM_IMAGES - 1):
+      np.testing.assert_array_equal(*(x.load(i) for x in sources.values()))
+    return blocks.alternate(
+        {x: blocks.block_of(functools.partial(read, x)) for x in sources},
+        baseline='folder', calls=1, rounds=rounds,
+    )
+
+
+def _make_config(folder: str, **fields: Any) -> ml_collections.ConfigDict:
+  return sweep.make_config(
+      CONFIG,
+      {
+          'data.data_dir': folder,
+          'data.eval_split': 'val',
+          'data.image_size': (SIDE, SIDE),
+          'data.resize_shorter': SIDE,
+          'data.eval_batch_size': 64,
+          'data.cache_mib': 0,
+          'data.num_threads': NUM_THREADS,
+          **fields,
+      },
+  )
+
+
+def _open(folder: str, source: str) -> data.ImageSource:
+  config = _make_config(folder, **{'data.source': source})
+  return data.open_source(config.data, 'eval')
 
 
 def _write_images(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -48,7 +48,7 @@ def write(root: pathlib.Path, num: int, split: str = 'train') -> pathlib.Path:
   return root
 
 
-def _damage(index: int) -> bytes:
+def damage(index: int) -> bytes:
   """Returns a file corrupted in one of eight ways."""
   png = encode(photo(index, (64, 64)))
   jpeg = encode(photo(index, (64, 64)), 'JPEG')
@@ -69,7 +69,7 @@ def _damaged(folder: pathlib.Path, quick: bool) -> fault.Outcome:
     root = write(folder / share, num)
     bad = np.random.default_rng(0).choice(num, number, replace=False)
     for order, i in enumerate(bad):
-      (root / 'train' / f'{i:04}.png').write_bytes(_damage(order))
+      (root / 'train' / f'{i:04}.png').write_bytes(damage(order))
     shutil.copytree(root / 'train', root / 'validation')
     allowed = 0.01 if share == '1 %' else 0.5
     for split in ('train', 'eval'):

@@ -29,6 +29,7 @@ from experiments.fault_suite import group_c
 from experiments.fault_suite import group_c_places
 from experiments.fault_suite import group_d
 from experiments.fault_suite import group_d_files
+from experiments.fault_suite import group_d_formats
 from experiments.fault_suite import group_e
 from experiments.fault_suite import group_f
 from experiments.fault_suite import group_f_files
@@ -43,8 +44,8 @@ from fsq_jax.workdir import provenance
 _FOLDER = pathlib.Path(__file__).parent
 _GROUPS = (
     group_a, group_b, group_b_runs, group_c, group_c_places, group_d,
-    group_d_files, group_e, group_f, group_f_files, group_f_runs,
-    group_f_tokens, group_g, group_g_generators, group_processes,
+    group_d_files, group_d_formats, group_e, group_f, group_f_files,
+    group_f_runs, group_f_tokens, group_g, group_g_generators, group_processes,
 )  # fmt: skip
 _HEADER = (
     '| id | injected | required | measured | verdict |\n|---|---|---|---|---|\n'

@@ -38,6 +38,16 @@ def cross_rules(
             source not in _FOLDERS or os.path.isdir(os.path.expanduser(folder))
         ),
     )
+    yield rules.CrossRule(
+        ('data.source', 'data.name', 'data.data_dir'),
+        "with 'parquet' an existing folder as data_dir, or 'owner/name' of a"
+        ' data set on the Hugging Face Hub as name',
+        lambda source, name, folder: (
+            source != 'parquet'
+            or '/' in name
+            or (not name and os.path.isdir(os.path.expanduser(folder)))
+        ),
+    )
   yield from _optim_rules('optim')
   yield from _step_rules()
   yield from _discriminator_rules()
@@ -139,8 +149,10 @@ def _data_rules() -> Iterator[rules.CrossRule]:
   )
   yield rules.CrossRule(
       ('eval.native_size', 'data.source'),
-      f"native_size only with data.source 'tfds' or {_FOLDERS}",
-      lambda native, source: not native or source in (*_FOLDERS, 'tfds'),
+      f"native_size only with data.source 'tfds', 'parquet' or {_FOLDERS}",
+      lambda native, source: (
+          not native or source in (*_FOLDERS, 'tfds', 'parquet')
+      ),
   )
   yield rules.CrossRule(
       ('data.source', 'data.flip'),

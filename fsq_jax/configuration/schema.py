@@ -140,8 +140,8 @@ QUANTIZERS: Mapping[str, _Rows] = {
 }
 _DATA = {
     'source': rules.name(
-        'photos', 'digits', 'tfds', 'folder', 'webdataset', 'arrays',
-        'synthetic',
+        'photos', 'digits', 'tfds', 'folder', 'webdataset', 'parquet',
+        'arrays', 'synthetic',
     ),
     'name': rules.TEXT,
     'data_dir': rules.PATH,

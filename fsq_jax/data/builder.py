@@ -10,6 +10,8 @@ from fsq_jax.data import array_source
 from fsq_jax.data import digits
 from fsq_jax.data import folder
 from fsq_jax.data import image_source
+from fsq_jax.data import parquet_files
+from fsq_jax.data import parquet_source
 from fsq_jax.data import photos
 from fsq_jax.data import pipelines
 from fsq_jax.data import synthetic
@@ -157,6 +159,15 @@ def _build_webdataset(config, split):
   )
 
 
+def _build_parquet(config, split):
+  return parquet_source.ParquetSource(
+      config.name,
+      config.data_dir,
+      label_names=config.label_names,
+      **_encoded_options(config, split),
+  )
+
+
 def _build_digits(config, split):
   return digits.DigitsSource(
       'validation' if split == 'eval' else 'train',
@@ -176,6 +187,7 @@ _SOURCES = {
     'tfds': _build_tfds,
     'folder': _build_folder,
     'webdataset': _build_webdataset,
+    'parquet': _build_parquet,
     'arrays': _build_arrays,
     'digits': _build_digits,
     'synthetic': _build_synthetic,
@@ -187,8 +199,9 @@ def open_source(
 ) -> image_source.ImageSource:
   """Opens the images of a split, for random access by index.
 
-  data.train_split and data.eval_split are for tfds, folder, webdataset and
-  arrays; the other sources have one training and one validation split.
+  data.train_split and data.eval_split are for tfds, folder, webdataset,
+  parquet and arrays; the other sources have one training and one validation
+  split.
 
   Args:
     config: the `data` section.
@@ -222,8 +235,17 @@ def prepare(config: ml_collections.ConfigDict) -> str | None:
     The folder of the prepared dataset; None if the source needs no preparation.
 
   Raises:
-    RuntimeError: TensorFlow is not installed, or TFDS fails.
+    RuntimeError: TensorFlow or huggingface_hub is not installed, or preparing
+      fails.
   """
+  if config.source == 'parquet':
+    folder = config.data_dir
+    if config.name:
+      splits = config.train_split, config.eval_split
+      folder = parquet_files.prepare(config.name, config.data_dir, splits)
+    for split in ('train', 'eval'):
+      open_source(config, split)  # Copies the images for random access.
+    return folder
   if config.source != 'tfds':
     logging.info('data.source %r needs no preparation.', config.source)
     return None

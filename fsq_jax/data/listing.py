@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 
 from absl import logging
 
@@ -42,6 +43,7 @@ _OTHER_EXTENSIONS = {
     '.7z',
 }  # fmt: skip
 _NUM_LISTED = 10
+_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 # Length of the beginning of a file that shows its kind.
 START_BYTES = 512
 
@@ -135,6 +137,27 @@ def shorten(names: Sequence[str]) -> str:
   """Returns the first names, quoted: "'a', 'b', ..."."""
   more = ', ...' if len(names) > _NUM_LISTED else ''
   return ', '.join(map(repr, names[:_NUM_LISTED])) + more
+
+
+def is_pattern(name: str) -> bool:
+  """Whether the name of a split has '*' or a range such as {000..146}."""
+  return '*' in name or bool(_RANGE.search(name))
+
+
+def expand_ranges(pattern: str) -> list[str]:
+  """Returns the names of a pattern with ranges such as {000..146}."""
+  match = _RANGE.search(pattern)
+  if not match:
+    return [pattern]
+  first, last = match.groups()
+  return [
+      name
+      for number in range(int(first), int(last) + 1)
+      for name in expand_ranges(
+          f'{pattern[: match.start()]}{number:0{len(first)}}'
+          f'{pattern[match.end() :]}'
+      )
+  ]
 
 
 def _describe(skipped: Mapping[str, int]) -> str:

@@ -18,7 +18,6 @@ from fsq_jax.data import listing
 from fsq_jax.data import tar_index
 
 _NO_FILES = collections.Counter()
-_RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 
 
 class WebDatasetSource(image_source.EncodedSource):
@@ -153,9 +152,9 @@ def find_shards(root: str, split: str) -> list[str]:
   """
   if not os.path.isdir(root):
     raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
-  if split.endswith('.tar') or '*' in split or _RANGE.search(split):
+  if split.endswith('.tar') or listing.is_pattern(split):
     shards = []
-    for pattern in _expand(split):
+    for pattern in listing.expand_ranges(split):
       found = sorted(glob.glob(pattern, root_dir=root))
       shards += found if '*' in pattern else [pattern]
   else:
@@ -178,19 +177,3 @@ def find_shards(root: str, split: str) -> list[str]:
         ' Compressed shards (.tar.gz) have no random access.'
     )
   return shards
-
-
-def _expand(pattern: str) -> list[str]:
-  """Returns the names of a pattern with ranges such as {000..146}."""
-  match = _RANGE.search(pattern)
-  if not match:
-    return [pattern]
-  first, last = match.groups()
-  return [
-      name
-      for number in range(int(first), int(last) + 1)
-      for name in _expand(
-          f'{pattern[: match.start()]}{number:0{len(first)}}'
-          f'{pattern[match.end() :]}'
-      )
-  ]

@@ -136,7 +136,7 @@ def describe(manifest: manifests.Manifest) -> Iterator[str]:
     yield (
         f'no class label (-1): {num} images; classes are the sub-folders of a'
         " split of data.source 'folder', and the labels of 'tfds',"
-        " 'webdataset' and 'arrays'"
+        " 'webdataset', 'parquet' and 'arrays'"
     )
   yield f'codebook usage: {summary["usage"]:.1%}'
   yield (

@@ -122,7 +122,9 @@ def default_folder(
     For example tokens/tfds_cifar10_test or tokens/photos_train_4_views.
   """
   words = [config.data.source, config.data.name]
-  if config.data.source in ('folder', 'tfds', 'webdataset', 'arrays'):
+  if config.data.source in (
+      'folder', 'tfds', 'webdataset', 'parquet', 'arrays'
+  ):
     words.append(config.data[f'{config.tokenize.split}_split'])
   else:
     words.append(config.tokenize.split)
