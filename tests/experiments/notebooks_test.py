@@ -243,8 +243,6 @@ def test_notebooks_run(name, run_folder):
       env=os.environ
       | {
           'HOME': str(run_folder),  # Compilation cache, IPython's history.
-          # Its steps take longer than their compilation.
-          'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
           'PYTHONPATH': str(_ROOT),
           'XLA_FLAGS': os.environ['XLA_FLAGS']
           + ' --xla_force_host_platform_device_count=1',
