@@ -512,7 +512,8 @@ def test_unknown_names_and_processes_are_refused():
   for overrides, options, message in (
       ({}, {'split': 'test'},
        r"'test'; known: \['eval', 'eval_native', 'train', 'train_once'\]"),
-      ({'source': 'nowhere'}, {}, r"'nowhere'; known: .*'folder', 'parquet', 'photos'"),
+      ({'source': 'nowhere'}, {},
+       r"'nowhere'; known: .*'folder', 'parquet', 'photos'"),
       ({}, {'process_index': 2, 'process_count': 2}, 'process_index is 2 of 2'),
       ({'batch_size': 9}, {'process_count': 2},
        r'batch_size is 9.* share a batch, 2'),
