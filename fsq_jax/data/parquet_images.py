@@ -8,16 +8,15 @@ CACHE_FOLDER if that folder is not writable, and is written again if size or
 modification time of the Parquet file have changed.
 """
 
-import contextlib
-import hashlib
+import functools
 import json
 import os
 import pathlib
 from typing import Any
-import uuid
 
 from absl import logging
 
+from fsq_jax.data import derived_files
 from fsq_jax.data import image_errors
 
 CACHE_FOLDER = '~/.cache/fsq_jax/parquet_images'
@@ -43,7 +42,8 @@ class Images:
       ValueError: the Arrow file cannot be written.
       OSError: the Parquet file cannot be read.
     """
-    stamp, places = _stamp(path, column), _places(path)
+    stamp = _stamp(path, column)
+    places = derived_files.places(path, SUFFIX, CACHE_FOLDER)
     for place in places:
       if (table := _load(place, stamp)) is not None:
         break
@@ -74,14 +74,6 @@ def _stamp(path: str, column: str) -> bytes:
   return json.dumps(stamp).encode()
 
 
-def _places(path: str) -> tuple[pathlib.Path, pathlib.Path]:
-  """Returns the files where the images of a Parquet file may be."""
-  digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-  beside = pathlib.Path(path + SUFFIX)
-  cache = pathlib.Path(CACHE_FOLDER).expanduser()
-  return beside, cache / f'{digest}_{beside.name}'
-
-
 def _load(place: pathlib.Path, stamp: bytes) -> Any:
   """Maps an Arrow file; None if it is missing, outdated or corrupted."""
   import pyarrow
@@ -96,35 +88,23 @@ def _load(place: pathlib.Path, stamp: bytes) -> Any:
 
 
 def _write(
-    path: str, column: str, stamp: bytes, places: tuple[pathlib.Path, ...]
+    path: str, column: str, stamp: bytes, places: list[pathlib.Path]
 ) -> pathlib.Path:
-  """Writes the Arrow file to the first place that is writable, atomically."""
+  """Writes the Arrow file of a Parquet file."""
   logging.warning(
       'Copying the images of %s to an Arrow file, once, for random access.',
       path,
   )
-  errors = []
-  for place in places:
-    temporary = place.with_name(f'.{uuid.uuid4().hex}.tmp')
-    try:
-      if place is not places[0]:
-        place.parent.mkdir(parents=True, exist_ok=True)
-      with open(temporary, 'xb') as file:
-        _copy(path, column, stamp, file)
-      os.replace(temporary, place)
-      return place
-    except OSError as error:
-      if error.filename == path:
-        raise
-      errors.append(f'{place}: {error}')
-    finally:
-      with contextlib.suppress(OSError):
-        temporary.unlink()
-  raise ValueError(
-      f'The images of {path} ({os.path.getsize(path) / 1e9:.1f} GB) cannot be'
-      f' copied to an Arrow file: {"; ".join(errors)}. Free the space, or make'
-      ' the folder writable.'
-  )
+  try:
+    return derived_files.write(
+        places, functools.partial(_copy, path, column, stamp)
+    )
+  except OSError as error:
+    raise ValueError(
+        f'The images of {path} ({os.path.getsize(path) / 1e9:.1f} GB) cannot be'
+        f' copied to an Arrow file: {error}. Free the space, or make the folder'
+        ' writable.'
+    ) from error
 
 
 def _copy(path: str, column: str, stamp: bytes, file: Any) -> None:
@@ -152,8 +132,7 @@ def _copy(path: str, column: str, stamp: bytes, file: Any) -> None:
           reason = 'its row group has fewer rows than its metadata say'
         except (pyarrow.ArrowException, OSError) as error:
           if isinstance(error, OSError) and error.errno:
-            # A disk that fails, not a corrupted file.
-            raise OSError(error.errno, str(error), path) from error
+            raise  # The disk fails; the file may be intact.
           reason = f'its row group cannot be read: {error}'
         if reason:
           images = pyarrow.nulls(missing, pyarrow.binary())

@@ -8,16 +8,13 @@ have changed.
 
 import collections
 from collections.abc import Iterator, Mapping
-import contextlib
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import re
 import tarfile
 from typing import Any, BinaryIO, NamedTuple
-import uuid
 import zipfile
 import zlib
 
@@ -25,6 +22,7 @@ from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
+from fsq_jax.data import derived_files
 from fsq_jax.data import listing
 
 CACHE_FOLDER = '~/.cache/fsq_jax/tar_index'
@@ -93,7 +91,8 @@ def open_index(path: str) -> Index:
       members of the same key, or labels that are not integers.
     OSError: the shard cannot be read.
   """
-  stamp, places = _stamp(path), _places(path)
+  stamp = _stamp(path)
+  places = derived_files.places(path, SUFFIX, CACHE_FOLDER)
   for place in places:
     if (index := _load(place, stamp)) is not None:
       return index
@@ -111,14 +110,6 @@ def _stamp(path: str) -> str:
   return json.dumps([_VERSION, status.st_size, status.st_mtime_ns, formats])
 
 
-def _places(path: str) -> tuple[pathlib.Path, pathlib.Path]:
-  """Returns the files where the index of a shard may be stored."""
-  digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-  beside = pathlib.Path(path + SUFFIX)
-  cache = pathlib.Path(CACHE_FOLDER).expanduser()
-  return beside, cache / f'{digest}_{beside.name}'
-
-
 def _load(place: pathlib.Path, stamp: str) -> Index | None:
   """Returns a stored index; None if it is missing, outdated or corrupted."""
   try:
@@ -133,30 +124,21 @@ def _load(place: pathlib.Path, stamp: str) -> Index | None:
 
 
 def _store(
-    index: Index, stamp: str, path: str, places: tuple[pathlib.Path, ...]
+    index: Index, stamp: str, path: str, places: list[pathlib.Path]
 ) -> None:
-  """Stores an index at the first writable place, atomically."""
-  for place in places:
-    temporary = place.with_name(f'.{uuid.uuid4().hex}.tmp')
-    try:
-      if place is not places[0]:
-        place.parent.mkdir(parents=True, exist_ok=True)
-      with open(temporary, 'xb') as file:
-        np.savez(
-            file,
-            stamp=np.array(stamp),
-            counts=np.array(json.dumps([index.skipped, index.num_unread])),
-            **dict(zip(Index._fields[:5], index[:5], strict=True)),
-        )
-      os.replace(temporary, place)
-      return
-    except OSError:
-      with contextlib.suppress(OSError):
-        temporary.unlink()
-  logging.warning(
-      'The index of %s cannot be stored beside it or in %s; it is built again'
-      ' each time.', path, CACHE_FOLDER,
+  """Stores an index, if it can be."""
+  arrays = dict(
+      zip(Index._fields[:5], index[:5], strict=True),
+      stamp=np.array(stamp),
+      counts=np.array(json.dumps([index.skipped, index.num_unread])),
   )
+  try:
+    derived_files.write(places, lambda file: np.savez(file, **arrays))
+  except OSError as error:
+    logging.warning(
+        'The index of %s cannot be stored and is built again each time: %s',
+        path, error,
+    )
 
 
 def _build(path: str, file: BinaryIO) -> Index:

@@ -1,6 +1,7 @@
 """One data set as folder, TFDS, tar shards and Parquet: the same training."""
 
 import io
+import json
 import pathlib
 
 import chex
@@ -160,6 +161,28 @@ def test_batches_labels_and_content_are_those_of_the_folder(root, source):
       others.load(i)
     hashes = [data.content_hash(x.digests) for x in (images, others)]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize('source', _SOURCES[2:])
+def test_batches_are_those_of_the_folder_after_a_resume_and_in_shares(
+    root, source
+):
+  def build(source=source, **process):
+    config = _config(root, source).data
+    config.batch_size = 4
+    return data.build_dataset(config, split='train', seed=1, **process)
+
+  expected = [x for x, _ in zip(build('folder'), range(7), strict=False)]
+  first, restored = build().iterator(), build().iterator()
+  for _ in range(3):
+    next(first)
+  restored.set_state(json.loads(json.dumps(first.get_state())))
+  for batch in expected[3:]:
+    chex.assert_trees_all_equal(next(restored), batch)
+  shares = [build(process_index=i, process_count=2).iterator() for i in (0, 1)]
+  for batch in expected[:3]:
+    for i, share in enumerate(shares):
+      np.testing.assert_array_equal(next(share)['image'], batch['image'][i::2])
 
 
 @pytest.mark.slow
