@@ -88,7 +88,7 @@ def _damaged(folder: pathlib.Path, quick: bool) -> fault.Outcome:
       shutil.rmtree(root)
   return fault.Outcome(
       all(found.values()),
-      f'1 % of {num} images in {len(FORMATS)} forms, damaged in 8 ways: all'
+      f'1 % of {num} images in {len(FORMATS)} forms, corrupted in 8 ways: all'
       ' counted and left out, the next one stops with a list of files and'
       ' members or rows'
       if all(found.values()) else f'not so: {found}',
