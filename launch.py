@@ -66,11 +66,10 @@ _IMAGES_IN = flags.DEFINE_string(
 _TILES = flags.DEFINE_enum(
     'tiles',
     'disjoint',
-    ['disjoint', 'blended', 'overlapping'],
+    ['disjoint', 'overlapping'],
     'Mode reconstruct: tiles that a ViT takes of a whole image. disjoint:'
-    ' side by side, with visible seams; blended: the same tokens, decoded in'
-    ' tiles that overlap by half; overlapping: encoded in them too, up to four'
-    ' times as many tokens.',
+    ' side by side, with visible seams; overlapping: by half and blended, up to'
+    ' four times as many tokens.',
 )
 _NPZ = flags.DEFINE_string(
     'npz',

@@ -12,18 +12,15 @@ import numpy as np
 from fsq_jax.runtime import batching
 
 # 'disjoint': tiles side by side, each encoded and decoded by itself.
-# 'blended': the tokens of disjoint tiles, decoded in tiles of the token grid
-# that overlap by half; images are blended. A decoded tile may hold tokens of up
-# to four encoded tiles.
 # 'overlapping': tiles of the image that overlap by half, each encoded and
 # decoded by itself; images are blended. Up to four times as many tokens.
-TILES = ('disjoint', 'blended', 'overlapping')
+TILES = ('disjoint', 'overlapping')
 
 
-def check_tiles(tiles: str, allowed: tuple[str, ...] = TILES) -> None:
-  """Raises ValueError unless `tiles` is one of the allowed kinds."""
-  if tiles not in allowed:
-    raise ValueError(f'tiles is {tiles!r}; allowed: {list(allowed)}.')
+def check_tiles(tiles: str) -> None:
+  """Raises ValueError unless `tiles` is one of the kinds."""
+  if tiles not in TILES:
+    raise ValueError(f'tiles is {tiles!r}; allowed: {list(TILES)}.')
 
 
 def num_overlapping(size: tuple[int, int], tile: tuple[int, int]) -> int:
@@ -34,46 +31,42 @@ def num_overlapping(size: tuple[int, int], tile: tuple[int, int]) -> int:
 
 def blend(
     function: Callable[[Any], Any],
-    x: np.ndarray,
+    images: np.ndarray,
     tile: tuple[int, int],
-    tile_size: tuple[int, int],
     batcher: batching.Batcher,
 ) -> np.ndarray:
-  """Applies a function to tiles that overlap by half and blends the images.
+  """Applies a function to tiles that overlap by half and blends its images.
 
   Pixels are averages, weighted by a Hann window over each tile; the windows of
   tiles at half-tile steps add up to 1. The last tile of a row or column ends at
-  the border of the array. One row of tiles is in memory at a time, and sums in
+  the border of the image. One row of tiles is in memory at a time, and sums in
   float32.
 
   Args:
-    function: from tiles [b, *tile, ...] to images [b, *tile_size, 3] uint8.
-    x: [B, H, W, ...] images or tokens, each side at least that of a tile.
+    function: from tiles [b, *tile, 3] uint8 to images of the same shape and
+      dtype.
+    images: [B, H, W, 3] uint8, each side at least that of a tile.
     tile: (height, width).
-    tile_size: (height, width) in pixels of the image of a tile, multiples of
-      `tile`.
     batcher: splits rows of tiles into batches.
 
   Returns:
-    [B, H * tile_size[0] / tile[0], W * tile_size[1] / tile[1], 3] uint8.
+    The same shape and dtype.
   """
-  rows, columns = map(_starts, x.shape[1:3], tile)
-  scale = np.floor_divide(tile_size, tile)
-  height, width = np.multiply(x.shape[1:3], scale)
-  sums = np.zeros((len(x), height, width, 3), np.float32)
-  weights = np.zeros((height, width, 1), np.float32)
-  window = _hann(tile_size[0])[:, None, None] * _hann(tile_size[1])[:, None]
+  rows, columns = map(_starts, images.shape[1:3], tile)
+  sums = np.zeros(images.shape, np.float32)
+  weights = np.zeros((*images.shape[1:3], 1), np.float32)
+  window = _hann(tile[0])[:, None, None] * _hann(tile[1])[:, None]
   for row in rows:
-    cut = [
-        x[:, row : row + tile[0], column : column + tile[1]]
+    places = [
+        np.s_[row : row + tile[0], column : column + tile[1]]
         for column in columns
     ]
-    images = batcher.map(function, np.concatenate(cut))
-    images = rearrange(images, '(n b) ... -> n b ...', b=len(x))
-    for column, image in zip(columns, images, strict=True):
-      top, left = np.multiply((row, column), scale)
-      place = np.s_[top : top + tile_size[0], left : left + tile_size[1]]
-      sums[:, *place] += window * image
+    outputs = batcher.map(
+        function, np.concatenate([images[:, *place] for place in places])
+    )
+    outputs = rearrange(outputs, '(n b) ... -> n b ...', b=len(images))
+    for place, output in zip(places, outputs, strict=True):
+      sums[:, *place] += window * output
       weights[place] += window
   np.rint(np.divide(sums, weights, out=sums), out=sums)
   return sums.astype(np.uint8)

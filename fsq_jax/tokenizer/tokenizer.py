@@ -243,7 +243,7 @@ class Tokenizer:
 
     Args:
       size: (H, W) in pixels.
-      tiles: as in `reconstruct`; 'blended' has the tokens of 'disjoint'.
+      tiles: as in `reconstruct`.
     """
     tiles_lib.check_tiles(tiles)
     num = math.prod(self.tokens_of(size))
@@ -287,7 +287,6 @@ class Tokenizer:
       size: tuple[int, int] | None = None,
       *,
       spec: Mapping[str, Any] | None = None,
-      tiles: str = 'disjoint',
   ) -> np.ndarray:
     """Decodes tokens.
 
@@ -295,8 +294,6 @@ class Tokenizer:
       tokens: [B, h, w, *index_shape] of any integer dtype, from `encode`.
       size: (H, W) to crop padded images to, at most the decoded size.
       spec: of the quantizer that made the tokens, as stored next to them.
-      tiles: 'disjoint', or 'blended' to decode tiles of the token grid that
-        overlap by half and blend their images; see `reconstruct`.
 
     Returns:
       [B, H, W, 3] uint8.
@@ -307,7 +304,6 @@ class Tokenizer:
     """
     if spec is not None:
       specs.check_same_spec(spec, self.spec)
-    tiles_lib.check_tiles(tiles, ('disjoint', 'blended'))
     tokens = self._check_tokens(tokens)
     if size is not None:
       size = _check_size(size)
@@ -323,14 +319,10 @@ class Tokenizer:
             f'Images of {tokens.shape[1:3]} tokens have {largest} pixels and'
             f' cannot be cropped to {size}; give a size of at most {largest}.'
         )
-    decode = functools.partial(self._decode, self.variables)
-    sizes = self._sizes
-    if tiles == 'blended' and not sizes.whole:
-      images = tiles_lib.blend(
-          decode, tokens, sizes.grid, sizes.multiples, self._batcher
-      )
-    else:
-      images = sizes.map(decode, tokens, sizes.grid, self._batcher)
+    images = self._sizes.map(
+        functools.partial(self._decode, self.variables), tokens,
+        self._sizes.grid, self._batcher,
+    )
     return images if size is None else images[:, : size[0], : size[1]]
 
   def reconstruct(
@@ -347,10 +339,8 @@ class Tokenizer:
       fit: as in `encode`.
       tiles: of a ViT under fit='pad'; other models take whole images.
         'disjoint': tiles side by side, each by itself, which leaves visible
-        seams. 'blended': the same tokens, decoded in tiles of the token grid
-        that overlap by half, with images blended by a Hann window.
-        'overlapping': tiles of the image that overlap by half are encoded,
-        decoded and blended; they have up to four times as many tokens
+        seams. 'overlapping': tiles of the image that overlap by half are
+        encoded, decoded and blended; they have up to four times as many tokens
         (`num_tokens`), which are no grid that `decode` takes.
 
     Returns:
@@ -365,12 +355,10 @@ class Tokenizer:
       return self.reconstruct(image[None], fit, tiles=tiles)[0]
     tiles_lib.check_tiles(tiles)
     images = _check_images(images)
-    if tiles == 'overlapping':
-      if fit == 'pad' and not self._sizes.whole:
-        return self._reconstruct_overlapping(images)
-      tiles = 'disjoint'  # An image of one tile, or a model without tiles.
+    if tiles == 'overlapping' and fit == 'pad' and not self._sizes.whole:
+      return self._reconstruct_overlapping(images)
     size = images.shape[1:3] if fit == 'pad' else None
-    return self.decode(self.encode(images, fit), size, tiles=tiles)
+    return self.decode(self.encode(images, fit), size)
 
   def _reconstruct_overlapping(self, images: np.ndarray) -> np.ndarray:
     self.check_encoder()
@@ -385,7 +373,7 @@ class Tokenizer:
     def reconstruct(batch: jax.Array) -> jax.Array:
       return self._decode(self.variables, self._encode(self.variables, batch))
 
-    blended = tiles_lib.blend(reconstruct, padded, tile, tile, self._batcher)
+    blended = tiles_lib.blend(reconstruct, padded, tile, self._batcher)
     return blended[:, :height, :width]
 
   def check_encoder(self) -> None:

@@ -57,14 +57,14 @@ def test_images_are_written_and_measured(
   out = tmp_path / 'out'
   args = [
       f'--workdir={_RUN}', f'--images_in={folder}', f'--images={out}',
-      '--tiles=blended',
+      '--tiles=overlapping',
   ]
   assert _launch(*args) == 0
   record = json.loads((out / reconstruction.RECORD).read_text())
   assert set(record['images']) == {'wide.png', 'sub/tiny.jpg'}
-  assert record['tiles'] == 'blended'
+  assert record['tiles'] == 'overlapping'
   for name, file, num_tokens in (
-      ('wide.png', 'wide.png', 6 * 16),
+      ('wide.png', 'wide.png', 8 * 16),
       ('sub/tiny.jpg', 'sub/tiny.jpg.png', 16),
   ):
     original = _read(folder / name)
@@ -72,7 +72,7 @@ def test_images_are_written_and_measured(
     np.testing.assert_array_equal(_read(out / 'originals' / file), original)
     np.testing.assert_array_equal(
         restored,
-        tokenizer.reconstruct(folder / name, 'pad', tiles='blended'),
+        tokenizer.reconstruct(folder / name, 'pad', tiles='overlapping'),
     )
     pair = _read(out / 'side_by_side' / file)
     assert pair.shape[1] > 2 * original.shape[1]
@@ -137,7 +137,7 @@ def _cut(path):
         ),
         (
             None, ['--images_in={}/in', '--images={}/out', '--tiles=all'],
-            'disjoint|blended|overlapping',
+            'disjoint|overlapping',
         ),
     ],
 )

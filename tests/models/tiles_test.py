@@ -34,7 +34,7 @@ def test_the_identity_stays_the_identity(batcher, size, tile):
     seen.append(batch.shape)
     return batch
 
-  blended = tiles.blend(function, images, tile, tile, batcher)
+  blended = tiles.blend(function, images, tile, batcher)
   np.testing.assert_array_equal(blended, images)
   assert {shape[1:3] for shape in seen} == {tile}
   # One batch, filled up to a power of 2, or several per row of tiles.
@@ -42,20 +42,6 @@ def test_the_identity_stays_the_identity(batcher, size, tile):
   num = tiles.num_overlapping(size, tile)
   assert sum(shape[0] for shape in seen) >= 2 * num
   assert num % rows == 0
-
-
-def test_tokens_become_pixels_in_their_place(batcher):
-  tokens = np.arange(6 * 8, dtype=np.int32).reshape(1, 6, 8)
-
-  def function(batch):
-    pixels = np.asarray(batch).repeat(3, axis=1).repeat(2, axis=2)
-    return np.stack(3 * [pixels], -1).astype(np.uint8)
-
-  blended = tiles.blend(function, tokens, (2, 4), (6, 8), batcher)
-  expected = np.kron(tokens[0], np.ones((3, 2), np.int32))
-  np.testing.assert_array_equal(
-      blended, np.stack(3 * [expected], -1)[None].astype(np.uint8)
-  )
 
 
 def test_pixels_are_averages_by_a_window(batcher):
@@ -66,7 +52,7 @@ def test_pixels_are_averages_by_a_window(batcher):
     batch = np.asarray(batch)
     return np.broadcast_to(batch[:, :1, :1], batch.shape)
 
-  blended = tiles.blend(function, images, (8, 6), (8, 6), batcher)
+  blended = tiles.blend(function, images, (8, 6), batcher)
   windows = [
       np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in (8, 6)
   ]
@@ -84,5 +70,5 @@ def test_pixels_are_averages_by_a_window(batcher):
 
 
 def test_unknown_tiles_are_named():
-  with pytest.raises(ValueError, match=r"'none'; allowed: .*'blended'"):
+  with pytest.raises(ValueError, match=r"'none'; allowed: .*'overlapping'"):
     tiles.check_tiles('none')

@@ -177,28 +177,6 @@ def test_an_image_is_reconstructed_from_its_path(tokenizer, tmp_path):
     tokenizer.reconstruct(tmp_path / 'none.png')
 
 
-def test_blended_tiles_have_the_tokens_of_disjoint_tiles(tokenizer):
-  images = _images(2, 32, 16)
-  tokens = tokenizer.encode(images, 'pad')
-  blended = tokenizer.reconstruct(images, 'pad', tiles='blended')
-  np.testing.assert_array_equal(
-      blended, tokenizer.decode(tokens, tiles='blended')
-  )
-  # Three tiles of the token grid, at steps of half a tile, by a Hann window.
-  decoded = [tokenizer.decode(tokens[:, i : i + 4]) for i in (0, 2, 4)]
-  window = np.sin(np.pi * (np.arange(16) + 0.5) / 16)[:, None, None] ** 2
-  expected = np.zeros((2, 32, 16, 3))
-  weights = np.zeros((32, 1, 1))
-  for image, top in zip(decoded, (0, 8, 16), strict=True):
-    expected[:, top : top + 16] += window * image
-    weights[top : top + 16] += window
-  difference = np.abs(blended - expected / weights)
-  # In other batches, a pixel may round to the next value.
-  assert difference.max() <= 1.51
-  assert np.mean(difference > 0.51) < 1e-2
-  assert np.any(blended != tokenizer.decode(tokens))
-
-
 def test_overlapping_tiles_are_encoded_by_themselves(tokenizer):
   images = _images(2, 15, 24)
   restored = tokenizer.reconstruct(images, 'pad', tiles='overlapping')
@@ -211,7 +189,7 @@ def test_overlapping_tiles_are_encoded_by_themselves(tokenizer):
 
 
 def test_tokens_of_tiles_are_counted(tokenizer):
-  for tiles, num in (('disjoint', 6), ('blended', 6), ('overlapping', 8)):
+  for tiles, num in (('disjoint', 6), ('overlapping', 8)):
     assert tokenizer.num_tokens((20, 33), tiles) == num * 16
     # One tile has the same image, whatever the kind.
     image = _images(1, 9, 16)
@@ -230,7 +208,6 @@ def test_unknown_tiles_are_rejected(tokenizer):
   for call in (
       lambda: tokenizer.reconstruct(images, 'pad', tiles='all'),
       lambda: tokenizer.num_tokens((16, 16), 'all'),
-      lambda: tokenizer.decode(tokenizer.encode(images), tiles='overlapping'),
   ):
     with pytest.raises(ValueError, match=r"tiles is .*; allowed: \['disjoint'"):
       call()
@@ -257,11 +234,10 @@ def test_a_convolutional_model_takes_whole_images():
   restored = tokenizer.decode(tokens, (19, 30))
   assert restored.shape == images.shape
   # It has no tiles.
-  for tiles in ('blended', 'overlapping'):
-    np.testing.assert_array_equal(
-        tokenizer.reconstruct(images, 'pad', tiles=tiles), restored
-    )
-    assert tokenizer.num_tokens((19, 30), tiles) == 40
+  np.testing.assert_array_equal(
+      tokenizer.reconstruct(images, 'pad', tiles='overlapping'), restored
+  )
+  assert tokenizer.num_tokens((19, 30), 'overlapping') == 40
   # What lies far below changes the tokens of the top: GroupNorm sees it.
   assert tokenizer.reconstruct(images[:, :16, :16]).shape == (2, 16, 16, 3)
 
