@@ -359,56 +359,7 @@ def test_the_score_needs_an_image_per_split():
     _score(np.zeros((9, 2)))
 
 
-# Networks, with random weights.
-
-
-def _random_weights(shapes):
-  rng = np.random.default_rng(0)
-  arrays = {}
-  for name, shape in shapes.items():
-    gain = (2 / max(np.prod(shape[:-1]), 1)) ** 0.5
-    arrays[name] = np.float32(gain * rng.standard_normal(shape, np.float32))
-  return arrays
-
-
-@pytest.mark.slow
-def test_metrics_of_vgg16_are_those_of_its_features(tmp_path):
-  module = lpips.Lpips('vgg16')
-  images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-  params = traverse_util.flatten_dict(
-      jax.eval_shape(module.init, jax.random.key(0), images, images)['params'],
-      sep='/',
-  )
-  arrays = _random_weights({name: x.shape for name, x in params.items()})
-  path = tmp_path / 'vgg16.safetensors'
-  safetensors.numpy.save_file(arrays, path)
-  mesh = partitioning.create_mesh({'data': 3, 'fsdp': 1}, jax.devices()[:3])
-  # No multiple of the batch.
-  sets = [_set(n, seed, side=16) for seed, n in enumerate((70, 70, 20))]
-  metrics, protocol = _evaluate(
-      *sets, networks={'vgg16': str(path), 'inception': ''}, mesh=mesh
-  )
-  variables = {'params': traverse_util.unflatten_dict(arrays, sep='/')}
-  apply = jax.jit(lambda x: module.apply(variables, x, method='pooled'))
-  features = [
-      np.float64(apply(np.float32(x.images) / np.float32(127.5) - 1))
-      for x in sets[:2]
-  ]
-  statistics = [_statistics(x) for x in features]
-  np.testing.assert_allclose(
-      metrics['fd_vgg16'],
-      frechet.frechet_distance(*statistics), rtol=1e-3,
-  )
-  expected = neighbours.precision_recall(*features, 3)
-  assert metrics['precision_vgg16'] == expected.precision
-  assert metrics['recall_vgg16'] == expected.recall
-  assert protocol['networks'].keys() == {'vgg16'}
-  assert len(protocol['networks']['vgg16']) == 64
-  small = [_set(n, n, side=8) for n in (10, 10, 10)]
-  with pytest.raises(ValueError, match='vgg16 needs images of 16 pixels per'):
-    _evaluate(
-        *small, networks={'vgg16': str(path)}, mesh=mesh
-    )
+# Networks.
 
 
 class _Fake:
@@ -464,43 +415,9 @@ def test_each_network_has_its_metrics(sets, result, mesh, monkeypatch):
   }
 
 
-@pytest.mark.slow
-def test_metrics_of_inception_are_those_of_its_features(tmp_path, mesh):
-  golden = pathlib.Path(__file__).parents[1] / 'testdata/frozen/inception.npz'
-  arrays = golden_networks.make_arrays(
-      json.loads(str(np.load(golden)['shapes']))
-  )
-  path = tmp_path / 'inception.safetensors'
-  safetensors.numpy.save_file(arrays, path)
-  # Of one size, so that Inception is compiled once by each side.
-  sets = [_set(n, i) for i, n in enumerate((12, 12, 20))]
-  metrics, written = _evaluate(
-      *sets, networks={'inception_tf1': str(path)}, mesh=mesh
-  )
-  module, variables, sha256 = inception.load_inception(path, 'tf1')
-  apply = jax.jit(module.apply)
-  features = [
-      np.float64(apply(variables, np.float32(x.images) / np.float32(127.5) - 1))
-      for x in sets[:2]
-  ]
-  # 12 images have covariances of a low rank.
-  first, second = ((x - x.mean(axis=0)) / 11**0.5 for x in features)
-  distance = np.sum((features[0] - features[1]).mean(axis=0) ** 2)
-  distance += np.sum(first**2) + np.sum(second**2)
-  distance -= 2 * np.linalg.norm(first @ second.T, 'nuc')
-  np.testing.assert_allclose(metrics['fid_tf1'], distance, rtol=1e-3)
-  order = np.random.default_rng(0).permutation(12)
-  logits = features[0][order] @ arrays['fc.weight'].T
-  scores = []
-  for part in np.array_split(special.softmax(logits, axis=1), 10):
-    divergences = special.rel_entr(part, part.mean(axis=0)).sum(axis=1)
-    scores.append(np.exp(divergences.mean()))
-  np.testing.assert_allclose(
-      [metrics[f'inception_score_tf1{x}'] for x in ('', '_std')],
-      [np.mean(scores), np.std(scores)], rtol=1e-3,
-  )
-  expected = neighbours.precision_recall(*features, 3)
-  assert metrics['precision_inception_tf1'] == expected.precision
-  assert metrics['recall_inception_tf1'] == expected.recall
-  assert written['networks'] == {'inception_tf1': sha256}
-  assert written['definitions'].keys() == metrics.keys()
+def test_images_that_a_network_cannot_take_are_refused(mesh, monkeypatch):
+  monkeypatch.setattr(_Fake, 'min_side', 16)
+  monkeypatch.setattr(network_metrics, 'load_network', _Fake)
+  small = [_set(n, n, side=8) for n in (10, 10, 10)]
+  with pytest.raises(ValueError, match='vgg16 needs images of 16 pixels per'):
+    _evaluate(*small, networks={'vgg16': 'c'}, mesh=mesh)

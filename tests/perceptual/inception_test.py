@@ -17,7 +17,9 @@ from safetensors import numpy as safetensors_numpy
 
 from experiments.weights import golden_networks
 from fsq_jax import perceptual
+from fsq_jax.evaluation import network_metrics
 from fsq_jax.perceptual import inception
+from fsq_jax.runtime import partitioning
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'testdata/frozen/inception.npz'
 
@@ -57,9 +59,10 @@ def _write(path, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize('protocol', sorted(inception.PROTOCOLS))
 def test_features_are_those_of_the_originals(path, protocol):
-  module, variables, _ = perceptual.load_inception(path, protocol)
-  images = np.float32(golden_networks.make_images()) / 127.5 - 1
-  features = jax.jit(module.apply)(variables, images)
+  metric = {'pytorch_fid': 'rfid', 'tf1': 'rfid_tf1'}[protocol]
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  network = network_metrics.load_network(metric, path, mesh)
+  features = network(golden_networks.make_images())
   expected = np.load(_GOLDEN)[protocol]
   assert features.shape == (2, 2048)
   assert features.dtype == jnp.float32
