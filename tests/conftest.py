@@ -56,6 +56,39 @@ def _processor_seconds():
   return times.user + times.system + times.children_user + times.children_system
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _one_device_unless_sizes_are_named():
+  """Takes one device of the eight for a mesh of all, and for commands.
+
+  Programs for eight take half as long again to compile. Tests of sharding give
+  a mesh its sizes or devices.
+  """
+  # Imported here: JAX reads its settings first.
+  import jax
+
+  from fsq_jax.runtime import partitioning
+
+  first = jax.devices()[:1]
+  create_mesh = partitioning.create_mesh
+
+  def create(sizes, devices=None):
+    if devices is None and -1 in sizes.values():
+      devices = first
+    return create_mesh(sizes, devices)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(partitioning, 'create_mesh', create)
+    patch.setattr(
+        partitioning, 'create_local_mesh',
+        lambda: create_mesh({'data': 1, 'fsdp': 1}, first),
+    )  # fmt: skip
+    patch.setenv(
+        'XLA_FLAGS',
+        f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=1',
+    )
+    yield
+
+
 @pytest.fixture
 def interpreted_kernels(monkeypatch):
   """Lets attention run the TPU kernel, interpreted, on CPU devices."""

@@ -90,9 +90,6 @@ LAUNCHES = [command for path in GUIDES for command in _launches(path)]
 @pytest.mark.parametrize('block', PYTHON)
 def test_python_runs(block, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
-  # On one of the eight devices, for which a training step compiles sooner.
-  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
-  monkeypatch.setattr(partitioning, 'create_mesh', lambda *args: mesh)
   # Runs of the examples go to a temporary folder, where one is already.
   shutil.copytree(ROOT / 'tests/testdata/run', tmp_path / 'fsq_888')
   if 'runs/fsq_888/export' in block:

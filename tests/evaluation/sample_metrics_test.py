@@ -2,27 +2,21 @@
 
 import json
 import logging
-import pathlib
 
-from flax import traverse_util
 import jax
-from jax import numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from scipy import linalg
 from scipy import special
 from sklearn import decomposition
 from sklearn import neighbors
 
-from experiments.weights import golden_networks
 from fsq_jax.evaluation import frechet
 from fsq_jax.evaluation import neighbours
 from fsq_jax.evaluation import network_metrics
 from fsq_jax.evaluation import pixel_pca
 from fsq_jax.evaluation import sample_metrics
 from fsq_jax.perceptual import inception
-from fsq_jax.perceptual import lpips
 from fsq_jax.runtime import partitioning
 
 _SIDE = 6

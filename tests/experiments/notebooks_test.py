@@ -244,8 +244,6 @@ def test_notebooks_run(name, run_folder):
       | {
           'HOME': str(run_folder),  # Compilation cache, IPython's history.
           'PYTHONPATH': str(_ROOT),
-          'XLA_FLAGS': os.environ['XLA_FLAGS']
-          + ' --xla_force_host_platform_device_count=1',
       }
   )
   for cell in _code_cells(notebook):

@@ -124,7 +124,7 @@ def _image(height, width):
 
 
 def _reconstructor(model, image_size=(16, 24)):
-  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
+  mesh = partitioning.create_mesh({'data': 8, 'fsdp': 1})
   return native_size.Reconstructor(model, image_size, mesh)
 
 

@@ -59,7 +59,7 @@ def test_standardized_latents_have_mean_0_and_variance_1_in_training():
   )
 
   # The batch is the global one, whatever the number of devices.
-  mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
+  mesh = partitioning.create_mesh({'data': 8, 'fsdp': 1})
   sharded = train(partitioning.shard_batch(np.asarray(latents), mesh))
   chex.assert_trees_all_close(sharded, (z, updated), rtol=1e-4, atol=1e-5)
 

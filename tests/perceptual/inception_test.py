@@ -84,7 +84,7 @@ def test_the_number_of_parameters_is_that_of_the_original(program):
   assert sum(sizes.values()) == sum(math.prod(_SHAPES[k]) for k in stored)
 
 
-@pytest.mark.fast_limit(10)
+@pytest.mark.slow
 def test_layers_are_those_of_the_original(program):
   text = program[1]
   assert text.count('conv_general_dilated[') == 94

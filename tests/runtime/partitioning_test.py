@@ -83,7 +83,7 @@ def builder():
     ],
 )
 def test_mesh_has_the_sizes_asked_for(sizes, shape):
-  mesh = partitioning.create_mesh(sizes)
+  mesh = partitioning.create_mesh(sizes, jax.devices())
   assert mesh.axis_names == ('data', 'fsdp', 'tensor')
   assert mesh.devices.shape == shape
   assert set(mesh.devices.flat) == set(jax.devices())

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +25,6 @@ from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import partitioning
-from fsq_jax.runtime import preemption
 from fsq_jax.runtime import processes as processes_lib
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -134,27 +132,8 @@ def _assert_same_numbers(folder, expected):
   assert protocol == {k: v for k, v in wanted.items() if k != 'command'}
 
 
-@pytest.fixture(scope='module')
-def straight(images, tmp_path_factory):
-  """Folder of a run by this process, with eight devices."""
-  folder = tmp_path_factory.mktemp('straight')
-  train.train_and_evaluate(_config(images), folder)
-  protocol = json.loads((folder / workdirs.EVALUATION).read_text())['protocol']
-  digests = [
-      hashlib.sha256(path.read_bytes()).digest()
-      for path in sorted((images / 'validation').iterdir())
-  ]
-  assert protocol['content'] == hashlib.sha256(b''.join(digests)).hexdigest()
-  assert protocol['num_images'] == _NUM_IMAGES - len(_DAMAGED)
-  assert protocol['num_damaged_images'] == len(_DAMAGED)
-  assert protocol['num_upscaled_images'] == len(_SMALL)
-  return folder
-
-
 @pytest.mark.slow
-def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
-    tmp_path, images, straight
-):
+def test_two_processes_are_stopped_by_one_and_four_go_on(tmp_path, images):
   folder = tmp_path / 'run'
   processes = _launch(folder, images, 2)
   deadline = time.monotonic() + 300
@@ -175,29 +154,6 @@ def test_one_process_that_is_stopped_stops_all_and_one_goes_on_alone(
   assert 'step 2/24' in logs[0]
   assert 'step 2/24' not in logs[1]
 
-  train.train_and_evaluate(_config(images), folder)
-  _assert_same_numbers(folder, straight)
-
-
-@pytest.fixture(scope='module')
-def stopped(images, tmp_path_factory):
-  """Folder of the same run, stopped after step 17."""
-  folder = tmp_path_factory.mktemp('stopped')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-        preemption.StopRequest, 'is_due', lambda self, step=None: step == 17
-    )
-    with pytest.raises(train.Preempted):
-      train.train_and_evaluate(_config(images), folder)
-  return folder
-
-
-@pytest.mark.slow
-def test_several_processes_go_on_from_what_one_has_saved(
-    tmp_path, images, straight, stopped
-):
-  folder = tmp_path / 'run'
-  shutil.copytree(stopped, folder)
   # Two of the four read the same images; no device has a whole kernel.
   sizes = {'data': 1, 'fsdp': 2, 'tensor': 2}
   processes = _launch(
@@ -209,14 +165,27 @@ def test_several_processes_go_on_from_what_one_has_saved(
   )
   assert _wait(processes, folder) == [0] * 4
   log = folder.with_suffix('.log0').read_text()
-  assert 'from step 17' in log
+  assert f'from step {saved}' in log
   assert f'4 x cpu, mesh {sizes}' in log
-  _assert_same_numbers(folder, straight)
   # Parts of arrays are saved and hashed undamaged.
   assert not (folder / workdirs.DAMAGED).exists()
   found = saved_model.find_run(folder)
   assert found.step == _NUM_STEPS
   saved_model.restore(found, partitioning.create_mesh({'data': -1, 'fsdp': 1}))
+
+  # By this process alone, and without a break.
+  straight = tmp_path / 'straight'
+  train.train_and_evaluate(_config(images), straight)
+  _assert_same_numbers(folder, straight)
+  protocol = json.loads((folder / workdirs.EVALUATION).read_text())['protocol']
+  digests = [
+      hashlib.sha256(path.read_bytes()).digest()
+      for path in sorted((images / 'validation').iterdir())
+  ]
+  assert protocol['content'] == hashlib.sha256(b''.join(digests)).hexdigest()
+  assert protocol['num_images'] == _NUM_IMAGES - len(_DAMAGED)
+  assert protocol['num_damaged_images'] == len(_DAMAGED)
+  assert protocol['num_upscaled_images'] == len(_SMALL)
 
 
 @pytest.mark.slow
