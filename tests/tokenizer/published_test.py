@@ -392,7 +392,7 @@ def test_keys_of_the_port_that_do_not_fit_are_named(reference, model, tmp_path):
         (b'PK\x03\x04pytorch', 'is a pickle of PyTorch'),
         (b'\x80\x02}q\x00.', 'is a pickle of PyTorch'),
         (b'', 'cannot be read: it is corrupted, or not Flax msgpack'),
-        (b'\x01', 'holds a int instead of a dict'),
+        (b'\x01', 'holds int instead of dict'),
         (b'\x81\xa6params\x81\xa7enc', 'cannot be read'),
         (b'version https://git-lfs.github.com/spec/v1', 'cannot be read'),
         (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":', 'cannot be read'),

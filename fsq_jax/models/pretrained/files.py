@@ -148,7 +148,7 @@ def open_flax(path: pathlib.Path) -> Iterator[WeightFiles]:
   with _corruption_named(str(path), 'Flax msgpack'):
     tree = serialization.msgpack_restore(path.read_bytes())
     if not isinstance(tree, dict):
-      raise TypeError(f'it holds a {type(tree).__name__} instead of a dict')
+      raise TypeError(f'it holds {type(tree).__name__} instead of dict')
     leaves = traverse_util.flatten_dict(tree)
     # Leaves may also be numbers, strings or None.
     arrays = {'/'.join(map(str, x)): np.asarray(y) for x, y in leaves.items()}
