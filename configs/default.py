@@ -236,9 +236,11 @@ def _conv() -> ml_collections.ConfigDict:
   conv.channel_multipliers = (1, 1, 2, 2, 4)
   # Residual blocks per level, and as many more next to the latents, >= 1.
   conv.num_res_blocks = 2
-  # Channels of the latents, the encoder's output and the decoder's input; 0 is
-  # the code dimension, for a projector 'none'.
+  # Channels of the latents; 0 is the code dimension, for a projector 'none'.
   conv.latent_width = 256
+  # Range of pixels, (low, high), to which the encoder maps images in [-1, 1],
+  # and from which the decoder maps back; (0, 1) in MaskGIT.
+  conv.pixel_range = (-1.0, 1.0)
   return conv
 
 
@@ -281,8 +283,7 @@ def _fsq() -> ml_collections.ConfigDict:
   # Bounding function: 'tanh'; with 'symmetric' also 'ifsq', 2 sigmoid(1.6 z) -
   # 1, and 'clip' for inputs that are already in [-1, 1].
   fsq.bound = 'tanh'
-  # Relative reduction of the range; None: 1e-3 for paper, -1e-3 for vqp, else
-  # 0.
+  # Relative reduction of the range; None: 1e-3 (paper), -1e-3 (vqp), else 0.
   fsq.eps = config_dict.placeholder(float)
   # Commitment loss weight, >= 0; None: 1 for symmetric, else 0.
   fsq.commitment_weight = config_dict.placeholder(float)
@@ -415,8 +416,7 @@ def _discriminator() -> ml_collections.ConfigDict:
   # Discriminator: 'none', 'patch' (PatchGAN), 'stylegan', or 'dino' (5 heads on
   # a frozen DINO ViT-S/8).
   discriminator.name = 'none'
-  # Discriminator loss: 'hinge', 'vanilla' or 'non_saturating' (= 2 x
-  # 'vanilla').
+  # Discriminator loss: 'hinge', 'vanilla', 'non_saturating' (= 2 x 'vanilla').
   discriminator.loss = 'hinge'
   # Start step, from which it trains, >= 0.
   discriminator.start_step = 0

@@ -209,6 +209,16 @@ _CONV = {
     ),
     'conv.num_res_blocks': rules.COUNT,
     'conv.latent_width': rules.COUNT_OR_ZERO,
+    'conv.pixel_range': Field(
+        rules.Rule(
+            '(low, high), finite numbers with low < high',
+            lambda x: (
+                rules.tuple_of('', rules.NUMBER, (2,)).fits(x) and x[0] < x[1]
+            ),
+        ),
+        Role.MODEL,
+        added=lambda _: (-1.0, 1.0),
+    ),
 }
 _ENCODER = {
     'name': rules.name('conv', 'pretrained', 'vit'),

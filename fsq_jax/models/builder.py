@@ -194,6 +194,7 @@ def _conv_options(
       # There is no loop over blocks to unroll.
       'dtype': compute['dtype'],
       'remat': compute['remat'],
+      'pixel_range': tuple(options['pixel_range']),
   }
 
 

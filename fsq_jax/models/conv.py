@@ -19,6 +19,8 @@ from fsq_jax.runtime import partitioning
 
 # Of GroupNorm; the channels of every layer are a multiple.
 NUM_GROUPS = 32
+# Of images in this package.
+PIXEL_RANGE = (-1.0, 1.0)
 
 
 def stride_of(channel_multipliers: Sequence[int]) -> int:
@@ -70,6 +72,8 @@ class ConvEncoder(nn.Module):
     grid_size: rows and columns of the latents of training images.
     dtype: of all convolutions but the last, which is float32.
     remat: of residual blocks, see `remat.apply_remat`.
+    pixel_range: (low, high) to which pixels in [-1, 1] are mapped before the
+      first convolution, whose padding is 0 in this range; (0, 1) for MaskGIT.
   """
 
   filters: int
@@ -79,6 +83,7 @@ class ConvEncoder(nn.Module):
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  pixel_range: tuple[float, float] = PIXEL_RANGE
   takes_size = True
 
   @property
@@ -117,7 +122,7 @@ class ConvEncoder(nn.Module):
           f' to multiples of {self.stride}.'
       )
     mask = _mask(images, size)
-    images = _keep(images, mask)
+    images = _keep(_rescale(images, PIXEL_RANGE, self.pixel_range), mask)
     x = _conv(self.filters, 3, 'input', self.dtype, use_bias=False)(images)
     for level, multiplier in enumerate(self.channel_multipliers):
       filters = self.filters * multiplier
@@ -150,6 +155,8 @@ class ConvDecoder(nn.Module):
     grid_size: rows and columns of the latents of training images.
     dtype: of all convolutions but the last, which is float32.
     remat: of residual blocks, see `remat.apply_remat`.
+    pixel_range: (low, high) of the last convolution's pixels, which are mapped
+      to [-1, 1].
   """
 
   filters: int
@@ -159,6 +166,7 @@ class ConvDecoder(nn.Module):
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  pixel_range: tuple[float, float] = PIXEL_RANGE
   takes_size = True
 
   @property
@@ -213,8 +221,8 @@ class ConvDecoder(nn.Module):
         x = _conv(filters, 3, f'level_{level}_upsample', self.dtype)(
             _keep(x, mask)
         )
-    x = _normalize('norm', x, mask)
-    return _keep(_conv(3, 3, 'pixels', jnp.float32)(x), mask)
+    x = _conv(3, 3, 'pixels', jnp.float32)(_normalize('norm', x, mask))
+    return _keep(_rescale(x, self.pixel_range, PIXEL_RANGE), mask)
 
 
 def _block(module: nn.Module, filters: int, name: str) -> nn.Module:
@@ -238,6 +246,16 @@ def _normalize(name: str, x: jax.Array, mask: jax.Array | None) -> jax.Array:
   )
   kept = None if mask is None else jnp.repeat(mask, x.shape[-1], axis=-1)
   return _keep(nn.swish(norm(x.astype(jnp.float32), mask=kept)), mask)
+
+
+def _rescale(
+    x: jax.Array, source: tuple[float, float], target: tuple[float, float]
+) -> jax.Array:
+  """Maps values affinely from one (low, high) to another."""
+  if tuple(source) == tuple(target):
+    return x
+  scale = (target[1] - target[0]) / (source[1] - source[0])
+  return x * scale + (target[0] - source[0] * scale)
 
 
 def _mask(x: jax.Array, size: jax.Array | None) -> jax.Array | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import math
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -135,11 +136,15 @@ def _training(
   if config.discriminator.name != 'none':
     losses += f', discriminator {config.discriminator.name}'
   steps = 'An unknown number of' if step is None else f'{step:,}'
-  return [
+  training = (
       f'{steps} steps with {config.data.batch_size} images of {source}'
-      f' ({config.data.train_split}); losses: {losses}; encoder'
-      f' {config.model.encoder.name}, decoder {config.model.decoder.name}. The'
-      ' full config is in config.json.',
+      f' ({config.data.train_split}); losses: {losses}'
+  )
+  if step == 0:
+    training = f'Weights of {pathlib.PurePath(config.train.init_from).name}'
+  return [
+      f'{training}; encoder {config.model.encoder.name}, decoder'
+      f' {config.model.decoder.name}. The full config is in config.json.',
       '',
       f'Model hash: `{metadata["model_hash"]}`',
   ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import ml_collections
 import numpy as np
 
 from fsq_jax.checkpoints import saved_model
@@ -24,6 +25,7 @@ from fsq_jax.runtime import batching
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
+from fsq_jax.tokenizer import published
 
 FITS = ('crop', 'pad')
 
@@ -167,6 +169,34 @@ class Tokenizer:
     mesh = mesh or partitioning.create_local_mesh()
     folder = tokenizer_files.find(name)
     saved = tokenizer_files.read(folder, mesh, dtype)
+    return cls(saved, mesh, batch_size=batch_size)
+
+  @classmethod
+  def from_maskgit(
+      cls,
+      path: str | os.PathLike[str],
+      config: ml_collections.ConfigDict,
+      *,
+      mesh: jax.sharding.Mesh | None = None,
+      batch_size: int = 64,
+      dtype: str | None = None,
+  ) -> 'Tokenizer':
+    """Loads published weights of MaskGIT's VQGAN; see `published.read_maskgit`.
+
+    Args:
+      path: a Flax checkpoint of github.com/google-research/maskgit, or the
+        safetensors of its PyTorch port in github.com/huggingface/open-muse.
+      config: of the same model, such as configs/imagenet256_vq_1024.py.
+      mesh: as in `from_workdir`.
+      batch_size: see `__init__`.
+      dtype: as in `from_workdir`.
+
+    Raises:
+      ValueError: a file that is missing, corrupted, a pickle, or of another
+        model than the config; the differences are listed.
+    """
+    mesh = mesh or partitioning.create_local_mesh()
+    saved = published.read_maskgit(path, config, mesh, dtype)
     return cls(saved, mesh, batch_size=batch_size)
 
   def save_pretrained(

@@ -253,6 +253,7 @@ _REFUSED = [
     ({'data.source': 'digits'}, 'set --config.data.flip=False'),
     ({'tokenize.views': 2, 'tokenize.fit': 'pad'}, "only with fit 'crop'"),
     ({'data.crop_scale': (2.0, 1.0)}, '0 < min <= max'),
+    ({'model.encoder.conv.pixel_range': (1.0, 1.0)}, 'low < high'),
     ({'data.label_names': ('cat', 'cat')}, 'data.label_names is'),
     ({'data.label_names': ('cat', '')}, 'data.label_names is'),
     ({'data.label_names': ('cat', 3)}, 'data.label_names is'),

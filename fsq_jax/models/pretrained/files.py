@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import zipfile
 import zlib
 
+from flax import serialization
+from flax import traverse_util
 from jax import numpy as jnp
 import numpy as np
 import safetensors
@@ -126,6 +128,34 @@ def open_file(path: pathlib.Path) -> Iterator[WeightFiles]:
   with contextlib.ExitStack() as stack:
     headers, read = _open_safetensors(path, stack)
     yield WeightFiles(str(path), headers, read)
+
+
+@contextlib.contextmanager
+def open_flax(path: pathlib.Path) -> Iterator[WeightFiles]:
+  """Opens a file of `flax.serialization`, msgpack of nested dicts of arrays.
+
+  Args:
+    path: the file, which is read into memory.
+
+  Yields:
+    The arrays, with keys such as 'params/encoder/Conv_0/kernel'.
+
+  Raises:
+    ValueError: the file is missing, corrupted, or of another format.
+  """
+  if not os.path.isfile(path):
+    raise ValueError(f'There is no file {path}.')
+  with _corruption_named(str(path), 'Flax msgpack'):
+    tree = serialization.msgpack_restore(path.read_bytes())
+    if not isinstance(tree, dict):
+      raise TypeError(f'it holds {type(tree).__name__} instead of dict')
+    leaves = traverse_util.flatten_dict(tree)
+    # Leaves may also be numbers, strings or None.
+    arrays = {'/'.join(map(str, x)): np.asarray(y) for x, y in leaves.items()}
+    headers = {
+        key: ArrayHeader(x.shape, x.dtype.name) for key, x in arrays.items()
+    }
+  yield WeightFiles(str(path), headers, arrays.__getitem__)
 
 
 def hash_weights(path: str | os.PathLike[str]) -> str:
@@ -315,12 +345,14 @@ def _read_npy_header(file, key: str, size: int) -> ArrayHeader:
 
 
 @contextlib.contextmanager
-def _corruption_named(source: str) -> Iterator[None]:
+def _corruption_named(
+    source: str, formats: str = 'safetensors or .npz'
+) -> Iterator[None]:
   """Raises ValueError with the source for every error on corrupted files."""
   try:
     yield
   except _CORRUPTION as error:
     raise ValueError(
-        f'{source} cannot be read: it is corrupted, or not safetensors or .npz.'
+        f'{source} cannot be read: it is corrupted, or not {formats}.'
         f' {type(error).__name__}: {error}. Download it again.'
     ) from error
