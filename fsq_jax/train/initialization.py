@@ -11,21 +11,24 @@ import ml_collections
 import numpy as np
 import safetensors
 
+from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as config_loading
+from fsq_jax.configuration import rules
 from fsq_jax.models import autoencoder
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import loading as pretrained
+from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.train import transfer
 
 
 class Initializer:
   """Finds, checks and loads the initial variables of a new run.
 
-  With train.init_from these are the variables of another run or of a saved
-  tokenizer, see `transfer.Transfer`. Of the parts of which it has none, they
-  are those of model.encoder.checkpoint, model.decoder.mae.checkpoint and
-  model.latent_statistics, where given. All others are random.
+  train.init_from, another run or a saved tokenizer, comes first, see
+  `transfer.Transfer`. Parts that take nothing from it are initialized from
+  model.encoder.checkpoint, model.decoder.mae.checkpoint and
+  model.latent_statistics, where given. All other variables are random.
 
   Attributes:
     sources: fields of the config and the files that they name, for run.json;
@@ -50,8 +53,10 @@ class Initializer:
     self._transfer = self._statistics = None
     self.sources: dict[str, Any] = {}
     if config.train.init_from:
-      self._transfer = transfer.Transfer(config, model)
-      source = self._transfer.source
+      # Once, since a run may save another step before `load`.
+      with errors.about('train.init_from'):
+        source = find_source(config.train.init_from)
+      self._transfer = transfer.Transfer(source, config, model)
       self.sources['train.init_from'] = str(source.folder)
       if source.step is not None:
         self.sources['step'] = source.step
@@ -174,6 +179,34 @@ class Initializer:
             f' this config {wanted}; set model.decoder.mae.{field}.'
         )
     self.sources['model.decoder.mae.checkpoint'] = path
+
+
+def find_source(name: str) -> transfer.Source:
+  """Finds a trained model and reads its config, but no array.
+
+  Args:
+    name: workdir of a run, whose newest checkpoint is used; a folder of
+      `save_pretrained`; or 'owner/name' of one on the Hugging Face Hub.
+
+  Raises:
+    ValueError: there is no such model, it is corrupted, or a generator.
+  """
+  folder = pathlib.Path(name).expanduser()
+  is_repository = rules.is_hub_id(name)
+  if is_repository:
+    folder = tokenizer_files.find(name)
+  if is_repository or (folder / tokenizer_files.WEIGHTS).is_file():
+    config, metadata = tokenizer_files.read_description(folder)
+    return transfer.Source(
+        folder, metadata.step, config, metadata.decoder_only,
+        lambda mesh: tokenizer_files.read(folder, mesh).variables,
+    )
+  found = saved_model.find_run(folder)
+  saved_model.check_same_kind(found, is_generator=False)
+  return transfer.Source(
+      found.folder, found.step, found.config, False,
+      lambda mesh: saved_model.restore(found, mesh)[1],
+  )
 
 
 def reads_encoder(config: ml_collections.ConfigDict) -> bool:

@@ -9,19 +9,17 @@ from flax import traverse_util
 import jax
 import ml_collections
 
-from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as config_loading
-from fsq_jax.configuration import rules
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as models
 from fsq_jax.models import resampling
 from fsq_jax.models import variables as variables_lib
 from fsq_jax.tokenizer import files as tokenizer_files
 
-# The parts of which single arrays are taken. Of the others, such as a projector
-# of latents to codes, one array means nothing without the rest.
+# Parts that take single arrays. A projector or a quantizer is taken as a whole:
+# one of its arrays means nothing without the rest.
 _DIVISIBLE = ('encoder', 'decoder')
 # The fields of these parts that change some arrays and leave the meaning of the
 # others; with any other difference a part is not taken.
@@ -58,35 +56,6 @@ class Source(NamedTuple):
   restore: Callable[[jax.sharding.Mesh], Mapping[str, Any]]
 
 
-def find_source(name: str) -> Source:
-  """Finds a trained model and reads its config, but no array.
-
-  Args:
-    name: workdir of a run, whose newest checkpoint is used; a folder of
-      `save_pretrained`; or 'owner/name' of one on the Hugging Face Hub.
-
-  Raises:
-    ValueError: there is no such model, it is corrupted, or a generator.
-  """
-  folder = pathlib.Path(name).expanduser()
-  is_repository = rules.is_hub_id(name)
-  if is_repository:
-    folder = tokenizer_files.find(name)
-  if is_repository or (folder / tokenizer_files.WEIGHTS).is_file():
-    config, metadata = tokenizer_files.read_description(folder)
-    return Source(
-        folder, metadata.step, config, metadata.decoder_only,
-        lambda mesh: tokenizer_files.read(folder, mesh).variables,
-    )
-  # Once, since that run may save another step before it is restored.
-  found = saved_model.find_run(folder)
-  saved_model.check_same_kind(found, is_generator=False)
-  return Source(
-      found.folder, found.step, found.config, False,
-      lambda mesh: saved_model.restore(found, mesh)[1],
-  )
-
-
 class Transfer:
   """The variables of the model of train.init_from that a new run takes.
 
@@ -104,23 +73,24 @@ class Transfer:
   """
 
   def __init__(
-      self, config: ml_collections.ConfigDict, model: autoencoder.Autoencoder
+      self,
+      source: Source,
+      config: ml_collections.ConfigDict,
+      model: autoencoder.Autoencoder,
   ):
-    """Finds the model and compares it; reads no array.
+    """Compares the models; reads no array.
 
     Args:
-      config: the whole config, with train.init_from.
+      source: from `initialization.find_source`.
+      config: the whole config of the new run.
       model: from `models.build_autoencoder` of the same config.
 
     Raises:
-      ValueError: there is no such model, or nothing of its encoder and decoder
-        can be taken.
+      ValueError: nothing of the encoder and decoder of the source can be taken.
     """
-    with errors.about('train.init_from'):
-      self.source = find_source(config.train.init_from)
+    self.source = source
     self._model = model
-    saved = self.source.config
-    differences = compatibility.find_model_differences(saved, config)
+    differences = compatibility.find_model_differences(source.config, config)
     self.differences = config_loading.format_differences(differences)
     self.fresh: frozenset[str] = frozenset()
     self.resampled: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
@@ -169,7 +139,7 @@ class Transfer:
     return taken
 
   def lines(self) -> list[str]:
-    """Returns lines of what is taken and what is not; [] if all is."""
+    """Returns lines of the arrays taken and not taken; [] if all are taken."""
     if self.is_whole:
       return []
     taken = [x for x in self._paths if x not in self.fresh]
@@ -190,8 +160,8 @@ class Transfer:
     """Finds the arrays that are not taken or are resampled."""
     source = self.source
     size = source.config.data.image_size
-    saved_model_ = models.build_autoencoder(source.config.model, size)
-    stored = _flatten(variables_lib.abstract_variables(saved_model_, size))
+    saved = models.build_autoencoder(source.config.model, size)
+    stored = _flatten(variables_lib.abstract_variables(saved, size))
     if source.decoder_only:
       stored = {
           path: x

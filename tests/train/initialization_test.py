@@ -464,8 +464,8 @@ def test_a_run_starts_from_parts_of_another_model(finished):
       {x: y for x, y in started.items() if x not in fresh},
       {x: y for x, y in before.items() if x not in fresh},
   )
-  assert started['codebook/quantizer/codebook'].shape == (32, 8)
-  assert started['params/decoder/positions/embedding'].shape == (4, 4, 64)
+  assert started['codebook/quantizer/entries'].shape == (32, 8)
+  assert started['params/decoder/positions/embedding'].shape == (4, 4, 16)
   config = _load_config({**_RUN, 'train.init_from': f'{folder}/no'})
   with pytest.raises(ValueError, match=r'^train\.init_from: .*no is not a fol'):
     _check(config)

@@ -38,6 +38,7 @@ def _load_config(fields, source=_RUN):
 def _build(fields, source=_RUN):
   """(transfer, shapes of the model's variables, mesh)."""
   config = _load_config(fields, source)
+  source = initialization.find_source(config.train.init_from)
   model = models.build_autoencoder(config.model, config.data.image_size)
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
   shapes = partitioning.place_abstract(
@@ -46,7 +47,7 @@ def _build(fields, source=_RUN):
       config.partitioning.rules,
       config.partitioning.fsdp_min_size,
   )
-  return transfer.Transfer(config, model), shapes, mesh
+  return transfer.Transfer(source, config, model), shapes, mesh
 
 
 def _leaves(tree):
@@ -163,22 +164,22 @@ def test_a_saved_tokenizer_is_taken_from_a_folder_and_the_hub(
 ):
   folder = tokenizer.save_pretrained(tmp_path / 'me' / 'mine')
   taken, shapes, mesh = _build({}, folder)
-  assert taken.is_whole and taken.source.step == 8
+  assert taken.is_whole
+  assert taken.source.step == 8
   _assert_same(taken.load(shapes, mesh), saved)
 
   hub = types.SimpleNamespace(snapshot_download=lambda name, **_: folder)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
   assert _load_config({}, 'me/mine').train.init_from == 'me/mine'
-  assert transfer.find_source('me/mine').folder == folder
+  assert initialization.find_source('me/mine').folder == folder
   # A folder of that name has priority.
   monkeypatch.chdir(tmp_path)
   assert _load_config({}, 'me/mine').train.init_from == str(folder)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(
-      ValueError,
-      match=r'^train\.init_from: me/other is no local folder.*pip install hug',
+      ValueError, match=r'^me/other is no local folder.*pip install huggingface'
   ):
-    _build({}, 'me/other')
+    initialization.find_source('me/other')
 
 
 def test_a_tokenizer_that_only_decodes_has_no_encoder(
