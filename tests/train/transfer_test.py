@@ -134,6 +134,37 @@ def test_other_positions_leave_the_rest_of_a_part():
   assert 'params/encoder/positions/embedding' not in _leaves(shapes)
 
 
+def test_a_code_of_another_dimension_leaves_most_of_a_conv_model():
+  configs = [
+      _load_config({
+          **{
+              f'model.{part}.{name}': value
+              for part in ('encoder', 'decoder')
+              for name, value in (
+                  ('name', 'conv'), ('conv.filters', 32),
+                  ('conv.channel_multipliers', (1,)),
+                  ('conv.num_res_blocks', 1), ('conv.latent_width', 0),
+              )
+          },
+          'model.projector_in.name': 'none',
+          'model.projector_out.name': 'none',
+          'model.quantizer.fsq.levels': levels,
+      })
+      for levels in ((8, 8, 8), (8, 5, 5, 5))
+  ]
+  taken = transfer.Transfer(
+      transfer.Source(_RUN, None, configs[0], False, dict),
+      configs[1],
+      models.build_autoencoder(configs[1].model, (16, 16)),
+  )
+  assert taken.fresh == {
+      'params/encoder/latents/kernel', 'params/encoder/latents/bias',
+      'params/decoder/input/kernel',
+  }
+  assert taken.takes('encoder')
+  assert not taken.takes_all('encoder')
+
+
 def test_a_model_with_nothing_in_common_is_refused():
   fields = {'model.encoder.depth': 2, 'model.decoder.depth': 3}
   with pytest.raises(ValueError, match='neither encoder nor deco') as error:
@@ -218,7 +249,7 @@ def test_a_run_of_another_size_resumes_without_its_source(
       source,
   )
   expected = jax.device_get(train.train_and_evaluate(config, tmp_path / 'run'))
-  assert 'resampled from 4 x 4 to 8 x 4' in capsys.readouterr().out
+  assert 'resampled from 4 x 4 to 8 x 4' in capsys.readouterr().err
   started_from = json.loads((tmp_path / 'run' / workdirs.RUN).read_text())[
       'started_from'
   ]
