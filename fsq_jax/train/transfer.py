@@ -181,8 +181,10 @@ class Transfer:
         else:
           fresh.add(path)
     incomplete = {_part(path) for path in fresh}.difference(_DIVISIBLE)
-    if any(_part(path) == 'encoder' for path in fresh):
-      incomplete.add('statistics')  # Of the latents of another encoder.
+    if any(_part(path) == 'encoder' for path in fresh) or any(
+        name.startswith('model.encoder.') for name in differences
+    ):
+      incomplete.add('statistics')  # The latents are others.
     fresh |= {path for path in wanted if _part(path) in incomplete}
     self.fresh, self._paths = frozenset(fresh), list(wanted)
     if not any(map(self.takes, _DIVISIBLE)):

@@ -106,32 +106,30 @@ def test_another_image_size_resamples_learned_positions(saved):
 @pytest.mark.parametrize(
     ('fields', 'fresh'),
     [
-        # FSQ has no variables; the projectors have the same three channels.
-        ({'model.quantizer.fsq.levels': (8, 6, 5)}, ''),
+        # FSQ has no variables; the projectors have the same three channels. The
+        # shapes of attention are the same, but it is another function.
+        (
+            {
+                'model.quantizer.fsq.levels': (8, 6, 5),
+                'model.decoder.num_heads': 1,
+            },
+            'decoder (all 15)',
+        ),
         (
             {'model.quantizer.name': 'vq'},
             'projector_in (all 4), quantizer (all 5), projector_out (all 2)',
         ),
-        ({'model.projector_out.name': 'mlp'}, 'projector_out (all 6)'),
-        ({'model.encoder.depth': 2}, 'encoder (all 15)'),
-        # Of the same shapes, but another function.
-        ({'model.decoder.num_heads': 1}, 'decoder (all 15)'),
+        (
+            {'model.encoder.depth': 2, 'model.projector_out.name': 'mlp'},
+            'encoder (all 15), projector_out (all 6)',
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
 )
 def test_parts_that_differ_start_anew(fields, fresh):
   taken, _, _ = _build(fields)
-  assert taken.lines()[-1] == f'Arrays not taken: {fresh or "none"}'
+  assert taken.lines()[-1] == f'Arrays not taken: {fresh}'
   assert not taken.resampled
-
-
-def test_other_positions_leave_the_rest_of_a_part():
-  fields = {
-      'model.encoder.position': 'sincos', 'model.decoder.position': 'learned'
-  }
-  taken, shapes, _ = _build(fields)
-  assert not taken.fresh  # The decoder keeps its own.
-  assert 'params/encoder/positions/embedding' not in _leaves(shapes)
 
 
 def test_a_code_of_another_dimension_leaves_most_of_a_conv_model():
@@ -163,6 +161,24 @@ def test_a_code_of_another_dimension_leaves_most_of_a_conv_model():
   }
   assert taken.takes('encoder')
   assert not taken.takes_all('encoder')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'taken'),
+    [
+        ('model.quantizer.fsq.levels', (8, 6, 5), True),
+        # All arrays are taken, but the latents are others.
+        ('model.encoder.position', 'sincos', False),
+    ],
+)
+def test_statistics_are_taken_with_the_same_encoder(field, value, taken):
+  fields = {'model.latent_statistics': '/file'}
+  source = transfer.Source(_RUN, None, _load_config(fields), False, dict)
+  config = _load_config({**fields, field: value})
+  model = models.build_autoencoder(config.model, config.data.image_size)
+  transferred = transfer.Transfer(source, config, model)
+  assert transferred.takes_all('encoder')
+  assert transferred.takes('statistics') == taken
 
 
 def test_a_model_with_nothing_in_common_is_refused():
