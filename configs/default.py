@@ -538,8 +538,8 @@ def _train() -> ml_collections.ConfigDict:
   train = ml_collections.ConfigDict()
   # Number of training steps, >= 1.
   train.num_steps = 1000
-  # Stage 1 of a stage 2: workdir of a run of the same model, whose newest EMA
-  # parameters initialize a new run. '' is random or pretrained initialization.
+  # Initialization from a trained model's EMA (stage 2, fine-tuning: README.md):
+  # workdir, saved tokenizer or Hub id. '' is random or pretrained.
   train.init_from = ''
   # Intervals of logging, evaluation (0 evaluates only at the end) and
   # checkpoints, steps.

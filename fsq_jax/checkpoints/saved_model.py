@@ -148,8 +148,8 @@ def _explain_missing(folder: pathlib.Path) -> str:
   if (folder / 'model.safetensors').is_file():
     return (
         f'{folder} holds weights, not a run with checkpoints. A saved tokenizer'
-        ' works with the modes tokenize, detokenize, reconstruct and export'
-        ' only; give the workdir of a run.'
+        ' works with the modes tokenize, detokenize, reconstruct and export,'
+        ' and with train.init_from, only; give the workdir of a run.'
     )
   if runs := sorted(x.parent for x in folder.glob(f'*/{workdirs.CHECKPOINTS}')):
     return f'{folder} is not a run; give one of {list(map(str, runs))}.'

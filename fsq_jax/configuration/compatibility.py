@@ -25,6 +25,13 @@ def diff_models(saved: _Config, current: _Config) -> list[str]:
   return _diff(saved, current, _Role.MODEL)
 
 
+def find_model_differences(
+    saved: _Config, current: _Config
+) -> dict[str, tuple[Any, Any]]:
+  """Returns the differences of `diff_models` as `loading.find_differences`."""
+  return _find(saved, current, _Role.MODEL)
+
+
 def check_resumable(
     saved: _Config, current: _Config, *, allow_config_change: bool = False
 ) -> None:
@@ -64,13 +71,19 @@ def check_resumable(
 
 def _diff(saved: _Config, current: _Config, *roles: _Role) -> list[str]:
   """Lists the differences that have one of the roles."""
+  return loading.format_differences(_find(saved, current, *roles))
+
+
+def _find(
+    saved: _Config, current: _Config, *roles: _Role
+) -> dict[str, tuple[Any, Any]]:
   known = loading.fields_of(current)
   configs = dict(loading.flatten(saved)), dict(loading.flatten(current))
-  return loading.format_differences({
+  return {
       name: pair
       for name, pair in loading.find_differences(saved, current).items()
       if _role_of_change(name, known, *configs) in roles
-  })
+  }
 
 
 def _role_of_change(

@@ -15,6 +15,7 @@ import ml_collections
 
 from fsq_jax.configuration import cross_rules
 from fsq_jax.configuration import generator_schema
+from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
 
 Config = ml_collections.ConfigDict
@@ -358,7 +359,7 @@ def find_differences(
   """
   saved, current = (
       {
-          name: _absolute(value) if _is_path(name, config) else value
+          name: _resolve_path(name, value, config)
           for name, value in flatten(config)
       }
       for config in (saved, current)
@@ -411,29 +412,32 @@ def resolve(config: Config) -> Config:
 def resolve_paths(config: Config) -> Config:
   """Returns a copy with absolute paths, `~` expanded; '' and None stay.
 
+  So does 'owner/name' of the Hugging Face Hub, unless it is a folder.
   Runs of earlier versions have saved paths as they were given: relative paths
   are taken from the current folder.
   """
   # Not ConfigDict(config), which shares its sections.
   config = config.copy_and_resolve_references()
   for name, value in flatten(config):
-    if _is_path(name, config):
+    resolved = _resolve_path(name, value, config)
+    if resolved != value:
       *sections, field = name.split('.')
       section = functools.reduce(operator.getitem, sections, config)
-      section[field] = _absolute(value)
+      section[field] = resolved
   return config
 
 
-def _is_path(name: str, config: Mapping[str, Any] | Config) -> bool:
+def _resolve_path(
+    name: str, value: Any, config: Mapping[str, Any] | Config
+) -> Any:
+  """Returns the value of a field, absolute if it is a path."""
   known = fields_of(config)
-  return name in known and known[name].rule.is_path
-
-
-def _absolute(value: Any) -> Any:
-  """Returns a path, absolute; '' and None stay."""
-  if isinstance(value, str) and value:
-    return os.path.abspath(os.path.expanduser(value))
-  return value
+  if name not in known or not isinstance(value, str) or not value:
+    return value
+  rule = known[name].rule
+  if not rule.is_path or (rule.takes_hub_id and rules.is_hub_id(value)):
+    return value
+  return os.path.abspath(os.path.expanduser(value))
 
 
 def flatten(

@@ -1,6 +1,7 @@
 """Rules that values of config fields satisfy, and their texts."""
 
 from collections.abc import Callable, Container
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ class Rule(NamedTuple):
     allowed: the allowed values in words, as messages print them.
     fits: whether a value, of any type, is allowed.
     is_path: whether values are paths.
+    takes_hub_id: whether a path may also be `is_hub_id`.
   """
 
   allowed: str
   fits: Callable[[Any], bool]
   is_path: bool = False
+  takes_hub_id: bool = False
 
 
 class CrossRule(NamedTuple):
@@ -81,9 +84,19 @@ def tuple_of(
   )
 
 
-def path(allowed: str) -> Rule:
+def path(allowed: str, *, takes_hub_id: bool = False) -> Rule:
   """A path, described by `allowed`, or ''."""
-  return Rule(allowed, TEXT.fits, is_path=True)
+  return Rule(allowed, TEXT.fits, is_path=True, takes_hub_id=takes_hub_id)
+
+
+def is_hub_id(value: str) -> bool:
+  """Whether a value is 'owner/name' of the Hugging Face Hub, and no path."""
+  path = pathlib.Path(value).expanduser()
+  return (
+      len(path.parts) == 2
+      and path.parts[0] not in ('/', '..')
+      and not path.exists()
+  )
 
 
 def is_expression(value: Any) -> bool:

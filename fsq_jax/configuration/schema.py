@@ -423,8 +423,10 @@ TRAIN = {
 }
 _INIT_FROM = Field(
     rules.path(
-        "the workdir of stage 1, or '' for a run without one; set"
-        ' --config.train.init_from'
+        "the workdir of stage 1 or of another run, a saved tokenizer,"
+        " 'owner/name' of one on the Hugging Face Hub, or '' for a run without"
+        ' one; set --config.train.init_from',
+        takes_hub_id=True,
     ),
     Role.START,
 )

@@ -5,7 +5,8 @@ the metadata of the weights, quantizer.json the convention of the tokens,
 README.md a model card.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ import safetensors.numpy
 import fsq_jax
 from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import loading as config_loading
+from fsq_jax.configuration import rules
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables as variables_lib
@@ -35,7 +37,7 @@ CONFIG = 'config.json'
 CARD = 'README.md'
 _FORMAT = 'fsq_jax tokenizer, version 1'
 # Parts of the model that only encode.
-_ENCODERS = ('encoder', 'projector_in')
+ENCODERS = ('encoder', 'projector_in')
 
 
 class Metadata(NamedTuple):
@@ -166,6 +168,19 @@ def write(
   return folder
 
 
+def read_description(
+    folder: pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, Metadata]:
+  """Reads the config and the metadata of a folder of `write`, but no weights.
+
+  Raises:
+    ValueError: a missing or corrupted file.
+  """
+  content = _read_content(folder)
+  with _corruption_named(folder):
+    return _parse_content(content)
+
+
 def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   """Returns a local folder, or downloads one from the Hugging Face Hub.
 
@@ -179,13 +194,16 @@ def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder.absolute()
-  if len(folder.parts) != 2 or folder.is_absolute() or folder.exists():
+  if not rules.is_hub_id(str(name)):
     raise ValueError(
         f'There is no folder {folder}; give a folder written by'
         " save_pretrained, or 'owner/name' of a repository of the Hugging Face"
         ' Hub.'
     )
-  hub = _import_hub()
+  try:
+    hub = _import_hub()
+  except ValueError as error:
+    raise ValueError(f'{name} is no local folder. {error}') from error
   files = [WEIGHTS, CONFIG, workdirs.QUANTIZER, CARD, *patterns]
   try:
     return pathlib.Path(hub.snapshot_download(str(name), allow_patterns=files))
@@ -232,15 +250,9 @@ def read(
   Raises:
     ValueError: missing or corrupted files, or files of different models.
   """
-  content = read_json(folder / CONFIG)
-  if content.get('format') != _FORMAT:
-    raise ValueError(
-        f'{folder / CONFIG} has the format {content.get("format")!r}; this'
-        f' version reads {_FORMAT!r}.'
-    )
-  try:
-    config = config_loading.config_from_json(json.dumps(content['config']))
-    metadata = Metadata(**{name: content[name] for name in Metadata._fields})
+  content = _read_content(folder)
+  with _corruption_named(folder):
+    config, metadata = _parse_content(content)
     model = build_model(config, dtype)
     variables = read_arrays(
         folder / WEIGHTS,
@@ -254,10 +266,6 @@ def read(
         integrity.hash_json(content['config']),
     )
     stored = content['model_hash'], content['config_hash']
-  except (AttributeError, KeyError, TypeError) as error:
-    raise ValueError(
-        f'{folder / CONFIG} is corrupted: {type(error).__name__}: {error}.'
-    ) from error
   specs.check_same_spec(
       read_json(folder / workdirs.QUANTIZER), model.quantizer.spec()
   )
@@ -328,6 +336,38 @@ def read_arrays(
   return traverse_util.unflatten_dict(arrays, sep='/')
 
 
+def _read_content(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of config.json, of the format of this version."""
+  content = read_json(folder / CONFIG)
+  if content.get('format') != _FORMAT:
+    raise ValueError(
+        f'{folder / CONFIG} has the format {content.get("format")!r}; this'
+        f' version reads {_FORMAT!r}.'
+    )
+  return content
+
+
+def _parse_content(
+    content: Mapping[str, Any],
+) -> tuple[ml_collections.ConfigDict, Metadata]:
+  """Returns config and metadata of the content of config.json."""
+  return (
+      config_loading.config_from_json(json.dumps(content['config'])),
+      Metadata(**{name: content[name] for name in Metadata._fields}),
+  )
+
+
+@contextlib.contextmanager
+def _corruption_named(folder: pathlib.Path) -> Iterator[None]:
+  """Context in which config.json lacks a value, or has one of a wrong type."""
+  try:
+    yield
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+        f'{folder / CONFIG} is corrupted: {type(error).__name__}: {error}.'
+    ) from error
+
+
 def _abstract(config, model, mesh, decoder_only) -> dict[str, Any]:
   """Returns shapes and dtypes of the variables with shardings."""
   abstract = partitioning.place_abstract(
@@ -344,7 +384,7 @@ def _without_encoder(variables: Mapping[str, Any]) -> dict[str, Any]:
   kept = {
       path: x
       for path, x in traverse_util.flatten_dict(dict(variables)).items()
-      if path[1] not in _ENCODERS
+      if path[1] not in ENCODERS
   }
   return traverse_util.unflatten_dict(kept)
 

@@ -100,8 +100,8 @@ def _train(
     state = restored.state
   else:
     record.started_from = initializer.sources
-    for name, value in initializer.sources.items():
-      run.progress.say(f'Initialized from {name} {value}')
+    for line in initializer.describe():
+      run.progress.say(line)
     state = builder.create(
         initializer.load(builder.abstract_variables, mesh)
     )

@@ -1,34 +1,39 @@
-"""Initial variables of a new run: random, pretrained, or another run's."""
+"""Initial variables of a new run: random, pretrained, or of another model."""
 
 from collections.abc import Mapping
 import dataclasses
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import ml_collections
 import numpy as np
 import safetensors
 
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as config_loading
+from fsq_jax.configuration import rules
 from fsq_jax.models import autoencoder
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import loading as pretrained
+from fsq_jax.tokenizer import files as tokenizer_files
+from fsq_jax.train import transfer
 
 
 class Initializer:
   """Finds, checks and loads the initial variables of a new run.
 
-  With train.init_from these are all variables of another run; otherwise those
-  of model.encoder.checkpoint, model.decoder.mae.checkpoint and
-  model.latent_statistics, where given. All others are random.
+  train.init_from, another run or a saved tokenizer, comes first, see
+  `transfer.Transfer`. Parts that take nothing from it are initialized from
+  model.encoder.checkpoint, model.decoder.mae.checkpoint and
+  model.latent_statistics, where given. All other variables are random.
 
   Attributes:
     sources: fields of the config and the files that they name, for run.json;
       {} if everything is random.
+    has_encoder: whether all variables of the encoder are loaded.
   """
 
   def __init__(
@@ -45,22 +50,52 @@ class Initializer:
     """
     self._config = config
     self._model = model
-    self._run = self._statistics = None
+    self._transfer = self._statistics = None
     self.sources: dict[str, Any] = {}
     if config.train.init_from:
-      # Once, since that run may save another step before `load`.
-      self._run = _find_run(config)
-      self.sources['train.init_from'] = str(self._run.folder)
-      self.sources['step'] = self._run.step
-      return
-    if reads_encoder(config):
+      # Once, since a run may save another step before `load`.
+      with errors.about('train.init_from'):
+        source = find_source(config.train.init_from)
+      self._transfer = transfer.Transfer(source, config, model)
+      self.sources['train.init_from'] = str(source.folder)
+      if source.step is not None:
+        self.sources['step'] = source.step
+      if lines := self._transfer.lines():
+        self.sources['differences'] = lines
+    if reads_encoder(config) and not self._takes('encoder'):
       self._check_encoder(config.model.encoder.checkpoint)
     mae = config.model.decoder.mae
-    if config.model.decoder.name == 'mae' and mae.checkpoint:
+    if (
+        config.model.decoder.name == 'mae'
+        and mae.checkpoint
+        and not self._takes('decoder')
+    ):
       self._check_decoder(mae.checkpoint)
-    if model.statistics is not None:
+    if model.statistics is not None and not self._takes('statistics'):
       self._statistics = read_statistics(config, model)
       self.sources['model.latent_statistics'] = config.model.latent_statistics
+    self.has_encoder = 'model.encoder.checkpoint' in self.sources or (
+        self._transfer is not None and self._transfer.takes_all('encoder')
+    )
+    if config.losses.distillation_weight and not self.has_encoder:
+      raise ValueError(
+          'losses.distillation_weight needs a trained encoder as the teacher,'
+          f' which {config.train.init_from} does not have for this config; set'
+          ' the weight to 0, a model.encoder.checkpoint, or another'
+          ' train.init_from.'
+      )
+
+  def describe(self) -> list[str]:
+    """Returns lines of where the variables come from."""
+    lines = []
+    for name, value in self.sources.items():
+      if name == 'step':  # Of the source before it.
+        lines[-1] += f', step {value}'
+      elif name == 'differences':
+        lines += value
+      else:
+        lines.append(f'Initialized from {name} {value}')
+    return lines
 
   def load(
       self, abstract: Mapping[str, Any], mesh: jax.sharding.Mesh
@@ -77,11 +112,21 @@ class Initializer:
     Raises:
       ValueError: missing or corrupted weights.
     """
-    if self._run is not None:
-      _, variables = saved_model.restore(self._run, mesh)
-      return jax.tree.map(
-          lambda x, a: jax.device_put(x, a.sharding), variables, dict(abstract)
-      )
+    variables = self._load_files(abstract)
+    if self._transfer is None:
+      return variables
+    return traverse_util.unflatten_dict(
+        traverse_util.flatten_dict(variables, sep='/')
+        | self._transfer.load(abstract, mesh),
+        sep='/',
+    )
+
+  def _takes(self, part: str) -> bool:
+    """Whether train.init_from has arrays of a part."""
+    return self._transfer is not None and self._transfer.takes(part)
+
+  def _load_files(self, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads the checkpoints of encoder and decoder, and the statistics."""
     config, model = self._config, self._model
     parts = {}
     if path := self.sources.get('model.encoder.checkpoint'):
@@ -99,7 +144,7 @@ class Initializer:
             config.model.decoder.mae.normalization,
             shardings=lambda _: _shardings(abstract, 'decoder'),
         ).variables
-    if model.statistics is not None:
+    if self._statistics is not None:
       values = {'constants': self._statistics}
       parts['statistics'] = jax.tree.map(
           jax.device_put, values, _shardings(abstract, 'statistics')
@@ -134,6 +179,34 @@ class Initializer:
             f' this config {wanted}; set model.decoder.mae.{field}.'
         )
     self.sources['model.decoder.mae.checkpoint'] = path
+
+
+def find_source(name: str) -> transfer.Source:
+  """Finds a trained model and reads its config, but no array.
+
+  Args:
+    name: workdir of a run, whose newest checkpoint is used; a folder of
+      `save_pretrained`; or 'owner/name' of one on the Hugging Face Hub.
+
+  Raises:
+    ValueError: there is no such model, it is corrupted, or a generator.
+  """
+  folder = pathlib.Path(name).expanduser()
+  is_repository = rules.is_hub_id(name)
+  if is_repository:
+    folder = tokenizer_files.find(name)
+  if is_repository or (folder / tokenizer_files.WEIGHTS).is_file():
+    config, metadata = tokenizer_files.read_description(folder)
+    return transfer.Source(
+        folder, metadata.step, config, metadata.decoder_only,
+        lambda mesh: tokenizer_files.read(folder, mesh).variables,
+    )
+  found = saved_model.find_run(folder)
+  saved_model.check_same_kind(found, is_generator=False)
+  return transfer.Source(
+      found.folder, found.step, found.config, False,
+      lambda mesh: saved_model.restore(found, mesh)[1],
+  )
 
 
 def reads_encoder(config: ml_collections.ConfigDict) -> bool:
@@ -212,21 +285,6 @@ def read_statistics(
         ' negative variances; write it again with --mode=latent_statistics.'
     )
   return arrays
-
-
-def _find_run(config: ml_collections.ConfigDict) -> saved_model.Checkpoint:
-  """Finds the run of train.init_from, which must have the same model."""
-  with errors.about('train.init_from'):
-    found = saved_model.find_run(config.train.init_from)
-  if differences := compatibility.diff_models(found.config, config):
-    raise ValueError(
-        '\n  '.join([
-            f'train.init_from is {found.folder}, a run of another model'
-            ' (saved -> current):',
-            *differences,
-        ])
-    )
-  return found
 
 
 def _check_architecture(section: str, given: Any, wanted: Any) -> None:

@@ -11,8 +11,6 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 
-from fsq_jax.checkpoints import saved_model
-from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as configuration
 from fsq_jax.data import builder as data
 from fsq_jax.evaluation import moments
@@ -48,20 +46,16 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   config = configuration.resolve(config)
   config.model.decoder.mae.checkpoint = ''  # Only the encoder is used.
   config.model.latent_statistics = ''
-  if config.train.init_from:
-    # That run may use statistics, which are part of its model.
-    with errors.about('train.init_from'):
-      found = saved_model.find_run(config.train.init_from)
-    config.model.latent_statistics = found.config.model.latent_statistics
-  if not (initialization.reads_encoder(config) or config.train.init_from):
-    raise ValueError(
-        'Latent statistics need a trained encoder: set'
-        " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
-        ' train.init_from.'
-    )
+  config.losses.distillation_weight = 0.0
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model = models.build_autoencoder(config.model, config.data.image_size)
   initializer = initialization.Initializer(config, model)
+  if not initializer.has_encoder:
+    raise ValueError(
+        'Latent statistics need a trained encoder: set'
+        " model.encoder.name='pretrained' with a model.encoder.checkpoint, or"
+        ' train.init_from with this encoder.'
+    )
   dataset = data.build_dataset(
       config.data,
       split='train_once',

@@ -19,6 +19,7 @@ from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import builder as data_builder
 from fsq_jax.evaluation import saved_run
+from fsq_jax.models import resampling
 from fsq_jax.report import report
 from fsq_jax.runtime import parameter_paths
 from fsq_jax.runtime import partitioning
@@ -434,21 +435,37 @@ def test_a_run_starts_from_all_variables_of_another_one(finished):
 
 
 @pytest.mark.slow
-def test_a_run_of_another_model_is_refused(finished):
-  folder, _ = finished
+def test_a_run_starts_from_parts_of_another_model(finished):
+  folder, variables = finished
   config = _load_config({
       **_RUN,
       'train.init_from': str(folder),
+      'data.image_size': (64, 64),
+      'model.encoder.architecture': _ARCHITECTURE[:-1]
+      + ", position_kernel='bilinear')",
       'model.quantizer.vq.codebook_size': 32,
-      'model.decoder.depth': 2,
-      'optim.learning_rate': 1e-5,
+      # Not read, since the run has an encoder.
+      'model.encoder.checkpoint': '/nowhere',
   })
-  with pytest.raises(ValueError, match='run of another model') as error:
-    _check(config)
-  assert [x.strip() for x in str(error.value).splitlines()[1:]] == [
-      'model.decoder.depth: 1 -> 2',
-      'model.quantizer.vq.codebook_size: 16 -> 32',
-  ]
+  state, _ = _start(config)
+  started, before = _leaves(state.eval_variables), _leaves(variables)
+  path = 'params/encoder/positions'
+  np.testing.assert_allclose(
+      started.pop(path),
+      resampling.resize_grid(before[path], (4, 4), 'bilinear'),
+      atol=1e-6,
+  )
+  fresh = {
+      'params/decoder/positions/embedding', path,
+      *(x for x in before if x.split('/')[1] == 'quantizer'),
+  }
+  assert len(fresh) > 3
+  _assert_same(
+      {x: y for x, y in started.items() if x not in fresh},
+      {x: y for x, y in before.items() if x not in fresh},
+  )
+  assert started['codebook/quantizer/entries'].shape == (32, 8)
+  assert started['params/decoder/positions/embedding'].shape == (4, 4, 16)
   config = _load_config({**_RUN, 'train.init_from': f'{folder}/no'})
   with pytest.raises(ValueError, match=r'^train\.init_from: .*no is not a fol'):
     _check(config)
