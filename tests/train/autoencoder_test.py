@@ -622,7 +622,7 @@ def test_a_workdir_describes_its_run(straight):
   quantizer = _read_json(folder / workdirs.QUANTIZER)
   assert quantizer['levels'] == [8, 8, 8]
   run = _read_json(folder / workdirs.RUN)
-  assert run['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
+  assert run['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 1}
   assert run['num_parameters'] == 6707
   assert run['first_step'] == 0
   assert _names(folder / workdirs.RECONSTRUCTIONS) == {
