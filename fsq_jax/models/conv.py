@@ -98,7 +98,7 @@ class ConvEncoder(nn.Module):
     """Encodes images.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1]; stride divides H and W.
+      images: [B, H, W, channels] floats in [-1, 1]; stride divides H and W.
       size: (height, width) of images padded to H and W, multiples of stride.
         The padding is ignored.
 
@@ -150,6 +150,7 @@ class ConvDecoder(nn.Module):
     grid_size: rows and columns of the latents of training images.
     dtype: of all convolutions but the last, which is float32.
     remat: of residual blocks, see `remat.apply_remat`.
+    channels: of the images.
   """
 
   filters: int
@@ -159,6 +160,7 @@ class ConvDecoder(nn.Module):
   grid_size: tuple[int, int]
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  channels: int = 3
   takes_size = True
 
   @property
@@ -183,8 +185,8 @@ class ConvDecoder(nn.Module):
         ignored.
 
     Returns:
-      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1]; 0 in the
-      padding.
+      [B, h * stride, w * stride, channels] float32 images, about in [-1, 1];
+      0 in the padding.
 
     Raises:
       ValueError: latents have another number of channels.
@@ -214,7 +216,7 @@ class ConvDecoder(nn.Module):
             _keep(x, mask)
         )
     x = _normalize('norm', x, mask)
-    return _keep(_conv(3, 3, 'pixels', jnp.float32)(x), mask)
+    return _keep(_conv(self.channels, 3, 'pixels', jnp.float32)(x), mask)
 
 
 def _block(module: nn.Module, filters: int, name: str) -> nn.Module:

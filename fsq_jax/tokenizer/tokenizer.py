@@ -44,7 +44,8 @@ class Tokenizer:
 
   Attributes:
     config: of the run that trained the model.
-    model: the autoencoder.
+    model: the autoencoder, for images of C = model.channels: 1 is grey, 3 is
+      RGB, 4 is RGBA. Image files are converted (`pixel_formats.convert`).
     variables: its EMA parameters and its other collections.
     mesh: the devices.
     step: training steps taken; None if unknown.
@@ -257,7 +258,7 @@ class Tokenizer:
     """Encodes images of any size.
 
     Args:
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, C] uint8.
       fit: 'crop' crops as evaluation does: the shorter side is resized to
         config.data.resize_shorter if that is set, then the centre is cropped;
         images of config.data.image_size are not changed. 'pad' keeps all
@@ -275,7 +276,7 @@ class Tokenizer:
         encoder.
     """
     self.check_encoder()
-    images = self._fit(_check_images(images), fit)
+    images = self._fit(self._check_images(images), fit)
     return self._sizes.map(
         functools.partial(self._encode, self.variables), images,
         self._sizes.multiples, self._batcher,
@@ -296,7 +297,7 @@ class Tokenizer:
       spec: of the quantizer that made the tokens, as stored next to them.
 
     Returns:
-      [B, H, W, 3] uint8.
+      [B, H, W, C] uint8.
 
     Raises:
       ValueError: tokens of another convention, shape, dtype or range, or an
@@ -335,7 +336,7 @@ class Tokenizer:
     """Encodes and decodes images.
 
     Args:
-      images: [B, H, W, 3] uint8, or the path of an image file.
+      images: [B, H, W, C] uint8, or the path of an image file.
       fit: as in `encode`.
       tiles: of a ViT under fit='pad'; other models take whole images.
         'disjoint': tiles side by side, each by itself, which leaves visible
@@ -345,16 +346,16 @@ class Tokenizer:
 
     Returns:
       uint8 images, of the same size under 'pad', else of
-      config.data.image_size: [B, H, W, 3], or [H, W, 3] for a path.
+      config.data.image_size: [B, H, W, C], or [H, W, C] for a path.
 
     Raises:
       ValueError: as by `encode`, a file that cannot be read, or other `tiles`.
     """
     if isinstance(images, (str, os.PathLike)):
-      image = image_files.read_image(images)
+      image = image_files.read_image(images, self.model.channels)
       return self.reconstruct(image[None], fit, tiles=tiles)[0]
     tiles_lib.check_tiles(tiles)
-    images = _check_images(images)
+    images = self._check_images(images)
     if tiles == 'overlapping' and fit == 'pad' and not self._sizes.whole:
       return self._reconstruct_overlapping(images)
     size = images.shape[1:3] if fit == 'pad' else None
@@ -405,6 +406,21 @@ class Tokenizer:
         for x in images
     ])
 
+  def _check_images(self, images: np.ndarray) -> np.ndarray:
+    images = _to_array(images, 'Images')
+    channels = self.model.channels
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[-1] != channels
+        or not images.size
+    ):
+      raise ValueError(
+          f'Images are {images.dtype}{list(images.shape)}; give uint8'
+          f' [B, H, W, {channels}] with at least one pixel.'
+      )
+    return images
+
   def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
     tokens = _to_array(tokens, 'Tokens')
     shape = self.model.quantizer.index_shape
@@ -434,7 +450,7 @@ def images_to_tokens(
     images: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:
-  """Encodes [B, H, W, 3] uint8 to [B, h, w, *index_shape] int32.
+  """Encodes [B, H, W, C] uint8 to [B, h, w, *index_shape] int32.
 
   size: see `Autoencoder.encode`.
   """
@@ -446,7 +462,7 @@ def tokens_to_images(
     tokens: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:
-  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, 3] uint8.
+  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, C] uint8.
 
   size: see `Autoencoder.decode`.
   """
@@ -488,21 +504,6 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
         f'size is {size!r}; give (height, width), two integers of at least 1.'
     )
   return int(size[0]), int(size[1])
-
-
-def _check_images(images: np.ndarray) -> np.ndarray:
-  images = _to_array(images, 'Images')
-  if (
-      images.dtype != np.uint8
-      or images.ndim != 4
-      or images.shape[-1] != 3
-      or not images.size
-  ):
-    raise ValueError(
-        f'Images are {images.dtype}{list(images.shape)}; give uint8'
-        ' [B, H, W, 3] with at least one pixel.'
-    )
-  return images
 
 
 def load_tokenizer(

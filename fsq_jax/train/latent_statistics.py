@@ -60,7 +60,9 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
         ' train.init_from.'
     )
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = models.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
   initializer = initialization.Initializer(config, model)
   dataset = data.build_dataset(
       config.data,
