@@ -63,7 +63,8 @@ class Autoencoder(nn.Module):
   @property
   def channels(self) -> int:
     """Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)."""
-    return self.decoder.channels
+    # Decoders without the field make RGB images.
+    return getattr(self.decoder, 'channels', 3)
 
   def __call__(
       self,

@@ -57,7 +57,6 @@ class MaeDecoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
   scan_unroll: int = 1
-  channels = 3
 
   @property
   def image_size(self) -> tuple[int, int]:
