@@ -102,7 +102,7 @@ def test_discriminators_take_the_channels(channels, name):
         ({'model.decoder.name': 'mae'}, 4, 'its images are RGB'),
     ],
 )  # fmt: skip
-def test_what_needs_rgb_is_rejected_by(fields, channels, message):
+def test_options_that_need_rgb_are_rejected(fields, channels, message):
   config = _config(channels, fields)
   with pytest.raises(ValueError, match=message):
     configuration.check_config(config)
