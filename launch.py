@@ -75,7 +75,7 @@ _NPZ = flags.DEFINE_string(
     'npz',
     None,
     'File that generate writes images to, in the format of the ADM evaluation'
-    ' suite: arr_0, uint8 [n, H, W, 3], shuffled.',
+    ' suite: arr_0, uint8 [n, H, W, C], shuffled.',
 )
 _EXPORT = flags.DEFINE_string(
     'export', None, 'Folder that export writes to. Default: WORKDIR/export.'

@@ -68,6 +68,9 @@ def _data() -> ml_collections.ConfigDict:
   data.eval_split = 'validation'
   # Input size of the model, (height, width) in pixels.
   data.image_size = (32, 32)
+  # Channels of the images, of 8 bits: 1 (grey), 3 (RGB) or 4 (RGBA); files are
+  # converted. Networks of losses and metrics, and pretrained parts, need 3.
+  data.channels = 3
   # Global batch size (over all devices and processes), images per step.
   data.batch_size = 64
   # Global batch size of evaluation, images.
@@ -79,8 +82,7 @@ def _data() -> ml_collections.ConfigDict:
   # Allow a smaller resize_shorter; images are then scaled up to image_size.
   data.allow_upscaling = False
   # Random crops of training, (min, max) scale, 0 < min <= max: sides image_size
-  # * s, s log-uniform in this range but at most as large as the image, resized
-  # to image_size.
+  # * s, s log-uniform, at most as large as the image, resized to image_size.
   data.crop_scale = (1.0, 1.0)
   # Random horizontal flips of training images, with probability 1/2; False
   # with 'digits'.
@@ -283,12 +285,11 @@ def _fsq() -> ml_collections.ConfigDict:
   # Bounding function: 'tanh'; with 'symmetric' also 'ifsq', 2 sigmoid(1.6 z) -
   # 1, and 'clip' for inputs that are already in [-1, 1].
   fsq.bound = 'tanh'
-  # Relative reduction of the range; None: 1e-3 (paper), -1e-3 (vqp), else 0.
+  # Relative range reduction; None: 1e-3 for paper, -1e-3 for vqp, else 0.
   fsq.eps = config_dict.placeholder(float)
   # Commitment loss weight, >= 0; None: 1 for symmetric, else 0.
   fsq.commitment_weight = config_dict.placeholder(float)
-  # Bins: 'rounded', or 'equal' (symmetric), with outermost bins as wide as the
-  # inner ones.
+  # Bins: 'rounded', or 'equal' (symmetric), outermost bins as wide as others.
   fsq.bins = 'rounded'
   # Amplitude of the uniform noise added to codes in training, in steps between
   # codes, >= 0: for every 'element', or scaled for every 'example' by a uniform

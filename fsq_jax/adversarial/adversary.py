@@ -62,15 +62,16 @@ class Adversary:
     """Builds the losses.
 
     Args:
-      config: the whole config; discriminator, losses and data.image_size are
-        read.
+      config: the whole config; discriminator, losses, data.image_size and
+        data.channels are read.
       module: the discriminator.
       optimizer: of its parameters.
     """
     self._options = options = config['discriminator']
     self._generator = config['losses']['adversarial']
     self._module = module
-    self._image_size = tuple(config['data']['image_size'])
+    data = config['data']
+    self._image_shape = *data['image_size'], data['channels']
     self._discriminator_loss = adversarial_losses.build_discriminator_loss(
         options['loss']
     )
@@ -81,7 +82,7 @@ class Adversary:
 
   def init(self, key: jax.Array) -> AdversaryState:
     """Returns the state before the first step."""
-    images = jnp.zeros((1, *self._image_size, 3), jnp.float32)
+    images = jnp.zeros((1, *self._image_shape), jnp.float32)
     variables = dict(self._module.init(key, images))
     params, _ = parameter_paths.split_frozen(
         variables.pop('params'), self._module.frozen_parameters

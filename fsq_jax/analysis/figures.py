@@ -10,8 +10,8 @@ from einops import rearrange
 import jax
 from jax import numpy as jnp
 import numpy as np
-import PIL.Image
 
+from fsq_jax.data import pixel_formats
 from fsq_jax.models import autoencoder
 from fsq_jax.models import pixels
 from fsq_jax.quantizers import digits as digits_lib
@@ -84,7 +84,7 @@ class Decoder:
     return np.asarray(self._codes(self._variables, indices))
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
-    """Returns [n, H, W, 3] uint8 images of [n, h, w, *index_shape] tokens."""
+    """Returns [n, H, W, C] uint8 images of [n, h, w, *index_shape] tokens."""
     return self._batcher.map(
         lambda batch: self._decode(self._variables, batch), tokens
     )
@@ -111,10 +111,10 @@ def png(image: np.ndarray, max_side: int = 256) -> str:
   """Returns a PNG in base64, for JSON and HTML.
 
   Args:
-    image: [H, W, 3] uint8.
+    image: [H, W, C] uint8.
     max_side: largest side in pixels; larger images are shrunk by an integer.
   """
-  shown = PIL.Image.fromarray(image)
+  shown = pixel_formats.to_pillow(image)
   shown = shown.reduce(math.ceil(max(shown.size) / max_side))
   file = io.BytesIO()
   shown.save(file, 'png')
@@ -176,7 +176,8 @@ def swap(
   for cell, image, change in zip(cells, images, changes, strict=True):
     cell['rms'] = float(np.sqrt(np.mean(np.square(change[patch]))))
     cell['image'] = png(image[around])
-    shown = np.rint(128 + gain * change[around]).clip(0, 255)
+    # Without alpha, as which it would hide the rest.
+    shown = np.rint(128 + gain * change[around][..., :3]).clip(0, 255)
     cell['difference'] = png(shown.astype(np.uint8))
   ends = np.cumsum([len(row['cells']) for row in rows])
   for row, end in zip(rows, ends, strict=True):

@@ -49,7 +49,8 @@ def reconstruct_files(
   """Reconstructs image files at their own size, and measures the error.
 
   Writes reconstructions.json and, for each image, originals/NAME.png (as
-  decoded, RGB), reconstructions/NAME.png and side_by_side/NAME.png.
+  decoded, with the tokenizer's channels), reconstructions/NAME.png and
+  side_by_side/NAME.png.
 
   Args:
     workdir: folder of a run, or of a saved tokenizer.
@@ -87,7 +88,7 @@ def reconstruct_files(
   bar = progress.ImageProgress(num_images=len(paths), first=0, enabled=True)
   with contextlib.closing(bar), saved_run.writing_to(folder, '--images'):
     for name, path in paths.items():
-      original = image_files.read_image(path)
+      original = image_files.read_image(path, tokenizer.model.channels)
       rows[name] = _reconstruct(
           tokenizer, original, tiles,
           [folder / x / files[name] for x in _FOLDERS],

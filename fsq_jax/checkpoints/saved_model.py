@@ -194,7 +194,9 @@ def restore(
   """
   check_same_kind(found, is_generator=False)
   config = found.config
-  model = model_builder.build_autoencoder(config.model, config.data.image_size)
+  model = model_builder.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
   specs.check_same_spec(found.quantizer, model.quantizer.spec())
   fields = variables.abstract_eval_fields(
       model, config.data.image_size, tuple(config.optim.frozen)

@@ -11,6 +11,17 @@ from fsq_jax.workdir import trackers
 # the run that a new run is initialized from; 'training', the networks of the
 # losses and the size of training batches.
 INPUTS = frozenset({'images', 'initialization', 'training'})
+# Fields that need RGB images, unless they have these values.
+_RGB_ONLY = {
+    'data.color_jitter': 0,
+    'losses.perceptual.name': 'none',
+    'eval.networks.lpips_alexnet': '',
+    'eval.networks.lpips_vgg16': '',
+    'eval.networks.rfid': '',
+    'eval.networks.rfid_tf1': '',
+    'eval.networks.fd_vgg16': '',
+    'eval.networks.fd_encoder': '',
+}
 # Sources of images in the folder data.data_dir.
 _FOLDERS = ('folder', 'webdataset', 'arrays')
 _MESH = tuple(
@@ -29,6 +40,7 @@ def cross_rules(
     uses: the inputs in use; rules on other inputs are omitted.
   """
   yield from _data_rules()
+  yield from _channel_rules()
   if 'images' in uses:
     yield rules.CrossRule(
         ('data.source', 'data.data_dir'),
@@ -164,6 +176,33 @@ def _data_rules() -> Iterator[rules.CrossRule]:
       ('tokenize.views', 'tokenize.fit'),
       "more than one view (random crops) only with fit 'crop'",
       lambda views, fit: views == 1 or fit == 'crop',
+  )
+
+
+def _channel_rules() -> Iterator[rules.CrossRule]:
+  """Yields the rules on images that are grey or RGBA."""
+  for name, off in _RGB_ONLY.items():
+    yield rules.CrossRule(
+        (name, 'data.channels'),
+        f'{off!r}, or with RGB images, data.channels 3',
+        lambda value, channels, off=off: channels == 3 or value == off,
+    )
+  yield rules.CrossRule(
+      ('discriminator.name', 'data.channels'),
+      "'dino' only with RGB images, data.channels 3; 'patch' and 'stylegan'"
+      ' take any',
+      lambda name, channels: channels == 3 or name != 'dino',
+  )
+  yield rules.CrossRule(
+      (
+          'discriminator.augment_probability',
+          'discriminator.name',
+          'data.channels',
+      ),
+      '0 with data.channels 4: DiffAugment would change alpha as a colour',
+      lambda probability, name, channels: (
+          channels != 4 or name == 'none' or not probability
+      ),
   )
 
 

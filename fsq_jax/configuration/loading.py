@@ -151,7 +151,8 @@ def check_config(
       # allowed.
       names = [x for x in names if x == fields.get('model.quantizer.name')]
     problems.extend(_quantizer_problems(fields, names))
-    if not any(x.startswith(('model.', 'data.image_size')) for x in problems):
+    parts = 'model.', 'data.image_size', 'data.channels'
+    if not any(x.startswith(parts) for x in problems):
       problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
@@ -232,7 +233,9 @@ def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
     architecture = _find_architecture(model['encoder'])
     encoder = {**model['encoder'], 'architecture': architecture}
     model_builder.build_autoencoder(
-        {**model, 'encoder': encoder}, config['data']['image_size']
+        {**model, 'encoder': encoder},
+        config['data']['image_size'],
+        config['data']['channels'],
     )
   except ValueError as error:
     yield str(error)

@@ -156,6 +156,14 @@ _DATA = {
         ),
         Role.MODEL,
     ),
+    'channels': Field(
+        rules.Rule(
+            '1 (grey), 3 (RGB) or 4 (RGBA)',
+            lambda x: type(x) is int and x in (1, 3, 4),
+        ),
+        Role.MODEL,
+        added=lambda _: 3,
+    ),
     'batch_size': rules.COUNT,
     'eval_batch_size': runtime(rules.COUNT),
     'resize_shorter': rules.COUNT_OR_ZERO,

@@ -12,13 +12,14 @@ from PIL import Image
 
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
+from fsq_jax.data import pixel_formats
 
 # Number of images whose pixels are part of the fingerprint.
 _NUM_HASHED = 256
 
 
 class ArraySource(image_source.EncodedSource):
-  """The images of an array [N, H, W, 3] uint8, in its order.
+  """The images of an array [N, H, W, channels] uint8, in its order.
 
   data_dir/SPLIT.npy is memory-mapped, and its labels are in SPLIT_labels.npy,
   if there is such a file. data_dir/SPLIT.npz is read into memory; its arrays
@@ -32,6 +33,7 @@ class ArraySource(image_source.EncodedSource):
       split: str,
       *,
       label_names: Sequence[str] = (),
+      channels: int = 3,
       **reading: Any,
   ):
     """Opens the file of a split.
@@ -40,6 +42,7 @@ class ArraySource(image_source.EncodedSource):
       root: data.data_dir.
       split: name of the file without its extension.
       label_names: names of all classes, by label.
+      channels: of the array.
       **reading: resize_shorter, max_damaged_share and cache_mib of
         EncodedSource.
 
@@ -49,7 +52,7 @@ class ArraySource(image_source.EncodedSource):
     """
     root = os.path.abspath(os.path.expanduser(root))
     self._file, self._images, labels = _load_split(root, split)
-    _check_images(self._file, self._images)
+    _check_images(self._file, self._images, channels)
     self._labels = _check_labels(self._file, labels, len(self._images))
     hashed = np.unique(
         np.linspace(0, len(self._images) - 1, _NUM_HASHED).astype(np.int64)
@@ -57,7 +60,9 @@ class ArraySource(image_source.EncodedSource):
     content = hashlib.sha256(f'{self._images.shape}'.encode())
     content.update(self._images[hashed].tobytes())
     content.update(self._labels.tobytes())
-    super().__init__('', split, content.hexdigest()[:16], **reading)
+    super().__init__(
+        '', split, content.hexdigest()[:16], channels=channels, **reading
+    )
     self.label_names = tuple(label_names)
     image_source.check_labels(self._labels, self.label_names, self.describe)
 
@@ -79,8 +84,9 @@ class ArraySource(image_source.EncodedSource):
     return self._images[index].tobytes()
 
   def decode(self, encoded: bytes) -> Image.Image:
-    _, height, width, _ = self._images.shape
-    return Image.frombytes('RGB', (width, height), encoded)
+    _, height, width, channels = self._images.shape
+    mode = pixel_formats.MODES[channels]
+    return Image.frombytes(mode, (width, height), encoded)
 
 
 def _load_split(
@@ -141,18 +147,19 @@ def _describe_unreadable(path: str, reason: Any) -> str:
   )
 
 
-def _check_images(path: str, images: np.ndarray) -> None:
+def _check_images(path: str, images: np.ndarray, channels: int) -> None:
   shape = images.shape
   if (
       images.dtype != np.uint8
       or len(shape) != 4
-      or shape[-1] != 3
+      or shape[-1] != channels
       or not images.size
   ):
     raise ValueError(
         f'{path} holds {images.dtype} of shape {shape}; images are uint8'
-        ' [N, H, W, 3], in 0 ... 255, with at least one image. Transpose'
-        ' [N, 3, H, W], repeat grey over three channels and convert floats.'
+        f' [N, H, W, {channels}], in 0 ... 255, with at least one image.'
+        ' Set data.channels to 1 for [N, H, W, 1] (of [N, H, W] save'
+        ' images[..., None]) and to 4 for [N, H, W, 4], or convert the array.'
     )
 
 

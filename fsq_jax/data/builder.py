@@ -109,12 +109,21 @@ def _check_process(
       )
 
 
+def _channels(config) -> int:
+  # Sections written by hand for earlier versions lack the field.
+  return config.get('channels', 3)
+
+
 def _build_photos(config, split):
   if split == 'train':
-    return photos.TrainPhotos(resize_shorter=config.resize_shorter)
+    return photos.TrainPhotos(
+        resize_shorter=config.resize_shorter, channels=_channels(config)
+    )
   crops = photos.ValidationTiles if split == 'eval' else photos.TrainGrid
   return crops(
-      size=tuple(config.image_size), resize_shorter=config.resize_shorter
+      size=tuple(config.image_size),
+      resize_shorter=config.resize_shorter,
+      channels=_channels(config),
   )
 
 
@@ -125,6 +134,7 @@ def _encoded_options(config, split):
       'resize_shorter': config.resize_shorter,
       'max_damaged_share': config.max_damaged_share,
       'cache_mib': config.cache_mib,
+      'channels': _channels(config),
   }
 
 
@@ -172,6 +182,7 @@ def _build_digits(config, split):
   return digits.DigitsSource(
       'validation' if split == 'eval' else 'train',
       size=config.resize_shorter or max(config.image_size),
+      channels=_channels(config),
   )
 
 
@@ -179,6 +190,7 @@ def _build_synthetic(config, split):
   return synthetic.SyntheticSource(
       'validation' if split == 'eval' else 'train',
       size=tuple(config.image_size),
+      channels=_channels(config),
   )
 
 

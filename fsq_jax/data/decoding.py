@@ -1,4 +1,4 @@
-"""Decodes image files to uint8 RGB arrays; lists every conversion.
+"""Decodes image files to uint8 arrays; lists every conversion.
 
 Formats: JPEG (also MPO), PNG (also APNG), BMP, WebP, GIF, TIFF, PPM, PGM, PBM,
 grey PFM, JPEG 2000, AVIF and ICO, as far as the installed Pillow reads them.
@@ -6,11 +6,14 @@ The first bytes of a file decide which it is, not its name. Conversions:
   * EXIF orientation is applied; an unreadable EXIF block means upright.
   * Of an animation or a multi-page file the first image is taken; of an icon
     the largest.
-  * Transparency (alpha channel, palette or colour key) is composed over white.
-    A colour key is compared at the full depth of the file.
-  * Grey is repeated over the three channels. CMYK, YCbCr and LAB go through
-    Pillow's plain conversion; ICC profiles are not applied. CMYK of JPEG is
-    taken as inverted, as Adobe writes it.
+  * The result has the channels that are asked for, whatever the file has, by
+    `pixel_formats.convert`: for RGB, transparency is composed over white and
+    grey is repeated.
+  * Transparency is an alpha channel, a palette or a colour key, which is
+    compared at the full depth of the file.
+  * CMYK, YCbCr and LAB go through Pillow's plain conversion to RGB; ICC
+    profiles are not applied. CMYK of JPEG is taken as inverted, as Adobe writes
+    it.
   * n-bit samples v become round(v * 255 / (2^n - 1)), so 16-bit grey is
     round(v / 257) and 65535 is 255; it is not clipped. MinIsWhite is inverted.
   * 16-bit colour, and in PNG 16-bit alpha, keep the upper 8 bits (Pillow's
@@ -31,6 +34,7 @@ from PIL import UnidentifiedImageError
 from PIL import features
 
 from fsq_jax.data import image_errors
+from fsq_jax.data import pixel_formats
 from fsq_jax.data import tiff
 
 # Bytes that `identify` needs.
@@ -117,29 +121,31 @@ def readable_formats() -> frozenset[str]:
   return frozenset({*_SIGNATURES, *_OPTIONAL} - missing)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
   """Decodes one image file.
 
   Args:
     data: the whole file.
+    channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
   Returns:
-    [h, w, 3] uint8 RGB, perhaps read-only.
+    [h, w, channels] uint8, perhaps read-only.
 
   Raises:
     DamagedImageError: as by `decode_to_pillow`.
   """
-  return np.asarray(decode_to_pillow(data))
+  return pixel_formats.to_array(decode_to_pillow(data, channels))
 
 
-def decode_to_pillow(data: bytes) -> Image.Image:
+def decode_to_pillow(data: bytes, channels: int = 3) -> Image.Image:
   """Decodes one image file; conversions to NumPy copy and hold the GIL.
 
   Args:
     data: the whole file.
+    channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
   Returns:
-    An image of mode RGB.
+    An image of mode pixel_formats.MODES[channels].
 
   Raises:
     DamagedImageError: the file cannot be read, or its header claims more than
@@ -154,13 +160,14 @@ def decode_to_pillow(data: bytes) -> Image.Image:
           unread.verify()
       image.load()
       is_key = _find_key_pixels(image, data)
-      rgb = _to_rgb(image)
+      colours = _to_colours(image)
       orientation = _read_orientation(image)
     if is_key is not None:
-      rgb.paste('white', mask=Image.fromarray(is_key))
+      colours.putalpha(Image.fromarray(~is_key))
+    colours = pixel_formats.convert(colours, channels)
     if orientation in _TRANSPOSE:
-      rgb = rgb.transpose(_TRANSPOSE[orientation])
-    return rgb
+      colours = colours.transpose(_TRANSPOSE[orientation])
+    return colours
   except (image_errors.DamagedImageError, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise nearly everything.
@@ -234,8 +241,8 @@ def _find_key_pixels(image: Image.Image, data: bytes) -> np.ndarray | None:
   return is_key.all(axis=-1) if image.mode == 'RGB' else is_key
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-  """Converts a loaded image of any Pillow mode to mode RGB."""
+def _to_colours(image: Image.Image) -> Image.Image:
+  """Converts any Pillow mode to RGB, or with transparency to RGBA."""
   if image.mode.startswith('I;16'):
     return _grey_to_rgb(np.asarray(image).astype(np.float64) / 65535)
   if image.mode == 'I':
@@ -246,9 +253,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert('LA')
   has_alpha = image.mode in ('LA', 'PA', 'RGBA', 'RGBa')
   if has_alpha or 'transparency' in image.info:
-    image = image.convert('RGBA')
-    white = Image.new('RGBA', image.size, 'white')
-    return Image.alpha_composite(white, image).convert('RGB')
+    return image.convert('RGBA')
   return image if image.mode == 'RGB' else image.convert('RGB')
 
 

@@ -9,8 +9,10 @@ import importlib.util
 import pathlib
 
 import numpy as np
+from PIL import Image
 
 from fsq_jax.data import image_source
+from fsq_jax.data import pixel_formats
 from fsq_jax.data import transforms
 
 # Of 1,797 images; the remaining 1,437 are the training split.
@@ -36,18 +38,20 @@ class DigitsSource(image_source.ImageSource):
 
   label_names = tuple('0123456789')
 
-  def __init__(self, split: str, *, size: int):
+  def __init__(self, split: str, *, size: int, channels: int = 3):
     """Reads the images of a split.
 
     Args:
       split: 'train' or 'validation'.
       size: sides of the rendered images, pixels.
+      channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
       ValueError: scikit-learn is not installed.
     """
     data = _find_file().read_bytes()
-    super().__init__('sklearn', split, hashlib.sha256(data).hexdigest()[:16])
+    content = hashlib.sha256(data).hexdigest()[:16]
+    super().__init__('sklearn', split, content, channels=channels)
     # Each row has the pixels of an image, row by row, and its label.
     rows = np.loadtxt(
         gzip.decompress(data).decode().splitlines(), np.int32, delimiter=','
@@ -75,8 +79,8 @@ class DigitsSource(image_source.ImageSource):
 
   def load(self, index: int) -> np.ndarray:
     grey = np.rint(self._pixels[index] * (255 / _WHITE)).astype(np.uint8)
-    grey = np.pad(grey.reshape(_SIDE, _SIDE), 1)
-    image = np.repeat(grey[..., None], 3, axis=-1)
+    grey = Image.fromarray(np.pad(grey.reshape(_SIDE, _SIDE), 1))
+    image = pixel_formats.to_array(pixel_formats.convert(grey, self.channels))
     return transforms.resize(image, (self._size, self._size))
 
 

@@ -44,7 +44,7 @@ class FolderSource(image_source.EncodedSource):
       label_names: names of all classes, by label; () takes the sub-folders of
         `class_split`.
       class_split: the training split; None is `split`.
-      **reading: resize_shorter, max_damaged_share and cache_mib of
+      **reading: resize_shorter, max_damaged_share, cache_mib and channels of
         EncodedSource.
 
     Raises:

@@ -40,11 +40,17 @@ def find_images(path: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
   return {name: path / name for name in names}
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-  """Reads an image file; conversions to RGB as in `decoding`.
+def read_image(
+    path: str | os.PathLike[str], channels: int = 3
+) -> np.ndarray:
+  """Reads an image file; conversions as in `decoding`.
+
+  Args:
+    path: of the file.
+    channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
   Returns:
-    [H, W, 3] uint8 RGB, perhaps read-only.
+    [H, W, channels] uint8, perhaps read-only.
 
   Raises:
     ValueError: the file is missing or is no image that can be read.
@@ -52,7 +58,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
   path = pathlib.Path(path).expanduser()
   try:
     image_errors.check_num_bytes(path.stat().st_size)
-    return decoding.decode_image(path.read_bytes())
+    return decoding.decode_image(path.read_bytes(), channels)
   except OSError as error:
     raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
   except image_errors.DamagedImageError as error:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fsq_jax.data import decoding
 from fsq_jax.data import image_errors
+from fsq_jax.data import pixel_formats
 from fsq_jax.data import transforms
 
 _NUM_LISTED = 10
@@ -57,6 +58,7 @@ class ImageSource(abc.ABC):
       than data.resize_shorter or data.image_size.
     skipped: number of other files in a folder of images, by kind ('.heic',
       '.json').
+    channels: of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
     evaluation_crop: description of the crops of an evaluation.
     label_names: names of the classes, by label; () without classes.
     tiles: places of all images, by index, if they are the tiles of whole
@@ -67,7 +69,10 @@ class ImageSource(abc.ABC):
   label_names: tuple[str, ...] = ()
   tiles: Sequence[Tile] = ()
 
-  def __init__(self, name: str, split: str, content: str):
+  def __init__(
+      self, name: str, split: str, content: str, *, channels: int = 3
+  ):
+    self.channels = channels
     self.identity = {'name': name, 'split': split, 'content': content}
     self.damaged: dict[int, str] = {}
     self.upscaled: set[int] = set()
@@ -90,7 +95,7 @@ class ImageSource(abc.ABC):
 
   @abc.abstractmethod
   def load(self, index: int) -> np.ndarray:
-    """Returns an image to crop from, [h, w, 3] uint8, maybe read-only.
+    """Returns an image to crop from, [h, w, channels] uint8, maybe read-only.
 
     Raises:
       DamagedImageError: it cannot be read; it is added to `damaged`.
@@ -146,8 +151,9 @@ class EncodedSource(ImageSource):
       resize_shorter: int = 0,
       max_damaged_share: float = 0.01,
       cache_mib: int = 0,
+      channels: int = 3,
   ):
-    super().__init__(name, split, content)
+    super().__init__(name, split, content, channels=channels)
     self._resize_shorter = resize_shorter
     self._max_damaged_share = max_damaged_share
     self._cache: dict[int, np.ndarray] = {}
@@ -171,12 +177,12 @@ class EncodedSource(ImageSource):
     """
 
   def decode(self, encoded: bytes) -> Image.Image:
-    """Returns the image of `read`, of mode RGB.
+    """Returns the image of `read`, of mode pixel_formats.MODES[channels].
 
     Raises:
       DamagedImageError: it cannot be decoded.
     """
-    return decoding.decode_to_pillow(encoded)
+    return decoding.decode_to_pillow(encoded, self.channels)
 
   @abc.abstractmethod
   def stamp(self, index: int) -> tuple[int, int, int]:
@@ -201,7 +207,7 @@ class EncodedSource(ImageSource):
       resized = transforms.resize_pillow(image, self._resize_shorter)
       if min(image.size) < self._resize_shorter:
         self.record_upscaled(index)
-      return np.asarray(resized), (height, width)
+      return pixel_formats.to_array(resized), (height, width)
     except image_errors.DamagedImageError as error:
       self._record_damage(index, str(error))
       raise

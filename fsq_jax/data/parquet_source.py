@@ -75,7 +75,7 @@ class ParquetSource(image_source.EncodedSource):
       data_dir: data.data_dir.
       split: see `parquet_files.select`.
       label_names: names of all classes, by label, for files without.
-      **reading: resize_shorter, max_damaged_share and cache_mib of
+      **reading: resize_shorter, max_damaged_share, cache_mib and channels of
         EncodedSource.
 
     Raises:

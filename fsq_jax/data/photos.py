@@ -36,12 +36,16 @@ class _PhotoSource(image_source.ImageSource):
   """Images that are photographs, or crops of photographs."""
 
   def __init__(
-      self, split: str, names: Sequence[str], resize_shorter: int
+      self,
+      split: str,
+      names: Sequence[str],
+      resize_shorter: int,
+      channels: int,
   ):
     self._photos, self._is_upscaled, content = _load_photos(
-        names, resize_shorter
+        names, resize_shorter, channels
     )
-    super().__init__('skimage', split, content)
+    super().__init__('skimage', split, content, channels=channels)
 
   def _take(self, name: str, index: int) -> np.ndarray:
     """Returns the photograph of the image with this index."""
@@ -56,8 +60,8 @@ class TrainPhotos(_PhotoSource):
   `TrainGrid` has the crops of a single pass.
   """
 
-  def __init__(self, *, resize_shorter: int = 0):
-    super().__init__('train', list(TRAIN_PHOTOS), resize_shorter)
+  def __init__(self, *, resize_shorter: int = 0, channels: int = 3):
+    super().__init__('train', list(TRAIN_PHOTOS), resize_shorter, channels)
     self._turns = [
         name for name, share in TRAIN_PHOTOS.items() for _ in range(share)
     ]
@@ -105,8 +109,12 @@ class TrainGrid(_Crops):
 
   evaluation_crop = 'regular grid in whole photographs'
 
-  def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
-    super().__init__('train_grid', list(TRAIN_PHOTOS), resize_shorter)
+  def __init__(
+      self, *, size: Sequence[int], resize_shorter: int = 0, channels: int = 3
+  ):
+    super().__init__(
+        'train_grid', list(TRAIN_PHOTOS), resize_shorter, channels
+    )
     self._size = tuple(size)
     num_shares = sum(TRAIN_PHOTOS.values())
     self._places = [
@@ -139,8 +147,12 @@ class ValidationTiles(_Crops):
 
   evaluation_crop = 'disjoint tiles of whole photographs'
 
-  def __init__(self, *, size: Sequence[int], resize_shorter: int = 0):
-    super().__init__('validation', VALIDATION_PHOTOS, resize_shorter)
+  def __init__(
+      self, *, size: Sequence[int], resize_shorter: int = 0, channels: int = 3
+  ):
+    super().__init__(
+        'validation', VALIDATION_PHOTOS, resize_shorter, channels
+    )
     self._size = height, width = tuple(size)
     self._places = [
         (name, row * height, column * width)
@@ -181,13 +193,13 @@ def _regular_grid(
 
 
 def _load_photos(
-    names: Sequence[str], resize_shorter: int
+    names: Sequence[str], resize_shorter: int, channels: int
 ) -> tuple[dict[str, np.ndarray], dict[str, bool], str]:
   """Loads photographs.
 
   Returns:
-    Images [h, w, 3] uint8 by name; whether each was scaled up; a hash of the
-    files.
+    Images [h, w, channels] uint8 by name; whether each was scaled up; a hash of
+    the files.
   """
   package = importlib.util.find_spec('skimage')
   if package is None:
@@ -200,7 +212,7 @@ def _load_photos(
   for name in names:
     data = (folder / name).read_bytes()
     content.update(data)
-    image = decoding.decode_image(data)
+    image = decoding.decode_image(data, channels)
     is_upscaled[name] = min(image.shape[:2]) < resize_shorter
     photos[name] = transforms.resize_shorter(image, resize_shorter)
   return photos, is_upscaled, content.hexdigest()[:16]

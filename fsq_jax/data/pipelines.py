@@ -29,7 +29,7 @@ class Dataset:
   """One split as batches of NumPy arrays, this process's data shard of each.
 
   Batches are dicts, with b = batch size / process_count:
-    'image': [b, H, W, 3] uint8.
+    'image': [b, H, W, channels] uint8.
     'index': [b] int64, the index of the image in its source, for `describe`.
       In training an unreadable image is replaced by the next readable image,
       whose index this is.
@@ -238,7 +238,8 @@ def _load_for_evaluation(
     size: (height, width) of a centre crop; None takes the whole image.
     index: of the image; beyond the last image the example is blank.
   """
-  image, readable = np.zeros((*(size or (1, 1)), 3), np.uint8), False
+  shape = *(size or (1, 1)), source.channels
+  image, readable = np.zeros(shape, np.uint8), False
   if index < len(source):
     with contextlib.suppress(image_errors.DamagedImageError):
       image, readable = _load(source, index), True
@@ -270,10 +271,11 @@ def _load(source: image_source.ImageSource, index: int) -> np.ndarray:
   would give plausible but wrong numbers.
   """
   image = source.load(index)
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+  channels = source.channels
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != channels:
     raise ValueError(
         f'{source.describe(index)} is {image.dtype} of shape {image.shape};'
-        ' images are uint8 [h, w, 3], in 0 ... 255.'
+        f' images are uint8 [h, w, {channels}], in 0 ... 255.'
     )
   return image
 
@@ -342,6 +344,7 @@ def _protocol(
       'crop': crop,
       'resize': f'shorter side to {resize}' if resize else 'none',
       'kernel': transforms.KERNEL,
+      **_describe_channels(source),
       # Other files in the folder of the images.
       **({'skipped_files': dict(source.skipped)} if source.skipped else {}),
   }
@@ -367,5 +370,11 @@ def fingerprint(
       'image_size': list(config.image_size),
       'resize_shorter': config.resize_shorter,
       'kernel': transforms.KERNEL,
+      **_describe_channels(source),
       **pipeline,
   }
+
+
+def _describe_channels(source: image_source.ImageSource) -> dict[str, int]:
+  """Returns the channels; {} is 3, as written before there were others."""
+  return {} if source.channels == 3 else {'channels': source.channels}

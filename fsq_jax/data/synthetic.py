@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fsq_jax.data import image_source
+from fsq_jax.data import pixel_formats
 
 NUM_TRAIN = 8192
 NUM_VALIDATION = 256
@@ -17,12 +18,16 @@ class SyntheticSource(image_source.ImageSource):
   Indices of validation images follow the indices of training images.
   """
 
-  def __init__(self, split: str, *, size: Sequence[int]):
+  def __init__(
+      self, split: str, *, size: Sequence[int], channels: int = 3
+  ):
     self._offset, self._length = {
         'train': (0, NUM_TRAIN),
         'validation': (NUM_TRAIN, NUM_VALIDATION),
     }[split]
-    super().__init__('', split, f'{self._offset}+{self._length}')
+    super().__init__(
+        '', split, f'{self._offset}+{self._length}', channels=channels
+    )
     # Pixel centres over the image's width, so that discs are round.
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
@@ -54,7 +59,8 @@ class SyntheticSource(image_source.ImageSource):
       distance = np.hypot(self._y - y * self._aspect, self._x - x)
       inside = np.clip((radius - distance) / self._pixel + 0.5, 0, 1)
       image = _blend(image, colour, inside)
-    return np.rint(image * 255).astype(np.uint8)
+    rgb = pixel_formats.to_pillow(np.rint(image * 255).astype(np.uint8))
+    return pixel_formats.to_array(pixel_formats.convert(rgb, self.channels))
 
   def _project(self, angle: float) -> np.ndarray:
     return self._y * np.sin(angle) + self._x * np.cos(angle)

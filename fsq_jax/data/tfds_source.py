@@ -51,7 +51,7 @@ class PreparedSource(image_source.EncodedSource):
       name: data.name.
       data_dir: data.data_dir; see `find_prepared`.
       split: of the dataset, or a part of it such as 'train[:90%]'.
-      **reading: resize_shorter, max_damaged_share and cache_mib of
+      **reading: resize_shorter, max_damaged_share, cache_mib and channels of
         EncodedSource.
 
     Raises:

@@ -1,7 +1,9 @@
 """Crops, resizes and flips of one image, in NumPy.
 
 All resizing is Pillow's bicubic kernel, which is antialiased when it shrinks;
-KERNEL names it wherever a number depends on it.
+KERNEL names it wherever a number depends on it. Colours of RGBA are multiplied
+by alpha for it and divided afterwards, so that those of transparent pixels do
+not bleed into others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fsq_jax.data import image_errors
+from fsq_jax.data import pixel_formats
 
 KERNEL = 'Pillow bicubic, antialiased'
 
@@ -20,39 +23,40 @@ def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   """Resizes an image; returns it unchanged if it has the size already.
 
   Args:
-    image: [h, w, 3] uint8.
+    image: [h, w, C] uint8.
     size: (height, width) in pixels.
 
   Returns:
-    [height, width, 3] uint8.
+    [height, width, C] uint8.
   """
   height, width = size
   if image.shape[:2] == (height, width):
     return image
   image_errors.check_num_pixels(width, height)
-  resized = Image.fromarray(image).resize(
+  resized = pixel_formats.to_pillow(image).resize(
       (width, height), Image.Resampling.BICUBIC
   )
-  return np.asarray(resized)
+  return pixel_formats.to_array(resized)
 
 
 def resize_shorter(image: np.ndarray, length: int) -> np.ndarray:
   """Resizes an image so that its shorter side is `length` pixels.
 
   Args:
-    image: [h, w, 3] uint8.
+    image: [h, w, C] uint8.
     length: of the shorter side; the longer side keeps the aspect ratio, rounded
       to a pixel. 0 returns the image unchanged.
 
   Returns:
-    [h', w', 3] uint8 with min(h', w') == length.
+    [h', w', C] uint8 with min(h', w') == length.
 
   Raises:
     DamagedImageError: the result would have too many pixels.
   """
   if length in (0, min(image.shape[:2])):
     return image
-  return np.asarray(resize_pillow(Image.fromarray(image), length))
+  resized = resize_pillow(pixel_formats.to_pillow(image), length)
+  return pixel_formats.to_array(resized)
 
 
 def resize_pillow(image: Image.Image, length: int) -> Image.Image:
@@ -81,13 +85,13 @@ def augment(
   """Applies a random crop, a random horizontal flip and color jitter.
 
   Args:
-    image: [h, w, 3] uint8.
+    image: [h, w, C] uint8.
     rng: as in `draw_augmentation`.
     size: (height, width) of the result.
     **options: crop_scale, flip and color_jitter of `draw_augmentation`.
 
   Returns:
-    [height, width, 3] uint8, perhaps a view of `image`.
+    [height, width, C] uint8, perhaps a view of `image`.
   """
   augmentation = draw_augmentation(image, rng, size=size, **options)
   return apply_augmentation(image, augmentation, size)
@@ -123,7 +127,7 @@ def draw_augmentation(
   therefore scaled up. The place is uniform over all whole pixels.
 
   Args:
-    image: [h, w, 3] uint8.
+    image: [h, w, C] uint8.
     rng: seven numbers are drawn, whatever the other arguments are.
     size: (height, width) of the result.
     crop_scale: (min, max) s.
@@ -173,7 +177,7 @@ def change_color(
   """Changes hue, saturation and brightness of an image.
 
   Args:
-    image: [h, w, 3] uint8.
+    image: [h, w, 3] uint8 RGB.
     hue: rotation of colours about the grey axis, radians; a third of a full
       turn makes red green and green blue.
     saturation: factor of the distance from the grey axis.
@@ -196,12 +200,12 @@ def centre_crop(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
   """Returns the centre crop; odd margins are larger at the bottom and right.
 
   Args:
-    image: [h, w, 3] uint8. If it is smaller than `size`, the largest centred
+    image: [h, w, C] uint8. If it is smaller than `size`, the largest centred
       crop of the same aspect ratio is scaled up.
     size: (height, width) of the result.
 
   Returns:
-    [height, width, 3] uint8, perhaps a view of `image`.
+    [height, width, C] uint8, perhaps a view of `image`.
   """
   scale = min(1.0, _largest_scale(image, size))
   height, width = _crop_sides(image, size, scale)
@@ -214,7 +218,7 @@ def is_smaller(image: np.ndarray, size: Sequence[int]) -> bool:
   """Whether an image has too few pixels for a crop at scale 1.
 
   Args:
-    image: [h, w, 3]; crops of a smaller image are scaled up.
+    image: [h, w, C]; crops of a smaller image are scaled up.
     size: (height, width) of the crop.
   """
   return _largest_scale(image, size) < 1
@@ -243,11 +247,11 @@ def pad(image: np.ndarray, multiples: tuple[int, int]) -> np.ndarray:
   for a single pixel too.
 
   Args:
-    image: [H, W, 3], both sides at least 1.
+    image: [H, W, C], both sides at least 1.
     multiples: of the height and of the width, pixels.
 
   Returns:
-    [H', W', 3] of the same dtype, with the image at its top left.
+    [H', W', C] of the same dtype, with the image at its top left.
   """
   added = [
       (0, -side % multiple)

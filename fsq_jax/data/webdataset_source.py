@@ -45,7 +45,7 @@ class WebDatasetSource(image_source.EncodedSource):
       root: data.data_dir, the folder of the shards.
       split: see `find_shards`.
       label_names: names of all classes, by label.
-      **reading: resize_shorter, max_damaged_share and cache_mib of
+      **reading: resize_shorter, max_damaged_share, cache_mib and channels of
         EncodedSource.
 
     Raises:

@@ -181,7 +181,7 @@ def build_eval_step(
     model: an autoencoder.
 
   Returns:
-    A pure function of the model's variables and [B, H, W, 3] uint8 images.
+    A pure function of the model's variables and [B, H, W, C] uint8 images.
     Metrics compare the images with reconstructions rounded to uint8.
   """
 

@@ -1,8 +1,8 @@
 """Evaluated images as PNG files, for other implementations of metrics.
 
-Two flat folders of RGB files, whose sorted names have the order of the data
-set: pytorch-fid and, by default, torch-fidelity list the image files of a
-folder without its sub-folders, and sort them.
+Two flat folders of files, RGB unless data.channels is not 3, whose sorted names
+have the order of the data set: pytorch-fid and, by default, torch-fidelity list
+the image files of a folder without its sub-folders, and sort them.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class ImageFolders:
     Collective: all processes fail together.
 
     Args:
-      batch: 'image' [B, H, W, 3] uint8, 'index' and 'mask' [B], on the host;
+      batch: 'image' [B, H, W, C] uint8, 'index' and 'mask' [B], on the host;
         unmasked rows, which are padding or unreadable, are left out.
       output: of the batch, on the host.
 

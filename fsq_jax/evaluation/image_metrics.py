@@ -17,12 +17,13 @@ DEFINITIONS = {
         f' above {PSNR_CAP:g} dB, identical ones too, count {PSNR_CAP:g}'
     ),
     'ssim': (
-        'at most 1, higher is better: RGB, Gaussian window of 11 taps, sigma'
-        ' 1.5, population covariance, K 0.01 and 0.03, borders of 5 cropped'
+        'at most 1, higher is better: mean over channels, Gaussian window of 11'
+        ' taps, sigma 1.5, population covariance, K 0.01 and 0.03, borders of 5'
+        ' cropped'
     ),
     'ssim_uniform': (
-        'at most 1, higher is better: RGB, uniform window of 7 x 7, sample'
-        ' covariance, K 0.01 and 0.03, borders of 3 cropped'
+        'at most 1, higher is better: mean over channels, uniform window of 7 x'
+        ' 7, sample covariance, K 0.01 and 0.03, borders of 3 cropped'
     ),
     'l1': 'mean absolute error of uint8 images divided by 255, in [0, 1]',
     'mse': 'mean squared error of uint8 images divided by 255, in [0, 1]',
@@ -57,8 +58,8 @@ def image_metrics(
   """Returns every image metric of a batch.
 
   Args:
-    originals: [B, H, W, 3] uint8.
-    reconstructions: [B, H, W, 3] floats in [-1, 1], before rounding.
+    originals: [B, H, W, C] uint8.
+    reconstructions: [B, H, W, C] floats in [-1, 1], before rounding.
 
   Returns:
     name -> [B] float32, for the names of `IMAGE_METRICS` that are defined for
@@ -78,18 +79,18 @@ def image_metrics(
 
 
 def mse(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """Mean squared error of [B, H, W, 3] uint8 images / 255: [B] float32."""
+  """Mean squared error of [B, H, W, C] uint8 images / 255: [B] float32."""
   difference = _difference(originals, reconstructions)
   return _image_mean(difference * difference) / 255**2
 
 
 def l1(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """Mean absolute error of [B, H, W, 3] uint8 images / 255: [B] float32."""
+  """Mean absolute error of [B, H, W, C] uint8 images / 255: [B] float32."""
   return _image_mean(jnp.abs(_difference(originals, reconstructions))) / 255
 
 
 def psnr(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """Peak signal-to-noise ratio of [B, H, W, 3] uint8 images: [B] dB.
+  """Peak signal-to-noise ratio of [B, H, W, C] uint8 images: [B] dB.
 
   The peak is 255; values are capped at `PSNR_CAP`.
   """
@@ -99,7 +100,7 @@ def psnr(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
 
 
 def ssim(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
-  """Structural similarity of [B, H, W, 3] uint8 images: [B], at most 1.
+  """Structural similarity of [B, H, W, C] uint8 images: [B], at most 1.
 
   Equal to scikit-image with gaussian_weights=True, sigma=1.5 and
   use_sample_covariance=False. Both sides must be at least 11 pixels.
@@ -203,7 +204,7 @@ def _difference(originals: jax.Array, reconstructions: jax.Array) -> jax.Array:
   if shapes[0] != shapes[1] or len(shapes[0]) != 4:
     raise ValueError(
         f'Image metrics got shapes {shapes[0]} and {shapes[1]}; give two'
-        ' equal shapes [B, H, W, 3].'
+        ' equal shapes [B, H, W, C].'
     )
   if dtypes != (jnp.uint8, jnp.uint8):
     raise ValueError(

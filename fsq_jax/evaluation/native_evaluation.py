@@ -112,7 +112,7 @@ class NativeEvaluator:
     )
 
   def _reconstruct(self, variables, images) -> results_lib.EvalOutput:
-    """Reconstructs [1, H, W, 3] uint8."""
+    """Reconstructs [1, H, W, C] uint8."""
     image, indices, (rows, columns), finite = self._reconstructor(
         variables, images[0]
     )
@@ -141,13 +141,14 @@ def crop_centre(image: np.ndarray) -> np.ndarray:
 
 
 def lay_on_white(images: Sequence[np.ndarray]) -> np.ndarray:
-  """Centres [H, W, 3] uint8 images on white backgrounds of one size.
+  """Centres [H, W, C] uint8 images on white backgrounds of one size.
 
   Returns:
-    [n, height, width, 3] uint8, with the largest height and the largest width.
+    [n, height, width, C] uint8, with the largest height and the largest width.
   """
   height, width = np.max([image.shape[:2] for image in images], axis=0)
-  laid = np.full((len(images), height, width, 3), 255, np.uint8)
+  shape = len(images), height, width, images[0].shape[-1]
+  laid = np.full(shape, 255, np.uint8)
   for target, image in zip(laid, images, strict=True):
     top, left = np.subtract((height, width), image.shape[:2]) // 2
     target[top : top + image.shape[0], left : left + image.shape[1]] = image

@@ -18,7 +18,7 @@ class PixelPca(NamedTuple):
 
   Attributes:
     size: (height, width) that images are reduced to by area averaging.
-    mean: [D] float64 pixels in [0, 255], D = height * width * 3.
+    mean: [D] float64 pixels in [0, 255], D = height * width * C.
     components: [P, D] float64 orthonormal rows, largest variance first.
     variance_share: fraction of the variance along the components.
   """
@@ -58,7 +58,7 @@ def fit_pixel_pca(images: np.ndarray) -> PixelPca:
   Sides over 32 pixels are reduced to 32 by area averaging.
 
   Args:
-    images: [n, H, W, 3] training images, uint8 or from `reduce`.
+    images: [n, H, W, C] training images, uint8 or from `reduce`.
 
   Raises:
     ValueError: fewer than two different images.
@@ -85,10 +85,10 @@ def reduce(images: np.ndarray) -> np.ndarray:
   """Reduces sides over 32 pixels to 32 by area averaging, as in the fit.
 
   Args:
-    images: [n, H, W, 3] uint8.
+    images: [n, H, W, C] uint8.
 
   Returns:
-    [n, h, w, 3], uint8 where nothing is reduced, else float64.
+    [n, h, w, C], uint8 where nothing is reduced, else float64.
   """
   size = tuple(min(side, _MAX_SIDE) for side in images.shape[1:3])
   if size == images.shape[1:3]:
@@ -96,14 +96,14 @@ def reduce(images: np.ndarray) -> np.ndarray:
   parts = [
       _reduce(images[rows], size) for rows in neighbours.row_blocks(images)
   ]
-  return np.concatenate(parts).reshape(len(images), *size, 3)
+  return np.concatenate(parts).reshape(len(images), *size, images.shape[3])
 
 
 def _decompose(
     images: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns mean [D], variances [R] in falling order, and components [R, D]."""
-  num_values = 3 * size[0] * size[1]
+  num_values = size[0] * size[1] * images.shape[3]
   if len(images) <= num_values:
     pixels = _reduce(images, size)
     mean = pixels.mean(axis=0)
@@ -117,7 +117,7 @@ def _decompose(
 
 
 def _reduce(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Reduces [n, H, W, 3] images by area averaging to [n, D] float64."""
+  """Reduces [n, H, W, C] images by area averaging to [n, D] float64."""
   if images.shape[1:3] != size:
     images = np.einsum(
         'yh,xw,nhwc->nyxc',

@@ -28,7 +28,7 @@ class EvalOutput(NamedTuple):
   Attributes:
     metrics: name to [B] float32, one value per image.
     indices: [B, h, w, *index_shape] int32.
-    reconstructions: [B, H, W, 3] uint8.
+    reconstructions: [B, H, W, C] uint8.
   """
 
   metrics: dict[str, jax.Array]
@@ -51,9 +51,9 @@ class Evaluation(NamedTuple):
     metrics: each image metric, averaged over all images.
     codebook: `CodebookStatistics.result()`; {} without tokens.
     protocol: preprocessing of the images and definitions of the metrics.
-    originals: [n, H, W, 3] uint8, images at regular intervals of the split.
-    reconstructions: [n, H, W, 3] uint8, of the same images.
-    photographs: by name, [2, H, W, 3] uint8: a photograph and its
+    originals: [n, H, W, C] uint8, images at regular intervals of the split.
+    reconstructions: [n, H, W, C] uint8, of the same images.
+    photographs: by name, [2, H, W, C] uint8: a photograph and its
       reconstruction, joined from all tiles, if the images of the split are
       tiles of whole photographs.
   """
@@ -275,7 +275,7 @@ class EvaluationSums:
 def _join(
     tiles: Mapping[image_source.Tile, np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Joins tiles [..., h, w, 3]; returns [..., H, W, 3] by photograph."""
+  """Joins tiles [..., h, w, C]; returns [..., H, W, C] by photograph."""
   photographs = {}
   for name in dict.fromkeys(tile.photograph for tile in tiles):
     parts = [
@@ -288,7 +288,8 @@ def _join(
         max(part[axis].stop for part in parts) for axis in (1, 2)
     )
     pixels = parts[0][0]
-    whole = np.zeros((*pixels.shape[:-3], height, width, 3), pixels.dtype)
+    shape = (*pixels.shape[:-3], height, width, pixels.shape[-1])
+    whole = np.zeros(shape, pixels.dtype)
     for pixels, rows, columns in parts:
       whole[..., rows, columns, :] = pixels
     photographs[name] = whole

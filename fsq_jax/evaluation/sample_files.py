@@ -3,7 +3,8 @@
 guided-diffusion's evaluations/evaluator.py reads the array `arr_0`, [n, H, W,
 3] uint8, and ignores arrays with other names than `mu`, `sigma`, `mu_s` and
 `sigma_s`; `labels` is such an array. Its Inception score takes splits of the
-images in the order of the file, hence the order is shuffled.
+images in the order of the file, hence the order is shuffled. It takes RGB only;
+grey and RGBA images, [n, H, W, 1] and [n, H, W, 4], are for other readers.
 """
 
 import os
@@ -32,7 +33,7 @@ def write_npz(
 
   Args:
     path: of the file; the folder exists.
-    images: [n, H, W, 3] uint8, which may be a memory map.
+    images: [n, H, W, C] uint8, which may be a memory map.
     labels: [n] integers; -1 for no class.
     seed: of the order. The file depends on the arguments alone.
 

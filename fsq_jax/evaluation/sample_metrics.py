@@ -34,7 +34,7 @@ class ImageSet(NamedTuple):
   """Images with class labels.
 
   Attributes:
-    images: [n, H, W, 3] uint8.
+    images: [n, H, W, C] uint8.
     labels: [n] int64; -1 for no class.
   """
 
@@ -277,7 +277,7 @@ class SampleEvaluator:
     protocol = {
         'definitions': {name: DEFINITIONS[name] for name in metrics},
         'num_images': {name: len(x.labels) for name, x in sets.items()},
-        'image_size': list(samples.size),
+        'image_size': list(samples.size[:2]),
         'networks': {x.features: x.network.sha256 for x in self._networks},
         'precision_recall_k': _NEIGHBOURS,
         'inception_score_splits': _NUM_SPLITS,
@@ -293,7 +293,7 @@ class SampleEvaluator:
     would take hours.
 
     Args:
-      images: [n, H, W, 3] uint8, of the size of the training images.
+      images: [n, H, W, C] uint8, of the size of the training images.
 
     Returns:
       Indices [n] int64 of training images, in the order of `train`, the lowest
@@ -312,8 +312,8 @@ class SampleEvaluator:
     if measured.size != self._train.size:
       sizes = {name: measured.size, 'train': self._train.size}
       raise ValueError(
-          f'Images have the sizes {sizes}; resize them to the same height and'
-          ' width.'
+          f'Images have the sizes {sizes}; convert them to the same height,'
+          ' width and channels.'
       )
 
   def _compare_with_train(self, samples: '_Measured') -> dict[str, float]:
@@ -338,18 +338,18 @@ class _Measured(NamedTuple):
   """Features and reduced pixels of the images of a set.
 
   Attributes:
-    images: [n, h, w, 3], sides over 32 pixels reduced to 32.
+    images: [n, h, w, C], sides over 32 pixels reduced to 32.
     labels: [n] integers.
     digests: sha256 of the pixels of each image.
     features: [n, D] float32 by network.
-    size: (H, W) of the images.
+    size: (H, W, C) of the images.
   """
 
   images: np.ndarray
   labels: np.ndarray
   digests: list[bytes]
   features: dict[str, np.ndarray]
-  size: tuple[int, int]
+  size: tuple[int, int, int]
 
 
 def _measure(
@@ -360,14 +360,14 @@ def _measure(
   features = {x.features: [] for x in networks}
   for batch in batches:
     check_image_set(name, batch)
-    sizes.append(batch.images.shape[1:3])
+    sizes.append(batch.images.shape[1:])
     if sizes[-1] != sizes[0]:
       raise ValueError(
           f'The images of {name} have the sizes {sizes[0]} and {sizes[-1]};'
-          ' resize them to the same height and width.'
+          ' convert them to the same height, width and channels.'
       )
     for network in networks:
-      _check_min_side(network, sizes[0])
+      _check_min_side(network, sizes[0][:2])
       # Rows per call are those of the first batch: compiled once.
       num_rows = len(images[0]) if images else len(batch.images)
       features[network.features].append(
@@ -458,10 +458,15 @@ def check_image_set(name: str, image_set: ImageSet) -> None:
   """
   images, labels = image_set
   shape, dtype = np.shape(images), getattr(images, 'dtype', None)
-  if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+  if (
+      dtype != np.uint8
+      or len(shape) != 4
+      or shape[-1] not in (1, 3, 4)
+      or 0 in shape
+  ):
     raise ValueError(
-        f'The images of {name} are {dtype} {list(shape)}; give [n, H, W, 3]'
-        ' uint8 with n of 1 or more.'
+        f'The images of {name} are {dtype} {list(shape)}; give uint8'
+        ' [n, H, W, C] with n of 1 or more and C of 1, 3 or 4.'
     )
   if (
       not isinstance(labels, np.ndarray)

@@ -30,7 +30,7 @@ def image_metrics(
   many sizes need few compiled functions.
 
   Args:
-    original: [H, W, 3] uint8 on the host.
+    original: [H, W, C] uint8 on the host.
     reconstruction: like `original`.
 
   Returns:
@@ -76,7 +76,7 @@ def _tiles(size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
 
 
 def _cut(image: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
-  """Returns a tile with shared pixels, padded to powers of 2: [1, h, w, 3]."""
+  """Returns a tile with shared pixels, padded to powers of 2: [1, h, w, C]."""
   tile = image[
       rows.start : rows.stop + _OVERLAP, columns.start : columns.stop + _OVERLAP
   ]
@@ -92,7 +92,7 @@ def _sum_tile(originals, reconstructions, own, left) -> dict[str, jax.Array]:
   """Sums over each row of a tile: [h] int32, for windows float32.
 
   Args:
-    originals: [1, h, w, 3] uint8.
+    originals: [1, h, w, C] uint8.
     reconstructions: like `originals`.
     own: [2] int32, rows and columns of the tile without shared ones.
     left: [2] int32, rows and columns from the tile's start to the image's end.

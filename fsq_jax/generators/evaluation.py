@@ -487,5 +487,5 @@ def choose_classes(num_classes: int, samples_per_class: int) -> np.ndarray:
 def decode(
     tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
-  """Decodes tokens [B, N] in raster order of a grid to [B, H, W, 3] uint8."""
+  """Decodes tokens [B, N] in raster order of a grid to [B, H, W, C] uint8."""
   return tokenizer.decode(tokens.reshape(-1, *grid))

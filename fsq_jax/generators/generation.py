@@ -17,6 +17,7 @@ import PIL.Image
 
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
+from fsq_jax.data import pixel_formats
 from fsq_jax.evaluation import sample_files
 from fsq_jax.generators import builder
 from fsq_jax.generators import embeddings
@@ -287,7 +288,7 @@ class _Writer:
     return self._progress['num_done']
 
   def add(self, images: np.ndarray) -> None:
-    """Writes the next images, [b, H, W, 3] uint8."""
+    """Writes the next images, [b, H, W, C] uint8."""
     start, end = self.num_done, self.num_done + len(images)
     if self._outputs.folder is not None:
       paths = [self._path(number) for number in range(start, end)]
@@ -308,7 +309,10 @@ class _Writer:
     if folder is not None:
       for label in np.unique(self._labels):
         numbers = np.flatnonzero(self._labels == label)[:_SHEET_IMAGES]
-        images = [np.asarray(PIL.Image.open(self._path(i))) for i in numbers]
+        images = [
+            pixel_formats.to_array(PIL.Image.open(self._path(i)))
+            for i in numbers
+        ]
         grid_lib.save_png(
             folder / _SHEETS / f'{self._class_name(label)}.png',
             grid_lib.contact_sheet(

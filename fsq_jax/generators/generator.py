@@ -26,7 +26,8 @@ class Generated(NamedTuple):
   """Generated images.
 
   Attributes:
-    images: [B, H, W, 3] uint8; None without a tokenizer.
+    images: [B, H, W, C] uint8, with the channels of the tokenizer's images;
+      None without a tokenizer.
     tokens: [B, h, w] int32.
     labels: [B] int32, -1 for no class.
     log_probs: [B, h, w] float32 in nats, log p of each token when it was drawn;

@@ -69,12 +69,14 @@ def open_files(
 
   Raises:
     ValueError: there is no such tokenizer, files are corrupted, of another
-      tokenizer, or of different formats.
+      tokenizer, or of different formats, or networks of metrics cannot take
+      the tokenizer's images.
     Interrupted: by a signal while files are made.
   """
   options = config.tokens
   tokenizer = load_tokenizer(config)
   if tokenizer is not None:
+    check_networks(config.eval.networks, tokenizer.model.channels)
     check(
         builder.TokenFormat(
             quantizer=tokenizer.spec,
@@ -138,6 +140,22 @@ def check_folder(config: ml_collections.ConfigDict) -> None:
         f'tokens.tokenizer: {path} is not a folder. Train the tokenizer first'
         " (the config file's header has the command), or set"
         ' --config.tokens.tokenizer to the workdir of its run.'
+    )
+
+
+def check_networks(networks: Mapping[str, str], channels: int) -> None:
+  """Raises ValueError for networks of metrics unless images are RGB.
+
+  Args:
+    networks: the `eval.networks` section: paths by name, '' for none.
+    channels: of the tokenizer's images.
+  """
+  chosen = [name for name, path in networks.items() if path]
+  if chosen and channels != 3:
+    raise ValueError(
+        f'eval.networks has {", ".join(chosen)}, which take RGB images, and the'
+        f' images of tokens.tokenizer have {channels} channels; set'
+        f" --config.eval.networks.{chosen[0]}=''."
     )
 
 

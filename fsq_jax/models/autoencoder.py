@@ -17,7 +17,7 @@ class AutoencoderOutput(NamedTuple):
   """Result of a forward pass.
 
   Attributes:
-    reconstructions: [B, H, W, 3] float32, about in [-1, 1].
+    reconstructions: [B, H, W, channels] float32, about in [-1, 1].
     quantizer_loss: float32 scalar, weighted by the quantizer; 0 if it has no
       loss.
     indices: [B, h, w, *index_shape] int32 in [0, codebook_size), -1 for NaN
@@ -39,7 +39,7 @@ class Autoencoder(nn.Module):
   same numbers; both give the codes of this model.
 
   Attributes:
-    encoder: images [B, H, W, 3] to latents [B, h, w, C].
+    encoder: images [B, H, W, channels] to latents [B, h, w, C].
     projector_in: latents to [B, h, w, quantizer.code_dim].
     quantizer: any `quantizers.Quantizer`, channels last.
     projector_out: codes to the decoder's latents.
@@ -60,6 +60,12 @@ class Autoencoder(nn.Module):
   latent_noise: float = 0.0
   statistics: normalization.LatentStatistics | None = None
 
+  @property
+  def channels(self) -> int:
+    """Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    # Decoders without the field make RGB images.
+    return getattr(self.decoder, 'channels', 3)
+
   def __call__(
       self,
       images: jax.Array,
@@ -67,7 +73,7 @@ class Autoencoder(nn.Module):
       train: bool = False,
       size: jax.Array | None = None,
   ) -> AutoencoderOutput:
-    """Reconstructs [B, H, W, 3] images in [-1, 1]; size: see `encode`."""
+    """Reconstructs [B, H, W, channels] images in [-1, 1]; see `encode`."""
     latents = partitioning.constrain(self.encoder(images, **_sized(size)))
     quantized = self._quantize(latents, train=train)
     if size is not None:
@@ -89,7 +95,7 @@ class Autoencoder(nn.Module):
     """Encodes images to codes, loss and indices.
 
     Args:
-      images: [B, H, W, 3] in [-1, 1].
+      images: [B, H, W, channels] in [-1, 1].
       train: whether this is training.
       size: [2] int32 (height, width) of images padded to H and W, multiples of
         the stride, for models with `takes_size`. The padding is ignored, and
@@ -100,7 +106,7 @@ class Autoencoder(nn.Module):
   def decode(
       self, codes: jax.Array, *, size: jax.Array | None = None
   ) -> jax.Array:
-    """Decodes [B, h, w, code_dim] codes to [B, H, W, 3] images.
+    """Decodes [B, h, w, code_dim] codes to [B, H, W, channels] images.
 
     Args:
       codes: from `encode`.
@@ -114,7 +120,7 @@ class Autoencoder(nn.Module):
   def encode_to_indices(
       self, images: jax.Array, *, size: jax.Array | None = None
   ) -> jax.Array:
-    """Encodes [B, H, W, 3] images in [-1, 1] to int32 indices.
+    """Encodes [B, H, W, channels] images in [-1, 1] to int32 indices.
 
     Returns [B, h, w], or [B, h, w, *index_shape] if a code has several indices;
     size: see `encode`.
@@ -128,7 +134,7 @@ class Autoencoder(nn.Module):
       spec: Mapping[str, Any] | None = None,
       size: jax.Array | None = None,
   ) -> jax.Array:
-    """Decodes int32 indices to [B, H, W, 3] images.
+    """Decodes int32 indices to [B, H, W, channels] images.
 
     Args:
       indices: from `encode_to_indices`.

@@ -26,7 +26,7 @@ PROJECTORS_OUT = ('linear', 'mlp', 'fourier', 'levels', 'none')
 
 
 def build_autoencoder(
-    config: Mapping[str, Any], image_size: tuple[int, int]
+    config: Mapping[str, Any], image_size: tuple[int, int], channels: int = 3
 ) -> autoencoder.Autoencoder:
   """Builds the autoencoder that the `model` section of a config describes.
 
@@ -37,13 +37,14 @@ def build_autoencoder(
       `configuration.resolve` replaces.
     image_size: (height, width) in pixels, which sets the grid of learned
       positions.
+    channels: of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
 
   Returns:
     The unbound module.
 
   Raises:
     ValueError: an unknown name, an image side that the patch does not divide,
-      or parts that do not fit each other.
+      or parts that do not fit each other or the channels.
   """
   name = config['quantizer']['name']
   quantizer = quantizer_builder.build_quantizer(
@@ -55,9 +56,11 @@ def build_autoencoder(
       'scan_unroll': config['scan_unroll'],
   }
   image_size = tuple(image_size)
+  _check_channels(config, channels)
   encoder = _build_encoder(config, image_size, compute, quantizer.code_dim)
   decoder = _build_decoder(
-      config, image_size, compute, quantizer.code_dim, encoder.grid_size
+      config, image_size, compute, quantizer.code_dim, encoder.grid_size,
+      channels,
   )
   return autoencoder.Autoencoder(
       encoder=encoder,
@@ -88,7 +91,7 @@ def _build_encoder(config, image_size, compute, code_dim) -> nn.Module:
 
 
 def _build_decoder(
-    config, image_size, compute, code_dim, latent_grid
+    config, image_size, compute, code_dim, latent_grid, channels
 ) -> nn.Module:
   name = _name('decoder', config['decoder'], DECODERS)
   if name == 'mae':
@@ -98,12 +101,13 @@ def _build_decoder(
     )
   if name == 'conv':
     decoder = conv.ConvDecoder(
-        **_conv_options('decoder', config, image_size, compute, code_dim)
+        **_conv_options('decoder', config, image_size, compute, code_dim),
+        channels=channels,
     )
     stride, field = decoder.stride, 'conv.channel_multipliers'
   else:
     options = _vit_options('decoder', config, image_size)
-    decoder = vit.VitDecoder(**options, **compute)
+    decoder = vit.VitDecoder(**options, **compute, channels=channels)
     stride, field = decoder.patch_size, 'patch_size'
   if decoder.grid_size != latent_grid:
     raise ValueError(
@@ -113,6 +117,15 @@ def _build_decoder(
         " encoder's, or use the decoder 'mae', which resizes."
     )
   return decoder
+
+
+def _check_channels(config, channels) -> None:
+  for part, name in (('encoder', 'pretrained'), ('decoder', 'mae')):
+    if channels != 3 and config[part]['name'] == name:
+      raise ValueError(
+          f'model.{part}.name is {name!r} with data.channels {channels}, and'
+          " its images are RGB; use channels 3, or 'vit' or 'conv'."
+      )
 
 
 def _build_pretrained(options, image_size, compute) -> nn.Module:

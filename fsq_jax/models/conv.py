@@ -103,7 +103,7 @@ class ConvEncoder(nn.Module):
     """Encodes images.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1]; stride divides H and W.
+      images: [B, H, W, channels] floats in [-1, 1]; stride divides H and W.
       size: (height, width) of images padded to H and W, multiples of stride.
         The padding is ignored.
 
@@ -157,6 +157,7 @@ class ConvDecoder(nn.Module):
     remat: of residual blocks, see `remat.apply_remat`.
     pixel_range: (low, high) of the last convolution's pixels, which are mapped
       to [-1, 1].
+    channels: of the images.
   """
 
   filters: int
@@ -167,6 +168,7 @@ class ConvDecoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
   pixel_range: tuple[float, float] = PIXEL_RANGE
+  channels: int = 3
   takes_size = True
 
   @property
@@ -191,8 +193,8 @@ class ConvDecoder(nn.Module):
         ignored.
 
     Returns:
-      [B, h * stride, w * stride, 3] float32 images, about in [-1, 1]; 0 in the
-      padding.
+      [B, h * stride, w * stride, channels] float32 images, about in [-1, 1];
+      0 in the padding.
 
     Raises:
       ValueError: latents have another number of channels.
@@ -221,7 +223,8 @@ class ConvDecoder(nn.Module):
         x = _conv(filters, 3, f'level_{level}_upsample', self.dtype)(
             _keep(x, mask)
         )
-    x = _conv(3, 3, 'pixels', jnp.float32)(_normalize('norm', x, mask))
+    x = _normalize('norm', x, mask)
+    x = _conv(self.channels, 3, 'pixels', jnp.float32)(x)
     return _keep(_rescale(x, self.pixel_range, PIXEL_RANGE), mask)
 
 

@@ -28,7 +28,7 @@ class Reconstruction(NamedTuple):
   """Result of reconstructing one image.
 
   Attributes:
-    image: [H, W, 3] uint8.
+    image: [H, W, C] uint8.
     indices: [h, w, *index_shape] int32 tokens of the padded image, one grid for
       all tiles.
     num_seen: (rows, columns) of indices that cover pixels of the image; the
@@ -54,7 +54,7 @@ def reconstruct(
   Args:
     model: the autoencoder.
     variables: params and the model's other collections.
-    images: [B, H, W, 3] uint8.
+    images: [B, H, W, C] uint8.
     size: see `Autoencoder.encode`.
 
   Returns:
@@ -93,6 +93,7 @@ class Reconstructor:
       mesh: from `partitioning.create_mesh`; tiles are sharded over it if it
         divides their number.
     """
+    self._channels = model.channels
     self._sizes = image_sizes.ImageSizes(model, image_size)
     # Powers of 2: few executables, and no padding tiles.
     self._batcher = batching.Batcher(
@@ -123,7 +124,7 @@ class Reconstructor:
 
     Args:
       variables: params and the model's other collections.
-      image: [H, W, 3] uint8, both sides at least 1.
+      image: [H, W, C] uint8, both sides at least 1.
 
     Returns:
       The reconstruction, of the same size.
@@ -133,9 +134,10 @@ class Reconstructor:
       compiled.TooLargeError: not enough device memory for the image.
     """
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    channels = self._channels
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
       raise ValueError(
-          f'An image is [H, W, 3] uint8, not {list(image.shape)}'
+          f'An image is [H, W, {channels}] uint8, not {list(image.shape)}'
           f' {image.dtype}.'
       )
     if not image.size:

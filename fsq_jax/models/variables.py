@@ -35,7 +35,7 @@ def abstract_variables(
   return jax.eval_shape(
       lambda key, images: dict(model.init(key, images)),
       jax.random.key(0),
-      jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32),
+      jax.ShapeDtypeStruct((1, *image_size, model.channels), jnp.float32),
   )
 
 

@@ -68,7 +68,7 @@ class VitEncoder(_Vit):
     """Encodes images.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1]; patch_size divides H and W.
+      images: [B, H, W, channels] floats in [-1, 1]; patch_size divides H and W.
 
     Returns:
       [B, H / patch_size, W / patch_size, width] float32 latents.
@@ -94,6 +94,8 @@ class VitEncoder(_Vit):
 class VitDecoder(_Vit):
   """Latents to images: positions, transformer, linear pixel head."""
 
+  channels: int = 3
+
   @property
   def input_width(self) -> int:
     """Channels of the latents."""
@@ -107,13 +109,14 @@ class VitDecoder(_Vit):
       latents: [B, h, w, width].
 
     Returns:
-      [B, h * patch_size, w * patch_size, 3] float32 images, about in [-1, 1].
+      [B, h * patch_size, w * patch_size, channels] float32 images, about in
+      [-1, 1].
     """
     x = self._transform(latents)
     p = self.patch_size
     # Small kernels: the first reconstructions are near mid-grey.
     pixels = nn.Dense(
-        p * p * 3, dtype=jnp.float32,
+        p * p * self.channels, dtype=jnp.float32,
         kernel_init=nn.initializers.normal(0.02), name='pixels',
     )(x)
     return rearrange(

@@ -1,4 +1,7 @@
-"""Grids of images as PNG files: reconstructions, samples, completions."""
+"""Grids of images as PNG files: reconstructions, samples, completions.
+
+A grid has the channels C of its images: 1 (grey), 3 (RGB) or 4 (RGBA).
+"""
 
 from collections.abc import Sequence
 import io
@@ -10,6 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from fsq_jax.data import pixel_formats
 from fsq_jax.workdir import files as workdirs
 
 # Pixels: approximate widths of a grid, a contact sheet and a pair, margin of
@@ -27,6 +31,8 @@ _MAX_ENLARGEMENT = 8
 _MAX_COLUMNS = 8
 _FONT_SIZE = 13
 _WHITE, _TEXT, _UNKNOWN = 255, 100, 128
+# Text is opaque: alpha stays as in the background.
+_COLOURS = slice(3)
 # Three times as fast as PNG's usual 6, for files 7 % larger.
 _COMPRESS_LEVEL = 3
 
@@ -41,13 +47,13 @@ def reconstruction_grid(
   """Arranges rows of originals above rows of their reconstructions.
 
   Args:
-    originals: [B, H, W, 3] uint8.
+    originals: [B, H, W, C] uint8.
     reconstructions: same shape and dtype.
     columns: images per row; None for as many as the width allows.
     width: approximate width of the result in pixels.
 
   Returns:
-    [height, width, 3] uint8; small images are enlarged by an integer factor.
+    [height, width, C] uint8; small images are enlarged by an integer factor.
 
   Raises:
     ValueError: unequal shapes, no images, or another dtype.
@@ -67,7 +73,7 @@ def contact_sheet(
   """Arranges images in one row per class, with its name at the left.
 
   Args:
-    images: [B, H, W, 3] uint8.
+    images: [B, H, W, C] uint8.
     labels: [B] integers; -1 for no class: these images fill rows of their own,
       after those of the classes.
     label_names: name of each class; classes beyond have their number.
@@ -75,7 +81,7 @@ def contact_sheet(
     width: approximate width of the result in pixels.
 
   Returns:
-    [height, width, 3] uint8; small images are enlarged by an integer factor.
+    [height, width, C] uint8; small images are enlarged by an integer factor.
 
   Raises:
     ValueError: labels of another shape, no images, or another dtype.
@@ -107,7 +113,7 @@ def contact_sheet(
       (
           len(rows) * (height + _GAP) - _GAP,
           margin + columns * (image_width + _GAP) - _GAP,
-          3,
+          images.shape[3],
       ),
       _WHITE,
       np.uint8,
@@ -115,7 +121,7 @@ def contact_sheet(
   for i, (name, row) in enumerate(rows):
     top = i * (height + _GAP)
     if name:
-      sheet[top : top + height, :margin] = draw_text(
+      sheet[top : top + height, :margin, _COLOURS] = draw_text(
           _shorten(name), height, margin
       )
     for column, image in enumerate(_enlarge(row, scale)):
@@ -130,13 +136,13 @@ def inpainting_sheet(
   """Arranges columns of an original, its given part and its completions.
 
   Args:
-    originals: [B, H, W, 3] uint8.
+    originals: [B, H, W, C] uint8.
     masked: [B, h, w] bool, the unknown tokens (or pixels), grey in the given
       part; h and w divide H and W.
-    completions: [B, k, H, W, 3] uint8.
+    completions: [B, k, H, W, C] uint8.
 
   Returns:
-    [height, width, 3] uint8; small images are enlarged by an integer factor.
+    [height, width, C] uint8; small images are enlarged by an integer factor.
 
   Raises:
     ValueError: shapes that do not match, no images, or another dtype.
@@ -152,8 +158,8 @@ def inpainting_sheet(
   ):
     raise ValueError(
         f'inpainting_sheet got shapes {originals.shape}, {masked.shape} and'
-        f' {completions.shape}; give originals [B, H, W, 3], masked [B, h, w]'
-        ' whose h and w divide H and W, and completions [B, k, H, W, 3].'
+        f' {completions.shape}; give originals [B, H, W, C], masked [B, h, w]'
+        ' whose h and w divide H and W, and completions [B, k, H, W, C].'
     )
   for axis in (1, 2):
     masked = masked.repeat(size[axis - 1] // grid[axis - 1], axis=axis)
@@ -171,12 +177,12 @@ def nearest_sheet(
   """Arranges samples above their nearest training images.
 
   Args:
-    samples: [B, H, W, 3] uint8.
+    samples: [B, H, W, C] uint8.
     neighbours: same shape and dtype, the nearest training image of each.
     distances: [B] between the two, printed below.
 
   Returns:
-    [height, width, 3] uint8; small images are enlarged by an integer factor.
+    [height, width, C] uint8; small images are enlarged by an integer factor.
 
   Raises:
     ValueError: unequal shapes, no images, or another dtype.
@@ -197,34 +203,35 @@ def side_by_side(
   """Puts two images next to each other, each under its caption.
 
   Args:
-    left: [H, W, 3] uint8.
+    left: [H, W, C] uint8.
     right: same shape and dtype.
     captions: of the left and the right image; cut where an image is narrower.
 
   Returns:
-    [height, width, 3] uint8; small images are enlarged by an integer factor.
+    [height, width, C] uint8; small images are enlarged by an integer factor.
 
   Raises:
     ValueError: unequal shapes, no pixels, or another dtype.
   """
   images = np.stack(_checked('side_by_side', left[None], right[None]))[:, 0]
   scale, height, width = _cell(images, _PAIR_WIDTH // 2)
-  pair = np.full(
-      (_CAPTION + height, 2 * width + _BLOCK_GAP, 3), _WHITE, np.uint8
-  )
+  shape = _CAPTION + height, 2 * width + _BLOCK_GAP, images.shape[3]
+  pair = np.full(shape, _WHITE, np.uint8)
   enlarged = _enlarge(images, scale)
   for start, image, text in zip(
       (0, width + _BLOCK_GAP), enlarged, captions, strict=True
   ):
-    pair[:_CAPTION, start : start + width] = draw_text(text, _CAPTION, width)
+    pair[:_CAPTION, start : start + width, _COLOURS] = draw_text(
+        text, _CAPTION, width
+    )
     pair[_CAPTION:, start : start + width] = image
   return pair
 
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-  """Writes [H, W, 3] uint8 as a PNG, atomically."""
+  """Writes [H, W, C] uint8 as a PNG, atomically."""
   file = io.BytesIO()
-  PIL.Image.fromarray(np.asarray(image)).save(
+  pixel_formats.to_pillow(np.asarray(image)).save(
       file, 'png', compress_level=_COMPRESS_LEVEL
   )
   os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
@@ -243,13 +250,13 @@ def _stack(
 
   Args:
     function: name of the caller, for messages.
-    rows: label at the left and [B, H, W, 3] uint8 images of each row.
+    rows: label at the left and [B, H, W, C] uint8 images of each row.
     captions: text below the stack of each i, none or [B].
     columns: stacks per block; None for as many as the width allows.
     width: approximate width of the result in pixels.
   """
   stacks = _checked(function, *(images for _, images in rows))
-  num, _, image_width, _ = stacks[0].shape
+  num, _, image_width, channels = stacks[0].shape
   columns = columns or max(1, min(_MAX_COLUMNS, num, width // image_width))
   scale, height, image_width = _cell(stacks[0], width // columns)
   block_height = len(rows) * (height + _GAP) - _GAP + _BLOCK_GAP
@@ -259,7 +266,7 @@ def _stack(
       (
           math.ceil(num / columns) * block_height - _BLOCK_GAP,
           _MARGIN + columns * (image_width + _GAP) - _GAP,
-          3,
+          channels,
       ),
       _WHITE,
       np.uint8,
@@ -270,24 +277,24 @@ def _stack(
       top = i // columns * block_height + side * (height + _GAP)
       left = _MARGIN + i % columns * (image_width + _GAP)
       grid[top : top + height, left : left + image_width] = image
-      grid[top : top + height, :_MARGIN] = label
+      grid[top : top + height, :_MARGIN, _COLOURS] = label
   for i, caption in enumerate(captions):
     bottom = (i // columns + 1) * block_height - _BLOCK_GAP
     left = _MARGIN + i % columns * (image_width + _GAP)
-    grid[bottom - _CAPTION : bottom, left : left + image_width] = draw_text(
-        caption, _CAPTION, image_width
-    )
+    grid[
+        bottom - _CAPTION : bottom, left : left + image_width, _COLOURS
+    ] = draw_text(caption, _CAPTION, image_width)
   return grid
 
 
 def _checked(function: str, *stacks: np.ndarray) -> list[np.ndarray]:
-  """Returns arrays of one shape [B, H, W, 3], uint8; raises for others."""
+  """Returns arrays of one shape [B, H, W, C], uint8; raises for others."""
   stacks = [np.asarray(images) for images in stacks]
   shapes = [images.shape for images in stacks]
   if len(set(shapes)) > 1 or len(shapes[0]) != 4 or 0 in shapes[0]:
     raise ValueError(
         f'{function} got images of shapes {", ".join(map(str, shapes))}; give'
-        ' equal shapes [B, H, W, 3] of at least one image.'
+        ' equal shapes [B, H, W, C] of at least one image.'
     )
   if any(images.dtype != np.uint8 for images in stacks):
     dtypes = ', '.join(str(images.dtype) for images in stacks)

@@ -180,8 +180,9 @@ def export_programs(
   model = tokenizer.model
   grid = tokenizer.grid_size
   tokens = ((*grid, *model.quantizer.index_shape), jnp.int32)
+  image_shape = *tokenizer.config.data.image_size, model.channels
   inputs = {
-      'encode': ((*tokenizer.config.data.image_size, 3), jnp.uint8),
+      'encode': (image_shape, jnp.uint8),
       'decode': tokens,
       'codes_to_indices': ((*grid, model.quantizer.code_dim), jnp.float32),
       'indices_to_codes': tokens,

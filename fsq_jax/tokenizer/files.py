@@ -116,7 +116,9 @@ def build_model(
           f"dtype is {dtype!r}; allowed: 'float32', 'bfloat16' and None."
       )
     model_config.dtype = dtype
-  return model_builder.build_autoencoder(model_config, config.data.image_size)
+  return model_builder.build_autoencoder(
+      model_config, config.data.image_size, config.data.channels
+  )
 
 
 def write(

@@ -27,10 +27,10 @@ tags:
 ---
 """
 _ENCODING = """\
-tokens = tokenizer.encode(images)  # [B, H, W, 3] uint8 -> {tokens}
+tokens = tokenizer.encode(images)  # [B, H, W, {channels}] uint8 -> {tokens}
 images = tokenizer.decode(tokens)"""
 _DECODING = """\
-# {tokens} -> [B, {height}, {width}, 3] uint8
+# {tokens} -> [B, {height}, {width}, {channels}] uint8
 images = tokenizer.decode(tokens)"""
 
 
@@ -47,6 +47,7 @@ def write(
       'decoder_only'.
   """
   height, width = config.data.image_size
+  channels = config.data.channels
   spec, grid = metadata['spec'], metadata['tokens_shape'][:2]
   shape = f'[B, {", ".join(map(str, metadata["tokens_shape"]))}] int32'
   num = math.prod(metadata['tokens_shape'])
@@ -57,7 +58,7 @@ def write(
       f' {grid[0]} x {grid[1]} tokens',
       '',
       f'{num} tokens per image with {metadata["codebook_size"]:,} codes:'
-      f' {bits:,.0f} bits for {height * width * 24:,} bits of pixels;'
+      f' {bits:,.0f} bits for {height * width * channels * 8:,} bits of pixels;'
       f' {metadata["num_parameters"]:,} parameters'
       + (' (decoder only).' if metadata['decoder_only'] else '.'),
       '',
@@ -65,7 +66,9 @@ def write(
       'from fsq_jax.tokenizer import Tokenizer',
       '',
       "tokenizer = Tokenizer.from_pretrained('FOLDER')",
-      usage.format(tokens=shape, height=height, width=width),
+      usage.format(
+          tokens=shape, height=height, width=width, channels=channels
+      ),
       '```',
       '',
       '## Token convention',

@@ -46,7 +46,8 @@ class Tokenizer:
 
   Attributes:
     config: of the run that trained the model.
-    model: the autoencoder.
+    model: the autoencoder, for images of C = model.channels: 1 is grey, 3 is
+      RGB, 4 is RGBA. Image files are converted (`pixel_formats.convert`).
     variables: its EMA parameters and its other collections.
     mesh: the devices.
     step: training steps taken; None if unknown.
@@ -287,7 +288,7 @@ class Tokenizer:
     """Encodes images of any size.
 
     Args:
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, C] uint8.
       fit: 'crop' crops as evaluation does: the shorter side is resized to
         config.data.resize_shorter if that is set, then the centre is cropped;
         images of config.data.image_size are not changed. 'pad' keeps all
@@ -305,7 +306,7 @@ class Tokenizer:
         encoder.
     """
     self.check_encoder()
-    images = self._fit(_check_images(images), fit)
+    images = self._fit(self._check_images(images), fit)
     return self._sizes.map(
         functools.partial(self._encode, self.variables), images,
         self._sizes.multiples, self._batcher,
@@ -326,7 +327,7 @@ class Tokenizer:
       spec: of the quantizer that made the tokens, as stored next to them.
 
     Returns:
-      [B, H, W, 3] uint8.
+      [B, H, W, C] uint8.
 
     Raises:
       ValueError: tokens of another convention, shape, dtype or range, or an
@@ -365,7 +366,7 @@ class Tokenizer:
     """Encodes and decodes images.
 
     Args:
-      images: [B, H, W, 3] uint8, or the path of an image file.
+      images: [B, H, W, C] uint8, or the path of an image file.
       fit: as in `encode`.
       tiles: of a ViT under fit='pad'; other models take whole images.
         'disjoint': tiles side by side, each by itself, which leaves visible
@@ -375,16 +376,16 @@ class Tokenizer:
 
     Returns:
       uint8 images, of the same size under 'pad', else of
-      config.data.image_size: [B, H, W, 3], or [H, W, 3] for a path.
+      config.data.image_size: [B, H, W, C], or [H, W, C] for a path.
 
     Raises:
       ValueError: as by `encode`, a file that cannot be read, or other `tiles`.
     """
     if isinstance(images, (str, os.PathLike)):
-      image = image_files.read_image(images)
+      image = image_files.read_image(images, self.model.channels)
       return self.reconstruct(image[None], fit, tiles=tiles)[0]
     tiles_lib.check_tiles(tiles)
-    images = _check_images(images)
+    images = self._check_images(images)
     if tiles == 'overlapping' and fit == 'pad' and not self._sizes.whole:
       return self._reconstruct_overlapping(images)
     size = images.shape[1:3] if fit == 'pad' else None
@@ -435,6 +436,21 @@ class Tokenizer:
         for x in images
     ])
 
+  def _check_images(self, images: np.ndarray) -> np.ndarray:
+    images = _to_array(images, 'Images')
+    channels = self.model.channels
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[-1] != channels
+        or not images.size
+    ):
+      raise ValueError(
+          f'Images are {images.dtype}{list(images.shape)}; give uint8'
+          f' [B, H, W, {channels}] with at least one pixel.'
+      )
+    return images
+
   def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
     tokens = _to_array(tokens, 'Tokens')
     shape = self.model.quantizer.index_shape
@@ -464,7 +480,7 @@ def images_to_tokens(
     images: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:
-  """Encodes [B, H, W, 3] uint8 to [B, h, w, *index_shape] int32.
+  """Encodes [B, H, W, C] uint8 to [B, h, w, *index_shape] int32.
 
   size: see `Autoencoder.encode`.
   """
@@ -476,7 +492,7 @@ def tokens_to_images(
     tokens: jax.Array,
     size: jax.Array | None = None,
 ) -> jax.Array:
-  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, 3] uint8.
+  """Decodes [B, h, w, *index_shape] int32 to [B, H, W, C] uint8.
 
   size: see `Autoencoder.decode`.
   """
@@ -518,21 +534,6 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
         f'size is {size!r}; give (height, width), two integers of at least 1.'
     )
   return int(size[0]), int(size[1])
-
-
-def _check_images(images: np.ndarray) -> np.ndarray:
-  images = _to_array(images, 'Images')
-  if (
-      images.dtype != np.uint8
-      or images.ndim != 4
-      or images.shape[-1] != 3
-      or not images.size
-  ):
-    raise ValueError(
-        f'Images are {images.dtype}{list(images.shape)}; give uint8'
-        ' [B, H, W, 3] with at least one pixel.'
-    )
-  return images
 
 
 def load_tokenizer(

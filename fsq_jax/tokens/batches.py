@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
 
   Attributes:
     shard: number of the shard.
-    images: readable images, [H, W, 3] uint8, fitted to the model.
+    images: readable images, [H, W, C] uint8, fitted to the model.
     examples: their metadata, without tokens.
     num_bytes: size of their files; None without files.
     damaged: unreadable images, each once for all views.

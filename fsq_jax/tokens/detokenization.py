@@ -8,8 +8,8 @@ import pathlib
 
 import jax
 import numpy as np
-from PIL import Image
 
+from fsq_jax.data import pixel_formats
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import batches
@@ -108,7 +108,7 @@ def _decode(
     batch: list[shards.Example],
     job: manifest.Job,
 ) -> list[np.ndarray]:
-  """Returns the [H, W, 3] uint8 image of each example."""
+  """Returns the [H, W, C] uint8 image of each example."""
   images = [None] * len(batch)
   sizes = [example.size if job.fit == 'pad' else None for example in batch]
   for rows in batches.group_equal([
@@ -164,6 +164,6 @@ def _parents(file: str) -> list[str]:
 
 def _write(path: pathlib.Path, image: np.ndarray) -> None:
   buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, 'PNG')
+  pixel_formats.to_pillow(image).save(buffer, 'PNG')
   path.parent.mkdir(parents=True, exist_ok=True)
   workdirs.write_bytes(path, buffer.getvalue())

@@ -78,7 +78,7 @@ class Job:
     batch_size: largest number of images that were encoded together.
     images_per_shard: images of the source per file, readable or not; the last
       file has the rest.
-    source: fingerprint of the images.
+    source: fingerprint of the images, with 'channels' unless they are RGB.
     label_names: class names by label; () without classes.
     views: random crops per image; 1 is the centre crop of evaluation.
     augmentation: 'seed', 'crop_scale' and 'flip' of several views, see
@@ -98,6 +98,11 @@ class Job:
   label_names: tuple[str, ...]
   views: int = 1
   augmentation: Mapping[str, Any] | None = None
+
+  @property
+  def channels(self) -> int:
+    """Channels of the images; the fingerprint of RGB images lacks them."""
+    return self.source.get('channels', 3)
 
   @property
   def version(self) -> int:

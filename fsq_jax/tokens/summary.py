@@ -12,7 +12,6 @@ from fsq_jax.tokens import manifest as manifests
 
 # Two different grids of a million share a hash with probability 3e-8.
 GRID_HASH_BYTES = 8
-_BITS_OF_PIXEL = 24
 # Fraction of repeated grids above which there is a warning.
 _MAX_REPEATED = 0.01
 _DEFINITIONS = {
@@ -29,8 +28,7 @@ _DEFINITIONS = {
         ' takes'
     ),
     'compression_of_pixels': (
-        f'{_BITS_OF_PIXEL} bits of each pixel that the model saw, over'
-        ' bits_per_image'
+        '{bits} bits of each pixel that the model saw, over bits_per_image'
     ),
     'compression_of_files': (
         'bits of the image files of the source, over bits_per_image; null'
@@ -75,6 +73,7 @@ def summarize(
   codebook = statistics.result()
   num_tokens = codebook['num_tokens']
   num_bits = num_tokens * math.log2(job.codebook_size)
+  bits_of_pixel = 8 * job.channels
   hashes = np.frombuffer(b''.join(grid_hashes), f'<u{GRID_HASH_BYTES}')
   return {
       **codebook,
@@ -86,13 +85,16 @@ def summarize(
       'entropy_bits_per_image': (
           num_tokens * codebook['entropy_bits'] / num_images
       ),
-      'compression_of_pixels': _BITS_OF_PIXEL * num_pixels / num_bits,
+      'compression_of_pixels': bits_of_pixel * num_pixels / num_bits,
       'compression_of_files': (
           None if num_bytes is None else 8 * num_bytes / num_bits
       ),
       'definitions': {
           **{name: image_metrics.DEFINITIONS[name] for name in codebook},
-          **_DEFINITIONS,
+          **{
+              name: text.format(bits=bits_of_pixel)
+              for name, text in _DEFINITIONS.items()
+          },
       },
   }
 

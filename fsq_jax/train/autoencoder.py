@@ -71,7 +71,9 @@ def _train(
 ) -> train_state.TrainState:
   """Builds the parts of a run in the order of their dependencies; trains."""
   config, mesh, folder = run.config, run.mesh, run.folder
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = models.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
   initializer = None
   if run.checkpointer.latest_step is None:
     initializer = initialization.Initializer(config, model)

@@ -48,7 +48,9 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
   config.model.latent_statistics = ''
   config.losses.distillation_weight = 0.0
   mesh = partitioning.create_mesh(config.partitioning.mesh)
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = models.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
   initializer = initialization.Initializer(config, model)
   if not initializer.has_encoder:
     raise ValueError(

@@ -320,7 +320,7 @@ def build_state_builder(
   key = jax.random.key(config.seed)
 
   def init_variables() -> dict[str, Any]:
-    shape = (1, *config.data.image_size, 3)
+    shape = (1, *config.data.image_size, config.data.channels)
     return dict(model.init(key, jnp.zeros(shape, jnp.float32)))
 
   def init_others(params: Any) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def abstract_images(
 ) -> jax.ShapeDtypeStruct:
   """Returns shape, dtype and sharding of a batch of the section data."""
   return jax.ShapeDtypeStruct(
-      (data.batch_size, *data.image_size, 3),
+      (data.batch_size, *data.image_size, data.channels),
       np.uint8,
       sharding=partitioning.batch_sharding(mesh),
   )

@@ -104,7 +104,9 @@ class TensorBoard(Tracker):
     for name, value in row.named_scalars().items():
       self._events.add_scalar(name, value, row.step)
     for name, path in row.figures.items():
-      pixels = np.asarray(PIL.Image.open(path).convert('RGB'))
+      with PIL.Image.open(path) as image:
+        mode = 'RGBA' if image.mode == 'RGBA' else 'RGB'
+        pixels = np.asarray(image.convert(mode))
       self._events.add_image(name, pixels, row.step, dataformats='HWC')
 
   def flush(self):

@@ -1,0 +1,50 @@
+"""Pixel formats by their channels: 1 is grey, 3 is RGB, 4 is RGBA.
+
+NumPy images are [h, w, channels] uint8, Pillow images of a mode of `MODES`.
+Alpha is straight: colours are not multiplied by it.
+"""
+
+import numpy as np
+from PIL import Image
+
+# Mode of Pillow by the number of channels (data.channels).
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+  """Returns a [h, w, channels] uint8 image as an image of Pillow."""
+  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+  """Returns an image of Pillow as [h, w, channels], perhaps read-only."""
+  pixels = np.asarray(image)
+  return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+  """Converts an image to another number of channels.
+
+  Conversions:
+    * Grey to colours repeats it. Colours to grey is Pillow's 'L', the luma of
+      ITU-R 601: (19595 R + 38470 G + 7471 B + 32768) >> 16.
+    * RGBA to RGB or grey is composed over white. Grey or RGB to RGBA is opaque.
+    * In RGBA, pixels with alpha 0 become black: their colours are invisible and
+      arbitrary in most files.
+
+  Args:
+    image: of a mode of `MODES`.
+    channels: 1, 3 or 4.
+
+  Returns:
+    An image of mode MODES[channels], perhaps `image` itself.
+  """
+  mode = MODES[channels]
+  if mode == 'RGBA':
+    image = image.convert(mode)
+    unseen = image.getchannel('A').point(lambda alpha: 255 * (alpha == 0))
+    image.paste((0, 0, 0, 0), mask=unseen)
+  elif image.mode == 'RGBA':
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image)
+  return image if image.mode == mode else image.convert(mode)
