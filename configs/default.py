@@ -564,9 +564,8 @@ def _eval() -> ml_collections.ConfigDict:
   evaluation = ml_collections.ConfigDict()
   # Number of images in the reconstruction grid, >= 1.
   evaluation.num_grid_images = 24
-  # Native-size evaluation, --mode=eval only, of folder, webdataset, parquet,
-  # arrays or tfds: whole images, at the size that data.resize_shorter gives
-  # them, instead of crops of data.image_size.
+  # Native-size evaluation, --mode=eval only, of all sources that are files:
+  # whole images, resized by data.resize_shorter, not crops of data.image_size.
   evaluation.native_size = False
   # Weights of optional evaluation networks, each a metric of its name; '' is
   # off. LPIPS and fd_vgg16: see experiments/weights. rfid: Inception-v3 of

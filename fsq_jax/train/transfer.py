@@ -159,8 +159,9 @@ class Transfer:
   ) -> None:
     """Finds the arrays that are not taken or are resampled."""
     source = self.source
-    size = source.config.data.image_size
-    saved = models.build_autoencoder(source.config.model, size)
+    data = source.config.data
+    size = data.image_size
+    saved = models.build_autoencoder(source.config.model, size, data.channels)
     stored = _flatten(variables_lib.abstract_variables(saved, size))
     if source.decoder_only:
       stored = {

@@ -39,7 +39,9 @@ def _build(fields, source=_RUN):
   """(transfer, shapes of the model's variables, mesh)."""
   config = _load_config(fields, source)
   source = initialization.find_source(config.train.init_from)
-  model = models.build_autoencoder(config.model, config.data.image_size)
+  model = models.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1}, jax.devices()[:1])
   shapes = partitioning.place_abstract(
       variables_lib.abstract_variables(model, config.data.image_size),
@@ -130,6 +132,14 @@ def test_parts_that_differ_start_anew(fields, fresh):
   taken, _, _ = _build(fields)
   assert taken.lines()[-1] == f'Arrays not taken: {fresh}'
   assert not taken.resampled
+
+
+def test_other_channels_leave_all_but_the_layers_of_pixels():
+  taken, _, _ = _build({'data.channels': 1})
+  assert taken.fresh == {
+      'params/encoder/patches/kernel',
+      'params/decoder/pixels/kernel', 'params/decoder/pixels/bias',
+  }
 
 
 def test_a_code_of_another_dimension_leaves_most_of_a_conv_model():
