@@ -461,9 +461,9 @@ def _discriminator() -> ml_collections.ConfigDict:
   dino.image_size = (224, 224)
   dino.blocks = (2, 5, 8, 11)
   dino.kernel_size = 9
-  # Dtype of the transformer's activations: 'float32' or 'bfloat16'.
+  # Dtype of matmuls and convolutions: 'float32' or 'bfloat16'.
   dino.dtype = 'float32'
-  # Rematerialization, as model.remat.
+  # Rematerialization, as model.remat; of the heads' norms too, unless 'none'.
   dino.remat = config_dict.FieldReference('none', field_type=object)
   # AdamW of the discriminator, with the fields of `optim`; its schedule ends
   # with the run.

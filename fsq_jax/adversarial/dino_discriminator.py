@@ -9,6 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from fsq_jax.adversarial import spectral_norm
+from fsq_jax.models import remat
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import encoder as pretrained_vit
 
@@ -39,8 +40,9 @@ class DinoDiscriminator(nn.Module):
     image_size: (height, width) in pixels to which images are resampled.
     blocks: blocks with a head in addition to the last one, such as `BLOCKS`.
     kernel_size: of a head's residual convolution, in tokens; 9 in VAR and RAE.
-    dtype: of the transformer's matmuls; the heads are float32.
-    remat: of blocks, see `models.remat.apply_remat`.
+    dtype: of the matmuls and convolutions; norms and logits are float32.
+    remat: of blocks, see `models.remat.apply_remat`. Unless it is 'none', the
+      backward pass also recomputes the norms and activations of the heads.
     scan_unroll: blocks per iteration of the loop over blocks.
   """
 
@@ -93,11 +95,15 @@ class DinoDiscriminator(nn.Module):
     )
     latents = backbone.apply(
         {'params': jax.lax.stop_gradient(params)}, images, method=method
+    ).astype(self.dtype)
+    head = remat.apply_remat(
+        DinoHead, 'none' if self.remat == 'none' else 'dots',
+        static_argnums=(2,),
     )
     return jnp.concatenate(
         [
-            DinoHead(self.kernel_size, name=f'head_{i}')(
-                latents[block], train=train
+            head(self.kernel_size, self.dtype, name=f'head_{i}')(
+                latents[block], train
             )
             for i, block in enumerate((depth - 1, *self.blocks))
         ],
@@ -108,21 +114,26 @@ class DinoDiscriminator(nn.Module):
 class DinoHead(nn.Module):
   """Classifies [B, N, C] latents of patches: three convolutions.
 
+  As in VAR under autocast, where the norms are in float32 too.
+
   Attributes:
     kernel_size: of the second convolution, in tokens, an odd number.
+    dtype: of the first two convolutions; the last one, whose outputs are the
+      logits, and the norms are float32.
   """
 
   kernel_size: int
+  dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, latents: jax.Array, *, train: bool = False) -> jax.Array:
+  def __call__(self, latents: jax.Array, train: bool) -> jax.Array:
     """Returns [B, N] float32 logits; train as in `DinoDiscriminator`."""
     channels = latents.shape[-1]
 
-    def conv(x, features, kernel_size, name):
-      return spectral_norm.SpectralConv(features, kernel_size, name=name)(
-          x, train=train
-      )
+    def conv(x, features, kernel_size, name, dtype=self.dtype):
+      return spectral_norm.SpectralConv(
+          features, kernel_size, dtype, name=name
+      )(x, train=train)
 
     def finish(x, name):
       # The batch norm of VAR and RAE with virtual batches of one image.
@@ -132,4 +143,4 @@ class DinoHead(nn.Module):
     x = finish(conv(latents, channels, 1, 'in'), 'in_norm')
     y = conv(x, channels, self.kernel_size, 'residual')
     x = (x + finish(y, 'residual_norm')) / math.sqrt(2)
-    return rearrange(conv(x, 1, 1, 'out'), 'b n 1 -> b n')
+    return rearrange(conv(x, 1, 1, 'out', jnp.float32), 'b n 1 -> b n')

@@ -24,17 +24,20 @@ class SpectralConv(nn.Module):
   Attributes:
     features: output channels.
     kernel_size: in tokens, an odd number.
+    dtype: of the convolution's operands and result; the kernel is normalized
+      in float32.
   """
 
   features: int
   kernel_size: int
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Convolves [B, N, C] tokens with circular padding.
 
     Args:
-      x: float32 tokens.
+      x: tokens, cast to dtype.
       train: whether to improve the estimate.
 
     Returns:
@@ -59,10 +62,13 @@ class SpectralConv(nn.Module):
     )
     kernel = kernel / self._estimate(kernel, train)
     width = self.kernel_size // 2
+    x = x.astype(self.dtype)
     x = jnp.pad(x, ((0, 0), (width, width), (0, 0)), mode='wrap')
-    return bias + jax.lax.conv_general_dilated(
-        x, kernel, (1,), 'VALID', dimension_numbers=('NWC', 'WIO', 'NWC')
+    y = jax.lax.conv_general_dilated(
+        x, kernel.astype(self.dtype), (1,), 'VALID',
+        dimension_numbers=('NWC', 'WIO', 'NWC'),
     )
+    return bias + y.astype(jnp.float32)
 
   def _estimate(self, kernel: jax.Array, train: bool) -> jax.Array:
     """Estimates the largest singular value of a kernel."""

@@ -232,8 +232,22 @@ def test_gradients_reach_heads_and_images_but_not_the_backbone():
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), backbone)
 
 
+def test_bfloat16_with_remat_stores_no_activations_in_float32():
+  module = _module(dtype=jnp.bfloat16, remat='blocks')
+  variables = jax.eval_shape(module.init, jax.random.key(0), _images())
+  stored = jax.eval_shape(
+      lambda *x: jax.vjp(module.apply, *x)[1], variables, _images()
+  )
+  activations = [
+      x for x in jax.tree.leaves(stored) if x.shape[-2:] == (_TOKENS, _WIDTH)
+  ]
+  # The latents and two convolutions of each head.
+  assert len(activations) >= 9
+  assert {x.dtype for x in activations} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.slow
-def test_the_transformer_may_be_bfloat16_and_logits_remain_float32():
+def test_bfloat16_changes_logits_little_and_they_remain_float32():
   expected = _apply(_variables(), _images())
   module = _module(dtype=jnp.bfloat16)
   rounded = _apply(_variables(), _images(), module)
