@@ -61,7 +61,7 @@ def _one_device_unless_sizes_are_named():
   """Takes one device of the eight for a mesh of all, and for commands.
 
   Programs for eight take half as long again to compile. Tests of sharding give
-  a mesh its sizes or devices.
+  a mesh its sizes or devices, or use `all_devices`.
   """
   # Imported here: JAX reads its settings first.
   import jax
@@ -85,6 +85,18 @@ def _one_device_unless_sizes_are_named():
     patch.setenv(
         'XLA_FLAGS',
         f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=1',
+    )
+    yield create_mesh
+
+
+@pytest.fixture(scope='module')
+def all_devices(_one_device_unless_sizes_are_named):
+  """Makes meshes of all eight devices, as outside of tests."""
+  from fsq_jax.runtime import partitioning
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+        partitioning, 'create_mesh', _one_device_unless_sizes_are_named
     )
     yield
 

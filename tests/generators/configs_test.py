@@ -25,6 +25,8 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
 
+pytestmark = pytest.mark.usefixtures('all_devices')
+
 _FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
 _CONFIGS = {
     path.stem: config

@@ -25,6 +25,8 @@ from fsq_jax.train import optim
 from fsq_jax.train import state as train_state
 from fsq_jax.train import step as train_step
 
+pytestmark = pytest.mark.usefixtures('all_devices')
+
 P = jax.sharding.PartitionSpec
 _ROOT = pathlib.Path(__file__).parents[2]
 _RUN = _ROOT / 'tests' / 'testdata' / 'run'
@@ -83,7 +85,7 @@ def builder():
     ],
 )
 def test_mesh_has_the_sizes_asked_for(sizes, shape):
-  mesh = partitioning.create_mesh(sizes, jax.devices())
+  mesh = partitioning.create_mesh(sizes)
   assert mesh.axis_names == ('data', 'fsdp', 'tensor')
   assert mesh.devices.shape == shape
   assert set(mesh.devices.flat) == set(jax.devices())

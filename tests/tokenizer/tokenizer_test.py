@@ -625,7 +625,7 @@ def test_pickling_keeps_all_but_the_mesh(folder):
   for name in ('config', 'model', 'step', 'evaluation', 'model_hash'):
     assert getattr(again, name) == getattr(tokenizer, name)
   assert again.model.encoder.dtype == jnp.bfloat16
-  assert again.mesh.size == 8
+  assert again.mesh.size == 1
   chex.assert_trees_all_equal(
       jax.device_get(again.variables), jax.device_get(tokenizer.variables)
   )
