@@ -290,7 +290,10 @@ def test_tokens_are_the_same():
     pytest.param(inception.InceptionV3, marks=pytest.mark.slow),
     lambda: lpips.Lpips('alexnet'),
     lambda: classifiers.ConvNext((8, 16, 24, 32), (1, 1, 2, 1), 10, 'highest'),
-    lambda: classifiers.ResNet((1, 2, 1, 1), 10, 'highest'),
+    pytest.param(
+        lambda: classifiers.ResNet((1, 2, 1, 1), 10, 'highest'),
+        marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
 def test_frozen_networks_keep_their_dtypes(build):
   with _flags():

@@ -383,8 +383,7 @@ def test_gradients_are_those_of_losses_that_are_written_down():
   _assert_close(output.state.average_logits, averages, rtol=1e-6, atol=0)
 
 
-# Compiles the step with a discriminator.
-@pytest.mark.fast_limit(10)
+@pytest.mark.slow
 def test_fakes_are_rounded_and_drawn_from_other_keys_than_images():
   config = _load_config(**{
       'discriminator.augment_probability': 1.0,

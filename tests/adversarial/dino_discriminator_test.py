@@ -194,7 +194,7 @@ def test_logits_of_an_image_do_not_depend_on_the_others():
     )
 
 
-@pytest.mark.fast_limit(10)
+@pytest.mark.slow
 def test_only_training_changes_the_vectors():
   @functools.partial(jax.jit, static_argnames='train')
   def call(train):

@@ -45,6 +45,7 @@ def _read(path):
   return np.asarray(Image.open(path))
 
 
+@pytest.mark.slow
 def test_images_are_written_and_measured(
     folder, tmp_path, capsys, monkeypatch
 ):

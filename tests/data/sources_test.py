@@ -729,6 +729,7 @@ def test_photographs_smaller_than_a_tile_are_refused():
   assert len(enlarged) == 2
 
 
+@pytest.mark.slow
 def test_photographs_that_are_scaled_up_are_counted():
   # Coffee is 400 x 600 pixels, Chelsea 300 x 451.
   tiles = photos.ValidationTiles(size=(200, 200), resize_shorter=400)

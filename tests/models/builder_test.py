@@ -500,7 +500,7 @@ def test_size_of_the_program_does_not_grow_with_depth(gradient):
   assert unrolled > deep
 
 
-@pytest.mark.fast_limit(10)
+@pytest.mark.slow
 def test_remat_keeps_less_for_the_backward_pass():
   def num_kept(remat):
     model = _build({'remat': remat, 'encoder.depth': 4})

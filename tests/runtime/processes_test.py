@@ -229,7 +229,7 @@ echo "$@" > requeued
 """
 
 
-@pytest.mark.fast_limit(10)
+@pytest.mark.slow
 def test_a_slurm_job_joins_its_processes_and_is_queued_again(tmp_path):
   with socket.socket() as listener:
     port = 0

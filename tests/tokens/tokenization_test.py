@@ -113,7 +113,9 @@ def _pixels(folder):
 
 
 @pytest.mark.parametrize('storage', ['array_record', 'npz'])
-@pytest.mark.parametrize('fit', ['crop', 'pad'])
+@pytest.mark.parametrize(
+    'fit', ['crop', pytest.param('pad', marks=pytest.mark.slow)]
+)
 def test_images_come_back_as_the_model_reconstructs_them(
     tmp_path, root, storage, fit
 ):
