@@ -88,7 +88,7 @@ LAUNCHES = [command for path in GUIDES for command in _launches(path)]
 
 
 @pytest.mark.parametrize('block', PYTHON)
-def test_python_runs(block, tmp_path, monkeypatch, capsys):
+def test_python_runs(block, tmp_path, monkeypatch, capsys, digits):
   if PLACEHOLDER in block:  # Tested in tokenizer/published_test.py.
     compile(block, 'README.md', 'exec')
     return
@@ -103,7 +103,8 @@ def test_python_runs(block, tmp_path, monkeypatch, capsys):
   if (name := 'photos_train_4_views') in block:
     _write_token_files(tmp_path / 'fsq_888', name)
   if 'runs/digits_maskgit' in block:
-    _train_digits(tmp_path)
+    for run in digits().iterdir():
+      shutil.copytree(run, tmp_path / run.name)
   block = block.replace("'runs/", f"'{tmp_path}/")
   for name in ('tokenizer', 'generator'):
     block = block.replace(f"'{name}'", f"'{tmp_path}/{name}'")
@@ -113,6 +114,19 @@ def test_python_runs(block, tmp_path, monkeypatch, capsys):
   printed = re.findall(r'^print\(.*\)  # (.*)$', block, re.MULTILINE)
   if printed:
     assert capsys.readouterr().out.splitlines() == printed
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+  """Returns a folder of the runs of `_train_digits`, which are made once."""
+
+  @functools.cache
+  def train():
+    folder = tmp_path_factory.mktemp('digits')
+    _train_digits(folder)
+    return folder
+
+  return train
 
 
 def _train_digits(folder):

@@ -58,7 +58,7 @@ def convert(tokenizer: Any, folder: pathlib.Path) -> None:
   for name, method, shape, dtype in (
       (
           'encode', tokenizers.images_to_tokens,
-          (*tokenizer.config.data.image_size, 3), np.uint8,
+          (*tokenizer.config.data.image_size, model.channels), np.uint8,
       ),
       ('decode', tokenizers.tokens_to_images, tokens, np.int32),
   ):

@@ -36,7 +36,7 @@ class DiscriminatorOutput(NamedTuple):
   """Losses and gradients of one batch.
 
   Attributes:
-    at_images: [B, H, W, 3] gradient of the adversarial loss with respect to
+    at_images: [B, H, W, C] gradient of the adversarial loss with respect to
       the reconstructions, without the loss's weight; zeros before
       losses.adversarial.start_step.
     gradients: of the discriminator's loss with respect to its parameters.
@@ -111,7 +111,7 @@ class Adversary:
     Args:
       state: of the discriminator.
       backbone: its frozen parameters; {} without any.
-      images: [B, H, W, 3] in [-1, 1].
+      images: [B, H, W, C] in [-1, 1].
       reconstructions: the same shape.
       key: of the augmentations.
       step: int32 scalar, training steps taken.
@@ -151,7 +151,7 @@ class Adversary:
 
     Args:
       step: int32 scalar, training steps taken.
-      others_at_images: [B, H, W, 3] gradient of the other losses with respect
+      others_at_images: [B, H, W, C] gradient of the other losses with respect
         to the reconstructions.
       at_images: the same of the adversarial loss.
       to_layer: maps such a gradient to the gradient with respect to the kernel

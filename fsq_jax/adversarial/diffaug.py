@@ -59,7 +59,7 @@ def augment(
 
   Args:
     key: used for this batch only; split it for real and fake images.
-    images: [B, H, W, 3] floats in [-1, 1].
+    images: [B, H, W, C] floats in [-1, 1].
     probability: of each group of augmentations.
     cutout: side of the cutout, as a fraction of the image's; 0 for none.
 
@@ -83,7 +83,7 @@ def apply(
 
   Args:
     draws: random numbers.
-    images: [B, H, W, 3] floats in [-1, 1].
+    images: [B, H, W, C] floats in [-1, 1].
     probability: of each group of augmentations.
     cutout: side of the cutout, as a fraction of the image's.
 

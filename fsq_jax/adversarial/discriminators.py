@@ -73,7 +73,7 @@ class PatchDiscriminator(nn.Module):
     """Classifies images.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1].
+      images: [B, H, W, C] floats in [-1, 1].
       train: ignored.
 
     Returns:
@@ -138,7 +138,7 @@ class StyleGanDiscriminator(nn.Module):
     """Classifies images.
 
     Args:
-      images: [B, H, W, 3] floats in [-1, 1].
+      images: [B, H, W, C] floats in [-1, 1].
       train: ignored.
 
     Returns:

@@ -93,7 +93,7 @@ def r1_penalty(
   images of the batch.
 
   Args:
-    logits_fn: [B, H, W, 3] images to [B, N] logits.
+    logits_fn: [B, H, W, C] images to [B, N] logits.
     images: real images.
 
   Returns:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 MAX_INT32 = 2**31 - 1
 _MAX_FLOAT32 = 3.4e38
+_HUB_ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 
 
 class Rule(NamedTuple):
@@ -91,11 +92,9 @@ def path(allowed: str, *, takes_hub_id: bool = False) -> Rule:
 
 def is_hub_id(value: str) -> bool:
   """Whether a value is 'owner/name' of the Hugging Face Hub, and no path."""
-  path = pathlib.Path(value).expanduser()
   return (
-      len(path.parts) == 2
-      and path.parts[0] not in ('/', '..')
-      and not path.exists()
+      _HUB_ID.fullmatch(value) is not None
+      and not pathlib.Path(value).expanduser().exists()
   )
 
 

@@ -158,8 +158,9 @@ def _check_images(path: str, images: np.ndarray, channels: int) -> None:
     raise ValueError(
         f'{path} holds {images.dtype} of shape {shape}; images are uint8'
         f' [N, H, W, {channels}], in 0 ... 255, with at least one image.'
-        ' Set data.channels to 1 for [N, H, W, 1] (of [N, H, W] save'
-        ' images[..., None]) and to 4 for [N, H, W, 4], or convert the array.'
+        ' Transpose channels to the end, scale and convert floats, save'
+        ' images[..., None] of [N, H, W], or set data.channels to 1 (grey), 3'
+        ' (RGB) or 4 (RGBA).'
     )
 
 

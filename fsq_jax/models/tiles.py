@@ -45,7 +45,7 @@ def blend(
   Args:
     function: from tiles [b, *tile, 3] uint8 to images of the same shape and
       dtype.
-    images: [B, H, W, 3] uint8, each side at least that of a tile.
+    images: [B, H, W, C] uint8, each side at least that of a tile.
     tile: (height, width).
     batcher: splits rows of tiles into batches.
 

@@ -13,6 +13,7 @@ from fsq_jax.tokenizer import files
 
 # Fields of a config of MaskGIT's VQGAN; sizes are compared with the file.
 _MASKGIT = {
+    'data.channels': 3,
     'model.encoder.name': 'conv',
     'model.encoder.conv.pixel_range': maskgit.PIXEL_RANGE,
     'model.latent_statistics': '',
@@ -49,7 +50,6 @@ def read_maskgit(
     ValueError: a file that is missing, corrupted, a pickle, or of another model
       than the config; the differences are listed.
   """
-  config_loading.check_config(config, mode='reconstruct')
   fields = dict(config_loading.flatten(config))
   differences = [
       f"{name} is {fields[name]!r}; MaskGIT's VQGAN has {value!r}."
@@ -64,6 +64,7 @@ def read_maskgit(
             *differences,
         ])
     )
+  config_loading.check_config(config, mode='reconstruct')
   config = config.copy_and_resolve_references()
   config.train.init_from = os.fspath(path)
   config = config_loading.resolve(config)

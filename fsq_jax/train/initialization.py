@@ -1,8 +1,9 @@
 """Initial variables of a new run: random, pretrained, or of another model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from flax import traverse_util
@@ -33,7 +34,7 @@ class Initializer:
   Attributes:
     sources: fields of the config and the files that they name, for run.json;
       {} if everything is random.
-    has_encoder: whether all variables of the encoder are loaded.
+    has_encoder: whether the encoder is loaded, and is that of its source.
   """
 
   def __init__(
@@ -75,8 +76,9 @@ class Initializer:
       self._statistics = read_statistics(config, model)
       self.sources['model.latent_statistics'] = config.model.latent_statistics
     self.has_encoder = 'model.encoder.checkpoint' in self.sources or (
-        self._transfer is not None and self._transfer.takes_all('encoder')
+        self._transfer is not None and self._transfer.has_same_encoder
     )
+    self._check_frozen(config.optim.frozen)
     if config.losses.distillation_weight and not self.has_encoder:
       raise ValueError(
           'losses.distillation_weight needs a trained encoder as the teacher,'
@@ -120,6 +122,35 @@ class Initializer:
         | self._transfer.load(abstract, mesh),
         sep='/',
     )
+
+  def _check_frozen(self, patterns: Sequence[str]) -> None:
+    """Raises ValueError if parameters that are not taken are frozen."""
+    loaded = {
+        part
+        for part, field in (
+            ('encoder', 'model.encoder.checkpoint'),
+            ('decoder', 'model.decoder.mae.checkpoint'),
+        )
+        if field in self.sources
+    }
+    paths = (
+        path.removeprefix('params/')
+        for path in (self._transfer.fresh if self._transfer else ())
+        if path.startswith('params/')
+    )
+    random = sorted(
+        path
+        for path in paths
+        if path.split('/')[0] not in loaded
+        and any(re.fullmatch(pattern, path) for pattern in patterns)
+    )
+    if random:
+      raise ValueError(
+          f'optim.frozen freezes {", ".join(random[:5])}, which'
+          f' {self.sources["train.init_from"]} does not have for this config,'
+          ' so that they would stay random; do not freeze them, or set'
+          ' model.encoder.checkpoint or another train.init_from.'
+      )
 
   def _takes(self, part: str) -> bool:
     """Whether train.init_from has arrays of a part."""

@@ -56,7 +56,7 @@ class ImageLoss:
     """Computes the loss.
 
     Args:
-      reconstructions: [B, H, W, 3] float32.
+      reconstructions: [B, H, W, C] float32.
       images: the same shape.
       variables: of the perceptual network.
 

@@ -68,7 +68,7 @@ class TrainStep:
 
     Args:
       state: before the step.
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, C] uint8.
       networks: variables of the frozen networks (`Networks.variables`), if the
         config uses any.
 
@@ -114,7 +114,7 @@ class TrainStep:
 
     Args:
       state: before the step.
-      images: [B, H, W, 3] uint8.
+      images: [B, H, W, C] uint8.
       key: of this batch.
       networks: variables of the frozen networks.
 

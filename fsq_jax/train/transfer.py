@@ -24,8 +24,8 @@ _DIVISIBLE = ('encoder', 'decoder')
 # The fields of these parts that change some arrays and leave the meaning of the
 # others; with any other difference a part is not taken.
 _COMPATIBLE_FIELDS = frozenset({
-    'conv.latent_width', 'final_affine', 'image_size', 'mae.grid_size',
-    'mae.input_width', 'position', 'resize',
+    'conv.latent_width', 'image_size', 'mae.grid_size', 'mae.input_width',
+    'position', 'resize',
 })
 # Kernel for the learned positions of models trained from scratch, as of timm's
 # `resample_abs_pos_embed`. Pretrained encoders have a kernel of their family.
@@ -70,6 +70,7 @@ class Transfer:
       differ.
     fresh: paths of the arrays that are not taken.
     resampled: paths of learned positions to (rows, columns) before and after.
+    has_same_encoder: whether its encoder is taken and computes the same.
   """
 
   def __init__(
@@ -94,6 +95,7 @@ class Transfer:
     self.differences = config_loading.format_differences(differences)
     self.fresh: frozenset[str] = frozenset()
     self.resampled: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+    self.has_same_encoder = True
     self._paths: list[str] | None = None
     if differences or self.source.decoder_only:
       self._compare(differences, config.data.image_size)
@@ -108,10 +110,6 @@ class Transfer:
     return self.is_whole or any(
         _part(x) == part for x in self._paths if x not in self.fresh
     )
-
-  def takes_all(self, part: str) -> bool:
-    """Whether all arrays of a part are taken."""
-    return not any(_part(x) == part for x in self.fresh)
 
   def load(
       self, abstract: Mapping[str, Any], mesh: jax.sharding.Mesh
@@ -182,9 +180,11 @@ class Transfer:
         else:
           fresh.add(path)
     incomplete = {_part(path) for path in fresh}.difference(_DIVISIBLE)
-    if any(_part(path) == 'encoder' for path in fresh) or any(
-        name.startswith('model.encoder.') for name in differences
-    ):
+    self.has_same_encoder = not (
+        any(_part(path) == 'encoder' for path in fresh)
+        or any(name.startswith('model.encoder.') for name in differences)
+    )
+    if not self.has_same_encoder:
       incomplete.add('statistics')  # The latents are others.
     fresh |= {path for path in wanted if _part(path) in incomplete}
     self.fresh, self._paths = frozenset(fresh), list(wanted)

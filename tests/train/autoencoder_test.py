@@ -57,6 +57,7 @@ def _load_config(variant='plain'):
     config.model.latent_noise = 0.5
     config.model.projector_in.name = 'standardized'
     config.data.batch_size = 16
+    config.partitioning.mesh = {'data': 4, 'fsdp': 2, 'tensor': 1}
     config.optim.accumulation_steps = 2
     # From step 5 on, in the middle of what crashes and is trained again.
     config.discriminator.name = 'dino'
@@ -219,7 +220,7 @@ def test_one_image_is_learned(journal, tmp_path):
   config.data.eval_split = 'train'
   config.data.batch_size = 1
   # All devices take each image together.
-  config.partitioning.mesh = {'data': 1, 'fsdp': 1, 'tensor': -1}
+  config.partitioning.mesh = {'data': 1, 'fsdp': 1, 'tensor': 8}
   config.optim.learning_rate = 1e-2
   config.train.num_steps = 8
   config.train.eval_every_steps = 0

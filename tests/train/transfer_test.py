@@ -15,6 +15,7 @@ from fsq_jax import models
 from fsq_jax import train
 from fsq_jax import workdir as workdirs
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.configuration import rules
 from fsq_jax.models import resampling
 from fsq_jax.models import variables as variables_lib
 from fsq_jax.report import report
@@ -170,7 +171,7 @@ def test_a_code_of_another_dimension_leaves_most_of_a_conv_model():
       'params/decoder/input/kernel',
   }
   assert taken.takes('encoder')
-  assert not taken.takes_all('encoder')
+  assert not taken.has_same_encoder
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,8 @@ def test_statistics_are_taken_with_the_same_encoder(field, value, taken):
   config = _load_config({**fields, field: value})
   model = models.build_autoencoder(config.model, config.data.image_size)
   transferred = transfer.Transfer(source, config, model)
-  assert transferred.takes_all('encoder')
+  assert transferred.takes('encoder')
+  assert transferred.has_same_encoder == taken
   assert transferred.takes('statistics') == taken
 
 
@@ -214,6 +216,25 @@ def test_a_fresh_encoder_is_no_teacher_and_has_no_statistics():
   model = models.build_autoencoder(config.model, config.data.image_size)
   with pytest.raises(ValueError, match=r'latent_statistics /nowhere cannot'):
     initialization.Initializer(config, model)
+
+
+def test_frozen_parameters_do_not_stay_random():
+  config = _load_config({'data.channels': 1, 'optim.frozen': ('encoder/.*',)})
+  model = models.build_autoencoder(config.model, config.data.image_size, 1)
+  with pytest.raises(ValueError, match='freezes encoder/patches/kernel, which'):
+    initialization.Initializer(config, model)
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [
+        ('me/a-tokenizer_1.0', True), ('./me', False), ('../me', False),
+        ('~/me', False), ('me/', False), ('/me/you', False), ('me', False),
+        ('me/you/them', False), ('gs://me', False), ('C:/me', False),
+    ],
+)
+def test_a_repository_has_an_owner_and_a_name(value, expected):
+  assert rules.is_hub_id(value) == expected
 
 
 def test_a_saved_tokenizer_is_taken_from_a_folder_and_the_hub(
