@@ -334,6 +334,7 @@ def _write(directory, **config):
   return directory
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_what_belongs_under_backbone(tmp_path):
   loaded = adversarial.load_discriminator_backbone(
       _write(tmp_path), _module()

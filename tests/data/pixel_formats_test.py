@@ -164,6 +164,6 @@ def test_rgb_data_have_the_fingerprint_of_earlier_versions(tmp_path):
 def test_arrays_have_the_channels_of_the_config(tmp_path):
   np.save(tmp_path / 'train.npy', np.stack(3 * [_GREY]))
   with pytest.raises(
-      ValueError, match=r'images are uint8 \[N, H, W, 4\].*channels to 1 for'
+      ValueError, match=r'images are uint8 \[N, H, W, 4\].*channels to 1 \(grey'
   ):
     data.open_source(_config(tmp_path, 'arrays', channels=4), 'train')

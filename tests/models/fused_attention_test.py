@@ -66,7 +66,12 @@ def _attention_gradients(function, arrays):
 
 @pytest.mark.parametrize(
     ('sizes', 'num_heads'),
-    [((1, 1, 1), 4), ((2, 2, 2), 4), ((1, 2, 4), 4), ((2, 1, 4), 6)],
+    [
+        pytest.param((1, 1, 1), 4, marks=pytest.mark.slow),
+        ((2, 2, 2), 4),
+        pytest.param((1, 2, 4), 4, marks=pytest.mark.slow),
+        pytest.param((2, 1, 4), 6, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize('causal', [False, True])
 def test_kernels_on_meshes_agree_with_plain_attention(

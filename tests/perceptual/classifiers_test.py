@@ -62,9 +62,8 @@ def test_every_classifier_is_tested():
   assert sorted(classifiers.CLASSIFIERS) == sorted(_SMALL)
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param('convnext_small', marks=pytest.mark.slow), 'resnet50']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', _SMALL)
 def test_logits_are_those_of_torchvision(tmp_path, name):
   module, variables, _ = _load_small(name, tmp_path)
   images = np.float32(golden_networks.make_images()) / 127.5 - 1

@@ -399,6 +399,7 @@ def test_numbers_of_other_units_have_plots_of_their_own(split, name, title):
   assert re.findall('<figcaption>(.*?)</figcaption>', svg) == [title]
 
 
+@pytest.mark.slow
 def test_every_metric_by_a_network_has_a_curve_and_a_tile(workdir):
   names = list(network_metrics.DEFINITIONS)
   for name in names:
