@@ -243,18 +243,20 @@ def print_tables(results: Mapping[str, Any]) -> None:
       )
   write(
       '\n| generator | codes | parameters | bits per token | training images |'
-      ' compression cost | class x position unigram | fd_vgg16 |'
-      ' fd_pixel_pca | precision | recall | 1-NN accuracy | copies |\n'
-      + '|---' * 13 + '|\n'
+      ' compression cost | class x position unigram | left neighbour |'
+      ' fd_vgg16 | fd_pixel_pca | precision | recall | 1-NN accuracy |'
+      ' copies |\n' + '|---' * 14 + '|\n'
   )
   for curve in CURVES:
     for row in _rows(results, curve):
-      unigram = row['baselines']['class_position_unigram']
+      baselines = row['baselines']
       write(
           f'| {curve} | {row["tokenizer"]["codebook_size"]:,} |'
           f' {row["num_parameters"]:,} | {row["bits_per_token"]:.2f} |'
           f' {row["train_bits_per_token"]:.2f} |'
-          f' {row["compression_bits_per_token"]:.2f} | {unigram:.2f} |'
+          f' {row["compression_bits_per_token"]:.2f} |'
+          f' {baselines["class_position_unigram"]:.2f} |'
+          f' {baselines["left_neighbour"]:.2f} |'
           f' {row["fd_vgg16"]:.1f} | {row["fd_pixel_pca"]:.3g} |'
           f' {row["precision_vgg16"]:.2f} | {row["recall_vgg16"]:.2f} |'
           f' {row["nearest_neighbour_accuracy"]:.3f} | {row["copies"]:.0f} |\n'

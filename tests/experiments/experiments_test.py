@@ -209,6 +209,7 @@ def test_the_readme_of_the_benchmarks_shows_their_results(capsys):
     ('path', 'print_tables'),
     [
         (digits.RESULTS, digits.print_tables),
+        (cifar10.HERE / 'cifar10.json', cifar10.print_tables),
         (sampling_cost.RESULTS, sampling_cost.print_table),
     ],
 )
