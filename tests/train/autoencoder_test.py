@@ -77,6 +77,9 @@ def _load_config(variant='plain'):
     dino.kernel_size = 3
   if variant == 'none':
     config.model.quantizer.name = 'none'
+  if variant == 'sizes':
+    config.model.encoder.position = 'sincos'
+    config.data.image_sizes = ((16, 16), (24, 24), (32, 16))
   return config
 
 
@@ -428,6 +431,10 @@ def _launch(config, folder):
           'eval_every_steps',
       )
   ]
+  overrides += [
+      f'--config.data.image_sizes={config.data.image_sizes}',
+      f'--config.model.encoder.position={config.model.encoder.position}',
+  ]
   with open(folder.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
         [
@@ -452,10 +459,11 @@ def _wait_for_step(process, folder, step):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('variant', ['plain', 'sizes'])
 def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
-    tmp_path,
+    tmp_path, variant
 ):
-  config = _load_config()
+  config = _load_config(variant)
   config.train.num_steps = 60
   config.train.checkpoint_every_steps = 5
   config.train.eval_every_steps = 0
