@@ -185,6 +185,11 @@ def image_sizes(
   return tuple(map(tuple, sizes))
 
 
+def size_name(size: Sequence[int]) -> str:
+  """Returns 'HxW' of (height, width), as in names of metrics."""
+  return 'x'.join(map(str, size))
+
+
 # Called for each image of a batch.
 @functools.lru_cache(maxsize=128)
 def draw_size(

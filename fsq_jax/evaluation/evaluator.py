@@ -207,7 +207,7 @@ def open_other_sizes(
           seed=config.seed,
           **partitioning.data_shard(mesh)._asdict(),
       )
-      splits['x'.join(map(str, size))] = SizedSplit(
+      splits[pipelines.size_name(size)] = SizedSplit(
           dataset, build_networks(sized, dataset, mesh, folder)
       )
   return splits
