@@ -9,6 +9,7 @@ from flax import linen as nn
 import jax
 import ml_collections
 
+from fsq_jax.configuration import errors
 from fsq_jax.data import builder as data_builder
 from fsq_jax.data import pipelines
 from fsq_jax.evaluation import image_metrics
@@ -200,16 +201,17 @@ def open_other_sizes(
   for size in pipelines.image_sizes(config.data):
     if size != tuple(config.data.image_size):
       sized = config.copy_and_resolve_references()
-      sized.data.image_size = size
-      dataset = data_builder.build_dataset(
-          sized.data,
-          split='eval',
-          seed=config.seed,
-          **partitioning.data_shard(mesh)._asdict(),
-      )
-      splits[pipelines.size_name(size)] = SizedSplit(
-          dataset, build_networks(sized, dataset, mesh, folder)
-      )
+      # Not one cache of decoded images per size.
+      sized.data.update({'image_size': size, 'cache_mib': 0})
+      with errors.about('data.image_sizes'):
+        dataset = data_builder.build_dataset(
+            sized.data,
+            split='eval',
+            seed=config.seed,
+            **partitioning.data_shard(mesh)._asdict(),
+        )
+        networks = build_networks(sized, dataset, mesh, folder)
+      splits[pipelines.size_name(size)] = SizedSplit(dataset, networks)
   return splits
 
 
