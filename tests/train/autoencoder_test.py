@@ -191,11 +191,12 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('variant', ['adversarial_vq', 'sizes'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
-    straight, journal, tmp_path
+    straight, journal, tmp_path, variant
 ):
   taken, after = journal
-  config = _load_config('adversarial_vq')
+  config = _load_config(variant)
   config.data.num_threads = 2  # Changes speed, not images.
   after[5] = _crash
   with pytest.raises(_Crash):
@@ -203,7 +204,7 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
   state = train.train_and_evaluate(config, tmp_path)
   assert not after
   assert sorted(taken) == list(range(1, _NUM_STEPS + 1))
-  _assert_same_run(tmp_path, state, *straight('adversarial_vq'))
+  _assert_same_run(tmp_path, state, *straight(variant))
   run = _read_json(tmp_path / workdirs.RUN)
   assert (run['first_step'], run['started_from']) == (3, {})
   # Every image comes once an epoch.
@@ -431,10 +432,6 @@ def _launch(config, folder):
           'eval_every_steps',
       )
   ]
-  overrides += [
-      f'--config.data.image_sizes={config.data.image_sizes}',
-      f'--config.model.encoder.position={config.model.encoder.position}',
-  ]
   with open(folder.with_suffix('.log'), 'ab') as log:
     return subprocess.Popen(
         [
@@ -459,11 +456,10 @@ def _wait_for_step(process, folder, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('variant', ['plain', 'sizes'])
 def test_a_command_that_is_stopped_and_killed_gives_what_a_straight_run_gives(
-    tmp_path, variant
+    tmp_path,
 ):
-  config = _load_config(variant)
+  config = _load_config()
   config.train.num_steps = 60
   config.train.checkpoint_every_steps = 5
   config.train.eval_every_steps = 0
