@@ -68,6 +68,9 @@ def _data() -> ml_collections.ConfigDict:
   data.eval_split = 'validation'
   # Input size of the model, (height, width) in pixels.
   data.image_size = (32, 32)
+  # Training at several sizes: image_size and others, one drawn for each batch;
+  # each is evaluated (README.md; 'conv', and 'vit' with 'sincos'). () is one.
+  data.image_sizes = ()
   # Channels of the images, of 8 bits: 1 (grey), 3 (RGB) or 4 (RGBA); files are
   # converted. Networks of losses and metrics, and pretrained parts, need 3.
   data.channels = 3
@@ -76,8 +79,8 @@ def _data() -> ml_collections.ConfigDict:
   # Global batch size of evaluation, images.
   data.eval_batch_size = 128
   # Length of the shorter side, pixels, to which images are first resized
-  # (Pillow's antialiased bicubic); at least the longer side of image_size, or 0
-  # for the native size (with 'digits', the longer side of image_size).
+  # (Pillow's antialiased bicubic); at least the longest side of image_size(s),
+  # or 0 for the native size (with 'digits', the longer side of image_size).
   data.resize_shorter = 0
   # Allow a smaller resize_shorter; images are then scaled up to image_size.
   data.allow_upscaling = False
@@ -143,7 +146,6 @@ def _model() -> ml_collections.ConfigDict:
   # that latents have mean 0 and variance 1.
   encoder.final_affine = False
   encoder.conv = _conv()
-
   # Latent statistics, a file of --mode=latent_statistics read by a new run:
   # latents, noise included, are normalized before projector_in and
   # denormalized after projector_out. '' is no normalization.
@@ -383,7 +385,6 @@ def _losses() -> ml_collections.ConfigDict:
   # latents, before noise and quantizer, and the latents of a teacher, a frozen
   # copy of the encoder at the start of the run.
   losses.distillation_weight = 0.0
-
   perceptual = losses.perceptual = ml_collections.ConfigDict()
   # Perceptual loss: 'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext' or
   # 'resnet50' (logits of ConvNeXt-S or ResNet-50), or 'vit' (latents of a
@@ -395,7 +396,6 @@ def _losses() -> ml_collections.ConfigDict:
   perceptual.checkpoint = ''
   # Dtype of its activations: 'float32' or 'bfloat16'. Distances are float32.
   perceptual.dtype = 'float32'
-
   adversarial = losses.adversarial = ml_collections.ConfigDict()
   # Generator loss on the logits of the discriminator below: 'hinge' (minus the
   # mean logit), 'non_saturating' or 'vanilla' (the original GAN); weight >= 0.

@@ -160,6 +160,26 @@ def _data_rules() -> Iterator[rules.CrossRule]:
       ),
   )
   yield rules.CrossRule(
+      ('data.image_sizes', 'data.image_size'),
+      '() or a tuple with image_size, the size of the main evaluation and of'
+      ' token files',
+      lambda sizes, size: not sizes or size in sizes,
+  )
+  yield rules.CrossRule(
+      ('data.resize_shorter', 'data.image_sizes', 'data.allow_upscaling'),
+      'a resize_shorter of 0 or of at least the longest side of image_sizes;'
+      ' --config.data.allow_upscaling allows less',
+      lambda length, sizes, allowed: (
+          not length or allowed or length >= max(map(max, sizes), default=0)
+      ),
+  )
+  yield rules.CrossRule(
+      ('data.image_sizes', 'data.source'),
+      "() with 'digits', whose images are one handwritten digit each: smaller"
+      ' crops would cut it',
+      lambda sizes, source: not sizes or source != 'digits',
+  )
+  yield rules.CrossRule(
       ('eval.native_size', 'data.source'),
       f"native_size only with data.source 'tfds', 'parquet' or {_FOLDERS}",
       lambda native, source: (
@@ -260,7 +280,7 @@ def _discriminator_rules() -> Iterator[rules.CrossRule]:
 
 
 def _network_rules() -> Iterator[rules.CrossRule]:
-  """Yields the rules on weights of frozen networks: none may be random."""
+  """Yields the rules on the networks of losses; frozen ones are not random."""
   yield rules.CrossRule(
       ('losses.perceptual.name', 'losses.perceptual.checkpoint'),
       "'none', or a file of the network's weights (see experiments/weights);"
@@ -272,6 +292,12 @@ def _network_rules() -> Iterator[rules.CrossRule]:
       "with 'dino' the directory of a DINO ViT-S/8; set"
       ' --config.discriminator.dino.checkpoint',
       lambda name, path: name != 'dino' or path != '',
+  )
+  yield rules.CrossRule(
+      ('data.image_sizes', 'discriminator.name'),
+      "() with 'stylegan', whose parameters fix the size of images; 'patch' and"
+      " 'dino' take several sizes",
+      lambda sizes, name: not sizes or name != 'stylegan',
   )
   yield rules.CrossRule(
       (

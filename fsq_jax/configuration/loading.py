@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from fsq_jax.configuration import cross_rules
+from fsq_jax.configuration import errors
 from fsq_jax.configuration import generator_schema
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
@@ -228,15 +229,18 @@ def _model_problems(config: Mapping[str, Any] | Config) -> Iterator[str]:
   # Imported here for the same reason.
   from fsq_jax.models import builder as model_builder
 
-  model = config['model']
+  model, data = config['model'], config['data']
   try:
     architecture = _find_architecture(model['encoder'])
     encoder = {**model['encoder'], 'architecture': architecture}
+    model = {**model, 'encoder': encoder}
     model_builder.build_autoencoder(
-        {**model, 'encoder': encoder},
-        config['data']['image_size'],
-        config['data']['channels'],
+        model, data['image_size'], data['channels']
     )
+    with errors.about('data.image_sizes'):
+      model_builder.check_image_sizes(
+          model, data.get('image_sizes', ()), data['channels']
+      )
   except ValueError as error:
     yield str(error)
 

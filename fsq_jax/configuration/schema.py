@@ -138,6 +138,12 @@ QUANTIZERS: Mapping[str, _Rows] = {
     },
     'none': {'code_dim': rules.INTEGER},
 }
+_IMAGE_SIZE = rules.tuple_of(
+    f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window of'
+    ' SSIM',
+    rules.integer(_SSIM_WINDOW),
+    (2,),
+)
 _DATA = {
     'source': rules.name(
         'photos', 'digits', 'tfds', 'folder', 'webdataset', 'parquet',
@@ -147,14 +153,18 @@ _DATA = {
     'data_dir': rules.PATH,
     'train_split': rules.NON_EMPTY,
     'eval_split': rules.NON_EMPTY,
-    'image_size': Field(
-        rules.tuple_of(
-            f'(height, width) in pixels, integers >= {_SSIM_WINDOW}, the window'
-            ' of SSIM',
-            rules.integer(_SSIM_WINDOW),
-            (2,),
+    'image_size': Field(_IMAGE_SIZE, Role.MODEL),
+    'image_sizes': Field(
+        rules.Rule(
+            '() or a tuple of two or more different (height, width) in pixels,'
+            f' integers >= {_SSIM_WINDOW}',
+            lambda x: (
+                rules.tuple_of('', _IMAGE_SIZE).fits(x)
+                and len(set(x)) == len(x) != 1
+            ),
         ),
-        Role.MODEL,
+        Role.TRAINING,
+        added=lambda _: (),
     ),
     'channels': Field(
         rules.Rule(

@@ -187,9 +187,12 @@ def _build_digits(config, split):
 
 
 def _build_synthetic(config, split):
+  size = tuple(config.image_size)
+  if split == 'train':  # Batches have crops of it.
+    size = tuple(map(max, *pipelines.image_sizes(config), size))
   return synthetic.SyntheticSource(
       'validation' if split == 'eval' else 'train',
-      size=tuple(config.image_size),
+      size=size,
       channels=_channels(config),
   )
 

@@ -29,7 +29,8 @@ class Dataset:
   """One split as batches of NumPy arrays, this process's data shard of each.
 
   Batches are dicts, with b = batch size / process_count:
-    'image': [b, H, W, channels] uint8.
+    'image': [b, H, W, channels] uint8. In training with several
+      data.image_sizes, H and W differ between batches.
     'index': [b] int64, the index of the image in its source, for `describe`.
       In training an unreadable image is replaced by the next readable image,
       whose index this is.
@@ -117,27 +118,39 @@ def build_train(
         config.batch_size,
         len(source),
     )
-  size = tuple(config.image_size)
+  sizes = image_sizes(config)
   augmentation = {
-      'size': size,
       'crop_scale': tuple(config.crop_scale),
       'flip': config.flip,
       'color_jitter': config.color_jitter,
   }
 
-  def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
+  # Grain shuffles epoch e with seed + e. With seeds that are far apart, runs
+  # with neighbouring seeds do not share orders.
+  shuffle_seed, augment_seed, size_seed = (
+      int(x) for x in np.random.SeedSequence(seed).generate_state(3)
+  )
+
+  def add_size(position: int, index: int) -> tuple[int, tuple[int, int]]:
+    return index, draw_size(sizes, size_seed, position // config.batch_size)
+
+  def load(
+      example: tuple[int, tuple[int, int]], rng: np.random.Generator
+  ) -> dict[str, Any]:
+    index, size = example
     image, index = _load_readable(source, index)
     if transforms.is_smaller(image, size):
       source.record_upscaled(index)
-    crop = transforms.augment(image, rng, **augmentation)
+    crop = transforms.augment(image, rng, size=size, **augmentation)
     return {'image': _copy_view(crop, image), 'index': np.int64(index)}
 
-  # Grain shuffles epoch e with seed + e. With seeds that are far apart, runs
-  # with neighbouring seeds do not share orders.
-  shuffle_seed, augment_seed = np.random.SeedSequence(seed).generate_state(2)
-  examples = repeat_endlessly(
-      grain.MapDataset.range(len(source)).shuffle(seed=int(shuffle_seed))
-  ).random_map(load, seed=int(augment_seed))
+  examples = (
+      repeat_endlessly(
+          grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
+      )
+      .map_with_index(add_size)
+      .random_map(load, seed=augment_seed)
+  )
   return Dataset(
       num_examples=len(source),
       num_batches=None,
@@ -151,11 +164,51 @@ def build_train(
           crop_scale=list(config.crop_scale),
           flip=config.flip,
           color_jitter=config.color_jitter,
+          # Absent in checkpoints from before there were several sizes.
+          **({'image_sizes': [*map(list, sizes)]} if len(sizes) > 1 else {}),
       ),
       protocol=None,
       _batches=_batch(examples, config, config.batch_size, shard),
       _source=source,
   )
+
+
+def image_sizes(
+    config: ml_collections.ConfigDict,
+) -> tuple[tuple[int, int], ...]:
+  """Returns the (height, width) of training images: one size, or several.
+
+  Args:
+    config: the `data` section; data.image_sizes may be missing.
+  """
+  sizes = config.get('image_sizes', ()) or (config.image_size,)
+  return tuple(map(tuple, sizes))
+
+
+def size_name(size: Sequence[int]) -> str:
+  """Returns 'HxW' of (height, width), as in names of metrics."""
+  return 'x'.join(map(str, size))
+
+
+# Called for each image of a batch.
+@functools.lru_cache(maxsize=128)
+def draw_size(
+    sizes: Sequence[tuple[int, int]], seed: int, batch: int
+) -> tuple[int, int]:
+  """Draws the image size of a batch, uniformly.
+
+  A pure function of its arguments (a counter-based generator), so that resumed
+  runs, all processes and all threads draw the same size.
+
+  Args:
+    sizes: (height, width) of each size in pixels.
+    seed: an integer in [0, 2^128).
+    batch: number of the batch, from 0.
+  """
+  if len(sizes) == 1:
+    return sizes[0]
+  number = np.random.Philox(key=seed, counter=batch).random_raw()
+  return sizes[int(number) % len(sizes)]
 
 
 def build_eval(

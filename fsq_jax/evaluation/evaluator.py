@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import pathlib
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import ml_collections
 
+from fsq_jax.configuration import errors
+from fsq_jax.data import builder as data_builder
 from fsq_jax.data import pipelines
 from fsq_jax.evaluation import image_metrics
 from fsq_jax.evaluation import network_metrics
@@ -31,6 +34,7 @@ class Evaluator:
       *,
       num_grid_images: int,
       networks: network_metrics.NetworkMetrics | None = None,
+      other_sizes: Mapping[str, 'SizedSplit'] = types.MappingProxyType({}),
   ):
     """Functions are compiled on first call.
 
@@ -40,6 +44,7 @@ class Evaluator:
       mesh: from `partitioning.create_mesh`.
       num_grid_images: number of originals and reconstructions to return.
       networks: metrics by networks, for the same data set; None for no metrics.
+      other_sizes: from `open_other_sizes`; evaluated too.
     """
     if networks is None:
       networks = network_metrics.NetworkMetrics({}, mesh, images={})
@@ -56,6 +61,16 @@ class Evaluator:
     self._gather = jax.jit(
         lambda batch: batch, out_shardings=partitioning.replicated(mesh)
     )
+    self._at_sizes = {
+        size: Evaluator(
+            model,
+            split.dataset,
+            mesh,
+            num_grid_images=num_grid_images,
+            networks=split.networks,
+        )
+        for size, split in other_sizes.items()
+    }
 
   def run(
       self,
@@ -72,7 +87,8 @@ class Evaluator:
       variables: params and the model's other collections.
       before_batch: called before each batch is added; it may raise an error to
         stop the evaluation.
-      after_batch: called with each batch and its results, on the host.
+      after_batch: called with each batch and its results, on the host; not
+        with batches of other sizes.
 
     Raises:
       ValueError: the split has no readable image.
@@ -85,7 +101,12 @@ class Evaluator:
       sums.update(*results)
       batch, output, *_ = results
       after_batch(batch, output)
-    return sums.result()
+    return sums.result()._replace(
+        at_sizes={
+            size: evaluator.run(variables, before_batch=before_batch)
+            for size, evaluator in self._at_sizes.items()
+        }
+    )
 
   def outputs(self, variables: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Reconstructs the split once.
@@ -146,7 +167,52 @@ def build_evaluator(
       mesh,
       num_grid_images=config.eval.num_grid_images,
       networks=build_networks(config, dataset, mesh, folder),
+      other_sizes=open_other_sizes(config, mesh, folder),
   )
+
+
+class SizedSplit(NamedTuple):
+  """The evaluation split in crops of one size, and its network metrics."""
+
+  dataset: pipelines.Dataset
+  networks: network_metrics.NetworkMetrics
+
+
+def open_other_sizes(
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> dict[str, SizedSplit]:
+  """Opens the evaluation split at all data.image_sizes but data.image_size.
+
+  Args:
+    config: the whole config.
+    mesh: from `partitioning.create_mesh`.
+    folder: where feature statistics of the originals are kept.
+
+  Returns:
+    The split by size, such as '48x64' (height x width), in the order of
+    data.image_sizes.
+
+  Raises:
+    ValueError: as by `build_evaluator`.
+  """
+  splits = {}
+  for size in pipelines.image_sizes(config.data):
+    if size != tuple(config.data.image_size):
+      sized = config.copy_and_resolve_references()
+      # Not one cache of decoded images per size.
+      sized.data.update({'image_size': size, 'cache_mib': 0})
+      with errors.about('data.image_sizes'):
+        dataset = data_builder.build_dataset(
+            sized.data,
+            split='eval',
+            seed=config.seed,
+            **partitioning.data_shard(mesh)._asdict(),
+        )
+        networks = build_networks(sized, dataset, mesh, folder)
+      splits[pipelines.size_name(size)] = SizedSplit(dataset, networks)
+  return splits
 
 
 def build_networks(

@@ -56,6 +56,8 @@ class Evaluation(NamedTuple):
     photographs: by name, [2, H, W, C] uint8: a photograph and its
       reconstruction, joined from all tiles, if the images of the split are
       tiles of whole photographs.
+    at_sizes: evaluations at the other data.image_sizes by size, such as
+      '48x64' (height x width); {} without any.
   """
 
   metrics: dict[str, float]
@@ -64,25 +66,45 @@ class Evaluation(NamedTuple):
   originals: np.ndarray
   reconstructions: np.ndarray
   photographs: Mapping[str, np.ndarray] = types.MappingProxyType({})
+  at_sizes: Mapping[str, 'Evaluation'] = types.MappingProxyType({})
 
   def scalars(self) -> dict[str, float]:
-    """Returns the numbers of a row of metrics.jsonl."""
+    """Returns the numbers of a row of metrics.jsonl.
+
+    Metrics at other sizes have the size as a suffix: 'psnr_48x64'.
+    """
     names = _CODEBOOK_SCALARS if self.codebook else ()
-    return {**self.metrics, **{name: self.codebook[name] for name in names}}
+    return {
+        **self.metrics,
+        **{name: self.codebook[name] for name in names},
+        **{
+            f'{name}_{size}': value
+            for size, evaluation in self.at_sizes.items()
+            for name, value in evaluation.scalars().items()
+        },
+    }
 
   def lines(self) -> list[str]:
     """Returns a line per number, with the sha256 of a network's weights.
 
-    The last line has the numbers of measured and of missing images.
+    The last lines have the numbers of measured and of missing images, a line
+    for each image size.
     """
     hashes = self.protocol['networks']
     return [
         f'{name}: {value:.6g}'
         + (f' (weights sha256 {hashes[name]})' if name in hashes else '')
         for name, value in self.scalars().items()
-    ] + [self._count_images()]
+    ] + [
+        f'images{size}: {evaluation.count_images()}'
+        for size, evaluation in (
+            ('', self),
+            *((f' at {size}', x) for size, x in self.at_sizes.items()),
+        )
+    ]
 
-  def _count_images(self) -> str:
+  def count_images(self) -> str:
+    """Returns the numbers of measured and of missing images in words."""
     protocol = self.protocol
     parts = [
         f'{protocol["num_images"]:,} measured',
@@ -96,7 +118,7 @@ class Evaluation(NamedTuple):
         f'{num:,} without {name}'
         for name, num in protocol.get('num_unmeasured_images', {}).items()
     ]
-    return f'images: {", ".join(parts)}'
+    return ', '.join(parts)
 
   def summary(self) -> str:
     """Returns the most important numbers in one line."""
@@ -111,6 +133,8 @@ class Evaluation(NamedTuple):
           f' {self.codebook["codebook_size"]:,} codes), perplexity'
           f' {scalars["perplexity"]:.1f}'
       )
+    for size in self.at_sizes:
+      text += f', PSNR {scalars[f"psnr_{size}"]:.2f} dB at {size}'
     return text
 
   def write(self, folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -337,7 +361,8 @@ def write_evaluation(
   """Writes evaluation.json and pictures of the reconstructions of one step.
 
   The pictures are step_00004500.png, a grid of some images, and, for example,
-  step_00004500_coffee.png, one per whole photograph of the evaluation.
+  step_00004500_coffee.png, one per whole photograph of the evaluation, and
+  step_00004500_48x64.png, a grid of each other image size.
 
   Args:
     folder: the run's folder.
@@ -349,12 +374,11 @@ def write_evaluation(
   Returns:
     The path of the JSON file.
   """
-  record = {
-      'step': step,
-      'metrics': result.metrics,
-      'codebook': result.codebook,
-      'protocol': result.protocol,
-  }
+  record = {'step': step, **_contents(result)}
+  if result.at_sizes:
+    record['image_sizes'] = {
+        size: _contents(x) for size, x in result.at_sizes.items()
+    }
   # The run's own evaluation always belongs to the newest checkpoint.
   suffix = f'{label}_step_{step:08d}' if label else f'step_{step:08d}'
   name = f'evaluation_{suffix}.json' if label else workdirs.EVALUATION
@@ -368,8 +392,19 @@ def write_evaluation(
         original[None], reconstruction[None], width=_PHOTOGRAPH_WIDTH
     )
     grid_lib.save_png(grids / f'{suffix}_{photograph}.png', picture)
-  grid = grid_lib.reconstruction_grid(
-      result.originals, result.reconstructions
-  )
-  grid_lib.save_png(grids / f'{suffix}.png', grid)
+  named = {f'{suffix}_{size}': x for size, x in result.at_sizes.items()}
+  for name, evaluation in (named | {suffix: result}).items():
+    grid = grid_lib.reconstruction_grid(
+        evaluation.originals, evaluation.reconstructions
+    )
+    grid_lib.save_png(grids / f'{name}.png', grid)
   return path
+
+
+def _contents(result: Evaluation) -> dict[str, Any]:
+  """Returns the numbers and the protocol of evaluation.json."""
+  return {
+      'metrics': result.metrics,
+      'codebook': result.codebook,
+      'protocol': result.protocol,
+  }

@@ -89,6 +89,9 @@ def evaluate_workdir(
   )
   # Early, since files may be missing.
   networks = evaluators.build_networks(config, dataset, mesh, folder)
+  other_sizes = {}
+  if not native:
+    other_sizes = evaluators.open_other_sizes(config, mesh, folder)
   model, variables = saved_model.restore(found, mesh)
   kwargs = {
       'num_grid_images': config.eval.num_grid_images, 'networks': networks
@@ -98,7 +101,9 @@ def evaluate_workdir(
         model, dataset, mesh, tuple(config.data.image_size), **kwargs
     )
   else:
-    evaluator = evaluators.Evaluator(model, dataset, mesh, **kwargs)
+    evaluator = evaluators.Evaluator(
+        model, dataset, mesh, **kwargs, other_sizes=other_sizes
+    )
   result = evaluator.run(variables, **options)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
   if jax.process_index() == 0:

@@ -1,6 +1,6 @@
 """Builds autoencoders and their parts from the `model` section of a config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import itertools
 from typing import Any
 
@@ -75,6 +75,41 @@ def build_autoencoder(
       latent_noise=config['latent_noise'],
       statistics=_build_statistics(config, encoder, decoder),
   )
+
+
+def check_image_sizes(
+    config: Mapping[str, Any],
+    image_sizes: Sequence[tuple[int, int]],
+    channels: int = 3,
+) -> None:
+  """Checks that one set of parameters takes images of several sizes.
+
+  Args:
+    config: as for `build_autoencoder`.
+    image_sizes: (height, width) of each size in pixels; () checks nothing.
+    channels: of the images.
+
+  Raises:
+    ValueError: a part that fixes the size, or a size that the strides of the
+      parts do not divide.
+  """
+  if not image_sizes:
+    return
+  for part in ('encoder', 'decoder'):
+    name, position = config[part]['name'], config[part]['position']
+    if name != 'conv' and (name, position) != ('vit', 'sincos'):
+      given = f"'vit' with position {position!r}" if name == 'vit' else name
+      raise ValueError(
+          f'model.{part} is {given}, which takes one image size; use'
+          f" 'conv', or 'vit' with model.{part}.position 'sincos'."
+      )
+  if config['latent_statistics']:
+    raise ValueError(
+        'model.latent_statistics has a value for each position of one image'
+        " size; set it to ''."
+    )
+  for size in image_sizes:
+    build_autoencoder(config, size, channels)
 
 
 def _build_encoder(config, image_size, compute, code_dim) -> nn.Module:

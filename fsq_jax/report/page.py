@@ -26,6 +26,7 @@ def render(run: sections.Run) -> str:
   """Returns the page of an autoencoder's run."""
   values = sections.finite_values(run)
   evaluation = run.evaluation
+  sizes = evaluation.get('image_sizes') or {}
   codebook = evaluation.get('codebook') or {}
   table = {**(evaluation.get('metrics') or {}), **codebook}
   table.pop('level_histograms', None)
@@ -35,10 +36,15 @@ def render(run: sections.Run) -> str:
       _summary(run, values),
       _tiles(run, values),
       [
-          _photographs(run.pictures),
+          _photographs({
+              name: frame
+              for name, frame in run.pictures.items()
+              if name not in sizes
+          }),
           sections.slider(
               run.frames, 'Reconstructions', 'Originals above reconstructions'
           ),
+          _at_sizes(run, values, sizes),
           image_section.render(run.analysis),
           elements.section('Training curves', curves.render(run.rows)),
           codebook_section.render(run.analysis) or _levels(codebook),
@@ -125,6 +131,46 @@ def _photographs(photographs: Mapping[str, sections.Frame]) -> str:
       f'<p class="soft">Original above reconstruction, step {step:,}. The'
       ' evaluated images are tiles of these photographs; they are joined'
       f' here.</p><div class="photos">{"".join(figures)}</div>',
+  )
+
+
+def _at_sizes(
+    run: sections.Run,
+    values: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[str, Any]],
+) -> str:
+  """Renders metrics at each image size, and grids of the other sizes.
+
+  Args:
+    run: the run.
+    values: metrics at data.image_size.
+    sizes: contents of evaluation.json of the other sizes.
+  """
+  if not sizes:
+    return ''
+  sides = (run.config.get('data') or {}).get('image_size') or ()
+  columns = {'x'.join(map(str, sides)): values} | {
+      size: {**(x.get('metrics') or {}), **(x.get('codebook') or {})}
+      for size, x in sizes.items()
+  }
+  rows = []
+  for name in values:
+    numbers = [column.get(name) for column in columns.values()]
+    if all(map(sections.is_finite, numbers)):
+      cells = (name, *(elements.number(name, x) for x in numbers))
+      rows.append(''.join(f'<td>{html.escape(x)}</td>' for x in cells))
+  header = ''.join(f'<th>{html.escape(x)}</th>' for x in ('metric', *columns))
+  figures = [
+      f'<figure>{sections.image(run.pictures[size], f"{size}: grid")}'
+      f'<figcaption>{html.escape(size)}</figcaption></figure>'
+      for size in sizes
+      if size in run.pictures
+  ]
+  return elements.section(
+      'Image sizes',
+      f'<table><tr>{header}</tr>{"".join(f"<tr>{x}</tr>" for x in rows)}'
+      '</table><p class="soft">Height x width in pixels. Originals above'
+      f' reconstructions.</p><div class="photos">{"".join(figures)}</div>',
   )
 
 

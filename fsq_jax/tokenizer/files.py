@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 import jax
+from jax import numpy as jnp
 import ml_collections
 import numpy as np
 import safetensors
@@ -24,6 +25,7 @@ import fsq_jax
 from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import loading as config_loading
 from fsq_jax.configuration import rules
+from fsq_jax.data import pipelines
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables as variables_lib
@@ -94,6 +96,36 @@ class SavedModel(NamedTuple):
     return saved._replace(
         variables=_without_encoder(saved.variables),
         metadata=saved.metadata._replace(decoder_only=True),
+    )
+
+  def at_size(self, image_size: tuple[int, int]) -> 'SavedModel':
+    """Returns the model at another of its data.image_sizes.
+
+    Args:
+      image_size: (height, width) in pixels; the result's data.image_size.
+
+    Raises:
+      ValueError: a size that the model was not trained with.
+    """
+    sizes = pipelines.image_sizes(self.config.data)
+    if image_size not in sizes:
+      raise ValueError(
+          f'The image size is {image_size}; this model was trained with'
+          f' {", ".join(map(str, sizes))}. Other sizes need training with'
+          ' data.image_sizes; images of any size are taken with'
+          " fit='pad'."
+      )
+    config = self.config.copy_and_resolve_references()
+    config.data.image_size = image_size
+    evaluation = self.metadata.evaluation
+    if evaluation is not None and image_size != self.config.data.image_size:
+      name = pipelines.size_name(image_size)
+      sized = evaluation.get('image_sizes', {}).get(name)
+      evaluation = sized and {'step': evaluation['step'], **sized}
+    return self._replace(
+        config=config,
+        model=build_model(config, jnp.dtype(self.model.encoder.dtype).name),
+        metadata=self.metadata._replace(evaluation=evaluation),
     )
 
 

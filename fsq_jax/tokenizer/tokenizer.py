@@ -233,6 +233,23 @@ class Tokenizer:
         batch_size=self._batch_size,
     )
 
+  def at_size(self, image_size: tuple[int, int]) -> 'Tokenizer':
+    """Returns a tokenizer of the same weights for another training size.
+
+    Its config.data.image_size, and with it crops, tiles of a ViT, token grid
+    and `model_hash`, is the size given.
+
+    Args:
+      image_size: (height, width) in pixels, of config.data.image_sizes.
+
+    Raises:
+      ValueError: a size that the model was not trained with.
+    """
+    return Tokenizer(
+        self._saved.at_size(_check_size(image_size)), self.mesh,
+        batch_size=self._batch_size,
+    )
+
   def push_to_hub(self, name: str, *, decoder_only: bool = False) -> str:
     """Saves to a repository 'owner/name' of the Hugging Face Hub.
 

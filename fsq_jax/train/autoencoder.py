@@ -108,22 +108,28 @@ def _train(
         initializer.load(builder.abstract_variables, mesh)
     )
 
-  run.progress.say('Compiling the training step ...')
+  sizes = pipelines.image_sizes(config.data)
+  text = f' for {len(sizes)} image sizes' if len(sizes) > 1 else ''
+  run.progress.say(f'Compiling the training step{text} ...')
   started = time.perf_counter()
-  step = builder.compile_step(
-      train_step.build_train_step(
-          model, optimizer, config, networks.perceptual
-      ),
-      train_state.abstract_images(config.data, mesh),
-      networks.variables,
+  step_function = train_step.build_train_step(
+      model, optimizer, config, networks.perceptual
   )
+  steps = {
+      size: builder.compile_step(
+          step_function,
+          train_state.abstract_images(config.data, mesh, size),
+          networks.variables,
+      )
+      for size in sizes
+  }
   writer = resources.start_log(
       run, record, state, time.perf_counter() - started
   )
   state = loop.run(
       state,
       record.iterator,
-      train_step=lambda state, batch: step(
+      train_step=lambda state, batch: steps[batch['image'].shape[1:3]](
           state,
           partitioning.shard_batch(batch['image'], mesh),
           networks.variables,

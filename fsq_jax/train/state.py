@@ -343,11 +343,19 @@ def build_state_builder(
 
 
 def abstract_images(
-    data: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+    data: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    image_size: tuple[int, int] | None = None,
 ) -> jax.ShapeDtypeStruct:
-  """Returns shape, dtype and sharding of a batch of the section data."""
+  """Returns shape, dtype and sharding of a training batch.
+
+  Args:
+    data: the section of a config.
+    mesh: from `partitioning.create_mesh`.
+    image_size: (height, width) in pixels; None is data.image_size.
+  """
   return jax.ShapeDtypeStruct(
-      (data.batch_size, *data.image_size, data.channels),
+      (data.batch_size, *(image_size or data.image_size), data.channels),
       np.uint8,
       sharding=partitioning.batch_sharding(mesh),
   )

@@ -63,6 +63,7 @@ _CHANGES = {
         'train.num_steps': 7,
         'data.batch_size': 7,
         'data.data_dir': '/b',
+        'data.image_sizes': ((32, 32), (48, 48)),
         'optim.b1': 0.5,
         'seed': 7,
         'model.dtype': 'bfloat16',

@@ -140,10 +140,52 @@ def test_wrong_values_are_refused_by_name():
   assert not failures
 
 
+_SIZES = {'data.image_sizes': ((32, 32), (48, 48), (64, 32))}
+_SINCOS = {
+    'model.encoder.position': 'sincos',
+    'model.decoder.position': 'sincos',
+}
 # Fields of a config, and a part of the message.
 _REFUSED = [
     ({'data.image_size': (30, 32)}, 'model.encoder.patch_size 4 does not div'),
     ({'data.image_size': (32, 8)}, 'window of SSIM'),
+    ({'data.image_sizes': (48, 48)}, 'two or more different (height, width)'),
+    ({'data.image_sizes': ((32, 32),)}, 'two or more different'),
+    ({'data.image_sizes': ((32, 32), (32, 32))}, 'two or more different'),
+    (_SINCOS | {'data.image_sizes': ((48, 48), (64, 32))}, 'with image_size'),
+    (
+        _SIZES,
+        "data.image_sizes: model.encoder is 'vit' with position 'learned',"
+        " which takes one image size; use 'conv', or 'vit'",
+    ),
+    (
+        _SIZES | _SINCOS | {'model.decoder.position': 'learned'},
+        "data.image_sizes: model.decoder is 'vit' with position 'learned'",
+    ),
+    (
+        _SIZES | _SINCOS | {'model.decoder.name': 'mae'},
+        'data.image_sizes: model.decoder is mae, which takes one image size',
+    ),
+    (
+        _SIZES | _SINCOS | {'model.latent_statistics': 'file'},
+        "image size; set it to ''",
+    ),
+    (
+        _SINCOS | {'data.image_sizes': ((32, 32), (50, 32))},
+        'data.image_sizes: data.image_size is (50, 32), which',
+    ),
+    (
+        _SIZES | _SINCOS | {'discriminator.name': 'stylegan'},
+        "'patch' and 'dino'",
+    ),
+    (
+        _SIZES | _SINCOS | {'data.resize_shorter': 32},
+        'at least the longest side of image_sizes',
+    ),
+    (
+        _SIZES | _SINCOS | {'data.source': 'digits', 'data.flip': False},
+        "() with 'digits'",
+    ),
     ({'model.encoder.num_heads': 3}, 'multiple of num_heads'),
     ({'model.decoder.num_heads': 3}, 'multiple of num_heads'),
     (
@@ -383,6 +425,23 @@ def test_resizing_below_the_crop_needs_leave():
     for problem in problems:
       assert f'data.resize_shorter is {length}' in problem
       assert '--config.data.allow_upscaling' in problem
+
+
+def test_models_without_learned_positions_take_several_sizes():
+  conv = {'model.encoder.name': 'conv', 'model.decoder.name': 'conv'}
+  for fields in (
+      _SINCOS,
+      conv,
+      _SINCOS | {'discriminator.name': 'patch'},
+      _SINCOS | {'data.resize_shorter': 64},
+      _SINCOS | {'data.resize_shorter': 32, 'data.allow_upscaling': True},
+  ):
+    assert _problems(_changed(_SIZES | fields)) == []
+  listed = {'data.image_sizes': [[32, 32], [48, 48]]}
+  assert _problems(_changed(_SINCOS | listed)) == []
+  # Networks of training do not matter to other modes.
+  stylegan = _SINCOS | {'discriminator.name': 'stylegan'}
+  assert _problems(_changed(_SIZES | stylegan), mode='eval') == []
 
 
 def test_projectors_that_are_not_chosen_are_not_checked():

@@ -212,6 +212,60 @@ def test_a_step_has_the_same_examples_for_any_process_count(split, count):
       )
 
 
+_SIZES = ((8, 8), (12, 8), (8, 16))
+
+
+def _sizes(batches):
+  return [batch['image'].shape[1:3] for batch in batches]
+
+
+def test_every_batch_has_a_size_of_its_own_number():
+  config = _config(source='synthetic', image_sizes=_SIZES, num_threads=3)
+
+  def build(seed=0, **share):
+    return data.build_dataset(config, split='train', seed=seed, **share)
+
+  straight = _take(build(), 12)
+  assert set(_sizes(straight)) == set(_SIZES)
+  # Resumed, by other threads.
+  iterator = build().iterator()
+  for _ in range(5):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  config.update(num_threads=1, prefetch=1)
+  restored = build().iterator()
+  restored.set_state(state)
+  _assert_equal(straight[5:], [next(restored) for _ in range(7)])
+  # In two processes, each with half of the batch.
+  parts = [
+      _take(build(process_index=i, process_count=2), 12) for i in range(2)
+  ]
+  for whole, even, odd in zip(straight, *parts, strict=True):
+    np.testing.assert_array_equal(even['image'], whole['image'][::2])
+    np.testing.assert_array_equal(odd['image'], whole['image'][1::2])
+  assert _sizes(_take(build(seed=1), 12)) != _sizes(straight)
+
+
+def test_sizes_leave_the_order_of_images_as_it_is():
+  config = _config(source='photos', crop_scale=(1.0, 1.0), flip=False)
+  one = _take(data.build_dataset(config, split='train', seed=0), 4)
+  fingerprint = data.build_dataset(config, split='train', seed=0).fingerprint
+  assert 'image_sizes' not in fingerprint
+  config.update(image_sizes=())
+  _assert_equal(
+      one, _take(data.build_dataset(config, split='train', seed=0), 4)
+  )
+  config.update(image_sizes=_SIZES)
+  dataset = data.build_dataset(config, split='train', seed=0)
+  several = _take(dataset, 4)
+  for left, right in zip(one, several, strict=True):
+    np.testing.assert_array_equal(left['index'], right['index'])
+  changed = {'image_sizes': [[8, 8], [12, 8], [8, 16]]}
+  assert dataset.fingerprint == fingerprint | changed
+  with pytest.raises(ValueError, match=r'image_sizes: None -> \[\[8, 8\]'):
+    data.check_fingerprint(fingerprint, dataset.fingerprint)
+
+
 def test_unscaled_crops_are_pixels_of_their_photograph():
   config = _config(crop_scale=(1.0, 1.0), flip=False, image_size=(16, 24))
   dataset = data.build_dataset(config, split='train', seed=0)

@@ -28,6 +28,7 @@ from fsq_jax.evaluation import results as results_lib
 from fsq_jax.evaluation import saved_run
 from fsq_jax.models import pixels as pixels_lib
 from fsq_jax.quantizers import none
+from fsq_jax.report import report as reports
 from fsq_jax.runtime import partitioning
 
 _DEBUG = pathlib.Path(__file__).parents[2] / 'configs' / 'debug.py'
@@ -299,6 +300,60 @@ def test_photographs_are_joined_from_their_tiles(config, tmp_path):
   )
   record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
   assert list(record) == ['step', 'metrics', 'codebook', 'protocol']
+
+
+class _Faded:
+  """A model of images of any size, which halves their contrast."""
+
+  quantizer = none.NoQuantizer(code_dim=1)
+
+  def apply(self, variables, images):
+    del variables
+    no_tokens = jnp.zeros((len(images), 0, 0), jnp.int32)
+    return models.AutoencoderOutput(images / 2, 0.0, no_tokens, images)
+
+
+def test_other_sizes_are_evaluated_too(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  config.data.update(
+      {'image_sizes': ((16, 16), (24, 16)), 'eval_batch_size': 64}
+  )
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  dataset = _dataset(config, 64)
+  result = evaluators.build_evaluator(
+      config, _Faded(), dataset, mesh, tmp_path
+  ).run({})
+  config.data.image_sizes = ()
+  config.data.image_size = (24, 16)
+  alone = evaluators.build_evaluator(
+      config, _Faded(), _dataset(config, 64), mesh, tmp_path
+  ).run({})
+  assert list(result.at_sizes) == ['24x16']
+  other = result.at_sizes['24x16']
+  assert (other.metrics, other.protocol) == (alone.metrics, alone.protocol)
+  scalars = result.scalars()
+  assert scalars['psnr_24x16'] == alone.metrics['psnr'] != scalars['psnr']
+  assert result.lines()[-1] == (
+      'images at 24x16: 256 measured, 0 unreadable, 0 with a reconstruction'
+      ' that is not finite'
+  )
+  assert f'PSNR {alone.metrics["psnr"]:.2f} dB at 24x16' in result.summary()
+
+  results_lib.write_evaluation(tmp_path, 5, result)
+  record = json.loads((tmp_path / workdirs.EVALUATION).read_text())
+  assert record['metrics'] == result.metrics
+  assert record['protocol']['crop'].startswith('16x16')
+  (sized,) = record['image_sizes'].values()
+  assert sized['metrics'] == alone.metrics
+  assert sized['protocol']['crop'].startswith('24x16')
+  pictures = tmp_path / workdirs.RECONSTRUCTIONS
+  assert {path.name for path in pictures.iterdir()} == {
+      'step_00000005.png', 'step_00000005_24x16.png',
+  }
+  text = pathlib.Path(reports.write_report(tmp_path)).read_text()
+  assert '<th>24x16</th>' in text
+  assert '<figcaption>24x16</figcaption>' in text
+  assert 'Held-out photographs' not in text
 
 
 class _SomeDamaged:

@@ -312,6 +312,31 @@ def test_other_quantizers_return_from_a_folder(name, tmp_path):
   assert again.spec == tokenizer.spec
 
 
+def test_a_tokenizer_works_at_each_size_of_its_training(tmp_path):
+  tokenizer = _untrained(**{
+      'model.encoder.position': 'sincos',
+      'data.image_sizes': ((16, 16), (24, 16)),
+  })
+  images = _images(2, 24, 16)
+  # Otherwise two tiles, of which the second is half padding.
+  assert tokenizer.tokens_of((24, 16)) == (8, 4)
+  sized = tokenizer.at_size((24, 16))
+  tokens = sized.encode(images)
+  assert tokens.shape == (2, 6, 4)
+  expected = jax.jit(tokenizer.model.apply)(
+      tokenizer.variables, pixels.to_float(jnp.asarray(images))
+  )
+  assert np.mean(tokens != expected.indices) < 1e-1
+  assert sized.decode(tokens).shape == images.shape
+  assert sized.model_hash != tokenizer.model_hash
+  assert sized.at_size((16, 16)).model_hash == tokenizer.model_hash
+  folder = sized.save_pretrained(tmp_path / 'sized')
+  returned = Tokenizer.from_pretrained(folder)
+  assert (returned.grid_size, returned.model_hash) == ((6, 4), sized.model_hash)
+  with pytest.raises(ValueError, match=r'with \(16, 16\), \(24, 16\)\. Other'):
+    tokenizer.at_size((32, 32))
+
+
 def test_a_model_without_tokens_is_refused():
   with pytest.raises(ValueError, match="'none' has no tokens"):
     _untrained(**{'model.quantizer.name': 'none'})

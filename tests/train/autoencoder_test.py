@@ -77,6 +77,9 @@ def _load_config(variant='plain'):
     dino.kernel_size = 3
   if variant == 'none':
     config.model.quantizer.name = 'none'
+  if variant == 'sizes':
+    config.model.encoder.position = 'sincos'
+    config.data.image_sizes = ((16, 16), (24, 24), (32, 16))
   return config
 
 
@@ -188,11 +191,12 @@ def _assert_same_run(folder, state, expected_folder, expected_state):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('variant', ['adversarial_vq', 'sizes'])
 def test_a_run_that_crashes_gives_what_a_straight_run_gives(
-    straight, journal, tmp_path
+    straight, journal, tmp_path, variant
 ):
   taken, after = journal
-  config = _load_config('adversarial_vq')
+  config = _load_config(variant)
   config.data.num_threads = 2  # Changes speed, not images.
   after[5] = _crash
   with pytest.raises(_Crash):
@@ -200,7 +204,7 @@ def test_a_run_that_crashes_gives_what_a_straight_run_gives(
   state = train.train_and_evaluate(config, tmp_path)
   assert not after
   assert sorted(taken) == list(range(1, _NUM_STEPS + 1))
-  _assert_same_run(tmp_path, state, *straight('adversarial_vq'))
+  _assert_same_run(tmp_path, state, *straight(variant))
   run = _read_json(tmp_path / workdirs.RUN)
   assert (run['first_step'], run['started_from']) == (3, {})
   # Every image comes once an epoch.
