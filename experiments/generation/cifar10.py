@@ -9,7 +9,9 @@ are reused, samples, and writes cifar10.json next to this script. Then draws
 cifar10.png and prints the tables. FILE is the network of eval.networks.vgg16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+import functools
+import hashlib
 import json
 import pathlib
 import sys
@@ -31,6 +33,7 @@ from fsq_jax.runtime import partitioning
 
 HERE = pathlib.Path(__file__).resolve().parent
 BITS = (4, 8, 10, 12, 14)
+QUANTIZERS = 'fsq', 'vq_ema'
 # Quantizer and head of each curve.
 CURVES = {
     'FSQ, level heads': ('fsq', 'levels_autoregressive'),
@@ -62,11 +65,11 @@ BUDGET = {
 }
 NUM_SAMPLES = 2000
 SEED = 0
-_METRICS = (
-    'fd_vgg16', 'fd_pixel_pca', 'precision_vgg16', 'recall_vgg16',
-    'nearest_neighbour_accuracy', 'copies',
+_PIXEL_METRICS = 'fd_pixel_pca', 'nearest_neighbour_accuracy', 'copies'
+_SAMPLE_METRICS = (
+    'fd_vgg16', 'precision_vgg16', 'recall_vgg16', *_PIXEL_METRICS
 )  # fmt: skip
-_BITS = (
+_LIKELIHOODS = (
     'bits_per_token', 'train_bits_per_token', 'compression_bits_per_token',
 )  # fmt: skip
 
@@ -74,28 +77,59 @@ _BITS = (
 def run(
     workdir: pathlib.Path, data_dir: str, *, vgg16: str
 ) -> dict[str, Any]:
-  """Trains the missing runs and returns the results."""
+  """Trains and measures what is missing and returns the results."""
   stage_1, stage_2 = tokenizer_runs(data_dir), generator_runs(workdir)
   sweep.train(settings.CONFIG, stage_1, workdir)
   sweep.train(CONFIG, stage_2, workdir)
-  evaluator, test = _build_evaluator(data_dir, vgg16)
+  test, train = _load_images(data_dir)
   originals = sample_metrics.ImageSet(*(x[:NUM_SAMPLES] for x in test))
+  evaluator = functools.cache(lambda: _build_evaluator(test, train, vgg16))
+  with open(vgg16, 'rb') as file:
+    network = hashlib.file_digest(file, 'sha256').hexdigest()
+  protocol = {
+      'networks': {'vgg16': network},
+      'test_images': hashlib.sha256(test.images).hexdigest(),
+      'num_images': NUM_SAMPLES,
+  }
+  sampling = {**protocol, 'seed': SEED, 'sampling': _sampling(workdir, stage_2)}
+  metrics, hashes = {}, {}
   for name in stage_1:
-    _measure_once(workdir / name, evaluator, _reconstruct, originals)
-  for name in stage_2:
-    _measure_once(workdir / name, evaluator, _sample)
-  first = next(iter(stage_2))
+    tokenizer = tokenizers.Tokenizer.from_workdir(workdir / name)
+    hashes[str(workdir / name)] = tokenizer.model_hash
+    metrics[name] = measure_once(
+        workdir / name,
+        {**protocol, 'model_hash': tokenizer.model_hash},
+        functools.partial(_reconstruct, tokenizer, originals),
+        evaluator,
+    )
+  for name, overrides in stage_2.items():
+    made_from = _read_json(workdir / name, 'evaluation')['protocol']
+    model_hash = hashes[overrides['tokens.tokenizer']]
+    if made_from['model_hash'] != model_hash:
+      raise ValueError(
+          f'{workdir / name} was trained on tokens of another tokenizer than'
+          f' {overrides["tokens.tokenizer"]}; delete its folder.'
+      )
+    metrics[name] = measure_once(
+        workdir / name,
+        {**sampling, 'generator_hash': made_from['generator_hash']},
+        functools.partial(_sample, workdir / name),
+        evaluator,
+    )
+  references, pixels = _measure_references(test, train, originals)
   return {
       'command': 'python -m experiments.generation.cifar10 --run',
-      'num_samples': NUM_SAMPLES,
+      'protocol': sampling | pixels,
       'made_with': sweep.describe_runs(workdir, [*stage_1, *stage_2]),
-      'networks': _read_json(workdir / first, 'measured')['networks'],
+      'references': references,
       'tokenizers': {
-          name: sweep.read_numbers(workdir / name)
-          | _read_json(workdir / name, 'measured')['metrics']
+          name: sweep.read_numbers(workdir / name) | metrics[name]
           for name in stage_1
       },
-      'generators': {name: _read_numbers(workdir / name) for name in stage_2},
+      'generators': {
+          name: _read_numbers(workdir / name) | metrics[name]
+          for name in stage_2
+      },
   }
 
 
@@ -106,7 +140,7 @@ def tokenizer_runs(data_dir: str) -> dict[str, dict[str, Any]]:
           quantizer, bits, SEED, data_dir
       )
       for bits in BITS
-      for quantizer in dict(CURVES.values())
+      for quantizer in QUANTIZERS
   }
 
 
@@ -127,13 +161,12 @@ def generator_runs(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_numbers(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the numbers of a finished generator."""
+  """Returns likelihoods of a finished generator."""
   evaluation = _read_json(folder, 'evaluation')
   return {
       'num_parameters': _read_json(folder, 'run')['num_parameters'],
-      **{name: evaluation['metrics'][name] for name in _BITS},
+      **{name: evaluation['metrics'][name] for name in _LIKELIHOODS},
       'baselines': evaluation['baselines'],
-      **_read_json(folder, 'measured')['metrics'],
   }
 
 
@@ -145,58 +178,94 @@ def _read_json(folder: pathlib.Path, name: str) -> Any:
   return json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
 
 
-def _build_evaluator(
-    data_dir: str, vgg16: str
-) -> tuple[sample_metrics.SampleEvaluator, sample_metrics.ImageSet]:
-  """Returns the comparison with the test images, and these."""
-  sets = {}
-  for split, part in (('test', 'test'), ('train', 'train[:20%]')):
+def _load_images(
+    data_dir: str,
+) -> tuple[sample_metrics.ImageSet, sample_metrics.ImageSet]:
+  """Returns the test images and a fifth of the training images."""
+  sets = []
+  for split in ('test', 'train[:20%]'):
     config = sweep.make_config(
-        settings.CONFIG, {'data.data_dir': data_dir, 'data.eval_split': part}
+        settings.CONFIG, {'data.data_dir': data_dir, 'data.eval_split': split}
     )
-    dataset = data.build_dataset(config.data, split='eval', seed=SEED)
     source = data.open_source(config.data, 'eval')
-    parts = [(x['image'][x['mask']], x['index'][x['mask']]) for x in dataset]
-    images, numbers = map(np.concatenate, zip(*parts, strict=True))
-    labels = np.array([source.metadata(int(i)).label for i in numbers])
-    sets[split] = sample_metrics.ImageSet(images, labels)
+    numbers = range(len(source))
+    sets.append(sample_metrics.ImageSet(
+        np.stack([source.load(i) for i in numbers]),
+        np.array([source.metadata(i).label for i in numbers]),
+    ))
+  return sets[0], sets[1]
+
+
+def _build_evaluator(
+    test: sample_metrics.ImageSet, train: sample_metrics.ImageSet, vgg16: str
+) -> sample_metrics.SampleEvaluator:
   mesh = partitioning.create_mesh({'data': -1, 'fsdp': 1})
   networks = sample_metrics.load_networks({'vgg16': vgg16}, mesh)
-  evaluator = sample_metrics.SampleEvaluator(
-      [sets['test']], [sets['train']], networks
-  )
-  return evaluator, sets['test']
+  return sample_metrics.SampleEvaluator([test], [train], networks)
 
 
-def _measure_once(
-    folder: pathlib.Path,
-    evaluator: sample_metrics.SampleEvaluator,
-    make_images,
-    *arguments: Any,
-) -> None:
-  """Writes measured.json of a run, unless it is newer than the run."""
-  path = folder / 'measured.json'
-  if (
-      path.is_file()
-      and path.stat().st_mtime > (folder / 'evaluation.json').stat().st_mtime
+def _measure_references(
+    test: sample_metrics.ImageSet,
+    train: sample_metrics.ImageSet,
+    originals: sample_metrics.ImageSet,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns metrics in pixels of unchanged images, and their protocol."""
+  evaluator = sample_metrics.SampleEvaluator([test], [train])
+  training = sample_metrics.ImageSet(*(x[:NUM_SAMPLES] for x in train))
+  rows = {}
+  for name, images in (
+      ('test images', originals), ('training images', training)
   ):
-    return
-  sys.stdout.write(f'== measuring {folder.name}\n')
-  sys.stdout.flush()
-  metrics, protocol = evaluator.run([make_images(folder, *arguments)])
-  workdirs.write_json(
-      path,
-      {
-          'metrics': {name: metrics[name] for name in _METRICS},
-          'networks': protocol['networks'],
-      },
-  )
+    metrics, protocol = evaluator.run([images])
+    rows[name] = {x: metrics[x] for x in _PIXEL_METRICS}
+  kept = ('num_images', 'precision_recall_k', 'pixel_pca')
+  return rows, {'reference': {name: protocol[name] for name in kept}}
+
+
+def measure_once(
+    folder: pathlib.Path,
+    protocol: Mapping[str, Any],
+    make_images: Callable[[], sample_metrics.ImageSet],
+    evaluator: Callable[[], sample_metrics.SampleEvaluator],
+) -> dict[str, float]:
+  """Returns the metrics of a run's images, from measured.json if it has them.
+
+  Args:
+    folder: of the run.
+    protocol: all that the metrics depend on, as JSON values; measured.json of
+      another protocol is replaced.
+    make_images: makes the images.
+    evaluator: returns the evaluator of the images.
+  """
+  path = folder / 'measured.json'
+  measured = workdirs.read_json(path)
+  if measured is None or measured.get('protocol') != protocol:
+    sys.stdout.write(f'== measuring {folder.name}\n')
+    sys.stdout.flush()
+    metrics, _ = evaluator().run([make_images()])
+    measured = {
+        'metrics': {name: metrics[name] for name in _SAMPLE_METRICS},
+        'protocol': protocol,
+    }
+    workdirs.write_json(path, measured)
+  return measured['metrics']
+
+
+def _sampling(
+    workdir: pathlib.Path, names: Iterable[str]
+) -> dict[str, Any]:
+  """Returns the sampler that all generators have."""
+  options = [_read_json(workdir / name, 'config')['sample'] for name in names]
+  if any(x != options[0] for x in options):
+    raise ValueError(f'Generators in {workdir} have different sections sample.')
+  # Of the command line, not of `Generator.sample`.
+  others = {'num_images', 'classes', 'batch_size'}
+  return {name: x for name, x in options[0].items() if name not in others}
 
 
 def _reconstruct(
-    folder: pathlib.Path, originals: sample_metrics.ImageSet
+    tokenizer: tokenizers.Tokenizer, originals: sample_metrics.ImageSet
 ) -> sample_metrics.ImageSet:
-  tokenizer = tokenizers.Tokenizer.from_workdir(folder)
   images = tokenizer.decode(tokenizer.encode(originals.images))
   return originals._replace(images=images)
 
@@ -227,9 +296,9 @@ def print_tables(results: Mapping[str, Any]) -> None:
   write = sys.stdout.write
   write(
       '| tokenizer | codes | PSNR, dB | usage | entropy, bits per token |'
-      ' fd_vgg16 | fd_pixel_pca |\n' + '|---' * 7 + '|\n'
+      ' fd_vgg16 | fd_pixel_pca | 1-NN accuracy |\n' + '|---' * 8 + '|\n'
   )
-  for quantizer in dict(CURVES.values()):
+  for quantizer in QUANTIZERS:
     for bits in BITS:
       row = results['tokenizers'][settings.run_name(quantizer, bits, SEED)]
       label = settings.LABELS[quantizer]
@@ -239,11 +308,18 @@ def print_tables(results: Mapping[str, Any]) -> None:
       write(
           f'| {label} | {row["codebook_size"]:,} | {row["psnr"]:.2f} |'
           f' {row["usage"]:.1%} | {row["entropy_bits"]:.2f} |'
-          f' {row["fd_vgg16"]:.1f} | {row["fd_pixel_pca"]:.3g} |\n'
+          f' {row["fd_vgg16"]:.1f} | {row["fd_pixel_pca"]:.3f} |'
+          f' {row["nearest_neighbour_accuracy"]:.3f} |\n'
       )
+  for name, row in results['references'].items():
+    write(
+        f'| none: {name} | | | | | | {row["fd_pixel_pca"]:.3f} |'
+        f' {row["nearest_neighbour_accuracy"]:.3f} |\n'
+    )
   write(
-      '\n| generator | codes | parameters | bits per token | training images |'
-      ' compression cost | class x position unigram | left neighbour |'
+      '\n| generator | codes | parameters | bits per token |'
+      ' of training images | compression cost | class x position unigram |'
+      ' left neighbour |'
       ' fd_vgg16 | fd_pixel_pca | precision | recall | 1-NN accuracy |'
       ' copies |\n' + '|---' * 14 + '|\n'
   )
@@ -257,7 +333,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f' {row["compression_bits_per_token"]:.2f} |'
           f' {baselines["class_position_unigram"]:.2f} |'
           f' {baselines["left_neighbour"]:.2f} |'
-          f' {row["fd_vgg16"]:.1f} | {row["fd_pixel_pca"]:.3g} |'
+          f' {row["fd_vgg16"]:.1f} | {row["fd_pixel_pca"]:.2f} |'
           f' {row["precision_vgg16"]:.2f} | {row["recall_vgg16"]:.2f} |'
           f' {row["nearest_neighbour_accuracy"]:.3f} | {row["copies"]:.0f} |\n'
       )
@@ -269,15 +345,18 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   from matplotlib import pyplot as plt
 
   panels = (
-      ('reconstruction: fd_vgg16', lambda x: x['tokenizer']['fd_vgg16']),
+      (
+          'fd_vgg16 of reconstructions (lower is better)',
+          lambda x: x['tokenizer']['fd_vgg16'],
+      ),
       ('codebook usage', lambda x: x['tokenizer']['usage']),
-      ('samples: fd_vgg16', lambda x: x['fd_vgg16']),
+      ('fd_vgg16 of samples (lower is better)', lambda x: x['fd_vgg16']),
       (
           'compression cost, bits per token',
           lambda x: x['compression_bits_per_token'],
       ),
   )
-  figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout='constrained')
+  figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout='constrained')
   styles = dict(zip(CURVES, ('C0o-', 'C0s--', 'C1o-'), strict=True))
   for i, (axis, (title, value)) in enumerate(zip(axes, panels, strict=True)):
     for curve, style in styles.items():

@@ -152,6 +152,30 @@ def test_generators_of_every_codebook_size_have_configs_that_can_be_used(
     assert tokenizer in cifar10.tokenizer_runs('')
 
 
+def test_samples_are_measured_again_only_if_something_differs(tmp_path):
+  calls = []
+
+  class Evaluator:
+
+    def run(self, images):
+      calls.append(images)
+      metrics = 'fd_vgg16 fd_pixel_pca precision_vgg16 recall_vgg16 copies'
+      names = *metrics.split(), 'nearest_neighbour_accuracy', 'another'
+      return dict.fromkeys(names, float(len(calls))), {}
+
+  def measure(seed):
+    return cifar10.measure_once(
+        tmp_path, {'seed': seed}, lambda: 'images', Evaluator
+    )
+
+  assert [measure(x)['fd_vgg16'] for x in (0, 0, 1, 1)] == [1, 1, 2, 2]
+  assert calls == [['images'], ['images']]
+  # As written without the protocol.
+  (tmp_path / 'measured.json').write_text('{"metrics": {"fd_vgg16": 5}}')
+  assert 'another' not in measure(1)
+  assert len(calls) == 3
+
+
 def test_a_finished_run_may_be_found_elsewhere(tmp_path, monkeypatch):
   fields = {'train.num_steps': 2, 'eval.networks.fd_vgg16': 'here'}
   config = sweep.make_config(_DEBUG, fields)
@@ -232,7 +256,13 @@ def test_readmes_of_exports_show_their_results(name, table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', _SCRIPTS)
-def test_plots_are_drawn_from_the_results(name, tmp_path):
-  _SCRIPTS[name].plot(_results(name), tmp_path / 'plot.png')
+@pytest.mark.parametrize(
+    ('script', 'path'),
+    [
+        *((x, x.HERE / 'results.json') for x in _SCRIPTS.values()),
+        (cifar10, cifar10.HERE / 'cifar10.json'),
+    ],
+)
+def test_plots_are_drawn_from_the_results(script, path, tmp_path):
+  script.plot(json.loads(path.read_text()), tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')

@@ -26,7 +26,7 @@ _PARAMETERS = {
     'fsq_in_five_minutes': {'NUM_LATENTS': 10_000},
     'tokenize_and_generate_inputs': {'NUM_STEPS': 101, 'NUM_TRAIN_BATCHES': 8},
     'generate_digits': {
-        'TOKENIZER_STEPS': 101, 'NUM_STEPS': 101, 'NUM_IMAGES': 50
+        'TOKENIZER_STEPS': 101, 'NUM_STEPS': 101, 'NUM_HELD_OUT': 50
     },
 }
 _each = pytest.mark.parametrize('name', _PARAMETERS)
