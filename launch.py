@@ -27,6 +27,7 @@ import ml_collections
 
 from fsq_jax.configuration import command_line
 from fsq_jax.configuration import loading as configuration
+from fsq_jax.workdir import urls
 
 _CONFIG = flags.DEFINE_string(
     'config',
@@ -105,6 +106,9 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
+_PATHS = (
+    _CONFIG, _WORKDIR, _TOKENS, _IMAGES, _IMAGES_IN, _NPZ, _EXPORT, _OUTPUT,
+)
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path
@@ -311,6 +315,9 @@ def main(argv: list[str]) -> int:
     # Orbax and JAX log much at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
+    for flag in _PATHS:
+      if flag.value is not None:
+        urls.local_path(flag.value, f'--{flag.name}')
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
     workdir = _WORKDIR.value

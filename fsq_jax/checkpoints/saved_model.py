@@ -20,6 +20,7 @@ from fsq_jax.models import variables
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 
 class Checkpoint(NamedTuple):
@@ -101,7 +102,7 @@ def find_run(
   Raises:
     ValueError: there is no such checkpoint, or it is corrupted.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute()
+  folder = urls.local_path(workdir, 'workdir').absolute()
   if not (folder / workdirs.CHECKPOINTS).is_dir():
     raise ValueError(_explain_missing(folder))
   reasons = []

@@ -17,6 +17,7 @@ from fsq_jax.configuration import cross_rules
 from fsq_jax.configuration import generator_schema
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
+from fsq_jax.workdir import urls
 
 Config = ml_collections.ConfigDict
 PATHS = schema.PATHS
@@ -131,6 +132,9 @@ def check_config(
         problems.append(f'{name} is missing; allowed: {field.rule.allowed}.')
     elif fields[name] is None and not _is_used(name, uses):
       fields[name] = ''
+    elif problem := _url_problem(name, fields[name], field):
+      problems.append(problem)
+      del fields[name]
     elif not field.rule.fits(fields[name]):
       given = fields.pop(name)
       problems.append(f'{name} is {given!r}; allowed: {field.rule.allowed}.')
@@ -156,6 +160,12 @@ def check_config(
       problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
+
+
+def _url_problem(name: str, value: Any, field: schema.Field) -> str | None:
+  """Returns why a value is a URL in place of a path; None for others."""
+  is_path = field.rule.is_path and isinstance(value, str)
+  return urls.explain(value, name) if is_path else None
 
 
 def is_chosen(name: str, fields: Mapping[str, Any]) -> bool:
@@ -440,6 +450,8 @@ def _resolve_path(
   rule = known[name].rule
   if not rule.is_path or (rule.takes_hub_id and rules.is_hub_id(value)):
     return value
+  if urls.find_scheme(value):
+    return value  # `check_config` rejects it by its scheme.
   return os.path.abspath(os.path.expanduser(value))
 
 

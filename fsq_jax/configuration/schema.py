@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fsq_jax.configuration import rules
 from fsq_jax.workdir import trackers
+from fsq_jax.workdir import urls
 
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
@@ -427,7 +428,12 @@ TRAIN = {
         added=lambda _: (),
     ),
     # Not a PATH: it belongs to a machine, not to a run.
-    'compilation_cache': runtime(rules.TEXT),
+    'compilation_cache': runtime(
+        rules.Rule(
+            'a local folder, not a URL',
+            lambda x: rules.TEXT.fits(x) and urls.find_scheme(x) is None,
+        )
+    ),
 }
 _INIT_FROM = Field(
     rules.path(

@@ -13,6 +13,7 @@ from fsq_jax.report import page
 from fsq_jax.report import sections
 from fsq_jax.workdir import files as workdir_files
 from fsq_jax.workdir import metric_log
+from fsq_jax.workdir import urls
 
 # Version of codebook.json; increment it if pages need new contents.
 ANALYSIS_VERSION = 1
@@ -38,8 +39,9 @@ def write_report(
   Returns:
     The path of the page.
   """
+  workdir = urls.local_path(workdir, 'workdir')
   output = os.fspath(workdir if output is None else output)
-  run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
+  run = _read_workdir(os.path.abspath(workdir), output)
   pages = generator_page if 'tokens' in run.config else page
   text = pages.render(run)
   path = os.path.join(output, workdir_files.REPORT)

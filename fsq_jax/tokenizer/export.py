@@ -25,6 +25,7 @@ from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 FOLDER = 'export'
 MANIFEST = 'manifest.json'
@@ -208,7 +209,7 @@ def export_programs(
 
 
 def _check_new(folder: str | os.PathLike[str]) -> None:
-  folder = pathlib.Path(folder).expanduser()
+  folder = urls.local_path(folder, '--export')
   if folder.is_dir() and any(folder.iterdir()):
     problem = 'is not empty'
     if not (folder / MANIFEST).exists():

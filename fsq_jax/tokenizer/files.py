@@ -31,6 +31,7 @@ from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import model_card
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -193,7 +194,7 @@ def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   Raises:
     ValueError: no such folder or repository.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = urls.local_path(name, 'name')
   if folder.is_dir():
     return folder.absolute()
   if not rules.is_hub_id(str(name)):

@@ -14,6 +14,8 @@ import uuid
 
 from absl import logging
 
+from fsq_jax.workdir import urls
+
 CONFIG = 'config.json'
 QUANTIZER = 'quantizer.json'
 RUN = 'run.json'
@@ -45,9 +47,9 @@ def create(
     The absolute path.
 
   Raises:
-    ValueError: the path is a file, or the folder is not writable.
+    ValueError: the path is a file or a URL, or the folder is not writable.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
+  folder = urls.local_path(path, flag).absolute()
   if folder.is_file():
     raise ValueError(f'{folder} is a file; give a folder with {flag}.')
   try:

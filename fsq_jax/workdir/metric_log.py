@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 
 from fsq_jax.workdir import files
+from fsq_jax.workdir import urls
 
 
 class Row(NamedTuple):
@@ -195,8 +196,12 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Returns:
     The rows in order; [] if there is no file.
+
+  Raises:
+    ValueError: the folder is a URL.
   """
-  return [row for _, row in _read_rows(pathlib.Path(folder) / files.METRICS)]
+  path = urls.local_path(folder, 'folder') / files.METRICS
+  return [row for _, row in _read_rows(path)]
 
 
 def _find_figures(
