@@ -37,7 +37,9 @@ _CONFIG = flags.DEFINE_string(
     ' use the config.json of the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run. Default: runs/NAME_OF_CONFIG.'
+    'workdir',
+    None,
+    'Folder of the run, or gs://BUCKET/FOLDER. Default: runs/NAME_OF_CONFIG.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
@@ -315,9 +317,7 @@ def main(argv: list[str]) -> int:
     # Orbax and JAX log much at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
-    for flag in _PATHS:
-      if flag.value is not None:
-        urls.local_path(flag.value, f'--{flag.name}')
+    _check_urls()
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
     workdir = _WORKDIR.value
@@ -338,6 +338,16 @@ def main(argv: list[str]) -> int:
     if _DEBUG.value:
       traceback.print_exc()
     return _refuse(error)
+
+
+def _check_urls() -> None:
+  """Raises a ValueError if a flag is a URL that is not supported there."""
+  for flag in _PATHS:
+    stores = urls.STORES if flag.name in ('workdir', 'output') else ()
+    if flag.value is not None and (
+        problem := urls.explain(flag.value, f'--{flag.name}', stores)
+    ):
+      raise ValueError(problem)
 
 
 def _load_config(argv: list[str]) -> _Config:

@@ -129,8 +129,8 @@ _BAD_INPUT = (
         )
     ),
     (
-        [_DEBUG, '--config.train.init_from=gs://bucket/x'],
-        ['train.init_from is gs://bucket/x: URLs of gs:// are not supported'],
+        [_DEBUG, '--config.data.data_dir=gs://bucket/x'],
+        ['data.data_dir is gs://bucket/x: URLs of gs:// are not supported'],
     ),
     ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|report']),
     (

@@ -20,7 +20,6 @@ from fsq_jax.models import variables
 from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.workdir import files as workdirs
-from fsq_jax.workdir import urls
 
 
 class Checkpoint(NamedTuple):
@@ -102,8 +101,12 @@ def find_run(
   Raises:
     ValueError: there is no such checkpoint, or it is corrupted.
   """
-  folder = urls.local_path(workdir, 'workdir').absolute()
-  if not (folder / workdirs.CHECKPOINTS).is_dir():
+  folder = workdirs.run_folder(workdir)
+  try:
+    has_checkpoints = workdirs.is_folder(folder / workdirs.CHECKPOINTS)
+  except OSError as error:
+    raise ValueError(f'{folder} cannot be read: {error.strerror}.') from error
+  if not has_checkpoints:
     raise ValueError(_explain_missing(folder))
   reasons = []
   with contextlib.closing(
@@ -144,6 +147,11 @@ def find_run(
 
 def _explain_missing(folder: pathlib.Path) -> str:
   """Returns why a folder has no checkpoint, and what to do."""
+  if workdirs.is_remote(folder):
+    return (
+        f'{folder} has no checkpoint; give the workdir of a run. Folders of'
+        ' save_pretrained are read from local paths.'
+    )
   if not folder.is_dir():
     return f'{folder} is not a folder; give the workdir of a run.'
   if (folder / 'model.safetensors').is_file():

@@ -164,8 +164,9 @@ def check_config(
 
 def _url_problem(name: str, value: Any, field: schema.Field) -> str | None:
   """Returns why a value is a URL in place of a path; None for others."""
-  is_path = field.rule.is_path and isinstance(value, str)
-  return urls.explain(value, name) if is_path else None
+  if not field.rule.is_path or not isinstance(value, str):
+    return None
+  return urls.explain(value, name, field.rule.stores)
 
 
 def is_chosen(name: str, fields: Mapping[str, Any]) -> bool:
@@ -451,7 +452,7 @@ def _resolve_path(
   if not rule.is_path or (rule.takes_hub_id and rules.is_hub_id(value)):
     return value
   if urls.find_scheme(value):
-    return value  # `check_config` rejects it by its scheme.
+    return value
   return os.path.abspath(os.path.expanduser(value))
 
 

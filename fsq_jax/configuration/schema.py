@@ -441,6 +441,7 @@ _INIT_FROM = Field(
         " 'owner/name' of one on the Hugging Face Hub, or '' for a run without"
         ' one; set --config.train.init_from',
         takes_hub_id=True,
+        stores=urls.STORES,
     ),
     Role.START,
 )

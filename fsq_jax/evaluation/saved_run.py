@@ -124,12 +124,14 @@ def prepare_output(
   Raises:
     ValueError: the folder cannot be written.
   """
-  path = folder if output is None else pathlib.Path(output)
+  path = folder
+  if output is not None:
+    path = workdirs.run_folder(output, '--output')
   # Only the first process writes.
   with processes.fail_together():
     if jax.process_index() == 0:
-      path = workdirs.create(path, '--output')
-  return path.expanduser().absolute()
+      workdirs.create(path, '--output', urls.STORES)
+  return path
 
 
 def _open_images(

@@ -82,7 +82,7 @@ def export_workdir(
     ValueError: a config of another model, no checkpoint, or a folder that is
       not empty.
   """
-  folder = folder or pathlib.Path(workdir) / FOLDER
+  folder = folder or pathlib.Path(os.fspath(workdir)) / FOLDER
   with processes.fail_together():
     _check_new(folder)
   tokenizer = tokenizers.load_tokenizer(workdir, which)

@@ -26,7 +26,7 @@ from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import published
-from fsq_jax.workdir import urls
+from fsq_jax.workdir import files as workdirs
 
 FITS = ('crop', 'pad')
 
@@ -550,7 +550,9 @@ def load_tokenizer(
   Returns:
     The tokenizer, on the devices of this process.
   """
-  folder = urls.local_path(workdir, 'workdir')
-  if (folder / tokenizer_files.WEIGHTS).exists():
+  folder = workdirs.run_folder(workdir)
+  if not workdirs.is_remote(folder) and (
+      folder / tokenizer_files.WEIGHTS
+  ).exists():
     return Tokenizer.from_pretrained(workdir, batch_size=batch_size)
   return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

@@ -107,7 +107,7 @@ def tokenize_workdir(
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
   """Returns whether a folder holds a complete set of token files."""
-  return (pathlib.Path(folder).expanduser() / manifest.FILE).is_file()
+  return (urls.local_path(folder, '--tokens') / manifest.FILE).is_file()
 
 
 def default_folder(
@@ -132,7 +132,7 @@ def default_folder(
   if config.tokenize.views > 1:
     words.append(f'{config.tokenize.views}_views')
   name = '_'.join(re.findall(r'[\w-]+', ' '.join(words)))
-  return pathlib.Path(workdir) / 'tokens' / name
+  return pathlib.Path(os.fspath(workdir)) / 'tokens' / name
 
 
 def _make_job(

@@ -2,7 +2,9 @@
 
 import pathlib
 import re
+import sys
 
+from etils import epath
 import pytest
 
 from fsq_jax import configuration
@@ -13,6 +15,7 @@ from fsq_jax.report import report
 from fsq_jax.tokenizer import export
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import tokenizer
+from fsq_jax.tokens import tokenization
 from fsq_jax.workdir import files
 from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import urls
@@ -46,27 +49,55 @@ def test_local_paths_stay_as_they_are(monkeypatch, tmp_path):
   assert urls.local_path('~/b', 'x') == tmp_path / 'b'
 
 
-@pytest.mark.parametrize('scheme', ['gs', 's3', 'hdfs'])
-@pytest.mark.parametrize('as_path', [str, pathlib.Path])
+# Functions whose argument may be the folder of a run.
+_TAKE_RUNS = {
+    'read_metrics': metric_log.read_metrics,
+    'find_run': saved_model.find_run,
+    'load_tokenizer': lambda x: tokenizer.load_tokenizer(x, 'newest'),
+    'write_report': report.write_report,
+}
+_TAKE_PATHS = {
+    'create': files.create,
+    'find': tokenizer_files.find,
+    'TokenSource': tokens.TokenSource,
+    'new_folder': lambda x: saved_run.new_folder(x, '--images'),
+    'export': lambda x: export.export_workdir(None, 'run', x),
+    'export to the workdir': lambda x: export.export_workdir(None, x),
+    'tokenize': lambda x: tokenization.tokenize_workdir(_config('debug'), x),
+    'is_complete': tokenization.is_complete,
+}
+
+
+@pytest.mark.parametrize('as_path', [str, pathlib.Path, epath.Path])
 @pytest.mark.parametrize(
-    'use',
+    ('name', 'scheme'),
     [
-        files.create,
-        metric_log.read_metrics,
-        saved_model.find_run,
-        tokenizer_files.find,
-        tokens.TokenSource,
-        report.write_report,
-        lambda x: tokenizer.load_tokenizer(x, 'newest'),
-        lambda x: saved_run.new_folder(x, '--images'),
-        lambda x: export.export_workdir(None, 'run', x),
+        *((name, scheme) for name in _TAKE_PATHS for scheme in ('gs', 's3')),
+        *((name, 's3') for name in _TAKE_RUNS),
     ],
 )
-def test_functions_reject_urls(use, as_path, scheme, tmp_path, monkeypatch):
+def test_functions_reject_urls(name, as_path, scheme, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  use = {**_TAKE_PATHS, **_TAKE_RUNS}[name]
   with pytest.raises(ValueError, match=f'URLs of {scheme}:// are not supp'):
     use(as_path(f'{scheme}://bucket/x'))
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', _TAKE_RUNS)
+def test_missing_packages_are_named(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # An import raises.
+  with pytest.raises(ValueError, match='pip install gcsfs google-cloud-st'):
+    _TAKE_RUNS[name]('gs://bucket/x')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'url', ['gs://bucket/x', 'GS://bucket/x/', pathlib.Path('gs://bucket/x')]
+)
+def test_urls_are_normalized(url):
+  assert urls.normalize(url) == 'gs://bucket/x'
 
 
 def _config(name):
