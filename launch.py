@@ -111,6 +111,8 @@ _DEBUG = flags.DEFINE_bool(
 _PATHS = (
     _CONFIG, _WORKDIR, _TOKENS, _IMAGES, _IMAGES_IN, _NPZ, _EXPORT, _OUTPUT,
 )
+# Flags that may be gs://BUCKET/X.
+_IN_STORES = ('workdir', 'output', 'export')
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path
@@ -343,7 +345,7 @@ def main(argv: list[str]) -> int:
 def _check_urls() -> None:
   """Raises a ValueError if a flag is a URL that is not supported there."""
   for flag in _PATHS:
-    stores = urls.STORES if flag.name in ('workdir', 'output') else ()
+    stores = urls.STORES if flag.name in _IN_STORES else ()
     if flag.value is not None and (
         problem := urls.explain(flag.value, f'--{flag.name}', stores)
     ):

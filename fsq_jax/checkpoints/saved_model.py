@@ -147,12 +147,7 @@ def find_run(
 
 def _explain_missing(folder: pathlib.Path) -> str:
   """Returns why a folder has no checkpoint, and what to do."""
-  if workdirs.is_remote(folder):
-    return (
-        f'{folder} has no checkpoint; give the workdir of a run. Folders of'
-        ' save_pretrained are read from local paths.'
-    )
-  if not folder.is_dir():
+  if not workdirs.is_folder(folder):
     return f'{folder} is not a folder; give the workdir of a run.'
   if (folder / 'model.safetensors').is_file():
     return (

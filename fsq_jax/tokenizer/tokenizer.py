@@ -211,7 +211,7 @@ class Tokenizer:
     results of the run's evaluation.json.
 
     Args:
-      folder: a new or empty folder.
+      folder: a new or empty folder, or gs://BUCKET/X.
       decoder_only: leaves out the parts that only `encode` uses.
 
     Returns:
@@ -551,8 +551,6 @@ def load_tokenizer(
     The tokenizer, on the devices of this process.
   """
   folder = workdirs.run_folder(workdir)
-  if not workdirs.is_remote(folder) and (
-      folder / tokenizer_files.WEIGHTS
-  ).exists():
+  if (folder / tokenizer_files.WEIGHTS).exists():
     return Tokenizer.from_pretrained(workdir, batch_size=batch_size)
   return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

@@ -227,10 +227,7 @@ def find_source(name: str) -> transfer.Source:
   is_repository = rules.is_hub_id(name)
   if is_repository:
     folder = tokenizer_files.find(name)
-  if is_repository or (
-      not workdirs.is_remote(folder)
-      and (folder / tokenizer_files.WEIGHTS).is_file()
-  ):
+  if is_repository or (folder / tokenizer_files.WEIGHTS).is_file():
     config, metadata = tokenizer_files.read_description(folder)
     return transfer.Source(
         folder, metadata.step, config, metadata.decoder_only,

@@ -186,6 +186,13 @@ def is_folder(path: pathlib.Path) -> bool:
   return object_store.is_folder(path) if is_remote(path) else path.is_dir()
 
 
+def is_empty(path: pathlib.Path) -> bool:
+  """Whether a folder is missing or empty."""
+  if is_remote(path):
+    return not object_store.is_folder(path)
+  return not path.is_dir() or not any(path.iterdir())
+
+
 def size(path: pathlib.Path) -> int:
   """Returns the number of bytes of a file."""
   status = path.stat()

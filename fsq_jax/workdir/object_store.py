@@ -20,7 +20,7 @@ _MODULES = ('gcsfs', 'google.cloud.storage')
 _Path = str | os.PathLike[str]
 
 
-class StoreError(OSError):
+class StoreError(OSError, RuntimeError):
   """The store cannot be used: no network, no permission, no such bucket."""
 
 
@@ -77,15 +77,17 @@ def read_version(path: _Path) -> tuple[bytes, int]:
   Raises:
     OSError: it cannot be read.
   """
-  blob = _blob(path)
-  try:
-    with _errors_of(path):
-      blob.reload()
-      generation = blob.generation
-      # Of this generation; missing if it has been replaced meanwhile.
+  while True:
+    blob = _blob(path)
+    try:
+      with _errors_of(path):
+        blob.reload()
+    except FileNotFoundError:
+      return b'', 0
+    generation = blob.generation
+    # The bytes of this generation are missing if it was replaced meanwhile.
+    with contextlib.suppress(FileNotFoundError), _errors_of(path):
       return blob.download_as_bytes(), generation
-  except FileNotFoundError:
-    return b'', 0
 
 
 def write(path: _Path, data: bytes, generation: int | None = None) -> int:

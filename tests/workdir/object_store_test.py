@@ -1,6 +1,8 @@
 """Tests of files, lock and metrics of a run in an object store."""
 
 import contextlib
+import itertools
+import threading
 import time
 
 import pytest
@@ -30,6 +32,28 @@ def test_objects_are_written_whole_and_on_condition(folder):
   files.write_json(path, {'a': float('nan')})
   assert files.read_json(path) == {'a': None}
   assert files.read_json(folder / 'none.json') is None
+
+
+def test_an_object_that_is_replaced_often_is_read(folder):
+  path = folder / 'x'
+  object_store.write(path, b'0')
+  stop = threading.Event()
+
+  def write():
+    for i in itertools.count():
+      if stop.is_set():
+        return
+      object_store.write(path, str(i).encode())
+
+  writer = threading.Thread(target=write)
+  writer.start()
+  try:
+    generations = [object_store.read_version(path)[1] for _ in range(10)]
+  finally:
+    stop.set()
+    writer.join()
+  assert generations[0] > 0
+  assert generations == sorted(generations)
 
 
 def test_folders(folder):

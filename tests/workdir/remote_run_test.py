@@ -1,6 +1,7 @@
 """Tests of runs whose workdir is in an object store."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import time
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fsq_jax import configuration
@@ -18,6 +20,9 @@ from fsq_jax import train
 from fsq_jax.checkpoints import checkpointer as checkpointers
 from fsq_jax.configuration import command_line
 from fsq_jax.evaluation import saved_run
+from fsq_jax.tokenizer import Tokenizer
+from fsq_jax.tokenizer import export
+from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import tokenization
 from fsq_jax.train import initialization
 from fsq_jax.workdir import files
@@ -26,11 +31,12 @@ from fsq_jax.workdir import object_lock
 from fsq_jax.workdir import trackers
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# launch.py with a lock that is taken over sooner.
+_RUN = _ROOT / 'tests' / 'testdata' / 'run'
+# launch.py with a lock that is renewed more often.
 _LAUNCH = """
 import runpy, sys
 from fsq_jax.workdir import object_lock
-object_lock.RENEWAL, object_lock.PATIENCE = 0.5, 2.0
+object_lock.RENEWAL = 0.5
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
@@ -114,7 +120,8 @@ def test_a_killed_run_resumes_and_is_used(
     folder, store, tmp_path, monkeypatch
 ):
   """Train, kill, resume, evaluate, tokenize, initialize from it."""
-  monkeypatch.setattr(object_lock, 'PATIENCE', 2.0)
+  monkeypatch.setattr(object_lock, 'PATIENCE', 15.0)
+  monkeypatch.setattr(object_lock, 'RENEWAL', 0.5)
   # A checkpoint that is slow to write holds the run up after step 8.
   saved = f'{folder.parent.name}/run/checkpoints/8/commit_success.txt'
   process = subprocess.Popen(
@@ -162,6 +169,27 @@ def test_a_killed_run_resumes_and_is_used(
   assert tokens[0].shards == tokens[1].shards
   source = initialization.find_source(str(folder))
   assert source.step == 16
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_saved_and_exported(folder):
+  tokenizer = Tokenizer.from_workdir(_RUN)
+  images = np.arange(2 * 16 * 16 * 3, dtype=np.uint8).reshape(2, 16, 16, 3)
+  path = tokenizer.save_pretrained(folder / 'saved')
+  assert str(path) == f'{folder}/saved'
+  with pytest.raises(ValueError, match='is not empty'):
+    tokenizer.save_pretrained(path)
+  loaded = tokenizers.load_tokenizer(str(path), 'newest')
+  np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))
+  assert initialization.find_source(str(path)).step == loaded.step
+  export.write(tokenizer, str(folder / 'export'))
+  manifest = files.read_json(folder / 'export' / export.MANIFEST)
+  assert len(manifest['sha256']) == 5
+  for name, digest in manifest['sha256'].items():
+    data = files.read_bytes(folder / 'export' / name)
+    assert hashlib.sha256(data).hexdigest() == digest
+  with pytest.raises(ValueError, match='is not empty'):
+    export.write(tokenizer, folder / 'export')
 
 
 def _rows(folder):

@@ -55,14 +55,14 @@ _TAKE_RUNS = {
     'find_run': saved_model.find_run,
     'load_tokenizer': lambda x: tokenizer.load_tokenizer(x, 'newest'),
     'write_report': report.write_report,
+    'find': tokenizer_files.find,
+    'export': lambda x: export.export_workdir(None, 'run', x),
+    'export to the workdir': lambda x: export.export_workdir(None, x),
 }
 _TAKE_PATHS = {
     'create': files.create,
-    'find': tokenizer_files.find,
     'TokenSource': tokens.TokenSource,
     'new_folder': lambda x: saved_run.new_folder(x, '--images'),
-    'export': lambda x: export.export_workdir(None, 'run', x),
-    'export to the workdir': lambda x: export.export_workdir(None, x),
     'tokenize': lambda x: tokenization.tokenize_workdir(_config('debug'), x),
     'is_complete': tokenization.is_complete,
 }
