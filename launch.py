@@ -27,6 +27,7 @@ import ml_collections
 
 from fsq_jax.configuration import command_line
 from fsq_jax.configuration import loading as configuration
+from fsq_jax.workdir import urls
 
 _CONFIG = flags.DEFINE_string(
     'config',
@@ -36,7 +37,9 @@ _CONFIG = flags.DEFINE_string(
     ' use the config.json of the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run. Default: runs/NAME_OF_CONFIG.'
+    'workdir',
+    None,
+    'Folder of the run, or gs://BUCKET/FOLDER. Default: runs/NAME_OF_CONFIG.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
@@ -105,6 +108,11 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
+_PATHS = (
+    _CONFIG, _WORKDIR, _TOKENS, _IMAGES, _IMAGES_IN, _NPZ, _EXPORT, _OUTPUT,
+)
+# Flags that may be gs://BUCKET/X.
+_IN_STORES = ('workdir', 'output', 'export')
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path
@@ -311,6 +319,7 @@ def main(argv: list[str]) -> int:
     # Orbax and JAX log much at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
+    _check_urls()
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
     workdir = _WORKDIR.value
@@ -331,6 +340,16 @@ def main(argv: list[str]) -> int:
     if _DEBUG.value:
       traceback.print_exc()
     return _refuse(error)
+
+
+def _check_urls() -> None:
+  """Raises a ValueError if a flag is a URL that is not supported there."""
+  for flag in _PATHS:
+    stores = urls.STORES if flag.name in _IN_STORES else ()
+    if flag.value is not None and (
+        problem := urls.explain(flag.value, f'--{flag.name}', stores)
+    ):
+      raise ValueError(problem)
 
 
 def _load_config(argv: list[str]) -> _Config:

@@ -41,6 +41,8 @@ setuptools.setup(
         'tqdm',
     ],
     extras_require={
+        # Runs in Google Cloud Storage, --workdir=gs://...
+        'gcs': ['gcsfs', 'google-cloud-storage'],
         # Models and data sets of the Hugging Face Hub.
         'hub': ['huggingface_hub'],
         # Trackers, train.trackers.

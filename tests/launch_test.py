@@ -118,6 +118,20 @@ _BAD_INPUT = (
     ([], ['--config is missing', 'configs/debug.py', 'configs/fsq_888.py']),
     (['--config=none.py'], ['none.py is not a file', 'configs/debug.py']),
     (['--mode=eval', '--workdir=none'], ['none has no config.json']),
+    *(
+        (
+            [_DEBUG, f'--{flag}=s3://bucket/x'],
+            [f'--{flag} is s3://bucket/x: URLs of s3:// are not supported'],
+        )
+        for flag in (
+            'workdir', 'tokens', 'images', 'images_in', 'npz', 'export',
+            'output',
+        )
+    ),
+    (
+        [_DEBUG, '--config.data.data_dir=gs://bucket/x'],
+        ['data.data_dir is gs://bucket/x: URLs of gs:// are not supported'],
+    ),
     ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|report']),
     (
         [_DEBUG, '--wrokdir=x'],

@@ -97,7 +97,7 @@ def reconstruct_files(
     workdirs.write_json(
         folder / RECORD,
         {
-            'workdir': str(pathlib.Path(workdir).expanduser().absolute()),
+            'workdir': str(workdirs.run_folder(workdir)),
             'step': tokenizer.step,
             'model_hash': tokenizer.model_hash,
             'codebook_size': tokenizer.model.quantizer.codebook_size,

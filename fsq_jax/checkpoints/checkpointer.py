@@ -34,6 +34,10 @@ _STORAGE_ERROR = re.compile(
     r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE):'
 )
 
+# Packages whose errors are errors of an object store or of the network. They
+# raise a FileNotFoundError for a missing object.
+_STORAGE_PACKAGES = {'aiohttp', 'gcsfs', 'google', 'requests'}
+
 
 class CorruptedError(ValueError):
   """The content of a step differs from the saved content."""
@@ -65,7 +69,8 @@ class Checkpointer:
   """Saves and restores the steps under `checkpoints/` of a run's folder.
 
   Steps are written atomically: in the background, under another name, and then
-  renamed. The newest steps and the best one are kept.
+  renamed; in an object store, a file commit_success.txt, written last, marks a
+  step that is complete. The newest steps and the best one are kept.
 
   With several processes, all call each method together, and all skip a step
   that any of them cannot read.
@@ -338,7 +343,8 @@ class Checkpointer:
       except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # Says nothing about the files.
       except Exception as error:  # Corrupted files cause any kind of error.
-        if cause := _find_storage_error(error):
+        is_remote = workdirs.is_remote(self._folder)
+        if cause := _find_storage_error(error, is_remote):
           raise ReadError(
               f'{folder}: the {part} cannot be read now ({_shorten(cause)}) and'
               ' may be intact. No step was moved; run the same command again'
@@ -355,10 +361,11 @@ class Checkpointer:
       return
     if jax.process_index() == 0:
       folder = self._folder / workdirs.DAMAGED
-      folder.mkdir(exist_ok=True)
+      workdirs.make_folder(folder)
       for step, reason in reasons.items():
         target = workdirs.unused(folder / str(step))
-        (self._folder / workdirs.CHECKPOINTS / str(step)).rename(target)
+        source = self._folder / workdirs.CHECKPOINTS / str(step)
+        workdirs.move_folder(source, target)
         logging.error('Moved to %s: %s', target, reason)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('corrupted steps are moved')
@@ -392,11 +399,23 @@ def _in_all_processes(step: int) -> contextlib.AbstractContextManager[None]:
   ))
 
 
-def _find_storage_error(error: BaseException | None) -> BaseException | None:
-  """Returns the error among the causes that does not mean corrupted files."""
+def _find_storage_error(
+    error: BaseException | None, is_remote: bool
+) -> BaseException | None:
+  """Returns the error among the causes that does not mean corrupted files.
+
+  Args:
+    error: with its causes.
+    is_remote: whether the files are in an object store.
+  """
   while error is not None:
     numbers = {int(x) for x in _ERRNO.findall(str(error))}
     if numbers - _CORRUPTION_ERRNOS or _STORAGE_ERROR.search(str(error)):
+      return error
+    package = type(error).__module__.partition('.')[0]
+    # gcsfs raises an OSError without a number if access is denied.
+    is_denied = type(error) is OSError and error.errno is None
+    if is_remote and (package in _STORAGE_PACKAGES or is_denied):
       return error
     error = error.__cause__ or error.__context__
   return None

@@ -101,8 +101,12 @@ def find_run(
   Raises:
     ValueError: there is no such checkpoint, or it is corrupted.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute()
-  if not (folder / workdirs.CHECKPOINTS).is_dir():
+  folder = workdirs.run_folder(workdir)
+  try:
+    has_checkpoints = workdirs.is_folder(folder / workdirs.CHECKPOINTS)
+  except OSError as error:
+    raise ValueError(f'{folder} cannot be read: {error.strerror}.') from error
+  if not has_checkpoints:
     raise ValueError(_explain_missing(folder))
   reasons = []
   with contextlib.closing(
@@ -143,7 +147,7 @@ def find_run(
 
 def _explain_missing(folder: pathlib.Path) -> str:
   """Returns why a folder has no checkpoint, and what to do."""
-  if not folder.is_dir():
+  if not workdirs.is_folder(folder):
     return f'{folder} is not a folder; give the workdir of a run.'
   if (folder / 'model.safetensors').is_file():
     return (

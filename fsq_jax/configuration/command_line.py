@@ -14,6 +14,7 @@ from absl import logging
 
 from fsq_jax.configuration import loading
 from fsq_jax.configuration import schema
+from fsq_jax.workdir import files as workdirs
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -89,11 +90,12 @@ def load(
     ValueError: no such file, or neither is given.
   """
   if path is None and workdir is not None:
-    saved = pathlib.Path(workdir).expanduser() / 'config.json'
-    if saved.is_file():
-      return loading.config_from_json(saved.read_text(encoding='utf-8'))
+    saved = workdirs.run_folder(workdir, '--workdir') / workdirs.CONFIG
+    missing = FileNotFoundError, NotADirectoryError, IsADirectoryError
+    with contextlib.suppress(*missing):
+      return loading.config_from_json(workdirs.read_bytes(saved).decode())
     raise ValueError(
-        f'--workdir={workdir} has no config.json: {saved.absolute()} is not a'
+        f'--workdir={workdir} has no config.json: {saved} is not a'
         ' file. Give the folder of a run, or a --config.'
     )
   problem = '--config is missing.'

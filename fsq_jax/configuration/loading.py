@@ -18,6 +18,7 @@ from fsq_jax.configuration import errors
 from fsq_jax.configuration import generator_schema
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
+from fsq_jax.workdir import urls
 
 Config = ml_collections.ConfigDict
 PATHS = schema.PATHS
@@ -132,6 +133,9 @@ def check_config(
         problems.append(f'{name} is missing; allowed: {field.rule.allowed}.')
     elif fields[name] is None and not _is_used(name, uses):
       fields[name] = ''
+    elif problem := _url_problem(name, fields[name], field):
+      problems.append(problem)
+      del fields[name]
     elif not field.rule.fits(fields[name]):
       given = fields.pop(name)
       problems.append(f'{name} is {given!r}; allowed: {field.rule.allowed}.')
@@ -157,6 +161,13 @@ def check_config(
       problems.extend(_model_problems(config))
   if problems:
     raise ValueError('\n  '.join(['The config cannot be used:', *problems]))
+
+
+def _url_problem(name: str, value: Any, field: schema.Field) -> str | None:
+  """Returns why a value is a URL in place of a path; None for others."""
+  if not field.rule.is_path or not isinstance(value, str):
+    return None
+  return urls.explain(value, name, field.rule.stores)
 
 
 def is_chosen(name: str, fields: Mapping[str, Any]) -> bool:
@@ -443,6 +454,8 @@ def _resolve_path(
     return value
   rule = known[name].rule
   if not rule.is_path or (rule.takes_hub_id and rules.is_hub_id(value)):
+    return value
+  if urls.find_scheme(value):
     return value
   return os.path.abspath(os.path.expanduser(value))
 

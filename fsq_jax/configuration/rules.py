@@ -18,12 +18,14 @@ class Rule(NamedTuple):
     fits: whether a value, of any type, is allowed.
     is_path: whether values are paths.
     takes_hub_id: whether a path may also be `is_hub_id`.
+    stores: schemes of URLs that a path may also have.
   """
 
   allowed: str
   fits: Callable[[Any], bool]
   is_path: bool = False
   takes_hub_id: bool = False
+  stores: tuple[str, ...] = ()
 
 
 class CrossRule(NamedTuple):
@@ -85,9 +87,14 @@ def tuple_of(
   )
 
 
-def path(allowed: str, *, takes_hub_id: bool = False) -> Rule:
+def path(
+    allowed: str,
+    *,
+    takes_hub_id: bool = False,
+    stores: tuple[str, ...] = (),
+) -> Rule:
   """A path, described by `allowed`, or ''."""
-  return Rule(allowed, TEXT.fits, is_path=True, takes_hub_id=takes_hub_id)
+  return Rule(allowed, TEXT.fits, True, takes_hub_id, stores)
 
 
 def is_hub_id(value: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fsq_jax.configuration import rules
 from fsq_jax.workdir import trackers
+from fsq_jax.workdir import urls
 
 # Side in pixels of the window of SSIM, which has to fit into the images.
 _SSIM_WINDOW = 11
@@ -437,7 +438,12 @@ TRAIN = {
         added=lambda _: (),
     ),
     # Not a PATH: it belongs to a machine, not to a run.
-    'compilation_cache': runtime(rules.TEXT),
+    'compilation_cache': runtime(
+        rules.Rule(
+            'a local folder, not a URL',
+            lambda x: rules.TEXT.fits(x) and urls.find_scheme(x) is None,
+        )
+    ),
 }
 _INIT_FROM = Field(
     rules.path(
@@ -445,6 +451,7 @@ _INIT_FROM = Field(
         " 'owner/name' of one on the Hugging Face Hub, or '' for a run without"
         ' one; set --config.train.init_from',
         takes_hub_id=True,
+        stores=urls.STORES,
     ),
     Role.START,
 )

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import hashlib
 import json
 import os
-import pathlib
 from typing import NamedTuple
 
 from absl import logging
@@ -224,9 +223,12 @@ def read_statistics(
     ValueError: the file is missing, corrupted or without a hash, or its
       statistics are of another network, other weights or other images.
   """
-  path = pathlib.Path(path).expanduser()
+  path = workdirs.run_folder(path, 'path')
   try:
-    with safetensors.safe_open(path, framework='numpy') as file:
+    with (
+        workdirs.local_copy(path) as local,
+        safetensors.safe_open(local, framework='numpy') as file,
+    ):
       metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:

@@ -27,6 +27,7 @@ from fsq_jax.perceptual import inception
 from fsq_jax.perceptual import lpips
 from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
+from fsq_jax.workdir import files as workdirs
 
 _FRECHET = (
     'Frechet distance between the features of all images and of all'
@@ -363,7 +364,7 @@ class _Reference:
   def keep(self, statistics: frechet.FeatureStatistics) -> None:
     """Sets the statistics, and writes them in the first process."""
     if self.path is not None and jax.process_index() == 0:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
+      workdirs.make_folder(self.path.parent)
       frechet.write_statistics(self.path, statistics, self.origin)
       # The next evaluation reads the file and must give the same bits.
       statistics = frechet.read_statistics(self.path, self.origin)

@@ -385,7 +385,7 @@ def write_evaluation(
   path = folder / name
   workdirs.write_json(path, record)
   grids = folder / workdirs.RECONSTRUCTIONS
-  grids.mkdir(exist_ok=True)
+  workdirs.make_folder(grids)
   # Photographs come first: the report shows those of the newest grid.
   for photograph, (original, reconstruction) in result.photographs.items():
     picture = grid_lib.reconstruction_grid(

@@ -22,6 +22,7 @@ from fsq_jax.report import report as reports
 from fsq_jax.runtime import partitioning
 from fsq_jax.runtime import processes
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 # Fields of the data section that select and preprocess evaluation images.
 _EVALUATION_IMAGES = (
@@ -128,12 +129,14 @@ def prepare_output(
   Raises:
     ValueError: the folder cannot be written.
   """
-  path = folder if output is None else pathlib.Path(output)
+  path = folder
+  if output is not None:
+    path = workdirs.run_folder(output, '--output')
   # Only the first process writes.
   with processes.fail_together():
     if jax.process_index() == 0:
-      path = workdirs.create(path, '--output')
-  return path.expanduser().absolute()
+      workdirs.create(path, '--output', urls.STORES)
+  return path
 
 
 def _open_images(
@@ -166,7 +169,7 @@ def new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
   Raises:
     ValueError: the folder is not empty or cannot be written.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
+  folder = urls.local_path(path, flag).absolute()
   with processes.fail_together():
     if jax.process_index() == 0:
       if folder.is_dir() and any(folder.iterdir()):

@@ -31,6 +31,7 @@ from fsq_jax.runtime import processes
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress as progress_lib
 from fsq_jax.workdir import provenance
+from fsq_jax.workdir import urls
 
 # Images in the contact sheet of a class.
 _SHEET_IMAGES = 64
@@ -206,8 +207,8 @@ class _Outputs:
       npz: str | os.PathLike[str] | None,
   ):
     self.folder, self.file = (
-        None if x is None else pathlib.Path(x).expanduser().absolute()
-        for x in (images, npz)
+        None if x is None else urls.local_path(x, name).absolute()
+        for x, name in ((images, '--images'), (npz, '--npz'))
     )
     if self.folder is not None:
       self.unfinished = self.folder / _UNFINISHED

@@ -20,6 +20,7 @@ from fsq_jax.runtime import batching
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import tokenizer as tokenizers
+from fsq_jax.workdir import files as workdirs
 
 
 class Generated(NamedTuple):
@@ -153,12 +154,12 @@ class Generator:
     card), and the tokenizer as `tokenizer/`.
 
     Args:
-      folder: a new or empty folder.
+      folder: a new or empty folder, or gs://BUCKET/X.
 
     Raises:
       ValueError: the folder is not empty, or cannot be written.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = workdirs.run_folder(folder, 'folder')
     return saved_generator.write(path, self._saved, self.tokenizer)
 
   def push_to_hub(self, name: str) -> str:

@@ -19,6 +19,7 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 TOKENIZER = 'tokenizer'
 _FORMAT = 'fsq_jax generator, version 1'
@@ -119,9 +120,9 @@ def write(
     tokenizer: tokenizers.Tokenizer | None,
 ) -> pathlib.Path:
   """Writes a folder; see `generator.Generator.save_pretrained`."""
-  if folder.is_dir() and any(folder.iterdir()):
+  if not workdirs.is_empty(folder):
     raise ValueError(f'{folder} is not empty; give a new folder.')
-  folder = workdirs.create(folder)
+  folder = workdirs.create(folder, stores=urls.STORES)
   if tokenizer is not None:
     tokenizer.save_pretrained(folder / TOKENIZER)
   arrays = tokenizer_files.write_arrays(

@@ -234,7 +234,8 @@ def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
   pixel_formats.to_pillow(np.asarray(image)).save(
       file, 'png', compress_level=_COMPRESS_LEVEL
   )
-  os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
+  if not workdirs.is_remote(path):
+    os.makedirs(os.path.dirname(os.fspath(path)) or '.', exist_ok=True)
   workdirs.write_bytes(path, file.getvalue())
 
 

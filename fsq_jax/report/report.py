@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -38,19 +39,23 @@ def write_report(
   Returns:
     The path of the page.
   """
-  output = os.fspath(workdir if output is None else output)
-  run = _read_workdir(os.path.abspath(os.fspath(workdir)), output)
+  output = workdir if output is None else output
+  folder = workdir_files.run_folder(output, 'output')
+  run = _read_workdir(workdir_files.run_folder(workdir), folder)
   pages = generator_page if 'tokens' in run.config else page
   text = pages.render(run)
-  path = os.path.join(output, workdir_files.REPORT)
-  workdir_files.write_bytes(path, text.encode('utf-8', 'replace'))
-  return path
+  workdir_files.write_bytes(
+      folder / workdir_files.REPORT, text.encode('utf-8', 'replace')
+  )
+  return os.path.join(output, workdir_files.REPORT)
 
 
-def _read_workdir(workdir: str, output: str) -> sections.Run:
-  def find(name: str) -> str:
-    written = os.path.join(output, name)
-    return written if os.path.exists(written) else os.path.join(workdir, name)
+def _read_workdir(
+    workdir: pathlib.Path, output: pathlib.Path
+) -> sections.Run:
+  def find(name: str) -> pathlib.Path:
+    written = output / name
+    return written if written.exists() else workdir / name
 
   notices = []
   config, quantizer, provenance, evaluation = (
@@ -82,12 +87,12 @@ def _read_workdir(workdir: str, output: str) -> sections.Run:
       notices,
   )
   return sections.Run(
-      name=os.path.basename(workdir),
+      name=workdir.name,
       config=config,
       quantizer=quantizer,
       provenance=provenance,
       evaluation=evaluation,
-      rows=_read_rows(os.path.dirname(find(workdir_files.METRICS))),
+      rows=_read_rows(find(workdir_files.METRICS).parent),
       pictures=pictures,
       frames=frames,
       analysis=analysis,
@@ -95,7 +100,7 @@ def _read_workdir(workdir: str, output: str) -> sections.Run:
   )
 
 
-def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, notices: list[str]) -> dict[str, Any]:
   try:
     return workdir_files.read_json(path) or {}
   except ValueError as error:
@@ -103,7 +108,7 @@ def _read_json(path: str, notices: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
+def _read_rows(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   """Returns the rows of metrics.jsonl by split, in ascending steps.
 
   A resumed run may have repeated steps; the last row of a step is kept.
@@ -117,13 +122,13 @@ def _read_rows(folder: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _read_pictures(
-    folder: str, notices: list[str]
+    folder: pathlib.Path, notices: list[str]
 ) -> tuple[dict[str, sections.Frame], list[sections.Frame]]:
   """Returns the newest named pictures, and grids evenly spaced in time."""
   grids, pictures = {}, {}
-  for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-    if match := re.fullmatch(r'step_(\d+)(?:_(.+))?\.png', name):
-      path = os.path.join(folder, name)
+  paths = folder.iterdir() if workdir_files.is_folder(folder) else ()
+  for path in sorted(paths):
+    if match := re.fullmatch(r'step_(\d+)(?:_(.+))?\.png', path.name):
       if match[2] is None:
         grids[int(match[1])] = path
       else:
@@ -131,7 +136,7 @@ def _read_pictures(
   if not grids:
     return {}, []
   steps = sorted(grids)
-  largest = max(os.path.getsize(path) for path in grids.values())
+  largest = max(map(workdir_files.size, grids.values()))
   num = min(MAX_FRAMES, len(steps), MAX_FRAME_BYTES // max(largest, 1))
   positions = np.linspace(len(steps) - 1, 0, max(num, 1)).round()[::-1]
   newest = {
@@ -147,15 +152,14 @@ def _read_pictures(
 
 
 def _read_frame(
-    path: str, step: int, notices: list[str]
+    path: pathlib.Path, step: int, notices: list[str]
 ) -> sections.Frame | None:
   """Returns a PNG; None, and a notice, if it cannot be read."""
   try:
-    with open(path, 'rb') as file:
-      png = file.read()
+    png = workdir_files.read_bytes(path)
     with PIL.Image.open(io.BytesIO(png)) as image:
       image.load()
       return sections.Frame(step, *image.size, png)
   except (OSError, SyntaxError) as error:
-    notices.append(f'{os.path.basename(path)}: {error}')
+    notices.append(f'{path.name}: {error}')
     return None

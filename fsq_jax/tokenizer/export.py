@@ -25,6 +25,7 @@ from fsq_jax.checkpoints import saved_model
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 FOLDER = 'export'
 MANIFEST = 'manifest.json'
@@ -81,7 +82,7 @@ def export_workdir(
     ValueError: a config of another model, no checkpoint, or a folder that is
       not empty.
   """
-  folder = folder or pathlib.Path(workdir) / FOLDER
+  folder = folder or workdirs.run_folder(workdir) / FOLDER
   with processes.fail_together():
     _check_new(folder)
   tokenizer = tokenizers.load_tokenizer(workdir, which)
@@ -89,7 +90,7 @@ def export_workdir(
     saved_model.check_same_model(tokenizer.config, config)
     if jax.process_index() == 0:
       write(tokenizer, folder)
-  return pathlib.Path(folder).expanduser().absolute()
+  return workdirs.run_folder(folder, '--export')
 
 
 def write(
@@ -116,7 +117,7 @@ def write(
     ValueError: the folder is not empty, or cannot be written.
   """
   _check_new(folder)
-  folder = workdirs.create(folder, '--export')
+  folder = workdirs.create(folder, '--export', urls.STORES)
   programs = export_programs(tokenizer)
   weights = {
       path: np.asarray(x) for path, x in _flatten(tokenizer.variables).items()
@@ -208,8 +209,8 @@ def export_programs(
 
 
 def _check_new(folder: str | os.PathLike[str]) -> None:
-  folder = pathlib.Path(folder).expanduser()
-  if folder.is_dir() and any(folder.iterdir()):
+  folder = workdirs.run_folder(folder, '--export')
+  if not workdirs.is_empty(folder):
     problem = 'is not empty'
     if not (folder / MANIFEST).exists():
       problem += f' and has no {MANIFEST}, like an interrupted export'

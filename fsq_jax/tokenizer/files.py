@@ -33,6 +33,7 @@ from fsq_jax.quantizers import specs
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import model_card
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -157,9 +158,9 @@ def write(
     folder: str | os.PathLike[str], saved: SavedModel, *, decoder_only: bool
 ) -> pathlib.Path:
   """Writes a folder; see `tokenizer.Tokenizer.save_pretrained`."""
-  if pathlib.Path(folder).is_dir() and any(pathlib.Path(folder).iterdir()):
+  if not workdirs.is_empty(workdirs.run_folder(folder, 'folder')):
     raise ValueError(f'{folder} is not empty; give a new folder.')
-  folder = workdirs.create(folder)
+  folder = workdirs.create(folder, stores=urls.STORES)
   saved = saved.without_encoder() if decoder_only else saved.with_hashes()
   config, model, metadata = saved.config, saved.model, saved.metadata
   stored = {
@@ -216,18 +217,18 @@ def read_description(
 
 
 def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
-  """Returns a local folder, or downloads one from the Hugging Face Hub.
+  """Returns a folder, or downloads one from the Hugging Face Hub.
 
   Args:
-    name: a folder, or 'owner/name' of a repository.
+    name: a folder, gs://BUCKET/X, or 'owner/name' of a repository.
     *patterns: of files to download beside those of a tokenizer.
 
   Raises:
     ValueError: no such folder or repository.
   """
-  folder = pathlib.Path(name).expanduser()
-  if folder.is_dir():
-    return folder.absolute()
+  folder = workdirs.run_folder(name, 'name')
+  if workdirs.is_folder(folder):
+    return folder
   if not rules.is_hub_id(str(name)):
     raise ValueError(
         f'There is no folder {folder}; give a folder written by'
@@ -339,7 +340,8 @@ def read_arrays(
   """
   abstract = traverse_util.flatten_dict(dict(abstract), sep='/')
   try:
-    arrays = safetensors.numpy.load_file(path)
+    with workdirs.local_copy(path) as local:
+      arrays = safetensors.numpy.load_file(local)
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise ValueError(
         f'{path} cannot be read: {error}. Copy the folder again.'

@@ -26,6 +26,7 @@ from fsq_jax.runtime import compiled
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import published
+from fsq_jax.workdir import files as workdirs
 
 FITS = ('crop', 'pad')
 
@@ -210,7 +211,7 @@ class Tokenizer:
     results of the run's evaluation.json.
 
     Args:
-      folder: a new or empty folder.
+      folder: a new or empty folder, or gs://BUCKET/X.
       decoder_only: leaves out the parts that only `encode` uses.
 
     Returns:
@@ -566,6 +567,7 @@ def load_tokenizer(
   Returns:
     The tokenizer, on the devices of this process.
   """
-  if (pathlib.Path(workdir).expanduser() / tokenizer_files.WEIGHTS).exists():
+  folder = workdirs.run_folder(workdir)
+  if (folder / tokenizer_files.WEIGHTS).exists():
     return Tokenizer.from_pretrained(workdir, batch_size=batch_size)
   return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

@@ -18,6 +18,7 @@ from fsq_jax.tokens import shards
 from fsq_jax.tokens import source as sources
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
+from fsq_jax.workdir import urls
 
 _NUM_THREADS = 2
 # Bytes of a file name, on most file systems.
@@ -51,7 +52,7 @@ def detokenize_workdir(
   """
   with processes.fail_together():
     source = sources.TokenSource(tokens)
-    folder = pathlib.Path(images).expanduser().absolute()
+    folder = urls.local_path(images, '--images').absolute()
     _check_names(source, folder)
   job = source.manifest.job
   tokenizer = tokenizers.load_tokenizer(workdir, which, job.batch_size)

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 import threading
 from typing import Any
 
@@ -19,6 +18,7 @@ from fsq_jax.data import pipelines
 from fsq_jax.quantizers import specs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
+from fsq_jax.workdir import urls
 
 _HASH_THREADS = 8
 # Files open at a time; the limit of a process is often 1,024.
@@ -45,7 +45,7 @@ class TokenSource(Sequence[shards.Example]):
       ValueError: files that are missing or differ from the manifest; lists
         each of them.
     """
-    self.folder = pathlib.Path(folder).expanduser().absolute()
+    self.folder = urls.local_path(folder, 'folder').absolute()
     self.manifest = manifests.read(self.folder)
     with futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
       problems = list(pool.map(self._describe_damage, self.manifest.shards))

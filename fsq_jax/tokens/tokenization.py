@@ -27,6 +27,7 @@ from fsq_jax.tokens import manifest
 from fsq_jax.tokens import writer as writers
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
+from fsq_jax.workdir import urls
 
 
 def tokenize_workdir(
@@ -66,8 +67,8 @@ def tokenize_workdir(
     PeerError: another process has failed.
   """
   configuration.check_config(config, mode='tokenize')
-  folder = pathlib.Path(folder or default_folder(config, workdir))
-  folder = folder.expanduser().absolute()
+  folder = folder or default_folder(config, workdir)
+  folder = urls.local_path(folder, '--tokens').absolute()
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
   # Before the model, which takes long to load: images may be missing.
@@ -106,7 +107,7 @@ def tokenize_workdir(
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
   """Returns whether a folder holds a complete set of token files."""
-  return (pathlib.Path(folder).expanduser() / manifest.FILE).is_file()
+  return (urls.local_path(folder, '--tokens') / manifest.FILE).is_file()
 
 
 def default_folder(
@@ -131,7 +132,7 @@ def default_folder(
   if config.tokenize.views > 1:
     words.append(f'{config.tokenize.views}_views')
   name = '_'.join(re.findall(r'[\w-]+', ' '.join(words)))
-  return pathlib.Path(workdir) / 'tokens' / name
+  return pathlib.Path(os.fspath(workdir)) / 'tokens' / name
 
 
 def _make_job(

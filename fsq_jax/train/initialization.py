@@ -21,6 +21,7 @@ from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import loading as pretrained
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.train import transfer
+from fsq_jax.workdir import files as workdirs
 
 
 class Initializer:
@@ -222,7 +223,7 @@ def find_source(name: str) -> transfer.Source:
   Raises:
     ValueError: there is no such model, it is corrupted, or a generator.
   """
-  folder = pathlib.Path(name).expanduser()
+  folder = workdirs.run_folder(name, 'train.init_from')
   is_repository = rules.is_hub_id(name)
   if is_repository:
     folder = tokenizer_files.find(name)

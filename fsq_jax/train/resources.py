@@ -23,6 +23,7 @@ from fsq_jax.workdir import files as workdir_files
 from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
 from fsq_jax.workdir import trackers as trackers_lib
+from fsq_jax.workdir import urls
 
 
 class Run(NamedTuple):
@@ -87,7 +88,8 @@ def _open(
   is_writer = jax.process_index() == 0
   trackers = []
   with processes.fail_together():
-    folder = workdir_files.create(workdir)
+    folder = workdir_files.create(workdir, stores=urls.STORES)
+    _check_local_outputs(config, folder)
     if is_writer:
       stack.enter_context(workdir_files.lock(folder))
       trackers = _open_trackers(config, folder, stack)
@@ -110,6 +112,18 @@ def _open(
       config, folder, mesh, stop_request, progress, checkpointer, trackers,
       stack,
   )
+
+
+def _check_local_outputs(
+    config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> None:
+  """Raises ValueError for fields whose files cannot be in an object store."""
+  for name in ('trackers', 'profile_steps'):
+    if workdir_files.is_remote(folder) and config.train[name]:
+      raise ValueError(
+          f'train.{name} is {config.train[name]!r} with --workdir={folder}:'
+          ' their files need a local folder; allowed: ().'
+      )
 
 
 def _open_trackers(

@@ -1,6 +1,6 @@
 """The folder of a run: names of its files, lock, reading, atomic writes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import fcntl
 import itertools
@@ -9,10 +9,15 @@ import math
 import os
 import pathlib
 import socket
+import tempfile
 from typing import Any, BinaryIO
 import uuid
 
 from absl import logging
+
+from fsq_jax.workdir import object_lock
+from fsq_jax.workdir import object_store
+from fsq_jax.workdir import urls
 
 CONFIG = 'config.json'
 QUANTIZER = 'quantizer.json'
@@ -32,22 +37,63 @@ TRACKERS = 'trackers.json'
 PROFILE = 'profile'
 
 
+# Bytes of an unfinished object that are kept in memory.
+_SPOOLED = 2**25
+
+
+def run_folder(
+    path: str | os.PathLike[str], name: str = 'workdir'
+) -> pathlib.Path:
+  """Returns the folder of a run, which need not exist.
+
+  Args:
+    path: a local path or gs://BUCKET/X.
+    name: flag or argument that has it, for messages.
+
+  Returns:
+    The absolute path with `~` expanded; for a URL an `etils.epath.Path`, which
+    has the methods of a `pathlib.Path`, except `absolute` and `resolve`.
+
+  Raises:
+    ValueError: another URL, or a package for it is not installed.
+  """
+  if problem := urls.explain(path, name, urls.STORES):
+    raise ValueError(problem)
+  if is_remote(path):
+    return object_store.open_path(urls.normalize(path), name)
+  return pathlib.Path(path).expanduser().absolute()
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+  """Whether a path from `run_folder`, or a path in it, is a URL."""
+  return urls.find_scheme(path) is not None
+
+
 def create(
-    path: str | os.PathLike[str], flag: str = '--workdir'
+    path: str | os.PathLike[str],
+    flag: str = '--workdir',
+    stores: Collection[str] = (),
 ) -> pathlib.Path:
   """Creates the folder of a run and checks that it is writable.
 
   Args:
     path: the folder; parents are created, too.
     flag: flag of the folder, for messages.
+    stores: schemes that the folder may have; objects need no folder.
 
   Returns:
     The absolute path.
 
   Raises:
-    ValueError: the path is a file, or the folder is not writable.
+    ValueError: the path is a file or another URL, or the folder is not
+      writable.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
+  if problem := urls.explain(path, flag, stores):
+    raise ValueError(problem)
+  folder = run_folder(path, flag)
+  if is_remote(folder):
+    _check_writable(folder, flag)
+    return folder
   if folder.is_file():
     raise ValueError(f'{folder} is a file; give a folder with {flag}.')
   try:
@@ -64,12 +110,27 @@ def create(
   return folder
 
 
+def _check_writable(folder: pathlib.Path, flag: str) -> None:
+  """Checks that objects can be written to a folder of a store."""
+  probe = folder / f'.probe-{uuid.uuid4().hex}'
+  try:
+    object_store.write(probe, b'')
+    object_store.delete(probe)
+  except OSError as error:
+    raise ValueError(
+        f'{folder} cannot be written ({error.strerror}); create the bucket, log'
+        ' in (gcloud auth application-default login), or give another folder'
+        f' with {flag}.'
+    ) from error
+
+
 @contextlib.contextmanager
 def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
   """Locks the folder of a run against writes of a second run.
 
   The lock is released when the process ends, however it ends. It holds between
-  hosts if the file system supports that (NFS 4, and Lustre with flock).
+  hosts if the file system supports that (NFS 4, and Lustre with flock). In an
+  object store, see `object_lock.hold`.
 
   Args:
     folder: the run's folder.
@@ -78,6 +139,10 @@ def lock(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
   Raises:
     ValueError: another process holds the lock.
   """
+  if is_remote(folder):
+    with object_lock.hold(folder / LOCK, folder, flag):
+      yield
+    return
   with open(folder / LOCK, 'a+', encoding='utf-8') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +175,61 @@ def unused(path: pathlib.Path) -> pathlib.Path:
   return candidate
 
 
+def make_folder(path: pathlib.Path) -> None:
+  """Creates a folder and its parents if they are missing."""
+  if not is_remote(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def is_folder(path: pathlib.Path) -> bool:
+  """Whether there is a folder; in an object store, any object in it."""
+  return object_store.is_folder(path) if is_remote(path) else path.is_dir()
+
+
+def is_empty(path: pathlib.Path) -> bool:
+  """Whether a folder is missing or empty."""
+  if is_remote(path):
+    return not object_store.is_folder(path)
+  return not path.is_dir() or not any(path.iterdir())
+
+
+def size(path: pathlib.Path) -> int:
+  """Returns the number of bytes of a file."""
+  status = path.stat()
+  return status.length if is_remote(path) else status.st_size
+
+
+@contextlib.contextmanager
+def local_copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a local file with the content of a file: itself if it is local."""
+  if not is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = pathlib.Path(folder, path.name)
+    copy.write_bytes(read_bytes(path))
+    yield copy
+
+
+def move_folder(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves a folder, atomically if it is local, to a name that is not in use."""
+  if is_remote(source):
+    object_store.move_folder(source, target)
+  else:
+    source.rename(target)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+  """Reads a file.
+
+  Raises:
+    OSError: it is missing or cannot be read.
+  """
+  if is_remote(path):
+    return object_store.read(path)
+  return pathlib.Path(path).read_bytes()
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """Reads a JSON object; returns None if there is no such file.
 
@@ -117,7 +237,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     ValueError: the file cannot be read, or is not a JSON object.
   """
   try:
-    value = json.loads(pathlib.Path(path).read_text('utf-8'))
+    value = json.loads(read_bytes(path).decode())
     if not isinstance(value, dict):
       raise ValueError('it is not a JSON object')
   except FileNotFoundError:
@@ -137,6 +257,11 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   Yields:
     The open file. If the body raises, nothing is left of it.
   """
+  if is_remote(path):
+    with tempfile.SpooledTemporaryFile(_SPOOLED) as file:
+      yield file
+      object_store.write_file(path, file)
+    return
   path = pathlib.Path(path)
   # A random name, since processes of other hosts may have the same id; cut,
   # since file systems limit the length of names.

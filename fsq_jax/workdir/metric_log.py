@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -13,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from fsq_jax.workdir import files
+from fsq_jax.workdir import object_store
 
 
 class Row(NamedTuple):
@@ -67,9 +69,7 @@ class JsonLines(Tracker):
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
 
   def write(self, row):
-    values = {'step': row.step, 'split': row.split, **row.scalars}
-    line = json.dumps(files.finite_or_null(values), allow_nan=False)
-    self._file.write(line + '\n')
+    self._file.write(_to_line(row) + '\n')
     self._file.flush()
 
   def flush(self):
@@ -79,6 +79,54 @@ class JsonLines(Tracker):
     # `write` flushes every row, so that an error of this one has been raised.
     with contextlib.suppress(OSError):
       self._file.close()
+
+
+class JsonObject(Tracker):
+  """Rewrites metrics.jsonl in an object store, which cannot append.
+
+  Rows are stored at the end, at every `flush` and thus before every checkpoint,
+  and otherwise at most every `INTERVAL` seconds; a process that is killed loses
+  the later ones. Each version replaces the one before it of this process: if
+  another process has written meanwhile, an `object_store.ConflictError` ends
+  this one before it saves a checkpoint.
+  """
+
+  INTERVAL = 30.0
+
+  def __init__(self, path: pathlib.Path, kept: Sequence[str]):
+    """Writes the object, which then has the lines `kept`."""
+    self._path = path
+    self._lines = list(kept)
+    self._is_stored = False
+    self._generation: int | None = None
+    self._store()
+
+  def write(self, row):
+    self._lines.append(_to_line(row))
+    self._is_stored = False
+    if time.monotonic() - self._stored_at > self.INTERVAL:
+      self._store()
+
+  def flush(self):
+    self._store()
+
+  def close(self, *, failed=False):
+    try:
+      self._store()
+    except OSError as error:
+      logging.warning('The last rows of %s are lost: %s', self._path, error)
+
+  def _store(self) -> None:
+    if self._is_stored:
+      return
+    data = ''.join(f'{line}\n' for line in self._lines).encode()
+    self._generation = object_store.write(self._path, data, self._generation)
+    self._is_stored, self._stored_at = True, time.monotonic()
+
+
+def _to_line(row: Row) -> str:
+  values = {'step': row.step, 'split': row.split, **row.scalars}
+  return json.dumps(files.finite_or_null(values), allow_nan=False)
 
 
 class TensorBoard(Tracker):
@@ -140,18 +188,24 @@ class MetricWriter:
     self._folder = folder
     path = folder / files.METRICS
     kept = [x for x in _read_rows(path) if x[1]['step'] <= first_step]
-    self._opened: list[Tracker] = [JsonLines(path, [line for line, _ in kept])]
+    self._is_remote = files.is_remote(folder)
+    lines = JsonObject if self._is_remote else JsonLines
+    self._opened: list[Tracker] = [lines(path, [line for line, _ in kept])]
+    if not self._is_remote:
+      self._open_tensorboard(first_step)
+    rows = [self._from_json(values) for _, values in kept]
+    for tracker in trackers:
+      tracker.start(rows)
+    self._trackers = [*self._opened, *trackers]
+
+  def _open_tensorboard(self, first_step: int) -> None:
     try:
-      self._opened.append(TensorBoard(folder, first_step=first_step))
+      self._opened.append(TensorBoard(self._folder, first_step=first_step))
     except ImportError:
       logging.info(
           'No TensorBoard events are written; install them by: pip install'
           ' tensorboardX'
       )
-    rows = [self._from_json(values) for _, values in kept]
-    for tracker in trackers:
-      tracker.start(rows)
-    self._trackers = [*self._opened, *trackers]
 
   def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
     """Appends one row; `split` is 'train' or 'eval'.
@@ -183,7 +237,9 @@ class MetricWriter:
   def _row(
       self, step: int, split: str, scalars: Mapping[str, float]
   ) -> Row:
-    figures = dict(_find_figures(self._folder, step)) if split == 'eval' else {}
+    figures = {}
+    if split == 'eval' and not self._is_remote:
+      figures = dict(_find_figures(self._folder, step))
     return Row(step, split, scalars, figures)
 
 
@@ -195,8 +251,12 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Returns:
     The rows in order; [] if there is no file.
+
+  Raises:
+    ValueError: the folder is a URL that is not supported.
   """
-  return [row for _, row in _read_rows(pathlib.Path(folder) / files.METRICS)]
+  path = files.run_folder(folder) / files.METRICS
+  return [row for _, row in _read_rows(path)]
 
 
 def _find_figures(
@@ -211,10 +271,12 @@ def _find_figures(
 
 
 def _read_rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  if not path.exists():
+  try:
+    text = files.read_bytes(path).decode(errors='replace')
+  except (FileNotFoundError, NotADirectoryError):
     return []
   rows = []
-  for line in path.read_text('utf-8', errors='replace').splitlines():
+  for line in text.splitlines():
     try:
       row = json.loads(line)
     except ValueError:
