@@ -74,8 +74,9 @@ _TILES = flags.DEFINE_enum(
 _NPZ = flags.DEFINE_string(
     'npz',
     None,
-    'File that generate writes images to, in the format of the ADM evaluation'
-    ' suite: arr_0, uint8 [n, H, W, C], shuffled.',
+    'File NAME.npz that generate writes images to, in the format of the ADM'
+    ' evaluation suite: arr_0, uint8 [n, H, W, C], shuffled; eval writes'
+    ' NAME_originals.npz and NAME_reconstructions.npz, not shuffled.',
 )
 _EXPORT = flags.DEFINE_string(
     'export', None, 'Folder that export writes to. Default: WORKDIR/export.'
@@ -152,16 +153,16 @@ def _train(config: _Config, workdir: _Path) -> list[_Path]:
 def _eval(config: _Config, workdir: _Path) -> list[_Path]:
   options = {}
   if configuration.is_generator(config):
-    if _IMAGES.value is not None:
+    if (_IMAGES.value, _NPZ.value) != (None, None):
       raise ValueError(
-          '--images with --mode=eval is for tokenizers; --mode=generate writes'
-          ' images of a generator.'
+          '--images and --npz with --mode=eval are for tokenizers;'
+          ' --mode=generate writes images of a generator.'
       )
     from fsq_jax.generators import commands
   else:
     from fsq_jax.evaluation import saved_run as commands
 
-    options = {'images': _IMAGES.value}
+    options = {'images': _IMAGES.value, 'npz': _NPZ.value}
 
   with _resumable():
     commands.evaluate_workdir(
