@@ -27,6 +27,7 @@ import ml_collections
 
 from fsq_jax.configuration import command_line
 from fsq_jax.configuration import loading as configuration
+from fsq_jax.configuration import shipped
 
 _CONFIG = flags.DEFINE_string(
     'config',
@@ -36,7 +37,10 @@ _CONFIG = flags.DEFINE_string(
     ' use the config.json of the workdir.',
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run. Default: runs/NAME_OF_CONFIG.'
+    'workdir',
+    None,
+    'Folder of the run. Default: runs/NAME_OF_CONFIG; for reconstruct without a'
+    f' --config, the tokenizer {shipped.DEFAULT} that ships with fsq_jax.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
@@ -206,6 +210,8 @@ def _reconstruct(config: _Config, workdir: _Path) -> list[_Path]:
   from fsq_jax.analysis import reconstruction
 
   del config  # The checkpoint has its own.
+  if _takes_shipped_tokenizer():
+    _print([f'Tokenizer: {shipped.DEFAULT}, which ships with fsq_jax.'])
   return reconstruction.reconstruct_files(
       workdir,
       _IMAGES_IN.value,
@@ -314,7 +320,7 @@ def main(argv: list[str]) -> int:
   try:
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
-    workdir = _WORKDIR.value
+    workdir = _find_workdir()
     if workdir is None:
       workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
     _set_up_process()
@@ -336,10 +342,22 @@ def main(argv: list[str]) -> int:
 
 def _load_config(argv: list[str]) -> _Config:
   """Loads the config that the flags name, with the overrides of argv."""
-  workdir = _WORKDIR.value if _MODE.value in _OF_A_RUN else None
+  workdir = _find_workdir() if _MODE.value in _OF_A_RUN else None
   config = command_line.load(_CONFIG.value, workdir, _ROOT)
   command_line.override(config, argv)
   return config
+
+
+def _find_workdir() -> _Path | None:
+  """Returns --workdir, or the folder of the shipped tokenizer."""
+  if _takes_shipped_tokenizer():
+    return shipped.folder_of(shipped.DEFAULT)
+  return _WORKDIR.value
+
+
+def _takes_shipped_tokenizer() -> bool:
+  names_run = _WORKDIR.value is not None or _CONFIG.value is not None
+  return _MODE.value == 'reconstruct' and not names_run
 
 
 def _set_up_process() -> None:

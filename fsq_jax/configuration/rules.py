@@ -17,13 +17,13 @@ class Rule(NamedTuple):
     allowed: the allowed values in words, as messages print them.
     fits: whether a value, of any type, is allowed.
     is_path: whether values are paths.
-    takes_hub_id: whether a path may also be `is_hub_id`.
+    takes_name: whether a path may also be `is_hub_id` or in `shipped.NAMES`.
   """
 
   allowed: str
   fits: Callable[[Any], bool]
   is_path: bool = False
-  takes_hub_id: bool = False
+  takes_name: bool = False
 
 
 class CrossRule(NamedTuple):
@@ -85,9 +85,9 @@ def tuple_of(
   )
 
 
-def path(allowed: str, *, takes_hub_id: bool = False) -> Rule:
+def path(allowed: str, *, takes_name: bool = False) -> Rule:
   """A path, described by `allowed`, or ''."""
-  return Rule(allowed, TEXT.fits, is_path=True, takes_hub_id=takes_hub_id)
+  return Rule(allowed, TEXT.fits, is_path=True, takes_name=takes_name)
 
 
 def is_hub_id(value: str) -> bool:

@@ -24,6 +24,7 @@ import fsq_jax
 from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import loading as config_loading
 from fsq_jax.configuration import rules
+from fsq_jax.configuration import shipped
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables as variables_lib
@@ -187,20 +188,24 @@ def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   """Returns a local folder, or downloads one from the Hugging Face Hub.
 
   Args:
-    name: a folder, or 'owner/name' of a repository.
+    name: of a tokenizer that ships with the package (`shipped.find`), a folder,
+      or 'owner/name' of a repository.
     *patterns: of files to download beside those of a tokenizer.
 
   Raises:
-    ValueError: no such folder or repository.
+    ValueError: no such folder or repository, or an ambiguous name.
   """
+  if (folder := shipped.find(name)) is not None:
+    return folder
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder.absolute()
   if not rules.is_hub_id(str(name)):
     raise ValueError(
         f'There is no folder {folder}; give a folder written by'
-        " save_pretrained, or 'owner/name' of a repository of the Hugging Face"
-        ' Hub.'
+        " save_pretrained, 'owner/name' of a repository of the Hugging Face"
+        ' Hub, or the name of a tokenizer that ships with fsq_jax:'
+        f' {", ".join(shipped.NAMES)}.'
     )
   try:
     hub = _import_hub()
