@@ -17,6 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.quantizer.fsq.levels = (8, 8, 8, 5, 5, 5)
   config.model.projector_in.name = 'linear'
 
-  config.train.num_steps = 6000
-  config.train.eval_every_steps = 2000
+  config.train.num_steps = 12000
+  config.train.eval_every_steps = 4000
   return config
