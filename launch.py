@@ -27,6 +27,7 @@ import ml_collections
 
 from fsq_jax.configuration import command_line
 from fsq_jax.configuration import loading as configuration
+from fsq_jax.configuration import shipped
 from fsq_jax.workdir import urls
 
 _CONFIG = flags.DEFINE_string(
@@ -39,7 +40,9 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
-    'Folder of the run, or gs://BUCKET/FOLDER. Default: runs/NAME_OF_CONFIG.',
+    'Folder of the run, or gs://BUCKET/FOLDER. Default: runs/NAME_OF_CONFIG;'
+    f' for reconstruct without a --config, the tokenizer {shipped.DEFAULT} that'
+    ' ships with fsq_jax.',
 )
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint',
@@ -77,8 +80,9 @@ _TILES = flags.DEFINE_enum(
 _NPZ = flags.DEFINE_string(
     'npz',
     None,
-    'File that generate writes images to, in the format of the ADM evaluation'
-    ' suite: arr_0, uint8 [n, H, W, C], shuffled.',
+    'File NAME.npz that generate writes images to, in the format of the ADM'
+    ' evaluation suite: arr_0, uint8 [n, H, W, C], shuffled; eval writes'
+    ' NAME_originals.npz and NAME_reconstructions.npz, not shuffled.',
 )
 _EXPORT = flags.DEFINE_string(
     'export', None, 'Folder that export writes to. Default: WORKDIR/export.'
@@ -160,16 +164,16 @@ def _train(config: _Config, workdir: _Path) -> list[_Path]:
 def _eval(config: _Config, workdir: _Path) -> list[_Path]:
   options = {}
   if configuration.is_generator(config):
-    if _IMAGES.value is not None:
+    if (_IMAGES.value, _NPZ.value) != (None, None):
       raise ValueError(
-          '--images with --mode=eval is for tokenizers; --mode=generate writes'
-          ' images of a generator.'
+          '--images and --npz with --mode=eval are for tokenizers;'
+          ' --mode=generate writes images of a generator.'
       )
     from fsq_jax.generators import commands
   else:
     from fsq_jax.evaluation import saved_run as commands
 
-    options = {'images': _IMAGES.value}
+    options = {'images': _IMAGES.value, 'npz': _NPZ.value}
 
   with _resumable():
     commands.evaluate_workdir(
@@ -213,6 +217,8 @@ def _reconstruct(config: _Config, workdir: _Path) -> list[_Path]:
   from fsq_jax.analysis import reconstruction
 
   del config  # The checkpoint has its own.
+  if _takes_shipped_tokenizer():
+    _print([f'Tokenizer: {shipped.DEFAULT}, which ships with fsq_jax.'])
   return reconstruction.reconstruct_files(
       workdir,
       _IMAGES_IN.value,
@@ -322,7 +328,7 @@ def main(argv: list[str]) -> int:
     _check_urls()
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
-    workdir = _WORKDIR.value
+    workdir = _find_workdir()
     if workdir is None:
       workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
     _set_up_process()
@@ -354,10 +360,22 @@ def _check_urls() -> None:
 
 def _load_config(argv: list[str]) -> _Config:
   """Loads the config that the flags name, with the overrides of argv."""
-  workdir = _WORKDIR.value if _MODE.value in _OF_A_RUN else None
+  workdir = _find_workdir() if _MODE.value in _OF_A_RUN else None
   config = command_line.load(_CONFIG.value, workdir, _ROOT)
   command_line.override(config, argv)
   return config
+
+
+def _find_workdir() -> _Path | None:
+  """Returns --workdir, or the folder of the shipped tokenizer."""
+  if _takes_shipped_tokenizer():
+    return shipped.folder_of(shipped.DEFAULT)
+  return _WORKDIR.value
+
+
+def _takes_shipped_tokenizer() -> bool:
+  names_run = _WORKDIR.value is not None or _CONFIG.value is not None
+  return _MODE.value == 'reconstruct' and not names_run
 
 
 def _set_up_process() -> None:

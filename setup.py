@@ -14,6 +14,8 @@ setuptools.setup(
     description='Image tokenizers with Finite Scalar Quantization in JAX',
     license='Apache-2.0',
     packages=setuptools.find_packages(include=['fsq_jax', 'fsq_jax.*']),
+    # Tokenizers that ship with the package.
+    package_data={'fsq_jax.tokenizer': ['pretrained/*/*']},
     python_requires='>=3.11',
     install_requires=[
         'absl-py',

@@ -55,8 +55,9 @@ def run(capsys, monkeypatch):
         workdir, allow_config_change,
     )
 
-  def evaluate_workdir(config, workdir, *, which, output, images, show):
-    _show('eval', config.seed, workdir, which, output, *filter(None, [images]))
+  def evaluate_workdir(config, workdir, *, which, output, images, npz, show):
+    paths = filter(None, [images, npz])
+    _show('eval', config.seed, workdir, which, output, *paths)
     show(['psnr: 27.5'])
 
   def analyze_workdir(config, workdir, *, which, output):
@@ -280,6 +281,10 @@ _CALLS = (
     (
         ['--mode=eval', '--images=i'],
         'eval 0 runs/debug newest None i\npsnr: 27.5',
+    ),
+    (
+        ['--mode=eval', '--images=i', '--npz=x.npz'],
+        'eval 0 runs/debug newest None i x.npz\npsnr: 27.5',
     ),
     (
         ['--mode=reconstruct', '--images_in=in', '--images=i'],

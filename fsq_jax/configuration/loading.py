@@ -18,6 +18,7 @@ from fsq_jax.configuration import errors
 from fsq_jax.configuration import generator_schema
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
+from fsq_jax.configuration import shipped
 from fsq_jax.workdir import urls
 
 Config = ml_collections.ConfigDict
@@ -430,7 +431,8 @@ def resolve(config: Config) -> Config:
 def resolve_paths(config: Config) -> Config:
   """Returns a copy with absolute paths, `~` expanded; '' and None stay.
 
-  So does 'owner/name' of the Hugging Face Hub, unless it is a folder.
+  So do 'owner/name' of the Hugging Face Hub, unless it is a folder, and the
+  name of a shipped tokenizer.
   Runs of earlier versions have saved paths as they were given: relative paths
   are taken from the current folder.
   """
@@ -453,7 +455,8 @@ def _resolve_path(
   if name not in known or not isinstance(value, str) or not value:
     return value
   rule = known[name].rule
-  if not rule.is_path or (rule.takes_hub_id and rules.is_hub_id(value)):
+  is_name = value in shipped.NAMES or rules.is_hub_id(value)
+  if not rule.is_path or (rule.takes_name and is_name):
     return value
   if urls.find_scheme(value):
     return value

@@ -17,14 +17,14 @@ class Rule(NamedTuple):
     allowed: the allowed values in words, as messages print them.
     fits: whether a value, of any type, is allowed.
     is_path: whether values are paths.
-    takes_hub_id: whether a path may also be `is_hub_id`.
+    takes_name: whether a path may also be `is_hub_id` or in `shipped.NAMES`.
     stores: schemes of URLs that a path may also have.
   """
 
   allowed: str
   fits: Callable[[Any], bool]
   is_path: bool = False
-  takes_hub_id: bool = False
+  takes_name: bool = False
   stores: tuple[str, ...] = ()
 
 
@@ -90,11 +90,11 @@ def tuple_of(
 def path(
     allowed: str,
     *,
-    takes_hub_id: bool = False,
+    takes_name: bool = False,
     stores: tuple[str, ...] = (),
 ) -> Rule:
   """A path, described by `allowed`, or ''."""
-  return Rule(allowed, TEXT.fits, True, takes_hub_id, stores)
+  return Rule(allowed, TEXT.fits, True, takes_name, stores)
 
 
 def is_hub_id(value: str) -> bool:

@@ -448,9 +448,10 @@ TRAIN = {
 _INIT_FROM = Field(
     rules.path(
         "the workdir of stage 1 or of another run, a saved tokenizer,"
-        " 'owner/name' of one on the Hugging Face Hub, or '' for a run without"
-        ' one; set --config.train.init_from',
-        takes_hub_id=True,
+        " 'owner/name' of one on the Hugging Face Hub, the name of one that"
+        " ships with fsq_jax, such as 'photos', or '' for a run without one;"
+        ' set --config.train.init_from',
+        takes_name=True,
         stores=urls.STORES,
     ),
     Role.START,

@@ -1,10 +1,11 @@
-"""Generated images as .npz files in the format of ADM's evaluation.
+"""Images as .npz files in the format of ADM's evaluation.
 
 guided-diffusion's evaluations/evaluator.py reads the array `arr_0`, [n, H, W,
 3] uint8, and ignores arrays with other names than `mu`, `sigma`, `mu_s` and
 `sigma_s`; `labels` is such an array. Its Inception score takes splits of the
-images in the order of the file, hence the order is shuffled. It takes RGB only;
-grey and RGBA images, [n, H, W, 1] and [n, H, W, 4], are for other readers.
+images in the order of the file, hence generated images are shuffled. It takes
+RGB only; grey and RGBA images, [n, H, W, 1] and [n, H, W, 4], are for other
+readers.
 """
 
 import os
@@ -26,7 +27,7 @@ def write_npz(
     labels: np.ndarray,
     seed: int,
 ) -> None:
-  """Writes images and labels in shuffled order, atomically.
+  """Writes generated images and labels in shuffled order, atomically.
 
   Only a block of the images is in memory; 50,000 images of 256 x 256 pixels
   (9.8 GB) can come from a memory map of `np.lib.format.open_memmap`.
@@ -44,7 +45,28 @@ def write_npz(
       'the file', sample_metrics.ImageSet(images, labels)
   )
   order = np.random.default_rng(seed).permutation(len(images))
-  labels = labels[order].astype(np.int64)
+  _write(path, images, order, labels[order].astype(np.int64))
+
+
+def write_images(path: str | os.PathLike[str], images: np.ndarray) -> None:
+  """Writes images without labels in their order, atomically.
+
+  Only a block of the images is in memory.
+
+  Args:
+    path: of the file; the folder exists.
+    images: [n, H, W, C] uint8, n >= 1, which may be a memory map.
+  """
+  _write(path, images, np.arange(len(images)), None)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    order: np.ndarray,
+    labels: np.ndarray | None,
+) -> None:
+  """Writes images[order] and, if there are any, ordered labels."""
   with (
       workdirs.open_atomic(path) as file,
       zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive,
@@ -57,8 +79,9 @@ def write_npz(
       )
       for rows in neighbours.row_blocks(images):
         member.write(np.ascontiguousarray(images[order[rows]]))
-    with archive.open(_LABELS, 'w') as member:
-      np.lib.format.write_array(member, labels, allow_pickle=False)
+    if labels is not None:
+      with archive.open(_LABELS, 'w') as member:
+        np.lib.format.write_array(member, labels, allow_pickle=False)
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:

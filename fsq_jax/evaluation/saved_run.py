@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import ml_collections
 from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import builder as data
 from fsq_jax.evaluation import evaluator as evaluators
+from fsq_jax.evaluation import image_arrays
 from fsq_jax.evaluation import image_folders
 from fsq_jax.evaluation import native_evaluation
 from fsq_jax.evaluation import results as results_lib
@@ -39,6 +41,7 @@ def evaluate_workdir(
     which: str = 'newest',
     output: str | os.PathLike[str] | None = None,
     images: str | os.PathLike[str] | None = None,
+    npz: str | os.PathLike[str] | None = None,
     show: Callable[[Iterable[Any]], None] = lambda lines: None,
 ) -> results_lib.Evaluation:
   """Evaluates a checkpoint of a run.
@@ -57,6 +60,8 @@ def evaluate_workdir(
     output: folder for the files; by default the run's.
     images: new or empty folder for all evaluated images as PNG files, in
       originals/ and reconstructions/ (`image_folders`); None writes none.
+    npz: NAME.npz, to write the same images as NAME_originals.npz and
+      NAME_reconstructions.npz (`image_arrays`); None writes none.
     show: called with lines to print: the results before they are written, then
       the path of the file.
 
@@ -65,8 +70,8 @@ def evaluate_workdir(
 
   Raises:
     ValueError: an invalid config or another model than the checkpoint's, no
-      checkpoint, or a folder that cannot be written or, of `images`, is not
-      empty.
+      checkpoint, a folder that cannot be written or, of `images`, is not empty,
+      or a file of `npz` that exists.
     RuntimeError: images cannot be written, or the results cannot be written;
       they have been shown.
   """
@@ -75,9 +80,8 @@ def evaluate_workdir(
   )
   folder = prepare_output(found.folder, output)
   native = config.eval.native_size
-  options = {}
-  if images is not None:
-    options = {'after_batch': _open_images(images, native)}
+  writers = _open_images(images, npz, native)
+  options = {'after_batch': writers.write} if writers else {}
   # At native size every process evaluates all images.
   shard = partitioning.DataShard(0, 1)
   if not native:
@@ -107,6 +111,7 @@ def evaluate_workdir(
     )
   result = evaluator.run(variables, **options)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
+  writers.finish()
   if jax.process_index() == 0:
     label = evaluation_label(config, found.config, which)
     with writing_to(folder):
@@ -139,22 +144,50 @@ def prepare_output(
   return path
 
 
+@dataclasses.dataclass(frozen=True)
+class _Writers:
+  """Writers of the evaluated images."""
+
+  folders: image_folders.ImageFolders | None
+  arrays: image_arrays.ImageArrays | None
+
+  def __bool__(self) -> bool:
+    return self.folders is not None or self.arrays is not None
+
+  def write(self, batch: Any, output: results_lib.EvalOutput) -> None:
+    """Writes the images of a batch."""
+    if self.folders is not None:
+      with writing_to(self.folders.folder, '--images'):
+        self.folders.write(batch, output)
+    if self.arrays is not None:
+      with writing_to(self.arrays.paths[0], '--npz'):
+        self.arrays.write(batch, output)
+
+  def finish(self) -> None:
+    """Completes the files, after the last batch."""
+    if self.arrays is not None:
+      with writing_to(self.arrays.paths[0], '--npz'):
+        self.arrays.finish()
+
+
 def _open_images(
-    images: str | os.PathLike[str], native: bool
-) -> Callable[..., None]:
-  """Returns the function that writes the images of each batch."""
-  if native:
+    images: str | os.PathLike[str] | None,
+    npz: str | os.PathLike[str] | None,
+    native: bool,
+) -> _Writers:
+  """Opens the outputs of the evaluated images, before any work."""
+  if native and (images, npz) != (None, None):
     raise ValueError(
-        'eval.native_size is True, but --images takes evaluated images of one'
-        ' size; leave out --images, or use --mode=reconstruct for whole images.'
+        'eval.native_size is True, but --images and --npz take evaluated images'
+        ' of one size; leave them out, or use --mode=reconstruct for whole'
+        ' images.'
     )
-  writer = image_folders.ImageFolders(new_folder(images, '--images'))
-
-  def write(batch: Any, output: results_lib.EvalOutput) -> None:
-    with writing_to(writer.folder, '--images'):
-      writer.write(batch, output)
-
-  return write
+  return _Writers(
+      None
+      if images is None
+      else image_folders.ImageFolders(new_folder(images, '--images')),
+      None if npz is None else image_arrays.ImageArrays(npz),
+  )
 
 
 def new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:

@@ -25,6 +25,7 @@ import fsq_jax
 from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import loading as config_loading
 from fsq_jax.configuration import rules
+from fsq_jax.configuration import shipped
 from fsq_jax.data import pipelines
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
@@ -220,20 +221,24 @@ def find(name: str | os.PathLike[str], *patterns: str) -> pathlib.Path:
   """Returns a folder, or downloads one from the Hugging Face Hub.
 
   Args:
-    name: a folder, gs://BUCKET/X, or 'owner/name' of a repository.
+    name: of a tokenizer that ships with the package (`shipped.find`), a folder,
+      gs://BUCKET/X, or 'owner/name' of a repository.
     *patterns: of files to download beside those of a tokenizer.
 
   Raises:
-    ValueError: no such folder or repository.
+    ValueError: no such folder or repository, or an ambiguous name.
   """
+  if (folder := shipped.find(name)) is not None:
+    return folder
   folder = workdirs.run_folder(name, 'name')
   if workdirs.is_folder(folder):
     return folder
   if not rules.is_hub_id(str(name)):
     raise ValueError(
         f'There is no folder {folder}; give a folder written by'
-        " save_pretrained, or 'owner/name' of a repository of the Hugging Face"
-        ' Hub.'
+        " save_pretrained, 'owner/name' of a repository of the Hugging Face"
+        ' Hub, or the name of a tokenizer that ships with fsq_jax:'
+        f' {", ".join(shipped.NAMES)}.'
     )
   try:
     hub = _import_hub()

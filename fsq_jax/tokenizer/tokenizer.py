@@ -155,18 +155,20 @@ class Tokenizer:
       batch_size: int = 64,
       dtype: str | None = None,
   ) -> 'Tokenizer':
-    """Loads a folder written by `save_pretrained`.
+    """Loads a tokenizer by its name, or from a folder of `save_pretrained`.
 
     Args:
-      name: a folder, or 'owner/name' of a repository of the Hugging Face Hub,
-        which needs the extra `hub`.
+      name: 'photos', a small tokenizer of photographs that ships with the
+        package; a folder, such as './photos'; or 'owner/name' of a repository
+        of the Hugging Face Hub, which needs the extra `hub`.
       mesh: as in `from_workdir`.
       batch_size: see `__init__`.
       dtype: as in `from_workdir`.
 
     Raises:
-      ValueError: no such folder, corrupted files, or weights and tokens of
-        different conventions.
+      ValueError: no such folder, 'photos' in a folder with a run or a saved
+        tokenizer ./photos, corrupted files, or weights and tokens of different
+        conventions.
     """
     mesh = mesh or partitioning.create_local_mesh()
     folder = tokenizer_files.find(name)
@@ -569,5 +571,5 @@ def load_tokenizer(
   """
   folder = workdirs.run_folder(workdir)
   if (folder / tokenizer_files.WEIGHTS).exists():
-    return Tokenizer.from_pretrained(workdir, batch_size=batch_size)
+    return Tokenizer.from_pretrained(folder, batch_size=batch_size)
   return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

@@ -16,6 +16,7 @@ from fsq_jax.checkpoints import saved_model
 from fsq_jax.configuration import errors
 from fsq_jax.configuration import loading as config_loading
 from fsq_jax.configuration import rules
+from fsq_jax.configuration import shipped
 from fsq_jax.models import autoencoder
 from fsq_jax.models.pretrained import architectures
 from fsq_jax.models.pretrained import loading as pretrained
@@ -218,16 +219,18 @@ def find_source(name: str) -> transfer.Source:
 
   Args:
     name: workdir of a run, whose newest checkpoint is used; a folder of
-      `save_pretrained`; or 'owner/name' of one on the Hugging Face Hub.
+      `save_pretrained`; 'owner/name' of one on the Hugging Face Hub; or the
+      name of a tokenizer that ships with the package.
 
   Raises:
     ValueError: there is no such model, it is corrupted, or a generator.
   """
-  folder = workdirs.run_folder(name, 'train.init_from')
-  is_repository = rules.is_hub_id(name)
-  if is_repository:
+  is_name = name in shipped.NAMES or rules.is_hub_id(name)
+  if is_name:
     folder = tokenizer_files.find(name)
-  if is_repository or (folder / tokenizer_files.WEIGHTS).is_file():
+  else:
+    folder = workdirs.run_folder(name, 'train.init_from')
+  if is_name or (folder / tokenizer_files.WEIGHTS).is_file():
     config, metadata = tokenizer_files.read_description(folder)
     return transfer.Source(
         folder, metadata.step, config, metadata.decoder_only,

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 
 from absl.testing import flagsaver
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 import pytest
 
 from fsq_jax import configuration
+from fsq_jax.evaluation import image_arrays
+from fsq_jax.evaluation import results
 from fsq_jax.evaluation import saved_run
 import launch
 
@@ -45,17 +48,27 @@ def _load(path):
   return np.asarray(Image.open(path).convert('RGB'))
 
 
-def _evaluate(tmp_path, **fields):
+def _evaluate(tmp_path, *, npz=None, **fields):
   config = configuration.config_from_json((_RUN / 'config.json').read_text())
   config.update_from_flattened_dict(fields)
   return saved_run.evaluate_workdir(
-      config, _RUN, output=tmp_path / 'evaluation', images=tmp_path / 'images'
+      config, _RUN, output=tmp_path / 'evaluation', images=tmp_path / 'images',
+      npz=npz,
   )
+
+
+def _read_as_adm(path):
+  """NpzArrayReader of guided-diffusion's evaluator.py, all rows."""
+  with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as member:
+    assert np.lib.format.read_magic(member) == (1, 0)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    assert (dtype, fortran) == (np.uint8, False)
+    return np.frombuffer(member.read(), dtype).reshape(shape)
 
 
 @pytest.mark.fast_limit(10)
 def test_files_are_the_images_that_were_measured(tmp_path):
-  evaluation = _evaluate(tmp_path)
+  evaluation = _evaluate(tmp_path, npz=tmp_path / 'arrays' / 'x.npz')
   folders = [tmp_path / 'images' / x for x in ('originals', 'reconstructions')]
   images = []
   for folder in folders:
@@ -65,6 +78,10 @@ def test_files_are_the_images_that_were_measured(tmp_path):
     assert [x.name for x in files[:2]] == ['00000000.png', '00000001.png']
     images.append(np.stack([_load(x) for x in files]))
     assert images[-1].shape == (256, 16, 16, 3)
+    np.testing.assert_array_equal(
+        _read_as_adm(tmp_path / 'arrays' / f'x_{folder.name}.npz'), images[-1]
+    )
+  assert len(list((tmp_path / 'arrays').iterdir())) == 2
   error = np.subtract(*images, dtype=np.float64) / 255
   mse = np.mean(error**2, axis=(1, 2, 3))
   assert evaluation.metrics['mse'] == pytest.approx(mse.mean(), rel=1e-5)
@@ -81,6 +98,26 @@ def test_files_are_the_images_that_were_measured(tmp_path):
   )
 
 
+def test_arrays_have_the_order_of_the_data_set(tmp_path):
+  arrays = image_arrays.ImageArrays(tmp_path / 'x.npz')
+  images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
+  # Two batches of two processes; an image is unreadable, another is padding.
+  for index, mask in (
+      ([0, 2, 1, 3], [1, 1, 1, 0]), ([4, 6, 5, 7], [1, 0, 1, 0]),
+  ):
+    batch = images[np.minimum(index, 5)]
+    metadata = {'index': np.array(index), 'mask': np.array(mask, bool)}
+    arrays.write(
+        {'image': batch, **metadata}, results.EvalOutput({}, None, 255 - batch)
+    )
+  assert not list(tmp_path.iterdir())
+  arrays.finish()
+  kept = images[[0, 1, 2, 4, 5]]
+  for kind, expected in (('originals', kept), ('reconstructions', 255 - kept)):
+    found = _read_as_adm(tmp_path / f'x_{kind}.npz')
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_outputs_are_checked_first(tmp_path):
   with pytest.raises(ValueError, match='use --mode=reconstruct for whole'):
     _evaluate(
@@ -95,14 +132,21 @@ def test_outputs_are_checked_first(tmp_path):
   (tmp_path / 'images' / 'kept').touch()
   with pytest.raises(ValueError, match=r'--images=.*images is not empty'):
     _evaluate(tmp_path)
+  (tmp_path / 'images' / 'kept').unlink()
+  (tmp_path / 'x_originals.npz').touch()
+  with pytest.raises(ValueError, match=r'x_originals\.npz exists; give'):
+    _evaluate(tmp_path, npz=tmp_path / 'x.npz')
+  with pytest.raises(ValueError, match=r'x does not end in \.npz'):
+    _evaluate(tmp_path, npz=tmp_path / 'x')
   assert not list((tmp_path / 'evaluation').glob('*.json'))
 
 
-def test_generators_have_a_mode_of_their_own(tmp_path, capsys):
+@pytest.mark.parametrize('flag', ['images', 'npz'])
+def test_generators_have_a_mode_of_their_own(flag, tmp_path, capsys):
   with flagsaver.flagsaver():
     code = launch.main(
         launch.parse_flags([
-            'launch.py', '--mode=eval', f'--images={tmp_path}',
+            'launch.py', '--mode=eval', f'--{flag}={tmp_path}',
             f'--config={_ROOT}/configs/digits_maskgit.py',
         ])
     )

@@ -1,0 +1,22 @@
+"""The tokenizer that ships with the package: photographs, 64,000 codes.
+
+What: the model and the images of fsq_888 with FSQ of 8 x 8 x 8 x 5 x 5 x 5
+  levels, 1 bit per pixel instead of 0.56, and a linear projector, which favours
+  reconstruction over codebook usage.
+Command: python launch.py --config=configs/photos.py
+"""
+
+import ml_collections
+
+from configs import fsq_888
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config."""
+  config = fsq_888.get_config()
+  config.model.quantizer.fsq.levels = (8, 8, 8, 5, 5, 5)
+  config.model.projector_in.name = 'linear'
+
+  config.train.num_steps = 12000
+  config.train.eval_every_steps = 4000
+  return config
