@@ -1,6 +1,6 @@
 """Evaluated images as .npz files, for other implementations of metrics.
 
-Two files in the format of ADM's evaluation suite (`sample_files`): the array
+Two files in the format of ADM's evaluation suite (`npz_files`): the array
 `arr_0`, [n, H, W, C] uint8, without labels. Unlike generated images, they keep
 the order of the data set, so that row i of both files is the same image. FID,
 sFID, precision and recall do not depend on the order.
@@ -15,11 +15,13 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
-from fsq_jax.evaluation import image_folders
+from fsq_jax.evaluation import npz_files
 from fsq_jax.evaluation import results as results_lib
-from fsq_jax.evaluation import sample_files
 from fsq_jax.runtime import processes
 from fsq_jax.workdir import files as workdirs
+
+# As the folders of `image_folders`.
+_KINDS = 'originals', 'reconstructions'
 
 
 class ImageArrays:
@@ -46,8 +48,7 @@ class ImageArrays:
         be written.
     """
     path = pathlib.Path(path).expanduser().absolute()
-    kinds = image_folders.ORIGINALS, image_folders.RECONSTRUCTIONS
-    self.paths = tuple(path.with_name(f'{path.stem}_{x}.npz') for x in kinds)
+    self.paths = tuple(path.with_name(f'{path.stem}_{x}.npz') for x in _KINDS)
     self._files: list[BinaryIO] = []
     self._shape = 0, 0, 0, 0
     with processes.fail_together():
@@ -103,4 +104,4 @@ class ImageArrays:
         with file:
           file.flush()
           images = np.memmap(file, np.uint8, 'r', shape=self._shape)
-          sample_files.write_images(path, images)
+          npz_files.write(path, images)

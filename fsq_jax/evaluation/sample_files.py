@@ -1,24 +1,17 @@
-"""Images as .npz files in the format of ADM's evaluation.
+"""Generated images as .npz files in the format of ADM's evaluation.
 
-guided-diffusion's evaluations/evaluator.py reads the array `arr_0`, [n, H, W,
-3] uint8, and ignores arrays with other names than `mu`, `sigma`, `mu_s` and
-`sigma_s`; `labels` is such an array. Its Inception score takes splits of the
-images in the order of the file, hence generated images are shuffled. It takes
+ADM's reader ignores the labels (`npz_files`). Its Inception score takes splits
+of the images in the order of the file, hence the order is shuffled. It takes
 RGB only; grey and RGBA images, [n, H, W, 1] and [n, H, W, 4], are for other
 readers.
 """
 
 import os
-import zipfile
 
 import numpy as np
 
-from fsq_jax.evaluation import neighbours
+from fsq_jax.evaluation import npz_files
 from fsq_jax.evaluation import sample_metrics
-from fsq_jax.workdir import files as workdirs
-
-_IMAGES = 'arr_0.npy'
-_LABELS = 'labels.npy'
 
 
 def write_npz(
@@ -27,7 +20,7 @@ def write_npz(
     labels: np.ndarray,
     seed: int,
 ) -> None:
-  """Writes generated images and labels in shuffled order, atomically.
+  """Writes images and labels in shuffled order, atomically.
 
   Only a block of the images is in memory; 50,000 images of 256 x 256 pixels
   (9.8 GB) can come from a memory map of `np.lib.format.open_memmap`.
@@ -45,43 +38,7 @@ def write_npz(
       'the file', sample_metrics.ImageSet(images, labels)
   )
   order = np.random.default_rng(seed).permutation(len(images))
-  _write(path, images, order, labels[order].astype(np.int64))
-
-
-def write_images(path: str | os.PathLike[str], images: np.ndarray) -> None:
-  """Writes images without labels in their order, atomically.
-
-  Only a block of the images is in memory.
-
-  Args:
-    path: of the file; the folder exists.
-    images: [n, H, W, C] uint8, n >= 1, which may be a memory map.
-  """
-  _write(path, images, np.arange(len(images)), None)
-
-
-def _write(
-    path: str | os.PathLike[str],
-    images: np.ndarray,
-    order: np.ndarray,
-    labels: np.ndarray | None,
-) -> None:
-  """Writes images[order] and, if there are any, ordered labels."""
-  with (
-      workdirs.open_atomic(path) as file,
-      zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive,
-  ):
-    # Members may exceed 4 GiB.
-    with archive.open(_IMAGES, 'w', force_zip64=True) as member:
-      np.lib.format.write_array_header_1_0(
-          member,
-          {'descr': '|u1', 'fortran_order': False, 'shape': images.shape},
-      )
-      for rows in neighbours.row_blocks(images):
-        member.write(np.ascontiguousarray(images[order[rows]]))
-    if labels is not None:
-      with archive.open(_LABELS, 'w') as member:
-        np.lib.format.write_array(member, labels, allow_pickle=False)
+  npz_files.write(path, images, order, labels)
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int) -> np.ndarray:
