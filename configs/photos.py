@@ -4,6 +4,10 @@ What: the model and the images of fsq_888 with FSQ of 8 x 8 x 8 x 5 x 5 x 5
   levels, 1 bit per pixel instead of 0.56, and a linear projector, which favours
   reconstruction over codebook usage.
 Command: python launch.py --config=configs/photos.py
+Hardware and time: 30 minutes on 2 cores of an AMD EPYC shared with other work.
+Numbers: 31.97 dB PSNR, 0.867 SSIM, 4,309 codes used on the validation images,
+  perplexity 1159; whole photographs: see the card in
+  fsq_jax/tokenizer/pretrained/photos.
 """
 
 import ml_collections
