@@ -54,6 +54,7 @@ def _images(num, channels, size=(16, 16)):
 # Fast: parts of the path.
 
 
+@pytest.mark.fast_variants('1-vit', '4-conv')
 @pytest.mark.parametrize('fields', [{}, _CONV], ids=['vit', 'conv'])
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_models_take_and_make_the_channels(channels, fields):

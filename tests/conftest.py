@@ -45,8 +45,13 @@ _LONG = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # Before tests are deselected by `-m`.
 def pytest_collection_modifyitems(items):
-  """Puts the files that take longest first."""
+  """Marks slow variants of tests; puts the files that take longest first."""
+  for item in items:
+    marker = item.get_closest_marker('fast_variants')
+    if marker is not None and item.callspec.id not in marker.args:
+      item.add_marker(pytest.mark.slow)
   items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))
 
 

@@ -232,6 +232,7 @@ def test_gradients_reach_heads_and_images_but_not_the_backbone():
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), backbone)
 
 
+@pytest.mark.slow
 def test_bfloat16_with_remat_stores_no_activations_in_float32():
   module = _module(dtype=jnp.bfloat16, remat='blocks')
   variables = jax.eval_shape(module.init, jax.random.key(0), _images())
@@ -343,6 +344,7 @@ def test_a_checkpoint_is_what_belongs_under_backbone(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
+@pytest.mark.slow
 def test_positions_are_resampled_for_another_image_size(tmp_path):
   module = _module(image_size=(24, 24))
   loaded = adversarial.load_discriminator_backbone(

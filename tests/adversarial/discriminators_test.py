@@ -135,6 +135,11 @@ def _stylegan_logits(image, p, module):
 _EXPECTED = {'patch': _patch_logits, 'stylegan': _stylegan_logits}
 
 
+@pytest.mark.fast_variants(
+    'stylegan-size0-blur',
+    'patch-size0-blur',
+    'patch-size1-average',
+)
 @pytest.mark.parametrize('downsampling', _DOWNSAMPLINGS)
 @pytest.mark.parametrize('size', [(8, 12), (13, 21)])
 @pytest.mark.parametrize('name', sorted(_MODULES))

@@ -425,6 +425,7 @@ def test_without_tokens_there_are_images_alone():
   assert len(result['worst']) == 8
 
 
+@pytest.mark.fast_variants('fsq-index')
 @pytest.mark.parametrize(
     ('name', 'order'), [('fsq', 'index'), ('vq', 'first principal component')]
 )

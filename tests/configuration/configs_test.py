@@ -197,6 +197,11 @@ def test_configs_are_valid_and_locked(tmp_path):
   assert not failures
 
 
+@pytest.mark.fast_variants(
+    'fsq_888',
+    'vqrae_fsq_dinov2_b',
+    'imagenet256_vq_1024',
+)
 @pytest.mark.parametrize(
     'path', _KINDS.values(), ids=[path.stem for path in _KINDS.values()]
 )

@@ -134,6 +134,7 @@ def test_parameters_are_those_of_the_published_models(
   assert _count(config, tokens) == count - missing * each
 
 
+@pytest.mark.fast_variants('imagenet256_maskgit_64000--42.6')
 @pytest.mark.parametrize(
     ('name', 'millions'),
     [

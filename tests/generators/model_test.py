@@ -197,6 +197,12 @@ def test_model_is_that_of_numpy(name, draw_variables):
   np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.fast_variants(
+    'random-masked, rope, prefix',
+    'random-causal, bert, adaln',
+    'zeros-causal, rope, prefix',
+    'zeros-masked, bert, adaln',
+)
 @pytest.mark.parametrize('name', _MODELS)
 @pytest.mark.parametrize('fill', ['random', 'zeros'])
 def test_no_hidden_or_future_token_leaks(name, fill, draw_variables):

@@ -34,6 +34,7 @@ def _results(function, q, k, v, gradient):
   return [np.float32(x) for x in run(q, k, v, gradient)]
 
 
+@pytest.mark.fast_variants('7-8-16-False-bfloat16', '7-3-80-True-float32')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize(
     ('length', 'num_heads', 'head_dim', 'causal'),

@@ -548,6 +548,7 @@ def test_bfloat16_stays_outside_of_the_quantizer():
   )
 
 
+@pytest.mark.fast_variants('linear-learned', 'attention-learned')
 @every_variant
 def test_number_of_parameters_has_a_closed_form(projector_in, position):
   model = _build_variant(projector_in, position)

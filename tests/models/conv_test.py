@@ -204,6 +204,7 @@ def test_numbers_of_parameters_are_those_published(quantizer, code_dim):
   assert sizes == _PUBLISHED[code_dim]
 
 
+@pytest.mark.fast_variants('size1')
 @pytest.mark.parametrize('size', [(4, 4), (8, 12), (20, 4)])
 def test_images_have_any_size_that_the_stride_divides(size):
   model = _build()

@@ -73,6 +73,7 @@ def test_convolutions_are_saved():
   assert blocks < dots < none
 
 
+@pytest.mark.fast_variants('dots-1')
 @pytest.mark.parametrize(
     ('choice', 'num_forward'),
     [('none', 1), ('blocks', 2), ('qkv', 2), ('dots', 1)],

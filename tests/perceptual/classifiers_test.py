@@ -94,6 +94,7 @@ def test_every_array_of_the_full_size_has_its_place(name):
   assert sum(sizes.values()) == expected
 
 
+@pytest.mark.fast_variants('highest-convnext_small')
 @each_classifier
 @pytest.mark.parametrize('precision', ['highest', 'default'])
 def test_layers_have_the_precision_that_is_asked_for(name, precision):

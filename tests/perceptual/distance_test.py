@@ -159,6 +159,7 @@ def test_the_gradient_of_the_mean_reaches_every_image(paths, name):
   assert (np.abs(gradient).max(axis=(1, 2)) > 0).all()
 
 
+@pytest.mark.fast_variants('alexnet')
 @pytest.mark.parametrize('network', sorted(lpips.NETWORKS))
 def test_lpips_is_that_of_the_metric(paths, network):
   path = paths[f'lpips_{network}']

@@ -32,6 +32,7 @@ def _digits(indices, levels, order):
   return np.stack(digits, axis=-1)
 
 
+@pytest.mark.fast_variants('(8, 6, 5)')
 @pytest.mark.parametrize(
     'levels',
     [

@@ -67,6 +67,7 @@ print(sorted(counts)[5])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone is asked')
 def test_large_buffers_of_threads_keep_their_pages():
   # In a process of its own, whose threads have no heaps yet.

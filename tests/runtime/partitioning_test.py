@@ -191,6 +191,7 @@ def test_what_nothing_divides_is_listed():
   assert not partitioning.list_replicated(state, _mesh(1, 8), rules, 60)
 
 
+@pytest.mark.slow
 def test_a_state_warns_once_of_all_that_stays_whole(monkeypatch):
   warnings = []
   monkeypatch.setattr(
@@ -537,6 +538,7 @@ def _measure_latents(config, *_):
   latent_statistics.measure(config)
 
 
+@pytest.mark.fast_variants('_reconstruct_tiles-17')
 @pytest.mark.fast_limit(10)
 @pytest.mark.parametrize(
     ('apply', 'num_activations'),

@@ -112,6 +112,7 @@ def _pixels(folder):
   }
 
 
+@pytest.mark.fast_variants('crop-npz')
 @pytest.mark.parametrize('storage', ['array_record', 'npz'])
 @pytest.mark.parametrize(
     'fit', ['crop', pytest.param('pad', marks=pytest.mark.slow)]

@@ -106,6 +106,7 @@ def test_another_image_size_resamples_learned_positions(saved):
   assert taken.lines()[-1] == 'Arrays not taken: none'
 
 
+@pytest.mark.fast_variants('model.quantizer.name-')
 @pytest.mark.parametrize(
     ('fields', 'fresh'),
     [

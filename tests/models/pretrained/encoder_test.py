@@ -384,6 +384,7 @@ def _count(name, image_size):
   return sum(x.size for x in jax.tree.leaves(variables)) / 1e6
 
 
+@pytest.mark.fast_variants('siglip_L/16-256-303.4', 'dino_B/16-224-85.798656')
 @pytest.mark.parametrize(
     ('name', 'image_size', 'millions'),
     [

@@ -115,6 +115,10 @@ def _arrays():
 # What the references compute.
 
 
+@pytest.mark.fast_variants(
+    'encoders-siglip-last_hidden_state_64',
+    'big_vision_siglip-unrolled.npz-encoded',
+)
 @pytest.mark.parametrize(
     ('checkpoint', 'expected', 'image', 'tokens'),
     [
@@ -181,6 +185,7 @@ def test_a_trained_encoder_is_the_original():
 # Layouts of files.
 
 
+@pytest.mark.fast_variants('siglip-model.')
 @pytest.mark.parametrize(
     ('family', 'prefix'),
     [
@@ -523,6 +528,7 @@ def test_every_key_of_the_encoder_is_needed(family, tmp_path):
       models.load_encoder(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan', _fast([False, True], True))
 def test_every_array_of_big_vision_is_needed(scan, tmp_path):
   path = tmp_path / 'encoder.npz'
