@@ -35,8 +35,6 @@ _FAMILIES = ('siglip', 'dinov2', 'dinov2_with_registers', 'dinov3', 'mae')
 _BIG_VISION = _TESTDATA / 'big_vision_siglip' / 'unrolled.npz'
 _PATHS = (*(_TESTDATA / family for family in _FAMILIES), _BIG_VISION)
 _TOLERANCE = 1e-4
-# In the fast tier.
-_FAST = ('siglip', 'dinov2', 'dinov3', 'unrolled.npz')
 
 
 def _fast(values, *fast):
@@ -62,15 +60,6 @@ def _golden():
         for tokens in keys:
           if tokens.startswith('last') and tokens.endswith(f'_{key[6:]}'):
             yield checkpoint, expected, key, tokens
-
-
-def _fast_golden():
-  """(whether it is in the fast tier, case) for each golden image."""
-  seen = set()
-  for case in _golden():
-    name = case[0].name
-    yield name in _FAST and name not in seen, case
-    seen.add(name)
 
 
 def _tokens(encoder, images):
@@ -125,9 +114,8 @@ def _arrays():
         pytest.param(
             *case,
             id='-'.join((*case[0].parts[-2:], case[3])),
-            marks=[] if first else pytest.mark.slow,
         )
-        for first, case in _fast_golden()
+        for case in _golden()
     ],
 )
 def test_tokens_are_those_of_the_reference(checkpoint, expected, image, tokens):
@@ -511,7 +499,7 @@ def test_one_error_names_all_that_is_wrong_with_the_keys(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', _fast(_FAMILIES, 'dinov2'))
+@pytest.mark.parametrize('family', _FAMILIES)
 def test_every_key_of_the_encoder_is_needed(family, tmp_path):
   weights = _weights(family)
   theirs = {'siglip': 'vision_model.', 'mae': 'vit.'}.get(family, '')
@@ -529,7 +517,7 @@ def test_every_key_of_the_encoder_is_needed(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan', _fast([False, True], True))
+@pytest.mark.parametrize('scan', [False, True])
 def test_every_array_of_big_vision_is_needed(scan, tmp_path):
   path = tmp_path / 'encoder.npz'
   arrays = _scanned(_arrays()) if scan else _arrays()
