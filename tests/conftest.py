@@ -1,5 +1,6 @@
 """Eight CPU devices and the settings that every test runs under."""
 
+import collections
 import functools
 from importlib import machinery
 from importlib import metadata
@@ -48,10 +49,18 @@ _LONG = (
 @pytest.hookimpl(tryfirst=True)  # Before tests are deselected by `-m`.
 def pytest_collection_modifyitems(items):
   """Marks slow variants of tests; puts the files that take longest first."""
+  variants = collections.defaultdict(dict)
   for item in items:
-    marker = item.get_closest_marker('fast_variants')
-    if marker is not None and item.callspec.id not in marker.args:
-      item.add_marker(pytest.mark.slow)
+    if marker := item.get_closest_marker('fast_variants'):
+      variants[item.path, item.originalname, marker.args][item.callspec.id] = (
+          item
+      )
+  for (_, name, fast), by_id in variants.items():
+    # Fewer are collected if the command names some.
+    if len(by_id) > len(fast) and (unknown := set(fast) - by_id.keys()):
+      raise pytest.UsageError(f'{name} has no variants {sorted(unknown)}.')
+    for variant in by_id.keys() - set(fast):
+      by_id[variant].add_marker(pytest.mark.slow)
   items.sort(key=lambda item: not item.path.as_posix().endswith(_LONG))
 
 

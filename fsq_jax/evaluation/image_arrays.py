@@ -8,7 +8,6 @@ sFID, precision and recall do not depend on the order.
 
 from collections.abc import Mapping
 import os
-import pathlib
 import tempfile
 from typing import BinaryIO
 
@@ -19,6 +18,7 @@ from fsq_jax.evaluation import npz_files
 from fsq_jax.evaluation import results as results_lib
 from fsq_jax.runtime import processes
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 # As the folders of `image_folders`.
 _KINDS = 'originals', 'reconstructions'
@@ -47,7 +47,7 @@ class ImageArrays:
       ValueError: a path without .npz, files that exist, or a folder that cannot
         be written.
     """
-    path = pathlib.Path(path).expanduser().absolute()
+    path = urls.local_path(path, '--npz').absolute()
     self.paths = tuple(path.with_name(f'{path.stem}_{x}.npz') for x in _KINDS)
     self._files: list[BinaryIO] = []
     self._shape = 0, 0, 0, 0

@@ -111,7 +111,6 @@ def evaluate_workdir(
     )
   result = evaluator.run(variables, **options)
   show([*result.lines(), f'Step {found.step}: {result.summary()}'])
-  writers.finish()
   if jax.process_index() == 0:
     label = evaluation_label(config, found.config, which)
     with writing_to(folder):
@@ -119,6 +118,7 @@ def evaluate_workdir(
       if not label:
         reports.write_report(found.folder, folder)
     show([path])
+  writers.finish()
   return result
 
 
@@ -259,4 +259,6 @@ def _images(config: ml_collections.ConfigDict) -> dict[str, Any]:
     path = pathlib.Path(config.data.data_dir).expanduser()
     # Equal for all spellings of the same path.
     fields['data_dir'] = str(path.resolve())
+  if sizes := config.data.get('image_sizes'):
+    fields['image_sizes'] = sorted(map(list, sizes))
   return fields

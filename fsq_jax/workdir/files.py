@@ -65,7 +65,13 @@ def run_folder(
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-  """Whether a path from `run_folder`, or a path in it, is a URL."""
+  """Whether a path from `run_folder`, or a path in it, is a URL.
+
+  Raises:
+    ValueError: a URL that `run_folder` rejects.
+  """
+  if problem := urls.explain(path, 'path', urls.STORES):
+    raise ValueError(problem)
   return urls.find_scheme(path) is not None
 
 

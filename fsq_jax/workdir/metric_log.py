@@ -86,7 +86,7 @@ class JsonObject(Tracker):
 
   Rows are stored at the end, at every `flush` and thus before every checkpoint,
   and otherwise at most every `INTERVAL` seconds; a process that is killed loses
-  the later ones. Each version replaces the one before it of this process: if
+  the later ones. Each version replaces this process's own previous one: if
   another process has written meanwhile, an `object_store.ConflictError` ends
   this one before it saves a checkpoint.
   """
@@ -105,7 +105,14 @@ class JsonObject(Tracker):
     self._lines.append(_to_line(row))
     self._is_stored = False
     if time.monotonic() - self._stored_at > self.INTERVAL:
-      self._store()
+      try:
+        self._store()
+      except object_store.ConflictError:
+        raise
+      except OSError as error:
+        # The rows are kept; `flush` raises before a checkpoint is saved.
+        self._stored_at = time.monotonic()
+        logging.warning('%s cannot be written now: %s', self._path, error)
 
   def flush(self):
     self._store()

@@ -25,9 +25,9 @@ def hold(path: pathlib.Path, folder: pathlib.Path, flag: str) -> Iterator[None]:
 
   The object is created, renewed every `RENEWAL` seconds and deleted on the
   condition that no other process has written it. An existing lock is watched
-  for `PATIENCE` seconds of this process's clock and taken over if it is not
-  renewed. A process that was stopped for longer may thus lose its lock; it
-  notices at its next write on condition.
+  for `PATIENCE` seconds and taken over if it is not renewed meanwhile. Thus a
+  process that was stopped for longer may lose its lock; it notices at its next
+  conditional write.
 
   Args:
     path: of the lock.

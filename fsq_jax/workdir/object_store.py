@@ -1,4 +1,4 @@
-"""Google Cloud Storage: objects are read, written and replaced as a whole.
+"""Google Cloud Storage: objects are read, written and replaced atomically.
 
 An object appears with all its bytes or not at all, and each version has a
 generation, a number by which a write can be made conditional.
@@ -38,7 +38,7 @@ def open_path(url: str, name: str) -> pathlib.Path:
   Raises:
     ValueError: no bucket, or a package that is not installed.
   """
-  if not url.partition('://')[2].strip('/'):
+  if url.partition('://')[2][:1] in ('', '/'):
     raise ValueError(f'{name} is {url}: there is no bucket; give gs://BUCKET/X.')
   # etils prefers TensorFlow's file system where TensorFlow is installed.
   os.environ.setdefault('EPATH_USE_TF', 'false')
@@ -203,6 +203,8 @@ def _errors_of(path: _Path) -> Iterator[None]:
 
   try:
     yield
+  except (StoreError, FileNotFoundError):
+    raise  # Of a call within.
   except exceptions.NotFound as error:
     raise FileNotFoundError(
         errno.ENOENT, 'no such object or bucket', os.fspath(path)

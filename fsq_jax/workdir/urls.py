@@ -7,21 +7,29 @@ import re
 
 # Schemes that the folder of a run may have.
 STORES = ('gs',)
+_URL = re.compile(r'([a-z][a-z0-9+.-]+)://', re.IGNORECASE)
 # pathlib writes gs://bucket as gs:/bucket.
-_URL = re.compile(r'([a-z][a-z0-9+.-]+):/+', re.IGNORECASE)
-_URL_TEXT = re.compile(r'([a-z][a-z0-9+.-]+)://+', re.IGNORECASE)
+_COLLAPSED = re.compile(r'([a-z][a-z0-9+.-]+):/', re.IGNORECASE)
+_COLLAPSED_TEXT = re.compile(
+    r'(gs|gcs|s3|s3a|az|abfss?|hdfs|https?|file):/', re.IGNORECASE
+)
+_MOUNT = (
+    'Mount the bucket (Cloud Storage FUSE, Mountpoint for Amazon S3), or copy'
+    ' the files.'
+)
+_ADVICE = {'file': 'Give the path without file://.', 'gs': _MOUNT, 's3': _MOUNT}
 
 
 def _match(path: str | os.PathLike[str]) -> re.Match[str] | None:
-  pattern = _URL_TEXT if isinstance(path, str) else _URL
-  return pattern.match(os.fspath(path))
+  text = os.fspath(path)
+  collapsed = _COLLAPSED_TEXT if isinstance(path, str) else _COLLAPSED
+  return _URL.match(text) or collapsed.match(text)
 
 
 def find_scheme(path: str | os.PathLike[str]) -> str | None:
   """Returns the scheme of a URL, as 'gs' of gs://bucket/x; None for a path.
 
-  A relative path whose first folder ends with a colon is a path: it is no URL
-  as text, and as a `pathlib.Path` it may be given as absolute path.
+  gs:/bucket/x, as pathlib writes it, is one, too; ./gs:/bucket/x is a path.
   """
   match = _match(path)
   return match and match[1].lower()
@@ -53,8 +61,7 @@ def explain(
   allowed = ' or '.join(['a local path', *(f'{x}://BUCKET/X' for x in stores)])
   return (
       f'{name} is {normalize(path)}: URLs of {scheme}:// are not supported'
-      f' there; allowed: {allowed}. Mount the bucket (Cloud Storage FUSE,'
-      ' Mountpoint for Amazon S3), or copy the files.'
+      f' there; allowed: {allowed}. {_ADVICE.get(scheme, "Copy the files.")}'
   )
 
 

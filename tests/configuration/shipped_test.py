@@ -117,12 +117,12 @@ def test_the_files_are_a_small_tokenizer_of_a_config(name, tmp_path):
 def test_it_reconstructs_photographs_of_any_size():
   tokenizer = Tokenizer.from_pretrained('photos')
   skimage = pytest.importorskip('skimage.data')
-  image = skimage.chelsea()[60:223, 90:300]
+  image = skimage.chelsea()
   restored = tokenizer.reconstruct(image[None], 'pad')[0]
   assert restored.shape == image.shape
   error = np.subtract(restored, image, dtype=np.float64)
-  # A tokenizer of 512 codes has 29.3 dB on all of this photograph.
-  assert -10 * np.log10(np.mean(error**2) / 255**2) > 31
+  # The default run with 512 codes has 29.3 dB.
+  assert -10 * np.log10(np.mean(error**2) / 255**2) > 29.3 + 2
 
 
 def test_the_files_are_installed(tmp_path):

@@ -525,6 +525,7 @@ def test_labels_of_evaluations_are_distinct(config, tmp_path, monkeypatch):
       label(data_dir=first, eval_split='a_b'),
       label(data_dir=first, which='best'),
       label(data_dir=first, which='4'),
+      label(data_dir=first, image_sizes=((16, 16), (32, 16))),
   ]
   assert len({x.casefold() for x in labels}) == len(labels)
   assert re.fullmatch(r'folder_photos_validation_[0-9a-f]{8}', labels[0])
@@ -532,6 +533,7 @@ def test_labels_of_evaluations_are_distinct(config, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'b')
   assert label(data_dir='../a/photos') == label(data_dir=f'{first}/')
   assert label(data_dir='../a/photos') == labels[0]
+  assert label(data_dir=first, image_sizes=((32, 16), (16, 16))) == labels[-1]
   for which, own in (('newest', ''), ('best', 'best')):
     assert saved_run.evaluation_label(config, config, which) == own
 

@@ -13,8 +13,6 @@ from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import convert
 
 _NAMED_LEVELS = sorted({*conventions.LEVELS.values(), (7, 5, 5, 5)})
-_FAST_LEVELS = [(5, 3), (8, 6, 5), (7, 5, 5, 5, 5)]
-# Index order, as NumPy names it, and code of level index k.
 _CONVENTIONS = {
     'symmetric': ('C', lambda k, levels: k - (levels - 1) / 2),
     'paper': ('F', lambda k, levels: (k - levels // 2) / (levels // 2)),
@@ -33,14 +31,7 @@ def _digits(indices, levels, order):
 
 
 @pytest.mark.fast_variants('(8, 6, 5)')
-@pytest.mark.parametrize(
-    'levels',
-    [
-        pytest.param(x, marks=[] if x in _FAST_LEVELS else [pytest.mark.slow])
-        for x in _NAMED_LEVELS
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('levels', _NAMED_LEVELS, ids=str)
 def test_every_code_between_all_conventions(levels):
   indices = np.arange(np.prod(levels), dtype=np.int32)
   specs = {name: FSQ(levels, name).spec() for name in _CONVENTIONS}

@@ -114,9 +114,7 @@ def _pixels(folder):
 
 @pytest.mark.fast_variants('crop-npz')
 @pytest.mark.parametrize('storage', ['array_record', 'npz'])
-@pytest.mark.parametrize(
-    'fit', ['crop', pytest.param('pad', marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('fit', ['crop', 'pad'])
 def test_images_come_back_as_the_model_reconstructs_them(
     tmp_path, root, storage, fit
 ):

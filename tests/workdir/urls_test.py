@@ -10,6 +10,8 @@ import pytest
 from fsq_jax import configuration
 from fsq_jax import tokens
 from fsq_jax.checkpoints import saved_model
+from fsq_jax.data import image_files
+from fsq_jax.evaluation import image_arrays
 from fsq_jax.evaluation import saved_run
 from fsq_jax.report import report
 from fsq_jax.tokenizer import export
@@ -33,7 +35,8 @@ _ROOT = pathlib.Path(__file__).parents[2]
         ('/tmp/gs://bucket', None),
         ('./gs:/bucket', None),
         ('a:/b', None),  # A folder a: of one letter, or a drive.
-        ('gs:/bucket', None),  # A folder gs: given as text.
+        ('gs:/bucket', 'gs'),  # str() of a pathlib.Path.
+        ('gsx:/bucket', None),
         ('runs/x', None),
         ('~/x', None),
         ('', None),
@@ -61,6 +64,9 @@ _TAKE_RUNS = {
 }
 _TAKE_PATHS = {
     'create': files.create,
+    'find_images': image_files.find_images,
+    'read_image': image_files.read_image,
+    'ImageArrays': image_arrays.ImageArrays,
     'TokenSource': tokens.TokenSource,
     'new_folder': lambda x: saved_run.new_folder(x, '--images'),
     'tokenize': lambda x: tokenization.tokenize_workdir(_config('debug'), x),
@@ -93,8 +99,23 @@ def test_missing_packages_are_named(name, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('url', ['s3://bucket/x', 's3:/bucket/x'])
+def test_no_file_of_another_store_is_written(url, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with (
+      pytest.raises(ValueError, match='URLs of s3:// are not supported'),
+      files.open_atomic(url),
+  ):
+    pass
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    'url', ['gs://bucket/x', 'GS://bucket/x/', pathlib.Path('gs://bucket/x')]
+    'url',
+    [
+        'gs://bucket/x', 'GS://bucket/x/', 'gs:/bucket/x',
+        pathlib.Path('gs://bucket/x'),
+    ],
 )
 def test_urls_are_normalized(url):
   assert urls.normalize(url) == 'gs://bucket/x'
