@@ -22,6 +22,7 @@ from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
 from fsq_jax.workdir import provenance
+from fsq_jax.workdir import urls
 
 RECORD = 'reconstructions.json'
 _FOLDERS = 'originals', 'reconstructions', 'side_by_side'
@@ -78,7 +79,7 @@ def reconstruct_files(
         f' {jax.process_count()}; leave out --distributed.'
     )
   tiles_lib.check_tiles(tiles)
-  paths = image_files.find_images(images_in)
+  paths = image_files.find_images(urls.local_path(images_in, 'images_in'))
   files = _name_files(paths)
   image_files.check_images(list(paths.values()))
   folder = saved_run.new_folder(images, '--images')

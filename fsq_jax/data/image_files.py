@@ -9,7 +9,6 @@ import numpy as np
 from fsq_jax.data import decoding
 from fsq_jax.data import image_errors
 from fsq_jax.data import listing
-from fsq_jax.workdir import urls
 
 _NUM_LISTED = 10
 
@@ -26,7 +25,7 @@ def find_images(path: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
   Raises:
     ValueError: there is no such file, or no image in the folder.
   """
-  path = urls.local_path(path, 'path').absolute()
+  path = pathlib.Path(path).expanduser().absolute()
   if path.is_file():
     return {path.name: path}
   if not path.is_dir():
@@ -56,7 +55,7 @@ def read_image(
   Raises:
     ValueError: the file is missing or is no image that can be read.
   """
-  path = urls.local_path(path, 'path')
+  path = pathlib.Path(path).expanduser()
   try:
     image_errors.check_num_bytes(path.stat().st_size)
     return decoding.decode_image(path.read_bytes(), channels)

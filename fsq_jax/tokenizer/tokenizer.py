@@ -27,6 +27,7 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files as tokenizer_files
 from fsq_jax.tokenizer import published
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 FITS = ('crop', 'pad')
 
@@ -402,7 +403,8 @@ class Tokenizer:
       ValueError: as by `encode`, a file that cannot be read, or other `tiles`.
     """
     if isinstance(images, (str, os.PathLike)):
-      image = image_files.read_image(images, self.model.channels)
+      path = urls.local_path(images, 'images')
+      image = image_files.read_image(path, self.model.channels)
       return self.reconstruct(image[None], fit, tiles=tiles)[0]
     tiles_lib.check_tiles(tiles)
     images = self._check_images(images)

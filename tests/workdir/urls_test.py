@@ -9,8 +9,8 @@ import pytest
 
 from fsq_jax import configuration
 from fsq_jax import tokens
+from fsq_jax.analysis import reconstruction
 from fsq_jax.checkpoints import saved_model
-from fsq_jax.data import image_files
 from fsq_jax.evaluation import image_arrays
 from fsq_jax.evaluation import saved_run
 from fsq_jax.report import report
@@ -64,8 +64,10 @@ _TAKE_RUNS = {
 }
 _TAKE_PATHS = {
     'create': files.create,
-    'find_images': image_files.find_images,
-    'read_image': image_files.read_image,
+    'reconstruct': lambda x: tokenizer.Tokenizer.reconstruct(None, x),
+    'reconstruct_files': lambda x: reconstruction.reconstruct_files(
+        'run', x, 'out'
+    ),
     'ImageArrays': image_arrays.ImageArrays,
     'TokenSource': tokens.TokenSource,
     'new_folder': lambda x: saved_run.new_folder(x, '--images'),
