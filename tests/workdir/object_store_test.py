@@ -140,3 +140,19 @@ def test_rows_are_stored_in_intervals(folder, monkeypatch):
   writer = metric_log.MetricWriter(folder, first_step=0)
   writer.write(1, 'train', {'loss': 1.0})
   assert len(metric_log.read_metrics(folder)) == 1
+
+
+def test_a_store_that_fails_for_a_moment_loses_no_row(folder, monkeypatch):
+  monkeypatch.setattr(metric_log.JsonObject, 'INTERVAL', 0.0)
+  writer = metric_log.MetricWriter(folder, first_step=0)
+
+  def fail(*args):
+    raise object_store.StoreError(5, 'no network', str(folder))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(object_store, 'write', fail)
+    writer.write(1, 'train', {'loss': 1.0})
+    with pytest.raises(object_store.StoreError, match='no network'):
+      writer.flush()
+  writer.write(2, 'train', {'loss': 2.0})
+  assert [x['step'] for x in metric_log.read_metrics(folder)] == [1, 2]
