@@ -304,6 +304,19 @@ _OF_A_RUN = (
     'eval', 'report', 'reconstruct', 'tokenize', 'detokenize', 'export',
     'generate',
 )
+# Flags that these modes alone read.
+_READ_BY = {
+    'allow_config_change': ('train',),
+    'checkpoint': _OF_A_RUN,
+    'export': ('export',),
+    'images': ('eval', 'reconstruct', 'detokenize', 'generate'),
+    'images_in': ('reconstruct',),
+    'npz': ('eval', 'generate'),
+    'output': ('eval', 'report'),
+    'tiles': ('reconstruct',),
+    'tokens': ('tokenize', 'detokenize'),
+    'verify_images': ('tokenize',),
+}
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
@@ -325,7 +338,7 @@ def main(argv: list[str]) -> int:
     # Orbax and JAX log much at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
-    _check_urls()
+    _check_flags()
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
     workdir = _find_workdir()
@@ -348,14 +361,21 @@ def main(argv: list[str]) -> int:
     return _refuse(error)
 
 
-def _check_urls() -> None:
-  """Raises a ValueError if a flag is a URL that is not supported there."""
+def _check_flags() -> None:
+  """Raises a ValueError for URLs and for flags that the mode does not read."""
   for flag in _PATHS:
     stores = urls.STORES if flag.name in _IN_STORES else ()
     if flag.value is not None and (
         problem := urls.explain(flag.value, f'--{flag.name}', stores)
     ):
       raise ValueError(problem)
+  for name, modes in _READ_BY.items():
+    flag = flags.FLAGS[name]
+    if flag.value != flag.default and _MODE.value not in modes:
+      raise ValueError(
+          f'--{name} has no effect with --mode={_MODE.value}, only with'
+          f' --mode={" or ".join(modes)}; leave it out.'
+      )
 
 
 def _load_config(argv: list[str]) -> _Config:

@@ -135,6 +135,15 @@ _BAD_INPUT = (
     ),
     ([_DEBUG, '--mode=tain'], ['--mode=tain', 'train|eval|report']),
     (
+        [_DEBUG, '--npz=x.npz'],
+        ['--npz has no effect with --mode=train, only with --mode=eval or'
+         ' generate; leave it out.'],
+    ),
+    (
+        [_DEBUG, '--mode=prepare', '--checkpoint=best'],
+        ['--checkpoint has no effect with --mode=prepare'],
+    ),
+    (
         [_DEBUG, '--wrokdir=x'],
         ['--wrokdir is not a flag; did you mean --workdir=x?', '--help'],
     ),
