@@ -190,7 +190,7 @@ def _vit_options(part, config, image_size) -> dict[str, Any]:
   patch, width = options['patch_size'], options['width']
   if any(side % patch for side in image_size):
     raise ValueError(
-        f'data.image_size is {image_size}, which model.{part}.patch_size'
+        f'image_size is {image_size}, which model.{part}.patch_size'
         f' {patch} does not divide; use multiples of {patch}.'
     )
   _check_heads(f'model.{part}', options)
@@ -215,7 +215,7 @@ def _conv_options(
   stride = conv.stride_of(multipliers)
   if any(side % stride for side in image_size):
     raise ValueError(
-        f'data.image_size is {image_size}, which does not halve'
+        f'image_size is {image_size}, which does not halve'
         f' {len(multipliers) - 1} times, as the {len(multipliers)} levels of'
         f' model.{part}.conv.channel_multipliers do; use multiples of {stride}.'
     )

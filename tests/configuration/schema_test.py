@@ -172,7 +172,7 @@ _REFUSED = [
     ),
     (
         _SINCOS | {'data.image_sizes': ((32, 32), (50, 32))},
-        'data.image_sizes: data.image_size is (50, 32), which',
+        'data.image_sizes: image_size is (50, 32), which',
     ),
     (
         _SIZES | _SINCOS | {'discriminator.name': 'stylegan'},
