@@ -71,13 +71,14 @@ def _take_steps(state, step, mesh, batches):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'parts'), [('masked', 2), ('autoregressive', 1)]
+    ('kind', 'parts', 'meshes'),
+    [('masked', 2, ((8, 1), (2, 4))), ('autoregressive', 1, ((2, 4),))],
 )
-def test_eight_devices_train_as_one(build, kind, parts):
+def test_eight_devices_train_as_one(build, kind, parts, meshes):
   batches = _batches(5)
   _, start, step, mesh = build(kind, (1, 1), parts)
   expected, rows = _take_steps(start, step, mesh, batches)
-  for sizes in ((8, 1), (2, 4)):
+  for sizes in meshes:
     _, start, step, mesh = build(kind, sizes, parts)
     kernels = [x for x in jax.tree.leaves(start.params) if x.size >= 64]
     is_sharded = [x.addressable_shards[0].data.size < x.size for x in kernels]

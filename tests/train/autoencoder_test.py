@@ -79,7 +79,7 @@ def _load_config(variant='plain'):
     config.model.quantizer.name = 'none'
   if variant == 'sizes':
     config.model.encoder.position = 'sincos'
-    config.data.image_sizes = ((16, 16), (24, 24), (32, 16))
+    config.data.image_sizes = ((16, 16), (32, 16))
   return config
 
 
