@@ -171,6 +171,7 @@ def test_lpips_is_that_of_the_metric(paths, network):
   )
 
 
+@pytest.mark.slow
 def test_vit_compares_latents_without_the_final_affine(paths):
   module, variables, _ = distance.build_perceptual_loss('vit', _ENCODER)
   encoder = models.load_encoder(_ENCODER, final_affine=False)

@@ -610,6 +610,7 @@ def _words(text):
   return re.sub(r'\s+', ' ', text)
 
 
+@pytest.mark.fast_limit(10)
 def test_analysis_stands_in_the_page_with_definitions(workdir):
   _write(workdir, codebook=_analysis())
   page = _read(workdir)
