@@ -169,11 +169,13 @@ def _args(mode, root, folder):
   """Arguments of a mode that writes to a new folder."""
   if mode in ('train', 'latent_statistics'):
     return [f'--config={root}/config.py', f'--workdir={folder}/run']
-  return [
-      f'--workdir={root}/run', f'--export={folder}/export',
-      f'--images={folder}/images', f'--images_in={root}/images/train',
-      f'--tokens={root if mode == "detokenize" else folder}/tokens',
-  ]
+  images = f'--images={folder}/images'
+  return [f'--workdir={root}/run', *{
+      'tokenize': [f'--tokens={folder}/tokens'],
+      'detokenize': [f'--tokens={root}/tokens', images],
+      'reconstruct': [f'--images_in={root}/images/train', images],
+      'export': [f'--export={folder}/export'],
+  }.get(mode, [])]
 
 
 def test_every_mode_is_in_the_table():
