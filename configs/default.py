@@ -87,8 +87,7 @@ def _data() -> ml_collections.ConfigDict:
   # Random crops of training, (min, max) scale, 0 < min <= max: sides image_size
   # * s, s log-uniform, at most as large as the image, resized to image_size.
   data.crop_scale = (1.0, 1.0)
-  # Random horizontal flips of training images, with probability 1/2; False
-  # with 'digits'.
+  # Random horizontal flips in training, probability 1/2; False with 'digits'.
   data.flip = True
   # Color jitter of training images, in [0, 1]: strength of random changes of
   # hue (at 1 by up to 180 degrees), saturation and brightness.
@@ -146,6 +145,7 @@ def _model() -> ml_collections.ConfigDict:
   # that latents have mean 0 and variance 1.
   encoder.final_affine = False
   encoder.conv = _conv()
+
   # Latent statistics, a file of --mode=latent_statistics read by a new run:
   # latents, noise included, are normalized before projector_in and
   # denormalized after projector_out. '' is no normalization.
@@ -277,8 +277,7 @@ def _mae() -> ml_collections.ConfigDict:
 
 def _fsq() -> ml_collections.ConfigDict:
   fsq = ml_collections.ConfigDict()
-  # Number of levels of each dimension, integers >= 2; their product is the
-  # codebook size.
+  # Levels of each dimension, integers >= 2; their product is the codebook size.
   fsq.levels = (8, 8, 8)
   # Convention of codes and indices: 'symmetric' (levels -(L-1)/2 ... (L-1)/2),
   # 'paper' (arXiv 2309.15505), or 'vqp' and 'preserve_symmetry' of
@@ -307,8 +306,7 @@ def _residual_fsq() -> ml_collections.ConfigDict:
   # indices per code, >= 1.
   residual.levels = (8, 8, 8)
   residual.num_stages = 2
-  # Quantizer dropout, in [0, 1]: probability that a training image loses its
-  # last stages.
+  # Quantizer dropout: probability that a training image loses its last stages.
   residual.stage_dropout = 0.0
   return residual
 
@@ -385,6 +383,7 @@ def _losses() -> ml_collections.ConfigDict:
   # latents, before noise and quantizer, and the latents of a teacher, a frozen
   # copy of the encoder at the start of the run.
   losses.distillation_weight = 0.0
+
   perceptual = losses.perceptual = ml_collections.ConfigDict()
   # Perceptual loss: 'none', 'lpips_vgg16', 'lpips_alexnet', 'convnext' or
   # 'resnet50' (logits of ConvNeXt-S or ResNet-50), or 'vit' (latents of a
@@ -396,6 +395,7 @@ def _losses() -> ml_collections.ConfigDict:
   perceptual.checkpoint = ''
   # Dtype of its activations: 'float32' or 'bfloat16'. Distances are float32.
   perceptual.dtype = 'float32'
+
   adversarial = losses.adversarial = ml_collections.ConfigDict()
   # Generator loss on the logits of the discriminator below: 'hinge' (minus the
   # mean logit), 'non_saturating' or 'vanilla' (the original GAN); weight >= 0.

@@ -55,6 +55,9 @@ class ImageFolders:
       if jax.process_index() == 0:
         list(self._pool.map(grid_lib.save_png, *self._files(batch, output)))
 
+  def finish(self) -> None:
+    """Does nothing: every file is complete already."""
+
   def _files(self, batch, output):
     """Returns paths and images, in lists of equal length."""
     paths, images = [], []

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -80,8 +79,14 @@ def evaluate_workdir(
   )
   folder = prepare_output(found.folder, output)
   native = config.eval.native_size
-  writers = _open_images(images, npz, native)
-  options = {'after_batch': writers.write} if writers else {}
+  outputs = _open_outputs(images, npz, native)
+
+  def write(batch: Any, output: results_lib.EvalOutput) -> None:
+    for writer, path, flag in outputs:
+      with writing_to(path, flag):
+        writer.write(batch, output)
+
+  options = {'after_batch': write} if outputs else {}
   # At native size every process evaluates all images.
   shard = partitioning.DataShard(0, 1)
   if not native:
@@ -118,7 +123,9 @@ def evaluate_workdir(
       if not label:
         reports.write_report(found.folder, folder)
     show([path])
-  writers.finish()
+  for writer, path, flag in outputs:
+    with writing_to(path, flag):
+      writer.finish()
   return result
 
 
@@ -144,37 +151,19 @@ def prepare_output(
   return path
 
 
-@dataclasses.dataclass(frozen=True)
-class _Writers:
-  """Writers of the evaluated images."""
+class _Output(NamedTuple):
+  """Where evaluated images are written, and the flag that names it."""
 
-  folders: image_folders.ImageFolders | None
-  arrays: image_arrays.ImageArrays | None
-
-  def __bool__(self) -> bool:
-    return self.folders is not None or self.arrays is not None
-
-  def write(self, batch: Any, output: results_lib.EvalOutput) -> None:
-    """Writes the images of a batch."""
-    if self.folders is not None:
-      with writing_to(self.folders.folder, '--images'):
-        self.folders.write(batch, output)
-    if self.arrays is not None:
-      with writing_to(self.arrays.paths[0], '--npz'):
-        self.arrays.write(batch, output)
-
-  def finish(self) -> None:
-    """Completes the files, after the last batch."""
-    if self.arrays is not None:
-      with writing_to(self.arrays.paths[0], '--npz'):
-        self.arrays.finish()
+  writer: image_folders.ImageFolders | image_arrays.ImageArrays
+  path: pathlib.Path
+  flag: str
 
 
-def _open_images(
+def _open_outputs(
     images: str | os.PathLike[str] | None,
     npz: str | os.PathLike[str] | None,
     native: bool,
-) -> _Writers:
+) -> list[_Output]:
   """Opens the outputs of the evaluated images, before any work."""
   if native and (images, npz) != (None, None):
     raise ValueError(
@@ -182,12 +171,15 @@ def _open_images(
         ' of one size; leave them out, or use --mode=reconstruct for whole'
         ' images.'
     )
-  return _Writers(
-      None
-      if images is None
-      else image_folders.ImageFolders(new_folder(images, '--images')),
-      None if npz is None else image_arrays.ImageArrays(npz),
-  )
+  outputs = []
+  if images is not None:
+    folder = new_folder(images, '--images')
+    writer = image_folders.ImageFolders(folder)
+    outputs.append(_Output(writer, folder, '--images'))
+  if npz is not None:
+    writer = image_arrays.ImageArrays(npz)
+    outputs.append(_Output(writer, writer.paths[0], '--npz'))
+  return outputs
 
 
 def new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:

@@ -565,13 +565,22 @@ def load_tokenizer(
 
   Args:
     workdir: the folder.
-    which: checkpoint of a run; ignored for a saved tokenizer, which has one.
+    which: checkpoint of a run; 'newest' for a saved tokenizer, which has one.
     batch_size: see `Tokenizer`.
 
   Returns:
     The tokenizer, on the devices of this process.
+
+  Raises:
+    ValueError: as by `from_workdir` and `from_pretrained`, or another
+      checkpoint of a saved tokenizer.
   """
   folder = workdirs.run_folder(workdir)
   if (folder / tokenizer_files.WEIGHTS).exists():
+    if which != 'newest':
+      raise ValueError(
+          f'{folder} is a saved tokenizer, which has no checkpoint {which!r};'
+          " leave out --checkpoint, or set tokens.checkpoint to 'newest'."
+      )
     return Tokenizer.from_pretrained(folder, batch_size=batch_size)
   return Tokenizer.from_workdir(workdir, which, batch_size=batch_size)

@@ -397,6 +397,13 @@ def test_the_card_says_what_was_evaluated(tokenizer, tmp_path):
   assert Tokenizer.from_pretrained(folder).evaluation == evaluation
 
 
+def test_a_saved_tokenizer_has_one_checkpoint(folder):
+  tokenizer_lib.load_tokenizer(folder, 'newest')
+  for which in ('best', '4'):
+    with pytest.raises(ValueError, match=f"has no checkpoint '{which}'"):
+      tokenizer_lib.load_tokenizer(folder, which)
+
+
 def _change_json(path, change):
   content = json.loads(path.read_text())
   change(content)
