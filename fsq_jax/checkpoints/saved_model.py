@@ -149,7 +149,7 @@ def _explain_missing(folder: pathlib.Path) -> str:
   """Returns why a folder has no checkpoint, and what to do."""
   if not workdirs.is_folder(folder):
     return f'{folder} is not a folder; give the workdir of a run.'
-  if (folder / 'model.safetensors').is_file():
+  if workdirs.is_file(folder / 'model.safetensors'):
     return (
         f'{folder} holds weights, not a run with checkpoints. A saved tokenizer'
         ' works with the modes tokenize, detokenize, reconstruct and export,'

@@ -355,7 +355,7 @@ class _Reference:
       return
     name = f'{origin.network}_{origin.images_hash[:12]}.safetensors'
     self.path = folder / name
-    if self.path.is_file():
+    if workdirs.is_file(self.path):
       try:
         self.statistics = frechet.read_statistics(self.path, origin)
       except ValueError as error:

@@ -55,7 +55,7 @@ def _read_workdir(
 ) -> sections.Run:
   def find(name: str) -> pathlib.Path:
     written = output / name
-    return written if written.exists() else workdir / name
+    return written if workdir_files.is_file(written) else workdir / name
 
   notices = []
   config, quantizer, provenance, evaluation = (

@@ -212,7 +212,7 @@ def _check_new(folder: str | os.PathLike[str]) -> None:
   folder = workdirs.run_folder(folder, '--export')
   if not workdirs.is_empty(folder):
     problem = 'is not empty'
-    if not (folder / MANIFEST).exists():
+    if not workdirs.is_file(folder / MANIFEST):
       problem += f' and has no {MANIFEST}, like an interrupted export'
     raise ValueError(
         f'{folder} {problem}; remove it or give a new folder with --export.'

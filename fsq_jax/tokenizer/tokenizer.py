@@ -576,7 +576,7 @@ def load_tokenizer(
       checkpoint of a saved tokenizer.
   """
   folder = workdirs.run_folder(workdir)
-  if (folder / tokenizer_files.WEIGHTS).exists():
+  if workdirs.is_file(folder / tokenizer_files.WEIGHTS):
     if which != 'newest':
       raise ValueError(
           f'{folder} is a saved tokenizer, which has no checkpoint {which!r};'

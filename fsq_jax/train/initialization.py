@@ -230,7 +230,7 @@ def find_source(name: str) -> transfer.Source:
     folder = tokenizer_files.find(name)
   else:
     folder = workdirs.run_folder(name, 'train.init_from')
-  if is_name or (folder / tokenizer_files.WEIGHTS).is_file():
+  if is_name or workdirs.is_file(folder / tokenizer_files.WEIGHTS):
     config, metadata = tokenizer_files.read_description(folder)
     return transfer.Source(
         folder, metadata.step, config, metadata.decoder_only,

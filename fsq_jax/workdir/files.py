@@ -192,6 +192,11 @@ def is_folder(path: pathlib.Path) -> bool:
   return object_store.is_folder(path) if is_remote(path) else path.is_dir()
 
 
+def is_file(path: pathlib.Path) -> bool:
+  """Whether there is a file or an object."""
+  return object_store.is_object(path) if is_remote(path) else path.is_file()
+
+
 def is_empty(path: pathlib.Path) -> bool:
   """Whether a folder is missing or empty."""
   if is_remote(path):

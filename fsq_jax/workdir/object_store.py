@@ -158,6 +158,16 @@ def is_folder(path: _Path) -> bool:
     return bool(list(found))
 
 
+def is_object(path: _Path) -> bool:
+  """Whether there is an object of this name.
+
+  Raises:
+    OSError: the bucket cannot be read.
+  """
+  with _errors_of(path):
+    return _blob(path).exists()
+
+
 def move_folder(source: _Path, target: _Path) -> None:
   """Moves all objects of a folder to another folder of the same bucket.
 
