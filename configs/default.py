@@ -54,8 +54,9 @@ def refer_to_longer_side(
 
 def _data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
-  # Source of images: 'photos' (scikit-image wheel), 'digits' (scikit-learn
-  # wheel), 'tfds', 'folder', 'webdataset', 'parquet', 'arrays', 'synthetic'.
+  # Source of images: 'photos' (scikit-image wheel; 'public_domain_photos' is
+  # without the pair that has no stated licence), 'digits' (scikit-learn wheel),
+  # 'tfds', 'folder', 'webdataset', 'parquet', 'arrays', 'synthetic'.
   data.source = 'synthetic'
   # tfds: 'cifar10'; parquet: '', or 'owner/name' on the Hugging Face Hub.
   data.name = ''
@@ -122,8 +123,7 @@ def _model() -> ml_collections.ConfigDict:
   encoder.depth = 2
   encoder.num_heads = 2
   encoder.mlp_dim = 256
-  # vit: position embedding, 'learned' or 'sincos' (fixed, two-dimensional, as
-  # in MAE; width is a multiple of 4).
+  # vit: positions, 'learned' or 'sincos' (as in MAE; width a multiple of 4).
   encoder.position = 'learned'
   # pretrained: architecture, by name, such as 'siglip_L/16' (names are in
   # models.ARCHITECTURES); or a family with explicit hyper-parameters, such as

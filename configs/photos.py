@@ -18,6 +18,7 @@ from configs import fsq_888
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = fsq_888.get_config()
+  config.data.source = 'public_domain_photos'
   config.model.quantizer.fsq.levels = (8, 8, 8, 5, 5, 5)
   config.model.projector_in.name = 'linear'
 

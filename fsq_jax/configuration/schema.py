@@ -147,8 +147,8 @@ _IMAGE_SIZE = rules.tuple_of(
 )
 _DATA = {
     'source': rules.name(
-        'photos', 'digits', 'tfds', 'folder', 'webdataset', 'parquet',
-        'arrays', 'synthetic',
+        'photos', 'public_domain_photos', 'digits', 'tfds', 'folder',
+        'webdataset', 'parquet', 'arrays', 'synthetic',
     ),
     'name': rules.TEXT,
     'data_dir': rules.PATH,

@@ -1,6 +1,7 @@
 """Builds datasets and image sources from the `data` section of a config."""
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 from absl import logging
@@ -114,17 +115,17 @@ def _channels(config) -> int:
   return config.get('channels', 3)
 
 
-def _build_photos(config, split):
+def _build_photos(config, split, names=photos.TRAIN_PHOTOS):
+  options = {
+      'resize_shorter': config.resize_shorter,
+      'channels': _channels(config),
+  }
   if split == 'train':
-    return photos.TrainPhotos(
-        resize_shorter=config.resize_shorter, channels=_channels(config)
-    )
-  crops = photos.ValidationTiles if split == 'eval' else photos.TrainGrid
-  return crops(
-      size=tuple(config.image_size),
-      resize_shorter=config.resize_shorter,
-      channels=_channels(config),
-  )
+    return photos.TrainPhotos(names, **options)
+  size = tuple(config.image_size)
+  if split == 'eval':
+    return photos.ValidationTiles(size=size, **options)
+  return photos.TrainGrid(names, size=size, **options)
 
 
 def _encoded_options(config, split):
@@ -199,6 +200,9 @@ def _build_synthetic(config, split):
 
 _SOURCES = {
     'photos': _build_photos,
+    'public_domain_photos': functools.partial(
+        _build_photos, names=photos.PUBLIC_DOMAIN_PHOTOS
+    ),
     'tfds': _build_tfds,
     'folder': _build_folder,
     'webdataset': _build_webdataset,

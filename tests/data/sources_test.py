@@ -16,6 +16,7 @@ import pytest
 import skimage.data
 import tensorflow_datasets as tfds
 
+from configs import default
 from fsq_jax import data
 from fsq_jax.data import builder
 from fsq_jax.data import decoding
@@ -673,6 +674,29 @@ def test_photographs_appear_as_often_as_their_share():
   )
 
 
+def test_public_domain_photographs_are_a_source():
+  config = default.get_config().data
+  config.source = 'public_domain_photos'
+  sources = {
+      split: data.open_source(config, split)
+      for split in ('train', 'train_once', 'eval')
+  }
+  names = {
+      split: {
+          source.describe(i).partition(' at ')[0] for i in range(len(source))
+      }
+      for split, source in sources.items()
+  }
+  expected = {
+      'astronaut.png', 'rocket.jpg', 'ihc.png', 'retina.jpg',
+      'hubble_deep_field.jpg',
+  }  # fmt: skip
+  assert names['train'] == names['train_once'] == expected
+  assert names['eval'] == set(photos.VALIDATION_PHOTOS)
+  everything = photos.TrainPhotos()
+  assert sources['train'].identity != everything.identity
+
+
 @pytest.mark.parametrize(
     ('size', 'resize_shorter'),
     [
@@ -775,6 +799,7 @@ def test_synthetic_images_are_fixed_and_disjoint():
 def test_reading_does_not_import_large_packages(prepared_root):
   code = f"""
 import sys
+from configs import default
 from fsq_jax import data
 from fsq_jax.data import digits, photos, tfds_source
 photos.TrainPhotos().load(0)
