@@ -13,7 +13,7 @@ Exit codes: 0 done; 1 failed; 2 bad config or input, named in the message;
 75 interrupted after a save, run the same command again to continue.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import pathlib
 import sys
@@ -28,7 +28,6 @@ import ml_collections
 from fsq_jax.configuration import command_line
 from fsq_jax.configuration import loading as configuration
 from fsq_jax.configuration import shipped
-from fsq_jax.workdir import urls
 
 _CONFIG = flags.DEFINE_string(
     'config',
@@ -73,16 +72,14 @@ _TILES = flags.DEFINE_enum(
     'tiles',
     'disjoint',
     ['disjoint', 'overlapping'],
-    'Mode reconstruct: tiles that a ViT takes of a whole image. disjoint:'
-    ' side by side, with visible seams; overlapping: by half and blended, up to'
-    ' four times as many tokens.',
+    'Mode reconstruct: tiles of whole images for a ViT. overlapping: blended,'
+    ' without seams, up to four times as many tokens.',
 )
 _NPZ = flags.DEFINE_string(
     'npz',
     None,
-    'File NAME.npz that generate writes images to, in the format of the ADM'
-    ' evaluation suite: arr_0, uint8 [n, H, W, C], shuffled; eval writes'
-    ' NAME_originals.npz and NAME_reconstructions.npz, not shuffled.',
+    'File NAME.npz that generate writes images to, shuffled, for the ADM suite;'
+    ' eval writes NAME_originals.npz and NAME_reconstructions.npz, in order.',
 )
 _EXPORT = flags.DEFINE_string(
     'export', None, 'Folder that export writes to. Default: WORKDIR/export.'
@@ -112,11 +109,9 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
-_PATHS = (
-    _CONFIG, _WORKDIR, _TOKENS, _IMAGES, _IMAGES_IN, _NPZ, _EXPORT, _OUTPUT,
-)
-# Flags that may be gs://BUCKET/X.
-_IN_STORES = ('workdir', 'output', 'export')
+# Flags that are paths, and those of them that may be gs://BUCKET/X.
+_PATHS = 'config', 'tokens', 'images', 'images_in', 'npz'
+_IN_STORES = 'workdir', 'output', 'export'
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path
@@ -144,24 +139,41 @@ def _resumable() -> Iterator[None]:
     raise _Interrupted from interrupted
 
 
-# Modes. Each imports its library function, since importing JAX takes seconds,
-# and returns lines to print.
+# By name: the function of a mode, and the flags that only some modes read.
+_MODES, _READS = {}, {}
 
 
-def _train(config: _Config, workdir: _Path) -> list[_Path]:
+def _mode(*names: str) -> Callable[[Callable], Callable]:
+  """Registers a function as the mode of its name that reads these flags."""
+
+  def register(run):
+    mode = run.__name__.removeprefix('_')
+    _MODES[mode], _READS[mode] = run, names
+    return run
+
+  return register
+
+
+# Modes, with their help texts as docstrings. Each imports its library function,
+# since importing JAX takes seconds, and returns lines to print, if any.
+
+
+@_mode('allow_config_change')
+def _train(config: _Config, workdir: _Path) -> None:
+  """Train a model."""
   if configuration.is_generator(config):
     from fsq_jax.generators import training
   else:
     from fsq_jax.train import autoencoder as training
 
-  with _resumable():
-    training.train_and_evaluate(
-        config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
-    )
-  return []
+  training.train_and_evaluate(
+      config, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value
+  )
 
 
-def _eval(config: _Config, workdir: _Path) -> list[_Path]:
+@_mode('checkpoint', 'output', 'images', 'npz')
+def _eval(config: _Config, workdir: _Path) -> None:
+  """Evaluate a checkpoint of the workdir."""
   options = {}
   if configuration.is_generator(config):
     if (_IMAGES.value, _NPZ.value) != (None, None):
@@ -175,32 +187,16 @@ def _eval(config: _Config, workdir: _Path) -> list[_Path]:
 
     options = {'images': _IMAGES.value, 'npz': _NPZ.value}
 
-  with _resumable():
-    commands.evaluate_workdir(
-        config,
-        workdir,
-        which=_CHECKPOINT.value,
-        output=_OUTPUT.value,
-        show=_print,  # Before anything is written.
-        **options,
-    )
-  return []
+  commands.evaluate_workdir(
+      config, workdir, which=_CHECKPOINT.value, output=_OUTPUT.value,
+      show=_print,  # Before anything is written.
+      **options,
+  )
 
 
-def _generate(config: _Config, workdir: _Path) -> list[_Path]:
-  from fsq_jax.generators import generation
-
-  with _resumable():
-    return generation.generate_workdir(
-        config,
-        workdir,
-        which=_CHECKPOINT.value,
-        images=_IMAGES.value,
-        npz=_NPZ.value,
-    )
-
-
+@_mode('checkpoint', 'output')
 def _report(config: _Config, workdir: _Path) -> list[_Path]:
+  """Write report.html again, with codebook, best and worst images."""
   if configuration.is_generator(config):
     from fsq_jax.generators import commands
 
@@ -213,37 +209,39 @@ def _report(config: _Config, workdir: _Path) -> list[_Path]:
   return [path]
 
 
+@_mode('checkpoint', 'images_in', 'images', 'tiles')
 def _reconstruct(config: _Config, workdir: _Path) -> list[_Path]:
+  """Reconstruct whole images, beside the originals."""
   from fsq_jax.analysis import reconstruction
 
   del config  # The checkpoint has its own.
   if _takes_shipped_tokenizer():
     _print([f'Tokenizer: {shipped.DEFAULT}, which ships with fsq_jax.'])
   return reconstruction.reconstruct_files(
-      workdir,
-      _IMAGES_IN.value,
-      _IMAGES.value,
-      which=_CHECKPOINT.value,
+      workdir, _IMAGES_IN.value, _IMAGES.value, which=_CHECKPOINT.value,
       tiles=_TILES.value,
   )
 
 
+@_mode('checkpoint', 'tokens', 'verify_images')
 def _tokenize(config: _Config, workdir: _Path) -> list[_Path]:
+  """Write the tokens of the data set to files."""
   from fsq_jax.tokens import summary
   from fsq_jax.tokens import tokenization
 
   folder = _TOKENS.value or tokenization.default_folder(config, workdir)
   was_complete = tokenization.is_complete(folder)
-  with _resumable():
-    manifest = tokenization.tokenize_workdir(
-        config, workdir, which=_CHECKPOINT.value, folder=folder,
-        verify_images=_VERIFY_IMAGES.value,
-    )
+  manifest = tokenization.tokenize_workdir(
+      config, workdir, which=_CHECKPOINT.value, folder=folder,
+      verify_images=_VERIFY_IMAGES.value,
+  )
   notes = ['nothing written: the folder is already complete'] * was_complete
   return [folder, *notes, *summary.describe(manifest)]
 
 
+@_mode('checkpoint', 'tokens', 'images')
 def _detokenize(config: _Config, workdir: _Path) -> list[_Path]:
+  """Decode token files to images."""
   from fsq_jax.tokens import detokenization
   from fsq_jax.tokens import tokenization
 
@@ -255,7 +253,9 @@ def _detokenize(config: _Config, workdir: _Path) -> list[_Path]:
   return [images]
 
 
+@_mode('checkpoint', 'export')
 def _export(config: _Config, workdir: _Path) -> list[_Path]:
+  """Write a checkpoint as StableHLO functions."""
   from fsq_jax.tokenizer import export
 
   path = export.export_workdir(
@@ -264,64 +264,39 @@ def _export(config: _Config, workdir: _Path) -> list[_Path]:
   return [path]
 
 
-def _prepare(config: _Config, workdir: _Path) -> list[_Path]:
+@_mode()
+def _prepare(config: _Config, workdir: _Path) -> None:
+  """Download and convert the data set."""
   from fsq_jax.data import builder as data
 
   del workdir  # Data sets have their own folders.
   data.prepare(config.data)
-  return []
 
 
+@_mode()
 def _latent_statistics(config: _Config, workdir: _Path) -> list[_Path]:
+  """Write mean and variance of latents, for model.latent_statistics."""
   from fsq_jax.train import latent_statistics
 
   return [latent_statistics.measure_to_workdir(config, workdir)]
 
 
-_MODES = {
-    'train': (_train, 'train a model'),
-    'eval': (_eval, 'evaluate a checkpoint of the workdir'),
-    'report': (
-        _report,
-        'write report.html again, of a tokenizer with codebook, best and worst'
-        ' images',
-    ),
-    'reconstruct': (
-        _reconstruct, 'reconstruct whole images, beside the originals'
-    ),
-    'tokenize': (_tokenize, 'write the tokens of the data set to files'),
-    'detokenize': (_detokenize, 'decode token files to images'),
-    'export': (_export, 'write a checkpoint as StableHLO functions'),
-    'prepare': (_prepare, 'download and convert the data set'),
-    'latent_statistics': (
-        _latent_statistics,
-        'write mean and variance of the latents, for model.latent_statistics',
-    ),
-    'generate': (_generate, 'sample images from a generator'),
-}
-# Modes that find the config in the workdir.
-_OF_A_RUN = (
-    'eval', 'report', 'reconstruct', 'tokenize', 'detokenize', 'export',
-    'generate',
-)
-# Flags that these modes alone read.
-_READ_BY = {
-    'allow_config_change': ('train',),
-    'checkpoint': _OF_A_RUN,
-    'export': ('export',),
-    'images': ('eval', 'reconstruct', 'detokenize', 'generate'),
-    'images_in': ('reconstruct',),
-    'npz': ('eval', 'generate'),
-    'output': ('eval', 'report'),
-    'tiles': ('reconstruct',),
-    'tokens': ('tokenize', 'detokenize'),
-    'verify_images': ('tokenize',),
-}
+@_mode('checkpoint', 'images', 'npz')
+def _generate(config: _Config, workdir: _Path) -> list[_Path]:
+  """Sample images from a generator."""
+  from fsq_jax.generators import generation
+
+  return generation.generate_workdir(
+      config, workdir, which=_CHECKPOINT.value, images=_IMAGES.value,
+      npz=_NPZ.value,
+  )
+
+
 _MODE = flags.DEFINE_enum(
     'mode',
     'train',
     list(_MODES),
-    '; '.join(f'{mode}: {text}' for mode, (_, text) in _MODES.items()) + '.',
+    ' '.join(f'{name}: {run.__doc__}' for name, run in _MODES.items()),
 )
 
 
@@ -338,15 +313,17 @@ def main(argv: list[str]) -> int:
     # Orbax and JAX log much at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
   try:
-    _check_flags()
+    command_line.check_flags(
+        _MODE.value, _READS, paths=_PATHS, in_stores=_IN_STORES
+    )
     config = configuration.resolve_paths(_load_config(argv))
     configuration.check_config(config, mode=_MODE.value)
-    workdir = _find_workdir()
-    if workdir is None:
-      workdir = pathlib.Path('runs', pathlib.Path(_CONFIG.value).stem)
+    default = pathlib.Path('runs', pathlib.Path(_CONFIG.value or '').stem)
+    workdir = _find_workdir() or default
     _set_up_process()
-    run, _ = _MODES[_MODE.value]
-    _print(run(config, workdir))
+    with _resumable():
+      lines = _MODES[_MODE.value](config, workdir)
+    _print(lines or [])
     return 0
   except _Interrupted as interrupted:
     sys.stderr.write(
@@ -361,26 +338,10 @@ def main(argv: list[str]) -> int:
     return _refuse(error)
 
 
-def _check_flags() -> None:
-  """Raises a ValueError for URLs and for flags that the mode does not read."""
-  for flag in _PATHS:
-    stores = urls.STORES if flag.name in _IN_STORES else ()
-    if flag.value is not None and (
-        problem := urls.explain(flag.value, f'--{flag.name}', stores)
-    ):
-      raise ValueError(problem)
-  for name, modes in _READ_BY.items():
-    flag = flags.FLAGS[name]
-    if flag.value != flag.default and _MODE.value not in modes:
-      raise ValueError(
-          f'--{name} has no effect with --mode={_MODE.value}, only with'
-          f' --mode={" or ".join(modes)}; leave it out.'
-      )
-
-
 def _load_config(argv: list[str]) -> _Config:
   """Loads the config that the flags name, with the overrides of argv."""
-  workdir = _find_workdir() if _MODE.value in _OF_A_RUN else None
+  # Modes that load a checkpoint find the config in the workdir.
+  workdir = _find_workdir() if 'checkpoint' in _READS[_MODE.value] else None
   config = command_line.load(_CONFIG.value, workdir, _ROOT)
   command_line.override(config, argv)
   return config

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import difflib
 import functools
+import itertools
 import operator
 import pathlib
 import re
@@ -15,6 +16,7 @@ from absl import logging
 from fsq_jax.configuration import loading
 from fsq_jax.configuration import schema
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -71,6 +73,41 @@ _PARSERS = {
     int: _IntegerParser(),
     tuple: _TupleParser(),
 }
+
+
+def check_flags(
+    mode: str,
+    modes: Mapping[str, Sequence[str]],
+    *,
+    paths: Sequence[str],
+    in_stores: Sequence[str],
+) -> None:
+  """Checks the parsed flags before any work.
+
+  Args:
+    mode: the chosen mode.
+    modes: names of the flags that only some modes read, by mode.
+    paths: names of the flags that are local paths.
+    in_stores: names of the flags that are paths, local or in an object store.
+
+  Raises:
+    ValueError: a URL that is not supported, or a flag that the mode does not
+      read.
+  """
+  for names, stores in ((paths, ()), (in_stores, urls.STORES)):
+    for name in names:
+      value = flags.FLAGS[name].value
+      if value is not None and (
+          problem := urls.explain(value, f'--{name}', stores)
+      ):
+        raise ValueError(problem)
+  for name in sorted(set(itertools.chain(*modes.values())) - {*modes[mode]}):
+    if flags.FLAGS[name].value != flags.FLAGS[name].default:
+      readers = [x for x in modes if name in modes[x]]
+      raise ValueError(
+          f'--{name} has no effect with --mode={mode}, only with'
+          f' --mode={" or ".join(readers)}; leave it out.'
+      )
 
 
 def load(

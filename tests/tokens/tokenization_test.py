@@ -130,9 +130,11 @@ def test_images_come_back_as_the_model_reconstructs_them(
   tokenizer = tokenizers.load_tokenizer(_RUN, 'newest', 8)
   for example in tokens.TokenSource(tmp_path / 'tokens'):
     image = np.asarray(Image.open(root / 'validation' / example.name))
-    np.testing.assert_array_equal(
-        restored[example.name], tokenizer.reconstruct(image[None], fit)[0]
-    )
+    # Sums in batches of other sizes differ in the last bits: pixels may round
+    # to the next grey level.
+    expected = tokenizer.reconstruct(image[None], fit)[0].astype(int)
+    difference = np.abs(restored[example.name] - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.01
     assert example.size == image.shape[:2]
     assert example.label == 'ab'.index(example.name[0])
   assert manifest.job.label_names == ('a', 'b')
