@@ -20,7 +20,7 @@ from fsq_jax.runtime import host
 
 RESULTS = pathlib.Path(__file__).with_name('results.json')
 GROUPS = ('fsq', 'lookup', 'vit', 'compile', 'memory', 'input', 'read',
-          'parquet', 'evaluation', 'tokenize', 'start')
+          'formats', 'evaluation', 'tokenize', 'start')
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -104,12 +104,15 @@ def _figures(results: dict[str, Any]):
       ' plain Pillow',
       (1 / folder['ratio'], 1 / folder['cpu_ratio']), '0.85', '',
   )
-  figures = results['parquet']['parquet']
-  yield (
-      'reading JPEG files in random order from a Parquet file, throughput'
-      ' relative to a folder',
-      (1 / figures['ratio'], 1 / figures['cpu_ratio']), '0.9', '',
-  )
+  for name, label in (
+      ('parquet', 'a Parquet file'), ('webdataset', 'a tar shard')
+  ):
+    figures = results['formats'][name]
+    yield (
+        f'reading JPEG files in random order from {label}, throughput relative'
+        ' to a folder',
+        (1 / figures['ratio'], 1 / figures['cpu_ratio']), '0.9', '',
+    )
   start = results['start']
   yield (
       'process start to first step, compilation cached (s, no ratio)',
@@ -162,7 +165,7 @@ def _measure(
       'memory': lambda: vit_step.memory_figures(rounds),
       'input': lambda: runs.input_figures(rounds),
       'read': lambda: reading.read_figures(rounds),
-      'parquet': lambda: reading.parquet_figures(rounds),
+      'formats': lambda: reading.format_figures(rounds),
       'evaluation': lambda: runs.evaluation_figures(rounds),
       'tokenize': lambda: tokenizing.tokenize_figures(max(3, rounds // 3)),
       'start': lambda: runs.start_figures(max(2, rounds // 3)),

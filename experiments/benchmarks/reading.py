@@ -1,8 +1,9 @@
-"""Benchmarks reading photographs: a folder by Pillow, Parquet by a folder."""
+"""Benchmarks reading photographs: folder against Pillow, formats against it."""
 
 from concurrent import futures
 import functools
 import pathlib
+import tarfile
 import tempfile
 from typing import Any
 
@@ -50,15 +51,18 @@ def read_figures(rounds: int) -> dict[str, Any]:
     )
 
 
-def parquet_figures(rounds: int) -> dict[str, Any]:
-  """Times reading all images in random order from Parquet and a folder."""
+def format_figures(rounds: int) -> dict[str, Any]:
+  """Times reading all images in random order from each format of files."""
   with tempfile.TemporaryDirectory() as folder:
     paths = _write_images(pathlib.Path(folder) / 'val')
     images = [{'bytes': x.read_bytes()} for x in paths]
     parquet.write_table(
         pyarrow.table({'image': images}), pathlib.Path(folder) / 'val.parquet'
     )
-    sources = {x: _open(folder, x) for x in ('folder', 'parquet')}
+    with tarfile.open(pathlib.Path(folder) / 'val.tar', 'w') as shard:
+      for path in paths:
+        shard.add(path, path.name)
+    sources = {x: _open(folder, x) for x in ('folder', 'parquet', 'webdataset')}
     rng = np.random.default_rng(0)
 
     def read(name: str) -> list[np.ndarray]:
@@ -67,7 +71,8 @@ def parquet_figures(rounds: int) -> dict[str, Any]:
         return list(pool.map(sources[name].load, order))
 
     for i in (0, NUM_IMAGES - 1):
-      np.testing.assert_array_equal(*(x.load(i) for x in sources.values()))
+      for source in sources.values():
+        np.testing.assert_array_equal(source.load(i), sources['folder'].load(i))
     return blocks.alternate(
         {x: blocks.block_of(functools.partial(read, x)) for x in sources},
         baseline='folder', calls=1, rounds=rounds,
