@@ -51,7 +51,10 @@ _CHECKPOINT = flags.DEFINE_string(
     ' of a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
-    'tokens', None, 'Folder of token files. Default: WORKDIR/tokens/NAME.'
+    'tokens',
+    None,
+    'Folder of token files, or gs://BUCKET/FOLDER. Default:'
+    ' WORKDIR/tokens/NAME.',
 )
 _VERIFY_IMAGES = flags.DEFINE_bool(
     'verify_images',
@@ -64,7 +67,7 @@ _IMAGES = flags.DEFINE_string(
     None,
     'Folder that detokenize, reconstruct and generate write images to, and'
     ' eval the evaluated crops and their reconstructions. Default of'
-    ' detokenize: TOKENS_images.',
+    ' detokenize: TOKENS_images, if that is a local folder.',
 )
 _IMAGES_IN = flags.DEFINE_string(
     'images_in', None, 'Image file, or folder of images, for reconstruct.'
@@ -116,7 +119,7 @@ _PATHS = (
     _CONFIG, _WORKDIR, _TOKENS, _IMAGES, _IMAGES_IN, _NPZ, _EXPORT, _OUTPUT,
 )
 # Flags that may be gs://BUCKET/X.
-_IN_STORES = ('workdir', 'output', 'export')
+_IN_STORES = ('workdir', 'tokens', 'output', 'export')
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path
