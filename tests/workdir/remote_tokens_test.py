@@ -305,8 +305,9 @@ def _kill_at(monkeypatch, moment):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
-    folder, store, images, tmp_path
+    folder, store, images, tmp_path, monkeypatch
 ):
+  monkeypatch.setattr(object_lock, 'PATIENCE', 1.0)  # A lock may stay.
   _tokenize(images, tmp_path / 'local')
   wanted = _local_files(tmp_path / 'local')
   for moment in itertools.count():
@@ -363,7 +364,7 @@ def _raise_killed(*_, **__):
 
 def test_images_are_decoded_to_local_folders(folder, images, tmp_path):
   _tokenize(images, folder)
-  with pytest.raises(ValueError, match='--images is gs://.* local path'):
+  with pytest.raises(ValueError, match=r'--images is gs://.* local path'):
     tokens.detokenize_workdir(_RUN, folder, f'{folder}_images')
   assert tokens.detokenize_workdir(_RUN, folder, tmp_path / 'out') == 8
   assert len(list((tmp_path / 'out').iterdir())) == 8
@@ -371,7 +372,7 @@ def test_images_are_decoded_to_local_folders(folder, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_generator_is_trained_on_tokens_in_a_store(
-    folder, store, cache, tmp_path, monkeypatch
+    folder, store, cache, monkeypatch
 ):
   monkeypatch.setattr(synthetic, 'NUM_TRAIN', 24)
   monkeypatch.setattr(synthetic, 'NUM_VALIDATION', 16)
@@ -382,23 +383,22 @@ def test_a_generator_is_trained_on_tokens_in_a_store(
       'tokens.eval_batch_size': 8, 'tokens.train_views': 2,
       'model.depth': 1, 'model.width': 8, 'model.num_heads': 2,
       'model.mlp_dim': 12, 'model.class_conditional': False,
-      'losses.class_dropout': 0.0, 'train.num_steps': 1, 'optim.warmup_steps': 0,
-      'eval.num_samples': 0,
+      'losses.class_dropout': 0.0, 'train.num_steps': 1,
+      'optim.warmup_steps': 0, 'eval.num_samples': 0,
   })
-  training.train_and_evaluate(config, tmp_path / 'run')
+  workdir = f'{folder}_generator'
+  training.train_and_evaluate(config, workdir)
   for split, num in (('train_2_views', 48), ('eval', 16)):
     source = tokens.TokenSource(f'{folder}/tokens/synthetic_{split}')
     assert len(source) == num
   assert len([x for x in cache.rglob('tokens*') if x.is_file()]) == 2
-  # Files of earlier runs are used as they are.
-  objects = dict(store.objects)
+  # The same files by their paths: they are not written again.
+  objects = _objects(store, folder)
   config.tokens.tokenizer = ''
   config.tokens.train = f'{folder}/tokens/synthetic_train_2_views'
   config.tokens.eval = f'{folder}/tokens/synthetic_eval'
   config.train.num_steps = 2
-  training.train_and_evaluate(
-      config, tmp_path / 'run', allow_config_change=True
-  )
-  assert store.objects == objects
-  record = files.read_json(tmp_path / 'run' / files.EVALUATION)
+  training.train_and_evaluate(config, workdir, allow_config_change=True)
+  assert _objects(store, folder) == objects
+  record = files.read_json(f'{workdir}/{files.EVALUATION}')
   assert record['protocol']['num_images'] == 16
