@@ -1,5 +1,6 @@
 """Tests of token files in an object store."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -94,7 +95,7 @@ def _job(storage='npz'):
   )
 
 
-def _write(folder, storage='npz'):
+def _write(folder, storage='npz', lock=True):
   """Writes six images of random tokens in three shards."""
   job = _job(storage)
   rng = np.random.default_rng(0)
@@ -105,7 +106,7 @@ def _write(folder, storage='npz'):
       for i in range(6)
   ]
   writer = writers.TokenWriter(folder, job)
-  with writer.locked():
+  with writer.locked() if lock else contextlib.nullcontext():
     for i in range(3):
       part = examples[2 * i : 2 * i + 2]
       writer.write(i, part, damaged=[], source_bytes=None)
@@ -239,6 +240,21 @@ def test_a_folder_is_locked(folder, monkeypatch):
     assert not second.is_stopped
 
 
+def test_a_folder_that_another_run_has_finished_is_left_alone(folder, store):
+  late, later = (writers.TokenWriter(folder, _job()) for _ in range(2))
+  with late.locked():
+    _write(folder, lock=False)
+    objects = _objects(store, folder)
+    with pytest.raises(ValueError, match='just been finished by another run'):
+      late.finish()
+  with (
+      pytest.raises(ValueError, match='just been finished by another run'),
+      later.locked(),
+  ):
+    pass
+  assert _objects(store, folder) == objects
+
+
 # Images are tokenized.
 
 
@@ -362,10 +378,16 @@ def _raise_killed(*_, **__):
   raise _KilledError
 
 
-def test_images_are_decoded_to_local_folders(folder, images, tmp_path):
+def test_the_default_folder_is_in_the_store(folder, images):
+  path = tokens.default_folder(_config(images), str(folder))
+  assert str(path) == f'{folder}/tokens/folder_validation'
+
+
+def test_images_are_decoded_to_local_folders(folder, images, tmp_path, cache):
   _tokenize(images, folder)
   with pytest.raises(ValueError, match=r'--images is gs://.* local path'):
     tokens.detokenize_workdir(_RUN, folder, f'{folder}_images')
+  assert not cache.exists()
   assert tokens.detokenize_workdir(_RUN, folder, tmp_path / 'out') == 8
   assert len(list((tmp_path / 'out').iterdir())) == 8
 
