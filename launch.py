@@ -50,7 +50,10 @@ _CHECKPOINT = flags.DEFINE_string(
     ' of a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
-    'tokens', None, 'Folder of token files. Default: WORKDIR/tokens/NAME.'
+    'tokens',
+    None,
+    'Folder of token files, or gs://BUCKET/FOLDER. Default:'
+    ' WORKDIR/tokens/NAME.',
 )
 _VERIFY_IMAGES = flags.DEFINE_bool(
     'verify_images',
@@ -63,7 +66,7 @@ _IMAGES = flags.DEFINE_string(
     None,
     'Folder that detokenize, reconstruct and generate write images to, and'
     ' eval the evaluated crops and their reconstructions. Default of'
-    ' detokenize: TOKENS_images.',
+    ' detokenize: TOKENS_images, if that is a local folder.',
 )
 _IMAGES_IN = flags.DEFINE_string(
     'images_in', None, 'Image file, or folder of images, for reconstruct.'
@@ -109,9 +112,9 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of a bad config or input.'
 )
 
-# Flags that are paths, and those of them that may be gs://BUCKET/X.
-_PATHS = 'config', 'tokens', 'images', 'images_in', 'npz'
-_IN_STORES = 'workdir', 'output', 'export'
+# Flags that are local paths, and those that may also be gs://BUCKET/X.
+_PATHS = 'config', 'images', 'images_in', 'npz'
+_IN_STORES = 'workdir', 'tokens', 'output', 'export'
 _ROOT = pathlib.Path(__file__).resolve().parent
 _Config = ml_collections.ConfigDict
 _Path = str | pathlib.Path

@@ -30,14 +30,14 @@ def get_config() -> ml_collections.ConfigDict:
 def _tokens() -> ml_collections.ConfigDict:
   tokens = ml_collections.ConfigDict()
   # Tokenizer that made the tokens and decodes samples: workdir of its run, or
-  # folder of Tokenizer.save_pretrained. '' trains on existing token files alone
-  # and decodes nothing.
+  # folder of Tokenizer.save_pretrained; also gs://BUCKET/X. '' trains on
+  # existing token files alone and decodes nothing.
   tokens.tokenizer = ''
   # Checkpoint of the tokenizer's run: 'newest', 'best' or a step number.
   tokens.checkpoint = 'newest'
-  # Folders of token files, training and held-out. '' is TOKENIZER/tokens/NAME
-  # of the tokenizer's own data set, which is tokenized first if the files are
-  # missing.
+  # Folders of token files, training and held-out; also gs://BUCKET/X. '' is
+  # TOKENIZER/tokens/NAME of the tokenizer's own data set, which is tokenized
+  # first if the files are missing.
   tokens.train = ''
   tokens.eval = ''
   # Views (crops) of each training image, >= 1, where training files are made:

@@ -41,7 +41,6 @@ def write(folder: pathlib.Path) -> dict[str, sources.TokenSource]:
     ]
     writer = writers.TokenWriter(path, _job(split, len(examples)))
     if not writer.is_finished:
-      writer.start()
       writer.write(0, examples, damaged=[], source_bytes=None)
       writer.finish()
     opened[split] = sources.TokenSource(path)

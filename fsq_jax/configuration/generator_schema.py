@@ -6,13 +6,16 @@ See configs/default_generator.py. Rows have the type of a field; constructors
 
 from fsq_jax.configuration import rules
 from fsq_jax.configuration import schema
+from fsq_jax.workdir import urls
 
 _Role = schema.Role
+_FOLDER = rules.path(rules.TEXT.allowed, stores=urls.STORES)
 _TOKENS = {
     'tokenizer': schema.runtime(
         rules.path(
             "the workdir of a tokenizer's run, or a folder of"
-            " Tokenizer.save_pretrained; '' for token files without one"
+            " Tokenizer.save_pretrained; '' for token files without one",
+            stores=urls.STORES,
         )
     ),
     'checkpoint': schema.runtime(
@@ -23,8 +26,8 @@ _TOKENS = {
         )
     ),
     # A resumed run compares the content of token files, not their paths.
-    'train': schema.runtime(rules.PATH),
-    'eval': schema.runtime(rules.PATH),
+    'train': schema.runtime(_FOLDER),
+    'eval': schema.runtime(_FOLDER),
     'train_views': schema.runtime(rules.COUNT),
     'batch_size': rules.COUNT,
     'eval_batch_size': schema.runtime(rules.COUNT),

@@ -13,6 +13,7 @@ from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
 from fsq_jax.tokens import source as sources
 from fsq_jax.tokens import tokenization
+from fsq_jax.workdir import files as workdirs
 
 _SPLITS = ('train', 'eval')
 
@@ -135,7 +136,9 @@ def load_tokenizer(
 def check_folder(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError if tokens.tokenizer is set and is not a folder."""
   path = config.tokens.tokenizer
-  if path and not pathlib.Path(path).is_dir():
+  if path and not workdirs.is_folder(
+      workdirs.run_folder(path, 'tokens.tokenizer')
+  ):
     raise ValueError(
         f'tokens.tokenizer: {path} is not a folder. Train the tokenizer first'
         " (the config file's header has the command), or set"

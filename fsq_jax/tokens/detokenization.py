@@ -38,7 +38,7 @@ def detokenize_workdir(
 
   Args:
     workdir: folder of the run, or of the saved tokenizer, that made the tokens.
-    tokens: folder of the token files.
+    tokens: folder of the token files, or gs://BUCKET/X.
     images: output folder; image NAME becomes NAME.png, or NAME.viewN.png if
       there are several views. Several processes share the images batch by
       batch.
@@ -51,8 +51,8 @@ def detokenize_workdir(
     ValueError: corrupted token files, or token files of another model.
   """
   with processes.fail_together():
-    source = sources.TokenSource(tokens)
     folder = urls.local_path(images, '--images').absolute()
+    source = sources.TokenSource(tokens)
     _check_names(source, folder)
   job = source.manifest.job
   tokenizer = tokenizers.load_tokenizer(workdir, which, job.batch_size)

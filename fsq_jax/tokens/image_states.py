@@ -15,6 +15,7 @@ import numpy as np
 from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import object_store
 from fsq_jax.workdir import progress
 
 HASHES_FILE = 'image_hashes.npy'
@@ -198,7 +199,10 @@ def _load(
     path: pathlib.Path, shape: tuple[int, ...], dtype: type
 ) -> np.ndarray | None:
   try:
-    array = np.load(path, allow_pickle=False)
+    content = workdirs.read_bytes(path)
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+  except object_store.StoreError:
+    raise  # The file may be intact.
   except (OSError, ValueError, EOFError):
     return None
   return array if (array.shape, array.dtype) == (shape, dtype) else None

@@ -16,6 +16,7 @@ from fsq_jax.checkpoints import integrity
 from fsq_jax.configuration import rules
 from fsq_jax.quantizers import builder
 from fsq_jax.quantizers import convert
+from fsq_jax.workdir import files as workdirs
 
 FILE = 'manifest.json'
 # Folder of partial results, until the manifest is written.
@@ -220,8 +221,8 @@ def read(folder: pathlib.Path) -> Manifest:
     ValueError: it is missing, corrupted, of another format, or inconsistent.
   """
   path = folder / FILE
-  if not path.is_file():
-    if (folder / UNFINISHED).is_dir():
+  if not workdirs.is_file(path):
+    if workdirs.is_folder(folder / UNFINISHED):
       raise ValueError(
           f'{folder} is unfinished; run the same --mode=tokenize again to'
           ' resume it.'
@@ -269,7 +270,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: pathlib.Path) -> Any:
   try:
-    return json.loads(path.read_bytes())
+    return json.loads(workdirs.read_bytes(path))
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{path} is corrupted, not JSON: {error}.') from error
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import pathlib
 import threading
 from typing import Any
 
@@ -18,8 +19,11 @@ from fsq_jax.data import pipelines
 from fsq_jax.quantizers import specs
 from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
-from fsq_jax.workdir import urls
+from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import object_store
 
+# Copies of files in object stores, by hash.
+CACHE_FOLDER = '~/.cache/fsq_jax/tokens'
 _HASH_THREADS = 8
 # Files open at a time; the limit of a process is often 1,024.
 MAX_OPEN = 256
@@ -28,10 +32,11 @@ MAX_OPEN = 256
 class TokenSource(Sequence[shards.Example]):
   """Random access to the tokens of a folder, from several threads at once.
 
-  A random access source of Grain: `grain.MapDataset.source(tokens)`.
+  A random access source of Grain: `grain.MapDataset.source(tokens)`. Files in
+  an object store are copied to `CACHE_FOLDER`, unless it has them.
 
   Attributes:
-    folder: of the token files.
+    folder: of the token files, local or in a store.
     manifest: of the folder.
   """
 
@@ -39,16 +44,21 @@ class TokenSource(Sequence[shards.Example]):
     """Checks size and hash of all files against the manifest.
 
     Args:
-      folder: written by --mode=tokenize.
+      folder: written by --mode=tokenize; a local path or gs://BUCKET/X.
 
     Raises:
       ValueError: files that are missing or differ from the manifest; lists
         each of them.
+      OSError: the store cannot be read.
     """
-    self.folder = urls.local_path(folder, 'folder').absolute()
+    self.folder = workdirs.run_folder(folder, 'folder')
     self.manifest = manifests.read(self.folder)
+    self._local = self.folder
+    if workdirs.is_remote(self.folder):
+      cache = pathlib.Path(CACHE_FOLDER).expanduser()
+      self._local = cache / self.manifest.shards_sha256
     with futures.ThreadPoolExecutor(_HASH_THREADS) as pool:
-      problems = list(pool.map(self._describe_damage, self.manifest.shards))
+      problems = list(pool.map(self._fetch, self.manifest.shards))
     if any(problems):
       raise ValueError(
           '\n  '.join([
@@ -85,8 +95,14 @@ class TokenSource(Sequence[shards.Example]):
       raise IndexError(f'{self.folder} has {len(self)} images, not {index}.')
     index %= len(self)
     number = bisect.bisect_right(self._ends, index)
-    shard = self._open(number)
-    example = shard[index - self._ends[number] + len(shard)]
+    try:
+      shard = self._open(number)
+      example = shard[index - self._ends[number] + len(shard)]
+    except ValueError as error:
+      if self._local == self.folder:
+        raise
+      file = self.folder / self.manifest.shards[number].file
+      raise ValueError(f'{error} It is a copy of {file}.') from error
     grid = self.manifest.grid
     if grid is not None and example.tokens.shape[:2] != grid:
       raise ValueError(
@@ -119,7 +135,7 @@ class TokenSource(Sequence[shards.Example]):
       opened = self._shards.pop(number, None)
       if opened is None:
         shard = self.manifest.shards[number]
-        path = self.folder / shard.file
+        path = self._local / shard.file
         opened = shards.open_shard(path, self.manifest.job)
         if len(opened) != shard.num_images:
           raise ValueError(
@@ -132,15 +148,41 @@ class TokenSource(Sequence[shards.Example]):
       self._shards[number] = opened
       return opened
 
-  def _describe_damage(self, shard: manifests.Shard) -> str | None:
-    path = self.folder / shard.file
-    if not path.is_file():
+  def _fetch(self, shard: manifests.Shard) -> str | None:
+    """Copies a file unless it is local; returns why it cannot be used."""
+    path = self._local / shard.file
+    problem = _describe_damage(path, shard)
+    if problem is None or self._local == self.folder:
+      return problem
+    workdirs.create(self._local, 'the variable HOME')
+    try:
+      with workdirs.open_atomic(path) as file:
+        object_store.read_into(self.folder / shard.file, file)
+        file.flush()
+        if problem := _describe_damage(pathlib.Path(file.name), shard):
+          raise _DamageError(problem)
+    except FileNotFoundError:
       return f'{shard.file} is missing.'
-    if (size := path.stat().st_size) != shard.num_bytes:
-      return f'{shard.file} has {size} bytes, not {shard.num_bytes}.'
-    if (digest := shards.hash_file(path)) != shard.sha256:
-      return f'{shard.file} has sha256 {digest}, not {shard.sha256}.'
+    except _DamageError as error:
+      return str(error)
     return None
+
+
+class _DamageError(ValueError):
+  """A file is not that of the manifest."""
+
+
+def _describe_damage(
+    path: pathlib.Path, shard: manifests.Shard
+) -> str | None:
+  """Returns how a local file differs from the manifest; None if it does not."""
+  if not path.is_file():
+    return f'{shard.file} is missing.'
+  if (size := path.stat().st_size) != shard.num_bytes:
+    return f'{shard.file} has {size} bytes, not {shard.num_bytes}.'
+  if (digest := shards.hash_file(path)) != shard.sha256:
+    return f'{shard.file} has sha256 {digest}, not {shard.sha256}.'
+  return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from fsq_jax.tokens import manifest
 from fsq_jax.tokens import writer as writers
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import progress
-from fsq_jax.workdir import urls
 
 
 def tokenize_workdir(
@@ -52,7 +51,7 @@ def tokenize_workdir(
       the images and the format.
     workdir: the run's folder, or a folder of `Tokenizer.save_pretrained`.
     which: 'newest' checkpoint, 'best' (highest PSNR), or a step number.
-    folder: for the files; `default_folder` by default.
+    folder: for the files, or gs://BUCKET/X; `default_folder` by default.
     verify_images: compare the hashes of all images tokenized by earlier runs;
       by default only of images whose files changed in size or time.
 
@@ -68,7 +67,7 @@ def tokenize_workdir(
   """
   configuration.check_config(config, mode='tokenize')
   folder = folder or default_folder(config, workdir)
-  folder = urls.local_path(folder, '--tokens').absolute()
+  folder = workdirs.run_folder(folder, '--tokens')
   data_config = config.data.copy_and_resolve_references()
   data_config.cache_mib = 0  # Each image is read once.
   # Before the model, which takes long to load: images may be missing.
@@ -83,9 +82,7 @@ def tokenize_workdir(
       job = _make_job(config, tokenizer, source)
       writer = writers.TokenWriter(folder, job)
       if jax.process_index() == 0 and not writer.is_finished:
-        unfinished = folder / manifest.UNFINISHED
-        stack.enter_context(workdirs.lock(unfinished, '--tokens'))
-        writer.start()
+        stack.enter_context(writer.locked())
     run = _Run(
         config=data_config, tokenizer=tokenizer, source=source, job=job,
         writer=writer, verify_images=verify_images,
@@ -107,7 +104,9 @@ def tokenize_workdir(
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
   """Returns whether a folder holds a complete set of token files."""
-  return (urls.local_path(folder, '--tokens') / manifest.FILE).is_file()
+  return workdirs.is_file(
+      workdirs.run_folder(folder, '--tokens') / manifest.FILE
+  )
 
 
 def default_folder(
@@ -132,7 +131,10 @@ def default_folder(
   if config.tokenize.views > 1:
     words.append(f'{config.tokenize.views}_views')
   name = '_'.join(re.findall(r'[\w-]+', ' '.join(words)))
-  return pathlib.Path(os.fspath(workdir)) / 'tokens' / name
+  root = workdirs.run_folder(workdir)
+  if not workdirs.is_remote(root):
+    root = pathlib.Path(workdir)  # Shown as given.
+  return root / 'tokens' / name
 
 
 def _make_job(

@@ -1,10 +1,10 @@
 """Writes token files shard by shard, so that a killed run can be resumed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import hashlib
-import os
 import pathlib
-import shutil
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,12 @@ from fsq_jax.tokens import manifest as manifests
 from fsq_jax.tokens import shards
 from fsq_jax.tokens import summary
 from fsq_jax.workdir import files as workdirs
+from fsq_jax.workdir import urls
 
 _JOB = 'job.json'
 _STOP = 'stop'
+# Seconds between two requests to an object store for that file.
+STOP_INTERVAL = 5.0
 
 
 class Damage(NamedTuple):
@@ -37,16 +40,16 @@ class Damage(NamedTuple):
 class TokenWriter:
   """Writes the shards of a folder in any order, and last the manifest.
 
-  A shard is done once its file is renamed to its final name and its record is
-  in the folder of partial results, which is deleted after the manifest is
-  written. All files depend on the images and the job alone.
+  A shard is done once its file has its final name and its record is in the
+  folder of partial results, which is deleted after the manifest is written. All
+  files depend on the images and the job alone.
   """
 
   def __init__(self, folder: pathlib.Path, job: manifests.Job):
     """Creates the folder, or resumes in a folder of the same job.
 
     Args:
-      folder: for the files; new, empty, or of the same job.
+      folder: from `workdir.files.run_folder`; new, empty, or of the same job.
       job: the job.
 
     Raises:
@@ -55,55 +58,67 @@ class TokenWriter:
     self.folder = folder
     self._job = job
     self._unfinished = folder / manifests.UNFINISHED
+    self._lock = contextlib.ExitStack()
+    self._is_stopped = False
+    self._looked_at = -STOP_INTERVAL
     manifest = folder / manifests.FILE
     record = self._unfinished / _JOB
     for path in (manifest, record):
-      if path.exists():
+      if workdirs.is_file(path):
         manifests.check_same_job(path, job)
-    self.is_finished = manifest.exists()
+    self.is_finished = workdirs.is_file(manifest)
     if self.is_finished:
       return
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    names = workdirs.list_names(folder)
     if names and manifests.UNFINISHED not in names:
       raise ValueError(
           f'{folder} holds {names[0]!r} but no token files; give a new folder'
           ' with --tokens.'
       )
-    workdirs.create(self._unfinished, '--tokens')
-    if not record.exists():
+    workdirs.create(self._unfinished, '--tokens', urls.STORES)
+    if not workdirs.is_file(record):
       workdirs.write_json(record, job.to_json())
 
-  def start(self) -> None:
-    """Starts writing; called in one process, under a lock.
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Locks the folder until `finish`; entered in one process, before writing.
 
     Raises:
-      ValueError: another run has finished the folder in the meantime.
+      ValueError: another run is writing the folder, or has just finished it.
     """
-    if (self.folder / manifests.FILE).exists():
-      raise ValueError(
-          f'{self.folder} has just been finished by another run.'
-      )
-    (self._unfinished / _STOP).unlink(missing_ok=True)
+    with self._lock:
+      self._lock.enter_context(workdirs.lock(self._unfinished, '--tokens'))
+      self._check_unfinished()
+      workdirs.delete(self._unfinished / _STOP)
+      yield
 
   def stop(self) -> None:
     """Requests all processes of this run to stop."""
-    (self._unfinished / _STOP).touch()
+    workdirs.write_bytes(self._unfinished / _STOP, b'')
+    self._is_stopped = True
 
   @property
   def is_stopped(self) -> bool:
     """Whether a process has requested a stop."""
-    return (self._unfinished / _STOP).exists()
+    now = time.monotonic()
+    is_due = now - self._looked_at >= STOP_INTERVAL
+    if is_due or not workdirs.is_remote(self._unfinished):
+      self._looked_at = now
+      self._is_stopped = workdirs.is_file(self._unfinished / _STOP)
+    return self._is_stopped
 
   def is_done(self, shard: int) -> bool:
     """Whether a shard is written and not corrupted."""
     record = self._read(shard)
     path = self.folder / self._job.shard_file(shard)
-    return (
-        record is not None
-        and 'num_upscaled' in record  # Earlier versions did not write it.
-        and path.is_file()
-        and shards.hash_file(path) == record['sha256']
-    )
+    if (
+        record is None
+        or 'num_upscaled' not in record  # Earlier versions did not write it.
+        or not workdirs.is_file(path)
+    ):
+      return False
+    with workdirs.local_copy(path) as local:
+      return shards.hash_file(local) == record['sha256']
 
   def damaged(self, shard: int) -> list[Damage]:
     """Returns the unreadable images of a finished shard."""
@@ -123,7 +138,7 @@ class TokenWriter:
       states: image_states.ImageStates | None = None,
       num_upscaled: int = 0,
   ) -> None:
-    """Writes a shard; when this returns, it is on disk.
+    """Writes a shard; when this returns, it is on disk or in the store.
 
     Args:
       shard: its number.
@@ -134,12 +149,10 @@ class TokenWriter:
       num_upscaled: number of images that were scaled up.
     """
     path = self.folder / self._job.shard_file(shard)
-    temporary = self._unfinished / path.name
-    shards.write(temporary, examples, self._job)
-    with open(temporary, 'rb') as file:
-      os.fsync(file.fileno())
-    digest = shards.hash_file(temporary)
-    os.replace(temporary, path)
+    with workdirs.write_locally(path, self._unfinished) as temporary:
+      shards.write(temporary, examples, self._job)
+      num_bytes = temporary.stat().st_size
+      digest = shards.hash_file(temporary)
     tokens = [x.tokens.reshape(-1) for x in examples]
     codes, counts = np.unique(
         np.concatenate([np.zeros(0, np.int32), *tokens]), return_counts=True
@@ -148,7 +161,7 @@ class TokenWriter:
         self._record(shard),
         {
             'num_images': len(examples),
-            'num_bytes': path.stat().st_size,
+            'num_bytes': num_bytes,
             'sha256': digest,
             'damaged': damaged,
             'grids': sorted({x.tokens.shape[:2] for x in examples}),
@@ -172,9 +185,11 @@ class TokenWriter:
         processes.
 
     Raises:
-      ValueError: more images, or all, cannot be read.
+      ValueError: more images, or all, cannot be read, or another run has
+        finished the folder.
     """
     if not self.is_finished:
+      self._check_unfinished()
       manifest, states = self._gather()
       image_source.check_damaged_share(
           {image['name']: image['reason'] for image in manifest.damaged},
@@ -182,10 +197,16 @@ class TokenWriter:
       )
       if states is not None:
         image_states.write(self.folder, states)
-      temporary = self._unfinished / manifests.FILE
-      workdirs.write_json(temporary, manifest.to_json())
-      os.replace(temporary, self.folder / manifests.FILE)
-    shutil.rmtree(self._unfinished, ignore_errors=True)
+      path = self.folder / manifests.FILE
+      with workdirs.write_locally(path, self._unfinished) as temporary:
+        workdirs.write_json(temporary, manifest.to_json())
+    self._lock.close()  # In an object store, the lock is in the folder.
+    workdirs.delete_folder(self._unfinished)
+
+  def _check_unfinished(self) -> None:
+    """Checks that no other run has written the manifest meanwhile."""
+    if workdirs.is_file(self.folder / manifests.FILE):
+      raise ValueError(f'{self.folder} has just been finished by another run.')
 
   def _gather(
       self,

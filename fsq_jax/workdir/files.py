@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, lock, reading, atomic writes."""
+"""Files of runs and tokens: names, lock, reading, atomic writes."""
 
 from collections.abc import Collection, Iterator, Mapping
 import contextlib
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import socket
 import tempfile
 from typing import Any, BinaryIO
@@ -204,6 +205,13 @@ def is_empty(path: pathlib.Path) -> bool:
   return not path.is_dir() or not any(path.iterdir())
 
 
+def list_names(path: pathlib.Path) -> list[str]:
+  """Returns the sorted names in a folder; none if it is missing."""
+  if is_remote(path):
+    return object_store.list_names(path)
+  return sorted(os.listdir(path)) if path.is_dir() else []
+
+
 def size(path: pathlib.Path) -> int:
   """Returns the number of bytes of a file."""
   status = path.stat()
@@ -218,7 +226,8 @@ def local_copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
     return
   with tempfile.TemporaryDirectory() as folder:
     copy = pathlib.Path(folder, path.name)
-    copy.write_bytes(read_bytes(path))
+    with open(copy, 'wb') as file:
+      object_store.read_into(path, file)
     yield copy
 
 
@@ -228,6 +237,26 @@ def move_folder(source: pathlib.Path, target: pathlib.Path) -> None:
     object_store.move_folder(source, target)
   else:
     source.rename(target)
+
+
+def delete(path: pathlib.Path) -> None:
+  """Deletes a file if it exists."""
+  if is_remote(path):
+    with contextlib.suppress(FileNotFoundError):
+      object_store.delete(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def delete_folder(path: pathlib.Path) -> None:
+  """Deletes a folder and all in it as far as possible."""
+  if not is_remote(path):
+    shutil.rmtree(path, ignore_errors=True)
+    return
+  try:
+    object_store.delete_folder(path)
+  except OSError as error:
+    logging.warning('%s cannot be deleted: %s', path, error)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
@@ -286,6 +315,36 @@ def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_locally(
+    path: pathlib.Path, folder: pathlib.Path
+) -> Iterator[pathlib.Path]:
+  """Yields a local path; its file appears under `path` when it is complete.
+
+  For writers that need a path; `open_atomic` is for all others.
+
+  Args:
+    path: of the file, in an existing folder; an earlier file is replaced.
+    folder: for the incomplete file, on the file system of `path`, where a
+      killed process may leave it; an object store has it in a temporary folder.
+
+  Yields:
+    A path with the name of the file.
+  """
+  if is_remote(path):
+    with tempfile.TemporaryDirectory() as local:
+      temporary = pathlib.Path(local, path.name)
+      yield temporary
+      with open(temporary, 'rb') as file:
+        object_store.write_file(path, file)
+    return
+  temporary = folder / path.name
+  yield temporary
+  with open(temporary, 'rb') as file:
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

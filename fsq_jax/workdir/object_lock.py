@@ -27,7 +27,8 @@ def hold(path: pathlib.Path, folder: pathlib.Path, flag: str) -> Iterator[None]:
   condition that no other process has written it. An existing lock is watched
   for `PATIENCE` seconds and taken over if it is not renewed meanwhile. Thus a
   process that was stopped for longer may lose its lock; it notices at its next
-  conditional write.
+  conditional write. Token files have none: the same command writes the same
+  bytes.
 
   Args:
     path: of the lock.
@@ -104,7 +105,7 @@ class _Lease:
         self._generation = None
         logging.error(
             '%s was taken over by another process: this one was not heard of'
-            ' for %d s. It stops at its next write of metrics.',
+            ' for %d s. Training stops at its next write of metrics.',
             self._path, PATIENCE,
         )
         return

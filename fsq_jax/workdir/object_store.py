@@ -71,6 +71,17 @@ def read(path: _Path) -> bytes:
     return _blob(path).download_as_bytes()
 
 
+def read_into(path: _Path, file: BinaryIO) -> None:
+  """Writes the bytes of an object to an open file.
+
+  Raises:
+    FileNotFoundError: there is no such object.
+    OSError: it cannot be read, or the file cannot be written.
+  """
+  with _errors_of(path):
+    _blob(path).download_to_file(file)
+
+
 def read_version(path: _Path) -> tuple[bytes, int]:
   """Returns bytes and generation of an object; (b'', 0) if it is missing.
 
@@ -158,6 +169,21 @@ def is_folder(path: _Path) -> bool:
     return bool(list(found))
 
 
+def list_names(path: _Path) -> list[str]:
+  """Returns the names of objects and folders in a folder, sorted.
+
+  Raises:
+    OSError: the folder cannot be listed.
+  """
+  bucket, prefix = _split(path)
+  with _errors_of(path):
+    found = _client().list_blobs(bucket, prefix=f'{prefix}/', delimiter='/')
+    names = [blob.name for blob in found]
+  names = {x[len(prefix) + 1 :].rstrip('/') for x in (*names, *found.prefixes)}
+  # Some tools write an empty object for the folder itself.
+  return sorted(names - {''})
+
+
 def is_object(path: _Path) -> bool:
   """Whether there is an object of this name.
 
@@ -185,6 +211,19 @@ def move_folder(source: _Path, target: _Path) -> None:
       bucket.copy_blob(blob, bucket, new_prefix + blob.name[len(prefix) :])
     for blob in blobs:
       blob.delete()
+
+
+def delete_folder(path: _Path) -> None:
+  """Deletes all objects of a folder, one by one.
+
+  Raises:
+    OSError: they cannot be deleted.
+  """
+  bucket, prefix = _split(path)
+  with _errors_of(path):
+    for blob in _client().list_blobs(bucket, prefix=f'{prefix}/'):
+      with contextlib.suppress(FileNotFoundError), _errors_of(path):
+        blob.delete()
 
 
 @functools.cache

@@ -58,6 +58,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   """Answers requests; an error is a status without further text."""
 
   protocol_version = 'HTTP/1.1'
+  disable_nagle_algorithm = True  # Otherwise each answer takes 40 ms.
 
   def log_message(self, *_):
     pass
@@ -73,9 +74,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.body = self._read_body()
     path = url.path.replace('/download/', '/').replace('/upload/', '/')
     path = path.removeprefix('/storage/v1')
-    while self.server.blocked and self.server.blocked in self.query.get(
-        'name', ''
-    ):
+    while self._is_blocked():
       time.sleep(0.1)
     with self.server.lock:
       if path.startswith('/batch'):
@@ -99,6 +98,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         found = self.server.objects.pop(name, None)
         return self._send(204 if found else 404)
       return self._get(name)
+
+  def _is_blocked(self):
+    part = self.server.blocked
+    # Some uploads have the name in their body.
+    head = self.body[:1000].decode(errors='replace')
+    return part and (part in self.query.get('name', '') or part in head)
 
   def _read_body(self):
     if self.headers.get('Transfer-Encoding') == 'chunked':

@@ -70,6 +70,31 @@ def test_folders(folder):
   assert files.size(folder / 'moved' / '8' / 'b' / 'y') == 2
   with files.local_copy(folder / 'ab') as copy:
     assert copy.read_bytes() == b'3'
+  object_store.write(f'{folder}/', b'')  # As some tools make a folder.
+  assert files.list_names(folder) == ['ab', 'moved']
+  assert files.list_names(folder / 'none') == []
+  files.delete(folder / 'ab')
+  files.delete(folder / 'ab')
+  assert files.list_names(folder) == ['moved']
+  files.delete_folder(folder / 'moved')
+  assert files.list_names(folder) == []
+
+
+def test_a_file_appears_when_it_is_complete(folder, tmp_path):
+  for place in (folder, tmp_path):
+    path, incomplete = place / 'x', tmp_path / 'incomplete'
+    incomplete.mkdir(exist_ok=True)
+    with files.write_locally(path, incomplete) as temporary:
+      temporary.write_bytes(b'1')
+      assert not files.is_file(path)
+    assert files.read_bytes(path) == b'1'
+    with (
+        contextlib.suppress(KeyError),
+        files.write_locally(path, incomplete) as temporary,
+    ):
+      temporary.write_bytes(b'2')
+      raise KeyError
+    assert files.read_bytes(path) == b'1'
 
 
 def test_bucket_must_exist(store):

@@ -73,8 +73,8 @@ def _names(store, part):
 @pytest.mark.fast_limit(20)  # Orbax takes seconds for two steps.
 def test_steps_are_saved_and_restored(saved, store):
   # A step without this file is an interrupted save.
-  assert _names(store, 'checkpoints/2/commit_success.txt')
-  name, = _names(store, 'checkpoints/2/commit_success.txt')
+  part = f'{saved.parent.name}/run/checkpoints/2/commit_success.txt'
+  (name,) = _names(store, part)
   with _open(saved) as checkpointer:
     assert checkpointer.steps == [1, 2]
     chex.assert_trees_all_equal(

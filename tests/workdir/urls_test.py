@@ -52,7 +52,7 @@ def test_local_paths_stay_as_they_are(monkeypatch, tmp_path):
   assert urls.local_path('~/b', 'x') == tmp_path / 'b'
 
 
-# Functions whose argument may be the folder of a run.
+# Functions whose argument may be the folder of a run or of token files.
 _TAKE_RUNS = {
     'read_metrics': metric_log.read_metrics,
     'find_run': saved_model.find_run,
@@ -61,6 +61,9 @@ _TAKE_RUNS = {
     'find': tokenizer_files.find,
     'export': lambda x: export.export_workdir(None, 'run', x),
     'export to the workdir': lambda x: export.export_workdir(None, x),
+    'TokenSource': tokens.TokenSource,
+    'tokenize': lambda x: tokenization.tokenize_workdir(_config('debug'), x),
+    'is_complete': tokenization.is_complete,
 }
 _TAKE_PATHS = {
     'create': files.create,
@@ -69,10 +72,7 @@ _TAKE_PATHS = {
         'run', x, 'out'
     ),
     'ImageArrays': image_arrays.ImageArrays,
-    'TokenSource': tokens.TokenSource,
     'new_folder': lambda x: saved_run.new_folder(x, '--images'),
-    'tokenize': lambda x: tokenization.tokenize_workdir(_config('debug'), x),
-    'is_complete': tokenization.is_complete,
 }
 
 
