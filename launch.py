@@ -50,10 +50,7 @@ _CHECKPOINT = flags.DEFINE_string(
     ' of a generator) or a step number.',
 )
 _TOKENS = flags.DEFINE_string(
-    'tokens',
-    None,
-    'Folder of token files, or gs://BUCKET/FOLDER. Default:'
-    ' WORKDIR/tokens/NAME.',
+    'tokens', None, 'Token files, also gs://. Default: WORKDIR/tokens/NAME.'
 )
 _VERIFY_IMAGES = flags.DEFINE_bool(
     'verify_images',

@@ -134,7 +134,8 @@ def test_images_come_back_as_the_model_reconstructs_them(
     # to the next grey level.
     expected = tokenizer.reconstruct(image[None], fit)[0].astype(int)
     difference = np.abs(restored[example.name] - expected)
-    assert difference.max() <= 1 and difference.mean() < 0.01
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01
     assert example.size == image.shape[:2]
     assert example.label == 'ab'.index(example.name[0])
   assert manifest.job.label_names == ('a', 'b')
