@@ -292,18 +292,18 @@ def _fsq() -> ml_collections.ConfigDict:
   fsq.commitment_weight = config_dict.placeholder(float)
   # Bins: 'rounded', or 'equal' (symmetric), outermost bins as wide as others.
   fsq.bins = 'rounded'
-  # Amplitude of the uniform noise added to codes in training, in steps between
-  # codes, >= 0: for every 'element', or scaled for every 'example' by a uniform
-  # number in [0, 1).
+  # Amplitude of uniform noise on codes in training, in steps between codes, >=
+  # 0: per 'element', or per 'example' times a uniform number in [0, 1).
   fsq.noise = 0.0
   fsq.noise_per = 'element'
+  # Diversity loss weight, >= 0: evens out the use of the levels of a batch.
+  fsq.diversity_weight = 0.0
   return fsq
 
 
 def _residual_fsq() -> ml_collections.ConfigDict:
   residual = ml_collections.ConfigDict()
-  # Number of levels of each dimension in every stage, >= 2; stages, and so
-  # indices per code, >= 1.
+  # Levels of each dimension in every stage, >= 2; stages (indices per code).
   residual.levels = (8, 8, 8)
   residual.num_stages = 2
   # Quantizer dropout: probability that a training image loses its last stages.

@@ -94,6 +94,9 @@ _FSQ = {
     'bins': rules.TEXT,
     'noise': training(rules.NUMBER),
     'noise_per': training(rules.TEXT),
+    'diversity_weight': Field(
+        rules.NUMBER, Role.TRAINING, added=lambda _: 0.0
+    ),
 }
 _LFQ = {
     'num_bits': rules.INTEGER,

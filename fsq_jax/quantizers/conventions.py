@@ -94,6 +94,7 @@ class Convention:
     code: formula of a code.
     half: [d] half the range of latents in steps between codes.
     scale: [d] steps per unit of code.
+    origin: [d] level index of code 0; a half-integer if it is between levels.
   """
 
   lowest_level = 2
@@ -128,7 +129,7 @@ class Convention:
       offset = np.zeros_like(L)
     origin, scale = self._origin_and_scale(L)
     self.half, self.scale = np.float32(half), np.float32(scale)
-    self._origin, self._offset = np.float32(origin), np.float32(offset)
+    self.origin, self._offset = np.float32(origin), np.float32(offset)
     self._shift = np.float32(_SHIFTS[self.shift](offset / half))
     self._bound = _BOUNDS[bound]
 
@@ -142,16 +143,16 @@ class Convention:
 
   def round(self, steps: jax.Array) -> jax.Array:
     """Returns the level indices nearest to latents in steps, not clipped."""
-    return jnp.round(steps + self._origin)
+    return jnp.round(steps + self.origin)
 
   def codes(self, level_indices: jax.Array) -> jax.Array:
     """Returns the codes of level indices in [0, L), or of NaN."""
-    return (level_indices - self._origin) / self.scale
+    return (level_indices - self.origin) / self.scale
 
   def nearest(self, codes: jax.Array) -> list[jax.Array]:
     """Returns the level indices [...] of each channel of codes."""
     return [
-        jnp.round(codes[..., i] * self.scale[i] + self._origin[i])
+        jnp.round(codes[..., i] * self.scale[i] + self.origin[i])
         for i in range(len(self.scale))
     ]
 
@@ -181,7 +182,7 @@ class Paper(Convention):
   code = '(digit - floor(L/2)) / floor(L/2)'
 
   def round(self, steps: jax.Array) -> jax.Array:
-    return jnp.round(steps) + self._origin
+    return jnp.round(steps) + self.origin
 
   def _origin_and_scale(self, num_levels: np.ndarray) -> tuple:
     return num_levels // 2, num_levels // 2
@@ -201,10 +202,10 @@ class PreserveSymmetry(Convention):
   code = '2 * digit / (L-1) - 1'
 
   def round(self, steps: jax.Array) -> jax.Array:
-    return jnp.floor(steps + (self._origin + np.float32(0.5)))
+    return jnp.floor(steps + (self.origin + np.float32(0.5)))
 
   def codes(self, level_indices: jax.Array) -> jax.Array:
-    return _rounded_product(level_indices, 1 / self._origin) - 1
+    return _rounded_product(level_indices, 1 / self.origin) - 1
 
 
 CONVENTIONS: dict[str, type[Convention]] = {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fsq_jax.quantizers import FSQ
+from fsq_jax.quantizers import GroupedFSQ
 from fsq_jax.quantizers import conventions
 
 _TESTDATA = pathlib.Path(__file__).parents[1] / 'testdata'
@@ -290,6 +291,69 @@ def test_loss_pulls_latents_to_codes_and_not_codes_to_latents(bound):
   np.testing.assert_allclose(
       gradient, 0.25 * 2 * error * slope / z.size, rtol=1e-5, atol=1e-7
   )
+
+
+def _latents_at(positions, levels):
+  """Returns latents of bound 'clip' at these (fractional) level indices."""
+  half = (np.asarray(levels, np.float32) - 1) / 2
+  return (np.asarray(positions, np.float32) - half) / half
+
+
+def test_diversity_loss_is_the_missing_entropy_of_the_levels():
+  fsq = FSQ(
+      (4, 3), bound='clip', commitment_weight=0.0, diversity_weight=0.5
+  )
+
+  def loss(positions):
+    return float(fsq.apply({}, _latents_at(positions, fsq.levels)).loss)
+
+  everything = math.log(4) + math.log(3)
+  np.testing.assert_allclose(loss([(2, 1)] * 7), everything / 2, rtol=1e-6)
+  grid = np.stack(np.meshgrid(range(4), range(3)), axis=-1)
+  np.testing.assert_allclose(loss(grid), 0, atol=1e-6)
+  # Half a count for each of two levels; beyond the outermost, a whole one.
+  expected = (everything - math.log(2)) / 2
+  np.testing.assert_allclose(loss([(0.5, 2)] * 3), expected, rtol=1e-6)
+  np.testing.assert_allclose(loss([(0, -3), (3, 0)]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('convention', sorted(conventions.CONVENTIONS))
+def test_diversity_loss_pulls_latents_to_rarer_levels(convention):
+  levels = (5, 3)
+  fsq = FSQ(
+      levels, convention, commitment_weight=0.0, diversity_weight=1.0
+  )
+  z = np.random.default_rng(0).normal(0.3, 0.4, (2, 40, 2)).astype(np.float32)
+  loss, gradient = jax.value_and_grad(lambda z: fsq.apply({}, z).loss)(z)
+  kind = conventions.CONVENTIONS[convention]
+  grid = kind(levels, 'tanh', 'rounded', kind.eps)
+  position = np.asarray(grid.to_steps(grid.bound(z)) + grid.origin)
+  expected, direction = 0.0, []
+  for i, num_levels in enumerate(levels):
+    low = np.floor(position[..., i]).astype(int)
+    high = np.minimum(low + 1, num_levels - 1)
+    share = position[..., i] - low
+    p = np.bincount(low.ravel(), (1 - share).ravel(), num_levels)
+    p += np.bincount(high.ravel(), share.ravel(), num_levels)
+    p /= low.size
+    used = p[p > 0]
+    expected += math.log(num_levels) + np.sum(used * np.log(used))
+    direction.append(np.sign(p[low] - p[high]))
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  # A step against the gradient goes to the level with the smaller count.
+  np.testing.assert_array_equal(
+      np.sign(-gradient), np.stack(direction, axis=-1)
+  )
+
+
+def test_groups_have_diversity_losses_of_their_own():
+  options = {
+      'levels': (4, 3), 'commitment_weight': 0.0, 'diversity_weight': 2.0,
+  }  # fmt: skip
+  z = np.random.default_rng(0).normal(size=(5, 7, 4)).astype(np.float32)
+  loss = GroupedFSQ(num_groups=2, **options).apply({}, z).loss
+  parts = [FSQ(**options).apply({}, x).loss for x in np.split(z, 2, axis=-1)]
+  np.testing.assert_allclose(loss, sum(parts), rtol=1e-6)
 
 
 def test_loss_of_the_paper_convention_is_in_units_of_codes():

@@ -309,6 +309,12 @@ _WITH_STATISTICS = {
         'codebook_update': 'gradient',
         'entropy_weight': 1.0,
     },
+    'fsq': {
+        'name': 'fsq',
+        'levels': (4, 3),
+        'commitment_weight': 0.1,
+        'diversity_weight': 1.0,
+    },
 }
 _AXIS = 'replicas'
 
@@ -434,7 +440,7 @@ def test_an_axis_may_be_several():
   two.apply(variables, z)
 
 
-@pytest.mark.parametrize('name', ['lfq', 'bsq', 'ema'])
+@pytest.mark.parametrize('name', ['lfq', 'bsq', 'ema', 'fsq'])
 def test_wrong_axis_names_are_refused(name):
   for axis_name in ('', (), 1, True, ('a', 1), {'a'}):
     with pytest.raises(ValueError, match=r'axis_name is .*; use None, the na'):
