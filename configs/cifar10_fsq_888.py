@@ -2,7 +2,7 @@
 
 What: the 50,000 training images of 32 x 32 pixels, not cropped, with random
   horizontal flips; evaluated on the 10,000 test images. The model of fsq_888 at
-  two thirds of its width, with a projector that is not standardized.
+  two thirds of its width, with a weaker diversity loss.
 Commands:
   python launch.py --config=configs/cifar10_fsq_888.py --mode=prepare
   python launch.py --config=configs/cifar10_fsq_888.py
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model.encoder.width = 64
   config.model.encoder.mlp_dim = 128
-  config.model.projector_in.name = 'linear'
+  config.model.quantizer.fsq.diversity_weight = 0.001
 
   config.train.num_steps = 10_000
   config.train.eval_every_steps = 5_000

@@ -17,6 +17,7 @@ from configs import cifar10_fsq_888
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = cifar10_fsq_888.get_config()
+  config.model.projector_out.name = 'linear'
   config.model.quantizer.name = 'simvq'
   config.model.quantizer.simvq.codebook_size = 1024
   return config

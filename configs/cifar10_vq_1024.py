@@ -18,6 +18,7 @@ from configs import cifar10_fsq_888
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config."""
   config = cifar10_fsq_888.get_config()
+  config.model.projector_out.name = 'linear'
   config.model.quantizer.name = 'vq'
   config.model.quantizer.vq.codebook_size = 1024
   config.model.quantizer.vq.codebook_init = 'kmeans'

@@ -1,7 +1,7 @@
 """Trains variants of a config as resumable runs and collects the results."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import pathlib
 import re
@@ -108,6 +108,7 @@ def train(
     config_path: str,
     runs: Mapping[str, Overrides],
     workdir: pathlib.Path,
+    script: Sequence[str] = ('launch.py',),
 ) -> None:
   """Trains the unfinished runs one after the other.
 
@@ -118,6 +119,7 @@ def train(
     config_path: config, relative to the repository.
     runs: dotted config overrides of each run, by name.
     workdir: parent folder of the runs.
+    script: arguments of Python, in the repository, that take launch.py's flags.
 
   Raises:
     SystemExit: a run failed or was interrupted; has the exit code of the run.
@@ -128,7 +130,7 @@ def train(
     print(f'== {number} of {len(runs)}: {name}', flush=True)  # noqa: T201
     command = [
         sys.executable,
-        str(ROOT / 'launch.py'),
+        *script,
         f'--config={ROOT / config_path}',
         f'--workdir={workdir / name}',
         *(f'--config.{field}={x}' for field, x in overrides.items()),
@@ -145,7 +147,7 @@ def _run(command: list[str]) -> int:
   forwarded.
   """
   stopped = []
-  process = subprocess.Popen(command)
+  process = subprocess.Popen(command, cwd=ROOT)
 
   def forward(number: int, _) -> None:
     stopped.append(number)

@@ -22,9 +22,17 @@ SMALLER = {
     'model.encoder.width': 64,
     'model.encoder.mlp_dim': 128,
 }
+_DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 VARIANTS = {
     'default': {},
-    'linear projector': {'model.projector_in.name': 'linear'},
+    'diversity loss x 0.2': {_DIVERSITY: 0.01},
+    'diversity loss x 4': {_DIVERSITY: 0.2},
+    'no diversity loss': {_DIVERSITY: 0.0},
+    'no diversity loss, standardized projector_in': {
+        _DIVERSITY: 0.0,
+        'model.projector_in.name': 'standardized',
+    },
+    'projector_out linear': {'model.projector_out.name': 'linear'},
     'commitment loss': {'model.quantizer.fsq.commitment_weight': 1.0},
     'AdamW': {'optim.name': 'adamw'},
     'no colour jitter': {'data.color_jitter': 0.0},

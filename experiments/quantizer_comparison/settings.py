@@ -6,8 +6,11 @@ from fsq_jax import quantizers
 
 CONFIG = 'configs/cifar10_fsq_888.py'
 
-# For all runs of this experiment and of experiments/codebook_size.
+# For all runs of this experiment and of experiments/codebook_size: the training
+# budget, and the same projectors and losses for all quantizers.
 BUDGET = {
+    'model.projector_out.name': 'linear',
+    'model.quantizer.fsq.diversity_weight': 0.0,
     'train.num_steps': 4000,
     'train.eval_every_steps': 0,
     'train.checkpoint_every_steps': 1000,

@@ -1,0 +1,227 @@
+"""What FSQ loses against VQ at equal codebook size, and what closes the gap.
+
+  python -m experiments.fsq_recipe.recipe --run [--data_dir=DIR]
+
+With --run, trains the missing runs under --workdir, where interrupted runs
+resume, measures latents and patches, and writes results.json next to this
+script. Then draws plot.png and prints the tables.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import matplotlib
+
+from experiments import sweep
+from experiments.fsq_recipe import latents
+from experiments.fsq_recipe import patches
+from experiments.fsq_recipe import variants
+from experiments.quantizer_comparison import settings
+from fsq_jax import quantizers
+
+HERE = pathlib.Path(__file__).resolve().parent
+COMPARISON = HERE.parent / 'quantizer_comparison' / 'results.json'
+BITS = (10, 14)
+SEEDS = (0, 1, 2)
+_MLP = {'model.projector_out.name': 'mlp'}
+_DIVERSITY = 'model.quantizer.fsq.diversity_weight'
+_LEVELS = 'model.quantizer.fsq.levels'
+_DEEP = {'model.encoder.depth': 4}
+# Chosen by the screening.
+RECIPE = {**_MLP, _DIVERSITY: 0.001}
+
+# One change at a time of FSQ with 1,000 codes, 1,500 steps, measured on the
+# held-out tenth of the training images.
+SCREENING: dict[str, dict[str, Any]] = {
+    'as shipped': {},
+    'diversity loss x 0.001': {_DIVERSITY: 0.001},
+    'diversity loss x 0.01': {_DIVERSITY: 0.01},
+    'levels 12, 7, 4, 3': {_LEVELS: (12, 7, 4, 3)},
+    'levels 8, 4, 4, 2, 2, 2': {_LEVELS: (8, 4, 4, 2, 2, 2)},
+    'projector_out mlp': _MLP,
+    'projector_out mlp, diversity loss x 0.001': RECIPE,
+    'encoder of four blocks': _DEEP,
+}
+# Changes of training that the package does not have, see variants.py.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in variants.QUANTIZERS},
+    variants.RENORMALIZED: {'model.projector_in.name': 'standardized'},
+}
+# Numbers of steps of the long and of the short runs.
+STEPS = (1000, 4000, 8000)
+
+
+def _named(*words: Any) -> str:
+  return '_'.join(str(x).replace(' ', '_') for x in words)
+
+
+def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of the screening runs, by name."""
+  shared = {
+      **settings.TUNING_BUDGET,
+      'data.data_dir': data_dir,
+      **settings.size('fsq', settings.TUNING_BITS),
+  }
+  changes = {f'screening_{i}': x for i, x in enumerate(SCREENING.values())}
+  changes |= {_named('variant', name): x for name, x in VARIANTS.items()}
+  runs = {name: {**shared, **x} for name, x in changes.items()}
+  vq = settings.chosen('vq_ema')
+  size = settings.size('vq_ema', settings.TUNING_BITS)
+  return runs | {'screening_vq': {**shared, **vq, **size}}
+
+
+def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of the runs on all images, by name."""
+  runs = {}
+  for bits in BITS:
+    for name, seeds, quantizer, changes in (
+        ('fsq_recipe', SEEDS, 'fsq', RECIPE),
+        ('vq_ema_mlp', SEEDS if bits == BITS[0] else SEEDS[:1], 'vq_ema', _MLP),
+        ('fsq', SEEDS[:1], 'fsq', {}),
+        ('vq_ema', SEEDS[:1], 'vq_ema', {}),
+        ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
+        ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
+    ):
+      for seed in seeds:
+        run = settings.final_run(quantizer, bits, seed, data_dir)
+        runs[_named(name, bits, 'bits_seed', seed)] = {**run, **changes}
+    for name, quantizer, changes in (
+        ('fsq_recipe', 'fsq', RECIPE), ('vq_ema', 'vq_ema', {})
+    ):
+      for steps in STEPS:
+        if steps != settings.BUDGET['train.num_steps']:
+          run = settings.final_run(quantizer, bits, 0, data_dir)
+          runs[_named(name, bits, 'bits', steps, 'steps')] = {
+              **run, **changes, 'train.num_steps': steps
+          }
+  return runs
+
+
+def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
+  """Trains the missing runs and returns the results."""
+  screening, final = screening_runs(data_dir), final_runs(data_dir)
+  plain = {x: y for x, y in screening.items() if not x.startswith('variant')}
+  sweep.train(settings.CONFIG, plain, workdir)
+  for name in VARIANTS:
+    key = _named('variant', name)
+    script = ('-m', 'experiments.fsq_recipe.variants', name)
+    sweep.train(settings.CONFIG, {key: screening[key]}, workdir, script)
+  sweep.train(settings.CONFIG, final, workdir)
+  return {
+      'command': 'python -m experiments.fsq_recipe.recipe --run',
+      **sweep.collect(workdir, {**screening, **final}),
+      'latents': {
+          name: latents.measure(workdir / _named(name, bits, 'bits_seed_0'))
+          for bits in BITS[:1]
+          for name in ('fsq', 'fsq_recipe', 'vq_ema')
+      },
+      'patches': patches.measure(data_dir),
+  }
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+  """Prints the tables of the README."""
+  write = sys.stdout.write
+  runs = results['runs']
+  names = {
+      **{x: f'screening_{i}' for i, x in enumerate(SCREENING)},
+      **{x: _named('variant', x) for x in VARIANTS},
+      'VQ, EMA': 'screening_vq',
+  }
+  first = runs['screening_0']
+  write('| change | PSNR, dB | difference | normalized entropy |\n')
+  write('|---' * 4 + '|\n')
+  for name, key in names.items():
+    row = runs[key]
+    write(
+        f'| {name} | {row["psnr"]:.2f} | {row["psnr"] - first["psnr"]:+.2f} |'
+        f' {row["entropy_share"]:.1%} |\n'
+    )
+  write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
+  write('|---' * 5 + '|\n')
+  for bits in BITS:
+    for name in (
+        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_deep',
+        'vq_ema_deep',
+    ):
+      rows = _rows(results, name, bits)
+      write(
+          f'| {rows[0]["codebook_size"]:,} | {name} |'
+          f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "usage", ".1%")} |'
+          f' {_mean(rows, "entropy_share", ".1%")} |\n'
+      )
+  write(f'\n{json.dumps(results["latents"], indent=1)}\n')
+  write(f'\n{json.dumps(results["patches"], indent=1)}\n')
+
+
+def _rows(
+    results: Mapping[str, Any], name: str, bits: int
+) -> list[dict[str, Any]]:
+  """Returns the metrics of a model at one size, one row per seed."""
+  keys = [_named(name, bits, 'bits_seed', seed) for seed in SEEDS]
+  return [results['runs'][key] for key in keys if key in results['runs']]
+
+
+def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
+  values = [row[column] for row in rows]
+  text = format(statistics.mean(values), form)
+  if len(values) > 1:
+    text += f' ± {format(statistics.stdev(values), form)}'
+  return text
+
+
+def _psnr(
+    results: Mapping[str, Any], name: str, bits: int, steps: int
+) -> float:
+  if steps == settings.BUDGET['train.num_steps']:
+    rows = _rows(results, name, bits)
+    return statistics.mean(row['psnr'] for row in rows)
+  return results['runs'][_named(name, bits, 'bits', steps, 'steps')]['psnr']
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Draws the gap to VQ against training length and encoder depth."""
+  matplotlib.use('agg')
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(
+      1, 2, figsize=(9, 3.4), sharey=True, layout='constrained'
+  )
+  budget = settings.BUDGET['train.num_steps']
+  for bits in BITS:
+    size = quantizers.FSQ(quantizers.recommended_levels(bits)).codebook_size
+    gaps = [
+        _psnr(results, 'vq_ema', bits, steps)
+        - _psnr(results, 'fsq_recipe', bits, steps)
+        for steps in STEPS
+    ]
+    axes[0].plot(STEPS, gaps, marker='o', label=f'{size:,} codes')
+    depths = [
+        _psnr(results, f'vq_ema{depth}', bits, budget)
+        - _psnr(results, f'fsq_recipe{depth}', bits, budget)
+        for depth in ('', '_deep')
+    ]
+    axes[1].plot((1, 4), depths, marker='o', label=f'{size:,} codes')
+  axes[0].set(xlabel='steps', xscale='log', ylabel='VQ-EMA minus FSQ, dB')
+  axes[1].set(xlabel='blocks of the encoder', xticks=(1, 4))
+  for axis in axes:
+    axis.axhline(0, color='black', linewidth=0.8)
+    axis.grid(alpha=0.3)
+  axes[1].legend()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+if __name__ == '__main__':
+  sweep.main(
+      __doc__,
+      HERE,
+      run,
+      print_tables=print_tables,
+      plot=plot,
+      runs='fsq_recipe',
+  )
