@@ -24,7 +24,6 @@ from experiments.quantizer_comparison import settings
 from fsq_jax import quantizers
 
 HERE = pathlib.Path(__file__).resolve().parent
-COMPARISON = HERE.parent / 'quantizer_comparison' / 'results.json'
 BITS = (10, 14)
 SEEDS = (0, 1, 2)
 _MLP = {'model.projector_out.name': 'mlp'}
@@ -80,7 +79,7 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   for bits in BITS:
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
-        ('vq_ema_mlp', SEEDS if bits == BITS[0] else SEEDS[:1], 'vq_ema', _MLP),
+        ('vq_ema_mlp', SEEDS[:1], 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
         ('vq_ema', SEEDS[:1], 'vq_ema', {}),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
