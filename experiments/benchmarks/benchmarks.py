@@ -204,7 +204,8 @@ def main() -> None:
   parser.add_argument('--torch_python', default='')
   parser.add_argument('--write', action='store_true', help='write results.json')
   arguments = parser.parse_args()
-  results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+  stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+  results = {name: stored[name] for name in GROUPS if name in stored}
   measured = _measure(
       arguments.only, arguments.rounds, arguments.torch_python
   )

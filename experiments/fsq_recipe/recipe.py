@@ -8,7 +8,6 @@ script. Then draws plot.png and prints the tables.
 """
 
 from collections.abc import Mapping
-import json
 import pathlib
 import statistics
 import sys
@@ -153,8 +152,16 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "usage", ".1%")} |'
           f' {_mean(rows, "entropy_share", ".1%")} |\n'
       )
-  write(f'\n{json.dumps(results["latents"], indent=1)}\n')
-  write(f'\n{json.dumps(results["patches"], indent=1)}\n')
+  write('\n| model | distortion / variance | PSNR, dB | PSNR, not rounded |\n')
+  write('|---' * 4 + '|\n')
+  for name, row in results['latents'].items():
+    write(
+        f'| {name} | {row["distortion"]:.3f} | {row["psnr"]:.2f} |'
+        f' {row["psnr_unquantized"]:.2f} |\n'
+    )
+  write('\n| code of 4 x 4 patches | PSNR, dB |\n|---|---|\n')
+  for name, psnr in results['patches'].items():
+    write(f'| {name.strip("()")} | {psnr:.2f} |\n')
 
 
 def _rows(

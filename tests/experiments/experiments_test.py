@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import chex
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,6 +18,8 @@ from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.export import across_versions
 from experiments.fault_suite import run as fault_suite
+from experiments.fsq_recipe import recipe
+from experiments.fsq_recipe import variants
 from experiments.generation import cifar10
 from experiments.generation import digits
 from experiments.generation import sampling_cost
@@ -25,6 +29,8 @@ from experiments.quantizer_comparison import compare
 from experiments.quantizer_comparison import settings
 from experiments.vqrae_frozen_vit import vqrae_frozen_vit
 from fsq_jax import configuration
+from fsq_jax import quantizers
+from fsq_jax.quantizers import builder
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _DEBUG = 'configs/debug.py'
@@ -119,8 +125,44 @@ def test_every_run_has_a_config_that_can_be_used():
     for quantizer in settings.LABELS:
       name = settings.run_name(quantizer, bits, 0)
       runs[name] = settings.final_run(quantizer, bits, 0, '')
+  runs |= {**recipe.screening_runs(''), **recipe.final_runs('')}
   for fields in runs.values():
     configuration.check_config(sweep.make_config(settings.CONFIG, fields))
+
+
+@pytest.mark.parametrize('name', variants.QUANTIZERS)
+def test_variants_of_fsq_change_training_alone(name, monkeypatch):
+  monkeypatch.setattr(builder, 'QUANTIZERS', dict(builder.QUANTIZERS))
+  plain = quantizers.FSQ((8, 5), commitment_weight=0.0)
+  variants.install(name)
+  variant = builder.build_quantizer({
+      'name': 'fsq', 'levels': (8, 5), 'commitment_weight': 0.0
+  })  # fmt: skip
+  assert variant.spec() == plain.spec()
+  z = jax.random.normal(jax.random.key(0), (16, 10, 2))
+
+  def apply(fsq, train):
+    def total(z):
+      out = fsq.apply({}, z, train=train, rngs={'quantizer': jax.random.key(1)})
+      return out.z_q.sum(), out
+
+    (_, out), gradient = jax.value_and_grad(total, has_aux=True)(z)
+    return out, gradient
+
+  expected, gradient = apply(plain, train=True)
+  chex.assert_trees_all_equal(apply(variant, train=False), (expected, gradient))
+  out, changed = apply(variant, train=True)
+  np.testing.assert_array_equal(out.indices, expected.indices)
+  differs = np.any(out.z_q != expected.z_q, axis=-1)
+  if name.startswith('unrounded'):
+    # Whole images, at about this rate.
+    assert set(np.mean(np.asarray(differs), axis=1)) == {0, 1}
+  elif name.startswith('dithered'):
+    assert 0 < differs.mean() < 1
+    np.testing.assert_array_equal(changed, gradient)
+  else:
+    assert not differs.any()
+    assert np.abs(changed - gradient).max() > 0.1
 
 
 def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
