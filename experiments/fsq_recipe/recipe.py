@@ -49,8 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in variants.QUANTIZERS},
     variants.RENORMALIZED: {'model.projector_in.name': 'standardized'},
 }
-# Numbers of steps of the long and of the short runs.
-STEPS = (1000, 4000, 8000)
+# Numbers of steps of the curves, by bits.
+STEPS = {10: (1000, 4000, 8000), 14: (1000, 4000)}
 
 
 def _named(*words: Any) -> str:
@@ -78,7 +78,7 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   for bits in BITS:
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
-        ('vq_ema_mlp', SEEDS[:1], 'vq_ema', _MLP),
+        ('vq_ema_mlp', SEEDS[: bits == BITS[0]], 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
         ('vq_ema', SEEDS[:1], 'vq_ema', {}),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
@@ -90,7 +90,7 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
     for name, quantizer, changes in (
         ('fsq_recipe', 'fsq', RECIPE), ('vq_ema', 'vq_ema', {})
     ):
-      for steps in STEPS:
+      for steps in STEPS[bits]:
         if steps != settings.BUDGET['train.num_steps']:
           run = settings.final_run(quantizer, bits, 0, data_dir)
           runs[_named(name, bits, 'bits', steps, 'steps')] = {
@@ -147,6 +147,8 @@ def print_tables(results: Mapping[str, Any]) -> None:
         'vq_ema_deep',
     ):
       rows = _rows(results, name, bits)
+      if not rows:
+        continue
       write(
           f'| {rows[0]["codebook_size"]:,} | {name} |'
           f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "usage", ".1%")} |'
@@ -203,9 +205,9 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     gaps = [
         _psnr(results, 'vq_ema', bits, steps)
         - _psnr(results, 'fsq_recipe', bits, steps)
-        for steps in STEPS
+        for steps in STEPS[bits]
     ]
-    axes[0].plot(STEPS, gaps, marker='o', label=f'{size:,} codes')
+    axes[0].plot(STEPS[bits], gaps, marker='o', label=f'{size:,} codes')
     depths = [
         _psnr(results, f'vq_ema{depth}', bits, budget)
         - _psnr(results, f'fsq_recipe{depth}', bits, budget)
