@@ -11,6 +11,8 @@ set -euo pipefail
 : "${ZONE:?zone, such as us-central1-a}"
 : "${TPU:?accelerator type, such as v5litepod-16}"
 : "${NFS:?HOST:/SHARE of images and runs, mounted at /mnt/share}"
+# Extras of setup.py to install, such as gcs,wandb.
+EXTRAS="${EXTRAS:-}"
 # Software version of the TPU VMs; TIER is --spot, or empty for on-demand.
 RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}"
 TIER="${TIER---spot}"
@@ -66,7 +68,7 @@ set_up() {
       cd fsq_jax_code
       python3 -m venv .venv
       .venv/bin/pip install -q -U 'jax[tpu]'
-      .venv/bin/pip install -q -e .
+      .venv/bin/pip install -q -e $(printf %q ".${EXTRAS:+[$EXTRAS]}")
     "
 }
 

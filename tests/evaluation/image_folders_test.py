@@ -98,6 +98,31 @@ def test_files_are_the_images_that_were_measured(tmp_path):
   )
 
 
+@pytest.mark.slow
+def test_the_loaders_of_other_implementations_read_the_files(tmp_path):
+  torch = pytest.importorskip('torch')
+  fid_score = pytest.importorskip('pytorch_fid.fid_score')
+  datasets = pytest.importorskip('torch_fidelity.datasets')
+  utils = pytest.importorskip('torch_fidelity.utils')
+  _evaluate(tmp_path, npz=tmp_path / 'x.npz')
+  for kind in ('originals', 'reconstructions'):
+    folder = tmp_path / 'images' / kind
+    paths = utils.glob_samples_paths(
+        str(folder), samples_find_deep=False, samples_find_ext='png',
+        verbose=False,
+    )
+    expected = torch.from_numpy(np.load(tmp_path / f'x_{kind}.npz')['arr_0'])
+    expected = expected.permute(0, 3, 1, 2)
+    read = datasets.ImagesPathDataset(paths)
+    assert torch.equal(torch.stack(list(read)), expected)
+    files = _list_as_pytorch_fid(folder)
+    read = fid_score.ImagePathDataset(
+        files, transforms=lambda x: torch.from_numpy(np.array(x))
+    )
+    images = torch.stack([read[i] for i in range(len(read))])
+    assert torch.equal(images.permute(0, 3, 1, 2), expected)
+
+
 def test_arrays_have_the_order_of_the_data_set(tmp_path):
   arrays = image_arrays.ImageArrays(tmp_path / 'x.npz')
   images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)

@@ -40,6 +40,7 @@ def _run(folder, results):
   environment = {
       'PATH': f'{folder}/bin:{os.environ["PATH"]}', 'POLL_SECONDS': '0',
       'NAME': 'fsq', 'ZONE': 'z', 'TPU': 'v5litepod-16', 'NFS': 'h:/a b',
+      'EXTRAS': 'gcs,wandb',
   }  # fmt: skip
   done = subprocess.run(
       [_SCRIPT, '--config=a b.py'], cwd=folder, env=os.environ | environment,
@@ -60,6 +61,7 @@ def test_a_preempted_tpu_is_requested_again(tmp_path):
   assert log.count('launch.py         --distributed') == 2
   assert r'--config=a\ b.py' in log
   assert r'mount h:/a\ b /mnt/share' in log
+  assert r'install -q -e .\[gcs\,wandb\]' in log
   assert '--spot' in log
 
 
