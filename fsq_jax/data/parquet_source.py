@@ -276,6 +276,7 @@ def _to_labels(path: str, column: Any) -> np.ndarray:
   """
   import pyarrow
 
+  numbers = column
   if not str(column.type).startswith(('int', 'uint')):
     values = column.cast('float64').fill_null(-1).to_numpy()
     bad = ~(np.isfinite(values) & (values == np.trunc(values)))
@@ -285,13 +286,13 @@ def _to_labels(path: str, column: Any) -> np.ndarray:
           '%s: %d of %d labels are not integers and are -1, such as %s in row'
           ' %d.', path, bad.sum(), len(bad), values[row], row,
       )  # fmt: skip
-    column = pyarrow.chunked_array([np.where(bad, -1, values)])
-  # Unsigned integers of more than 63 bits become negative.
-  labels = column.cast('int64', safe=False).fill_null(-1).to_numpy()
+    numbers = pyarrow.chunked_array([np.where(bad, -1, values)])
+  # Numbers of more than 63 bits become negative.
+  labels = numbers.cast('int64', safe=False).fill_null(-1).to_numpy()
   if len(labels) and labels.min() < -1:
     row = int(np.argmin(labels))
     raise ValueError(
-        f'{path} row {row}: the label is {labels[row]}. Labels are integers'
+        f'{path} row {row}: the label is {column[row]}. Labels are integers'
         ' >= 0, or -1 without a class.'
     )
   return labels
