@@ -4,12 +4,11 @@ from collections.abc import Sequence
 import hashlib
 import os
 from typing import Any
-import zipfile
-import zlib
 
 import numpy as np
 from PIL import Image
 
+from fsq_jax.data import image_errors
 from fsq_jax.data import image_source
 from fsq_jax.data import listing
 from fsq_jax.data import pixel_formats
@@ -126,7 +125,9 @@ def _load(path: str, **kwargs: Any) -> Any:
   """Returns the content of a NumPy file of the kind that its name says."""
   try:
     content = np.load(path, allow_pickle=False, **kwargs)
-  except (EOFError, ValueError, zipfile.BadZipFile) as error:
+  except image_errors.UNREADABLE_NUMPY as error:
+    if isinstance(error, FileNotFoundError | PermissionError):
+      raise
     raise ValueError(_describe_unreadable(path, error)) from error
   if isinstance(content, np.ndarray) == path.endswith('.npz'):
     raise ValueError(_describe_unreadable(path, 'not the format of its name'))
@@ -136,7 +137,7 @@ def _load(path: str, **kwargs: Any) -> Any:
 def _take(path: str, arrays: Any, name: str) -> np.ndarray:
   try:
     return arrays[name]
-  except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+  except image_errors.UNREADABLE_NUMPY as error:
     raise ValueError(_describe_unreadable(path, error)) from error
 
 

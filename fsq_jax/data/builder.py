@@ -247,25 +247,33 @@ def open_source(
   return source
 
 
-def prepare(config: ml_collections.ConfigDict) -> str | None:
+def prepare(config: ml_collections.ConfigDict) -> list[str]:
   """Downloads and prepares the dataset of a config (mode `prepare`).
 
+  Tar shards are indexed, and images of Parquet files copied for random access,
+  so that several processes need not do it at the start of training.
+
   Returns:
-    The folder of the prepared dataset; None if the source needs no preparation.
+    Lines for people: the folder of the images, and their number by split.
 
   Raises:
     RuntimeError: TensorFlow or huggingface_hub is not installed, or preparing
       fails.
+    ValueError: as for `open_source`.
   """
-  if config.source == 'parquet':
-    folder = config.data_dir
-    if config.name:
-      splits = config.train_split, config.eval_split
-      folder = parquet_files.prepare(config.name, config.data_dir, splits)
-    for split in ('train', 'eval'):
-      open_source(config, split)  # Copies the images for random access.
-    return folder
-  if config.source != 'tfds':
-    logging.info('data.source %r needs no preparation.', config.source)
-    return None
-  return tfds_source.prepare(config.name, config.data_dir)
+  if config.source == 'tfds':
+    return [f'Images: {tfds_source.prepare(config.name, config.data_dir)}']
+  if config.source not in ('parquet', 'webdataset'):
+    line = f'data.source {config.source!r} needs no preparation.'
+    logging.info('%s', line)
+    return [line]
+  root = config.data_dir
+  if config.source == 'parquet' and config.name:
+    splits = config.train_split, config.eval_split
+    root = parquet_files.prepare(config.name, config.data_dir, splits)
+  lines = [f'Images: {root}']
+  for split in ('train', 'eval'):
+    source = open_source(config, split)
+    name = source.identity['split']
+    lines.append(f'Split {name!r}: {len(source)} images')
+  return lines

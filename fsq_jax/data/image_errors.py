@@ -1,8 +1,18 @@
-"""The error for unreadable images, and limits of their size."""
+"""The errors of unreadable images and files, and limits of their size."""
+
+import tokenize
+import zipfile
+import zlib
 
 MAX_PIXELS = 10**8
 # More than any format needs for MAX_PIXELS pixels of four 16-bit channels.
 MAX_BYTES = 2**30
+# Raised by np.load for corrupted files: TokenError for headers of .npy files,
+# OverflowError and RuntimeError for shapes and for features of zip files.
+UNREADABLE_NUMPY = (
+    OSError, EOFError, KeyError, OverflowError, RuntimeError, SyntaxError,
+    TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class DamagedImageError(ValueError):

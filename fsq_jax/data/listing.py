@@ -44,6 +44,12 @@ _OTHER_EXTENSIONS = {
 }  # fmt: skip
 _NUM_LISTED = 10
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
+# NAME, NAME-003 or NAME-00003-of-00147, maybe with a hash of `datasets`.
+_PART = re.compile(
+    r'(?P<stem>.*?)(?P<number>[0-9a-f]{16}|\d+)?'
+    r'(-of-(?P<total>\d+)(-[0-9a-f]{16})?)?',
+    re.DOTALL,
+)
 # Length of the beginning of a file that shows its kind.
 START_BYTES = 512
 
@@ -158,6 +164,57 @@ def expand_ranges(pattern: str) -> list[str]:
           f'{pattern[match.end() :]}'
       )
   ]
+
+
+def check_parts(names: Sequence[str], split: str) -> None:
+  """Raises ValueError if files of a split are missing or ambiguous.
+
+  Args:
+    names: of the files found by the name of a split, '/'-separated:
+      SPLIT.tar, SPLIT-000.tar, SPLIT-00000-of-00147.tar and so on. In a folder
+      SPLIT, where names are arbitrary, only names with -of- are checked.
+    split: see above.
+
+  Raises:
+    ValueError: files with and without numbers, or with different separators or
+      totals, which may hold the same images; a number that occurs twice; fewer
+      files than the total.
+  """
+  groups = collections.defaultdict(list)
+  first = os.path.dirname(names[0]) if names else ''
+  for name in names:
+    folder, file = os.path.split(name)
+    if folder != first:
+      raise ValueError(_describe_ambiguous(names[0], name, split))
+    match = _PART.fullmatch(os.path.splitext(file)[0])
+    stem, number, total = match['stem'], match['number'], match['total']
+    if not f'/{folder}'.endswith(f'/{split}'):
+      groups[''].append((name, (stem, total), number))
+    elif total:
+      groups[stem].append((name, (stem, total), number))
+  for parts in groups.values():
+    first, scheme, _ = parts[0]
+    seen = {}
+    for name, other_scheme, number in parts:
+      other = seen.setdefault(number and number.lstrip('0'), name)
+      if other_scheme != scheme:
+        other = first
+      if other != name:
+        raise ValueError(_describe_ambiguous(other, name, split))
+    total = int(scheme[1] or 0)
+    if total > len(parts):
+      raise ValueError(
+          f'{total - len(parts)} of {total} files of the split {split!r} are'
+          f' missing; there are {shorten([x[0] for x in parts])}.'
+      )
+
+
+def _describe_ambiguous(first: str, second: str, split: str) -> str:
+  return (
+      f'the files {first!r} and {second!r} of the split {split!r} are named by'
+      ' different rules and may hold the same images. Choose files by a pattern'
+      " with '*' or '{000..146}', or move the other files away."
+  )
 
 
 def _describe(skipped: Mapping[str, int]) -> str:

@@ -118,7 +118,8 @@ def select(names: Sequence[str], split: str) -> list[str]:
       '.parquet', is a pattern relative to the root; '*' excludes '/'.
 
   Raises:
-    ValueError: no files, files are missing, or files in several sub-folders.
+    ValueError: no files, files in several sub-folders, or files that
+      `listing.check_parts` rejects.
   """
   names = sorted(
       x for x in names
@@ -128,7 +129,7 @@ def select(names: Sequence[str], split: str) -> list[str]:
     return _select_pattern(names, split)
   word = re.escape(split)
   pattern = re.compile(
-      rf'(?P<folder>(.*/)?)({word}([-_.]?\d+(-of-(?P<total>\d+))?)?'
+      rf'(?P<folder>(.*/)?)({word}([-_.]?\d+(-of-\d+)?)?'
       rf'(-[0-9a-f]{{16}})?|{word}/[^/]+)\.parquet'
   )
   matches = [x for x in map(pattern.fullmatch, names) if x]
@@ -146,13 +147,9 @@ def select(names: Sequence[str], split: str) -> list[str]:
         f' split {split!r}. Choose one by data.data_dir, or by a pattern such'
         f' as {folders[-1] + split + "*.parquet"!r}.'
     )
-  total = max(int(x['total'] or 0) for x in matches)
-  if total > len(matches):
-    raise ValueError(
-        f'{total - len(matches)} of {total} files of the split {split!r} are'
-        f' missing; there are {listing.shorten([x[0] for x in matches])}.'
-    )
-  return [x[0] for x in matches]
+  files = [x[0] for x in matches]
+  listing.check_parts(files, split)
+  return files
 
 
 def import_hub() -> Any:
@@ -184,7 +181,7 @@ def _select_pattern(names: Sequence[str], split: str) -> list[str]:
         f'no Parquet files are named {listing.shorten(missing)}; files:'
         f' {listing.shorten(names)}.'
     )
-  return files
+  return list(dict.fromkeys(files))  # '{1..10}*' has 10 twice.
 
 
 def _parse(name: str) -> tuple[str, str | None]:

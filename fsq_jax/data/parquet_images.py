@@ -44,11 +44,12 @@ class Images:
     """
     stamp = _stamp(path, column)
     places = derived_files.places(path, SUFFIX, CACHE_FOLDER)
-    for place in places:
-      if (table := _load(place, stamp)) is not None:
-        break
-    else:
-      table = _load(_write(path, column, stamp, places), stamp)
+    table = _load_any(places, stamp)
+    if table is None:
+      with derived_files.lock(places):
+        table = _load_any(places, stamp)  # Of the process that had the lock.
+        if table is None:
+          table = _load(_write(path, column, stamp, places), stamp)
     self._images, self._errors = table['images'], table['errors']
 
   def __len__(self) -> int:
@@ -72,6 +73,12 @@ def _stamp(path: str, column: str) -> bytes:
   status = os.stat(path)
   stamp = [_VERSION, status.st_size, status.st_mtime_ns, column]
   return json.dumps(stamp).encode()
+
+
+def _load_any(places: list[pathlib.Path], stamp: bytes) -> Any:
+  """Maps the Arrow file of the first place that has it; None without."""
+  tables = (_load(place, stamp) for place in places)
+  return next((x for x in tables if x is not None), None)
 
 
 def _load(place: pathlib.Path, stamp: bytes) -> Any:

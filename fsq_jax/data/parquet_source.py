@@ -26,7 +26,7 @@ from fsq_jax.data import parquet_images
 _NUM_HASHED = 16
 # Errors of PyArrow for corrupted metadata, apart from its own.
 _UNREADABLE = (UnicodeDecodeError, KeyError, StopIteration)
-_INTEGER = re.compile(r'u?int\d+')
+_NUMBER = re.compile(r'u?int\d+|halffloat|float|double')
 
 
 class _Columns(NamedTuple):
@@ -52,8 +52,9 @@ class ParquetSource(image_source.EncodedSource):
 
   The image column has the type Image of the `datasets` package (a struct of
   `bytes` and `path`), or is binary; it is named 'image' if there are several.
-  The label is the integer column 'label', or the only ClassLabel. Names of
-  images are their paths, if all have one of their own, or else their numbers.
+  The label is the column 'label', or the only ClassLabel; other labels than
+  integers are -1, with a warning. Names of images are their paths, if all have
+  one of their own, or else their numbers.
 
   Images are mapped into memory (`parquet_images`); labels and paths are kept in
   memory.
@@ -223,7 +224,7 @@ def _find_columns(path: str, schema: Any) -> _Columns:
     (label,) = classes
   names: tuple[str, ...] = ()
   warning = ''
-  if label and not _INTEGER.fullmatch(str(schema.field(label).type)):
+  if label and not _NUMBER.fullmatch(str(schema.field(label).type)):
     warning = (
         f'the column {label!r} holds {schema.field(label).type}, no integers;'
         ' all labels are -1.'
@@ -269,13 +270,29 @@ def _bytes_leaf(name: str, kind: Any) -> str | None:
 
 
 def _to_labels(path: str, column: Any) -> np.ndarray:
-  """Returns labels as [n] int64, -1 for null; raises ValueError below -1."""
-  # Unsigned integers of more than 63 bits become negative.
-  labels = column.cast('int64', safe=False).fill_null(-1).to_numpy()
+  """Returns labels as [n] int64, -1 for null; raises ValueError below -1.
+
+  In a column of floats 3.0 is the label 3; 3.5 is -1, with a warning.
+  """
+  import pyarrow
+
+  numbers = column
+  if not str(column.type).startswith(('int', 'uint')):
+    values = column.cast('float64').fill_null(-1).to_numpy()
+    bad = ~(np.isfinite(values) & (values == np.trunc(values)))
+    if bad.any():
+      row = int(np.argmax(bad))
+      logging.warning(
+          '%s: %d of %d labels are not integers and are -1, such as %s in row'
+          ' %d.', path, bad.sum(), len(bad), values[row], row,
+      )  # fmt: skip
+    numbers = pyarrow.chunked_array([np.where(bad, -1, values)])
+  # Numbers of more than 63 bits become negative.
+  labels = numbers.cast('int64', safe=False).fill_null(-1).to_numpy()
   if len(labels) and labels.min() < -1:
     row = int(np.argmin(labels))
     raise ValueError(
-        f'{path} row {row}: the label is {labels[row]}. Labels are integers'
+        f'{path} row {row}: the label is {column[row]}. Labels are integers'
         ' >= 0, or -1 without a class.'
     )
   return labels

@@ -15,14 +15,13 @@ import pathlib
 import re
 import tarfile
 from typing import Any, BinaryIO, NamedTuple
-import zipfile
-import zlib
 
 from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
 from fsq_jax.data import derived_files
+from fsq_jax.data import image_errors
 from fsq_jax.data import listing
 
 CACHE_FOLDER = '~/.cache/fsq_jax/tar_index'
@@ -31,13 +30,9 @@ SUFFIX = '.fsq_index.npz'
 _VERSION = 1
 # FOLDER/KEY.EXTENSION; the key ends at the first dot of the file name.
 _MEMBER = re.compile(r'((?:.*/)?[^./]+)\.([^/]+)', re.DOTALL)
-_INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
+# Up to the longest that int() reads; the range is checked afterwards.
+_INTEGER = re.compile(r'([+-]?[0-9]{1,4000})(\.0*)?')
 _MAX_LABEL_BYTES = 2**20
-# What np.load raises for corrupted files; RuntimeError for features of zip.
-_UNREADABLE = (
-    OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 # Parts of samples that are neither images nor labels; they are ignored.
 _IGNORED = {
     'caption', 'cbor', 'id', 'index', 'inx', 'mp', 'msg', 'npy', 'npz',
@@ -57,6 +52,9 @@ class Index(NamedTuple):
     skipped: number of the other members by kind, see `listing.Listing`.
     num_unread: number of the skipped members that are images in an unsupported
       format or of an unknown kind.
+    num_bad_labels: number of the images whose label is -1 since it is not an
+      integer.
+    bad_label: the first of these labels, for messages; '' without.
   """
 
   keys: np.ndarray
@@ -66,6 +64,8 @@ class Index(NamedTuple):
   labels: np.ndarray
   skipped: Mapping[str, int]
   num_unread: int
+  num_bad_labels: int = 0
+  bad_label: str = ''
 
 
 class _Member(NamedTuple):
@@ -88,19 +88,22 @@ def open_index(path: str) -> Index:
 
   Raises:
     ValueError: the shard is truncated, compressed or no tar file, has two
-      members of the same key, or labels that are not integers.
+      members of the same key, or labels below -1 or above 2^62.
     OSError: the shard cannot be read.
   """
   stamp = _stamp(path)
   places = derived_files.places(path, SUFFIX, CACHE_FOLDER)
-  for place in places:
-    if (index := _load(place, stamp)) is not None:
+  if (index := _load_any(places, stamp)) is not None:
+    return index
+  with derived_files.lock(places):
+    # Of the process that had the lock.
+    if (index := _load_any(places, stamp)) is not None:
       return index
-  logging.log_every_n_seconds(logging.INFO, 'Indexing %s', 10, path)
-  with open(path, 'rb') as file:
-    index = _build(path, file)
-  _store(index, stamp, path, places)
-  return index
+    logging.log_every_n_seconds(logging.INFO, 'Indexing %s', 10, path)
+    with open(path, 'rb') as file:
+      index = _build(path, file)
+    _store(index, stamp, path, places)
+    return index
 
 
 def _stamp(path: str) -> str:
@@ -110,6 +113,12 @@ def _stamp(path: str) -> str:
   return json.dumps([_VERSION, status.st_size, status.st_mtime_ns, formats])
 
 
+def _load_any(places: list[pathlib.Path], stamp: str) -> Index | None:
+  """Returns the index stored in the first place that has it; None without."""
+  indexes = (_load(place, stamp) for place in places)
+  return next((x for x in indexes if x is not None), None)
+
+
 def _load(place: pathlib.Path, stamp: str) -> Index | None:
   """Returns a stored index; None if it is missing, outdated or corrupted."""
   try:
@@ -117,10 +126,11 @@ def _load(place: pathlib.Path, stamp: str) -> Index | None:
       if str(arrays['stamp']) != stamp:
         return None
       columns = [arrays[name] for name in Index._fields[:5]]
-      skipped, num_unread = json.loads(str(arrays['counts']))
-  except _UNREADABLE:
+      # Earlier versions have no bad labels, and two counts.
+      counts = json.loads(str(arrays['counts']))
+  except image_errors.UNREADABLE_NUMPY:
     return None
-  return Index(*columns, skipped, num_unread)
+  return Index(*columns, *counts)
 
 
 def _store(
@@ -130,7 +140,7 @@ def _store(
   arrays = dict(
       zip(Index._fields[:5], index[:5], strict=True),
       stamp=np.array(stamp),
-      counts=np.array(json.dumps([index.skipped, index.num_unread])),
+      counts=np.array(json.dumps(index[5:])),
   )
   try:
     derived_files.write(places, lambda file: np.savez(file, **arrays))
@@ -174,14 +184,18 @@ def _build(path: str, file: BinaryIO) -> Index:
       dotted.append(key)  # another image of a sample, such as KEY.mask.png
     else:
       num_unread += kind != 'other'
+  bad_labels = []
+  values = [_read_label(path, file, labels, x, bad_labels) for x in images]
   return Index(
       _to_bytes(images),
       _to_bytes(x.name[len(key) + 1 :] for key, x in images.items()),
       np.array([x.offset for x in images.values()], np.int64),
       np.array([x.size for x in images.values()], np.int64),
-      np.array([_read_label(path, file, labels, x) for x in images], np.int64),
+      np.array(values, np.int64),
       dict(skipped),
       num_unread + sum(key not in images for key in dotted),
+      len(bad_labels),
+      bad_labels[0] if bad_labels else '',
   )
 
 
@@ -232,29 +246,52 @@ def _read(file: BinaryIO, member: _Member, limit: int) -> bytes:
   return file.read(min(member.size, limit))
 
 
-def _read_label(path: str, file: BinaryIO, labels: Any, key: str) -> int:
-  """Returns the label of KEY.cls, or else of KEY.json; -1 without a label."""
+def _read_label(
+    path: str, file: BinaryIO, labels: Any, key: str, bad_labels: list[str]
+) -> int:
+  """Returns the label of KEY.cls, or else of KEY.json; -1 without a label.
+
+  Appends the member and the reason to bad_labels if the label is no integer.
+  """
   member = labels.get((key, 'cls')) or labels.get((key, 'json'))
   if member is None:
     return -1
-  text = _read(file, member, _MAX_LABEL_BYTES)
-  value: Any = text[:100]
   try:
-    value = text.decode().strip()
-    if member.name.lower().endswith('.json'):
-      parsed = json.loads(value)
-      value = -1
-      if isinstance(parsed, dict):
-        value = parsed.get('label', parsed.get('cls'))
-        value = -1 if value is None else value
-    elif _INTEGER.fullmatch(value):
-      value = int(value)
-  except (ValueError, RecursionError):
-    pass  # The message has the text.
-  if type(value) is not int or not -1 <= value < 2**62:
+    value = _parse_label(file, member)
+  except ValueError as error:
+    bad_labels.append(f'member {member.name!r}: {error}')
+    return -1
+  if not -1 <= value < 2**62:
     raise ValueError(
         f'{path} member {member.name!r}: the label is {value!r:.100}. Labels'
         ' are integers >= 0, or -1 without a class: the text of KEY.cls, or'
         " 'label' or 'cls' in KEY.json."
     )
+  return value
+
+
+def _parse_label(file: BinaryIO, member: _Member) -> int:
+  """Returns the label of a member; raises ValueError if it is no integer."""
+  if member.size > _MAX_LABEL_BYTES:
+    raise ValueError(
+        f'its {member.size} bytes are more than the {_MAX_LABEL_BYTES} allowed'
+    )
+  text = _read(file, member, _MAX_LABEL_BYTES).decode()
+  value: Any = text.strip()
+  if member.name.lower().endswith('.json'):
+    try:
+      parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f'it is not valid JSON ({error})') from error
+    if not isinstance(parsed, dict):
+      return -1
+    value = parsed.get('label', parsed.get('cls'))
+    if value is None:
+      return -1
+    if isinstance(value, float) and value.is_integer():
+      value = int(value)
+  elif match := _INTEGER.fullmatch(value):
+    value = int(match[1])
+  if type(value) is not int:
+    raise ValueError(f'the label is {value!r:.100}')
   return value

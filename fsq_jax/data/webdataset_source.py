@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from fsq_jax.data import image_errors
@@ -25,10 +26,12 @@ class WebDatasetSource(image_source.EncodedSource):
 
   An image is a member KEY.EXTENSION with an image extension, and its label the
   text of KEY.cls, or 'label' or 'cls' in KEY.json; KEY is the member name up to
-  the first dot of its file name. Other members are ignored or counted in
-  `skipped`; images in unsupported formats are an error above
-  max_damaged_share. Nothing is unpacked or unpickled: an index of each shard
-  (`tar_index`) gives random access.
+  the first dot of its file name. Other labels than integers are -1, with a
+  warning. If keys repeat between shards, all names of images begin with the
+  name of the shard. Other members are ignored or counted in `skipped`; images
+  in unsupported formats are an error above max_damaged_share. Nothing is
+  unpacked or unpickled: an index of each shard (`tar_index`) gives random
+  access.
   """
 
   def __init__(
@@ -49,8 +52,8 @@ class WebDatasetSource(image_source.EncodedSource):
         EncodedSource.
 
     Raises:
-      ValueError: no shards or images, a key that occurs twice, labels outside
-        of label_names, or a shard that `tar_index.open_index` rejects.
+      ValueError: no shards or images, labels outside of label_names, or a
+        shard that `tar_index.open_index` rejects.
     """
     self._root = os.path.abspath(os.path.expanduser(root))
     self._shards = find_shards(self._root, split)
@@ -80,7 +83,8 @@ class WebDatasetSource(image_source.EncodedSource):
         os.path.join(self._root, split),
         self._max_damaged_share,
     )
-    self._check_keys()
+    self._warn_of_labels(shards)
+    self._repeats_keys = self._find_repeated_keys()
     self.label_names = tuple(label_names)
     image_source.check_labels(self._labels, self.label_names, self.describe)
 
@@ -88,11 +92,14 @@ class WebDatasetSource(image_source.EncodedSource):
     return len(self._keys)
 
   def describe(self, index: int) -> str:
-    return f'{self._path(index)} member {self._name(index)}'
+    return f'{self._path(index)} member {self._member(index)}'
 
   def metadata(self, index: int) -> image_source.ImageMetadata:
+    name = self._member(index)
+    if self._repeats_keys:
+      name = f'{self._shard(index)}/{name}'
     return image_source.ImageMetadata(
-        name=self._name(index),
+        name=name,
         label=int(self._labels[index]),
         num_bytes=int(self._sizes[index]),
     )
@@ -116,25 +123,46 @@ class WebDatasetSource(image_source.EncodedSource):
       )
     return encoded
 
-  def _path(self, index: int) -> str:
-    shard = bisect.bisect_right(self._ends, index)
-    return os.path.join(self._root, self._shards[shard])
+  def _shard(self, index: int) -> str:
+    return self._shards[bisect.bisect_right(self._ends, index)]
 
-  def _name(self, index: int) -> str:
+  def _path(self, index: int) -> str:
+    return os.path.join(self._root, self._shard(index))
+
+  def _member(self, index: int) -> str:
     name = self._keys[index] + b'.' + self._extensions[index]
     return name.decode('utf-8', 'surrogateescape')
 
-  def _check_keys(self) -> None:
+  def _warn_of_labels(self, shards: Sequence[tar_index.Index]) -> None:
+    """Warns of labels that are not integers."""
+    if count := sum(x.num_bad_labels for x in shards):
+      name, index = next(
+          x for x in zip(self._shards, shards, strict=True) if x[1].bad_label
+      )
+      path = os.path.join(self._root, name)
+      logging.warning(
+          '%d of %d labels cannot be used and are -1, such as %s %s. Labels are'
+          " integers >= 0: the text of KEY.cls, or 'label' or 'cls' in"
+          ' KEY.json.',
+          count, len(self), path, index.bad_label,
+      )  # fmt: skip
+
+  def _find_repeated_keys(self) -> bool:
+    """Whether keys are in more than one shard, with a warning."""
     order = np.argsort(self._keys, kind='stable')
     keys = self._keys[order]
     repeated = np.flatnonzero(keys[1:] == keys[:-1])
     if len(repeated):
       first, second = order[repeated[0] : repeated[0] + 2]
-      raise ValueError(
-          f'{len(repeated)} keys are in more than one shard, such as'
-          f' {self.describe(first)} and {self.describe(second)}. Give each'
-          ' image a key of its own, and check that no shard is there twice.'
+      logging.warning(
+          '%d images have the key of an image in another shard, such as %s and'
+          ' %s. Names of images therefore begin with the shard. Check that no'
+          ' shard is there twice.',
+          len(repeated),
+          image_source.printable(self.describe(first)),
+          image_source.printable(self.describe(second)),
       )
+    return bool(len(repeated))
 
 
 def find_shards(root: str, split: str) -> list[str]:
@@ -148,27 +176,27 @@ def find_shards(root: str, split: str) -> list[str]:
       relative to the root.
 
   Raises:
-    ValueError: no shards, or a shard of the pattern is missing.
+    ValueError: no shards, a shard of the pattern is missing, or
+      `listing.check_parts` rejects the shards of the split.
   """
   if not os.path.isdir(root):
     raise ValueError(f'data.data_dir is {root!r}, which is not a folder.')
   if split.endswith('.tar') or listing.is_pattern(split):
     shards = []
     for pattern in listing.expand_ranges(split):
-      found = sorted(glob.glob(pattern, root_dir=root))
-      shards += found if '*' in pattern else [pattern]
+      shards += ('*' in pattern and _glob(root, pattern)) or [pattern]
+    shards = list(dict.fromkeys(shards))  # '{1..10}*' has 10 twice.
   else:
     name = re.compile(re.escape(split) + r'([-_.]?\d+(-of-\d+)?)?\.tar')
-    shards = sorted(filter(name.fullmatch, os.listdir(root))) or sorted(
-        glob.glob(f'{glob.escape(split)}/*.tar', root_dir=root)
+    shards = sorted(filter(name.fullmatch, os.listdir(root))) or _glob(
+        root, f'{glob.escape(split)}/*.tar'
     )
+    try:
+      listing.check_parts(shards, split)
+    except ValueError as error:
+      raise ValueError(f'{root}: {error}') from error
   missing = [x for x in shards if not os.path.isfile(os.path.join(root, x))]
-  if missing:
-    raise ValueError(
-        f'{len(missing)} of {len(shards)} shards {split!r} are missing in'
-        f' {root}: {listing.shorten(missing)}.'
-    )
-  if not shards:
+  if len(missing) == len(shards):
     raise ValueError(
         f'{root} has no tar shards of the split {split!r}; files there:'
         f' {listing.shorten(sorted(os.listdir(root)))}. Set data.train_split'
@@ -176,4 +204,15 @@ def find_shards(root: str, split: str) -> list[str]:
         " train-000.tar, or to a pattern such as 'train-{000..146}.tar'."
         ' Compressed shards (.tar.gz) have no random access.'
     )
+  if missing:
+    raise ValueError(
+        f'{len(missing)} of {len(shards)} shards {split!r} are missing in'
+        f' {root}: {listing.shorten(missing)}.'
+    )
   return shards
+
+
+def _glob(root: str, pattern: str) -> list[str]:
+  """Returns the shards of a pattern relative to the root, sorted."""
+  names = glob.glob(pattern, root_dir=root)
+  return sorted(x for x in names if x.endswith('.tar'))  # Not their indexes.

@@ -168,6 +168,28 @@ def test_missing_labels_are_a_warning(tmp_path, caplog):
   assert '1 of 11 images have label -1, such as' in caplog.text
 
 
+@pytest.mark.parametrize(
+    ('name', 'place', 'offset', 'value', 'reason'),
+    [
+        ('train.npy', b'(11, ', 1, b'(', 'multi-line statement'),
+        ('z.npz', b'PK\1\2', 6, b'\x5d', 'zip file version 9.3'),
+        ('z.npz', b'PK\5\6', 19, b'\x9f', 'Invalid argument'),
+    ],
+)
+def test_corrupted_files_are_an_error(
+    tmp_path, name, place, offset, value, reason
+):
+  _write(tmp_path)
+  content = bytearray((tmp_path / name).read_bytes())
+  start = content.index(place) + offset
+  content[start : start + 1] = value
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match='complete NumPy file') as caught:
+    _open(tmp_path, name[:-4])
+  assert str(tmp_path / name) in str(caught.value)
+  assert reason in str(caught.value)
+
+
 def test_missing_ambiguous_and_truncated_files_are_an_error(tmp_path):
   _write(tmp_path)
   with pytest.raises(ValueError, match=r"0 files of test\.npy .*'train\.npy'"):

@@ -1,4 +1,4 @@
-"""One data set as folder, TFDS, tar shards and Parquet: the same training."""
+"""One data set in each of the formats: the same training."""
 
 import io
 import json
@@ -112,6 +112,21 @@ def _write_parquet(root):
       parquet.write_table(table.slice(7 * k, 7), path, row_group_size=3)
 
 
+def _write_arrays(root):
+  """Writes NumPy files, and a folder of the same images, of one size."""
+  for split in _SPLITS:
+    images, labels = [], []
+    for name, image, label in _examples(split):
+      image = Image.open(io.BytesIO(image)).resize((24, 20))
+      path = root / split / _CLASSES[label] / name.replace('JPEG', 'png')
+      path.parent.mkdir(parents=True, exist_ok=True)
+      image.save(path)
+      images.append(np.asarray(image))
+      labels.append(label)
+    np.save(root / f'{split}.npy', images)
+    np.save(root / f'{split}_labels.npy', labels)
+
+
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
   """A folder with each of the formats."""
@@ -120,15 +135,16 @@ def root(tmp_path_factory):
   _write_tfds(root / 'tfds')
   _write_webdataset(root / 'webdataset')
   _write_parquet(root / 'parquet')
+  _write_arrays(root / 'arrays')
   return root
 
 
-def _config(root, source):
+def _config(root, source, form=None):
   config = configuration.load_config(_ROOT / 'configs' / 'debug.py')
   config.data.update({
-      'source': source, 'data_dir': str(root / source), 'resize_shorter': 16,
-      'name': 'tiny' if source == 'tfds' else '',
-      'label_names': _CLASSES if source == 'webdataset' else (),
+      'source': source, 'data_dir': str(root / (form or source)),
+      'resize_shorter': 16, 'name': 'tiny' if source == 'tfds' else '',
+      'label_names': _CLASSES if source in ('webdataset', 'arrays') else (),
   })  # fmt: skip
   config.train.num_steps = 2
   config.optim.warmup_steps = 1
@@ -185,14 +201,35 @@ def test_batches_are_those_of_the_folder_after_a_resume_and_in_shares(
       np.testing.assert_array_equal(next(share)['image'], batch['image'][i::2])
 
 
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_batches_and_labels_of_arrays_are_those_of_a_folder(root, split):
+  arrays, images = (
+      _config(root, x, 'arrays').data for x in ('arrays', 'folder')
+  )
+  datasets = [
+      data.build_dataset(x, split=split, seed=3) for x in (arrays, images)
+  ]
+  batches = list(zip(*datasets, range(2), strict=False))
+  assert len(batches) == 2
+  for batch, same, _ in batches:
+    chex.assert_trees_all_equal(batch, same)
+  sources = [data.open_source(x, split) for x in (arrays, images)]
+  labels = [[x.metadata(i).label for i in range(len(x))] for x in sources]
+  assert labels[0] == labels[1]
+  assert set(labels[0]) == {0, 1}
+
+
 @pytest.mark.slow
 def test_trained_parameters_are_those_of_the_folder(root, tmp_path):
-  states = {
-      source: jax.device_get(
-          train.train_and_evaluate(_config(root, source), tmp_path / source)
-      )
-      for source in _SOURCES
-  }
+  def train_on(source, form=None):
+    folder = tmp_path / f'{source}_{form}'
+    config = _config(root, source, form)
+    return jax.device_get(train.train_and_evaluate(config, folder))
+
+  states = {source: train_on(source) for source in _SOURCES}
   assert states['folder'].step == 2
   for source in _SOURCES[1:]:
     chex.assert_trees_all_equal(states[source], states['folder'])
+  chex.assert_trees_all_equal(
+      train_on('arrays'), train_on('folder', 'arrays')
+  )

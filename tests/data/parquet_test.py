@@ -1,11 +1,16 @@
 """Parquet files: the same batches as a folder, columns, corruption."""
 
+import concurrent.futures
+import errno
+import fcntl
 import io
 import json
 import os
 import pathlib
 import shutil
 import sys
+import threading
+import time
 import types
 
 import ml_collections
@@ -16,6 +21,7 @@ from pyarrow import parquet
 import pytest
 
 from fsq_jax import data
+from fsq_jax.data import derived_files
 from fsq_jax.data import parquet_files
 from fsq_jax.data import parquet_images
 from fsq_jax.data import parquet_source
@@ -269,6 +275,108 @@ def test_images_are_copied_to_the_cache_folder_if_need_be(
     _open(tmp_path / 'files')
 
 
+def _run_at_once(function, num: int) -> list:
+  """Returns the results of several threads that start at once."""
+  barrier = threading.Barrier(num)
+
+  def run(_):
+    barrier.wait()
+    return function()
+
+  with concurrent.futures.ThreadPoolExecutor(num) as pool:
+    return list(pool.map(run, range(num)))
+
+
+@pytest.mark.parametrize('is_refused', [False, True])
+def test_images_are_copied_by_one_of_several_processes(
+    tmp_path, monkeypatch, caplog, is_refused
+):
+  path = _write(tmp_path / 'train.parquet', [_png(i) for i in range(3)])
+  copies = []
+  write = derived_files.write
+
+  def write_slowly(*args):
+    copies.append(1)
+    time.sleep(0.2)
+    return write(*args)
+
+  def refuse(file, operation):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(derived_files, 'write', write_slowly)
+  if is_refused:
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+  for source in _run_at_once(lambda: _open(tmp_path), 4):
+    assert source.read(2) == _png(2)
+  assert len(copies) == (4 if is_refused else 1)
+  assert ('cannot be locked (No locks' in caplog.text) == is_refused
+  names = {'train.parquet', os.path.basename(path) + parquet_images.SUFFIX}
+  assert {x.name for x in tmp_path.iterdir()} == names
+
+
+def test_another_process_copies_the_images_if_the_first_one_fails(
+    tmp_path, monkeypatch
+):
+  _write(tmp_path / 'train.parquet', [_png(0)])
+  copies = []
+  write = derived_files.write
+
+  def fail_first(*args):
+    copies.append(1)
+    time.sleep(0.1)
+    if len(copies) == 1:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return write(*args)
+
+  def read():
+    try:
+      return _open(tmp_path).read(0)
+    except ValueError as error:
+      return str(error)
+
+  monkeypatch.setattr(derived_files, 'write', fail_first)
+  images = _run_at_once(read, 5)
+  assert images.count(_png(0)) == 4
+  (error,) = (x for x in images if x != _png(0))
+  assert 'No space left on device' in error
+  assert len(copies) == 2
+  assert not list(tmp_path.rglob('.*'))
+
+
+def test_a_derived_file_is_locked_by_one_at_a_time(tmp_path):
+  places = [tmp_path / 'none' / 'a', tmp_path / 'b']
+  (tmp_path / 'none').touch()  # Not a folder, so the second place is locked.
+  locked = threading.Lock()
+
+  def lock_often():
+    for _ in range(30):
+      with derived_files.lock(places):
+        assert locked.acquire(blocking=False)
+        assert (tmp_path / '.b.lock').exists()
+        locked.release()
+
+  _run_at_once(lock_often, 4)
+  with derived_files.lock(places[:1]):  # Nothing can be locked.
+    assert [x.name for x in tmp_path.iterdir()] == ['none']
+
+
+def test_a_derived_file_is_on_disk_before_it_gets_its_name(
+    tmp_path, monkeypatch
+):
+  calls = []
+  for name in ('fsync', 'replace'):
+    function = getattr(os, name)
+
+    def record(*args, name=name, function=function):
+      calls.append(name)
+      function(*args)
+
+    monkeypatch.setattr(os, name, record)
+  _write(tmp_path / 'train.parquet', [_png(0)])
+  _open(tmp_path)
+  assert calls == ['fsync', 'replace']
+
+
 # Corrupted images and files.
 
 
@@ -384,6 +492,8 @@ def test_paths_that_repeat_or_are_missing_are_no_names(tmp_path):
         ({'text': ['a']}, r'0 image columns \[\]'),
         ({'a': [b'a'], 'b': [b'b']}, r"2 image columns \['a', 'b'\]"),
         ({'image': [b'a'], 'label': [-2]}, 'row 0: the label is -2'),
+        ({'image': [b'a'], 'label': [-2.0]}, 'row 0: the label is -2'),
+        ({'image': [b'a'], 'label': [1e300]}, r'row 0: the label is 1e\+300'),
         ({'image': [], 'label': []}, 'have no rows|0 image columns'),
     ],
 )
@@ -399,6 +509,14 @@ def test_labels_that_are_no_integers_are_a_warning(tmp_path, caplog):
   parquet.write_table(pyarrow.table(columns), tmp_path / 'train.parquet')
   assert _open(tmp_path).metadata(0).label == -1
   assert 'holds string, no integers' in caplog.text
+  labels = [3.0, 1.5, float('nan'), None, float('inf'), -1.0]
+  columns = {'image': [b'a'] * 6, 'label': labels}
+  parquet.write_table(pyarrow.table(columns), tmp_path / 'train.parquet')
+  source = _open(tmp_path)
+  assert [source.metadata(i).label for i in range(6)] == [3, *[-1] * 5]
+  assert '3 of 6 labels are not integers and are -1, such as 1.5 in row 1' in (
+      caplog.text
+  )
   feature = {'names': ['a'], '_type': 'ClassLabel'}
   features = {'fine_label': feature, 'coarse_label': feature}
   columns = {'image': [b'a'], 'fine_label': [0], 'coarse_label': [0]}
@@ -493,13 +611,20 @@ def test_a_repository_is_downloaded_by_prepare_alone(tmp_path, monkeypatch):
   config = _config('parquet', tmp_path, name='owner/name@v1', data_dir='')
   with pytest.raises(ValueError, match='--mode=prepare'):
     data.open_source(config, 'train')
-  assert data.prepare(config) == str(tmp_path)
+  config.eval_split = 'test'
+  _write(tmp_path / 'test.parquet', [_png(1)] * 2)
+  assert data.prepare(config) == [
+      f'Images: {tmp_path}', "Split 'train': 1 images",
+      "Split 'test': 2 images",
+  ]  # fmt: skip
   repository = {'repo_type': 'dataset', 'revision': 'v1'}
   assert calls[1:3] == [
       ('owner/name', repository),
       ('owner/name', {
           **repository, 'local_dir': None,
-          'allow_patterns': ['data/train-00000-of-00001.parquet'],
+          'allow_patterns': [
+              'data/train-00000-of-00001.parquet', 'test.parquet'
+          ],
       }),
   ]  # fmt: skip
   assert len(data.open_source(config, 'train')) == 1

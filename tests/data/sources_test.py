@@ -625,8 +625,10 @@ def test_prepare_reports_what_tfds_reports(monkeypatch, tmp_path):
 
 def test_prepare_keeps_existing_data(prepared_root):
   config = _prepare_config(name='tiny', data_dir=prepared_root)
-  assert data.prepare(config) == f'{prepared_root}/tiny/1.0.0'
-  assert data.prepare(_prepare_config(source='photos')) is None
+  assert data.prepare(config) == [f'Images: {prepared_root}/tiny/1.0.0']
+  assert data.prepare(_prepare_config(source='photos')) == [
+      "data.source 'photos' needs no preparation."
+  ]
 
 
 def test_the_stamp_of_an_image_is_that_of_its_file(prepared_root, tmp_path):

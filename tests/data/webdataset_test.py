@@ -1,6 +1,7 @@
 """Tar shards: the same batches as a folder, the index, malformed shards."""
 
 import io
+import json
 import os
 import pathlib
 import tarfile
@@ -12,6 +13,7 @@ import pytest
 import webdataset
 
 from fsq_jax import data
+from fsq_jax.data import parquet_files
 from fsq_jax.data import tar_index
 from fsq_jax.data import webdataset_source
 
@@ -170,12 +172,14 @@ def test_decoded_images_are_cached(tmp_path):
         ('a.json', b'{"label": 5, "cls": 2}', 5), ('a.json', b'{"cls": 2}', 2),
         ('a.json', b'{"width": 2}', -1), ('a.json', b'[3]', -1),
         ('a.JSON', b'{"label": null}', -1), ('a.txt', b'3', -1),
-        ('b.cls', b'3', -1), ('./a.cls', b'3', 3),
+        ('b.cls', b'3', -1), ('./a.cls', b'3', 3), ('a.cls', b'1.0', 1),
+        ('a.cls', b'-1.', -1), ('a.json', b'{"label": 3.0}', 3),
     ],
 )  # fmt: skip
-def test_labels(tmp_path, name, content, label):
+def test_labels(tmp_path, caplog, name, content, label):
   _write(tmp_path / 'train.tar', (name, content), ('a.png', _png(0)))
   assert _open(tmp_path).metadata(0).label == label
+  assert 'cannot be used' not in caplog.text
 
 
 def test_the_label_of_cls_takes_precedence(tmp_path):
@@ -187,16 +191,49 @@ def test_the_label_of_cls_takes_precedence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('name', 'content'),
+    ('name', 'content', 'reason'),
     [
-        ('a.cls', b'cat'), ('a.cls', b''), ('a.cls', b'1.0'), ('a.cls', b'-2'),
-        ('a.cls', b'1_0'), ('a.cls', b'\xff'), ('a.cls', b'9' * 30),
-        ('a.json', b'{"label": "cat"}'), ('a.json', b'{"label": 1.5}'),
-        ('a.json', b'{"label": true}'), ('a.json', b'{'),
-        ('a.json', b'{"label": [1]}'), ('a.json', b'[' * 10**5),
+        ('a.cls', b'cat', "the label is 'cat'"), ('a.cls', b'', "label is ''"),
+        ('a.cls', b'1.5', "label is '1.5'"), ('a.cls', b'1_0', "is '1_0'"),
+        ('a.cls', b'\xff', "can't decode"), ('a.cls', b'9' * 5000, "'9999"),
+        ('a.json', b'{"label": "cat"}', "label is 'cat'"),
+        ('a.json', b'{"label": 1.5}', 'label is 1.5'),
+        ('a.json', b'{"label": NaN}', 'label is nan'),
+        ('a.json', b'{"label": true}', 'label is True'),
+        ('a.json', b'{"label": [1]}', r'label is [1]'),
+        ('a.json', b'{', 'it is not valid JSON (Expecting'),
+        ('a.json', b'[' * 10**5, 'it is not valid JSON (maximum recursion'),
+        ('a.json', b'{"label": 1, "text": "' + b'x' * 2**20 + b'"}',
+         'its 1048600 bytes are more than the 1048576 allowed'),
     ],
 )  # fmt: skip
-def test_labels_that_are_no_integers_are_an_error(tmp_path, name, content):
+def test_labels_that_are_no_integers_are_a_warning(
+    tmp_path, caplog, name, content, reason
+):
+  _write(tmp_path / 'train-0.tar', ('b.png', _png(1)))
+  shard = _write(tmp_path / 'train-1.tar', ('a.png', _png(0)), (name, content))
+  for _ in range(2):  # The second reads the stored index.
+    caplog.clear()
+    source = _open(tmp_path)
+    assert [source.metadata(i).label for i in (0, 1)] == [-1, -1]
+    np.testing.assert_array_equal(
+        source.load(1), np.asarray(Image.open(io.BytesIO(_png(0))))
+    )
+    (record,) = caplog.records
+    assert '1 of 2 labels cannot be used and are -1' in record.getMessage()
+    assert f'{shard} member {name!r}: ' in record.getMessage()
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ('name', 'content'),
+    [
+        ('a.cls', b'-2'), ('a.cls', b'-2.0'), ('a.cls', b'9' * 30),
+        ('a.json', b'{"label": -2}'), ('a.json', b'{"label": 1e300}'),
+        ('a.json', b'{"label": 4611686018427387904}'),
+    ],
+)  # fmt: skip
+def test_labels_out_of_range_are_an_error(tmp_path, name, content):
   shard = _write(tmp_path / 'train.tar', ('a.png', _png(0)), (name, content))
   with pytest.raises(ValueError, match='Labels are integers') as caught:
     _open(tmp_path)
@@ -247,6 +284,64 @@ def test_shards_of_a_split(tmp_path, split, expected):
     webdataset_source.find_shards(str(tmp_path / 'none'), split)
 
 
+def test_indexes_of_shards_are_not_shards(tmp_path):
+  for number in range(2):
+    _write(tmp_path / f'train-{number}.tar', (f'{number}.png', _png(number)))
+  for _ in range(2):
+    assert len(_open(tmp_path, 'train-*')) == 2
+    assert len(_open(tmp_path, '*{0..1}*')) == 2
+  assert len(list(tmp_path.glob(f'*{tar_index.SUFFIX}'))) == 2
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
+  for number in range(1, 12):
+    (tmp_path / f'train-{number}.tar').touch()
+    (tmp_path / f'train-{number}.parquet').touch()
+  pattern = 'train-{1..11}*'
+  shards = webdataset_source.find_shards(str(tmp_path), pattern)
+  _, files = parquet_files.find('', str(tmp_path), pattern)
+  names = [f'train-{i}' for i in (1, 10, 11, *range(2, 10))]
+  assert shards == [f'{name}.tar' for name in names]
+  assert files == [f'{name}.parquet' for name in names]
+
+
+@pytest.mark.parametrize(
+    ('names', 'match'),
+    [
+        (['train-00000-of-00004', 'train-00002-of-00004'],
+         r"2 of 4 files of the split 'train' are missing; .*00002-of-00004"),
+        (['train/a-0-of-2', 'train/b-0-of-1'], '1 of 2 files .* are missing'),
+        (['train', 'train-000'], r"'train-000.* and 'train\..* by different"),
+        (['train-000', 'train_1'], 'different rules'),
+        (['train-0-of-1', 'train-0-of-2', 'train-1-of-2'], 'different rules'),
+        (['train-0-of-1', 'train-0'], 'different rules'),
+        (['train-1', 'train-01', 'train-2'], 'different rules'),
+        (['train/a-0-of-1', 'train/a-0-of-2', 'train/a-1-of-2'], 'different'),
+        (['train-1-of-2', 'train-2-of-2'], None),
+        (['train-9', 'train-10'], None),
+        (['train/a', 'train/a-0', 'train/b', 'train/01', 'train/1'], None),
+        (['train-0-of-1', 'train-more-0-of-2', 'val-0-of-3'], None),
+    ],
+)  # fmt: skip
+def test_missing_and_ambiguous_files_of_a_split(tmp_path, names, match):
+  for extension in ('tar', 'parquet'):
+    for name in names:
+      path = tmp_path / f'{name}.{extension}'
+      path.parent.mkdir(exist_ok=True)
+      path.touch()
+  for find in (
+      webdataset_source.find_shards,
+      lambda root, split: parquet_files.find('', root, split)[1],
+  ):
+    if match is None:
+      expected = [x for x in names if x[:7] not in ('train-m', 'val-0-o')]
+      assert len(find(str(tmp_path), 'train')) == len(expected)
+    else:
+      with pytest.raises(ValueError, match=match) as caught:
+        find(str(tmp_path), 'train')
+      assert str(tmp_path) in str(caught.value)
+
+
 def test_other_members_are_counted_as_in_a_folder(tmp_path):
   _write(
       tmp_path / 'train-0.tar', ('./a.jpg', _png(0)), ('a.mask.png', _png(1)),
@@ -290,14 +385,40 @@ def test_links_in_a_shard_are_not_followed(tmp_path):
 @pytest.mark.parametrize(
     ('first', 'second'),
     [(['a.png', 'a.png'], []), (['a.png', 'b.png', 'a.jpg'], []),
-     (['a.png'], ['b.png', 'a.jpg']), (['a.cls', 'a.cls'], ['b.png'])],
+     (['a.cls', 'a.cls'], ['b.png'])],
 )  # fmt: skip
-def test_keys_that_occur_twice_are_an_error(tmp_path, first, second):
+def test_keys_that_occur_twice_in_a_shard_are_an_error(tmp_path, first, second):
   for number, names in enumerate((first, second)):
     _write(tmp_path / f'train-{number}.tar', *((x, b'1') for x in names))
   with pytest.raises(ValueError, match='of its own') as caught:
     _open(tmp_path)
   assert str(tmp_path / 'train-0.tar') in str(caught.value)
+
+
+def test_names_begin_with_the_shard_if_keys_repeat(tmp_path, caplog):
+  for split, shards in (
+      ('train', (['a.png', 'b.png'], ['a.jpg'])),
+      ('other', (['a.png', 'b.png'], ['c.jpg'])),
+  ):
+    for number, names in enumerate(shards):
+      members = [(x, _png(3 * number + i)) for i, x in enumerate(names)]
+      _write(tmp_path / f'{split}-{number}.tar', *members)
+  source = _open(tmp_path)
+  assert [source.metadata(i).name for i in range(3)] == [
+      'train-0.tar/a.png', 'train-0.tar/b.png', 'train-1.tar/a.jpg'
+  ]  # fmt: skip
+  for i, value in enumerate((0, 1, 3)):
+    assert source.read(i) == _png(value)
+  (record,) = caplog.records
+  shard = tmp_path / 'train-1.tar'
+  assert '1 images have the key of an image in ano' in record.getMessage()
+  assert f'{shard} member a.jpg. Names of' in record.getMessage()
+  assert source.describe(2) == f'{shard} member a.jpg'
+  caplog.clear()
+  source = _open(tmp_path, 'other')
+  names = [source.metadata(i).name for i in range(3)]
+  assert names == ['a.png', 'b.png', 'c.jpg']
+  assert not caplog.records
 
 
 # Malformed shards.
@@ -391,6 +512,33 @@ def test_the_index_is_stored_used_and_invalidated(tmp_path, monkeypatch):
   np.savez(stored, stamp=np.array([{}], object))  # which is pickled
   assert len(_open(tmp_path)) == 12
   assert len(built) == 9
+
+
+def test_an_index_of_earlier_versions_is_used(tmp_path, monkeypatch):
+  _shard(tmp_path)
+  source = _open(tmp_path)
+  stored = tmp_path / f'train-0.tar{tar_index.SUFFIX}'
+  arrays = dict(np.load(stored))
+  assert json.loads(str(arrays['counts'])) == [{}, 0, 0, '']
+  np.savez(stored, **{**arrays, 'counts': np.array('[{".a": 1}, 0]')})
+  built = _count_builds(monkeypatch)
+  assert _open(tmp_path).identity == source.identity
+  assert _open(tmp_path).skipped == {'.a': 1}
+  assert not built
+
+
+def test_prepare_indexes_the_shards_of_both_splits(tmp_path, monkeypatch):
+  _write_both(tmp_path)
+  _write_both(tmp_path, num=3, split='val')
+  config = _config('webdataset', tmp_path, eval_split='val')
+  assert data.prepare(config) == [
+      f'Images: {tmp_path}/shards', "Split 'train': 11 images",
+      "Split 'val': 3 images",
+  ]  # fmt: skip
+  built = _count_builds(monkeypatch)
+  for split in ('train', 'eval'):
+    data.open_source(config, split)
+  assert not built
 
 
 def test_the_index_of_a_folder_that_is_not_writable_is_in_the_cache(
