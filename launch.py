@@ -214,12 +214,11 @@ def _reconstruct(config: _Config, workdir: _Path) -> list[_Path]:
   """Reconstruct whole images, beside the originals."""
   from fsq_jax.analysis import reconstruction
 
-  del config  # The checkpoint has its own.
   if _takes_shipped_tokenizer():
     _print([f'Tokenizer: {shipped.DEFAULT}, which ships with fsq_jax.'])
   return reconstruction.reconstruct_files(
       workdir, _IMAGES_IN.value, _IMAGES.value, which=_CHECKPOINT.value,
-      tiles=_TILES.value,
+      tiles=_TILES.value, config=config,
   )
 
 
@@ -248,7 +247,7 @@ def _detokenize(config: _Config, workdir: _Path) -> list[_Path]:
   folder = _TOKENS.value or tokenization.default_folder(config, workdir)
   images = _IMAGES.value or f'{folder}_images'
   detokenization.detokenize_workdir(
-      workdir, folder, images, which=_CHECKPOINT.value
+      workdir, folder, images, which=_CHECKPOINT.value, config=config
   )
   return [images]
 
@@ -265,12 +264,13 @@ def _export(config: _Config, workdir: _Path) -> list[_Path]:
 
 
 @_mode()
-def _prepare(config: _Config, workdir: _Path) -> None:
+def _prepare(config: _Config, workdir: _Path) -> list[_Path]:
   """Download and convert the data set."""
   from fsq_jax.data import builder as data
 
   del workdir  # Data sets have their own folders.
-  data.prepare(config.data)
+  prepared = data.prepare(config.data) or []
+  return [prepared] if isinstance(prepared, str) else prepared
 
 
 @_mode()
@@ -414,10 +414,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(0)
 
 
-def _main(argv: list[str]) -> int:
-  """Makes the message of a failed run the last thing printed."""
+def run_main(argv: list[str]) -> int:
+  """Runs `main`; the message of a failed run is the last thing printed."""
   code = main(argv)
-  if code == _FAILED:
+  if code in (_FAILED, _BAD_INPUT):
     # Otherwise Orbax, asyncio and Python report failed writes at exit.
     logging.set_verbosity(logging.FATAL)
     warnings.simplefilter('ignore')
@@ -426,4 +426,4 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  app.run(_main, flags_parser=parse_flags)
+  app.run(run_main, flags_parser=parse_flags)

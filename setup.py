@@ -44,7 +44,7 @@ setuptools.setup(
     ],
     extras_require={
         # Runs in Google Cloud Storage, --workdir=gs://...
-        'gcs': ['gcsfs', 'google-cloud-storage'],
+        'gcs': ['gcsfs', 'google-cloud-storage>=3'],
         # Models and data sets of the Hugging Face Hub.
         'hub': ['huggingface_hub'],
         # Trackers, train.trackers.

@@ -3,7 +3,9 @@
 import pathlib
 import subprocess
 import sys
+import warnings
 
+from absl import logging
 from absl.testing import flagsaver
 import pytest
 
@@ -64,9 +66,14 @@ def run(capsys, monkeypatch):
     _show('report', config.seed, workdir, which, output)
     return f'{workdir}/report.html'
 
-  def reconstruct_files(workdir, images_in, images, *, which, tiles):
-    _show('reconstruct', workdir, images_in, images, which, tiles)
+  def reconstruct_files(workdir, images_in, images, *, which, tiles, config):
+    _show('reconstruct', config.seed, workdir, images_in, images, which, tiles)
     return ['psnr']
+
+  def prepare(config):
+    _show('prepare', config.source)
+    lines = ['/data', '3 files']
+    return {'': None, 'one': '/data', 'lines': lines}[config.name]
 
   def export_workdir(config, workdir, folder, *, which):
     _show('export', config.seed, workdir, folder, which)
@@ -84,7 +91,7 @@ def run(capsys, monkeypatch):
       codebook: {'analyze_workdir': analyze_workdir},
       reconstruction: {'reconstruct_files': reconstruct_files},
       export: {'export_workdir': export_workdir},
-      builder: {'prepare': lambda config: _show('prepare', config.source)},
+      builder: {'prepare': prepare},
       host: {'keep_freed_memory': lambda: None},
       processes: {'join_processes': lambda *args: _show('join', *args)},
       tokenization: {
@@ -94,7 +101,9 @@ def run(capsys, monkeypatch):
       },
       detokenization: {
           'detokenize_workdir': (
-              lambda *folders, which: _show('make', *folders, which)
+              lambda *folders, which, config: _show(
+                  'make', config.seed, *folders, which
+              )
           ),
       },
       summary: {'describe': lambda manifest: ['usage: 90%']},
@@ -297,17 +306,26 @@ _CALLS = (
     ),
     (
         ['--mode=reconstruct', '--images_in=in', '--images=i'],
-        'reconstruct runs/debug in i newest disjoint\npsnr',
+        'reconstruct 0 runs/debug in i newest disjoint\npsnr',
     ),
     (
-        ['--mode=reconstruct', '--tiles=overlapping', '--checkpoint=8'],
-        'reconstruct runs/debug None None 8 overlapping\npsnr',
+        ['--mode=reconstruct', '--tiles=overlapping', '--checkpoint=8',
+         '--config.seed=3'],
+        'reconstruct 3 runs/debug None None 8 overlapping\npsnr',
     ),
     (
         ['--mode=report', '--config.seed=3', '--checkpoint=5'],
         'report 3 runs/debug 5 None\nruns/debug/report.html',
     ),
     (['--mode=prepare'], 'prepare synthetic'),
+    (
+        ['--mode=prepare', '--config.data.name=one'],
+        'prepare synthetic\n/data',
+    ),
+    (
+        ['--mode=prepare', '--config.data.name=lines'],
+        'prepare synthetic\n/data\n3 files',
+    ),
     (
         ['--mode=tokenize', '--checkpoint=best'],
         'tokenize 0 runs/debug best runs/debug/tokens/x\n'
@@ -324,12 +342,12 @@ _CALLS = (
     ),
     (
         ['--mode=detokenize'],
-        'make runs/debug runs/debug/tokens/x runs/debug/tokens/x_images'
+        'make 0 runs/debug runs/debug/tokens/x runs/debug/tokens/x_images'
         ' newest\nruns/debug/tokens/x_images',
     ),
     (
-        ['--mode=detokenize', '--tokens=t', '--images=i'],
-        'make runs/debug t i newest\ni',
+        ['--mode=detokenize', '--tokens=t', '--images=i', '--config.seed=3'],
+        'make 3 runs/debug t i newest\ni',
     ),
     (
         ['--mode=export', '--export=/tmp/x', '--checkpoint=best'],
@@ -403,6 +421,20 @@ def test_the_exit_code_tells_how_a_mode_ended(run, args, code, message):
   assert (actual, out) == (code, '')
   assert message in err
   assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize('code', [0, 1, 2, 75])
+def test_nothing_is_logged_after_the_message_of_a_failure(code, monkeypatch):
+  # Threads of Orbax log errors as the interpreter shuts down.
+  monkeypatch.setattr(launch, 'main', lambda argv: code)
+  monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+  verbosity = logging.get_verbosity()
+  try:
+    with warnings.catch_warnings():
+      assert launch.run_main([]) == code
+    assert (logging.get_verbosity() == logging.FATAL) == (code in (1, 2))
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def test_errors_of_libraries_keep_their_traceback(run):

@@ -9,8 +9,10 @@ import statistics
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
+from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import image_files
 from fsq_jax.evaluation import image_metrics
 from fsq_jax.evaluation import saved_run
@@ -46,12 +48,14 @@ def reconstruct_files(
     *,
     which: str = 'newest',
     tiles: str = 'disjoint',
+    config: ml_collections.ConfigDict | None = None,
 ) -> list[str]:
   """Reconstructs image files at their own size, and measures the error.
 
   Writes reconstructions.json and, for each image, originals/NAME.png (as
   decoded, with the tokenizer's channels), reconstructions/NAME.png and
-  side_by_side/NAME.png.
+  side_by_side/NAME.png. Images that cannot be read are skipped, and listed in
+  reconstructions.json.
 
   Args:
     workdir: folder of a run, or of a saved tokenizer.
@@ -59,14 +63,15 @@ def reconstruct_files(
     images: new or empty output folder.
     which: checkpoint: 'newest', 'best' or a step number.
     tiles: as in `Tokenizer.reconstruct`.
+    config: checked to have the model of the checkpoint, if given.
 
   Returns:
     Lines to print: results, and the path of the JSON file.
 
   Raises:
-    ValueError: missing arguments, images that cannot be read, an output folder
-      that is not empty, no such checkpoint, or several processes. Nothing was
-      reconstructed.
+    ValueError: missing arguments, no image that can be read, an output folder
+      that is not empty, no such checkpoint, a config of another model, or
+      several processes. Nothing was reconstructed.
     RuntimeError: an output cannot be written.
   """
   if images_in is None or images is None:
@@ -81,10 +86,14 @@ def reconstruct_files(
   tiles_lib.check_tiles(tiles)
   paths = image_files.find_images(urls.local_path(images_in, 'images_in'))
   files = _name_files(paths)
-  image_files.check_images(list(paths.values()))
-  folder = saved_run.new_folder(images, '--images')
+  saved_run.check_new_folder(images, '--images')
+  unreadable = image_files.find_unreadable(paths)
+  paths = {name: x for name, x in paths.items() if name not in unreadable}
   tokenizer = tokenizers.load_tokenizer(workdir, which)
+  if config is not None:
+    saved_model.check_same_model(tokenizer.config, config)
   tokenizer.check_encoder()
+  folder = saved_run.new_folder(images, '--images')
   rows = {}
   bar = progress.ImageProgress(num_images=len(paths), first=0, enabled=True)
   with contextlib.closing(bar), saved_run.writing_to(folder, '--images'):
@@ -106,11 +115,12 @@ def reconstruct_files(
             'mean': _mean(rows),
             'num_images': len(rows),
             'images': rows,
+            'unreadable': unreadable,
             'definitions': _DEFINITIONS,
             **provenance.describe(),
         },
     )
-  return [*_describe(rows), str(folder / RECORD)]
+  return [*_describe(rows, len(unreadable)), str(folder / RECORD)]
 
 
 def _name_files(paths: Mapping[str, pathlib.Path]) -> dict[str, str]:
@@ -171,12 +181,15 @@ def _mean(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
   return mean
 
 
-def _describe(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _describe(
+    rows: Mapping[str, Mapping[str, Any]], num_unreadable: int
+) -> Iterator[str]:
   """Yields lines with the numbers of images, if they are few, and the mean."""
   if len(rows) <= _NUM_PRINTED:
     for name, row in rows.items():
       yield f'{name}: {_text(row)}'
-  yield f'mean of {len(rows)} images: {_text(_mean(rows))}'
+  skipped = f' ({num_unreadable} unreadable)' if num_unreadable else ''
+  yield f'mean of {len(rows)} images{skipped}: {_text(_mean(rows))}'
 
 
 def _text(row: Mapping[str, Any]) -> str:

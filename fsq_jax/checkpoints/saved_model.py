@@ -14,6 +14,7 @@ import ml_collections
 from fsq_jax.checkpoints import checkpointer as checkpointer_lib
 from fsq_jax.configuration import compatibility
 from fsq_jax.configuration import loading as configuration
+from fsq_jax.configuration import shipped
 from fsq_jax.models import autoencoder
 from fsq_jax.models import builder as model_builder
 from fsq_jax.models import variables
@@ -107,7 +108,9 @@ def find_run(
   except OSError as error:
     raise ValueError(f'{folder} cannot be read: {error.strerror}.') from error
   if not has_checkpoints:
-    raise ValueError(_explain_missing(folder))
+    raise ValueError(
+        _explain_missing(folder) + shipped.explain_workdir(workdir)
+    )
   reasons = []
   with contextlib.closing(
       checkpointer_lib.Checkpointer(folder, read_only=True)

@@ -15,6 +15,7 @@ from absl import logging
 
 from fsq_jax.configuration import loading
 from fsq_jax.configuration import schema
+from fsq_jax.configuration import shipped
 from fsq_jax.workdir import files as workdirs
 from fsq_jax.workdir import urls
 
@@ -134,6 +135,7 @@ def load(
     raise ValueError(
         f'--workdir={workdir} has no config.json: {saved} is not a'
         ' file. Give the folder of a run, or a --config.'
+        + shipped.explain_workdir(workdir)
     )
   problem = '--config is missing.'
   if path is not None:

@@ -33,6 +33,17 @@ def find(name: str | os.PathLike[str]) -> pathlib.Path | None:
   return folder
 
 
+def explain_workdir(path: str | os.PathLike[str]) -> str:
+  """Returns advice on a name given in place of the folder of a run, or ''."""
+  if not isinstance(path, str) or path not in NAMES:
+    return ''
+  return (
+      f' {path!r} is the name of a tokenizer that ships with fsq_jax: give its'
+      f' folder, {folder_of(path)}; --mode=reconstruct uses {DEFAULT!r} if'
+      ' --workdir is left out.'
+  )
+
+
 def folder_of(name: str) -> pathlib.Path:
   """Returns the folder of a name of `NAMES`.
 

@@ -1,9 +1,11 @@
 """Image files named by a path: one file, or all images of a folder."""
 
+from collections.abc import Mapping
 from concurrent import futures
 import os
 import pathlib
 
+from absl import logging
 import numpy as np
 
 from fsq_jax.data import decoding
@@ -14,7 +16,7 @@ _NUM_LISTED = 10
 
 
 def find_images(path: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
-  """Finds the image files of a path.
+  """Finds the image files of a path; logs how many other files it skips.
 
   Args:
     path: an image file, or a folder whose images are found at any depth.
@@ -31,12 +33,11 @@ def find_images(path: str | os.PathLike[str]) -> dict[str, pathlib.Path]:
   if not path.is_dir():
     raise ValueError(f'{path} is neither an image file nor a folder of them.')
   real = pathlib.Path(os.path.realpath(path))
-  sizes = listing.list_images(str(real.parent), real.name).sizes
-  if not sizes:
-    raise ValueError(
-        f'{path} holds no images; known extensions: {listing.EXTENSIONS}.'
-    )
-  names = sorted(name.partition('/')[2] for name in sizes)
+  found = listing.list_images(str(real.parent), real.name)
+  listing.check_files(
+      len(found.sizes), found.skipped, found.num_unread, str(path), max_share=1
+  )
+  names = sorted(name.partition('/')[2] for name in found.sizes)
   return {name: path / name for name in names}
 
 
@@ -65,11 +66,17 @@ def read_image(
     raise ValueError(f'{path} cannot be read: {error}.') from error
 
 
-def check_images(paths: list[pathlib.Path]) -> None:
+def find_unreadable(paths: Mapping[str, pathlib.Path]) -> dict[str, str]:
   """Decodes every file once, so that none fails during long work.
 
+  Args:
+    paths: by name, at least one.
+
+  Returns:
+    The message of each file that cannot be read, by name; each is logged.
+
   Raises:
-    ValueError: some files cannot be read; lists the first of them.
+    ValueError: no file can be read; lists the first messages.
   """
 
   def find_problem(path: pathlib.Path) -> str | None:
@@ -80,12 +87,16 @@ def check_images(paths: list[pathlib.Path]) -> None:
     return None
 
   with futures.ThreadPoolExecutor() as pool:
-    problems = [x for x in pool.map(find_problem, paths) if x is not None]
-  if problems:
+    found = zip(paths, pool.map(find_problem, paths.values()), strict=True)
+    problems = {name: x for name, x in found if x is not None}
+  if len(problems) == len(paths):
     raise ValueError(
         '\n  '.join([
-            f'{len(problems)} of {len(paths)} images cannot be read; repair or'
-            ' remove them. The first:',
-            *problems[:_NUM_LISTED],
+            f'None of {len(paths)} images can be read; repair them, or give'
+            ' others. The first:',
+            *list(problems.values())[:_NUM_LISTED],
         ])
     )
+  for problem in problems.values():
+    logging.warning('Skipped. %s', problem)
+  return problems

@@ -194,12 +194,32 @@ def new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
   Raises:
     ValueError: the folder is not empty or cannot be written.
   """
+  folder = check_new_folder(path, flag)
+  with processes.fail_together():
+    if jax.process_index() == 0:
+      workdirs.create(folder, flag)
+  return folder
+
+
+def check_new_folder(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """Returns the path of a folder that is missing or empty; creates nothing.
+
+  Collective.
+
+  Args:
+    path: the folder.
+    flag: flag of the folder, for messages.
+
+  Raises:
+    ValueError: the path is a file, or a folder that is not empty.
+  """
   folder = urls.local_path(path, flag).absolute()
   with processes.fail_together():
     if jax.process_index() == 0:
-      if folder.is_dir() and any(folder.iterdir()):
+      if folder.is_file():
+        raise ValueError(f'{folder} is a file; give a folder with {flag}.')
+      if not workdirs.is_empty(folder):
         raise ValueError(f'{flag}={folder} is not empty; give a new folder.')
-      workdirs.create(folder, flag)
   return folder
 
 

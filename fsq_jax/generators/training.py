@@ -70,12 +70,10 @@ def train_and_evaluate(
         config.sample, config.model.kind, model.num_tokens
     )
 
-  with resources.open_run(
-      config, workdir, batch_size=config.tokens.batch_size
-  ) as run:
+  def open_inputs(mesh, is_new):
+    del is_new  # Nothing is initialized from files.
     tokens = token_files.open_files(config, check=build)
     model, sampling = build(tokens.format)
-    mesh = run.mesh
     dataset = sources.build_dataset(
         tokens.train,
         batch_size=config.tokens.batch_size,
@@ -84,6 +82,13 @@ def train_and_evaluate(
     )
     with processes.fail_together():
       evaluator = evaluation.Evaluator(config, model, sampling, tokens, mesh)
+    return tokens, model, dataset, evaluator
+
+  with resources.open_run(
+      config, workdir, open_inputs, batch_size=config.tokens.batch_size
+  ) as run:
+    mesh = run.mesh
+    tokens, model, dataset, evaluator = run.inputs
     optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
     state_builder = build_state_builder(config, model, optimizer, mesh)
     record = run_record.RunRecord(

@@ -210,7 +210,7 @@ def read_description(
   """Reads the config and the metadata of a folder of `write`, but no weights.
 
   Raises:
-    ValueError: a missing or corrupted file.
+    ValueError: a missing or corrupted file, or the folder of a run.
   """
   content = _read_content(folder)
   with _corruption_named(folder):
@@ -380,6 +380,11 @@ def read_arrays(
 def _read_content(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the content of config.json, of the format of this version."""
   content = read_json(folder / CONFIG)
+  if 'format' not in content and 'train' in content:  # The config itself.
+    raise ValueError(
+        f'{folder} is a run, not a saved tokenizer; load it with'
+        f' Tokenizer.from_workdir({str(folder)!r}).'
+    )
   if content.get('format') != _FORMAT:
     raise ValueError(
         f'{folder / CONFIG} has the format {content.get("format")!r}; this'

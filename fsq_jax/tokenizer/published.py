@@ -10,6 +10,7 @@ from fsq_jax.models import variables as variables_lib
 from fsq_jax.models.pretrained import maskgit
 from fsq_jax.runtime import partitioning
 from fsq_jax.tokenizer import files
+from fsq_jax.workdir import urls
 
 # Fields of a config of MaskGIT's VQGAN; sizes are compared with the file.
 _MASKGIT = {
@@ -50,6 +51,7 @@ def read_maskgit(
     ValueError: a file that is missing, corrupted, a pickle, or of another model
       than the config; the differences are listed.
   """
+  path = urls.local_path(path, 'path')
   fields = dict(config_loading.flatten(config))
   differences = [
       f"{name} is {fields[name]!r}; MaskGIT's VQGAN has {value!r}."

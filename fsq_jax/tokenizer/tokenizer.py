@@ -380,7 +380,7 @@ class Tokenizer:
   def reconstruct(
       self,
       images: np.ndarray | str | os.PathLike[str],
-      fit: str = 'crop',
+      fit: str | None = None,
       *,
       tiles: str = 'disjoint',
   ) -> np.ndarray:
@@ -388,27 +388,37 @@ class Tokenizer:
 
     Args:
       images: [B, H, W, C] uint8, or the path of an image file.
-      fit: as in `encode`.
+      fit: as in `encode`; by default 'crop' for arrays, and 'pad', the whole
+        image, for a path.
       tiles: of a ViT under fit='pad'; other models take whole images.
         'disjoint': tiles side by side, each by itself, which leaves visible
         seams. 'overlapping': tiles of the image that overlap by half are
         encoded, decoded and blended; they have up to four times as many tokens
-        (`num_tokens`), which are no grid that `decode` takes.
+        (`num_tokens`), which are no grid that `decode` takes. It needs
+        fit='pad'.
 
     Returns:
       uint8 images, of the same size under 'pad', else of
       config.data.image_size: [B, H, W, C], or [H, W, C] for a path.
 
     Raises:
-      ValueError: as by `encode`, a file that cannot be read, or other `tiles`.
+      ValueError: as by `encode`, a file that cannot be read, other `tiles`, or
+        overlapping ones with another fit than 'pad'.
     """
     if isinstance(images, (str, os.PathLike)):
       path = urls.local_path(images, 'images')
       image = image_files.read_image(path, self.model.channels)
+      fit = 'pad' if fit is None else fit
       return self.reconstruct(image[None], fit, tiles=tiles)[0]
+    fit = 'crop' if fit is None else fit
     tiles_lib.check_tiles(tiles)
+    if tiles == 'overlapping' and fit != 'pad':
+      raise ValueError(
+          f"tiles is 'overlapping' with fit {fit!r}, which has no tiles; give"
+          " fit='pad'."
+      )
     images = self._check_images(images)
-    if tiles == 'overlapping' and fit == 'pad' and not self._sizes.whole:
+    if tiles == 'overlapping' and not self._sizes.whole:
       return self._reconstruct_overlapping(images)
     size = images.shape[1:3] if fit == 'pad' else None
     return self.decode(self.encode(images, fit), size)

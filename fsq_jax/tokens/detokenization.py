@@ -7,8 +7,10 @@ import os
 import pathlib
 
 import jax
+import ml_collections
 import numpy as np
 
+from fsq_jax.checkpoints import saved_model
 from fsq_jax.data import pixel_formats
 from fsq_jax.runtime import processes
 from fsq_jax.tokenizer import tokenizer as tokenizers
@@ -31,6 +33,7 @@ def detokenize_workdir(
     images: str | os.PathLike[str],
     *,
     which: str = 'newest',
+    config: ml_collections.ConfigDict | None = None,
 ) -> int:
   """Writes the decoded images of token files as PNG.
 
@@ -43,12 +46,14 @@ def detokenize_workdir(
       there are several views. Several processes share the images batch by
       batch.
     which: checkpoint of the run that made the tokens.
+    config: checked to have the model of the checkpoint, if given.
 
   Returns:
     Number of images written by this process.
 
   Raises:
-    ValueError: corrupted token files, or token files of another model.
+    ValueError: corrupted token files, or token files or a config of another
+      model.
   """
   with processes.fail_together():
     folder = urls.local_path(images, '--images').absolute()
@@ -65,6 +70,8 @@ def detokenize_workdir(
   )
   parts = [range(i, min(i + size, len(source))) for i in starts]
   with processes.fail_together():
+    if config is not None:
+      saved_model.check_same_model(tokenizer.config, config)
     source.check_decodable(tokenizer.spec, tokenizer.model_hash)
     workdirs.create(folder, '--images')
     _write_images(source, tokenizer, parts, folder)

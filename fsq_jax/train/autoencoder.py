@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import functools
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -61,9 +61,42 @@ def train_and_evaluate(
   configuration.check_config(config, num_devices=jax.device_count())
   config = configuration.resolve(config)
   with resources.open_run(
-      config, workdir, batch_size=config.data.batch_size
+      config,
+      workdir,
+      functools.partial(_open_inputs, config, workdir),
+      batch_size=config.data.batch_size,
   ) as run:
     return _train(run, allow_config_change)
+
+
+class _Inputs(NamedTuple):
+  """All that a run reads, and the model; files may be missing."""
+
+  model: autoencoder.Autoencoder
+  initializer: initialization.Initializer | None
+  networks: frozen_networks.Networks
+  dataset: pipelines.Dataset
+  evaluator: evaluators.Evaluator
+
+
+def _open_inputs(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    mesh: jax.sharding.Mesh,
+    is_new: bool,
+) -> _Inputs:
+  """Opens the inputs; a resumed run needs no initial variables."""
+  model = models.build_autoencoder(
+      config.model, config.data.image_size, config.data.channels
+  )
+  initializer = initialization.Initializer(config, model) if is_new else None
+  networks = frozen_networks.load_networks(config, mesh)
+  dataset = _build_dataset(config, 'train', mesh)
+  evaluator = evaluators.build_evaluator(
+      config, model, _build_dataset(config, 'eval', mesh), mesh,
+      workdir_files.run_folder(workdir),
+  )
+  return _Inputs(model, initializer, networks, dataset, evaluator)
 
 
 def _train(
@@ -71,18 +104,7 @@ def _train(
 ) -> train_state.TrainState:
   """Builds the parts of a run in the order of their dependencies; trains."""
   config, mesh, folder = run.config, run.mesh, run.folder
-  model = models.build_autoencoder(
-      config.model, config.data.image_size, config.data.channels
-  )
-  initializer = None
-  if run.checkpointer.latest_step is None:
-    initializer = initialization.Initializer(config, model)
-  networks = frozen_networks.load_networks(config, mesh)
-  dataset = _build_dataset(config, 'train', mesh)
-  # Before the state, which takes longer: files may be missing.
-  evaluator = evaluators.build_evaluator(
-      config, model, _build_dataset(config, 'eval', mesh), mesh, folder
-  )
+  model, initializer, networks, dataset, evaluator = run.inputs
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.build_state_builder(config, model, optimizer, mesh)
   record = run_record.RunRecord(

@@ -27,7 +27,7 @@ from fsq_jax.workdir import urls
 
 
 class Run(NamedTuple):
-  """Resources of a run, closed by the stack."""
+  """Resources of a run, closed by the stack; `inputs` of `open_inputs`."""
 
   config: ml_collections.ConfigDict
   folder: pathlib.Path
@@ -36,6 +36,7 @@ class Run(NamedTuple):
   progress: progress_lib.Progress
   checkpointer: checkpointers.Checkpointer
   trackers: Sequence[metric_log.Tracker]
+  inputs: Any
   stack: contextlib.ExitStack
 
   def close_at_end(self, part: Any) -> Any:
@@ -47,16 +48,23 @@ class Run(NamedTuple):
 def open_run(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike[str],
+    open_inputs: Callable[[jax.sharding.Mesh, bool], Any],
     *,
     batch_size: int,
 ) -> Iterator[Run]:
-  """Opens the workdir, which no other run may use meanwhile.
+  """Opens the inputs, and the workdir, which no other run may use meanwhile.
+
+  A local workdir that is missing or empty is created after the inputs were
+  opened, so that nothing is left of a run whose inputs are missing. Otherwise
+  the workdir is opened first, since another run may be using it.
 
   Everything that was opened is closed at the end, whatever fails.
 
   Args:
     config: resolved; its sections train and partitioning are read.
     workdir: folder of the run, created if it is missing.
+    open_inputs: called with the mesh and whether there is no checkpoint to
+      resume from; returns `Run.inputs`.
     batch_size: images per step, for the progress.
 
   Raises:
@@ -66,7 +74,7 @@ def open_run(
   host.use_compilation_cache(config.train.compilation_cache)
   try:
     with contextlib.ExitStack() as stack:
-      yield _open(config, workdir, batch_size, stack)
+      yield _open(config, workdir, open_inputs, batch_size, stack)
   except (
       checkpointers.ReadError, checkpointers.SaveError, processes.PeerError
   ) as error:
@@ -80,16 +88,23 @@ def open_run(
 def _open(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike[str],
+    open_inputs: Callable[[jax.sharding.Mesh, bool], Any],
     batch_size: int,
     stack: contextlib.ExitStack,
 ) -> Run:
   # First: a signal during building and compiling stops the run after one step.
   stop_request = stack.enter_context(preemption.catch_signals())
   is_writer = jax.process_index() == 0
+  with processes.fail_together():
+    folder = workdir_files.run_folder(workdir, '--workdir')
+    _check_local_outputs(config, folder)
+  mesh = partitioning.create_mesh(config.partitioning.mesh)
+  # The same order in all processes.
+  is_unused = not processes.is_any(not _is_unused(folder))
+  inputs = open_inputs(mesh, True) if is_unused else None
   trackers = []
   with processes.fail_together():
-    folder = workdir_files.create(workdir, stores=urls.STORES)
-    _check_local_outputs(config, folder)
+    workdir_files.create(folder, stores=urls.STORES)
     if is_writer:
       stack.enter_context(workdir_files.lock(folder))
       trackers = _open_trackers(config, folder, stack)
@@ -98,7 +113,6 @@ def _open(
       batch_size=batch_size,
       enabled=is_writer,
   )
-  mesh = partitioning.create_mesh(config.partitioning.mesh)
   progress.say(
       f'{jax.device_count()} x {jax.devices()[0].device_kind}, mesh'
       f' {dict(mesh.shape)}; writing to {folder}'
@@ -108,10 +122,27 @@ def _open(
           checkpointers.Checkpointer(folder, keep=config.train.keep_checkpoints)
       )
   )
+  if not is_unused:
+    inputs = open_inputs(mesh, checkpointer.latest_step is None)
   return Run(
       config, folder, mesh, stop_request, progress, checkpointer, trackers,
-      stack,
+      inputs, stack,
   )
+
+
+def _is_unused(folder: pathlib.Path) -> bool:
+  """Whether a local folder is missing or empty, and could be created."""
+  if workdir_files.is_remote(folder):
+    return False
+  try:
+    existing = next(x for x in (folder, *folder.parents) if x.exists())
+    return (
+        existing.is_dir()
+        and os.access(existing, os.W_OK | os.X_OK)
+        and workdir_files.is_empty(folder)
+    )
+  except OSError:
+    return False  # Creating it names the problem.
 
 
 def _check_local_outputs(

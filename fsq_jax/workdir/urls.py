@@ -11,13 +11,17 @@ _URL = re.compile(r'([a-z][a-z0-9+.-]+)://', re.IGNORECASE)
 # pathlib writes gs://bucket as gs:/bucket.
 _COLLAPSED = re.compile(r'([a-z][a-z0-9+.-]+):/', re.IGNORECASE)
 _COLLAPSED_TEXT = re.compile(
-    r'(gs|gcs|s3|s3a|az|abfss?|hdfs|https?|file):/', re.IGNORECASE
+    r'(gs|gcs|s3[an]?|oss|az|abfss?|wasbs?|dbfs|hdfs|https?|file):/',
+    re.IGNORECASE,
 )
 _MOUNT = (
     'Mount the bucket (Cloud Storage FUSE, Mountpoint for Amazon S3), or copy'
     ' the files.'
 )
-_ADVICE = {'file': 'Give the path without file://.', 'gs': _MOUNT, 's3': _MOUNT}
+_ADVICE = {
+    'file': 'Give the path without file://.',
+    **dict.fromkeys(('gs', 'gcs', 's3', 's3a', 's3n'), _MOUNT),
+}
 
 
 def _match(path: str | os.PathLike[str]) -> re.Match[str] | None:
@@ -59,9 +63,12 @@ def explain(
   if scheme is None or scheme in stores:
     return None
   allowed = ' or '.join(['a local path', *(f'{x}://BUCKET/X' for x in stores)])
+  advice = _ADVICE.get(scheme, 'Copy the files.')
+  if scheme == 'gcs' and 'gs' in stores:
+    advice = f'Write {normalize(path).replace("gcs", "gs", 1)}.'
   return (
       f'{name} is {normalize(path)}: URLs of {scheme}:// are not supported'
-      f' there; allowed: {allowed}. {_ADVICE.get(scheme, "Copy the files.")}'
+      f' there; allowed: {allowed}. {advice}'
   )
 
 

@@ -123,8 +123,15 @@ def _cut(path):
         ),
         (
             lambda x: _cut(x / 'in' / 'wide.png'),
-            ['--images_in={}/in', '--images={}/out'],
+            ['--images_in={}/in/wide.png', '--images={}/out'],
             'wide.png cannot be read',
+        ),
+        (
+            lambda x: (
+                _cut(x / 'in' / 'wide.png'), _cut(x / 'in' / 'sub' / 'tiny.jpg')
+            ),
+            ['--images_in={}/in', '--images={}/out'],
+            'None of 2 images can be read',
         ),
         (
             lambda x: _save(x / 'in' / 'sub' / 'tiny.jpg.png', 5, 5),
@@ -163,6 +170,29 @@ def test_bad_input_is_named_before_any_work(
   assert sorted(tmp_path.rglob('*')) == before
 
 
+@pytest.mark.slow
+def test_unreadable_images_are_skipped_and_listed(folder, tmp_path, capsys):
+  _cut(folder / 'wide.png')
+  out = tmp_path / 'out'
+  args = [f'--images_in={folder}', f'--images={out}']
+  assert _launch(f'--workdir={_RUN}', *args) == 0
+  said = capsys.readouterr().out
+  assert 'mean of 1 images (1 unreadable): ' in said
+  record = json.loads((out / reconstruction.RECORD).read_text())
+  assert list(record['images']) == ['sub/tiny.jpg']
+  assert list(record['unreadable']) == ['wide.png']
+  assert 'wide.png cannot be read' in record['unreadable']['wide.png']
+  assert not (out / 'originals' / 'wide.png').exists()
+
+
+def test_a_missing_run_leaves_no_folder(folder, tmp_path, capsys):
+  args = [f'--images_in={folder}', f'--images={tmp_path}/out']
+  config = f'--config={_RUN.parents[2]}/configs/debug.py'
+  assert _launch(config, f'--workdir={tmp_path}/none', *args) == 2
+  assert 'none is not a folder' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
 def test_the_encoder_is_needed(folder, tmp_path, capsys):
   saved = tmp_path / 'saved'
   tokenizers.Tokenizer.from_workdir(_RUN).save_pretrained(
@@ -171,3 +201,4 @@ def test_the_encoder_is_needed(folder, tmp_path, capsys):
   args = [f'--images_in={folder}', f'--images={tmp_path}/out']
   assert _launch(f'--workdir={saved}', *args) == 2
   assert 'has no encoder' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()

@@ -76,7 +76,9 @@ def test_files_that_were_not_installed_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures('_ships')
-def test_reconstruct_takes_it_without_a_run(saved, monkeypatch, capsys):
+def test_reconstruct_takes_it_without_a_run(
+    saved, tmp_path, monkeypatch, capsys
+):
   workdirs = []
 
   def reconstruct_files(workdir, *args, **kwargs):
@@ -93,6 +95,16 @@ def test_reconstruct_takes_it_without_a_run(saved, monkeypatch, capsys):
   assert workdirs == [saved, _RUN, pathlib.Path('runs/debug')]
   out = capsys.readouterr().out
   assert out == 'Tokenizer: photos, which ships with fsq_jax.\n'
+  # As a workdir it is a folder.
+  monkeypatch.chdir(tmp_path)
+  config = f'--config={_ROOT}/configs/debug.py'
+  for args in (['--mode=reconstruct'], ['--mode=tokenize', config]):
+    words = ['launch.py', '--workdir=photos', *args]
+    with flagsaver.flagsaver():
+      assert launch.main(launch.parse_flags(words)) == 2
+    err = capsys.readouterr().err
+    assert f'ships with fsq_jax: give its folder, {saved};' in err
+    assert "uses 'photos' if --workdir is left out" in err
   # Other modes need a run.
   with flagsaver.flagsaver():
     assert launch.main(launch.parse_flags(['launch.py', '--mode=eval'])) == 2

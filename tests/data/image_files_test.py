@@ -1,7 +1,5 @@
 """Image files by path: found at any depth, read, unreadable ones named."""
 
-import os
-
 import numpy as np
 from PIL import Image
 import pytest
@@ -39,6 +37,9 @@ def test_missing_images_are_named(folder, tmp_path):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(ValueError, match=r'empty holds no images; known.*\.png'):
     image_files.find_images(tmp_path / 'empty')
+  (tmp_path / 'empty' / 'a.heic').touch()
+  with pytest.raises(ValueError, match=r'no images; .* Skipped: 1 \.heic\.'):
+    image_files.find_images(tmp_path / 'empty')
   with pytest.raises(ValueError, match='none cannot be read: No such file'):
     image_files.read_image(tmp_path / 'none')
 
@@ -49,14 +50,30 @@ def test_images_are_read_as_rgb(folder):
   assert image.dtype == np.uint8
 
 
-def test_every_unreadable_image_is_named(folder):
-  paths = list(image_files.find_images(folder).values())
-  image_files.check_images(paths)
+def test_skipped_files_are_counted(folder, caplog):
+  for name in ('x.heic', 'sub/y.HEIC', 'z.tga'):
+    (folder / name).touch()
+  assert len(image_files.find_images(folder)) == 3
+  assert f'{folder}: skipped 2 .heic, 1 .tga, 1 .txt.' in caplog.text
+
+
+def _cut(path):
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 2])
+
+
+def test_every_unreadable_image_is_named(folder, caplog):
+  paths = image_files.find_images(folder)
+  assert image_files.find_unreadable(paths) == {}
   for name in ('b.png', 'sub/c.png'):
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-  with pytest.raises(ValueError, match='2 of 3 images') as error:
-    image_files.check_images(paths)
-  assert str(folder / 'b.png') in str(error.value)
-  assert os.path.join(folder, 'sub', 'c.png') in str(error.value)
-  assert 'a.jpg' not in str(error.value)
+    _cut(folder / name)
+  problems = image_files.find_unreadable(paths)
+  assert list(problems) == ['b.png', 'sub/c.png']
+  for name, problem in problems.items():
+    assert f'{folder / name} cannot be read: ' in problem
+    assert f'Skipped. {problem}' in caplog.text
+  _cut(folder / 'sub' / 'a.jpg')
+  with pytest.raises(ValueError, match='None of 3 images can be') as error:
+    image_files.find_unreadable(paths)
+  for path in paths.values():
+    assert str(path) in str(error.value)

@@ -371,6 +371,16 @@ def test_missing_token_files_are_made(
   training.train_and_evaluate(config, tmp_path / 'run')
 
 
+@pytest.mark.parametrize('field', ['tokens.eval', 'tokens.tokenizer'])
+def test_missing_inputs_leave_no_folder(load_config, tmp_path, field):
+  config = load_config('masked')
+  (tmp_path / 'empty').mkdir()
+  config.update_from_flattened_dict({field: str(tmp_path / 'empty')})
+  with pytest.raises(ValueError, match=rf'(?s){field}.*empty'):
+    training.train_and_evaluate(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_run_needs_no_tokenizer(trained):
   folder, _ = trained()
   assert not (folder / workdirs.SAMPLES).exists()

@@ -170,10 +170,15 @@ def test_an_image_is_reconstructed_from_its_path(tokenizer, tmp_path):
   PIL.Image.fromarray(image).save(path)
   for name in (path, str(path)):
     np.testing.assert_array_equal(
-        tokenizer.reconstruct(name, 'pad'),
+        tokenizer.reconstruct(name),
         tokenizer.reconstruct(image[None], 'pad')[0],
     )
-  assert tokenizer.reconstruct(path).shape == (16, 16, 3)
+  np.testing.assert_array_equal(
+      tokenizer.reconstruct(path, tiles='overlapping'),
+      tokenizer.reconstruct(image[None], 'pad', tiles='overlapping')[0],
+  )
+  assert tokenizer.reconstruct(path, 'crop').shape == (16, 16, 3)
+  assert tokenizer.reconstruct(image[None]).shape == (1, 16, 16, 3)
   with pytest.raises(ValueError, match=r'none\.png cannot be read: No such'):
     tokenizer.reconstruct(tmp_path / 'none.png')
 
@@ -199,9 +204,6 @@ def test_tokens_of_tiles_are_counted(tokenizer):
         tokenizer.reconstruct(image, 'pad', tiles=tiles),
         tokenizer.reconstruct(image, 'pad'),
     )
-    np.testing.assert_array_equal(
-        tokenizer.reconstruct(image, tiles=tiles), tokenizer.reconstruct(image)
-    )
 
 
 def test_unknown_tiles_are_rejected(tokenizer):
@@ -212,6 +214,15 @@ def test_unknown_tiles_are_rejected(tokenizer):
   ):
     with pytest.raises(ValueError, match=r"tiles is .*; allowed: \['disjoint'"):
       call()
+
+
+def test_a_crop_has_no_overlapping_tiles(tokenizer, tmp_path):
+  image = _images(1, 16, 16)
+  path = tmp_path / 'image.png'
+  PIL.Image.fromarray(image[0]).save(path)
+  for args in ((image,), (image, 'crop'), (path, 'crop')):
+    with pytest.raises(ValueError, match=r"with fit 'crop'.* give fit='pad'"):
+      tokenizer.reconstruct(*args, tiles='overlapping')
 
 
 def _convolutional():
@@ -402,6 +413,11 @@ def test_a_saved_tokenizer_has_one_checkpoint(folder):
   for which in ('best', '4'):
     with pytest.raises(ValueError, match=f"has no checkpoint '{which}'"):
       tokenizer_lib.load_tokenizer(folder, which)
+
+
+def test_a_run_is_no_saved_tokenizer():
+  with pytest.raises(ValueError, match=r'run is a run.*\.from_workdir\('):
+    Tokenizer.from_pretrained(_RUN)
 
 
 def _change_json(path, change):

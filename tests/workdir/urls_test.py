@@ -36,6 +36,9 @@ _ROOT = pathlib.Path(__file__).parents[2]
         ('./gs:/bucket', None),
         ('a:/b', None),  # A folder a: of one letter, or a drive.
         ('gs:/bucket', 'gs'),  # str() of a pathlib.Path.
+        ('s3n:/bucket', 's3n'),
+        ('oss:/bucket', 'oss'),
+        ('dbfs:/folder', 'dbfs'),
         ('gsx:/bucket', None),
         ('runs/x', None),
         ('~/x', None),
@@ -44,6 +47,12 @@ _ROOT = pathlib.Path(__file__).parents[2]
 )
 def test_schemes_are_found(path, scheme):
   assert urls.find_scheme(path) == scheme
+
+
+def test_a_url_of_gcs_is_written_gs():
+  for url in ('gcs://b/gcs', 'GCS:/b/gcs'):
+    assert urls.explain(url, 'x', urls.STORES).endswith(' Write gs://b/gcs.')
+  assert 'Mount the bucket' in urls.explain('gcs://b/x', 'x')
 
 
 def test_local_paths_stay_as_they_are(monkeypatch, tmp_path):
@@ -72,6 +81,9 @@ _TAKE_PATHS = {
         'run', x, 'out'
     ),
     'ImageArrays': image_arrays.ImageArrays,
+    'from_maskgit': lambda x: tokenizer.Tokenizer.from_maskgit(
+        x, _config('imagenet256_vq_1024')
+    ),
     'new_folder': lambda x: saved_run.new_folder(x, '--images'),
 }
 
