@@ -5,6 +5,7 @@ import functools
 import pathlib
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -33,6 +34,14 @@ _FORBIDDEN_LIBRARIES = {'tensorflow', 'torch', 'pickle'}
 # each with its reason. Tests may be longer: tables of cases are easy to read.
 _MAX_LINES = 600
 _LONG: dict[str, str] = {}
+# Where fsq_jax/README.md starts reading, and the largest number of code lines.
+_READING_PATH = (
+    'launch.py', 'fsq_jax/train/autoencoder.py', 'fsq_jax/train/loop.py',
+    'fsq_jax/train/step.py', 'fsq_jax/models/autoencoder.py',
+    'fsq_jax/models/vit.py', 'fsq_jax/models/layers.py',
+    'fsq_jax/quantizers/base.py', 'fsq_jax/quantizers/fsq.py',
+)  # fmt: skip
+_MAX_READING_LINES = 1150
 # Public attributes of named tuples.
 _NAMED_TUPLE = {'_asdict', '_fields', '_make', '_replace'}
 _TOP_LEVEL = {
@@ -335,3 +344,38 @@ def test_repository_has_no_other_top_level_names():
     pytest.skip('Not a git checkout.')
   names = {line.split('/')[0] for line in git.stdout.splitlines()}
   assert names <= _TOP_LEVEL
+
+
+def _code_lines(path):
+  """Numbers of the lines with code, not of docstrings, comments and blanks."""
+  docstrings = {
+      line
+      for node in ast.walk(_parse(path))
+      if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+      and ast.get_docstring(node) is not None
+      for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+  }
+  ignored = {
+      tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT,
+      tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER,
+  }  # fmt: skip
+  with open(path, 'rb') as file:
+    lines = {
+        line
+        for token in tokenize.tokenize(file.readline)
+        if token.type not in ignored
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+  return lines - docstrings
+
+
+def test_the_reading_path_of_a_newcomer_is_short():
+  readme = (_ROOT / 'fsq_jax' / 'README.md').read_text(encoding='utf-8')
+  places = [
+      readme.find(f'[{x.removeprefix("fsq_jax/")}](') for x in _READING_PATH
+  ]
+  assert places[0] > -1
+  assert places == sorted(places)
+  assert sum(len(_code_lines(_ROOT / x)) for x in _READING_PATH) <= (
+      _MAX_READING_LINES
+  )

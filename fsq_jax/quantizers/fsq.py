@@ -12,6 +12,7 @@ from fsq_jax.quantizers import base
 from fsq_jax.quantizers import checks
 from fsq_jax.quantizers import conventions
 from fsq_jax.quantizers import digits as digits_lib
+from fsq_jax.quantizers import diversity
 
 _NOISE_PER = ('element', 'example')
 
@@ -64,14 +65,11 @@ class FSQ(digits_lib.DigitQuantizer):
       to codes in training.
     noise_per: 'element': the same amplitude everywhere; 'example': times a
       factor in [0, 1) drawn for each example (leading axis).
-    diversity_weight: weight of the diversity loss, the sum over channels of
-      log L - H(p) in nats, with p the histogram of the L levels over the batch.
-      Counts are interpolated linearly between the two levels next to a latent,
-      so that the gradient pulls it towards the rarer one.
+    diversity_weight: weight of the diversity loss, which evens out the use of
+      the levels: `diversity.missing_entropy` of the batch.
     axis_name: in training, the axis of jax.shard_map, jax.pmap or jax.vmap, or
-      a tuple of axes, over which replicas hold parts of the batch: p is then
-      the histogram of the whole batch. Without diversity_weight it has no
-      effect.
+      a tuple of axes, over which replicas hold parts of the batch; only the
+      diversity loss needs it.
   """
 
   levels: Sequence[int]
@@ -138,32 +136,18 @@ class FSQ(digits_lib.DigitQuantizer):
     if self.diversity_weight > 0:
       # The axis does not exist in initialization.
       is_mapped = train and not self.is_initializing()
-      loss += self.diversity_weight * self._missing_entropy(
-          steps, self.axis_name if is_mapped else None
+      loss += self.diversity_weight * diversity.missing_entropy(
+          self._clip(steps + grid.origin),
+          self.levels,
+          # Groups of channels have histograms of their own.
+          range(steps.ndim - 1 - len(self.index_shape)),
+          self.axis_name if is_mapped else None,
       )
     return base.QuantizerOutput(
         z_q=self._channels_back(z_q).astype(z.dtype),
         loss=loss,
         indices=indices,
     )
-
-  def _missing_entropy(
-      self, steps: jax.Array, axis_name: checks.AxisName
-  ) -> jax.Array:
-    """Returns the sum of log L - H(p) over channels, a float32 scalar."""
-    position = self._clip(steps + self._grid.origin)
-    # Groups of channels have histograms of their own.
-    batch_axes = range(position.ndim - 1 - len(self.index_shape))
-    total = jnp.zeros((), jnp.float32)
-    for i, num_levels in enumerate(self.levels):
-      distance = jnp.abs(position[..., i, None] - jnp.arange(num_levels))
-      p = jnp.mean(jnp.maximum(1 - distance, 0), axis=tuple(batch_axes))
-      if axis_name is not None:
-        p = jax.lax.pmean(p, axis_name)
-      # The gradient of p log p is infinite at 0; there it is set to 0.
-      logarithms = jnp.log(jnp.where(p > 0, p, 1))
-      total += jnp.sum(math.log(num_levels) + jnp.sum(p * logarithms, -1))
-    return total
 
   @property
   def code_steps(self) -> tuple[float, ...]:

@@ -4,22 +4,20 @@ from collections.abc import Mapping
 import functools
 import os
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 
 from fsq_jax.configuration import loading as configuration
-from fsq_jax.data import builder as data_builder
 from fsq_jax.data import pipelines
-from fsq_jax.evaluation import evaluator as evaluators
 from fsq_jax.models import autoencoder
-from fsq_jax.models import builder as models
 from fsq_jax.quantizers import specs
 from fsq_jax.report import report
 from fsq_jax.runtime import partitioning
 from fsq_jax.train import frozen_networks
 from fsq_jax.train import initialization
+from fsq_jax.train import inputs
 from fsq_jax.train import loop
 from fsq_jax.train import optim
 from fsq_jax.train import resources
@@ -69,34 +67,12 @@ def train_and_evaluate(
     return _train(run, allow_config_change)
 
 
-class _Inputs(NamedTuple):
-  """All that a run reads, and the model; files may be missing."""
-
-  model: autoencoder.Autoencoder
-  initializer: initialization.Initializer | None
-  networks: frozen_networks.Networks
-  dataset: pipelines.Dataset
-  evaluator: evaluators.Evaluator
-
-
-def _open_inputs(
-    config: ml_collections.ConfigDict,
-    workdir: str | os.PathLike[str],
-    mesh: jax.sharding.Mesh,
-    is_new: bool,
-) -> _Inputs:
-  """Opens the inputs; a resumed run needs no initial variables."""
-  model = models.build_autoencoder(
-      config.model, config.data.image_size, config.data.channels
-  )
-  initializer = initialization.Initializer(config, model) if is_new else None
-  networks = frozen_networks.load_networks(config, mesh)
-  dataset = _build_dataset(config, 'train', mesh)
-  evaluator = evaluators.build_evaluator(
-      config, model, _build_dataset(config, 'eval', mesh), mesh,
-      workdir_files.run_folder(workdir),
-  )
-  return _Inputs(model, initializer, networks, dataset, evaluator)
+def _open_inputs(config, workdir, mesh, is_new):
+  """Returns the inputs, and the initializer of a run that is not resumed."""
+  opened = inputs.open_inputs(config, workdir, mesh)
+  if not is_new:
+    return opened, None
+  return opened, initialization.Initializer(config, opened.model)
 
 
 def _train(
@@ -104,7 +80,7 @@ def _train(
 ) -> train_state.TrainState:
   """Builds the parts of a run in the order of their dependencies; trains."""
   config, mesh, folder = run.config, run.mesh, run.folder
-  model, initializer, networks, dataset, evaluator = run.inputs
+  (model, networks, dataset, evaluator), initializer = run.inputs
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.build_state_builder(config, model, optimizer, mesh)
   record = run_record.RunRecord(
@@ -175,15 +151,3 @@ def _check_parts(
   """Checks the record of a checkpoint against quantizer and networks."""
   specs.check_same_spec(saved['quantizer'], model.quantizer.spec())
   networks.check_same(saved['networks'])
-
-
-def _build_dataset(
-    config: ml_collections.ConfigDict, split: str, mesh: jax.sharding.Mesh
-) -> pipelines.Dataset:
-  """Builds this process's data shard of a split."""
-  return data_builder.build_dataset(
-      config.data,
-      split=split,
-      seed=config.seed,
-      **partitioning.data_shard(mesh)._asdict(),
-  )

@@ -22,6 +22,7 @@ from fsq_jax.train import state as train_state
 from fsq_jax.workdir import files as workdir_files
 from fsq_jax.workdir import metric_log
 from fsq_jax.workdir import progress as progress_lib
+from fsq_jax.workdir import rows as rows_lib
 from fsq_jax.workdir import trackers as trackers_lib
 from fsq_jax.workdir import urls
 
@@ -35,7 +36,7 @@ class Run(NamedTuple):
   stop_request: preemption.StopRequest
   progress: progress_lib.Progress
   checkpointer: checkpointers.Checkpointer
-  trackers: Sequence[metric_log.Tracker]
+  trackers: Sequence[rows_lib.Tracker]
   inputs: Any
   stack: contextlib.ExitStack
 
@@ -161,7 +162,7 @@ def _open_trackers(
     config: ml_collections.ConfigDict,
     folder: pathlib.Path,
     stack: contextlib.ExitStack,
-) -> list[metric_log.Tracker]:
+) -> list[rows_lib.Tracker]:
   """Connects to train.trackers before the run computes anything."""
   fields = dict(config_loading.flatten(config))
   trackers = []

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import numpy as np
@@ -15,51 +15,10 @@ import PIL.Image
 
 from fsq_jax.workdir import files
 from fsq_jax.workdir import object_store
+from fsq_jax.workdir import rows as rows_lib
 
 
-class Row(NamedTuple):
-  """A row of metrics.jsonl.
-
-  Attributes:
-    step: training steps taken.
-    split: 'train' or 'eval'.
-    scalars: metrics by name; NaN for values that are not finite.
-    figures: PNG files of an evaluation by name: 'reconstructions', 'samples',
-      and 'reconstructions/coffee' for a figure with a name of its own.
-  """
-
-  step: int
-  split: str
-  scalars: Mapping[str, float]
-  figures: Mapping[str, pathlib.Path]
-
-  def named_scalars(self) -> dict[str, float]:
-    """Returns the scalars as 'train/loss' and the like."""
-    return {f'{self.split}/{name}': x for name, x in self.scalars.items()}
-
-
-class Tracker:
-  """Destination of rows: a file, TensorBoard, or a service for experiments."""
-
-  def start(self, rows: Sequence[Row]) -> None:
-    """Called once before `write`, with the rows of earlier processes."""
-
-  def write(self, row: Row) -> None:
-    """Adds a row."""
-    raise NotImplementedError
-
-  def flush(self) -> None:
-    """Waits until the rows are stored."""
-
-  def close(self, *, failed: bool = False) -> None:
-    """Ends the rows of this process.
-
-    Args:
-      failed: an error or a signal has ended the run.
-    """
-
-
-class JsonLines(Tracker):
+class JsonLines(rows_lib.Tracker):
   """Appends rows to metrics.jsonl."""
 
   def __init__(self, path: pathlib.Path, kept: Sequence[str]):
@@ -81,7 +40,7 @@ class JsonLines(Tracker):
       self._file.close()
 
 
-class JsonObject(Tracker):
+class JsonObject(rows_lib.Tracker):
   """Rewrites metrics.jsonl in an object store, which cannot append.
 
   Rows are stored at the end, at every `flush` and thus before every checkpoint,
@@ -131,12 +90,12 @@ class JsonObject(Tracker):
     self._is_stored, self._stored_at = True, time.monotonic()
 
 
-def _to_line(row: Row) -> str:
+def _to_line(row: rows_lib.Row) -> str:
   values = {'step': row.step, 'split': row.split, **row.scalars}
   return json.dumps(files.finite_or_null(values), allow_nan=False)
 
 
-class TensorBoard(Tracker):
+class TensorBoard(rows_lib.Tracker):
   """Writes TensorBoard events with tensorboardX."""
 
   def __init__(self, folder: pathlib.Path, *, first_step: int):
@@ -183,7 +142,7 @@ class MetricWriter:
       folder: pathlib.Path,
       *,
       first_step: int,
-      trackers: Sequence[Tracker] = (),
+      trackers: Sequence[rows_lib.Tracker] = (),
   ):
     """Opens the files; rows of steps after `first_step` are dropped.
 
@@ -197,7 +156,9 @@ class MetricWriter:
     kept = [x for x in _read_rows(path) if x[1]['step'] <= first_step]
     self._is_remote = files.is_remote(folder)
     lines = JsonObject if self._is_remote else JsonLines
-    self._opened: list[Tracker] = [lines(path, [line for line, _ in kept])]
+    self._opened: list[rows_lib.Tracker] = [
+        lines(path, [line for line, _ in kept])
+    ]
     if not self._is_remote:
       self._open_tensorboard(first_step)
     rows = [self._from_json(values) for _, values in kept]
@@ -233,7 +194,7 @@ class MetricWriter:
     for tracker in self._opened:
       tracker.close()
 
-  def _from_json(self, values: Mapping[str, Any]) -> Row:
+  def _from_json(self, values: Mapping[str, Any]) -> rows_lib.Row:
     scalars = {
         name: math.nan if x is None else x
         for name, x in values.items()
@@ -243,11 +204,11 @@ class MetricWriter:
 
   def _row(
       self, step: int, split: str, scalars: Mapping[str, float]
-  ) -> Row:
+  ) -> rows_lib.Row:
     figures = {}
     if split == 'eval' and not self._is_remote:
       figures = dict(_find_figures(self._folder, step))
-    return Row(step, split, scalars, figures)
+    return rows_lib.Row(step, split, scalars, figures)
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

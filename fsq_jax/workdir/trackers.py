@@ -12,13 +12,13 @@ from typing import Any
 from absl import logging
 
 from fsq_jax.workdir import files
-from fsq_jax.workdir import metric_log
+from fsq_jax.workdir import rows as rows_lib
 
 # Names of trackers, and the packages to install for them.
 PACKAGES = {'mlflow': 'mlflow-skinny', 'wandb': 'wandb'}
 
 
-class Client(metric_log.Tracker):
+class Client(rows_lib.Tracker):
   """A run of a service. Methods raise the errors of its package.
 
   Attributes:
@@ -137,7 +137,7 @@ def is_installed(name: str) -> bool:
   return spec is not None and spec.origin is not None
 
 
-class Delivery(metric_log.Tracker):
+class Delivery(rows_lib.Tracker):
   """Sends every row to a client once, also over restarts and failures.
 
   trackers.json in the run's folder holds the id of the client's run, the number
@@ -181,9 +181,9 @@ class Delivery(metric_log.Tracker):
     self._run_id: str | None = record.get('run_id')
     self._num_rows: int = record.get('num_rows', 0)
     self._newest: dict[str, int] = record.get('newest', {})
-    self._pending: collections.deque[metric_log.Row] = collections.deque()
+    self._pending: collections.deque[rows_lib.Row] = collections.deque()
     # Times and rows that may not be stored yet.
-    self._sent: collections.deque[tuple[float, metric_log.Row]] = (
+    self._sent: collections.deque[tuple[float, rows_lib.Row]] = (
         collections.deque()
     )
     self._client: Client | None = None
@@ -232,7 +232,7 @@ class Delivery(metric_log.Tracker):
           self._name, len(self._pending), self._pending[0].step,
       )
 
-  def _is_new(self, row: metric_log.Row) -> bool:
+  def _is_new(self, row: rows_lib.Row) -> bool:
     return row.step > self._newest.get(row.split, -1)
 
   def _open(self) -> None:

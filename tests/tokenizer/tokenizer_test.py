@@ -405,7 +405,8 @@ def test_the_card_says_what_was_evaluated(tokenizer, tmp_path):
   assert '342 images of photos' in card
   assert '| levels | 8, 8, 8 |' in card
   assert tokenizer.model_hash in card
-  assert Tokenizer.from_pretrained(folder).evaluation == evaluation
+  saved = Tokenizer.from_pretrained(folder).evaluation
+  assert saved == files.without_places(evaluation)
 
 
 def test_a_saved_tokenizer_has_one_checkpoint(folder):
