@@ -61,18 +61,12 @@ def train_and_evaluate(
   with resources.open_run(
       config,
       workdir,
-      functools.partial(_open_inputs, config, workdir),
+      functools.partial(
+          inputs.open_inputs, config, workdir, initialization.Initializer
+      ),
       batch_size=config.data.batch_size,
   ) as run:
     return _train(run, allow_config_change)
-
-
-def _open_inputs(config, workdir, mesh, is_new):
-  """Returns the inputs, and the initializer of a run that is not resumed."""
-  opened = inputs.open_inputs(config, workdir, mesh)
-  if not is_new:
-    return opened, None
-  return opened, initialization.Initializer(config, opened.model)
 
 
 def _train(
@@ -80,7 +74,7 @@ def _train(
 ) -> train_state.TrainState:
   """Builds the parts of a run in the order of their dependencies; trains."""
   config, mesh, folder = run.config, run.mesh, run.folder
-  (model, networks, dataset, evaluator), initializer = run.inputs
+  model, initializer, networks, dataset, evaluator = run.inputs
   optimizer = optim.build_optimizer(config.optim, config.train.num_steps)
   builder = train_state.build_state_builder(config, model, optimizer, mesh)
   record = run_record.RunRecord(

@@ -1,7 +1,8 @@
 """The inputs of a run of an autoencoder: model, frozen networks, images."""
 
+from collections.abc import Callable
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -21,12 +22,14 @@ class Inputs(NamedTuple):
 
   Attributes:
     model: of the config.
+    initializer: of its variables; None for a resumed run, which needs none.
     networks: frozen networks of the losses.
     dataset: training images.
     evaluator: of the held-out images.
   """
 
   model: autoencoder.Autoencoder
+  initializer: Any
   networks: frozen_networks.Networks
   dataset: pipelines.Dataset
   evaluator: evaluators.Evaluator
@@ -35,14 +38,18 @@ class Inputs(NamedTuple):
 def open_inputs(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike[str],
+    open_initializer: Callable[..., Any],
     mesh: jax.sharding.Mesh,
+    is_new: bool,
 ) -> Inputs:
   """Opens the inputs before a run computes anything.
 
   Args:
     config: resolved.
     workdir: folder of the run, for statistics of reference images.
+    open_initializer: `initialization.Initializer`.
     mesh: from `partitioning.create_mesh`.
+    is_new: whether there is no checkpoint to resume from.
 
   Raises:
     ValueError: an input that is missing or does not fit.
@@ -50,13 +57,14 @@ def open_inputs(
   model = models.build_autoencoder(
       config.model, config.data.image_size, config.data.channels
   )
+  initializer = open_initializer(config, model) if is_new else None
   networks = frozen_networks.load_networks(config, mesh)
   dataset = _build_dataset(config, 'train', mesh)
   evaluator = evaluators.build_evaluator(
       config, model, _build_dataset(config, 'eval', mesh), mesh,
       workdir_files.run_folder(workdir),
   )
-  return Inputs(model, networks, dataset, evaluator)
+  return Inputs(model, initializer, networks, dataset, evaluator)
 
 
 def _build_dataset(
