@@ -69,7 +69,10 @@ def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   runs = {name: {**shared, **x} for name, x in changes.items()}
   vq = settings.chosen('vq_ema')
   size = settings.size('vq_ema', settings.TUNING_BITS)
-  return runs | {'screening_vq': {**shared, **vq, **size}}
+  return runs | {
+      f'screening_vq{name}': {**shared, **vq, **size, **x}
+      for name, x in (('', {}), ('_4', {'model.quantizer.vq.code_dim': 4}))
+  }
 
 
 def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
@@ -128,7 +131,8 @@ def print_tables(results: Mapping[str, Any]) -> None:
   names = {
       **{x: f'screening_{i}' for i, x in enumerate(SCREENING)},
       **{x: _named('variant', x) for x in VARIANTS},
-      'VQ, EMA': 'screening_vq',
+      'VQ, EMA, 8 channels': 'screening_vq',
+      'VQ, EMA, 4 channels': 'screening_vq_4',
   }
   first = runs['screening_0']
   write('| change | PSNR, dB | difference | normalized entropy |\n')
@@ -215,6 +219,9 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
     ]
     axes[1].plot((1, 4), depths, marker='o', label=f'{size:,} codes')
   axes[0].set(xlabel='steps', xscale='log', ylabel='VQ-EMA minus FSQ, dB')
+  steps = max(STEPS.values(), key=len)
+  axes[0].set_xticks(steps, [f'{x:,}' for x in steps])
+  axes[0].minorticks_off()
   axes[1].set(xlabel='blocks of the encoder', xticks=(1, 4))
   for axis in axes:
     axis.axhline(0, color='black', linewidth=0.8)

@@ -198,7 +198,7 @@ def test_configs_are_valid_and_locked(tmp_path):
 
 
 @pytest.mark.fast_variants(
-    'fsq_888',
+    'photos',
     'vqrae_fsq_dinov2_b',
     'imagenet256_vq_1024',
 )

@@ -36,6 +36,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _DEBUG = 'configs/debug.py'
 _SCRIPTS = {
     'codebook_size': codebook_size,
+    'fsq_recipe': recipe,
     'perceptual_ablation': perceptual_ablation,
     'quantizer_comparison': compare,
     'vqrae_frozen_vit': vqrae_frozen_vit,
