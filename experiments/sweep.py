@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -197,6 +198,17 @@ def describe_runs(
       for name in ('versions', 'devices', 'git')
   }
   return {name: [json.loads(y) for y in x] for name, x in values.items()}
+
+
+def format_mean(
+    rows: Sequence[Mapping[str, float]], column: str, form: str
+) -> str:
+  """Formats the mean of a column and its standard deviation over seeds."""
+  values = [row[column] for row in rows]
+  text = format(statistics.mean(values), form)
+  if len(values) > 1:
+    text += f' ± {format(statistics.stdev(values), form)}'
+  return text
 
 
 def draw_reconstructions(

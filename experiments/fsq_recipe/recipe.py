@@ -155,8 +155,9 @@ def print_tables(results: Mapping[str, Any]) -> None:
         continue
       write(
           f'| {rows[0]["codebook_size"]:,} | {name} |'
-          f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "usage", ".1%")} |'
-          f' {_mean(rows, "entropy_share", ".1%")} |\n'
+          f' {sweep.format_mean(rows, "psnr", ".2f")} |'
+          f' {sweep.format_mean(rows, "usage", ".1%")} |'
+          f' {sweep.format_mean(rows, "entropy_share", ".1%")} |\n'
       )
   write('\n| model | distortion / variance | PSNR, dB | PSNR, not rounded |\n')
   write('|---' * 4 + '|\n')
@@ -176,14 +177,6 @@ def _rows(
   """Returns the metrics of a model at one size, one row per seed."""
   keys = [_named(name, bits, 'bits_seed', seed) for seed in SEEDS]
   return [results['runs'][key] for key in keys if key in results['runs']]
-
-
-def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
-  values = [row[column] for row in rows]
-  text = format(statistics.mean(values), form)
-  if len(values) > 1:
-    text += f' ± {format(statistics.stdev(values), form)}'
-  return text
 
 
 def _psnr(

@@ -102,10 +102,11 @@ def print_tables(results: Mapping[str, Any]) -> None:
       costs = results['costs'][f'{quantizer}_{bits}']
       write(
           f'| {rows[0]["codebook_size"]:,} | {label} |'
-          f' {_mean(rows, "psnr", ".2f")} | {_mean(rows, "ssim", ".3f")} |'
-          f' {_mean(rows, "usage", ".1%")} |'
-          f' {_mean(rows, "perplexity", ",.0f")} |'
-          f' {_mean(rows, "entropy_share", ".1%")} |'
+          f' {sweep.format_mean(rows, "psnr", ".2f")} |'
+          f' {sweep.format_mean(rows, "ssim", ".3f")} |'
+          f' {sweep.format_mean(rows, "usage", ".1%")} |'
+          f' {sweep.format_mean(rows, "perplexity", ",.0f")} |'
+          f' {sweep.format_mean(rows, "entropy_share", ".1%")} |'
           f' {costs["step_ratio"]:.2f} | {costs["quantizer_bytes"]:,} |'
           f' {costs["temporary_bytes"] / 2**20:,.1f} |\n'
       )
@@ -129,15 +130,6 @@ def _rows(
       for key in runs()
       if key[:2] == (quantizer, bits)
   ]
-
-
-def _mean(rows: list[dict[str, Any]], column: str, form: str) -> str:
-  """Formats the mean of a column and its standard deviation over seeds."""
-  values = [row[column] for row in rows]
-  text = format(statistics.mean(values), form)
-  if len(values) > 1:
-    text += f' ± {format(statistics.stdev(values), form)}'
-  return text
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
