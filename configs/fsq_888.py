@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   # The commitment loss is for bound='clip'. With tanh it pulls latents towards
   # codes that are already in use.
   config.model.quantizer.fsq.commitment_weight = 0.0
-  # Without it a third of the codes is not used, and PSNR is lower.
+  # Without it 30 % of the codes are not used.
   config.model.quantizer.fsq.diversity_weight = 0.05
   config.model.projector_out.name = 'mlp'
   config.model.encoder.width = 96

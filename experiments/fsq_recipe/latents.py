@@ -1,4 +1,4 @@
-"""Distortion of latents by the quantizer, and what it costs the decoder."""
+"""Distortion of latents by the quantizer, and its cost in PSNR."""
 
 import math
 import pathlib

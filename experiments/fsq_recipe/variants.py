@@ -88,7 +88,7 @@ class _SoftRounded(_Variant):
 class _RenormalizedProjectorIn(nn.Module):
   """Batch renormalization (arXiv 1702.03275) in place of BatchNorm.
 
-  Values are those of the running statistics, in training too; gradients are
+  Normalizes by the running statistics, in training too; the gradients are
   BatchNorm's.
   """
 
