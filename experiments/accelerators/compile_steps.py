@@ -95,6 +95,10 @@ def list_cases() -> list[Case]:
       Case('default', 'v5e:4x4', 1024, fsdp, _vit_h('qkv'), 'vit_h_16'),
       Case('default', 'v5e:4x4', 1024, tensor, _vit_h('blocks'), 'vit_h_16'),
       Case(stage_1, 'v6e:4x4', 1024),
+      Case(
+          stage_1, 'v6e:4x4', 1024, fields={'model.remat': 'qkv'},
+          label=f"{stage_1}, model.remat='qkv'",
+      ),
       Case('imagenet256_maskgit_8555', 'v5e:4x4', 256),
   ]
   # Does not fit: checks that the compiler reports it.
@@ -122,6 +126,21 @@ def list_cases() -> list[Case]:
       Case('imagenet256_fsq_1024', 'h100:8', 256),
       Case('imagenet256_maskgit_8555', 'h100:8', 256),
   ]
+  # The remaining full-size configs, to see that they compile and fit.
+  for name in (
+      'vqrae_fsq_siglip_l_88865', 'vqrae_simvq_siglip_l', 'vqrae_vq_siglip_l',
+      'vqrae_fsq_siglip2_so400m', 'vqrae_simvq_siglip2_so400m',
+      'vqrae_vq_siglip2_so400m', 'vqrae_fsq_dinov2_b', 'vqrae_simvq_dinov2_b',
+      'vqrae_vq_dinov2_b', 'rae_dinov2_b',
+  ):
+    cases.append(Case(name, 'h100:8', 512))
+  for name in (
+      'imagenet128_fsq_888555', 'imagenet128_fsq_88865',
+      'imagenet256_fsq_888555', 'imagenet256_vq_1024',
+      'imagenet256_maskgit_64000', 'imagenet256_llamagen_b',
+      'imagenet256_llamagen_l',
+  ):
+    cases.append(Case(name, 'h100:8', 256))
   return cases
 
 
