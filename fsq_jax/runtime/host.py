@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 import contextlib
 import ctypes
-import importlib.metadata
-import importlib.util
 import pathlib
 from typing import Any
 
@@ -14,7 +12,6 @@ import jax
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
-_M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> None:
@@ -22,28 +19,18 @@ def keep_freed_memory() -> None:
 
   XLA's CPU backend allocates and frees the buffers of every step, and glibc
   returns large ones to the kernel each time: page faults then take a fifth of a
-  step of 400 MiB. This allocates everything from one heap and keeps up to 2 GiB
-  of free memory. Call it before JAX starts its threads, which otherwise get
-  heaps of their own that are too small for large buffers. If JAX may find an
-  accelerator, threads keep their heaps, since threads that decode images would
-  contend for one. Without glibc, as on macOS, this has no effect.
+  step of 400 MiB. This keeps up to 2 GiB of free memory per heap. Only the heap
+  of the main thread takes large buffers, so CPU computations are dispatched
+  synchronously, that is, executed by the thread that calls them. Call it before
+  JAX is initialized. Without glibc, as on macOS, this has no effect.
   """
   with contextlib.suppress(AttributeError, OSError, TypeError):
-    library = ctypes.CDLL(None)
-    if _has_cpu_alone():
-      library.mallopt(_M_ARENA_MAX, 1)
+    set_option = ctypes.CDLL(None).mallopt
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
     if jax.default_backend() == 'cpu':
-      library.mallopt(_M_MMAP_MAX, 0)
-      library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-      library.mallopt(_M_TOP_PAD, 2**28)
-
-
-def _has_cpu_alone() -> bool:
-  """Whether JAX only finds CPUs; asking JAX itself would start its threads."""
-  if platforms := jax.config.jax_platforms:
-    return platforms == 'cpu'
-  plugins = importlib.metadata.entry_points(group='jax_plugins')
-  return not plugins and importlib.util.find_spec('libtpu') is None
+      set_option(_M_MMAP_MAX, 0)
+      set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+      set_option(_M_TOP_PAD, 2**28)
 
 
 def use_compilation_cache(folder: str) -> None:
