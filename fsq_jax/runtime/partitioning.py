@@ -139,9 +139,14 @@ def shard_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     Tree of arrays [B, ...] with `batch_sharding`.
   """
   sharding = batch_sharding(mesh)
-  return jax.tree.map(
+  batch = jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(sharding, x), batch
   )
+  if mesh.devices.flat[0].platform == 'cpu':
+    # With arguments that are not ready, a computation on the CPU is executed
+    # by another thread, see `host.keep_freed_memory`.
+    jax.block_until_ready(batch)
+  return batch
 
 
 def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:

@@ -393,6 +393,14 @@ def test_fsdp_shrinks_what_each_device_holds(states):
   assert split > total // 2
 
 
+def test_batch_on_cpus_is_ready(monkeypatch):
+  waited = []
+  monkeypatch.setattr(jax, 'block_until_ready', waited.append)
+  mesh = partitioning.create_mesh({'data': 1, 'fsdp': 1}, jax.devices()[:1])
+  batch = partitioning.shard_batch({'image': np.zeros((2, 4))}, mesh)
+  assert waited == [batch]
+
+
 @pytest.mark.parametrize(
     'sizes', [(8, 1), (2, 4), (1, 8), (2, 2, 2), (1, 2, 4)]
 )
