@@ -145,7 +145,7 @@ def _figures(results: dict[str, Any]):
 def _measure(
     groups: list[str], rounds: int, torch_python: str
 ) -> dict[str, Any]:
-  # Before JAX starts its threads, which then share one malloc arena.
+  # Before JAX is initialized.
   host.keep_freed_memory()
   import jax
 
