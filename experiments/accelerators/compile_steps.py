@@ -36,6 +36,7 @@ from experiments.accelerators import hlo_costs  # noqa: E402
 from experiments.accelerators import parts  # noqa: E402
 from experiments.accelerators import steps  # noqa: E402
 from experiments.accelerators import tables  # noqa: E402
+from fsq_jax import workdir as workdirs  # noqa: E402
 from fsq_jax.runtime import partitioning  # noqa: E402
 from fsq_jax.workdir import provenance  # noqa: E402
 
@@ -126,22 +127,31 @@ def list_cases() -> list[Case]:
       Case('imagenet256_fsq_1024', 'h100:8', 256),
       Case('imagenet256_maskgit_8555', 'h100:8', 256),
   ]
-  # The remaining full-size configs, to see that they compile and fit.
-  for name in (
-      'vqrae_fsq_siglip_l_88865', 'vqrae_simvq_siglip_l', 'vqrae_vq_siglip_l',
-      'vqrae_fsq_siglip2_so400m', 'vqrae_simvq_siglip2_so400m',
-      'vqrae_vq_siglip2_so400m', 'vqrae_fsq_dinov2_b', 'vqrae_simvq_dinov2_b',
-      'vqrae_vq_dinov2_b', 'rae_dinov2_b',
-  ):
-    cases.append(Case(name, 'h100:8', 512))
-  for name in (
-      'imagenet128_fsq_888555', 'imagenet128_fsq_88865',
-      'imagenet256_fsq_888555', 'imagenet256_vq_1024',
-      'imagenet256_maskgit_64000', 'imagenet256_llamagen_b',
-      'imagenet256_llamagen_l',
-  ):
-    cases.append(Case(name, 'h100:8', 256))
-  return cases
+  return cases + list_remaining_cases()
+
+
+def list_remaining_cases() -> list[Case]:
+  """Returns the other full-size configs, to see that they compile and fit."""
+  sizes = {
+      512: (
+          'vqrae_fsq_siglip_l_88865', 'vqrae_simvq_siglip_l',
+          'vqrae_vq_siglip_l', 'vqrae_fsq_siglip2_so400m',
+          'vqrae_simvq_siglip2_so400m', 'vqrae_vq_siglip2_so400m',
+          'vqrae_fsq_dinov2_b', 'vqrae_simvq_dinov2_b', 'vqrae_vq_dinov2_b',
+          'rae_dinov2_b',
+      ),
+      256: (
+          'imagenet128_fsq_888555', 'imagenet128_fsq_88865',
+          'imagenet256_fsq_888555', 'imagenet256_vq_1024',
+          'imagenet256_maskgit_64000', 'imagenet256_llamagen_b',
+          'imagenet256_llamagen_l',
+      ),
+  }
+  return [
+      Case(name, 'h100:8', batch_size)
+      for batch_size, names in sizes.items()
+      for name in names
+  ]
 
 
 def _vit_h(remat: str) -> dict[str, Any]:
@@ -312,10 +322,13 @@ def _run_case(case: Case, options: list[str]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding='utf-8'))
 
 
-def _known_tflops(case: Case, records: Mapping[str, Any]) -> list[str]:
+def _known_tflops(
+    case: Case, records: Mapping[str, Any], commit: str | None
+) -> list[str]:
   """Returns the option with the model TFLOP of another case of the model."""
   for name, record in records.items():
-    if name.partition('/')[0] == case.model:
+    is_same = name.partition('/')[0] == case.model
+    if is_same and record.get('commit') == commit:
       total = record['model_tflops'] / record['batch_size'] * case.batch_size
       return [f'--model-tflops={total}']
   return []
@@ -340,6 +353,11 @@ def main() -> None:
   parser.add_argument('--model-tflops', type=float, help='used by --case')
   arguments = parser.parse_args()
   cases = {case.name: case for case in list_cases()}
+  if not any(re.search(arguments.only, name) for name in cases):
+    parser.error(
+        f'--only={arguments.only} matches no case; the names are '
+        + ', '.join(cases)
+    )
   if arguments.case:
     figures = compile_case(
         cases[arguments.case], arguments.commit, arguments.model_tflops,
@@ -351,8 +369,8 @@ def main() -> None:
   if RESULTS.is_file():
     results = json.loads(RESULTS.read_text(encoding='utf-8'))
   records = results['cases']
-  # Before the results change.
-  options = [f'--commit={provenance.git_revision()}']
+  commit = provenance.git_revision()  # Before the results change.
+  options = [f'--commit={commit}']
   if arguments.texts:
     options.append(f'--texts={arguments.texts}')
   for name, case in cases.items():
@@ -365,11 +383,13 @@ def main() -> None:
       sys.stderr.write(f'{name} is skipped. {missing}\n')
       continue
     sys.stderr.write(f'{name}\n')
-    records[name] = _run_case(case, options + _known_tflops(case, records))
+    records[name] = _run_case(
+        case, options + _known_tflops(case, records, commit)
+    )
     ordered = {x: records[x] for x in cases if x in records}
-    text = json.dumps({'cases': ordered}, indent=2) + '\n'
-    RESULTS.write_text(text, encoding='utf-8')
-  tables.print_tables(results)
+    workdirs.write_json(RESULTS, {'cases': ordered})
+  brief = [case.name for case in list_remaining_cases()]
+  tables.print_tables(results, brief)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ from experiments.accelerators import hlo
 
 # Matmuls of cuDNN's attention, the backward pass with the recomputed logits.
 _FMHA = {'__cudnn$fmhaSoftmax': 2, '__cudnn$fmhaSoftmaxBackward': 5}
-_LOGITS = 'bhqd,bhkd->bhqk/dot_general'
+# The einsum of `layers.attend`; directly under jvp, a bracket follows.
+_LOGITS = re.compile(r'bhqd,bhkd->bhqk\)*/dot_general')
 
 ConvolutionFlops = Callable[
     [Sequence[int], Sequence[int], Sequence[int], hlo.Instruction], float
@@ -80,7 +81,8 @@ def find_attention(instruction: hlo.Instruction, op_name: str) -> str:
     return f'Pallas {found.group(1)}' if found else ''
   # Recomputed logits are within the transposed function.
   is_gradient = 'transpose(' in op_name and 'rematted' not in op_name
-  return 'XLA forward' if _LOGITS in op_name and not is_gradient else ''
+  is_logits = _LOGITS.search(op_name) and not is_gradient
+  return 'XLA forward' if is_logits else ''
 
 
 def _integers(pattern: str, instruction: hlo.Instruction) -> list[int]:

@@ -159,22 +159,33 @@ def measure(
   yield from _measure_fsq(num_vectors)
   for case in cases:
     if time.monotonic() - started > budget:
-      label = case.label if isinstance(case, Training) else _label(case)
-      yield Row(label, 0, None, note='skipped, out of time')
-    elif isinstance(case, Training):
-      yield from _measure_training(case, peer)
-    else:
-      call, num_bytes = sampling_cost.build_sampler(
-          case.variant, case.preset, case.batch_size, case.grid, **case.options
-      )
-      yield Row(
-          _label(case), case.batch_size, _time(call),
-          note=f'{num_bytes / 2**30:.2f} GiB of temporary arrays',
-      )
+      yield Row(_label(case), 0, None, note='skipped, out of time')
+      continue
+    try:
+      if isinstance(case, Training):
+        yield from _measure_training(case, peer)
+      else:
+        yield _measure_sampling(case)
+    except Exception as error:  # The other rows are worth having.
+      reason = str(error).partition('\n')[0]
+      note = f'failed: {type(error).__name__}: {reason}'
+      yield Row(_label(case), 0, None, note=note)
 
 
-def _label(case: Sampling) -> str:
+def _label(case: Training | Sampling) -> str:
+  if isinstance(case, Training):
+    return case.label
   return f'sampling, {case.preset}: {case.variant}'
+
+
+def _measure_sampling(case: Sampling) -> Row:
+  call, num_bytes = sampling_cost.build_sampler(
+      case.variant, case.preset, case.batch_size, case.grid, **case.options
+  )
+  return Row(
+      _label(case), case.batch_size, _time(call),
+      note=f'{num_bytes / 2**30:.2f} GiB of temporary arrays',
+  )
 
 
 def _measure_fsq(num_vectors: int) -> Iterator[Row]:
@@ -224,7 +235,8 @@ def _measure_training(
     yield Row(label, batch_size, None, note='does not fit')
   if peer is not None and case.torch:
     version = peer.build(
-        'vit_step', batch_size=batch_size, on_gpu=True, **case.torch
+        'vit_step', batch_size=batch_size,
+        on_gpu=jax.default_backend() == 'gpu', **case.torch,
     )['torch']
     block = peer.block('vit_step')
     seconds = _repeat(lambda: block(1)[0])
@@ -327,7 +339,7 @@ def main() -> None:
   path = arguments.torch_python
   peer = blocks.TorchPeer(path) if path else None
   if arguments.tiny:
-    rows = measure(TINY, matmul_side=256, num_vectors=2**12)
+    rows = measure(TINY, matmul_side=256, num_vectors=2**12, peer=peer)
   else:
     rows = measure(FULL, peer=peer)
   done = []

@@ -1,6 +1,6 @@
 """Tables of the README, from the results."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import sys
 from typing import Any
 
@@ -18,13 +18,17 @@ _PARTS = (
 )
 
 
-def print_tables(results: Mapping[str, Any]) -> None:
+def print_tables(
+    results: Mapping[str, Any], brief: Collection[str]
+) -> None:
   """Prints bounds, the quantities behind them, and costs by part of the model.
 
   Args:
     results: content of results.json.
+    brief: names of the cases that are in the first table only.
   """
   cases = results['cases'].items()
+  detailed = [(name, x) for name, x in cases if name not in brief]
   tables = (
       (
           ('peak HBM (GiB)', 'step time lower bound (ms)', 'MFU upper bound',
@@ -37,13 +41,17 @@ def print_tables(results: Mapping[str, Any]) -> None:
            'matmul / HBM / link bound (ms)'),
           [
               (*_name(name, x), *_quantities(x))
-              for name, x in cases
+              for name, x in detailed
               if 'needs_gib' not in x
           ],
       ),
       (
           _PARTS,
-          [(*_name(name, x), *_parts(x)) for name, x in cases if 'parts' in x],
+          [
+              (*_name(name, x), *_parts(x))
+              for name, x in detailed
+              if 'parts' in x
+          ],
       ),
   )
   for header, rows in tables:

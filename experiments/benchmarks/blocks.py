@@ -5,6 +5,7 @@ speed of the machine may drift between rounds.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import json
 import pathlib
 import statistics
@@ -88,7 +89,8 @@ class TorchPeer:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # It may have exited.
+      self._process.stdin.close()
     self._process.wait()
 
   def _ask(self, request: dict[str, Any]) -> dict[str, Any]:

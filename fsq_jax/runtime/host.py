@@ -21,8 +21,10 @@ def keep_freed_memory() -> None:
   returns large ones to the kernel each time: page faults then take a fifth of a
   step of 400 MiB. This keeps up to 2 GiB of free memory per heap. Only the heap
   of the main thread takes large buffers, so CPU computations are dispatched
-  synchronously, that is, executed by the thread that calls them. Call it before
-  JAX is initialized. Without glibc, as on macOS, this has no effect.
+  synchronously: with one CPU device the thread that calls them executes them.
+  Call it before JAX is initialized. Without glibc, as on macOS, this has no
+  effect; on hosts of accelerators only the few computations on the CPU become
+  synchronous.
   """
   with contextlib.suppress(AttributeError, OSError, TypeError):
     set_option = ctypes.CDLL(None).mallopt

@@ -25,6 +25,21 @@ def test_small_models_are_measured_on_cpus(capsys, monkeypatch):
   assert '| 64 |' not in table[2]
 
 
+def test_a_case_that_fails_leaves_the_other_rows(capsys, monkeypatch):
+  monkeypatch.setattr(measure, 'SECONDS_PER_ROW', 0.0)
+
+  def fail(*_):
+    raise RuntimeError('no compiler\nat all')
+
+  monkeypatch.setattr(measure, '_measure_sampling', fail)
+  cases = measure.TINY[-1:]
+  rows = list(measure.measure(cases, matmul_side=8, num_vectors=8))
+  assert len(rows) == 4
+  assert rows[-1].note == 'failed: RuntimeError: no compiler'
+  measure.print_table(rows)
+  assert rows[-1].note in capsys.readouterr().out
+
+
 def test_measuring_ends_in_time(capsys, monkeypatch):
   monkeypatch.setattr(measure, 'SECONDS_PER_ROW', 0.0)
   case = measure.TINY[-1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from fsq_jax.runtime import host
@@ -17,8 +18,11 @@ def test_glibc_is_asked_to_keep_memory(monkeypatch):
   asked = []
   library = types.SimpleNamespace(mallopt=lambda *x: asked.append(x))
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
+  updated = []
+  monkeypatch.setattr(jax.config, 'update', lambda *x: updated.append(x))
   host.keep_freed_memory()
   assert asked == [(-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20)]
+  assert updated == [('jax_cpu_enable_async_dispatch', False)]
 
 
 _EXECUTE = """
