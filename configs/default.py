@@ -220,9 +220,9 @@ def _model() -> ml_collections.ConfigDict:
   model.dtype = 'float32'
   # Rematerialization in the backward pass: 'none'; 'blocks' recomputes each
   # block from its input; 'qkv' recomputes all but the arguments of fused
-  # attention; 'dots' recomputes all but the results of dense layers,
-  # convolutions and fused attention. Earlier versions: False and True for
-  # 'none' and 'blocks'.
+  # attention, without it (CPU, float32) all; 'dots' recomputes all but the
+  # results of dense layers, convolutions and fused attention. Earlier versions:
+  # False and True for 'none' and 'blocks'.
   model.remat = config_dict.FieldReference('none', field_type=object)
   # Unroll factor of the scan over transformer blocks, >= 1: 1 compiles fastest,
   # the depth runs fastest on CPU. Results are the same.

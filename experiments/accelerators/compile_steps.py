@@ -96,10 +96,6 @@ def list_cases() -> list[Case]:
       Case('default', 'v5e:4x4', 1024, fsdp, _vit_h('qkv'), 'vit_h_16'),
       Case('default', 'v5e:4x4', 1024, tensor, _vit_h('blocks'), 'vit_h_16'),
       Case(stage_1, 'v6e:4x4', 1024),
-      Case(
-          stage_1, 'v6e:4x4', 1024, fields={'model.remat': 'qkv'},
-          label=f"{stage_1}, model.remat='qkv'",
-      ),
       Case('imagenet256_maskgit_8555', 'v5e:4x4', 256),
   ]
   # Does not fit: checks that the compiler reports it.

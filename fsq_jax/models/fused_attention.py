@@ -113,10 +113,10 @@ def _attend_tpu(
   mesh, (batch_axes, head_axis, *_) = sharding.mesh, sharding.spec
   if head_axis is not None:
     num_heads //= mesh.shape[head_axis]
-  if (
-      attention_kernel.needed_bytes(length, num_heads * head_dim, head_dim)
-      > vmem // 2
-  ):
+  needed = attention_kernel.needed_bytes(
+      length, num_heads * head_dim, head_dim
+  )
+  if needed > vmem // 2:  # The compiler needs buffers of its own.
     return None
   spec = jax.sharding.PartitionSpec(batch_axes, None, head_axis)
   options = attention_kernel.Options(

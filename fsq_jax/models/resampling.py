@@ -151,8 +151,8 @@ def resize_images(
   # Matmuls in bfloat16 would add visible noise.
   highest = jax.lax.Precision.HIGHEST
   if partitioning.is_on_gpu(images):
-    # XLA 0.10 finds no tiles for the matmul below when it compiles without a
-    # GPU.
+    # The XLA of JAX 0.10 finds no tiles for the matmul below when it compiles
+    # without a GPU.
     flat = rearrange(images, 'b h w c -> b h (w c)')
     flat = jnp.einsum('yh,bhk->byk', rows, flat, precision=highest)
     images = rearrange(flat, 'b y (w c) -> b y w c', w=width)

@@ -210,8 +210,8 @@ def _dense_together(
   )
   kernel = partitioning.gather_parameter(kernel, tensor_axis=2)
   if partitioning.is_on_gpu(x):
-    # As in `layers.dot_rows`: XLA 0.10 finds no tiles for the gradient of the
-    # matmul below when it compiles without a GPU and N is odd.
+    # As in `layers.dot_rows`: the XLA of JAX 0.10 finds no tiles for the
+    # gradient of the matmul below when it compiles without a GPU and N is odd.
     rows = jnp.einsum('rc,csf->srf', rearrange(x, 'b n c -> (b n) c'), kernel)
     y = rearrange(rows, 's (b n) f -> s b n f', n=x.shape[1])
   else:
