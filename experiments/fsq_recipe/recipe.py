@@ -29,6 +29,7 @@ _MLP = {'model.projector_out.name': 'mlp'}
 _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
 _DEEP = {'model.encoder.depth': 4}
+_FOUR_CHANNELS = {'model.quantizer.vq.code_dim': 4}
 # Chosen by the screening.
 RECIPE = {**_MLP, _DIVERSITY: 0.001}
 
@@ -43,14 +44,54 @@ SCREENING: dict[str, dict[str, Any]] = {
     'projector_out mlp': _MLP,
     'projector_out mlp, diversity loss x 0.001': RECIPE,
     'encoder of four blocks': _DEEP,
+    'projector_out fourier': {'model.projector_out.name': 'fourier'},
 }
-# Changes of training that the package does not have, see variants.py.
+# Changes of parts that the package does not have, see variants.py.
+_LEVELS_OUT = {'model.projector_out.name': 'levels'}
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in variants.QUANTIZERS},
-    variants.RENORMALIZED: {'model.projector_in.name': 'standardized'},
+    'renormalized': {'model.projector_in.name': 'standardized'},
+    'residual_in': {},
+    'table': _LEVELS_OUT,
+    'table_differences': _LEVELS_OUT,
+    'mlp_differences': _LEVELS_OUT,
+    'fourier_differences': _LEVELS_OUT,
+    'residual_in+mlp_differences': _LEVELS_OUT,
+    variants.UNROUNDED: _MLP,
 }
+# Changes tried with either quantizer.
+_RATE = 'optim.learning_rate'
+_FACTORS = 'optim.learning_rate_factors'
+_DOUBLE_RATE = {_RATE: 8e-3}
+TUNING: dict[str, dict[str, Any]] = {
+    'learning rate x 2': _DOUBLE_RATE,
+    'learning rate x 0.5': {_RATE: 2e-3},
+    'learning rate of projectors x 3': {_FACTORS: (('projector_.*', 3.0),)},
+    'learning rate of projectors x 0.3': {_FACTORS: (('projector_.*', 0.3),)},
+    'AdamW in place of Muon': {'optim.name': 'adamw'},
+    'learning rate x 4': {_RATE: 16e-3},
+}
+# Other models and images, with either quantizer, 1,000 steps.
+_CONV = {
+    f'model.{part}.{field}': value
+    for part in ('encoder', 'decoder')
+    for field, value in (
+        ('name', 'conv'),
+        ('conv.filters', 32),
+        ('conv.channel_multipliers', (1, 1, 1)),
+        ('conv.num_res_blocks', 1),
+        ('conv.latent_width', 64),
+    )
+}
+_PHOTOS = {
+    'data.source': 'folder',
+    'data.eval_split': 'val',
+    'data.image_size': (64, 64),
+    'data.resize_shorter': 64,
+}
+OTHERS = {'convolutions': _CONV, '64 x 64 photographs': _PHOTOS}
 # Numbers of steps of the curves, by bits.
-STEPS = {10: (1000, 4000, 8000), 14: (1000, 4000)}
+STEPS = {10: (1000, 4000, 8000, 20_000), 14: (1000, 4000, 8000)}
 
 
 def _named(*words: Any) -> str:
@@ -66,13 +107,17 @@ def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   }
   changes = {f'screening_{i}': x for i, x in enumerate(SCREENING.values())}
   changes |= {_named('variant', name): x for name, x in VARIANTS.items()}
+  for i, change in enumerate(TUNING.values()):
+    changes[f'tuning_fsq_{i}'] = change
   runs = {name: {**shared, **x} for name, x in changes.items()}
-  vq = settings.chosen('vq_ema')
-  size = settings.size('vq_ema', settings.TUNING_BITS)
-  return runs | {
-      f'screening_vq{name}': {**shared, **vq, **size, **x}
-      for name, x in (('', {}), ('_4', {'model.quantizer.vq.code_dim': 4}))
+  vq = {
+      **settings.chosen('vq_ema'),
+      **settings.size('vq_ema', settings.TUNING_BITS),
   }
+  changes = {'screening_vq': {}, 'screening_vq_4': _FOUR_CHANNELS}
+  for i, change in enumerate(TUNING.values()):
+    changes[f'tuning_vq_ema_{i}'] = change
+  return runs | {name: {**shared, **vq, **x} for name, x in changes.items()}
 
 
 def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
@@ -82,8 +127,10 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
         ('vq_ema_mlp', SEEDS[: bits == BITS[0]], 'vq_ema', _MLP),
-        ('fsq', SEEDS[:1], 'fsq', {}),
-        ('vq_ema', SEEDS[:1], 'vq_ema', {}),
+        ('fsq', SEEDS, 'fsq', {}),
+        ('vq_ema', SEEDS, 'vq_ema', {}),
+        ('fsq_recipe_rate', SEEDS, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
+        ('vq_ema_rate', SEEDS, 'vq_ema', _DOUBLE_RATE),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
         ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
     ):
@@ -99,6 +146,19 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
           runs[_named(name, bits, 'bits', steps, 'steps')] = {
               **run, **changes, 'train.num_steps': steps
           }
+  return runs
+
+
+def other_runs(data_dir: str, photos: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of other models and images, by name."""
+  runs = {}
+  for name, changes in OTHERS.items():
+    for quantizer in ('fsq', 'vq_ema'):
+      run = settings.final_run(quantizer, settings.TUNING_BITS, 0, data_dir)
+      run |= {'train.num_steps': 1000, **changes}
+      if changes is _PHOTOS:
+        run['data.data_dir'] = photos
+      runs[_named(name, quantizer)] = run
   return runs
 
 
