@@ -125,7 +125,9 @@ def train_network(
       optax.clip_by_global_norm(1.0),
       optax.adam(optax.cosine_decay_schedule(2e-3, num_steps)),
   )
-  loss = lambda params, x: jnp.mean(jnp.square(model.apply(params, x) - x))
+
+  def loss(params, x):
+    return jnp.mean(jnp.square(model.apply(params, x) - x))
 
   @jax.jit
   def step(params, state, x):

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 
 from experiments import sweep
+from experiments.fsq_recipe import frozen_codes
 from experiments.fsq_recipe import latents
 from experiments.fsq_recipe import patches
 from experiments.fsq_recipe import variants
@@ -28,6 +29,7 @@ SEEDS = (0, 1, 2)
 _MLP = {'model.projector_out.name': 'mlp'}
 _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
+_FOURIER = {'model.projector_out.name': 'fourier'}
 _DEEP = {'model.encoder.depth': 4}
 _FOUR_CHANNELS = {'model.quantizer.vq.code_dim': 4}
 # Chosen by the screening.
@@ -44,7 +46,10 @@ SCREENING: dict[str, dict[str, Any]] = {
     'projector_out mlp': _MLP,
     'projector_out mlp, diversity loss x 0.001': RECIPE,
     'encoder of four blocks': _DEEP,
-    'projector_out fourier': {'model.projector_out.name': 'fourier'},
+    'projector_out fourier': _FOURIER,
+    'projector_out fourier, sigma 0.05': {
+        **_FOURIER, 'model.projector_out.fourier.sigma': 0.05
+    },
 }
 # Changes of parts that the package does not have, see variants.py.
 _LEVELS_OUT = {'model.projector_out.name': 'levels'}
@@ -53,10 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'renormalized': {'model.projector_in.name': 'standardized'},
     'residual_in': {},
     'table': _LEVELS_OUT,
-    'table_differences': _LEVELS_OUT,
     'mlp_differences': _LEVELS_OUT,
-    'fourier_differences': _LEVELS_OUT,
-    'residual_in+mlp_differences': _LEVELS_OUT,
     variants.UNROUNDED: _MLP,
 }
 # Changes tried with either quantizer.
@@ -71,27 +73,11 @@ TUNING: dict[str, dict[str, Any]] = {
     'AdamW in place of Muon': {'optim.name': 'adamw'},
     'learning rate x 4': {_RATE: 16e-3},
 }
-# Other models and images, with either quantizer, 1,000 steps.
-_CONV = {
-    f'model.{part}.{field}': value
-    for part in ('encoder', 'decoder')
-    for field, value in (
-        ('name', 'conv'),
-        ('conv.filters', 32),
-        ('conv.channel_multipliers', (1, 1, 1)),
-        ('conv.num_res_blocks', 1),
-        ('conv.latent_width', 64),
-    )
-}
-_PHOTOS = {
-    'data.source': 'folder',
-    'data.eval_split': 'val',
-    'data.image_size': (64, 64),
-    'data.resize_shorter': 64,
-}
-OTHERS = {'convolutions': _CONV, '64 x 64 photographs': _PHOTOS}
+# Models whose latents, and whose codes, are measured.
+MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
+FROZEN = ('fsq', 'vq_ema')
 # Numbers of steps of the curves, by bits.
-STEPS = {10: (1000, 4000, 8000, 20_000), 14: (1000, 4000, 8000)}
+STEPS = {10: (1000, 4000, 8000), 14: (1000, 4000)}
 
 
 def _named(*words: Any) -> str:
@@ -124,13 +110,14 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   """Returns the config overrides of the runs on all images, by name."""
   runs = {}
   for bits in BITS:
+    rate_seeds = SEEDS if bits == BITS[0] else ()
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
         ('vq_ema_mlp', SEEDS[: bits == BITS[0]], 'vq_ema', _MLP),
-        ('fsq', SEEDS, 'fsq', {}),
-        ('vq_ema', SEEDS, 'vq_ema', {}),
-        ('fsq_recipe_rate', SEEDS, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
-        ('vq_ema_rate', SEEDS, 'vq_ema', _DOUBLE_RATE),
+        ('fsq', SEEDS[:1], 'fsq', {}),
+        ('vq_ema', SEEDS[:1], 'vq_ema', {}),
+        ('fsq_recipe_rate', rate_seeds, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
+        ('vq_ema_rate', rate_seeds, 'vq_ema', _DOUBLE_RATE),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
         ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
     ):
@@ -149,19 +136,6 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   return runs
 
 
-def other_runs(data_dir: str, photos: str) -> dict[str, dict[str, Any]]:
-  """Returns the config overrides of other models and images, by name."""
-  runs = {}
-  for name, changes in OTHERS.items():
-    for quantizer in ('fsq', 'vq_ema'):
-      run = settings.final_run(quantizer, settings.TUNING_BITS, 0, data_dir)
-      run |= {'train.num_steps': 1000, **changes}
-      if changes is _PHOTOS:
-        run['data.data_dir'] = photos
-      runs[_named(name, quantizer)] = run
-  return runs
-
-
 def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
   """Trains the missing runs and returns the results."""
   screening, final = screening_runs(data_dir), final_runs(data_dir)
@@ -176,9 +150,19 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
       'command': 'python -m experiments.fsq_recipe.recipe --run',
       **sweep.collect(workdir, {**screening, **final}),
       'latents': {
-          name: latents.measure(workdir / _named(name, bits, 'bits_seed_0'))
-          for bits in BITS[:1]
-          for name in ('fsq', 'fsq_recipe', 'vq_ema')
+          name: latents.measure(
+              workdir / _named(name, BITS[0], 'bits_seed_0')
+          )
+          for name in MEASURED
+      },
+      'frozen_codes': {
+          name: {
+              x: frozen_codes.measure(
+                  workdir / _named(name, BITS[0], 'bits_seed_0'), x
+              )
+              for x in frozen_codes.INPUTS
+          }
+          for name in FROZEN
       },
       'patches': patches.measure(data_dir),
   }
@@ -203,12 +187,19 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f'| {name} | {row["psnr"]:.2f} | {row["psnr"] - first["psnr"]:+.2f} |'
         f' {row["entropy_share"]:.1%} |\n'
     )
+  write('\n| change | FSQ | VQ, EMA |\n|---|---|---|\n')
+  pairs = {'as shipped': ('screening_0', 'screening_vq')}
+  for i, name in enumerate(TUNING):
+    pairs[name] = f'tuning_fsq_{i}', f'tuning_vq_ema_{i}'
+  for name, keys in pairs.items():
+    numbers = ' | '.join(f'{runs[key]["psnr"]:.2f}' for key in keys)
+    write(f'| {name} | {numbers} |\n')
   write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
   write('|---' * 5 + '|\n')
   for bits in BITS:
     for name in (
-        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_deep',
-        'vq_ema_deep',
+        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_rate',
+        'vq_ema_rate', 'fsq_recipe_deep', 'vq_ema_deep',
     ):
       rows = _rows(results, name, bits)
       if not rows:
@@ -226,6 +217,10 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f'| {name} | {row["distortion"]:.3f} | {row["psnr"]:.2f} |'
         f' {row["psnr_unquantized"]:.2f} |\n'
     )
+  write('\n| codes of | code vectors | embeddings |\n|---|---|---|\n')
+  for name, row in results['frozen_codes'].items():
+    numbers = ' | '.join(f'{row[x]:.2f}' for x in frozen_codes.INPUTS)
+    write(f'| {name} | {numbers} |\n')
   write('\n| code of 4 x 4 patches | PSNR, dB |\n|---|---|\n')
   for name, psnr in results['patches'].items():
     write(f'| {name.strip("()")} | {psnr:.2f} |\n')

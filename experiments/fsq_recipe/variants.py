@@ -2,8 +2,7 @@
 
   python -m experiments.fsq_recipe.variants NAME --config=... --workdir=...
 
-trains as launch.py does, with parts replaced. NAME is a key of `NAMES`, or
-several joined by '+'.
+trains as launch.py does, with one part replaced.
 """
 
 import sys
@@ -228,73 +227,51 @@ class _TableProjectorOut(nn.Module):
 
   @nn.compact
   def __call__(self, codes: jax.Array) -> jax.Array:
-    table = self.param('table', nn.initializers.zeros, self._shape())
+    shape = self.quantizer.codebook_size, self.width
+    table = self.param('table', nn.initializers.zeros, shape)
     indices = self.quantizer.codes_to_indices(codes)
     linear = nn.Dense(self.width, name='linear')(codes)
     return linear + jnp.take(table, indices, axis=0)
 
-  def _shape(self) -> tuple[int, int]:
-    return self.quantizer.codebook_size, self.width
 
-
-class _DifferencesProjectorOut(_TableProjectorOut):
-  """A function of the code whose gradient is its finite differences.
+class _DifferencesProjectorOut(nn.Module):
+  """An MLP of the code whose gradient is its finite differences.
 
   The gradient of a channel is half the difference between the results at the
   next and the previous level, so the encoder learns what a step of the code
   really changes.
   """
 
-  kind: ClassVar[str]
+  width: int
+  quantizer: fsq.FSQ
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, codes: jax.Array) -> jax.Array:
     levels = np.asarray(self.quantizer.levels, np.int32)
-    grid = self.quantizer.indices_to_codes(
-        jnp.arange(self.quantizer.codebook_size)
+    sizes = np.asarray(self.quantizer.code_steps, np.float32)
+    table = projectors.MlpProjectorOut(self.width, (levels - 1) / 2 * sizes)(
+        self.quantizer.indices_to_codes(
+            jnp.arange(self.quantizer.codebook_size)
+        )
     )
-    if self.kind == 'mlp':
-      scales = (levels - 1) / 2 * np.asarray(self.quantizer.code_steps)
-      table = projectors.MlpProjectorOut(self.width, tuple(scales))(grid)
-    elif self.kind == 'fourier':
-      table = projectors.FourierProjectorOut(
-          self.width, 128, 0.187, self.quantizer.code_steps
-      )(grid)
-    else:
-      table = nn.Dense(self.width, name='linear')(grid)
-      table += self.param('table', nn.initializers.zeros, self._shape())
     digits = self.quantizer.codes_to_digits(codes)
-    indices = self.quantizer.digits_to_indices(digits)
-    steps = codes / np.asarray(self.quantizer.code_steps, np.float32)
-    error = steps - jax.lax.stop_gradient(steps)
-    out = jnp.take(table, indices, axis=0)
-    fixed = jax.lax.stop_gradient(table)
+    error = (codes - jax.lax.stop_gradient(codes)) / sizes
+
+    def take(table, digits):
+      indices = self.quantizer.digits_to_indices(digits)
+      return jnp.take(table, indices, axis=0)
+
+    out, fixed = take(table, digits), jax.lax.stop_gradient(table)
     for i, level in enumerate(levels):
       above = jnp.minimum(digits[..., i] + 1, level - 1)
       below = jnp.maximum(digits[..., i] - 1, 0)
-      ends = [
-          jnp.take(
-              fixed,
-              self.quantizer.digits_to_indices(digits.at[..., i].set(x)),
-              axis=0,
-          )
-          for x in (above, below)
-      ]
-      slope = (ends[0] - ends[1]) / (above - below)[..., None]
+      after, before = (
+          take(fixed, digits.at[..., i].set(x)) for x in (above, below)
+      )
+      slope = (after - before) / (above - below)[..., None]
       out += error[..., i, None] * slope
     return out
-
-
-class _TableDifferencesProjectorOut(_DifferencesProjectorOut):
-  kind = 'table'
-
-
-class _MlpDifferencesProjectorOut(_DifferencesProjectorOut):
-  kind = 'mlp'
-
-
-class _FourierDifferencesProjectorOut(_DifferencesProjectorOut):
-  kind = 'fourier'
 
 
 class _RenormalizedProjectorIn(nn.Module):
@@ -355,11 +332,7 @@ PROJECTORS = {
     'renormalized': ('StandardizedProjectorIn', _RenormalizedProjectorIn),
     'residual_in': ('LinearProjectorIn', _ResidualProjectorIn),
     'table': ('LevelsProjectorOut', _TableProjectorOut),
-    'table_differences': ('LevelsProjectorOut', _TableDifferencesProjectorOut),
-    'mlp_differences': ('LevelsProjectorOut', _MlpDifferencesProjectorOut),
-    'fourier_differences': (
-        'LevelsProjectorOut', _FourierDifferencesProjectorOut
-    ),
+    'mlp_differences': ('LevelsProjectorOut', _DifferencesProjectorOut),
 }
 UNROUNDED = 'unrounded_gradient'
 NAMES = (*QUANTIZERS, *PROJECTORS, UNROUNDED)
@@ -384,14 +357,13 @@ def install(name: str) -> None:
 
 
 def main() -> None:
-  """Installs the variants that the first argument names, and trains."""
+  """Installs the variant that the first argument names, and trains."""
   import launch
 
-  names = sys.argv.pop(1).split('+') if len(sys.argv) > 1 else [None]
-  for name in names:
-    if name not in NAMES:
-      sys.exit(f'The first argument has {name!r}; known: {", ".join(NAMES)}.')
-    install(name)
+  name = sys.argv.pop(1) if len(sys.argv) > 1 else None
+  if name not in NAMES:
+    sys.exit(f'The first argument is {name!r}; known: {", ".join(NAMES)}.')
+  install(name)
   app.run(launch.main, flags_parser=launch.parse_flags)
 
 

@@ -127,16 +127,13 @@ def test_a_sweep_that_is_stopped_has_saved_its_run(tmp_path):
   assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size == size
 
 
-def test_every_run_has_a_config_that_can_be_used(tmp_path):
+def test_every_run_has_a_config_that_can_be_used():
   runs = settings.tuning_runs('')
   for bits in (4, 6, 8, 9, 10, 11, 12, 14, 16):
     for quantizer in settings.LABELS:
       name = settings.run_name(quantizer, bits, 0)
       runs[name] = settings.final_run(quantizer, bits, 0, '')
-  runs |= {
-      **recipe.screening_runs(''), **recipe.final_runs(''),
-      **recipe.other_runs('', str(tmp_path)),
-  }
+  runs |= {**recipe.screening_runs(''), **recipe.final_runs('')}
   for fields in runs.values():
     configuration.check_config(sweep.make_config(settings.CONFIG, fields))
 
@@ -233,9 +230,8 @@ def test_variants_of_parts_decode_their_indices(name, monkeypatch):
   np.testing.assert_allclose(decoded, out.reconstructions, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['table_differences', 'mlp_differences'])
-def test_gradients_are_differences_between_codes(name, monkeypatch):
-  model, weights, _ = _variant_model(name, monkeypatch)
+def test_gradients_are_differences_between_codes(monkeypatch):
+  model, weights, _ = _variant_model('mlp_differences', monkeypatch)
   bound = model.bind(weights)
   fsq, project = bound.quantizer, bound.projector_out
   indices = np.ravel_multi_index([1] * len(fsq.levels), fsq.levels)
@@ -281,12 +277,13 @@ def test_networks_on_patches_learn():
 @pytest.mark.slow
 @pytest.mark.parametrize('inputs', frozen_codes.INPUTS)
 def test_decoders_learn_from_frozen_codes(inputs, tmp_path):
-  sweep.train(_DEBUG, {'run': {'train.num_steps': 3}}, tmp_path)
+  fields = {'train.num_steps': 3, 'optim.ema_decay': 0.5}
+  sweep.train(_DEBUG, {'run': fields}, tmp_path)
   before, after = (
       frozen_codes.measure(tmp_path / 'run', inputs, num_steps=x)
       for x in (1, 60)
   )
-  assert after > before + 1
+  assert after > before + 0.1
 
 
 def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
