@@ -1,6 +1,6 @@
 """What FSQ loses against VQ at equal codebook size, and what closes the gap.
 
-  python -m experiments.fsq_recipe.recipe --run [--data_dir=DIR]
+  python -m experiments.fsq_recipe.recipe --run --data_dir=DIR --photos=PHOTOS
 
 With --run, trains the missing runs under --workdir, where interrupted runs
 resume, measures latents and patches, and writes results.json next to this
@@ -31,7 +31,10 @@ _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
 _FOURIER = {'model.projector_out.name': 'fourier'}
 _DEEP = {'model.encoder.depth': 4}
-_FOUR_CHANNELS = {'model.quantizer.vq.code_dim': 4}
+_VQ_SCREENING = {
+    'screening_vq': {},
+    'screening_vq_4': {'model.quantizer.vq.code_dim': 4},
+}
 # Chosen by the screening.
 RECIPE = {**_MLP, _DIVERSITY: 0.001}
 
@@ -73,6 +76,14 @@ TUNING: dict[str, dict[str, Any]] = {
     'AdamW in place of Muon': {'optim.name': 'adamw'},
     'learning rate x 4': {_RATE: 16e-3},
 }
+# 64 x 64 photographs, as in perceptual_ablation, with 256 tokens each.
+_PHOTOS = {
+    'data.source': 'folder',
+    'data.eval_split': 'val',
+    'data.image_size': (64, 64),
+    'data.resize_shorter': 64,
+    'train.num_steps': 1000,
+}
 # Models whose latents, and whose codes, are measured.
 MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
 FROZEN = ('fsq', 'vq_ema')
@@ -100,7 +111,7 @@ def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
       **settings.chosen('vq_ema'),
       **settings.size('vq_ema', settings.TUNING_BITS),
   }
-  changes = {'screening_vq': {}, 'screening_vq_4': _FOUR_CHANNELS}
+  changes = dict(_VQ_SCREENING)
   for i, change in enumerate(TUNING.values()):
     changes[f'tuning_vq_ema_{i}'] = change
   return runs | {name: {**shared, **vq, **x} for name, x in changes.items()}
@@ -110,14 +121,14 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   """Returns the config overrides of the runs on all images, by name."""
   runs = {}
   for bits in BITS:
-    rate_seeds = SEEDS if bits == BITS[0] else ()
+    once = SEEDS[: bits == BITS[0]]
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
-        ('vq_ema_mlp', SEEDS[: bits == BITS[0]], 'vq_ema', _MLP),
+        ('vq_ema_mlp', once, 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
         ('vq_ema', SEEDS[:1], 'vq_ema', {}),
-        ('fsq_recipe_rate', rate_seeds, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
-        ('vq_ema_rate', rate_seeds, 'vq_ema', _DOUBLE_RATE),
+        ('fsq_recipe_rate', once, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
+        ('vq_ema_rate', once, 'vq_ema', _DOUBLE_RATE),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
         ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
     ):
@@ -136,9 +147,20 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   return runs
 
 
-def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
+def photo_runs(photos: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of the runs on photographs, by name."""
+  return {
+      _named('photos', quantizer): {
+          **settings.final_run(quantizer, BITS[0], 0, photos), **_PHOTOS
+      }
+      for quantizer in ('fsq', 'vq_ema')
+  }
+
+
+def run(workdir: pathlib.Path, data_dir: str, photos: str) -> dict[str, Any]:
   """Trains the missing runs and returns the results."""
-  screening, final = screening_runs(data_dir), final_runs(data_dir)
+  screening = screening_runs(data_dir)
+  final = {**final_runs(data_dir), **photo_runs(photos)}
   plain = {x: y for x, y in screening.items() if not x.startswith('variant')}
   sweep.train(settings.CONFIG, plain, workdir)
   for name in VARIANTS:
@@ -147,7 +169,10 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
     sweep.train(settings.CONFIG, {key: screening[key]}, workdir, script)
   sweep.train(settings.CONFIG, final, workdir)
   return {
-      'command': 'python -m experiments.fsq_recipe.recipe --run',
+      'command': (
+          'python -m experiments.fsq_recipe.recipe --run --data_dir=DIR'
+          ' --photos=PHOTOS'
+      ),
       **sweep.collect(workdir, {**screening, **final}),
       'latents': {
           name: latents.measure(
@@ -194,6 +219,10 @@ def print_tables(results: Mapping[str, Any]) -> None:
   for name, keys in pairs.items():
     numbers = ' | '.join(f'{runs[key]["psnr"]:.2f}' for key in keys)
     write(f'| {name} | {numbers} |\n')
+  num_settings = [
+      len(TUNING) + len(x) for x in ({**SCREENING, **VARIANTS}, _VQ_SCREENING)
+  ]
+  write(f'| *settings tried* | {num_settings[0]} | {num_settings[1]} |\n')
   write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
   write('|---' * 5 + '|\n')
   for bits in BITS:
@@ -210,6 +239,12 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f' {sweep.format_mean(rows, "usage", ".1%")} |'
           f' {sweep.format_mean(rows, "entropy_share", ".1%")} |\n'
       )
+  for name in ('photos_fsq', 'photos_vq_ema'):
+    row = runs[name]
+    write(
+        f'| {row["codebook_size"]:,} | {name} | {row["psnr"]:.2f} |'
+        f' {row["usage"]:.1%} | {row["entropy_share"]:.1%} |\n'
+    )
   write('\n| model | distortion / variance | PSNR, dB | PSNR, not rounded |\n')
   write('|---' * 4 + '|\n')
   for name, row in results['latents'].items():
@@ -287,4 +322,5 @@ if __name__ == '__main__':
       print_tables=print_tables,
       plot=plot,
       runs='fsq_recipe',
+      paths={'photos': '64 x 64 images in train/ and val/'},
   )
