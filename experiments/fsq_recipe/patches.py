@@ -85,6 +85,7 @@ class PatchAutoencoder(nn.Module):
     self.decoder = _Network(self.num_features, self.decoder_width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Reconstructs [n, num_features] patches."""
     return self.decoder(self.fsq(self.encoder(x)).z_q)
 
   def codebook(self) -> jax.Array:
