@@ -37,7 +37,7 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
     z = model.projector_in(model.encoder(x))
     codes = model.quantizer(z).z_q
     if isinstance(model.quantizer, quantizers.FSQ):
-      z = _bound(model.quantizer, z)
+      z = bound(model.quantizer, z)
     mse = [jnp.mean(jnp.square(model.decode(y) - x) / 4) for y in (codes, z)]
     axes = tuple(range(z.ndim - 1))
     moments = [jnp.mean(y, axes) for y in (z, z**2, (codes - z) ** 2)]
@@ -58,7 +58,7 @@ def measure(workdir: pathlib.Path) -> dict[str, float]:
   }
 
 
-def _bound(fsq: quantizers.FSQ, z: jax.Array) -> jax.Array:
+def bound(fsq: quantizers.FSQ, z: jax.Array) -> jax.Array:
   """Returns bounded latents in units of codes."""
   kind = conventions.CONVENTIONS[fsq.convention]
   eps = kind.eps if fsq.eps is None else fsq.eps

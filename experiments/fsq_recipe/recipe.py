@@ -1,6 +1,6 @@
 """What FSQ loses against VQ at equal codebook size, and what closes the gap.
 
-  python -m experiments.fsq_recipe.recipe --run [--data_dir=DIR]
+  python -m experiments.fsq_recipe.recipe --run --data_dir=DIR --photos=PHOTOS
 
 With --run, trains the missing runs under --workdir, where interrupted runs
 resume, measures latents and patches, and writes results.json next to this
@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 
 from experiments import sweep
+from experiments.fsq_recipe import frozen_codes
 from experiments.fsq_recipe import latents
 from experiments.fsq_recipe import patches
 from experiments.fsq_recipe import variants
@@ -28,7 +29,12 @@ SEEDS = (0, 1, 2)
 _MLP = {'model.projector_out.name': 'mlp'}
 _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
+_FOURIER = {'model.projector_out.name': 'fourier'}
 _DEEP = {'model.encoder.depth': 4}
+_VQ_SCREENING = {
+    'screening_vq': {},
+    'screening_vq_4': {'model.quantizer.vq.code_dim': 4},
+}
 # Chosen by the screening.
 RECIPE = {**_MLP, _DIVERSITY: 0.001}
 
@@ -43,12 +49,48 @@ SCREENING: dict[str, dict[str, Any]] = {
     'projector_out mlp': _MLP,
     'projector_out mlp, diversity loss x 0.001': RECIPE,
     'encoder of four blocks': _DEEP,
+    'projector_out fourier': _FOURIER,
+    'projector_out fourier, sigma 0.05': {
+        **_FOURIER, 'model.projector_out.fourier.sigma': 0.05
+    },
 }
-# Changes of training that the package does not have, see variants.py.
+# Changes of parts that the package does not have, see variants.py.
+_LEVELS_OUT = {'model.projector_out.name': 'levels'}
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in variants.QUANTIZERS},
-    variants.RENORMALIZED: {'model.projector_in.name': 'standardized'},
+    'renormalized': {'model.projector_in.name': 'standardized'},
+    'residual_in': {},
+    'table': _LEVELS_OUT,
+    'mlp_differences': _LEVELS_OUT,
+    variants.UNROUNDED: _MLP,
 }
+# Changes tried with either quantizer.
+_RATE = 'optim.learning_rate'
+_FACTORS = 'optim.learning_rate_factors'
+_DOUBLE_RATE = {_RATE: 8e-3}
+TUNING: dict[str, dict[str, Any]] = {
+    'learning rate x 2': _DOUBLE_RATE,
+    'learning rate x 0.5': {_RATE: 2e-3},
+    'learning rate of projectors x 3': {_FACTORS: (('projector_.*', 3.0),)},
+    'learning rate of projectors x 0.3': {_FACTORS: (('projector_.*', 0.3),)},
+    'AdamW in place of Muon': {'optim.name': 'adamw'},
+    'learning rate x 4': {_RATE: 16e-3},
+}
+# 64 x 64 photographs, as in perceptual_ablation, with 256 tokens each.
+_PHOTOS = {
+    'data.source': 'folder',
+    'data.eval_split': 'val',
+    'data.image_size': (64, 64),
+    'data.resize_shorter': 64,
+    'train.num_steps': 1000,
+}
+# Worse with FSQ, and not tried with VQ.
+_ONLY_FSQ = ('learning rate x 0.5', 'learning rate of projectors x 0.3')
+# Best of the other level sets for patches.
+_BEST_LEVELS = '(16, 4, 4, 4)'
+# Models whose latents, and whose codes, are measured.
+MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
+FROZEN = ('fsq', 'vq_ema')
 # Numbers of steps of the curves, by bits.
 STEPS = {10: (1000, 4000, 8000), 14: (1000, 4000)}
 
@@ -66,24 +108,32 @@ def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   }
   changes = {f'screening_{i}': x for i, x in enumerate(SCREENING.values())}
   changes |= {_named('variant', name): x for name, x in VARIANTS.items()}
+  for i, change in enumerate(TUNING.values()):
+    changes[f'tuning_fsq_{i}'] = change
   runs = {name: {**shared, **x} for name, x in changes.items()}
-  vq = settings.chosen('vq_ema')
-  size = settings.size('vq_ema', settings.TUNING_BITS)
-  return runs | {
-      f'screening_vq{name}': {**shared, **vq, **size, **x}
-      for name, x in (('', {}), ('_4', {'model.quantizer.vq.code_dim': 4}))
+  vq = {
+      **settings.chosen('vq_ema'),
+      **settings.size('vq_ema', settings.TUNING_BITS),
   }
+  changes = dict(_VQ_SCREENING)
+  for i, (name, change) in enumerate(TUNING.items()):
+    if name not in _ONLY_FSQ:
+      changes[f'tuning_vq_ema_{i}'] = change
+  return runs | {name: {**shared, **vq, **x} for name, x in changes.items()}
 
 
 def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   """Returns the config overrides of the runs on all images, by name."""
   runs = {}
   for bits in BITS:
+    once = SEEDS[: bits == BITS[0]]
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
-        ('vq_ema_mlp', SEEDS[: bits == BITS[0]], 'vq_ema', _MLP),
+        ('vq_ema_mlp', once, 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
         ('vq_ema', SEEDS[:1], 'vq_ema', {}),
+        ('fsq_recipe_rate', once, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
+        ('vq_ema_rate', once, 'vq_ema', _DOUBLE_RATE),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
         ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
     ):
@@ -102,9 +152,20 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   return runs
 
 
-def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
+def photo_runs(photos: str) -> dict[str, dict[str, Any]]:
+  """Returns the config overrides of the runs on photographs, by name."""
+  return {
+      _named('photos', quantizer): {
+          **settings.final_run(quantizer, BITS[0], 0, photos), **_PHOTOS
+      }
+      for quantizer in ('fsq', 'vq_ema')
+  }
+
+
+def run(workdir: pathlib.Path, data_dir: str, photos: str) -> dict[str, Any]:
   """Trains the missing runs and returns the results."""
-  screening, final = screening_runs(data_dir), final_runs(data_dir)
+  screening = screening_runs(data_dir)
+  final = {**final_runs(data_dir), **photo_runs(photos)}
   plain = {x: y for x, y in screening.items() if not x.startswith('variant')}
   sweep.train(settings.CONFIG, plain, workdir)
   for name in VARIANTS:
@@ -113,12 +174,25 @@ def run(workdir: pathlib.Path, data_dir: str) -> dict[str, Any]:
     sweep.train(settings.CONFIG, {key: screening[key]}, workdir, script)
   sweep.train(settings.CONFIG, final, workdir)
   return {
-      'command': 'python -m experiments.fsq_recipe.recipe --run',
+      'command': (
+          'python -m experiments.fsq_recipe.recipe --run --data_dir=DIR'
+          ' --photos=PHOTOS'
+      ),
       **sweep.collect(workdir, {**screening, **final}),
       'latents': {
-          name: latents.measure(workdir / _named(name, bits, 'bits_seed_0'))
-          for bits in BITS[:1]
-          for name in ('fsq', 'fsq_recipe', 'vq_ema')
+          name: latents.measure(
+              workdir / _named(name, BITS[0], 'bits_seed_0')
+          )
+          for name in MEASURED
+      },
+      'frozen_codes': {
+          name: {
+              x: frozen_codes.measure(
+                  workdir / _named(name, BITS[0], 'bits_seed_0'), x
+              )
+              for x in frozen_codes.INPUTS
+          }
+          for name in FROZEN
       },
       'patches': patches.measure(data_dir),
   }
@@ -143,12 +217,22 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f'| {name} | {row["psnr"]:.2f} | {row["psnr"] - first["psnr"]:+.2f} |'
         f' {row["entropy_share"]:.1%} |\n'
     )
+  write('\n| change | FSQ | VQ, EMA |\n|---|---|---|\n')
+  pairs = {'as shipped': ('screening_0', 'screening_vq')}
+  for i, name in enumerate(TUNING):
+    pairs[name] = f'tuning_fsq_{i}', f'tuning_vq_ema_{i}'
+  for name, keys in pairs.items():
+    found = [f'{runs[key]["psnr"]:.2f}' if key in runs else '' for key in keys]
+    write(f'| {name} | {found[0]} | {found[1]} |\n')
+  num_fsq = len(SCREENING) + len(VARIANTS) + len(TUNING)
+  num_vq = len(_VQ_SCREENING) + len(TUNING) - len(_ONLY_FSQ)
+  write(f'| *settings tried* | {num_fsq} | {num_vq} |\n')
   write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
   write('|---' * 5 + '|\n')
   for bits in BITS:
     for name in (
-        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_deep',
-        'vq_ema_deep',
+        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_rate',
+        'vq_ema_rate', 'fsq_recipe_deep', 'vq_ema_deep',
     ):
       rows = _rows(results, name, bits)
       if not rows:
@@ -159,16 +243,21 @@ def print_tables(results: Mapping[str, Any]) -> None:
           f' {sweep.format_mean(rows, "usage", ".1%")} |'
           f' {sweep.format_mean(rows, "entropy_share", ".1%")} |\n'
       )
-  write('\n| model | distortion / variance | PSNR, dB | PSNR, not rounded |\n')
-  write('|---' * 4 + '|\n')
+  write('\n| model | distortion / variance | PSNR, dB | not rounded |')
+  write(' decoder retrained | on embeddings |\n')
+  write('|---' * 6 + '|\n')
   for name, row in results['latents'].items():
+    frozen = results['frozen_codes'].get(name, {})
+    found = [f'{x:.2f}' for x in frozen.values()] or ['', '']
     write(
         f'| {name} | {row["distortion"]:.3f} | {row["psnr"]:.2f} |'
-        f' {row["psnr_unquantized"]:.2f} |\n'
+        f' {row["psnr_unquantized"]:.2f} | {found[0]} | {found[1]} |\n'
     )
   write('\n| code of 4 x 4 patches | PSNR, dB |\n|---|---|\n')
+  hidden = set(map(str, patches.LEVELS[1:])) - {_BEST_LEVELS}
   for name, psnr in results['patches'].items():
-    write(f'| {name.strip("()")} | {psnr:.2f} |\n')
+    if name not in hidden:
+      write(f'| {name.strip("()")} | {psnr:.2f} |\n')
 
 
 def _rows(
@@ -232,4 +321,5 @@ if __name__ == '__main__':
       print_tables=print_tables,
       plot=plot,
       runs='fsq_recipe',
+      paths={'photos': '64 x 64 images in train/ and val/'},
   )

@@ -9,7 +9,9 @@ import time
 
 import chex
 import jax
+from jax import numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 
@@ -18,6 +20,8 @@ from experiments.benchmarks import benchmarks
 from experiments.codebook_size import codebook_size
 from experiments.export import across_versions
 from experiments.fault_suite import run as fault_suite
+from experiments.fsq_recipe import frozen_codes
+from experiments.fsq_recipe import patches
 from experiments.fsq_recipe import recipe
 from experiments.fsq_recipe import variants
 from experiments.generation import cifar10
@@ -30,6 +34,9 @@ from experiments.quantizer_comparison import settings
 from experiments.vqrae_frozen_vit import vqrae_frozen_vit
 from fsq_jax import configuration
 from fsq_jax import quantizers
+from fsq_jax.models import autoencoder
+from fsq_jax.models import builder as model_builder
+from fsq_jax.models import projectors
 from fsq_jax.quantizers import builder
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -131,7 +138,9 @@ def test_every_run_has_a_config_that_can_be_used():
     configuration.check_config(sweep.make_config(settings.CONFIG, fields))
 
 
-@pytest.mark.parametrize('name', variants.QUANTIZERS)
+@pytest.mark.parametrize(
+    'name', [x for x in variants.QUANTIZERS if x != 'latent_codebook']
+)
 def test_variants_of_fsq_change_training_alone(name, monkeypatch):
   monkeypatch.setattr(builder, 'QUANTIZERS', dict(builder.QUANTIZERS))
   plain = quantizers.FSQ((8, 5), commitment_weight=0.0)
@@ -144,7 +153,10 @@ def test_variants_of_fsq_change_training_alone(name, monkeypatch):
 
   def apply(fsq, train):
     def total(z):
-      out = fsq.apply({}, z, train=train, rngs={'quantizer': jax.random.key(1)})
+      out, _ = fsq.apply(
+          fsq.init({}, z), z, train=train, mutable=['batch_stats'],
+          rngs={'quantizer': jax.random.key(1)},
+      )
       return out.z_q.sum(), out
 
     (_, out), gradient = jax.value_and_grad(total, has_aux=True)(z)
@@ -155,15 +167,123 @@ def test_variants_of_fsq_change_training_alone(name, monkeypatch):
   out, changed = apply(variant, train=True)
   np.testing.assert_array_equal(out.indices, expected.indices)
   differs = np.any(out.z_q != expected.z_q, axis=-1)
-  if name.startswith('unrounded'):
+  if name == 'unrounded_dimensions_25':
+    dimensions = np.any(out.z_q != expected.z_q, axis=1)
+    assert set(np.asarray(dimensions.sum(axis=1))) == {0, 1, 2}
+  elif name.startswith('unrounded'):
     # Whole images, at about this rate.
     assert set(np.mean(np.asarray(differs), axis=1)) == {0, 1}
+  elif name.startswith('noise'):
+    assert differs.all()
+    np.testing.assert_array_equal(changed, gradient)
   elif name.startswith('dithered'):
     assert 0 < differs.mean() < 1
     np.testing.assert_array_equal(changed, gradient)
   else:
     assert not differs.any()
     assert np.abs(changed - gradient).max() > 0.1
+
+
+def test_annealed_variants_end_as_fsq(monkeypatch):
+  monkeypatch.setattr(builder, 'QUANTIZERS', dict(builder.QUANTIZERS))
+  variants.install('noise_annealed_50')
+  fsq = builder.build_quantizer({'name': 'fsq', 'levels': (8, 5)})
+  z = jax.random.normal(jax.random.key(0), (16, 10, 2))
+  expected = quantizers.FSQ((8, 5)).apply({}, z).z_q
+
+  def error(step):
+    out, state = fsq.apply(
+        {'batch_stats': {'step': step}}, z, train=True, mutable=['batch_stats'],
+        rngs={'quantizer': jax.random.key(1)},
+    )
+    assert state['batch_stats']['step'] == step + 1
+    return np.abs(out.z_q - expected).max()
+
+  np.testing.assert_allclose(error(0.0) / error(375.0), 2, rtol=1e-5)
+  assert error(750.0) == 0
+
+
+def _variant_model(name, monkeypatch):
+  """Returns the model of a variant, small, with its variables and images."""
+  for module, attribute in (
+      (builder, 'QUANTIZERS'), (autoencoder, 'Autoencoder'),
+      *((projectors, x) for x, _ in variants.PROJECTORS.values()),
+  ):
+    value = getattr(module, attribute)
+    value = dict(value) if isinstance(value, dict) else value
+    monkeypatch.setattr(module, attribute, value)
+  variants.install(name)
+  fields = {
+      'model.quantizer.fsq.commitment_weight': 0.0, **recipe.VARIANTS[name]
+  }
+  config = sweep.make_config(_DEBUG, fields)
+  model = model_builder.build_autoencoder(config.model, (16, 16))
+  images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1)
+  return model, model.init(jax.random.key(1), images), images
+
+
+@pytest.mark.parametrize('name', ['latent_codebook', *variants.PROJECTORS])
+def test_variants_of_parts_decode_their_indices(name, monkeypatch):
+  model, weights, images = _variant_model(name, monkeypatch)
+  out = model.apply(weights, images)
+  decoded = model.apply(weights, out.indices, method='decode_from_indices')
+  np.testing.assert_allclose(decoded, out.reconstructions, atol=1e-5)
+
+
+def test_gradients_are_differences_between_codes(monkeypatch):
+  model, weights, _ = _variant_model('mlp_differences', monkeypatch)
+  bound = model.bind(weights)
+  fsq, project = bound.quantizer, bound.projector_out
+  indices = np.ravel_multi_index([1] * len(fsq.levels), fsq.levels)
+  digits = np.asarray(fsq.indices_to_digits(jnp.int32(indices)))
+  steps = np.asarray(fsq.code_steps)
+  for i in range(len(digits)):
+    around = digits + np.outer([1, -1], np.eye(len(digits), dtype=int)[i])
+    after, before = project(fsq.digits_to_codes(around))
+    slope = jax.jvp(
+        project, (fsq.digits_to_codes(digits),),
+        (jnp.asarray(np.eye(len(digits))[i] * steps, jnp.float32),),
+    )[1]
+    np.testing.assert_allclose(slope, (after - before) / 2, atol=1e-6)
+
+
+def test_the_encoder_learns_from_latents_before_rounding(monkeypatch):
+  model, weights, images = _variant_model(variants.UNROUNDED, monkeypatch)
+
+  def loss(params, name):
+    out = model.apply({'params': params}, images, train=True)
+    error = jnp.mean(jnp.square(out.reconstructions - images))
+    return {'rounded': error, 'unrounded': out.quantizer_loss}[name]
+
+  for name, trained in (
+      ('rounded', {'projector_out', 'decoder'}),
+      ('unrounded', {'encoder', 'projector_in'}),
+  ):
+    gradients = jax.grad(loss)(weights['params'], name)
+    assert trained == {x for x, y in gradients.items() if optax.tree.norm(y)}
+
+
+def test_networks_on_patches_learn():
+  rng = np.random.default_rng(0)
+  factors, basis = rng.normal(size=(2048, 2)), rng.normal(size=(2, 6))
+  samples = (factors @ basis).astype(np.float32)
+  model = patches.PatchAutoencoder(16, 16, num_features=6, levels=(8, 8))
+  (first, _), (last, nearest) = (
+      patches.train_network(model, samples, samples, x) for x in (1, 200)
+  )
+  assert nearest < last < 0.1 * first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('inputs', frozen_codes.INPUTS)
+def test_decoders_learn_from_frozen_codes(inputs, tmp_path):
+  fields = {'train.num_steps': 3, 'optim.ema_decay': 0.5}
+  sweep.train(_DEBUG, {'run': fields}, tmp_path)
+  before, after = (
+      frozen_codes.measure(tmp_path / 'run', inputs, num_steps=x)
+      for x in (1, 60)
+  )
+  assert after > before + 0.1
 
 
 def test_runs_on_a_frozen_encoder_have_configs_that_can_be_used(tmp_path):
