@@ -1,8 +1,7 @@
 """Decoders trained from scratch on the codes of a trained model.
 
-Encoder, projector_in and quantizer are frozen. The decoder takes the code
-vectors through the run's own projector_out, or a learned embedding of each
-index, which gives any quantizer as free a codebook as VQ's.
+Encoder, projector_in and quantizer are frozen; projector_out and decoder are
+trained again.
 """
 
 import itertools
@@ -24,49 +23,40 @@ from fsq_jax.runtime import partitioning
 from fsq_jax.train import optim
 
 NUM_STEPS = 2000
-INPUTS = ('codes', 'embeddings')
 
 
-def measure(
-    workdir: pathlib.Path, inputs: str, num_steps: int = NUM_STEPS
-) -> float:
+def measure(workdir: pathlib.Path, num_steps: int = NUM_STEPS) -> float:
   """Trains a decoder and returns its PSNR on the evaluation images.
 
   Stores the result in the folder of the run, and is not repeated.
 
   Args:
     workdir: of the run with the encoder.
-    inputs: of the decoder, one of `INPUTS`.
     num_steps: training steps.
   """
-  path = workdir / f'frozen_{inputs}.json'
+  path = workdir / 'frozen_codes.json'
   if path.is_file():
     stored = json.loads(path.read_text('utf-8'))
     if stored['num_steps'] == num_steps:
       return stored['psnr']
-  result = {'num_steps': num_steps, 'psnr': _train(workdir, inputs, num_steps)}
+  result = {'num_steps': num_steps, 'psnr': _train(workdir, num_steps)}
   workdirs.write_json(path, result)
   return result['psnr']
 
 
-def _train(workdir: pathlib.Path, inputs: str, num_steps: int) -> float:
+def _train(workdir: pathlib.Path, num_steps: int) -> float:
   """Trains a decoder and returns its PSNR."""
   found = saved_model.find_run(workdir)
   config = found.config
   mesh = partitioning.create_mesh(config.partitioning.mesh)
   model, variables = saved_model.restore(found, mesh)
-  params = _initial_params(model, config, inputs)
+  params = _initial_params(model, config)
   optimizer = optim.build_optimizer(config.optim, num_steps)
 
   def decode(params, images):
-    z_q, _, indices = model.apply(variables, images, method='encode')
+    z_q = model.apply(variables, images, method='encode').z_q
     merged = {**variables['params'], **params}
-    if inputs == 'codes':
-      return model.apply({**variables, 'params': merged}, z_q, method='decode')
-    latents = jnp.take(params['embeddings'], indices, axis=0)
-    return model.apply(
-        {'params': merged}, latents, method=lambda model, x: model.decoder(x)
-    )
+    return model.apply({**variables, 'params': merged}, z_q, method='decode')
 
   def loss(params, images):
     return jnp.mean(jnp.square(decode(params, images) - images))
@@ -95,14 +85,10 @@ def _train(workdir: pathlib.Path, inputs: str, num_steps: int) -> float:
   return float(np.mean(np.concatenate(values)))
 
 
-def _initial_params(model, config, inputs: str) -> dict[str, Any]:
-  """Returns random parameters of the decoder and what is before it."""
+def _initial_params(model, config) -> dict[str, Any]:
+  """Returns random parameters of projector_out and decoder."""
   key = jax.random.key(config.seed + 1)
   images = jnp.zeros((1, *config.data.image_size, model.channels))
   params = jax.jit(model.init)(key, images)['params']
-  if inputs == 'codes':
-    return {name: params[name] for name in ('projector_out', 'decoder')}
-  shape = model.quantizer.codebook_size, model.decoder.input_width
-  embeddings = jax.random.normal(key, shape)
-  return {'decoder': params['decoder'], 'embeddings': embeddings}
+  return {name: params[name] for name in ('projector_out', 'decoder')}
 

@@ -7,7 +7,7 @@ resume, measures latents and patches, and writes results.json next to this
 script. Then draws plot.png and prints the tables.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import pathlib
 import statistics
 import sys
@@ -27,6 +27,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 BITS = (10, 14)
 SEEDS = (0, 1, 2)
 _MLP = {'model.projector_out.name': 'mlp'}
+_MLPS = {**_MLP, 'model.projector_in.name': 'mlp'}
 _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
 _FOURIER = {'model.projector_out.name': 'fourier'}
@@ -35,13 +36,13 @@ _VQ_SCREENING = {
     'screening_vq': {},
     'screening_vq_4': {'model.quantizer.vq.code_dim': 4},
 }
-# Chosen by the screening.
+# The MLP was chosen by the screening, the diversity loss for usage at 2^14.
 RECIPE = {**_MLP, _DIVERSITY: 0.001}
 
 # One change at a time of FSQ with 1,000 codes, 1,500 steps, measured on the
 # held-out tenth of the training images.
 SCREENING: dict[str, dict[str, Any]] = {
-    'as shipped': {},
+    'linear projectors, no loss': {},
     'diversity loss x 0.001': {_DIVERSITY: 0.001},
     'diversity loss x 0.01': {_DIVERSITY: 0.01},
     'levels 12, 7, 4, 3': {_LEVELS: (12, 7, 4, 3)},
@@ -64,6 +65,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'mlp_differences': _LEVELS_OUT,
     variants.UNROUNDED: _MLP,
 }
+VARIANT_LABELS = {
+    'unrounded_25': 'quantization dropout, 25 % of images',
+    'unrounded_50': 'quantization dropout, 50 % of images',
+    'unrounded_dimensions_25': 'quantization dropout, 25 % of dimensions',
+    'unrounded_annealed_50': 'quantization dropout, 50 % of images, annealed',
+    'noise_annealed_50': 'noise of 0.5 levels on codes, annealed',
+    'dithered_25': 'stochastic rounding, 0.25 levels',
+    'dithered_100': 'stochastic rounding, 1 level',
+    'pass_through_30': '30 % of the gradient bypasses the bound',
+    'soft_rounded_50': 'gradient of soft rounding',
+    'latent_codebook': "FSQ between MLPs as VQ's codebook",
+    'renormalized': 'batch renormalization of latents',
+    'residual_in': 'MLP beside the linear projector_in',
+    'table': 'embedding of codes beside the linear projector_out',
+    'mlp_differences': 'projector_out mlp, finite differences as gradient',
+    variants.UNROUNDED: "projector_out mlp, gradient at unrounded latents",
+}
 # Changes tried with either quantizer.
 _RATE = 'optim.learning_rate'
 _FACTORS = 'optim.learning_rate_factors'
@@ -84,15 +102,38 @@ _PHOTOS = {
     'data.resize_shorter': 64,
     'train.num_steps': 1000,
 }
+# A convolutional encoder and decoder of stride 4, in place of the ViTs.
+_CONV = {
+    'model.encoder.name': 'conv',
+    'model.decoder.name': 'conv',
+    'model.encoder.conv.filters': 32,
+    'model.encoder.conv.channel_multipliers': (1, 2, 2),
+    'model.encoder.conv.num_res_blocks': 1,
+    'model.encoder.conv.latent_width': 64,
+    'train.num_steps': 2000,
+}
 # Worse with FSQ, and not tried with VQ.
 _ONLY_FSQ = ('learning rate x 0.5', 'learning rate of projectors x 0.3')
 # Best of the other level sets for patches.
 _BEST_LEVELS = '(16, 4, 4, 4)'
+LABELS = {
+    'fsq': 'FSQ',
+    'fsq_mlp': 'FSQ, projector_out mlp',
+    'fsq_mlps': 'FSQ, both projectors mlp',
+    'fsq_recipe': 'FSQ, recipe',
+    'vq_ema': 'VQ, EMA',
+    'vq_ema_mlp': 'VQ, EMA, projector_out mlp',
+    'fsq_recipe_rate': 'FSQ, recipe, learning rate x 2',
+    'vq_ema_rate': 'VQ, EMA, learning rate x 2',
+    'fsq_recipe_deep': 'FSQ, recipe, encoder of four blocks',
+    'vq_ema_deep': 'VQ, EMA, encoder of four blocks',
+}
 # Models whose latents, and whose codes, are measured.
 MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
 FROZEN = ('fsq', 'vq_ema')
+_COMPARED = (('fsq_recipe', 'fsq', RECIPE), ('vq_ema', 'vq_ema', {}))
 # Numbers of steps of the curves, by bits.
-STEPS = {10: (1000, 4000, 8000), 14: (1000, 4000)}
+STEPS = {10: (1000, 4000, 8000, 20_000), 14: (1000, 4000)}
 
 
 def _named(*words: Any) -> str:
@@ -129,6 +170,8 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
     once = SEEDS[: bits == BITS[0]]
     for name, seeds, quantizer, changes in (
         ('fsq_recipe', SEEDS, 'fsq', RECIPE),
+        ('fsq_mlp', SEEDS[:1], 'fsq', _MLP),
+        ('fsq_mlps', SEEDS[:1], 'fsq', _MLPS),
         ('vq_ema_mlp', once, 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
         ('vq_ema', SEEDS[:1], 'vq_ema', {}),
@@ -140,15 +183,16 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
       for seed in seeds:
         run = settings.final_run(quantizer, bits, seed, data_dir)
         runs[_named(name, bits, 'bits_seed', seed)] = {**run, **changes}
-    for name, quantizer, changes in (
-        ('fsq_recipe', 'fsq', RECIPE), ('vq_ema', 'vq_ema', {})
-    ):
+    for name, quantizer, changes in _COMPARED:
       for steps in STEPS[bits]:
         if steps != settings.BUDGET['train.num_steps']:
           run = settings.final_run(quantizer, bits, 0, data_dir)
           runs[_named(name, bits, 'bits', steps, 'steps')] = {
               **run, **changes, 'train.num_steps': steps
           }
+  for name, quantizer, changes in _COMPARED:
+    run = settings.final_run(quantizer, BITS[0], 0, data_dir)
+    runs[_named('conv', name)] = {**run, **changes, **_CONV}
   return runs
 
 
@@ -186,12 +230,9 @@ def run(workdir: pathlib.Path, data_dir: str, photos: str) -> dict[str, Any]:
           for name in MEASURED
       },
       'frozen_codes': {
-          name: {
-              x: frozen_codes.measure(
-                  workdir / _named(name, BITS[0], 'bits_seed_0'), x
-              )
-              for x in frozen_codes.INPUTS
-          }
+          name: frozen_codes.measure(
+              workdir / _named(name, BITS[0], 'bits_seed_0')
+          )
           for name in FROZEN
       },
       'patches': patches.measure(data_dir),
@@ -204,7 +245,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
   runs = results['runs']
   names = {
       **{x: f'screening_{i}' for i, x in enumerate(SCREENING)},
-      **{x: _named('variant', x) for x in VARIANTS},
+      **{VARIANT_LABELS[x]: _named('variant', x) for x in VARIANTS},
       'VQ, EMA, 8 channels': 'screening_vq',
       'VQ, EMA, 4 channels': 'screening_vq_4',
   }
@@ -218,7 +259,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f' {row["entropy_share"]:.1%} |\n'
     )
   write('\n| change | FSQ | VQ, EMA |\n|---|---|---|\n')
-  pairs = {'as shipped': ('screening_0', 'screening_vq')}
+  pairs = {'baseline': ('screening_0', 'screening_vq')}
   for i, name in enumerate(TUNING):
     pairs[name] = f'tuning_fsq_{i}', f'tuning_vq_ema_{i}'
   for name, keys in pairs.items():
@@ -230,34 +271,49 @@ def print_tables(results: Mapping[str, Any]) -> None:
   write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
   write('|---' * 5 + '|\n')
   for bits in BITS:
-    for name in (
-        'fsq', 'fsq_recipe', 'vq_ema', 'vq_ema_mlp', 'fsq_recipe_rate',
-        'vq_ema_rate', 'fsq_recipe_deep', 'vq_ema_deep',
-    ):
+    for name in LABELS:
       rows = _rows(results, name, bits)
       if not rows:
         continue
       write(
-          f'| {rows[0]["codebook_size"]:,} | {name} |'
+          f'| {rows[0]["codebook_size"]:,} | {LABELS[name]} |'
           f' {sweep.format_mean(rows, "psnr", ".2f")} |'
           f' {sweep.format_mean(rows, "usage", ".1%")} |'
           f' {sweep.format_mean(rows, "entropy_share", ".1%")} |\n'
       )
-  write('\n| model | distortion / variance | PSNR, dB | not rounded |')
-  write(' decoder retrained | on embeddings |\n')
-  write('|---' * 6 + '|\n')
+  write('\n| models | codes | FSQ | VQ, EMA | gap, dB |\n' + '|---' * 5 + '|\n')
+  for label, bits, fsq, vq in _pairs(results):
+    write(f'| {label} | 2^{bits} | {fsq:.2f} | {vq:.2f} | {vq - fsq:.2f} |\n')
+  write('\n| model | distortion / variance | PSNR, dB | without rounding |')
+  write(' decoder retrained |\n')
+  write('|---' * 5 + '|\n')
   for name, row in results['latents'].items():
-    frozen = results['frozen_codes'].get(name, {})
-    found = [f'{x:.2f}' for x in frozen.values()] or ['', '']
+    frozen = results['frozen_codes'].get(name)
     write(
-        f'| {name} | {row["distortion"]:.3f} | {row["psnr"]:.2f} |'
-        f' {row["psnr_unquantized"]:.2f} | {found[0]} | {found[1]} |\n'
+        f'| {LABELS[name]} | {row["distortion"]:.3f} | {row["psnr"]:.2f} |'
+        f' {row["psnr_unquantized"]:.2f} |'
+        f' {"" if frozen is None else format(frozen, ".2f")} |\n'
     )
   write('\n| code of 4 x 4 patches | PSNR, dB |\n|---|---|\n')
   hidden = set(map(str, patches.LEVELS[1:])) - {_BEST_LEVELS}
   for name, psnr in results['patches'].items():
     if name not in hidden:
       write(f'| {name.strip("()")} | {psnr:.2f} |\n')
+
+
+def _pairs(
+    results: Mapping[str, Any],
+) -> Iterator[tuple[str, int, float, float]]:
+  """Yields a label, bits of the codebook, and PSNR of FSQ and of VQ."""
+  for bits in BITS:
+    for steps in STEPS[bits]:
+      psnr = [_psnr(results, name, bits, steps) for name, *_ in _COMPARED]
+      yield f'{steps:,} steps', bits, *psnr
+  for label, names in (
+      ('convolutional, 2,000 steps', ('conv_fsq_recipe', 'conv_vq_ema')),
+      ('64 x 64 photographs, 1,000 steps', ('photos_fsq', 'photos_vq_ema')),
+  ):
+    yield label, BITS[0], *(results['runs'][name]['psnr'] for name in names)
 
 
 def _rows(
@@ -300,7 +356,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         for depth in ('', '_deep')
     ]
     axes[1].plot((1, 4), depths, marker='o', label=f'{size:,} codes')
-  axes[0].set(xlabel='steps', xscale='log', ylabel='VQ-EMA minus FSQ, dB')
+  gap = 'VQ-EMA minus FSQ recipe, dB'
+  axes[0].set(xlabel='steps', xscale='log', ylabel=gap)
   steps = max(STEPS.values(), key=len)
   axes[0].set_xticks(steps, [f'{x:,}' for x in steps])
   axes[0].minorticks_off()

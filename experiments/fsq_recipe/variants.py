@@ -113,7 +113,7 @@ class _Dithered(_Variant):
 
 
 class _PassThrough(_Variant):
-  """The gradient of the bound replaced by `strength` times its slope at 0."""
+  """Part of the gradient, `strength` of the slope at 0, bypasses the bound."""
 
   def _train(self, z, steps, z_q):
     slope = self._grid.half / self._grid.scale

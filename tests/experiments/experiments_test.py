@@ -127,13 +127,14 @@ def test_a_sweep_that_is_stopped_has_saved_its_run(tmp_path):
   assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size == size
 
 
-def test_every_run_has_a_config_that_can_be_used():
+def test_every_run_has_a_config_that_can_be_used(tmp_path):
   runs = settings.tuning_runs('')
   for bits in (4, 6, 8, 9, 10, 11, 12, 14, 16):
     for quantizer in settings.LABELS:
       name = settings.run_name(quantizer, bits, 0)
       runs[name] = settings.final_run(quantizer, bits, 0, '')
   runs |= {**recipe.screening_runs(''), **recipe.final_runs('')}
+  runs |= recipe.photo_runs(str(tmp_path))
   for fields in runs.values():
     configuration.check_config(sweep.make_config(settings.CONFIG, fields))
 
@@ -275,12 +276,11 @@ def test_networks_on_patches_learn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('inputs', frozen_codes.INPUTS)
-def test_decoders_learn_from_frozen_codes(inputs, tmp_path):
+def test_decoders_learn_from_frozen_codes(tmp_path):
   fields = {'train.num_steps': 3, 'optim.ema_decay': 0.5}
   sweep.train(_DEBUG, {'run': fields}, tmp_path)
   before, after = (
-      frozen_codes.measure(tmp_path / 'run', inputs, num_steps=x)
+      frozen_codes.measure(tmp_path / 'run', num_steps=x)
       for x in (1, 60)
   )
   assert after > before + 0.1
