@@ -129,7 +129,7 @@ def _sample(
   cache = None
   if options.cache == 'static':
     # Of the labels, since constants are on no mesh and would be replicated.
-    zeros = jnp.zeros_like(labels)[:, None, None, None]
+    zeros = (0 * labels)[:, None, None, None]
     cache = jax.tree.map(
         jax.vmap(
             lambda x: partitioning.constrain(
