@@ -27,15 +27,14 @@ HERE = pathlib.Path(__file__).resolve().parent
 BITS = (10, 14)
 SEEDS = (0, 1, 2)
 _MLP = {'model.projector_out.name': 'mlp'}
-_MLPS = {**_MLP, 'model.projector_in.name': 'mlp'}
+_PROJECTOR_IN = {'model.projector_in.name': 'mlp'}
+_MLPS = {**_MLP, **_PROJECTOR_IN}
 _DIVERSITY = 'model.quantizer.fsq.diversity_weight'
 _LEVELS = 'model.quantizer.fsq.levels'
 _FOURIER = {'model.projector_out.name': 'fourier'}
 _DEEP = {'model.encoder.depth': 4}
-_VQ_SCREENING = {
-    'screening_vq': {},
-    'screening_vq_4': {'model.quantizer.vq.code_dim': 4},
-}
+_DEEP_DECODER = {'model.decoder.depth': 8}
+_WIDE = {'model.encoder.width': 128, 'model.encoder.mlp_dim': 256}
 # The MLP was chosen by the screening, the diversity loss for usage at 2^14.
 RECIPE = {**_MLP, _DIVERSITY: 0.001}
 
@@ -94,6 +93,40 @@ TUNING: dict[str, dict[str, Any]] = {
     'AdamW in place of Muon': {'optim.name': 'adamw'},
     'learning rate x 4': {_RATE: 16e-3},
 }
+# Changes of VQ alone, as many as FSQ has.
+VQ_SCREENING: dict[str, dict[str, Any]] = {
+    '8 channels': {},
+    **{
+        f'{x} channels': {'model.quantizer.vq.code_dim': x}
+        for x in (2, 4, 6, 16, 32)
+    },
+    'gradient by rotation': {'model.quantizer.vq.gradient': 'rotation'},
+    **{
+        f'commitment loss x {x}': {'model.quantizer.vq.commitment_weight': x}
+        for x in (0.1, 0.5, 1.0)
+    },
+    **{
+        f'decay {x}': {'model.quantizer.vq.decay': x} for x in (0.9, 0.95, 0.999)
+    },
+    **{
+        f'dead-code threshold {x}': {'model.quantizer.vq.dead_share': x}
+        for x in (0.001, 0.1)
+    },
+    'dead codes reset to halves of others': {
+        'model.quantizer.vq.restart': 'split'
+    },
+    'no reset': {'model.quantizer.vq.restart': 'none'},
+    'random initialization': {'model.quantizer.vq.codebook_init': 'normal'},
+    **{
+        f'entropy loss x {x}': {'model.quantizer.vq.entropy_weight': x}
+        for x in (0.01, 0.1)
+    },
+    'projector_in mlp': _PROJECTOR_IN,
+    'projector_out mlp': _MLP,
+    'both projectors mlp': _MLPS,
+    'standardized latents': {'model.projector_in.name': 'standardized'},
+    'encoder of four blocks': _DEEP,
+}
 # 64 x 64 photographs, as in perceptual_ablation, with 256 tokens each.
 _PHOTOS = {
     'data.source': 'folder',
@@ -112,8 +145,6 @@ _CONV = {
     'model.encoder.conv.latent_width': 64,
     'train.num_steps': 2000,
 }
-# Worse with FSQ, and not tried with VQ.
-_ONLY_FSQ = ('learning rate x 0.5', 'learning rate of projectors x 0.3')
 # Best of the other level sets for patches.
 _BEST_LEVELS = '(16, 4, 4, 4)'
 LABELS = {
@@ -127,13 +158,26 @@ LABELS = {
     'vq_ema_rate': 'VQ, EMA, learning rate x 2',
     'fsq_recipe_deep': 'FSQ, recipe, encoder of four blocks',
     'vq_ema_deep': 'VQ, EMA, encoder of four blocks',
+    'fsq_recipe_decoder': 'FSQ, recipe, decoder of eight blocks',
+    'vq_ema_decoder': 'VQ, EMA, decoder of eight blocks',
+    'fsq_recipe_wide': 'FSQ, recipe, twice the width',
+    'vq_ema_wide': 'VQ, EMA, twice the width',
 }
+# By label: suffix of the models in `LABELS`.
+CAPACITY = {
+    'as shipped': '',
+    'encoder of four blocks': '_deep',
+    'decoder of eight blocks': '_decoder',
+    'twice the width': '_wide',
+}
+# Channels of models without a quantizer: those of FSQ and of VQ.
+CONTINUOUS = (4, 8)
 # Models whose latents, and whose codes, are measured.
 MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
 FROZEN = ('fsq', 'vq_ema')
 _COMPARED = (('fsq_recipe', 'fsq', RECIPE), ('vq_ema', 'vq_ema', {}))
 # Numbers of steps of the curves, by bits.
-STEPS = {10: (1000, 4000, 8000, 20_000), 14: (1000, 4000)}
+STEPS = {10: (1000, 4000, 8000, 20_000), 14: (1000, 4000, 8000)}
 
 
 def _named(*words: Any) -> str:
@@ -156,10 +200,9 @@ def screening_runs(data_dir: str) -> dict[str, dict[str, Any]]:
       **settings.chosen('vq_ema'),
       **settings.size('vq_ema', settings.TUNING_BITS),
   }
-  changes = dict(_VQ_SCREENING)
-  for i, (name, change) in enumerate(TUNING.items()):
-    if name not in _ONLY_FSQ:
-      changes[f'tuning_vq_ema_{i}'] = change
+  changes = {_named('vq', x): y for x, y in VQ_SCREENING.items()}
+  for i, change in enumerate(TUNING.values()):
+    changes[f'tuning_vq_ema_{i}'] = change
   return runs | {name: {**shared, **vq, **x} for name, x in changes.items()}
 
 
@@ -174,11 +217,15 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
         ('fsq_mlps', SEEDS[:1], 'fsq', _MLPS),
         ('vq_ema_mlp', once, 'vq_ema', _MLP),
         ('fsq', SEEDS[:1], 'fsq', {}),
-        ('vq_ema', SEEDS[:1], 'vq_ema', {}),
+        ('vq_ema', SEEDS, 'vq_ema', {}),
         ('fsq_recipe_rate', once, 'fsq', {**RECIPE, **_DOUBLE_RATE}),
         ('vq_ema_rate', once, 'vq_ema', _DOUBLE_RATE),
         ('fsq_recipe_deep', SEEDS[:1], 'fsq', {**RECIPE, **_DEEP}),
         ('vq_ema_deep', SEEDS[:1], 'vq_ema', _DEEP),
+        ('fsq_recipe_decoder', once, 'fsq', {**RECIPE, **_DEEP_DECODER}),
+        ('vq_ema_decoder', once, 'vq_ema', _DEEP_DECODER),
+        ('fsq_recipe_wide', SEEDS[:1], 'fsq', {**RECIPE, **_WIDE}),
+        ('vq_ema_wide', SEEDS[:1], 'vq_ema', _WIDE),
     ):
       for seed in seeds:
         run = settings.final_run(quantizer, bits, seed, data_dir)
@@ -193,6 +240,13 @@ def final_runs(data_dir: str) -> dict[str, dict[str, Any]]:
   for name, quantizer, changes in _COMPARED:
     run = settings.final_run(quantizer, BITS[0], 0, data_dir)
     runs[_named('conv', name)] = {**run, **changes, **_CONV}
+  for channels in CONTINUOUS:
+    run = settings.final_run('fsq', BITS[0], 0, data_dir)
+    runs[_named('continuous', channels)] = {
+        **run,
+        'model.quantizer.name': 'none',
+        'model.quantizer.none.code_dim': channels,
+    }
   return runs
 
 
@@ -246,27 +300,19 @@ def print_tables(results: Mapping[str, Any]) -> None:
   names = {
       **{x: f'screening_{i}' for i, x in enumerate(SCREENING)},
       **{VARIANT_LABELS[x]: _named('variant', x) for x in VARIANTS},
-      'VQ, EMA, 8 channels': 'screening_vq',
-      'VQ, EMA, 4 channels': 'screening_vq_4',
   }
-  first = runs['screening_0']
-  write('| change | PSNR, dB | difference | normalized entropy |\n')
-  write('|---' * 4 + '|\n')
-  for name, key in names.items():
-    row = runs[key]
-    write(
-        f'| {name} | {row["psnr"]:.2f} | {row["psnr"] - first["psnr"]:+.2f} |'
-        f' {row["entropy_share"]:.1%} |\n'
-    )
-  write('\n| change | FSQ | VQ, EMA |\n|---|---|---|\n')
-  pairs = {'baseline': ('screening_0', 'screening_vq')}
+  _print_changes(runs, names)
+  names = {f'VQ, {x}': _named('vq', x) for x in VQ_SCREENING}
+  _print_changes(runs, names)
+  write('| change | FSQ | VQ, EMA |\n|---|---|---|\n')
+  pairs = {'baseline': ('screening_0', 'vq_8_channels')}
   for i, name in enumerate(TUNING):
     pairs[name] = f'tuning_fsq_{i}', f'tuning_vq_ema_{i}'
   for name, keys in pairs.items():
-    found = [f'{runs[key]["psnr"]:.2f}' if key in runs else '' for key in keys]
-    write(f'| {name} | {found[0]} | {found[1]} |\n')
+    fsq, vq = (runs[key]['psnr'] for key in keys)
+    write(f'| {name} | {fsq:.2f} | {vq:.2f} |\n')
   num_fsq = len(SCREENING) + len(VARIANTS) + len(TUNING)
-  num_vq = len(_VQ_SCREENING) + len(TUNING) - len(_ONLY_FSQ)
+  num_vq = len(VQ_SCREENING) + len(TUNING)
   write(f'| *settings tried* | {num_fsq} | {num_vq} |\n')
   write('\n| codes | model | PSNR, dB | usage | normalized entropy |\n')
   write('|---' * 5 + '|\n')
@@ -294,11 +340,32 @@ def print_tables(results: Mapping[str, Any]) -> None:
         f' {row["psnr_unquantized"]:.2f} |'
         f' {"" if frozen is None else format(frozen, ".2f")} |\n'
     )
+  write('\n| channels without a quantizer | PSNR, dB |\n|---|---|\n')
+  for channels in CONTINUOUS:
+    psnr = runs[_named('continuous', channels)]['psnr']
+    write(f'| {channels} | {psnr:.2f} |\n')
   write('\n| code of 4 x 4 patches | PSNR, dB |\n|---|---|\n')
   hidden = set(map(str, patches.LEVELS[1:])) - {_BEST_LEVELS}
   for name, psnr in results['patches'].items():
     if name not in hidden:
       write(f'| {name.strip("()")} | {psnr:.2f} |\n')
+
+
+def _print_changes(
+    runs: Mapping[str, Mapping[str, float]], names: Mapping[str, str]
+) -> None:
+  """Prints PSNR of runs, by label, relative to the first one."""
+  write = sys.stdout.write
+  first, *_ = (runs[key]['psnr'] for key in names.values())
+  write('| change | PSNR, dB | difference | normalized entropy |\n')
+  write('|---' * 4 + '|\n')
+  for name, key in names.items():
+    row = runs[key]
+    write(
+        f'| {name} | {row["psnr"]:.2f} | {row["psnr"] - first:+.2f} |'
+        f' {row["entropy_share"]:.1%} |\n'
+    )
+  write('\n')
 
 
 def _pairs(
@@ -309,6 +376,12 @@ def _pairs(
     for steps in STEPS[bits]:
       psnr = [_psnr(results, name, bits, steps) for name, *_ in _COMPARED]
       yield f'{steps:,} steps', bits, *psnr
+    for label, suffix in CAPACITY.items():
+      names = [f'{name}{suffix}' for name, *_ in _COMPARED]
+      if suffix and all(_rows(results, name, bits) for name in names):
+        budget = settings.BUDGET['train.num_steps']
+        psnr = [_psnr(results, name, bits, budget) for name in names]
+        yield label, bits, *psnr
   for label, names in (
       ('convolutional, 2,000 steps', ('conv_fsq_recipe', 'conv_vq_ema')),
       ('64 x 64 photographs, 1,000 steps', ('photos_fsq', 'photos_vq_ema')),
