@@ -106,7 +106,8 @@ VQ_SCREENING: dict[str, dict[str, Any]] = {
         for x in (0.1, 0.5, 1.0)
     },
     **{
-        f'decay {x}': {'model.quantizer.vq.decay': x} for x in (0.9, 0.95, 0.999)
+        f'decay {x}': {'model.quantizer.vq.decay': x}
+        for x in (0.9, 0.95, 0.999)
     },
     **{
         f'dead-code threshold {x}': {'model.quantizer.vq.dead_share': x}

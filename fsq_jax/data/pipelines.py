@@ -1,6 +1,6 @@
 """Training and evaluation pipelines: images to batches, in Grain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -131,26 +131,25 @@ def build_train(
       int(x) for x in np.random.SeedSequence(seed).generate_state(3)
   )
 
-  def add_size(position: int, index: int) -> tuple[int, tuple[int, int]]:
-    return index, draw_size(sizes, size_seed, position // config.batch_size)
+  # Positions beyond one epoch are those of the next ones.
+  order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
 
-  def load(
-      example: tuple[int, tuple[int, int]], rng: np.random.Generator
-  ) -> dict[str, Any]:
-    index, size = example
-    image, index = _load_readable(source, index)
-    if transforms.is_smaller(image, size):
-      source.record_upscaled(index)
-    crop = transforms.augment(image, rng, size=size, **augmentation)
-    return {'image': _copy_view(crop, image), 'index': np.int64(index)}
+  # Makes the images of a batch together: passing them through Grain one by one
+  # takes longer than cropping them.
+  def load(batch: int) -> dict[str, Any]:
+    size = draw_size(sizes, size_seed, batch)
+    first = batch * config.batch_size
+    positions = range(first, first + config.batch_size)[shard]
+    crops = np.empty((len(positions), *size, source.channels), np.uint8)
+    indices = np.empty(len(positions), np.int64)
+    for i, rng in enumerate(_generators(augment_seed, positions)):
+      image, index = _load_readable(source, order[positions[i]])
+      if transforms.is_smaller(image, size):
+        source.record_upscaled(index)
+      crops[i] = transforms.augment(image, rng, size=size, **augmentation)
+      indices[i] = index
+    return {'image': crops, 'index': indices}
 
-  examples = (
-      repeat_endlessly(
-          grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
-      )
-      .map_with_index(add_size)
-      .random_map(load, seed=augment_seed)
-  )
   return Dataset(
       num_examples=len(source),
       num_batches=None,
@@ -168,7 +167,11 @@ def build_train(
           **({'image_sizes': [*map(list, sizes)]} if len(sizes) > 1 else {}),
       ),
       protocol=None,
-      _batches=_batch(examples, config, config.batch_size, shard),
+      _batches=_prefetch(
+          grain.MapDataset.range(_ENDLESS // config.batch_size).map(load),
+          config,
+          config.batch_size // shard.step,
+      ),
       _source=source,
   )
 
@@ -190,8 +193,6 @@ def size_name(size: Sequence[int]) -> str:
   return 'x'.join(map(str, size))
 
 
-# Called for each image of a batch.
-@functools.lru_cache(maxsize=128)
 def draw_size(
     sizes: Sequence[tuple[int, int]], seed: int, batch: int
 ) -> tuple[int, int]:
@@ -240,7 +241,11 @@ def build_eval(
           source,
           crop=f'{size[0]}x{size[1]}, {source.evaluation_crop}',
       ),
-      _batches=_batch(examples, config, config.eval_batch_size, shard),
+      _batches=_prefetch(
+          examples[shard].batch(config.eval_batch_size // shard.step),
+          config,
+          config.eval_batch_size // shard.step,
+      ),
       _source=source,
   )
 
@@ -353,27 +358,36 @@ def _load_readable(
   )
 
 
-def _batch(
-    examples: grain.MapDataset,
-    config: ml_collections.ConfigDict,
-    batch_size: int,
-    shard: slice,
+def _generators(
+    seed: int, positions: Iterable[int]
+) -> Iterator[np.random.Generator]:
+  """Yields the generator of random numbers of each position in training.
+
+  Philox with the position as its counter, as in Grain's `random_map`. It is one
+  object that is set to each position in turn: a new one would take longer than
+  the numbers.
+  """
+  bits = np.random.Philox(seed)
+  state = bits.state
+  generator = np.random.Generator(bits)
+  for position in positions:
+    state['state']['counter'][-1] = position
+    bits.state = state
+    yield generator
+
+
+def _prefetch(
+    batches: grain.MapDataset, config: ml_collections.ConfigDict, size: int
 ) -> grain.IterDataset:
-  """Batches this process's examples and prefetches in threads.
+  """Prefetches batches of `size` images in threads.
 
   Each thread makes whole batches: passing single examples between threads costs
   more than cropping them.
   """
-  local_size = batch_size // shard.step
-  num_ahead = math.ceil(config.prefetch / local_size)
-  return (
-      examples[shard]
-      .batch(local_size)
-      .to_iter_dataset(
-          grain.ReadOptions(
-              num_threads=config.num_threads,
-              prefetch_buffer_size=max(num_ahead, config.num_threads),
-          )
+  num_ahead = max(math.ceil(config.prefetch / size), config.num_threads)
+  return batches.to_iter_dataset(
+      grain.ReadOptions(
+          num_threads=config.num_threads, prefetch_buffer_size=num_ahead
       )
   )
 

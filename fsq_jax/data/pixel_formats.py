@@ -13,13 +13,14 @@ MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 def to_pillow(image: np.ndarray) -> Image.Image:
   """Returns a [h, w, channels] uint8 image as an image of Pillow."""
-  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  height, width, channels = image.shape
+  return Image.frombytes(MODES[channels], (width, height), image.tobytes())
 
 
 def to_array(image: Image.Image) -> np.ndarray:
   """Returns an image of Pillow as [h, w, channels], perhaps read-only."""
-  pixels = np.asarray(image)
-  return pixels if pixels.ndim == 3 else pixels[..., None]
+  pixels = np.frombuffer(image.tobytes(), np.uint8)
+  return pixels.reshape(image.height, image.width, -1)
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:

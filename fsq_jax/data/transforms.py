@@ -9,7 +9,6 @@ not bleed into others.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from einops import rearrange
 import numpy as np
 from PIL import Image
 
@@ -17,6 +16,11 @@ from fsq_jax.data import image_errors
 from fsq_jax.data import pixel_formats
 
 KERNEL = 'Pillow bicubic, antialiased'
+# Projections of RGB to grey and to the plane perpendicular to the grey axis,
+# and the cross product with the grey axis.
+_GREY = np.full((3, 3), 1 / 3)
+_PLANE = np.eye(3) - _GREY
+_CROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
 
 
 def resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -136,7 +140,9 @@ def draw_augmentation(
       saturation and brightness are multiplied by factors in 1 - j ... 1 + j and
       1 - j / 2 ... 1 + j / 2, all uniform.
   """
-  scale_draw, top_draw, left_draw, flip_draw, *color_draws = rng.random(7)
+  # Python's numbers are faster than NumPy's scalars.
+  draws = rng.random(7).tolist()
+  scale_draw, top_draw, left_draw, flip_draw, *color_draws = draws
   largest = _largest_scale(image, size)
   low, high = (min(scale, largest) for scale in crop_scale)
   height, width = _crop_sides(image, size, low * (high / low) ** scale_draw)
@@ -186,13 +192,11 @@ def change_color(
   Returns:
     [h, w, 3] uint8, clipped and rounded.
   """
-  grey = np.full((3, 3), 1 / 3)
-  cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-  turn = np.cos(hue) * (np.eye(3) - grey) + np.sin(hue) * cross
-  matrix = (gain * (grey + saturation * turn)).astype(np.float32)
+  turn = np.cos(hue) * _PLANE + np.sin(hue) * _CROSS
+  matrix = (gain * (_GREY + saturation * turn)).astype(np.float32)
   # One matmul over all pixels: NumPy would make one per row.
-  values = rearrange(image, 'h w c -> (h w) c').astype(np.float32) @ matrix.T
-  np.clip(np.rint(values, out=values), 0, 255, out=values)
+  values = image.reshape(-1, 3).astype(np.float32) @ matrix.T
+  np.rint(values, out=values).clip(0, 255, out=values)
   return values.astype(np.uint8).reshape(image.shape)
 
 

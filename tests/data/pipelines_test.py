@@ -1,5 +1,6 @@
 """Batches: order, resume, processes, evaluation, fingerprints; transforms."""
 
+import hashlib
 import json
 import math
 import tracemalloc
@@ -13,6 +14,9 @@ import pytest
 from fsq_jax import data
 from fsq_jax.data import photos
 from fsq_jax.data import pipelines
+from fsq_jax.data import transforms
+
+_SIZES = ((8, 8), (12, 8), (8, 16))
 
 
 def _config(**overrides) -> ml_collections.ConfigDict:
@@ -187,6 +191,39 @@ def test_restored_state_continues_in_the_middle_of_an_epoch(tmp_path):
   _assert_equal(straight[4:], [next(restored) for _ in range(5)])
 
 
+def test_a_saved_state_gives_the_images_of_earlier_versions():
+  config = _config(crop_scale=(1.0, 1.0), batch_size=16)
+  iterator = data.build_dataset(config, split='train', seed=0).iterator()
+  # In the second epoch.
+  iterator.set_state({'next_index': 705})
+  batch = next(iterator)
+  assert batch['index'][:4].tolist() == [2681, 9358, 3133, 1646]
+  digest = hashlib.sha256(batch['image']).hexdigest()
+  assert digest[:16] == '2f3753dd4cc448d3'
+
+
+@pytest.mark.parametrize('color_jitter', [0.0, 0.5])
+def test_an_image_depends_on_its_position_in_training_alone(color_jitter):
+  config = _config(image_sizes=_SIZES, color_jitter=color_jitter)
+  dataset = data.build_dataset(
+      config, split='train', seed=5, process_index=1, process_count=2
+  )
+  source = photos.TrainPhotos()
+  seed = np.random.SeedSequence(5).generate_state(2)[1]
+  key = np.random.Philox(int(seed)).state['state']['key']
+  for step, batch in enumerate(_take(dataset, 6)):
+    for i, image in enumerate(batch['image']):
+      counter = np.array([0, 0, 0, 8 * step + 2 * i + 1], np.uint64)
+      photo = source.load(int(batch['index'][i]))
+      expected = transforms.augment(
+          photo,
+          np.random.Generator(np.random.Philox(key=key, counter=counter)),
+          size=image.shape[:2], crop_scale=(1.0, 2.0), flip=True,
+          color_jitter=color_jitter,
+      )
+      np.testing.assert_array_equal(image, expected)
+
+
 @pytest.mark.parametrize('count', [2, 4])
 @pytest.mark.parametrize('split', ['train', 'eval'])
 def test_a_step_has_the_same_examples_for_any_process_count(split, count):
@@ -210,9 +247,6 @@ def test_a_step_has_the_same_examples_for_any_process_count(split, count):
       np.testing.assert_array_equal(
           merged[key][order], expected[key][expected_order]
       )
-
-
-_SIZES = ((8, 8), (12, 8), (8, 16))
 
 
 def _sizes(batches):
