@@ -134,6 +134,14 @@ def build_train(
   # Positions beyond one epoch are those of the next ones.
   order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
 
+  def load_image(
+      index: int, rng: np.random.Generator, size: tuple[int, int]
+  ) -> tuple[np.ndarray, int]:
+    image, index = _load_readable(source, index)
+    if transforms.is_smaller(image, size):
+      source.record_upscaled(index)
+    return transforms.augment(image, rng, size=size, **augmentation), index
+
   # Makes the images of a batch together: passing them through Grain one by one
   # takes longer than cropping them.
   def load(batch: int) -> dict[str, Any]:
@@ -143,11 +151,7 @@ def build_train(
     crops = np.empty((len(positions), *size, source.channels), np.uint8)
     indices = np.empty(len(positions), np.int64)
     for i, rng in enumerate(_generators(augment_seed, positions)):
-      image, index = _load_readable(source, order[positions[i]])
-      if transforms.is_smaller(image, size):
-        source.record_upscaled(index)
-      crops[i] = transforms.augment(image, rng, size=size, **augmentation)
-      indices[i] = index
+      crops[i], indices[i] = load_image(order[positions[i]], rng, size)
     return {'image': crops, 'index': indices}
 
   return Dataset(
