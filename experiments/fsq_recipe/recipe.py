@@ -166,7 +166,7 @@ LABELS = {
 }
 # By label: suffix of the models in `LABELS`.
 CAPACITY = {
-    'as shipped': '',
+    'baseline': '',
     'encoder of four blocks': '_deep',
     'decoder of eight blocks': '_decoder',
     'twice the width': '_wide',
@@ -408,7 +408,7 @@ def _psnr(
 
 
 def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Draws the gap to VQ against training length and encoder depth."""
+  """Draws the gap to VQ against training length, depth and width."""
   matplotlib.use('agg')
   from matplotlib import pyplot as plt
 
@@ -424,18 +424,21 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         for steps in STEPS[bits]
     ]
     axes[0].plot(STEPS[bits], gaps, marker='o', label=f'{size:,} codes')
-    depths = [
-        _psnr(results, f'vq_ema{depth}', bits, budget)
-        - _psnr(results, f'fsq_recipe{depth}', bits, budget)
-        for depth in ('', '_deep')
-    ]
-    axes[1].plot((1, 4), depths, marker='o', label=f'{size:,} codes')
+    gaps = {
+        label: _psnr(results, f'vq_ema{suffix}', bits, budget)
+        - _psnr(results, f'fsq_recipe{suffix}', bits, budget)
+        for label, suffix in CAPACITY.items()
+        if _rows(results, f'vq_ema{suffix}', bits)
+    }
+    axes[1].plot(
+        [x.replace(' of ', '\nof ') for x in gaps], gaps.values(), 'o',
+        label=f'{size:,} codes',
+    )
   gap = 'VQ-EMA minus FSQ recipe, dB'
   axes[0].set(xlabel='steps', xscale='log', ylabel=gap)
   steps = max(STEPS.values(), key=len)
   axes[0].set_xticks(steps, [f'{x:,}' for x in steps])
   axes[0].minorticks_off()
-  axes[1].set(xlabel='blocks of the encoder', xticks=(1, 4))
   for axis in axes:
     axis.axhline(0, color='black', linewidth=0.8)
     axis.grid(alpha=0.3)
