@@ -9,6 +9,7 @@ script. Then draws plot.png and prints the tables.
 
 from collections.abc import Iterator, Mapping
 import pathlib
+import re
 import statistics
 import sys
 from typing import Any
@@ -431,7 +432,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         if _rows(results, f'vq_ema{suffix}', bits)
     }
     axes[1].plot(
-        [x.replace(' of ', '\nof ') for x in gaps], gaps.values(), 'o',
+        [re.sub(' (of|the) ', r'\n\1 ', x) for x in gaps], gaps.values(), 'o',
         label=f'{size:,} codes',
     )
   gap = 'VQ-EMA minus FSQ recipe, dB'
@@ -442,7 +443,7 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
   for axis in axes:
     axis.axhline(0, color='black', linewidth=0.8)
     axis.grid(alpha=0.3)
-  axes[1].legend()
+  axes[1].legend(loc='lower left')
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
