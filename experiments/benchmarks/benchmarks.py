@@ -30,10 +30,10 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 _LAYOUTS = {
-    'laid_out_kept': 'unrolled, activations kept',
-    'laid_out_remat': 'unrolled, remat of each block',
+    'unrolled_kept': 'unrolled, activations kept',
+    'unrolled_remat': 'unrolled, remat of each block',
     'scan_kept': 'scan, activations kept',
-    'scan_products': 'scan, remat, matmul results saved',
+    'scan_matmuls': 'scan, remat, matmul results saved',
     'scan_remat': 'scan, remat of each block',
 }
 
@@ -74,7 +74,7 @@ def _figures(results: dict[str, Any]):
       'vector-quantize-pytorch 1.32.0 relative to our FSQ',
       (by_torch['ratio'], by_torch['cpu_ratio']), '20', '40',
   )
-  for name, label in (('laid_out', 'unrolled blocks'), ('scan', 'lax.scan')):
+  for name, label in (('unrolled', 'unrolled blocks'), ('scan', 'lax.scan')):
     yield (
         f'ViT autoencoder training step, {label}: PyTorch (eager) relative to'
         ' ours',

@@ -56,10 +56,10 @@ def lookup_figures(rounds: int) -> dict[str, Any]:
   codebook = jax.random.normal(keys[1], (codebook_size, code_dim))
   figures = blocks.alternate(
       {
-          'product': _jitted_block(lambda x, y: x @ y.T, x, codebook),
+          'matmul': _jitted_block(lambda x, y: x @ y.T, x, codebook),
           'nearest': _jitted_block(lookup.nearest, x, codebook),
       },
-      baseline='product', calls=1, rounds=rounds,
+      baseline='matmul', calls=1, rounds=rounds,
   )
   operations = 2 * num_vectors * codebook_size * code_dim
   for figure in figures.values():

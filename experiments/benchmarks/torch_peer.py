@@ -123,10 +123,10 @@ def build_vit_step(
   return step
 
 
-def build_products(
+def build_matmuls(
     num_rows: int, dense: list[tuple[int, int]], num_blocks: int
 ):
-  """Returns a function that runs the matmuls of `vit_step.Products`."""
+  """Returns a function that runs the matmuls of `vit_step.Matmuls`."""
   operands = [
       (
           torch.randn(num_rows, rows),
@@ -164,7 +164,7 @@ def build_fsq(num_vectors: int, levels: list[int]):
 def main() -> None:
   """Answers requests until its input ends."""
   builders = {
-      'vit_step': build_vit_step, 'products': build_products, 'fsq': build_fsq
+      'vit_step': build_vit_step, 'matmuls': build_matmuls, 'fsq': build_fsq
   }
   functions = {}
   for line in sys.stdin:

@@ -78,7 +78,7 @@ class Step:
     jax.block_until_ready(self._state)
 
 
-class Products:
+class Matmuls:
   """The matmuls of the dense layers of all blocks, and nothing else.
 
   Three per layer: the output, the input gradient and the kernel gradient.
@@ -118,11 +118,11 @@ def torch_figures(
   Also times the matmuls of a step alone, in JAX and PyTorch.
   """
   alternatives = {
-      'laid_out': blocks.block_of(
+      'unrolled': blocks.block_of(
           Step(num_blocks=NUM_BLOCKS, **{'model.scan_unroll': NUM_BLOCKS})
       ),
       'scan': blocks.block_of(Step(num_blocks=NUM_BLOCKS)),
-      'products': blocks.block_of(Products()),
+      'matmuls': blocks.block_of(Matmuls()),
   }
   if peer is not None:
     peer.build(
@@ -132,12 +132,12 @@ def torch_figures(
     )
     alternatives['pytorch'] = peer.block('vit_step')
     peer.build(
-        'products', num_rows=BATCH_SIZE * (SIDE // PATCH) ** 2, dense=DENSE,
+        'matmuls', num_rows=BATCH_SIZE * (SIDE // PATCH) ** 2, dense=DENSE,
         num_blocks=NUM_BLOCKS,
     )
-    alternatives['pytorch_products'] = peer.block('products')
+    alternatives['pytorch_matmuls'] = peer.block('matmuls')
   return blocks.alternate(
-      alternatives, baseline='laid_out', calls=1, rounds=rounds
+      alternatives, baseline='unrolled', calls=1, rounds=rounds
   )
 
 
@@ -169,19 +169,19 @@ def memory_figures(rounds: int) -> dict[str, Any]:
           num_blocks=NUM_BLOCKS,
           **{'model.scan_unroll': unroll, 'model.remat': remat},
       )
-      for layout, unroll in (('laid_out', NUM_BLOCKS), ('scan', 1))
+      for layout, unroll in (('unrolled', NUM_BLOCKS), ('scan', 1))
       for name, remat in (('kept', 'none'), ('remat', 'blocks'))
   }
-  keep_products = functools.partial(
+  keep_matmuls = functools.partial(
       nn.remat, policy=jax.checkpoint_policies.dots_saveable
   )
-  with mock.patch.object(nn, 'remat', keep_products):
-    variants['scan_products'] = Step(
+  with mock.patch.object(nn, 'remat', keep_matmuls):
+    variants['scan_matmuls'] = Step(
         num_blocks=NUM_BLOCKS, **{'model.remat': 'blocks'}
     )
   figures = blocks.alternate(
       {name: blocks.block_of(step) for name, step in variants.items()},
-      baseline='laid_out_kept', calls=1, rounds=rounds,
+      baseline='unrolled_kept', calls=1, rounds=rounds,
   )
   for name, step in variants.items():
     memory = step.compiled.memory_analysis()

@@ -27,6 +27,7 @@ The first bytes of a file decide which it is, not its name. Conversions:
 
 import functools
 import io
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -155,9 +156,7 @@ def decode_to_pillow(data: bytes, channels: int = 3) -> Image.Image:
     with _open(data) as image:
       image_errors.check_num_pixels(*image.size)
       if image.format == 'PNG':
-        # Pillow checks the CRC of pixel data only when asked to.
-        with Image.open(io.BytesIO(data), formats=('PNG',)) as unread:
-          unread.verify()
+        _check_png(data)
       image.load()
       is_key = _find_key_pixels(image, data)
       colours = _to_colours(image)
@@ -198,6 +197,27 @@ def _open(data: bytes) -> Image.Image:
     raise image_errors.DamagedImageError(
         f'Pillow cannot open this {name} file: {reason}'
     ) from error
+
+
+def _check_png(data: bytes) -> None:
+  """Checks the CRC of all chunks of a PNG file.
+
+  Pillow skips the chunks of pixels, and its `verify` needs a second image,
+  which takes a quarter of the time of a small file.
+  """
+  view = memoryview(data)
+  start = 8
+  while (kind := data[start + 4 : start + 8]) != b'IEND':
+    end = start + 8 + int.from_bytes(data[start : start + 4])
+    crc = zlib.crc32(view[start + 4 : end])
+    if data[end : end + 4] != crc.to_bytes(4):
+      raise image_errors.DamagedImageError(
+          f'PNG chunk {kind!r} at byte {start} has a wrong checksum or is cut'
+          ' off'
+          if kind
+          else 'the end of the PNG file is missing'
+      )
+    start = end + 4
 
 
 def _find_reason(name: str, data: bytes) -> str:

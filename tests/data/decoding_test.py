@@ -17,6 +17,7 @@ import tifffile
 
 from fsq_jax import data as data_lib
 from fsq_jax.data import decoding
+from fsq_jax.data import image_errors
 
 _IMAGES = pathlib.Path(__file__).parents[1] / 'testdata' / 'images'
 _WHITE, _BLACK, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
@@ -629,3 +630,36 @@ _HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic'
 def test_error_names_the_file_format(data, reason):
   with pytest.raises(data_lib.DamagedImageError, match=reason):
     decoding.decode_image(data)
+
+
+def test_every_changed_byte_of_a_png_file_counts_as_for_pillow():
+  buffer = io.BytesIO()
+  Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(
+      buffer, 'PNG', dpi=(72, 72)
+  )
+  whole = buffer.getvalue()
+  files = [whole[:i] + bytes([x ^ 1]) + whole[i + 1 :]
+           for i, x in enumerate(whole)]  # fmt: skip
+  files += [whole[:i] for i in range(len(whole))] + [whole, whole + b'more']
+
+  def is_intact(data):
+    try:
+      with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+        image.load()
+      with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+        image.verify()
+    except Exception:  # Of many types.
+      return False
+    return True
+
+  def is_decoded(data):
+    try:
+      decoding.decode_image(data)
+    except image_errors.DamagedImageError:
+      return False
+    return True
+
+  intact = [is_intact(data) for data in files]
+  assert [is_decoded(data) for data in files] == intact
+  # The last two, and the files whose last chunk has another checksum.
+  assert 2 <= sum(intact) < 20

@@ -248,6 +248,7 @@ def test_gradients_are_differences_between_codes(monkeypatch):
     np.testing.assert_allclose(slope, (after - before) / 2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_from_latents_before_rounding(monkeypatch):
   model, weights, images = _variant_model(variants.UNROUNDED, monkeypatch)
 
@@ -264,6 +265,7 @@ def test_the_encoder_learns_from_latents_before_rounding(monkeypatch):
     assert trained == {x for x, y in gradients.items() if optax.tree.norm(y)}
 
 
+@pytest.mark.slow
 def test_networks_on_patches_learn():
   rng = np.random.default_rng(0)
   factors, basis = rng.normal(size=(2048, 2)), rng.normal(size=(2, 6))
