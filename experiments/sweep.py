@@ -171,8 +171,8 @@ def read_numbers(folder: pathlib.Path) -> dict[str, float]:
   """Returns the image metrics and codebook statistics of a finished run."""
   evaluation = _read_json(folder / 'evaluation.json')
   numbers = {**evaluation['metrics'], **evaluation['codebook']}
-  # A model without a quantizer has no codebook.
-  return {name: numbers[name] for name in _NUMBERS if name in numbers}
+  names = _NUMBERS if evaluation['codebook'] else ('psnr', 'ssim')
+  return {name: numbers[name] for name in names}
 
 
 def collect(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:

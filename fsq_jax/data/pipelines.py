@@ -118,7 +118,7 @@ def build_train(
         config.batch_size,
         len(source),
     )
-  sizes = image_sizes(config)
+  sizes, batch_size = image_sizes(config), config.batch_size
   augmentation = {
       'crop_scale': tuple(config.crop_scale),
       'flip': config.flip,
@@ -131,7 +131,7 @@ def build_train(
       int(x) for x in np.random.SeedSequence(seed).generate_state(3)
   )
 
-  # Positions beyond one epoch are those of the next ones.
+  # Positions beyond the first epoch are in the next ones, in other orders.
   order = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed)
 
   def load_image(
@@ -142,12 +142,12 @@ def build_train(
       source.record_upscaled(index)
     return transforms.augment(image, rng, size=size, **augmentation), index
 
-  # Makes the images of a batch together: passing them through Grain one by one
-  # takes longer than cropping them.
+  # For a whole batch: passing images through Grain one by one takes longer than
+  # cropping them.
   def load(batch: int) -> dict[str, Any]:
     size = draw_size(sizes, size_seed, batch)
-    first = batch * config.batch_size
-    positions = range(first, first + config.batch_size)[shard]
+    first = batch * batch_size
+    positions = range(first, first + batch_size)[shard]
     crops = np.empty((len(positions), *size, source.channels), np.uint8)
     indices = np.empty(len(positions), np.int64)
     for i, rng in enumerate(_generators(augment_seed, positions)):
@@ -368,8 +368,8 @@ def _generators(
   """Yields the generator of random numbers of each position in training.
 
   Philox with the position as its counter, as in Grain's `random_map`. It is one
-  object that is set to each position in turn: a new one would take longer than
-  the numbers.
+  object that is set to each position in turn, valid until the next one: a new
+  one would take longer than the numbers.
   """
   bits = np.random.Philox(seed)
   state = bits.state

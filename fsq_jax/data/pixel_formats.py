@@ -12,13 +12,22 @@ MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
-  """Returns a [h, w, channels] uint8 image as an image of Pillow."""
+  """Returns a [h, w, channels] uint8 image as an image of Pillow.
+
+  Raises:
+    ValueError: another dtype or shape.
+  """
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in MODES:
+    raise ValueError(
+        f'The image is {image.dtype} of shape {image.shape}; allowed: uint8'
+        f' [h, w, channels] with {", ".join(map(str, MODES))} channels.'
+    )
   height, width, channels = image.shape
   return Image.frombytes(MODES[channels], (width, height), image.tobytes())
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-  """Returns an image of Pillow as [h, w, channels], perhaps read-only."""
+  """Returns an image of Pillow as [h, w, channels], read-only."""
   pixels = np.frombuffer(image.tobytes(), np.uint8)
   return pixels.reshape(image.height, image.width, -1)
 

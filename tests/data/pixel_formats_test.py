@@ -64,6 +64,14 @@ def test_files_are_converted_by_the_documented_formulas(
   np.testing.assert_array_equal(decoded, expected)
 
 
+@pytest.mark.parametrize(
+    'image', [_RGB / 255, _RGB > 9, _RGB[..., 0], _RGB[..., :2]]
+)
+def test_other_dtypes_and_shapes_are_rejected(image):
+  with pytest.raises(ValueError, match=r'allowed: uint8.* 1, 3, 4 channels'):
+    pixel_formats.to_pillow(image)
+
+
 def test_grey_of_equal_colours_is_that_colour():
   grey = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
   rgb = pixel_formats.to_pillow(grey.repeat(3, axis=-1))

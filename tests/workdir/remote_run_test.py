@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_and_is_used(
   monkeypatch.setattr(object_lock, 'PATIENCE', 15.0)
   monkeypatch.setattr(object_lock, 'RENEWAL', 0.5)
   # A checkpoint that is slow to write holds the run up after step 8.
-  saved = f'{folder.parent.name}/run/checkpoints/{{}}/commit_success.txt'
+  steps = f'{folder.parent.name}/run/checkpoints'
   process = subprocess.Popen(
       [
           sys.executable, '-c', _LAUNCH, str(_ROOT / 'launch.py'),
@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_and_is_used(
       env={**os.environ, 'PYTHONPATH': str(_ROOT)},
   )
   with store.blocked_at('checkpoints/12/'):
-    while saved.format(8) not in store.objects:
+    while f'{steps}/8/commit_success.txt' not in store.objects:
       assert process.poll() is None
       time.sleep(0.1)
     with pytest.raises(ValueError, match='is being written by process'):
@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_and_is_used(
     process.send_signal(signal.SIGKILL)
     process.wait()
   # Uploads that the process had sent are stored after its end.
-  assert saved.format(12) not in store.objects
+  assert f'{steps}/12/commit_success.txt' not in store.objects
   state = train.train_and_evaluate(_config(), str(folder))
   assert files.read_json(folder / files.RUN)['first_step'] == 8
 
