@@ -94,7 +94,7 @@ TUNING: dict[str, dict[str, Any]] = {
     'AdamW in place of Muon': {'optim.name': 'adamw'},
     'learning rate x 4': {_RATE: 16e-3},
 }
-# Changes of VQ alone, as many as FSQ has.
+# One change at a time of VQ with 1,024 codes, as many as of FSQ.
 VQ_SCREENING: dict[str, dict[str, Any]] = {
     '8 channels': {},
     **{
@@ -172,7 +172,7 @@ CAPACITY = {
     'decoder of eight blocks': '_decoder',
     'twice the width': '_wide',
 }
-# Channels of models without a quantizer: those of FSQ and of VQ.
+# Channels of models without a quantizer; FSQ has 4 and VQ 8.
 CONTINUOUS = (4, 8)
 # Models whose latents, and whose codes, are measured.
 MEASURED = ('fsq', 'fsq_recipe', 'vq_ema')
@@ -425,14 +425,16 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
         for steps in STEPS[bits]
     ]
     axes[0].plot(STEPS[bits], gaps, marker='o', label=f'{size:,} codes')
-    gaps = {
+    by_model = {
         label: _psnr(results, f'vq_ema{suffix}', bits, budget)
         - _psnr(results, f'fsq_recipe{suffix}', bits, budget)
         for label, suffix in CAPACITY.items()
         if _rows(results, f'vq_ema{suffix}', bits)
     }
     axes[1].plot(
-        [re.sub(' (of|the) ', r'\n\1 ', x) for x in gaps], gaps.values(), 'o',
+        [re.sub(' (of|the) ', r'\n\1 ', x) for x in by_model],
+        by_model.values(),
+        'o',
         label=f'{size:,} codes',
     )
   gap = 'VQ-EMA minus FSQ recipe, dB'

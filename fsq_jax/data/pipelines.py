@@ -225,6 +225,7 @@ def build_eval(
   """Builds one pass over all examples, in order, with centre crops."""
   del seed  # Nothing is random.
   size = tuple(config.image_size)
+  local_size = config.eval_batch_size // shard.step
   num_batches = math.ceil(len(source) / config.eval_batch_size)
   # Indices beyond the last image fill up the last batch.
   examples = grain.MapDataset.range(num_batches * config.eval_batch_size).map(
@@ -245,11 +246,7 @@ def build_eval(
           source,
           crop=f'{size[0]}x{size[1]}, {source.evaluation_crop}',
       ),
-      _batches=_prefetch(
-          examples[shard].batch(config.eval_batch_size // shard.step),
-          config,
-          config.eval_batch_size // shard.step,
-      ),
+      _batches=_prefetch(examples[shard].batch(local_size), config, local_size),
       _source=source,
   )
 
